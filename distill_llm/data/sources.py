@@ -1,0 +1,149 @@
+"""Where rows come from: `package://` paths, files, folders of split files, and data sets on the Hub."""
+
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+
+from distill_llm.errors import InputError
+
+PACKAGE = "package://"
+READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "dev", "val", "valid", "eval"),
+    "test": ("test",),
+}
+DOCUMENT_MARK = "<|endoftext|>"
+LONGEST_DOCUMENT = 100_000
+Splits = dict[str, Dataset]
+
+
+def resolve_path(text: str, field: str = "path") -> str:
+    """The file or folder that `package://PKG/PATH` names inside an installed package; any other text unchanged.
+
+    The package is located, not imported, so it need not work, only be there.
+
+    Args:
+        text: a path, a Hub id, or `package://PKG/PATH`.
+        field: the name of the setting, for the error.
+
+    Raises:
+        InputError: the package is not installed or has no such path.
+    """
+    if not text.startswith(PACKAGE):
+        return text
+    package, _, inside = text.removeprefix(PACKAGE).partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(field, text, f"package://PKG/PATH with an installed package ({package!r} is not installed)")
+    for folder in spec.submodule_search_locations:
+        if (found := Path(folder) / inside).exists():
+            return str(found)
+    raise InputError(field, text, f"a path inside the package {package!r} (it has no {inside!r})")
+
+
+def read_splits(path: str, config: str | None = None, field: str = "data.path") -> Splits:
+    """All splits of a file, a folder or a Hub data set, under the names `train`, `validation` and `test`.
+
+    A lone file is `train`. In a folder, files are told apart by their names (`train.csv`, `dev.jsonl`, ...); text files
+    with other names make up `train` together. Anything else goes through `datasets.load_dataset`: a folder laid out as a
+    Hub repository, or a Hub id, with the configuration after a colon (`Salesforce/wikitext:wikitext-2-raw-v1`).
+
+    Args:
+        path: file, folder, or Hub id, with `package://` already resolved.
+        config: the configuration to load where the path does not name one.
+        field: the name of the setting, for the error.
+
+    Raises:
+        InputError: nothing is there, or it cannot be read, or it has no training rows.
+    """
+    name, _, given = path.partition(":")
+    here = Path(path).expanduser()
+    if here.is_file():
+        return {"train": _read_files([here], field)}
+    if here.is_dir() and (files := _split_files(here)):
+        splits = {split: _read_files(found, field) for split, found in files.items()}
+    else:
+        if not Path(name).expanduser().is_dir() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
+            raise InputError(field, path, "an existing file or folder, or the id of a data set on the Hub")
+        splits = _load(name, given or config, path, field)
+    if "train" not in splits:
+        raise InputError(field, path, f"data with a train split (found: {', '.join(splits) or 'no data files'})")
+    return splits
+
+
+def _load(name: str, config: str | None, path: str, field: str) -> Splits:
+    try:
+        loaded = load_dataset(str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name, config)
+    except Exception as error:  # noqa: BLE001 - `datasets` raises many kinds; to the user all mean: not readable
+        accepted = f"an existing file or folder, or the id of a data set on the Hub ({_one_line(error)})"
+        raise InputError(field, path, accepted) from error
+    known = {alias: split for split, aliases in SPLIT_NAMES.items() for alias in (*aliases, f"{aliases[0]}_matched")}
+    return {known[split]: rows for split, rows in loaded.items() if split in known}
+
+
+def _split_files(folder: Path) -> dict[str, list[Path]]:
+    readable = sorted(file for file in folder.iterdir() if file.suffix.lower() in READERS)
+    found: dict[str, list[Path]] = {}
+    for split, aliases in SPLIT_NAMES.items():
+        if files := [file for file in readable if file.stem.lower() in aliases]:
+            found[split] = files
+    texts = [file for file in readable if file.suffix.lower() == ".txt"]
+    return found or ({"train": texts} if texts else {})
+
+
+def _read_files(files: list[Path], field: str) -> Dataset:
+    kinds = {file.suffix.lower() for file in files}
+    if len(kinds) > 1 or not kinds <= set(READERS):
+        raise InputError(field, ", ".join(map(str, files)), f"files of one kind out of {', '.join(READERS)}")
+    kind = kinds.pop()
+    names = [str(file) for file in files]
+    try:
+        if kind == ".txt":
+            stamps = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+            return Dataset.from_generator(read_documents, gen_kwargs={"files": names, "stamps": stamps}, split="train")
+        options: dict[str, Any] = {"keep_default_na": False} if READERS[kind] == "csv" else {}
+        if kind == ".tsv":
+            options |= {"sep": "\t", "quoting": 3}
+        return load_dataset(READERS[kind], data_files=names, split="train", **options)
+    except Exception as error:  # noqa: BLE001 - as above
+        raise InputError(field, ", ".join(names), f"a well-formed {kind} file ({_one_line(error)})") from error
+
+
+def read_documents(files: list[str], stamps: list[tuple[int, int]]) -> Iterator[dict[str, str]]:
+    """Documents of plain text files, as rows with a `text` column.
+
+    Documents end at `<|endoftext|>`, at a blank line, or at the first line end after 100,000 characters.
+
+    Args:
+        files: the paths, UTF-8 (a wrong byte becomes U+FFFD).
+        stamps: size and time of change of each file; `datasets` keys its cache by the arguments.
+    """
+    for file in files:
+        kept: list[str] = []
+        with open(file, encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                *ended, rest = line.split(DOCUMENT_MARK)
+                for part in ended:
+                    yield from _document([*kept, part])
+                    kept = []
+                kept.append(rest)
+                if not line.strip() or sum(map(len, kept)) > LONGEST_DOCUMENT:
+                    yield from _document(kept)
+                    kept = []
+        yield from _document(kept)
+
+
+def _document(lines: list[str]) -> Iterator[dict[str, str]]:
+    if text := "".join(lines).strip():
+        yield {"text": text}
+
+
+def _one_line(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,95 @@
+"""What a task is: its text columns, its labels and the metrics it is judged by; the nine GLUE tasks as a table."""
+
+from dataclasses import dataclass
+
+from datasets import Dataset
+
+KINDS = ("classification", "regression", "masked_lm")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task, independent of where its rows come from.
+
+    Attributes:
+        name: what a recipe calls it (`sst2`, `embedded`, `text`, ...).
+        kind: `classification`, `regression` or `masked_lm`.
+        text_columns: the one or two columns that are tokenized, in order.
+        label_names: the class names, in the order of the class ids; None where there are no classes.
+        metrics: names of the metric modules in `distill_llm.evaluation.metrics` (empty for `masked_lm`).
+        main_metric: the metric that a score, a retention or a choice refers to.
+        higher_is_better: whether a larger main metric is better.
+    """
+
+    name: str
+    kind: str
+    text_columns: tuple[str, ...]
+    label_names: tuple[str, ...] | None
+    metrics: tuple[str, ...]
+    main_metric: str
+    higher_is_better: bool = True
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs of the task's head: the number of classes, or 1."""
+        return len(self.label_names) if self.label_names else 1
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A task with its rows, raw or encoded.
+
+    Raw rows have the task's text columns and `labels` (an integer class id or a float; absent for masked language modelling).
+
+    Attributes:
+        task: what the rows mean.
+        train: rows to learn from, without those of `validation`.
+        validation: rows for choices (criteria, epochs, rates), never reported; None where none were asked for.
+        test: rows that scores are reported on. For GLUE it is the official development set, as in the literature.
+    """
+
+    task: Task
+    train: Dataset
+    validation: Dataset | None
+    test: Dataset
+
+
+def classification(
+    name: str,
+    text_columns: tuple[str, ...],
+    label_names: tuple[str, ...],
+    metrics: tuple[str, ...] = ("accuracy",),
+    main_metric: str | None = None,
+) -> Task:
+    """A classification task whose score is its first metric unless `main_metric` says otherwise."""
+    return Task(name, "classification", text_columns, label_names, metrics, main_metric or metrics[0])
+
+
+def regression(name: str, text_columns: tuple[str, ...]) -> Task:
+    """A task with one real-valued label, scored by rank correlation."""
+    return Task(name, "regression", text_columns, None, ("pearsonr", "spearmanr"), "spearmanr")
+
+
+def masked_lm(name: str, text_column: str) -> Task:
+    """Masked language modelling on one column of text, scored by the loss in nats per masked token."""
+    return Task(name, "masked_lm", (text_column,), None, (), "loss", higher_is_better=False)
+
+
+_PAIR = ("sentence1", "sentence2")
+_ENTAILS = ("entailment", "not_entailment")
+
+GLUE: dict[str, Task] = {
+    task.name: task
+    for task in (
+        classification("cola", ("sentence",), ("unacceptable", "acceptable"), ("matthews_correlation", "accuracy")),
+        classification("sst2", ("sentence",), ("negative", "positive")),
+        classification("mrpc", _PAIR, ("not_equivalent", "equivalent"), ("f1", "accuracy")),
+        regression("stsb", _PAIR),
+        classification("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), ("f1", "accuracy")),
+        classification("mnli", ("premise", "hypothesis"), ("entailment", "neutral", "contradiction")),
+        classification("qnli", ("question", "sentence"), _ENTAILS),
+        classification("rte", _PAIR, _ENTAILS),
+        classification("wnli", _PAIR, ("not_entailment", "entailment")),
+    )
+}
+"""The nine GLUE tasks (Wang et al. 2018), columns and class ids as in the Hub's `nyu-mll/glue`."""

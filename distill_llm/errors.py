@@ -1,0 +1,25 @@
+"""The one exception for bad input: a single line that names the field, what was given and what is accepted."""
+
+from difflib import get_close_matches
+from typing import Any, Iterable
+
+
+class InputError(ValueError):
+    """Bad input from a user: shown as one line without a traceback, exit code 2 on the command line.
+
+    Args:
+        field: the name of the field or argument, as the user wrote it (`pruning.keep`, `--task`).
+        given: the value that was given.
+        accepted: what would have been accepted, in words.
+    """
+
+    def __init__(self, field: str, given: Any, accepted: str):
+        self.field, self.given, self.accepted = field, given, accepted
+        super().__init__(f"{field}: got {given!r}; accepted: {accepted}")
+
+
+def one_of(names: Iterable[str], given: str = "") -> str:
+    """The words for 'one of these names', with the nearest to `given` first as a suggestion."""
+    names = list(names)
+    near = get_close_matches(given, names, n=1)
+    return (f"{near[0]!r} (the nearest), or " if near else "") + "one of " + ", ".join(names)

@@ -1,0 +1,109 @@
+"""Second moments of activations, and the closed-form compensation that uses them."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+
+class Moments(NamedTuple):
+    """Over valid tokens x of C channels: the mean (C,) and mean of x x^T (C, C), fp32."""
+
+    mean: torch.Tensor
+    second: torch.Tensor
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether bf16 matrix products are faster than fp32 ones on this device."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+class MomentsSum:
+    """Sums x and x x^T over tokens.
+
+    Tokens are buffered so that the product runs on thousands of rows at a time, in bf16 where that is faster (the rounding
+    of 2^-9 per product averages out; the ridge of the solve is far larger), only its upper triangle by blocks.
+    """
+
+    rows = 4096
+    blocks = 4
+
+    def __init__(self, channels: int, device: torch.device):
+        self.sum = torch.zeros(channels, device=device)
+        self.second = torch.zeros(channels, channels, device=device)
+        self.tokens = 0
+        self._buffer: list[torch.Tensor] = []
+        self._waiting = 0
+        self._dtype = torch.bfloat16 if fast_bf16(device) else torch.float32
+
+    def add(self, x: torch.Tensor) -> None:
+        """Add tokens x of shape (tokens, C)."""
+        self.tokens += len(x)
+        self.sum += x.sum(0, dtype=torch.float32)
+        self._buffer.append(x.to(self._dtype))
+        self._waiting += len(x)
+        if self._waiting >= self.rows:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._buffer:
+            return
+        x = torch.cat(self._buffer)
+        size = -(-x.shape[1] // self.blocks)
+        for start in range(0, x.shape[1], size):
+            part = x[:, start : start + size]
+            self.second[start : start + size, start:] += part.T @ x[:, start:]
+        self._buffer, self._waiting = [], 0
+
+    def finish(self) -> Moments:
+        """The means over all tokens added."""
+        self._flush()
+        upper = self.second.triu()
+        second = upper + upper.triu(1).T
+        return Moments((self.sum / max(self.tokens, 1)).cpu(), (second / max(self.tokens, 1)).cpu())
+
+
+def compensate_linear(
+    weight: torch.Tensor, bias: torch.Tensor | None, moments: Moments, kept: torch.Tensor, ridge: float = 1e-3
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Fold what the removed input columns of a linear contributed into the kept ones and the bias, by least squares.
+
+    With K kept, R removed and S the covariance of the input: W_K + W_R A with A = S_RK (S_KK + lambda I)^-1, and the bias takes
+    W_R (mean_R - A mean_K). Without a bias, S is the plain second moment and only the weights change. (Optimal Brain
+    Surgeon's update for a whole set of columns, Hassibi and Stork 1993; LLM-Surgeon, van der Ouderaa et al. 2024, section 3.)
+
+    Args:
+        weight: (H, C).
+        bias: (H,) or None.
+        moments: of the linear's input, C channels.
+        kept: indices (K,) of the columns that stay.
+        ridge: lambda as a share of the mean diagonal of the second moment.
+
+    Returns:
+        The new weight (H, K) and bias, in the dtype of the old; computed in fp64.
+    """
+    w, mean, second = weight.detach().double().cpu(), moments.mean.double(), moments.second.double()
+    removed = torch.ones(w.shape[1], dtype=torch.bool)
+    removed[kept] = False
+    if not removed.any():
+        return weight.detach().clone(), None if bias is None else bias.detach().clone()
+    s = second if bias is None else second - torch.outer(mean, mean)
+    s_kk, s_rk = s[kept][:, kept], s[removed][:, kept]
+    damped = s_kk + ridge * second.diagonal().mean() * torch.eye(len(kept), dtype=s.dtype)
+    a = torch.linalg.solve(damped, s_rk.T).T if len(kept) else s_rk
+    new = (w[:, kept] + w[:, removed] @ a).to(weight)
+    if bias is None:
+        return new, None
+    shift = w[:, removed] @ (mean[removed] - a @ mean[kept])
+    return new, (bias.detach().double().cpu() + shift).to(bias)
+
+
+def linear_with(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    """A linear with these very weights."""
+    made = torch.nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None)
+    made.weight = nn.Parameter(weight)
+    if bias is not None:
+        made.bias = nn.Parameter(bias)
+    return made

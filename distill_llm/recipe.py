@@ -1,0 +1,257 @@
+"""The recipe: one YAML file that says what to make. Pydantic models are the only place for its names, defaults and docs."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.functional_validators import ModelWrapValidatorHandler
+
+from distill_llm.errors import InputError, one_of
+from distill_llm.faults import InputErrors, faults_of, raise_all
+from distill_llm.losses.objective import LabelsLoss, LogitsLoss, Objective
+from distill_llm.training_fields import check_training_fields
+from distill_llm.yaml_input import override, read_yaml
+
+Unit = Literal["heads", "neurons", "layers"]
+Criterion = Literal["random", "magnitude", "taylor", "fisher", "activation", "block_influence"]
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown names are errors, and assignments are checked like input."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+def _training_fields(fields: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Pydantic validator of a mapping of TrainingArguments fields."""
+    if fields is None:
+        return None
+    clean, faults = check_training_fields(fields)
+    raise_all(faults)
+    return clean
+
+
+class TeacherSection(Section):
+    """The model to learn from."""
+
+    model: str = Field(min_length=1, description="Hub id, folder, or package://PACKAGE/PATH")
+    train: dict[str, Any] | None = Field(
+        None, description="TrainingArguments fields; given, the teacher is first fine-tuned on the task with a fresh head"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="precision of the teacher's weights")
+
+    _check_train = field_validator("train")(_training_fields)
+
+
+class StudentSection(Section):
+    """A student that exists already: pruned earlier, or any smaller model with the teacher's tokenizer."""
+
+    model: str = Field(min_length=1, description="Hub id, folder, or package://PACKAGE/PATH")
+
+
+class ColumnsSection(Section):
+    """Names of the columns of the user's own data."""
+
+    text: str | None = Field(None, description="column with the text, or the first of two")
+    text_pair: str | None = Field(None, description="column with the second text of a pair")
+    label: str | None = Field(None, description="column with the class or the number")
+
+
+class DataSection(Section):
+    """The task and where its data are."""
+
+    task: str = Field(description="a GLUE name, embedded, text, classification or regression")
+    path: str | None = Field(None, description="folder, file, Hub id or package://PACKAGE/PATH; GLUE: nyu-mll/glue")
+    columns: ColumnsSection | None = Field(None, description="column names of the user's own data")
+    max_length: int = Field(128, ge=8, description="tokens an example is cut to")
+    train_examples: int | None = Field(None, ge=1, description="training rows to use; all where left out")
+    holdout_examples: int = Field(0, ge=0, description="training rows kept aside for choices, never trained on")
+
+
+class PruningSection(Section):
+    """What to remove, and how to choose it."""
+
+    keep: float | None = Field(None, gt=0, le=1, description="share of the transformer layers' cost that remains")
+    rounds: int = Field(1, ge=1, description="times to prune and recover until `keep` is reached")
+    schedule: Literal["linear", "cubic"] = Field("cubic", description="how the kept share falls over the rounds")
+    units: list[Unit] = Field(["heads", "neurons"], min_length=1, description="what may be removed")
+    criterion: Criterion = Field("fisher", description="how the importance of a unit is measured")
+    cost: Literal["params", "flops"] = Field("params", description="what `keep` is a share of")
+    scope: Literal["global", "local"] = Field("global", description="rank units over all layers, or in each layer")
+    round_to: int = Field(1, ge=1, description="kept FFN neurons of a layer are a multiple of this")
+    uniform: bool = Field(False, description="the same number of heads and of neurons in every layer")
+    compensate: bool = Field(True, description="fold what removed units contributed into the kept columns")
+    calibration_examples: int = Field(1024, ge=1, description="training rows that importance is measured on")
+    layers: list[int] | None = Field(
+        None, min_length=1, description="indices of the layers to keep, in place of `keep`: nothing else is removed"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "PruningSection":
+        faults = []
+        if self.keep is None and self.layers is None:
+            faults.append(InputError("keep", None, "a number above 0 and at most 1 (or a list of layers in `layers`)"))
+        if self.layers is not None:
+            if self.keep is not None:
+                faults.append(InputError("keep", self.keep, "nothing where `layers` says what to keep"))
+            if self.rounds > 1:
+                faults.append(InputError("rounds", self.rounds, "1 where `layers` says what to keep"))
+            if min(self.layers) < 0 or sorted(set(self.layers)) != self.layers:
+                faults.append(InputError("layers", self.layers, "distinct indices of layers, counted from 0, ascending"))
+        if len(set(self.units)) != len(self.units):
+            faults.append(InputError("units", self.units, "each of heads, neurons, layers at most once"))
+        if self.round_to > 1 and "neurons" not in self.units:
+            faults.append(InputError("round_to", self.round_to, "1 where units has no neurons"))
+        if self.uniform and not {"heads", "neurons"} & set(self.units):
+            faults.append(InputError("uniform", True, "false where units has neither heads nor neurons"))
+        if self.criterion == "block_influence" and self.units != ["layers"]:
+            faults.append(InputError("units", self.units, "[layers] with criterion block_influence"))
+        raise_all(faults)
+        return self
+
+
+class DistillationSection(Section):
+    """Recovery after each round: what is learnt from the teacher (`losses`), and any TrainingArguments field beside it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    losses: Objective = Field(
+        default_factory=lambda: Objective(labels=LabelsLoss(weight=0.5), logits=LogitsLoss(weight=0.5)),
+        description="the terms of the objective: labels, logits, hidden, attention",
+    )
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _check_fields(
+        cls, given: Any, handler: ModelWrapValidatorHandler["DistillationSection"]
+    ) -> "DistillationSection":
+        if not isinstance(given, dict):
+            return handler(given)
+        fields = {name: value for name, value in given.items() if name not in cls.model_fields}
+        clean, faults = check_training_fields(fields, also=tuple(cls.model_fields))
+        section = None
+        try:
+            section = handler({**{name: given[name] for name in given if name in cls.model_fields}, **clean})
+        except ValidationError as error:
+            faults = faults_of(error, cls) + faults
+        raise_all(faults)
+        assert section is not None
+        return section
+
+
+class LatencySection(Section):
+    """The batch that latency, memory and FLOPs are measured on."""
+
+    batch_size: int = Field(32, ge=1, description="examples in the batch")
+    sequence_length: int = Field(64, ge=1, description="tokens of each example")
+
+
+class EvaluationSection(Section):
+    """How models are scored and profiled."""
+
+    batch_size: int = Field(64, ge=1, description="examples at once when scoring")
+    latency: LatencySection = Field(default_factory=LatencySection, description="the batch that is timed")
+
+
+class HubSection(Section):
+    """Where to push the student when the run has ended."""
+
+    repo_id: str = Field(pattern=r"^[\w.-]+/[\w.-]+$", description="USER_OR_ORGANISATION/NAME")
+    private: bool = Field(False, description="whether a new repository is private")
+
+
+class Recipe(Section):
+    """A whole run: `pipeline.run(recipe, output_dir)`."""
+
+    description: str = Field("", description="one line for `distill-llm recipes`")
+    seed: int = Field(0, ge=0, description="of data splits, training and random choices")
+    output_dir: Path = Field(Path("runs/recipe"), description="the run folder; from a file: runs/NAME_OF_THE_FILE")
+    teacher: TeacherSection
+    student: StudentSection | None = Field(None, description="an existing student; left out: the pruned teacher")
+    data: DataSection
+    pruning: PruningSection | None = Field(None, description="how the student is cut from the teacher")
+    distillation: DistillationSection | None = Field(None, description="recovery; left out: no training of the student")
+    final: dict[str, Any] = Field(default_factory=dict, description="TrainingArguments fields of the last recovery")
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="scoring and profiling")
+    hub: HubSection | None = Field(None, description="push the student at the end")
+
+    _check_final = field_validator("final")(_training_fields)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Recipe":
+        faults = []
+        if self.pruning is None and self.student is None:
+            faults.append(InputError("pruning", None, "a pruning section, or student.model for distillation alone"))
+        if self.pruning is not None and self.student is not None:
+            faults.append(InputError("student.model", self.student.model, "nothing where pruning makes the student"))
+        if self.student is not None and self.distillation is None:
+            faults.append(InputError("distillation", None, "a distillation section where student.model is given"))
+        if self.final and self.distillation is None:
+            faults.append(InputError("final", self.final, "nothing without a distillation section"))
+        raise_all(faults)
+        return self
+
+    def training(self, stage: Literal["teacher", "recovery", "final"]) -> dict[str, Any]:
+        """TrainingArguments fields of a stage, the recipe's seed included.
+
+        `teacher`: fine-tuning of the teacher; `recovery`: after a round; `final`: the same with the overrides of `final`.
+        """
+        if stage == "teacher":
+            fields = dict(self.teacher.train or {})
+        else:
+            fields = dict((self.distillation.model_extra if self.distillation else None) or {})
+        if stage == "final":
+            fields |= self.final
+        return {"seed": self.seed, **fields}
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every default written out, as YAML that `load_recipe` reads to an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def recipe_folder() -> Path:
+    """Folder of the shipped recipes: inside an installed package, else beside the package in the repository."""
+    package = Path(__file__).parent
+    installed = package / "_recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes: `quickstart` for recipes/quickstart.yaml."""
+    return sorted(path.stem for path in recipe_folder().glob("*.yaml"))
+
+
+def find_recipe(name: str) -> Path:
+    """Path of a recipe given by path or by the bare name of a shipped one; InputError where there is none."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    if name in recipe_names():
+        return recipe_folder() / f"{name}.yaml"
+    raise InputError("RECIPE", name, f"a YAML file, or {one_of(recipe_names(), name)}")
+
+
+def parse_recipe(given: dict[str, Any]) -> Recipe:
+    """The recipe of a plain mapping; all its faults at once as InputErrors, with dotted field names."""
+    try:
+        return Recipe.model_validate(given)
+    except ValidationError as error:
+        raise InputErrors(faults_of(error, Recipe)) from None
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read and validate a recipe.
+
+    Args:
+        path: a YAML file, or the bare name of a shipped recipe.
+        overrides: `a.b=c` each; the value is YAML, `pruning=null` takes a section out.
+
+    Raises:
+        InputError: one line per fault: field, what was given, what is accepted, the nearest name for an unknown one.
+    """
+    file = find_recipe(str(path))
+    given = {"output_dir": f"runs/{file.stem}", **read_yaml(file)}
+    for text in overrides or []:
+        override(given, text)
+    return parse_recipe(given)

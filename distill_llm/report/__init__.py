@@ -1,0 +1,7 @@
+"""What a run leaves for people: the report with its figures, and the student's model card."""
+
+from distill_llm.report.card import write_card
+from distill_llm.report.report import write_report
+from distill_llm.report.tables import retention
+
+__all__ = ["retention", "write_card", "write_report"]

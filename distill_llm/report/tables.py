@@ -1,0 +1,158 @@
+"""The tables of a report in Markdown, made from the mapping that `metrics.json` holds."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+MISSING = "–"
+
+
+def retention(score: float, teacher_score: float, higher_is_better: bool = True) -> float | None:
+    """How much of the teacher's score a student keeps: student / teacher, or teacher / student where lower is better.
+
+    None where the ratio says nothing: the score to divide by is not above zero.
+    """
+    part, whole = (score, teacher_score) if higher_is_better else (teacher_score, score)
+    return part / whole if whole > 0 else None
+
+
+@dataclass(frozen=True)
+class Column:
+    """One model of the results table: its heading, its score and its costs (the keys of `metrics["student"]`)."""
+
+    name: str
+    score: float
+    costs: Mapping[str, Any]
+
+
+def columns(metrics: Mapping[str, Any]) -> list[Column]:
+    """The models of a run in order: teacher, then what there is of pruned, compensated and recovered.
+
+    Pruned and compensated are those of the last round. They have the student's own layers, and so its costs. A student that
+    was never pruned stands alone as `student`.
+    """
+    student, rounds = metrics["student"], metrics.get("rounds") or []
+    found = [Column("teacher", metrics["teacher"]["score"], metrics["teacher"])]
+    if not rounds:
+        return [*found, Column("student", student["score"], student)]
+    last = rounds[-1]
+    for stage in ("pruned", "compensated"):
+        if last.get(f"score_{stage}") is not None:
+            found.append(Column(stage, last[f"score_{stage}"], student))
+    if last.get("score_recovered") is not None:
+        found.append(Column("recovered", student["score"], student))
+    return found
+
+
+def results_table(metrics: Mapping[str, Any]) -> str:
+    """teacher | pruned | compensated | recovered: score, retention, sizes, FLOPs, memory, latency, speed-up."""
+    models, teacher = columns(metrics), metrics["teacher"]
+    higher = metrics.get("higher_is_better", True)
+    arrow = "" if higher else " (lower is better)"
+    body = [
+        [f"{metrics['metric']}{arrow}", *(f"{m.score:.4f}" for m in models)],
+        ["retention", *(percent(retention(m.score, teacher["score"], higher)) for m in models)],
+    ]
+    for key, label, show in (
+        ("params", "parameters", count),
+        ("layer_params", "parameters of the layers", count),
+        ("flops", "FLOPs of a batch", flops),
+        ("weights_mb", "memory of the weights", megabytes),
+        ("peak_memory_mb", "peak memory", megabytes),
+        ("latency_ms", "latency of a batch", milliseconds),
+    ):
+        if teacher.get(key) is not None:
+            body.append([label, *(_with_share(m.costs.get(key), teacher[key], show, m.name) for m in models)])
+    if metrics.get("speedup") is not None:
+        body.append(["measured speed-up", "1.00x", *[speedup(metrics)] * (len(models) - 1)])
+    return markdown_table(["", *(m.name for m in models)], body)
+
+
+def rounds_table(metrics: Mapping[str, Any]) -> str:
+    """One line a round: budget, what was kept, the three scores, the seconds of each stage. Empty without rounds."""
+    rounds = metrics.get("rounds") or []
+    if not rounds:
+        return ""
+    stages = [stage for stage in ("pruned", "compensated", "recovered") if any(r.get(f"score_{stage}") for r in rounds)]
+    body = []
+    for number, each in enumerate(rounds, 1):
+        seconds = ", ".join(f"{stage} {duration(value)}" for stage, value in (each.get("seconds") or {}).items())
+        scores = [each.get(f"score_{stage}") for stage in stages]
+        shown = [MISSING if score is None else f"{score:.4f}" for score in scores]
+        kept = [percent(each.get("keep")), percent(each.get("layer_params_kept"))]
+        body.append([str(number), *kept, *shown, seconds or MISSING])
+    return markdown_table(["round", "target", "layer parameters kept", *stages, "time"], body)
+
+
+def latency_note(metrics: Mapping[str, Any]) -> str:
+    """One sentence: the device, the batch that was timed, and how the speed-up was measured."""
+    size = metrics.get("latency") or {}
+    batch = f" on batches of {size['batch_size']} x {size['sequence_length']} tokens" if size else ""
+    paired = " Speed-up: median of paired ratios, teacher and student in turn in one run (smallest–largest)."
+    return f"Measured on {metrics['device']}{batch}.{paired if metrics.get('speedup') is not None else ''}"
+
+
+def markdown_table(head: Iterable[str], body: Iterable[Iterable[str]]) -> str:
+    """A GitHub table with aligned source; all columns but the first are right-aligned."""
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in (head, *body)]
+    widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = [
+        [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        for row in rows
+    ]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (lines[0], rule, *lines[1:])) + "\n"
+
+
+def percent(share: float | None) -> str:
+    """`0.4975` as `49.8%`."""
+    return MISSING if share is None else f"{100 * share:.1f}%"
+
+
+def count(number: float) -> str:
+    """A number of parameters, as `22.7 M`."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number:.0f}"
+
+
+def flops(number: float) -> str:
+    """FLOPs as `1.21 G`."""
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return f"{number:.0f}"
+
+
+def megabytes(number: float) -> str:
+    """Memory, given in MB."""
+    return f"{number:.1f} MB" if number < 1000 else f"{number / 1000:.2f} GB"
+
+
+def milliseconds(number: float) -> str:
+    """A latency, given in milliseconds."""
+    return f"{number:.1f} ms"
+
+
+def duration(seconds: float) -> str:
+    """A stage's time as `42 s`, `3 min 5 s` or `2 h 10 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def speedup(metrics: Mapping[str, Any]) -> str:
+    """The measured speed-up with its smallest and largest ratio, as `1.92x (1.85–1.99)`."""
+    low, high = metrics.get("speedup_min"), metrics.get("speedup_max")
+    spread = "" if low is None or high is None else f" ({low:.2f}–{high:.2f})"
+    return f"{metrics['speedup']:.2f}x{spread}"
+
+
+def _with_share(value: float | None, whole: float, show: Any, name: str) -> str:
+    if value is None:
+        return MISSING
+    return show(value) if name == "teacher" or not whole else f"{show(value)} ({100 * value / whole:.0f}%)"

@@ -1,0 +1,73 @@
+"""How to load a student, as Python that can be pasted; read from the student's own config.json."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from distill_llm.errors import InputError
+
+# Head of the architecture's name -> (auto class, the Hub's pipeline tag)
+HEADS = {
+    "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
+    "ForMaskedLM": ("AutoModelForMaskedLM", "fill-mask"),
+    "ForTokenClassification": ("AutoModelForTokenClassification", "token-classification"),
+    "ForQuestionAnswering": ("AutoModelForQuestionAnswering", "question-answering"),
+    "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
+}
+NO_HEAD = ("AutoModel", "feature-extraction")
+
+
+def read_config(student_dir: str | Path) -> dict[str, Any]:
+    """The student's config.json.
+
+    Raises:
+        InputError: the folder holds no config.json, or it is not JSON.
+    """
+    path = Path(student_dir) / "config.json"
+    accepted = "a folder with a model: config.json and its weights, such as student/ of a run"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError("student_dir", str(student_dir), accepted) from error
+
+
+def auto_class(config: dict[str, Any]) -> tuple[str, str]:
+    """The transformers auto class that loads the model, and the Hub's name for what it does."""
+    architecture = (config.get("architectures") or [""])[0]
+    return next((names for head, names in HEADS.items() if architecture.endswith(head)), NO_HEAD)
+
+
+def needs_code(config: dict[str, Any]) -> bool:
+    """Whether the checkpoint carries its own modelling file, which transformers runs with `trust_remote_code=True` only."""
+    return "auto_map" in config
+
+
+def snippet(student_dir: str | Path, model_id: str) -> str:
+    """Python source that loads the student and its tokenizer from `model_id` and runs it on a sentence."""
+    config = read_config(student_dir)
+    loader, tag = auto_class(config)
+    trust = ", trust_remote_code=True" if needs_code(config) else ""
+    if tag == "text-classification" and config.get("problem_type") != "regression" and _num_labels(config) > 1:
+        result = "print(model.config.id2label[logits.argmax(-1).item()])"
+    elif tag == "fill-mask":
+        result = "print(tokenizer.batch_decode(logits.argmax(-1)))"
+    else:
+        result = "print(logits)"
+    output = "last_hidden_state" if tag == "feature-extraction" else "logits"
+    text = 'f"A good film is a {tokenizer.mask_token} thing."' if tag == "fill-mask" else '"A sentence to try it on."'
+    return (
+        "import torch\n"
+        f"from transformers import {loader}, AutoTokenizer\n\n"
+        f'model_id = "{model_id}"\n'
+        "tokenizer = AutoTokenizer.from_pretrained(model_id)\n"
+        f"model = {loader}.from_pretrained(model_id{trust}).eval()\n\n"
+        f'inputs = tokenizer({text}, return_tensors="pt")\n'
+        "with torch.inference_mode():\n"
+        f"    logits = model(**inputs).{output}\n"
+        f"{result}\n"
+    )
+
+
+def _num_labels(config: dict[str, Any]) -> int:
+    # transformers leaves the labels out of config.json where there are two
+    return len(config.get("id2label") or (0, 1))

