@@ -1,12 +1,18 @@
 """Loading models, pruned or not, with a check that every weight came from the checkpoint."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
+from distill_llm.data.tasks import Task
 from distill_llm.errors import InputError
 from distill_llm.pruning.modeling_pruned import STOCK_PREFIX, pruned_class
 
@@ -29,25 +35,9 @@ def load_pretrained(model: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
     if stock is None:
         raise InputError("model", name, "a class of the installed transformers, or a pruned one made here")
     model_class = pruned_class(stock) if name.startswith(STOCK_PREFIX) else stock
-    return load_checked(model_class, model, config=config, **kwargs)
-
-
-def load_checked(
-    model_class: type, model: str | os.PathLike, *, fresh: tuple[str, ...] = (), **kwargs: Any
-) -> PreTrainedModel:
-    """`model_class.from_pretrained`, refused unless the checkpoint and the model agree on every key and size.
-
-    Args:
-        model_class: a model class or an auto class.
-        fresh: prefixes of keys that may be newly initialised or unused, such as a new task head.
-
-    Raises:
-        InputError: naming the first keys that are missing, unexpected or of another size.
-    """
-    loaded, info = model_class.from_pretrained(model, output_loading_info=True, **kwargs)
+    loaded, info = model_class.from_pretrained(model, config=config, output_loading_info=True, **kwargs)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        keys = [key if isinstance(key, str) else key[0] for key in info[kind]]
-        keys = sorted(key for key in keys if not key.startswith(fresh or ("\0",)))
+        keys = sorted(key if isinstance(key, str) else key[0] for key in info[kind])
         if keys:
             shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
             raise InputError(
@@ -56,6 +46,35 @@ def load_checked(
     return loaded
 
 
-def is_local(model: str) -> bool:
-    """Whether a model's name is a folder on this machine."""
-    return Path(model).is_dir()
+def load_for_task(model: str | os.PathLike, task: Task) -> PreTrainedModel:
+    """A model with a head for a task, for training: the checkpoint's own where it fits, else a new one.
+
+    Raises:
+        InputError: if weights below the head are missing from the checkpoint, or the family has no such head.
+    """
+    auto = AutoModelForMaskedLM if task.kind == "masked_lm" else AutoModelForSequenceClassification
+    config = AutoConfig.from_pretrained(model)
+    stock = auto._model_mapping.get(type(config), None)
+    if stock is None:
+        raise InputError("model", config.model_type, f"a family with a head for {task.kind}")
+    trained_labels = config.num_labels
+    if task.kind != "masked_lm":
+        names = task.label_names or ("value",)
+        config.num_labels = task.num_labels
+        config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+        config.problem_type = "regression" if task.kind == "regression" else "single_label_classification"
+    is_pruned = any(name.startswith(STOCK_PREFIX) for name in config.architectures or ())
+    model_class = pruned_class(stock) if is_pruned else stock
+    fits = task.kind == "masked_lm" or trained_labels == task.num_labels
+    if fits:
+        loaded, info = model_class.from_pretrained(model, config=config, output_loading_info=True)
+    else:  # a head of another size: take the weights below it, through the family's base model
+        base = AutoModel._model_mapping[type(config)]
+        below = (pruned_class(base) if is_pruned else base).from_pretrained(model)
+        weights = {f"{model_class.base_model_prefix}.{key}": value for key, value in below.state_dict().items()}
+        loaded, info = model_class.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True)
+    prefix = f"{model_class.base_model_prefix}."
+    lost = sorted(key for key in info["missing_keys"] if key.startswith(prefix) and ".pooler." not in key)
+    if lost:
+        raise InputError("model", str(model), f"a checkpoint with the weights below the head ({lost[0]} is missing)")
+    return loaded

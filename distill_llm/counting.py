@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -25,9 +25,9 @@ def count_params(model: PreTrainedModel) -> tuple[int, int]:
 def count_flops(model: PreTrainedModel, batch_size: int = 32, sequence_length: int = 64) -> int:
     """Count the floating point operations of one forward pass of a batch of full-length sequences.
 
-    The operations that are really dispatched are counted by `torch.utils.flop_counter`, a multiply-add as two: linear layers
-    (bias left out) and both products of attention. PyTorch has formulas for the attention kernels of CUDA only; those of
-    the CPU and of MPS are added here, so that SDPA counts the same as eager attention. Causal attention counts in full.
+    `torch.utils.flop_counter` counts the operations that are really dispatched, a multiply-add as two: linear layers
+    (bias left out) and both products of attention. PyTorch has formulas for the attention kernels of CUDA only; those
+    of the CPU and of MPS are added here, so that SDPA counts as eager attention does. Causal attention counts in full.
 
     Raises:
         InputError: as `profile`.
@@ -50,11 +50,11 @@ def weights_memory(model: nn.Module) -> int:
 def peak_memory(model: PreTrainedModel, batch_size: int = 32, sequence_length: int = 64) -> int:
     """Bytes held at once, at most, by the weights and what one forward pass allocates.
 
-    On CUDA: `torch.cuda.max_memory_allocated` over one forward pass, less what was held before it, plus this model's weights;
-    another model on the same device therefore does not count. Elsewhere the tensors themselves are followed: each
-    storage that an operation creates counts from its creation until it is freed. This is exact and repeatable, where the
-    process's resident memory depends on the allocator and on everything else in the process; scratch space inside a
-    kernel is not seen. The input ids do not count.
+    On CUDA: `torch.cuda.max_memory_allocated` over one forward pass, less what was held before it, plus this model's
+    weights; another model on the same device therefore does not count. Elsewhere the tensors themselves are followed:
+    each storage that an operation creates counts from its creation until it is freed. This is exact and repeatable,
+    where the process's resident memory depends on the allocator and on everything else in the process; scratch space
+    inside a kernel is not seen. The input ids do not count.
 
     Raises:
         InputError: as `profile`.
@@ -75,7 +75,7 @@ def full_length_inputs(model: PreTrainedModel, batch_size: int, sequence_length:
     positions = _positions(model)
     if positions is not None and sequence_length > positions:
         raise InputError("sequence_length", sequence_length, f"at most {positions}, the positions of this model")
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     ids = torch.randint(0, vocabulary, (batch_size, sequence_length), generator=torch.Generator().manual_seed(0))
     padding = getattr(model.config, "pad_token_id", None)
     if padding is not None:

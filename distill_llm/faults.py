@@ -1,4 +1,4 @@
-"""Pydantic's validation errors as lines for people: dotted field, what was given, what is accepted, the nearest name."""
+"""Pydantic's validation errors as lines to read: dotted field, what was given, what is accepted, the nearest name."""
 
 import re
 from collections.abc import Iterable
@@ -47,14 +47,15 @@ def faults_of(error: ValidationError, model: type[BaseModel]) -> list[InputError
     accepted: dict[str, list[str]] = {}
     given: dict[str, Any] = {}
     for details in error.errors():
-        names, owner, info = _place(details["loc"], model)
+        names, within, owner, info = _place(details["loc"], model)
         cause = details.get("ctx", {}).get("error")
         if isinstance(cause, InputError):
             found = [([*names, fault.field], fault.given, fault.accepted) for fault in faults_in(cause)]
         elif details["type"] == "missing":
             found = [(names, _Nothing(), _meaning(info))]
         else:
-            found = [(names, details["input"], _accepted(details, owner, info))]
+            words = _accepted(details, owner, info)
+            found = [(names, details["input"], f"in a list, {words} at {'.'.join(within)}" if within else words)]
         for path, value, words in found:
             field = ".".join(filter(None, path))
             given.setdefault(field, value)
@@ -63,22 +64,31 @@ def faults_of(error: ValidationError, model: type[BaseModel]) -> list[InputError
     return [InputError(field, given[field], " or ".join(words)) for field, words in accepted.items()]
 
 
-def _place(loc: tuple[int | str, ...], model: type[BaseModel]) -> tuple[list[str], type[BaseModel], FieldInfo | None]:
-    """Names on the way to a fault (without pydantic's tags of union members), the model it is in and its field."""
+def _place(
+    loc: tuple[int | str, ...], model: type[BaseModel]
+) -> tuple[list[str], list[str], type[BaseModel], FieldInfo | None]:
+    """Where a fault is: the names on the way to it, the indices inside a member of a union, its model and its field.
+
+    Pydantic puts a tag such as `list[int]` for a member of a union into the location; it is in neither list.
+    """
     names: list[str] = []
-    owner, inner, info = model, {model}, None
+    within: list[str] = []
+    in_union = False
+    owner, inner, info = model, [model], None
     for part in loc:
         fields = {name: (m, f) for m in inner for name, f in m.model_fields.items()}
-        if isinstance(part, str) and part in fields:
-            owner, info = fields[part]
-            inner = set(_models(info.annotation))
-            names.append(part)
-        elif isinstance(part, int):
+        if part in fields:
+            owner, info = fields[str(part)]
+            inner = _models(info.annotation)
             names.append(str(part))
-        elif inner and part not in {m.__name__ for m in inner}:
-            owner, info = next(iter(inner)), None
+        elif in_union:
+            within.append(str(part))
+        elif isinstance(part, str) and "[" in part:
+            in_union = True
+        else:
+            owner = inner[0] if inner and isinstance(part, str) else owner
             names.append(str(part))
-    return names, owner, info
+    return names, within, owner, info
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
@@ -116,7 +126,7 @@ def _accepted(details: ErrorDetails, owner: type[BaseModel], info: FieldInfo | N
         return ("a whole number" if whole else "a number") + _bounds(info)
     if kind.startswith(("string_", "path_", "list_", "too_", "tuple_")):
         noun = {"string": "text", "path": "a path"}.get(kind.split("_")[0], "a list")
-        return f"{noun} ({info.description})" if info is not None and info.description else details["msg"]
+        return f"{noun} ({info.description})" if info is not None and info.description else noun
     return details["msg"].removeprefix("Value error, ")
 
 
@@ -124,7 +134,7 @@ def _bounds(info: FieldInfo | None) -> str:
     """The bounds of a number's field in words: ` above 0 and at most 1`."""
     words = []
     for bound in info.metadata if info is not None else []:
-        for name, word in (("gt", "above"), ("ge", "at least"), ("lt", "below"), ("le", "at most")):
+        for name, word in (("gt", "above"), ("ge", "of at least"), ("lt", "below"), ("le", "at most")):
             if getattr(bound, name, None) is not None:
                 words.append(f"{word} {getattr(bound, name)}")
     return " " + " and ".join(words) if words else ""

@@ -1,7 +1,7 @@
 """What a model costs on this device: parameters, FLOPs, memory and latency, for one model or two side by side.
 
-Everything is measured on one forward pass of a batch of full-length token ids (no padding), in eval mode, in the model's own
-dtype and on the device it is on. A pruned model needs nothing special: what is not executed is not counted.
+Everything is measured on one forward pass of a batch of full-length token ids (no padding), in eval mode, in the
+model's own dtype and on the device it is on. A pruned model needs nothing special: what is not executed is not counted.
 """
 
 import platform
@@ -111,8 +111,8 @@ def compare(
 ) -> Comparison:
     """Measure two models in one run, taking turns, so that a slow moment of the machine hits both.
 
-    Each repeat times both models, the one to go first changing every time, and gives one ratio; the speed-up is the median of
-    these paired ratios. See `profile` for the arguments and errors.
+    Each repeat times both models, the one to go first changing every time, and gives one ratio; the speed-up is the
+    median of these paired ratios. See `profile` for the arguments and errors.
     """
     pair = (model, other)
     inputs = [full_length_inputs(each, batch_size, sequence_length) for each in pair]

@@ -1,4 +1,4 @@
-"""The recipe: one YAML file that says what to make. Pydantic models are the only place for its names, defaults and docs."""
+"""The recipe: a YAML file that says what to make. The models here are the one place for names, defaults, docs."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -37,9 +37,10 @@ class TeacherSection(Section):
 
     model: str = Field(min_length=1, description="Hub id, folder, or package://PACKAGE/PATH")
     train: dict[str, Any] | None = Field(
-        None, description="TrainingArguments fields; given, the teacher is first fine-tuned on the task with a fresh head"
+        default=None,
+        description="TrainingArguments fields; given, the teacher is first fine-tuned on the task with a fresh head",
     )
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="precision of the teacher's weights")
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="precision of the teacher's weights")
 
     _check_train = field_validator("train")(_training_fields)
 
@@ -53,38 +54,48 @@ class StudentSection(Section):
 class ColumnsSection(Section):
     """Names of the columns of the user's own data."""
 
-    text: str | None = Field(None, description="column with the text, or the first of two")
-    text_pair: str | None = Field(None, description="column with the second text of a pair")
-    label: str | None = Field(None, description="column with the class or the number")
+    text: str | None = Field(default=None, description="column with the text, or the first of two")
+    text_pair: str | None = Field(default=None, description="column with the second text of a pair")
+    label: str | None = Field(default=None, description="column with the class or the number")
 
 
 class DataSection(Section):
     """The task and where its data are."""
 
     task: str = Field(description="a GLUE name, embedded, text, classification or regression")
-    path: str | None = Field(None, description="folder, file, Hub id or package://PACKAGE/PATH; GLUE: nyu-mll/glue")
-    columns: ColumnsSection | None = Field(None, description="column names of the user's own data")
-    max_length: int = Field(128, ge=8, description="tokens an example is cut to")
-    train_examples: int | None = Field(None, ge=1, description="training rows to use; all where left out")
-    holdout_examples: int = Field(0, ge=0, description="training rows kept aside for choices, never trained on")
+    path: str | None = Field(
+        default=None, description="folder, file, Hub id or package://PACKAGE/PATH; GLUE: nyu-mll/glue"
+    )
+    columns: ColumnsSection | None = Field(default=None, description="column names of the user's own data")
+    max_length: int = Field(default=128, ge=8, description="tokens an example is cut to")
+    train_examples: int | None = Field(default=None, ge=1, description="training rows to use; all where left out")
+    holdout_examples: int = Field(default=0, ge=0, description="training rows kept aside for choices, never trained on")
 
 
 class PruningSection(Section):
     """What to remove, and how to choose it."""
 
-    keep: float | None = Field(None, gt=0, le=1, description="share of the transformer layers' cost that remains")
-    rounds: int = Field(1, ge=1, description="times to prune and recover until `keep` is reached")
-    schedule: Literal["linear", "cubic"] = Field("cubic", description="how the kept share falls over the rounds")
-    units: list[Unit] = Field(["heads", "neurons"], min_length=1, description="what may be removed")
-    criterion: Criterion = Field("fisher", description="how the importance of a unit is measured")
-    cost: Literal["params", "flops"] = Field("params", description="what `keep` is a share of")
-    scope: Literal["global", "local"] = Field("global", description="rank units over all layers, or in each layer")
-    round_to: int = Field(1, ge=1, description="kept FFN neurons of a layer are a multiple of this")
-    uniform: bool = Field(False, description="the same number of heads and of neurons in every layer")
-    compensate: bool = Field(True, description="fold what removed units contributed into the kept columns")
-    calibration_examples: int = Field(1024, ge=1, description="training rows that importance is measured on")
+    keep: float | None = Field(
+        default=None, gt=0, le=1, description="share of the transformer layers' cost that remains"
+    )
+    rounds: int = Field(default=1, ge=1, description="times to prune and recover until `keep` is reached")
+    schedule: Literal["linear", "cubic"] = Field(
+        default="cubic", description="how the kept share falls over the rounds"
+    )
+    units: list[Unit] = Field(default=["heads", "neurons"], min_length=1, description="what may be removed")
+    criterion: Criterion = Field(default="fisher", description="how the importance of a unit is measured")
+    cost: Literal["params", "flops"] = Field(default="params", description="what `keep` is a share of")
+    scope: Literal["global", "local"] = Field(
+        default="global", description="rank units over all layers, or in each layer"
+    )
+    round_to: int = Field(default=1, ge=1, description="kept FFN neurons of a layer are a multiple of this")
+    uniform: bool = Field(default=False, description="the same number of heads and of neurons in every layer")
+    compensate: bool = Field(default=True, description="fold what removed units contributed into the kept columns")
+    calibration_examples: int = Field(default=1024, ge=1, description="training rows that importance is measured on")
     layers: list[int] | None = Field(
-        None, min_length=1, description="indices of the layers to keep, in place of `keep`: nothing else is removed"
+        default=None,
+        min_length=1,
+        description="indices of the layers to keep, in place of `keep`: nothing else is removed",
     )
 
     @model_validator(mode="after")
@@ -98,7 +109,9 @@ class PruningSection(Section):
             if self.rounds > 1:
                 faults.append(InputError("rounds", self.rounds, "1 where `layers` says what to keep"))
             if min(self.layers) < 0 or sorted(set(self.layers)) != self.layers:
-                faults.append(InputError("layers", self.layers, "distinct indices of layers, counted from 0, ascending"))
+                faults.append(
+                    InputError("layers", self.layers, "distinct indices of layers, counted from 0, ascending")
+                )
         if len(set(self.units)) != len(self.units):
             faults.append(InputError("units", self.units, "each of heads, neurons, layers at most once"))
         if self.round_to > 1 and "neurons" not in self.units:
@@ -107,17 +120,24 @@ class PruningSection(Section):
             faults.append(InputError("uniform", True, "false where units has neither heads nor neurons"))
         if self.criterion == "block_influence" and self.units != ["layers"]:
             faults.append(InputError("units", self.units, "[layers] with criterion block_influence"))
+        if "layers" in self.units and self.units != ["layers"]:
+            for name, wanted in (("criterion", "fisher"), ("scope", "global"), ("uniform", False)):
+                if getattr(self, name) != wanted:
+                    accepted = f"{str(wanted).lower()} where units has layers together with heads or neurons"
+                    faults.append(InputError(name, getattr(self, name), accepted))
         raise_all(faults)
         return self
 
 
 class DistillationSection(Section):
-    """Recovery after each round: what is learnt from the teacher (`losses`), and any TrainingArguments field beside it."""
+    """Recovery after each round: what is learnt from the teacher, and any TrainingArguments field beside it."""
 
     model_config = ConfigDict(extra="allow")
 
     losses: Objective = Field(
-        default_factory=lambda: Objective(labels=LabelsLoss(weight=0.5), logits=LogitsLoss(weight=0.5)),
+        default_factory=lambda: Objective(
+            labels=LabelsLoss(weight=0.5), logits=LogitsLoss(weight=0.5, temperature=1.0)
+        ),
         description="the terms of the objective: labels, logits, hidden, attention",
     )
 
@@ -143,14 +163,14 @@ class DistillationSection(Section):
 class LatencySection(Section):
     """The batch that latency, memory and FLOPs are measured on."""
 
-    batch_size: int = Field(32, ge=1, description="examples in the batch")
-    sequence_length: int = Field(64, ge=1, description="tokens of each example")
+    batch_size: int = Field(default=32, ge=1, description="examples in the batch")
+    sequence_length: int = Field(default=64, ge=1, description="tokens of each example")
 
 
 class EvaluationSection(Section):
     """How models are scored and profiled."""
 
-    batch_size: int = Field(64, ge=1, description="examples at once when scoring")
+    batch_size: int = Field(default=64, ge=1, description="examples at once when scoring")
     latency: LatencySection = Field(default_factory=LatencySection, description="the batch that is timed")
 
 
@@ -158,23 +178,29 @@ class HubSection(Section):
     """Where to push the student when the run has ended."""
 
     repo_id: str = Field(pattern=r"^[\w.-]+/[\w.-]+$", description="USER_OR_ORGANISATION/NAME")
-    private: bool = Field(False, description="whether a new repository is private")
+    private: bool = Field(default=False, description="whether a new repository is private")
 
 
 class Recipe(Section):
     """A whole run: `pipeline.run(recipe, output_dir)`."""
 
-    description: str = Field("", description="one line for `distill-llm recipes`")
-    seed: int = Field(0, ge=0, description="of data splits, training and random choices")
-    output_dir: Path = Field(Path("runs/recipe"), description="the run folder; from a file: runs/NAME_OF_THE_FILE")
+    description: str = Field(default="", description="one line for `distill-llm recipes`")
+    seed: int = Field(default=0, ge=0, description="of data splits, training and random choices")
+    output_dir: Path = Field(
+        default=Path("runs/recipe"), description="the run folder; from a file: runs/NAME_OF_THE_FILE"
+    )
     teacher: TeacherSection
-    student: StudentSection | None = Field(None, description="an existing student; left out: the pruned teacher")
+    student: StudentSection | None = Field(
+        default=None, description="an existing student; left out: the pruned teacher"
+    )
     data: DataSection
-    pruning: PruningSection | None = Field(None, description="how the student is cut from the teacher")
-    distillation: DistillationSection | None = Field(None, description="recovery; left out: no training of the student")
+    pruning: PruningSection | None = Field(default=None, description="how the student is cut from the teacher")
+    distillation: DistillationSection | None = Field(
+        default=None, description="recovery; left out: no training of the student"
+    )
     final: dict[str, Any] = Field(default_factory=dict, description="TrainingArguments fields of the last recovery")
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="scoring and profiling")
-    hub: HubSection | None = Field(None, description="push the student at the end")
+    hub: HubSection | None = Field(default=None, description="push the student at the end")
 
     _check_final = field_validator("final")(_training_fields)
 
@@ -195,7 +221,7 @@ class Recipe(Section):
     def training(self, stage: Literal["teacher", "recovery", "final"]) -> dict[str, Any]:
         """TrainingArguments fields of a stage, the recipe's seed included.
 
-        `teacher`: fine-tuning of the teacher; `recovery`: after a round; `final`: the same with the overrides of `final`.
+        `teacher`: fine-tuning of the teacher; `recovery`: after a round; `final`: that with the overrides of `final`.
         """
         if stage == "teacher":
             fields = dict(self.teacher.train or {})
@@ -220,6 +246,11 @@ def recipe_folder() -> Path:
 def recipe_names() -> list[str]:
     """Names of the shipped recipes: `quickstart` for recipes/quickstart.yaml."""
     return sorted(path.stem for path in recipe_folder().glob("*.yaml"))
+
+
+def recipe_descriptions() -> dict[str, str]:
+    """The shipped recipes by name, each with its line of description."""
+    return {name: str(read_yaml(find_recipe(name)).get("description", "")) for name in recipe_names()}
 
 
 def find_recipe(name: str) -> Path:

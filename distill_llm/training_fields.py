@@ -1,4 +1,4 @@
-"""Checks the TrainingArguments fields that a recipe names, without importing torch: bad names and values are answered at once."""
+"""Checks the TrainingArguments fields that a recipe names, at once: torch is not imported."""
 
 import ast
 from collections.abc import Mapping
@@ -116,6 +116,6 @@ def _convert(name: str, value: Any, types: tuple[str, ...]) -> Any:
         else:
             raise InputError(name, value, " or ".join(NOUNS[kind] for kind in types if kind in NOUNS))
     low = MINIMUM.get(name)
-    if low is not None and isinstance(value, (int, float)) and (value < low or value != value):
+    if low is not None and isinstance(value, (int, float)) and not value >= low:
         raise InputError(name, given, f"a number of at least {low}")
     return value

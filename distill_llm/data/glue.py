@@ -47,7 +47,8 @@ def load_glue(name: str, path: str | None) -> Splits:
 
     Args:
         name: a key of `GLUE`.
-        path: a folder with `train.tsv` and `dev.tsv`, a Hub id or a folder laid out as its repository; None for the Hub's copy.
+        path: a folder with `train.tsv` and `dev.tsv`, a Hub id or a folder laid out as its repository; None for the
+            Hub's copy.
 
     Raises:
         InputError: a missing folder, file or column, or a label that is not one of the task's.
@@ -69,8 +70,8 @@ def load_glue(name: str, path: str | None) -> Splits:
 def read_tsv(file: Path, task: Task) -> Dataset:
     """Rows of one official TSV file: the task's text columns and `labels`.
 
-    Quotes are ordinary characters in these files. Lines with fewer fields than the header (a few in QQP) and MNLI's pairs
-    without a gold label are left out, as the Hub's copy does.
+    Quotes are ordinary characters in these files. Lines with fewer fields than the header (a few in QQP) and MNLI's
+    pairs without a gold label are left out, as the Hub's copy does.
 
     Raises:
         InputError: the file or a column is missing, no row is left, or a label is not one of the task's.

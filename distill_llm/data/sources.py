@@ -50,8 +50,8 @@ def read_splits(path: str, config: str | None = None, field: str = "data.path") 
     """All splits of a file, a folder or a Hub data set, under the names `train`, `validation` and `test`.
 
     A lone file is `train`. In a folder, files are told apart by their names (`train.csv`, `dev.jsonl`, ...); text files
-    with other names make up `train` together. Anything else goes through `datasets.load_dataset`: a folder laid out as a
-    Hub repository, or a Hub id, with the configuration after a colon (`Salesforce/wikitext:wikitext-2-raw-v1`).
+    with other names make up `train` together. Anything else goes through `datasets.load_dataset`: a folder laid out as
+    a Hub repository, or a Hub id, with the configuration after a colon (`Salesforce/wikitext:wikitext-2-raw-v1`).
 
     Args:
         path: file, folder, or Hub id, with `package://` already resolved.
@@ -79,7 +79,7 @@ def read_splits(path: str, config: str | None = None, field: str = "data.path") 
 def _load(name: str, config: str | None, path: str, field: str) -> Splits:
     try:
         loaded = load_dataset(str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name, config)
-    except Exception as error:  # noqa: BLE001 - `datasets` raises many kinds; to the user all mean: not readable
+    except Exception as error:  # `datasets` raises many kinds
         accepted = f"an existing file or folder, or the id of a data set on the Hub ({_one_line(error)})"
         raise InputError(field, path, accepted) from error
     known = {alias: split for split, aliases in SPLIT_NAMES.items() for alias in (*aliases, f"{aliases[0]}_matched")}
@@ -110,7 +110,7 @@ def _read_files(files: list[Path], field: str) -> Dataset:
         if kind == ".tsv":
             options |= {"sep": "\t", "quoting": 3}
         return load_dataset(READERS[kind], data_files=names, split="train", **options)
-    except Exception as error:  # noqa: BLE001 - as above
+    except Exception as error:
         raise InputError(field, ", ".join(names), f"a well-formed {kind} file ({_one_line(error)})") from error
 
 

@@ -39,7 +39,8 @@ class Task:
 class TaskData:
     """A task with its rows, raw or encoded.
 
-    Raw rows have the task's text columns and `labels` (an integer class id or a float; absent for masked language modelling).
+    Raw rows have the task's text columns and `labels` (an integer class id or a float; absent for masked language
+    modelling).
 
     Attributes:
         task: what the rows mean.

@@ -28,8 +28,8 @@ class Column:
 def columns(metrics: Mapping[str, Any]) -> list[Column]:
     """The models of a run in order: teacher, then what there is of pruned, compensated and recovered.
 
-    Pruned and compensated are those of the last round. They have the student's own layers, and so its costs. A student that
-    was never pruned stands alone as `student`.
+    Pruned and compensated are those of the last round. They have the student's own layers, and so its costs. A student
+    that was never pruned stands alone as `student`.
     """
     student, rounds = metrics["student"], metrics.get("rounds") or []
     found = [Column("teacher", metrics["teacher"]["score"], metrics["teacher"])]
@@ -73,7 +73,11 @@ def rounds_table(metrics: Mapping[str, Any]) -> str:
     rounds = metrics.get("rounds") or []
     if not rounds:
         return ""
-    stages = [stage for stage in ("pruned", "compensated", "recovered") if any(r.get(f"score_{stage}") for r in rounds)]
+    stages = [
+        stage
+        for stage in ("pruned", "compensated", "recovered")
+        if any(r.get(f"score_{stage}") is not None for r in rounds)
+    ]
     body = []
     for number, each in enumerate(rounds, 1):
         seconds = ", ".join(f"{stage} {duration(value)}" for stage, value in (each.get("seconds") or {}).items())

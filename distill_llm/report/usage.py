@@ -38,8 +38,8 @@ def auto_class(config: dict[str, Any]) -> tuple[str, str]:
 
 
 def needs_code(config: dict[str, Any]) -> bool:
-    """Whether the checkpoint carries its own modelling file, which transformers runs with `trust_remote_code=True` only."""
-    return "auto_map" in config
+    """Whether the checkpoint carries its own modelling file, to be run with `trust_remote_code=True`."""
+    return bool(config.get("auto_map"))
 
 
 def snippet(student_dir: str | Path, model_id: str) -> str:

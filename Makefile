@@ -1,0 +1,30 @@
+# Everything runs in .venv, made from a bare Python; versions are pinned in constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: quickstart test test-slow lint clean
+
+quickstart: .venv/installed  ## prune and distill the embedded model on the embedded data
+	HF_HUB_OFFLINE=1 $(BIN)/distill-llm run recipes/quickstart.yaml --output-dir runs/quickstart
+	@cat runs/quickstart/report.md
+
+test: .venv/installed  ## the fast tests
+	$(BIN)/python -m pytest
+
+test-slow: .venv/installed  ## all tests, the slow ones too
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: .venv/installed  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[quickstart,dev]"
+	touch $@
+
+clean:
+	rm -rf .venv runs build dist *.egg-info

@@ -1,0 +1,77 @@
+"""Prune and distill Hugging Face models.
+
+The public names load on first use, so that the command line answers at once.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distill_llm.checkpoint import load_pretrained
+    from distill_llm.errors import InputError
+    from distill_llm.pipeline import RunResult, run
+    from distill_llm.profiling import Comparison, Profile, compare, profile
+    from distill_llm.pruning.criteria import Importance, score
+    from distill_llm.pruning.masking import masked
+    from distill_llm.pruning.plan import LayerPlan, PruningPlan, keep_layers, plan_pruning
+    from distill_llm.pruning.statistics import Statistics, collect_statistics
+    from distill_llm.pruning.surgery import prune
+    from distill_llm.recipe import Recipe, load_recipe
+    from distill_llm.trainer import DistillationConfig, DistillationTrainer
+
+_HOMES = {
+    "load_pretrained": "checkpoint",
+    "InputError": "errors",
+    "RunResult": "pipeline",
+    "run": "pipeline",
+    "Comparison": "profiling",
+    "Profile": "profiling",
+    "compare": "profiling",
+    "profile": "profiling",
+    "Importance": "pruning.criteria",
+    "score": "pruning.criteria",
+    "masked": "pruning.masking",
+    "LayerPlan": "pruning.plan",
+    "PruningPlan": "pruning.plan",
+    "keep_layers": "pruning.plan",
+    "plan_pruning": "pruning.plan",
+    "Statistics": "pruning.statistics",
+    "collect_statistics": "pruning.statistics",
+    "prune": "pruning.surgery",
+    "Recipe": "recipe",
+    "load_recipe": "recipe",
+    "DistillationConfig": "trainer",
+    "DistillationTrainer": "trainer",
+}
+
+__version__ = "0.1.0"
+__all__ = [
+    "Comparison",
+    "DistillationConfig",
+    "DistillationTrainer",
+    "Importance",
+    "InputError",
+    "LayerPlan",
+    "Profile",
+    "PruningPlan",
+    "Recipe",
+    "RunResult",
+    "Statistics",
+    "collect_statistics",
+    "compare",
+    "keep_layers",
+    "load_pretrained",
+    "load_recipe",
+    "masked",
+    "plan_pruning",
+    "profile",
+    "prune",
+    "run",
+    "score",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

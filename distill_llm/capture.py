@@ -1,0 +1,195 @@
+"""Hidden states, queries and keys at chosen layers of any model, during one forward, under any attention kernel.
+
+transformers looks its attention functions up by name. `Recorder` registers, under a name of its own, a function that hands
+queries, keys and mask of the chosen layers to the recording in progress and then calls the kernel the model uses anyway.
+The model's configuration names that function during the recorded forward only.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from distill_llm.errors import InputError
+from distill_llm.losses.attention import AttentionInputs
+from distill_llm.pruning.modeling_pruned import FAMILIES, layers_of
+
+PREFIX = "distill_"
+
+
+@dataclass
+class Recording:
+    """What one forward left behind: layer index -> (B, T, H) output, layer index -> queries and keys."""
+
+    hidden: dict[int, torch.Tensor] = field(default_factory=dict)
+    attention: dict[int, AttentionInputs] = field(default_factory=dict)
+
+
+@dataclass
+class Signals(Recording):
+    """All that a loss may compare: a recording and the logits, (B, C) or (items, V)."""
+
+    logits: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+_listeners: "WeakKeyDictionary[nn.Module, tuple[Recording, int]]" = WeakKeyDictionary()
+
+
+class Recorder:
+    """Records chosen layers of one model.
+
+    Args:
+        model: any transformers model; inside a wrapper such as DDP, give the inner one.
+        hidden: layers whose output hidden states are wanted.
+        attention: layers whose queries and keys are wanted.
+
+    Raises:
+        InputError: when attention is wanted of a model that does not take its attention function by name.
+    """
+
+    def __init__(self, model: PreTrainedModel, hidden: Iterable[int] = (), attention: Iterable[int] = ()):
+        layers = layers_of(model)
+        self.name = type(model).__name__
+        self.hidden = {index: layers[index] for index in hidden}
+        self.attention = {index: layers[index] for index in attention}
+        configs = [getattr(module, "config", None) for module in model.modules()]
+        self.configs = list({id(config): config for config in configs if hasattr(config, "_attn_implementation")}.values())
+
+    @contextmanager
+    def recording(self) -> Iterator[Recording]:
+        """Record the forward that runs inside the context; later recomputation (gradient checkpointing) is not recorded."""
+        result = Recording()
+        with ExitStack() as stack:
+            for index, layer in self.hidden.items():
+                handle = layer.register_forward_hook(_keep_output(result, index))
+                stack.callback(handle.remove)
+            if self.attention:
+                stack.enter_context(self._listening(result))
+            yield result
+        missing = self.attention.keys() - result.attention.keys()
+        if missing:
+            accepted = "a model whose attention goes through the AttentionInterface of transformers (DeBERTa-v2 and MPNet do not)"
+            raise InputError("losses.attention", f"{self.name}, layers {sorted(missing)} not seen", accepted)
+
+    @contextmanager
+    def _listening(self, result: Recording) -> Iterator[None]:
+        for index, layer in self.attention.items():
+            for module in layer.modules():
+                _listeners[module] = (result, index)
+        previous = [config._attn_implementation for config in self.configs]
+        try:
+            for config, kernel in zip(self.configs, previous, strict=True):
+                config._attn_implementation = _register(kernel or "eager")
+            yield
+        finally:
+            for config, kernel in zip(self.configs, previous, strict=True):
+                config._attn_implementation = kernel
+            for layer in self.attention.values():
+                for module in layer.modules():
+                    _listeners.pop(module, None)
+
+
+def _keep_output(result: Recording, index: int) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        result.hidden[index] = output[0] if isinstance(output, tuple) else output
+
+    return hook
+
+
+def _register(kernel: str) -> str:
+    """The name of the recording function around a kernel; registers it when it is not there yet."""
+    name = PREFIX + kernel
+    if name not in ALL_ATTENTION_FUNCTIONS:
+
+        def attention(
+            module: nn.Module,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            attention_mask: torch.Tensor | None,
+            **kwargs: Any,
+        ) -> tuple[torch.Tensor, torch.Tensor | None]:
+            if (listener := _listeners.get(module)) is not None:
+                recording, index = listener
+                recording.attention.setdefault(index, _attention_inputs(module, query, key, attention_mask, kwargs))
+            return _kernel(kernel, module)(module, query, key, value, attention_mask, **kwargs)
+
+        AttentionInterface.register(name, attention)
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[kernel])
+    return name
+
+
+def _kernel(name: str, module: nn.Module) -> Callable[..., Any]:
+    if name in ALL_ATTENTION_FUNCTIONS:
+        return ALL_ATTENTION_FUNCTIONS[name]
+    own: Callable[..., Any] = inspect.unwrap(type(module).forward).__globals__["eager_attention_forward"]
+    return own
+
+
+def _attention_inputs(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]
+) -> AttentionInputs:
+    for unknown in ("softcap", "position_bias"):
+        if kwargs.get(unknown) is not None:
+            raise InputError("losses.attention", f"{type(module).__name__} with {unknown}", "a model with plain softmax attention")
+    if key.shape[1] != query.shape[1]:
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scaling = kwargs.get("scaling")
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", False) if causal is None else causal
+    bias = _bias(mask, bool(causal), query)
+    return AttentionInputs(query, key, query.shape[-1] ** -0.5 if scaling is None else float(scaling), bias)
+
+
+def _bias(mask: torch.Tensor | None, causal: bool, query: torch.Tensor) -> torch.Tensor | None:
+    """Any kernel's mask as an additive fp32 one, -3.4e38 (never minus infinity) where a key is hidden."""
+    length, lowest = query.shape[2], torch.finfo(torch.float32).min
+    if mask is None:
+        if not causal or length == 1:
+            return None
+        hidden = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
+        return torch.zeros(1, 1, length, length, device=query.device).masked_fill_(hidden, lowest)
+    if mask.dim() == 2:
+        bias = torch.zeros(mask.shape, device=mask.device).masked_fill_(mask == 0, lowest)[:, None, None, :]
+        future = _bias(None, causal, query)
+        return bias if future is None else torch.minimum(bias, future)
+    if mask.dtype == torch.bool:
+        return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, lowest)
+    return mask.float().clamp(min=lowest)
+
+
+@contextmanager
+def packed(model: PreTrainedModel, positions: torch.Tensor | None) -> Iterator[None]:
+    """Hand a masked-LM head the hidden states at `positions` only, so that its logits are (items, V) instead of (B, T, V).
+
+    Args:
+        model: a masked-LM model of a family with a row in FAMILIES (see `can_pack`).
+        positions: (items,) indices into the flattened (B * T) tokens; None packs nothing.
+    """
+    if positions is None or not can_pack(model):
+        yield
+        return
+    head = model.get_submodule(FAMILIES[model.config.model_type].mlm_head)
+    handle = head.register_forward_pre_hook(lambda module, args: (args[0].flatten(0, 1)[positions], *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def item_logits(logits: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+    """(B, T, V) logits at flattened token positions as (items, V); logits without a token dimension as they are."""
+    return logits if positions is None or logits.dim() == 2 else logits.flatten(0, 1)[positions]
+
+
+def can_pack(model: PreTrainedModel) -> bool:
+    """Whether `packed` knows where this model's masked-LM head starts."""
+    return type(model).__name__.endswith("ForMaskedLM") and model.config.model_type in FAMILIES

@@ -1,0 +1,296 @@
+"""The command line. Bad input: exit code 2 and a line per fault on stderr; heavy imports wait until needed."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from distill_llm.errors import InputError
+from distill_llm.faults import InputErrors, faults_in
+from distill_llm.recipe import PruningSection, Recipe, load_recipe, parse_recipe, recipe_descriptions, recipe_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from distill_llm.opening import OpenModel
+
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+_PRUNING = PruningSection.model_fields
+_OPTIONS = {
+    "teacher.model": "MODEL",
+    "data.task": "--task",
+    "data.path": "--data",
+    "output_dir": "--output-dir",
+}
+
+
+class _Group(typer.core.TyperGroup):
+    """Turns faults of the input into lines on stderr and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            lines = [str(fault) for fault in faults_in(error)]
+        except _UsageError as error:
+            lines = [error.format_message()]  # type: ignore[attr-defined]
+        if _is_main_process():
+            for line in lines:
+                print("error:", " ".join(line.split()), file=sys.stderr)
+        raise typer.Exit(2)
+
+
+app = typer.Typer(
+    cls=_Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+)
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")]
+OutputDir = Annotated[Path | None, typer.Option(help="The run folder, in place of the recipe's output_dir.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a field; may be repeated.")
+]
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, or package://PACKAGE/PATH.")]
+TaskName = Annotated[str, typer.Option(help="A GLUE task, embedded, text, classification or regression.")]
+DataPath = Annotated[str | None, typer.Option(help="Folder, file or Hub id of the data; GLUE: the Hub's by default.")]
+
+
+def _option(name: str, metavar: str | None = None) -> Any:
+    """The option of a field of the recipe's pruning section. Numbers stay text: the section checks them."""
+    words = get_args(_PRUNING[name].annotation)
+    metavar = metavar or ("|".join(words) if words else None)
+    return typer.Option(metavar=metavar, help=_PRUNING[name].description)
+
+
+@app.callback()
+def _settings(
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress bars, no warnings of the libraries.")
+    ] = False,
+) -> None:
+    """Prune and distill Hugging Face models."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    if quiet:
+        os.environ["TRANSFORMERS_VERBOSITY"] = os.environ["DATASETS_VERBOSITY"] = os.environ["HF_HUB_VERBOSITY"] = (
+            "error"
+        )
+        os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        os.environ["TQDM_DISABLE"] = "1"
+
+
+@app.command(epilog="Example: distill-llm run quickstart --set pruning.keep=0.4")
+def run(recipe: RecipeName, output_dir: OutputDir = None, settings: Settings = None) -> None:
+    """Prune and distill as a recipe says; the same command again goes on where it stopped."""
+    _run(_load(recipe, output_dir, settings or []))
+
+
+@app.command(epilog="Example: distill-llm distill bert_sst2 --student pruned/ --output-dir runs/recovered")
+def distill(
+    recipe: RecipeName,
+    student: Annotated[str | None, typer.Option(help="The student, in place of the recipe's student.model.")] = None,
+    output_dir: OutputDir = None,
+    settings: Settings = None,
+) -> None:
+    """Distill into a student that exists, without pruning: any pruning section of the recipe is left out."""
+    chosen = [f"student.model={json.dumps(student)}"] if student else []
+    _run(_load(recipe, output_dir, [*(settings or []), "pruning=null", *chosen]))
+
+
+@app.command(
+    epilog="Example: distill-llm prune textattack/bert-base-uncased-SST-2 --task sst2 --keep 0.5 --output-dir pruned"
+)
+def prune(
+    model: ModelName,
+    task: TaskName,
+    keep: Annotated[str, _option("keep", "NUMBER")],
+    output_dir: Annotated[Path, typer.Option(help="Folder for the pruned model.")],
+    data: DataPath = None,
+    units: Annotated[str, _option("units", "A,B")] = ",".join(_PRUNING["units"].default),
+    criterion: Annotated[str, _option("criterion")] = _PRUNING["criterion"].default,
+    cost: Annotated[str, _option("cost")] = _PRUNING["cost"].default,
+    scope: Annotated[str, _option("scope")] = _PRUNING["scope"].default,
+    round_to: Annotated[str, _option("round_to", "NUMBER")] = str(_PRUNING["round_to"].default),
+    uniform: Annotated[bool, _option("uniform")] = _PRUNING["uniform"].default,
+    compensate: Annotated[bool, _option("compensate")] = _PRUNING["compensate"].default,
+    calibration_examples: Annotated[str, _option("calibration_examples", "NUMBER")] = str(
+        _PRUNING["calibration_examples"].default
+    ),
+) -> None:
+    """Measure importance, prune, compensate and save; no training."""
+    given = {
+        "keep": keep,
+        "units": [unit.strip() for unit in units.split(",")],
+        "criterion": criterion,
+        "cost": cost,
+        "scope": scope,
+        "round_to": round_to,
+        "uniform": uniform,
+        "compensate": compensate,
+        "calibration_examples": calibration_examples,
+    }
+    with _as_options():
+        recipe = parse_recipe(
+            {
+                "teacher": {"model": model},
+                "data": {"task": task, "path": data},
+                "pruning": given,
+                "output_dir": str(output_dir),
+            }
+        )
+        _check(recipe)
+    from distill_llm.pipeline import prune_model
+
+    assert recipe.pruning is not None and recipe.pruning.keep is not None
+    options = recipe.pruning.model_dump(include=set(given) - {"keep"})
+    folder = prune_model(model, task, recipe.pruning.keep, output_dir, data=data, **options)
+    _say(f"pruned model: {folder}")
+
+
+@app.command(epilog="Example: distill-llm evaluate runs/quickstart/student --task embedded")
+def evaluate(
+    model: ModelName,
+    task: TaskName,
+    data: DataPath = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples at once.")] = 64,
+    max_length: Annotated[int, typer.Option(min=8, help="Tokens an example is cut to.")] = 128,
+    output: Annotated[Path, typer.Option(help="File for the metrics.")] = Path("evaluation.json"),
+) -> None:
+    """Score a model on a task's test rows (GLUE: the development set); prints and saves the metrics."""
+    if output.is_dir():
+        raise InputError("--output", str(output), "a file's path")
+    from distill_llm.data.encoding import collator, encode
+    from distill_llm.data.loading import load_task
+    from distill_llm.evaluation.evaluate import evaluate_model
+    from distill_llm.opening import check_head, check_length, open_model
+
+    with _as_options():
+        opened, rows = open_model("MODEL", model), load_task(task, data)
+        check_head(opened, rows.task)
+        check_length(opened, "--max-length", max_length)
+    encoded = encode(rows, opened.tokenizer, max_length)
+    metrics = evaluate_model(
+        _load_model(opened),
+        encoded.test,
+        rows.task,
+        collator(rows.task, opened.tokenizer),
+        batch_size=batch_size,
+    )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps({"model": model, "task": task, **metrics}, indent=2) + "\n", encoding="utf-8")
+    table = Table("metric", "value", title=f"{model} on {rows.task.name}, {len(encoded.test)} examples")
+    for name, value in metrics.items():
+        table.add_row(name, f"{value:.4f}")
+    _say(table)
+    _say(f"metrics: {output}")
+
+
+@app.command(epilog="Example: distill-llm profile runs/quickstart/student --against runs/quickstart/teacher")
+def profile(
+    model: ModelName,
+    against: Annotated[str | None, typer.Option(help="A second model, measured in turn with the first.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples in the batch.")] = 32,
+    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens of each example.")] = 64,
+) -> None:
+    """Parameters, FLOPs, memory and latency of a model on this device, as a table; two models side by side."""
+    from distill_llm import profiling
+    from distill_llm.opening import open_model
+
+    first = open_model("MODEL", model)
+    if against is None:
+        result: Any = profiling.profile(_load_model(first), batch_size, sequence_length)
+    else:
+        second = open_model("--against", against)
+        result = profiling.compare(_load_model(first), _load_model(second), batch_size, sequence_length)
+    _say(profiling.profile_table(result, (model, against or "")))
+
+
+@app.command(epilog="Example: distill-llm push runs/quickstart/student me/my-student --private")
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A student's folder: model, tokenizer, card.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="USER_OR_ORGANISATION/NAME.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+) -> None:
+    """Upload a student with its tokenizer, card and evaluation results to the Hub."""
+    if not (folder / "config.json").is_file():
+        raise InputError("DIR", str(folder), "a student's folder, with config.json")
+    from distill_llm.hub import push as upload
+
+    _say(f"pushed: {upload(folder, repo_id, private=private)}")
+
+
+@app.command(epilog="Example: distill-llm recipes")
+def recipes() -> None:
+    """List the shipped recipes: name and description."""
+    table = Table("recipe", "description", title=f"recipes in {recipe_folder()}")
+    for name, description in recipe_descriptions().items():
+        table.add_row(name, description)
+    _say(table)
+
+
+def _load(name: str, output_dir: Path | None, settings: list[str]) -> Recipe:
+    given = [f"output_dir={json.dumps(str(output_dir))}"] if output_dir else []
+    return load_recipe(name, [*settings, *given])
+
+
+def _run(recipe: Recipe) -> None:
+    _check(recipe)
+    from distill_llm import pipeline
+
+    result = pipeline.run(recipe, recipe.output_dir)
+    _say(f"student: {result.student_dir}")
+    _say(f"report:  {result.report}")
+
+
+def _check(recipe: Recipe) -> None:
+    from distill_llm.checks import check_recipe
+
+    check_recipe(recipe)
+
+
+def _load_model(opened: "OpenModel") -> "PreTrainedModel":
+    from distill_llm.checkpoint import load_pretrained
+
+    return load_pretrained(opened.path).to(_device())  # type: ignore[arg-type]
+
+
+def _device() -> str:
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator.type if accelerator is not None else "cpu"
+
+
+@contextmanager
+def _as_options() -> Iterator[None]:
+    """Names the fields of faults as the command line does: `--keep` for `pruning.keep`."""
+    try:
+        yield
+    except InputError as error:
+        raise InputErrors(
+            InputError(_option_name(fault.field), fault.given, fault.accepted) for fault in faults_in(error)
+        ) from None
+
+
+def _option_name(field: str) -> str:
+    section, _, name = field.partition(".")
+    return _OPTIONS.get(field, "--" + name.split(".")[0].replace("_", "-") if section == "pruning" else field)
+
+
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _say(what: Any) -> None:
+    if _is_main_process():
+        Console(soft_wrap=isinstance(what, str)).print(what, markup=False)
+
+
+if __name__ == "__main__":
+    app(prog_name="distill-llm")

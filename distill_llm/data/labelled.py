@@ -1,0 +1,162 @@
+"""Any labelled data, and plain text, by file, folder or Hub id with named columns."""
+
+from collections.abc import Mapping
+from math import isfinite
+from typing import Any
+
+from datasets import ClassLabel, Dataset
+
+from distill_llm.data.sources import Splits, read_splits
+from distill_llm.data.tasks import Task, classification, masked_lm, regression
+from distill_llm.errors import InputError, one_of
+
+TEST_SHARE = 0.1
+TEST_SEED = 0
+COLUMNS = ("text", "text_pair", "label")
+
+
+def load_labelled(kind: str, path: str, columns: Mapping[str, str] | None) -> tuple[Task, Splits]:
+    """A classification or regression task from data with a column (or two) of text and one of labels.
+
+    Class names come from the data: a `ClassLabel` column's own, else the sorted values of the training rows. Where no
+    labelled test split exists, the validation split takes its place; where there is neither, a fixed tenth of the
+    training rows.
+
+    Args:
+        kind: `classification` or `regression`.
+        path: what `read_splits` takes.
+        columns: the data's names of `text`, `text_pair` (optional) and `label`; by default the same words.
+
+    Returns:
+        The task and its splits `train`, `test` and perhaps `validation`, with columns `text`, `text_pair` if any,
+        `labels`.
+
+    Raises:
+        InputError: a column is missing or is not text, or a label is missing, no number, or unknown to the training
+            rows.
+    """
+    names = _column_names(columns, ("text", "label"))
+    splits = read_splits(path)
+    for split, rows in splits.items():
+        _check_columns(rows, names, split)
+    if "test" in splits and all(label in (-1, None, "") for label in splits["test"][names["label"]]):
+        del splits["test"]
+    splits = with_test(splits)
+    texts = tuple(column for column in COLUMNS[:2] if column in names)
+    if kind == "regression":
+        task, to_labels = regression("regression", texts), None
+    else:
+        to_labels = _classes(splits["train"], names["label"])
+        metrics = ("accuracy", "f1")
+        task = classification(
+            "classification", texts, tuple(dict.fromkeys(_class_names(splits["train"], names["label"]))), metrics
+        )
+    return task, {split: _labelled(rows, names, to_labels, split) for split, rows in splits.items()}
+
+
+def load_text(path: str, columns: Mapping[str, str] | None) -> tuple[Task, Splits]:
+    """A masked-LM task from documents: `.txt` files, or any data with a column of text (`text` unless `columns` says
+    otherwise).
+
+    Splits are made as by `load_labelled`.
+
+    Raises:
+        InputError: nothing readable at `path`, or no such column of text.
+    """
+    names = _column_names(columns, ("text",))
+    if extra := set(names) - {"text"}:
+        raise InputError("data.columns", extra.pop(), "'text' (plain text has no other column)")
+    splits = read_splits(path)
+    for split, rows in splits.items():
+        _check_columns(rows, names, split)
+    kept = {split: rows.select_columns([names["text"]]) for split, rows in with_test(splits).items()}
+    return masked_lm("text", names["text"]), kept
+
+
+def with_test(splits: Splits) -> Splits:
+    """The splits with a `test` among them: the validation split, or a fixed tenth of the training rows, where there is
+    none.
+
+    Raises:
+        InputError: fewer than two rows to divide.
+    """
+    if "test" in splits:
+        return splits
+    if "validation" in splits:
+        return {"train": splits["train"], "test": splits["validation"]}
+    rows = splits["train"]
+    if len(rows) < 2:
+        raise InputError(
+            "data.path", f"{len(rows)} rows", "at least 2 rows, since a tenth of them is set apart as test split"
+        )
+    divided = rows.train_test_split(test_size=max(1, int(len(rows) * TEST_SHARE)), seed=TEST_SEED)
+    return {"train": divided["train"], "test": divided["test"]}
+
+
+def _column_names(columns: Mapping[str, str] | None, needed: tuple[str, ...]) -> dict[str, str]:
+    given = {name: column for name, column in (columns or {}).items() if column is not None}
+    for name in given:
+        if name not in COLUMNS:
+            raise InputError("data.columns", name, one_of(COLUMNS, name))
+    return {name: name for name in needed} | given
+
+
+def _check_columns(rows: Dataset, names: Mapping[str, str], split: str) -> None:
+    for name, column in names.items():
+        if column not in rows.column_names:
+            raise InputError(
+                f"data.columns.{name}", column, one_of(rows.column_names, column) + f" (the {split} split)"
+            )
+        if name != "label" and (
+            rows.features[column].dtype not in ("string", "large_string") or rows.data.column(column).null_count
+        ):
+            raise InputError(f"data.columns.{name}", column, f"a column with a text in every row (the {split} split)")
+
+
+def _whole(value: Any) -> Any:
+    """Integers that a file format turned into floats, as integers again."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _class_values(rows: Dataset, column: str) -> list[Any]:
+    values = {_whole(value) for value in rows.unique(column)}
+    if None in values or "" in values or any(isinstance(value, float) for value in values):
+        raise InputError("data.columns.label", column, "a column with a class (a word or an integer) in every row")
+    return sorted(values)
+
+
+def _class_names(rows: Dataset, column: str) -> list[str]:
+    feature = rows.features[column]
+    return feature.names if isinstance(feature, ClassLabel) else [str(value) for value in _class_values(rows, column)]
+
+
+def _classes(rows: Dataset, column: str) -> dict[Any, int]:
+    feature = rows.features[column]
+    values = range(len(feature.names)) if isinstance(feature, ClassLabel) else _class_values(rows, column)
+    if len(values) < 2:
+        raise InputError("data.columns.label", column, "a column with at least two classes")
+    return {value: number for number, value in enumerate(values)}
+
+
+def _labelled(rows: Dataset, names: Mapping[str, str], classes: dict[Any, int] | None, split: str) -> Dataset:
+    labels: list[int] | list[float]
+    given = [_whole(value) for value in rows[names["label"]]]
+    if classes is None:
+        labels = [_number(value, split) for value in given]
+    else:
+        if unknown := [value for value in given if value not in classes]:
+            accepted = f"the classes {', '.join(map(str, classes))} of the training rows (found in the {split} split)"
+            raise InputError("data.columns.label", unknown[0], accepted)
+        labels = [classes[value] for value in given]
+    columns: dict[str, Any] = {name: rows[column] for name, column in names.items() if name != "label"}
+    return Dataset.from_dict({**{name: list(texts) for name, texts in columns.items()}, "labels": labels})
+
+
+def _number(value: Any, split: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not isfinite(number):
+        raise InputError("data.columns.label", value, f"a number in every row (the {split} split)")
+    return number

@@ -1,0 +1,98 @@
+"""Distances between attention probabilities, from queries and keys: attention itself stays on its fast kernel."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+
+class AttentionInputs(NamedTuple):
+    """What one attention layer computed its probabilities from: softmax(scaling * query @ key^T + bias).
+
+    query, key: (B, N, T, D). bias: None or additive fp32 broadcastable to (B, N, T, T), very negative at hidden keys.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    scaling: float
+    bias: torch.Tensor | None = None
+
+    def scores(self) -> torch.Tensor:
+        """(B, N, T, T) in fp32; the product runs in the dtype of the queries."""
+        scores = (self.query @ self.key.transpose(-1, -2)).float().mul_(self.scaling)
+        return scores if self.bias is None else scores.add_(self.bias)
+
+    def select(self, heads: list[int] | None) -> "AttentionInputs":
+        """The same for a choice of heads, in the given order; None keeps all."""
+        if heads is None:
+            return self
+        bias = self.bias if self.bias is None or self.bias.shape[1] == 1 else self.bias[:, heads]
+        return self._replace(query=self.query[:, heads], key=self.key[:, heads], bias=bias)
+
+
+def attention_distance(
+    student: AttentionInputs, teacher: AttentionInputs, valid: torch.Tensor, distance: str = "kl"
+) -> torch.Tensor:
+    """Sum over valid query tokens of the mean over heads of the distance between attention rows.
+
+    `kl` is KL(teacher || student) over the keys (MiniLM, Wang et al., 2020); `mse` the squared difference of probabilities
+    summed over the keys. Head j is compared with head j; where the numbers of heads differ, the maps are averaged over heads first.
+
+    Args:
+        student: inputs of one student layer.
+        teacher: inputs of the mapped teacher layer, no gradient.
+        valid: (B, T), 1 at valid tokens and 0 at padding.
+        distance: kl or mse.
+
+    Returns:
+        scalar in fp32.
+    """
+    weight = valid.float()[:, None, :]
+    if student.query.shape[1] != teacher.query.shape[1]:
+        log_q, log_p = _mean_over_heads(student), _mean_over_heads(teacher)
+    elif distance == "kl":
+        total: torch.Tensor = _AttentionKL.apply(student.query, student.key, student, teacher, weight)
+        return total / student.query.shape[1]
+    else:
+        log_q, log_p = student.scores().log_softmax(-1), teacher.scores().log_softmax(-1)
+    rows = (log_p.exp() * (log_p - log_q)) if distance == "kl" else (log_p.exp() - log_q.exp()).square()
+    return (rows.sum(-1).mean(1, keepdim=True) * weight).sum()
+
+
+def _mean_over_heads(inputs: AttentionInputs) -> torch.Tensor:
+    log_probabilities = inputs.scores().log_softmax(-1)
+    return log_probabilities.logsumexp(1, keepdim=True) - math.log(log_probabilities.shape[1])
+
+
+class _AttentionKL(torch.autograd.Function):
+    """Weighted sum of KL(teacher || student) over all rows and heads.
+
+    Its gradient by the student's scores is (student probabilities - teacher probabilities), so the gradients by queries and keys
+    are made while the probabilities are at hand and nothing of size T x T is kept for the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        student: AttentionInputs,
+        teacher: AttentionInputs,
+        weight: torch.Tensor,
+    ) -> torch.Tensor:
+        log_p = teacher.scores().log_softmax(-1)
+        log_q = student.scores().log_softmax(-1)
+        difference = log_p - log_q
+        p = log_p.exp_()
+        total = (torch.linalg.vecdot(p, difference) * weight).sum()
+        if any(ctx.needs_input_grad[:2]):
+            slope = log_q.exp_().sub_(p).mul_(weight.unsqueeze(-1) * student.scaling).to(query.dtype)
+            ctx.save_for_backward(slope @ key, slope.transpose(-1, -2) @ query)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        by_query, by_key = ctx.saved_tensors
+        return by_query * gradient.to(by_query.dtype), by_key * gradient.to(by_key.dtype), None, None, None

@@ -1,0 +1,111 @@
+"""Which student layer and head learns from which teacher layer and head."""
+
+from collections.abc import Sequence
+from math import ceil
+from typing import NamedTuple
+
+from distill_llm.errors import InputError
+from distill_llm.pruning.modeling_pruned import LayerLineage
+
+
+class LayerPair(NamedTuple):
+    """A student layer and the teacher layer it learns from; `heads[j]` is the teacher's head for student head j, None: all in order."""
+
+    student: int
+    teacher: int
+    heads: tuple[int, ...] | None = None
+
+
+def relative_lineage(
+    student: Sequence[LayerLineage], teacher: Sequence[LayerLineage]
+) -> tuple[LayerLineage, ...]:
+    """The student's lineage counted in a teacher that is itself pruned, both given in indices of the original model.
+
+    Raises:
+        InputError: if the student has a layer, head or neuron that this teacher has not.
+    """
+    position = {layer.source: index for index, layer in enumerate(teacher)}
+    found = []
+    for layer in student:
+        own = teacher[position[layer.source]] if layer.source in position else None
+        if own is None or not (set(layer.heads) <= set(own.heads) and set(layer.neurons) <= set(own.neurons)):
+            accepted = "a teacher that has all layers, heads and neurons of the student"
+            raise InputError("teacher", f"a pruned model without all parts of layer {layer.source}", accepted)
+        heads = tuple(own.heads.index(head) for head in layer.heads)
+        neurons = tuple(own.neurons.index(neuron) for neuron in layer.neurons)
+        found.append(LayerLineage(position[layer.source], heads, neurons))
+    return tuple(found)
+
+
+def hidden_pairs(
+    layers: str | Sequence[tuple[int, int]],
+    student_layers: int,
+    teacher_layers: int,
+    lineage: Sequence[LayerLineage] | None,
+    field: str = "losses.hidden.layers",
+) -> list[LayerPair]:
+    """The layers whose outputs are compared.
+
+    `lineage`: the output of a student layer is what the next student layer reads, so it is compared with what the teacher
+    layer, from which that next layer was copied, reads: the output of the teacher layer before it. The last learns from the last.
+
+    Args:
+        layers: lineage, uniform, last or explicit pairs.
+        student_layers, teacher_layers: numbers of layers.
+        lineage: of the student, counted in the teacher, or None.
+        field: what the setting is called in error messages.
+
+    Raises:
+        InputError: for `lineage` without lineage, for indices out of range.
+    """
+    if layers == "lineage":
+        sources = [layer.source for layer in _need_lineage(lineage, teacher_layers, field)]
+        ends = [source - 1 for source in sources[1:]] + [teacher_layers - 1]
+        return [LayerPair(index, end) for index, end in enumerate(ends)]
+    return _plain_pairs(layers, student_layers, teacher_layers, field)
+
+
+def attention_pairs(
+    layers: str | Sequence[tuple[int, int]],
+    student_layers: int,
+    teacher_layers: int,
+    lineage: Sequence[LayerLineage] | None,
+    field: str = "losses.attention.layers",
+) -> list[LayerPair]:
+    """The layers, and by `lineage` the heads, whose attention is compared: each with the one it was copied from.
+
+    Arguments and errors as in `hidden_pairs`. Student layers that have no head left are left out.
+    """
+    if layers == "lineage":
+        rows = _need_lineage(lineage, teacher_layers, field)
+        return [LayerPair(index, row.source, row.heads) for index, row in enumerate(rows) if row.heads]
+    pairs = _plain_pairs(layers, student_layers, teacher_layers, field)
+    if lineage is not None:
+        pairs = [pair for pair in pairs if lineage[pair.student].heads]
+    return pairs
+
+
+def _need_lineage(
+    lineage: Sequence[LayerLineage] | None, teacher_layers: int, field: str
+) -> Sequence[LayerLineage]:
+    if lineage is None:
+        raise InputError(field, "lineage", "uniform, last or [[student, teacher], ...]: this student was not pruned here")
+    if max(layer.source for layer in lineage) >= teacher_layers:
+        accepted = "the teacher that the student was pruned from: its layers are too few"
+        raise InputError("teacher", f"{teacher_layers} layers", accepted)
+    return lineage
+
+
+def _plain_pairs(
+    layers: str | Sequence[tuple[int, int]], student_layers: int, teacher_layers: int, field: str
+) -> list[LayerPair]:
+    if layers == "last":
+        return [LayerPair(student_layers - 1, teacher_layers - 1)]
+    if layers == "uniform":
+        ends = [ceil((index + 1) * teacher_layers / student_layers) - 1 for index in range(student_layers)]
+        return [LayerPair(index, end) for index, end in enumerate(ends)]
+    for pair in layers:
+        if not (0 <= pair[0] < student_layers and 0 <= pair[1] < teacher_layers):  # type: ignore[operator]
+            accepted = f"student layers 0 to {student_layers - 1}, teacher layers 0 to {teacher_layers - 1}"
+            raise InputError(field, list(pair), accepted)
+    return [LayerPair(*pair) for pair in layers]  # type: ignore[arg-type]

@@ -1,0 +1,118 @@
+"""Models are opened before they are loaded: where one is, its config, its tokenizer, whether its head fits a task."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from distill_llm.data.sources import resolve_path
+from distill_llm.data.tasks import Task
+from distill_llm.errors import InputError
+
+HEAD_CLASSES = {
+    "classification": ("ForSequenceClassification",),
+    "regression": ("ForSequenceClassification",),
+    "masked_lm": ("ForMaskedLM", "ForPreTraining"),
+}
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model that exists: the user's field and name for it, where it is, its config and tokenizer; no weights."""
+
+    field: str
+    name: str
+    path: str
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+
+
+def open_model(field: str, name: str) -> OpenModel:
+    """Find a model by folder, Hub id or package:// path and read its config and tokenizer.
+
+    Raises:
+        InputError: naming `field`, where the model, its config or its tokenizer is missing.
+    """
+    path = resolve_path(name, field)
+    local = Path(path).expanduser()
+    if local.exists():
+        path = str(local)
+        if not (local / "config.json").is_file():
+            raise InputError(field, name, "a folder with a config.json, as save_pretrained writes it")
+        if not any(any(local.glob(pattern)) for pattern in TOKENIZER_FILES):
+            raise InputError(field, name, f"a folder with its tokenizer ({', '.join(TOKENIZER_FILES)})")
+    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path.startswith("."):
+        raise InputError(field, name, "an existing folder, a Hub id, or package://PACKAGE/PATH")
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise InputError(field, name, _reason("a model that transformers can open", path, error)) from None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:
+        raise InputError(field, name, _reason("a model with its tokenizer", path, error)) from None
+    vocabulary = getattr(config, "vocab_size", None)
+    if vocabulary is not None and len(tokenizer) > vocabulary:
+        raise InputError(
+            field, name, f"a tokenizer of at most {vocabulary} tokens, the model's; it has {len(tokenizer)}"
+        )
+    return OpenModel(field, name, path, config, tokenizer)
+
+
+def _reason(wanted: str, path: str, error: Exception) -> str:
+    """What was wanted, and in a few words why it could not be had."""
+    if Path(path).exists():
+        return f"{wanted} ({first_line(error)})"
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        return "an existing folder, or a Hub id in the local cache: the Hub is off (HF_HUB_OFFLINE is set)"
+    return f"an existing folder, or a Hub id that can be reached ({first_line(error)})"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, short enough for one line of output."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def check_head(model: OpenModel, task: Task) -> None:
+    """Check that the model has a trained head for the task, with the task's labels.
+
+    Raises:
+        InputError: for a missing head, another number of labels, or the same label names in another order.
+    """
+    classes = model.config.architectures or []
+    wanted = HEAD_CLASSES[task.kind]
+    hint = " (or a teacher.train section, to fine-tune one)" if model.field == "teacher.model" else ""
+    if not any(name.endswith(wanted) for name in classes):
+        raise InputError(
+            model.field, f"{model.name} ({', '.join(classes) or 'no class'})", f"a ...{wanted[0]} model{hint}"
+        )
+    if task.kind == "masked_lm":
+        return
+    if model.config.num_labels != task.num_labels:
+        raise InputError(
+            model.field,
+            f"{model.name} with {model.config.num_labels} labels",
+            f"{task.num_labels} labels, {task.name}'s{hint}",
+        )
+    own = [str(name).lower() for _, name in sorted((model.config.id2label or {}).items())]
+    names = [name.lower() for name in task.label_names or ()]
+    if sorted(own) == sorted(names) and own != names:
+        raise InputError(model.field, f"{model.name} with labels {own}", f"labels in the task's order, {names}{hint}")
+
+
+def longest_input(config: PreTrainedConfig) -> int | None:
+    """The most tokens a model takes at once; None where its config sets no bound."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and config.model_type in ("roberta", "xlm-roberta", "camembert"):
+        positions -= (config.pad_token_id or 0) + 1  # their positions are counted from behind the padding's
+    return positions
+
+
+def check_length(model: OpenModel, field: str, tokens: int) -> None:
+    """Raise InputError where `tokens` at once are more than the model takes."""
+    longest = longest_input(model.config)
+    if longest is not None and tokens > longest:
+        raise InputError(field, tokens, f"at most {longest}, the longest input of {model.name}")

@@ -1,0 +1,113 @@
+"""The student's model card: a README.md that the Hub renders, with the metadata it indexes."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from distill_llm.data.tasks import GLUE
+from distill_llm.report.report import headline, notes, provenance, short_name, summary
+from distill_llm.report.tables import results_table, rounds_table
+from distill_llm.report.usage import auto_class, needs_code, read_config, snippet
+
+GLUE_ON_THE_HUB = "nyu-mll/glue"
+
+
+def write_card(student_dir: str | Path, metrics: Mapping[str, Any], recipe_yaml: str) -> Path:
+    """Write README.md into the student's folder and, beside it, its evaluation results as `metrics.json`.
+
+    The metadata names library, base model (if the teacher is one of the Hub's), task, data and score (`model-index`).
+    The code in the card loads the student from a placeholder, which `distill_llm.hub.push` replaces.
+
+    Args:
+        student_dir: folder with the student's config.json.
+        metrics: what `metrics.json` holds.
+        recipe_yaml: the resolved recipe, shown in the card.
+
+    Returns:
+        The path of README.md.
+
+    Raises:
+        InputError: the folder holds no config.json.
+    """
+    student_dir = Path(student_dir)
+    config = read_config(student_dir)
+    card = ModelCard(f"---\n{card_data(metrics, config).to_yaml()}\n---\n\n{_body(student_dir, metrics, recipe_yaml)}")
+    (student_dir / "metrics.json").write_text(json.dumps(dict(metrics), indent=2) + "\n")
+    path = student_dir / "README.md"
+    card.save(path)
+    return path
+
+
+def card_data(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> ModelCardData:
+    """The card's metadata, for the student with this config."""
+    task, tag = metrics["task"], auto_class(dict(config))[1]
+    if task in GLUE:
+        split = "validation_matched" if task == "mnli" else "validation"
+        data = {"dataset_type": GLUE_ON_THE_HUB, "dataset_name": f"GLUE {task}", "dataset_config": task}
+    else:
+        split, data = "test", {"dataset_type": task, "dataset_name": task}
+    result = EvalResult(
+        task_type=tag,
+        metric_type=metrics["metric"],
+        metric_value=round(metrics["student"]["score"], 6),
+        dataset_split=split,
+        **data,
+    )
+    teacher = str(metrics["teacher_model"])
+    return ModelCardData(
+        base_model=teacher if _on_the_hub(teacher) else None,
+        datasets=[GLUE_ON_THE_HUB] if task in GLUE else None,
+        eval_results=[result],
+        library_name="transformers",
+        metrics=[metrics["metric"]],
+        model_name=f"{short_name(metrics)}-{task}-student",
+        pipeline_tag=tag,
+        tags=["distill_llm", "knowledge-distillation", *(["pruning"] if metrics.get("rounds") else [])],
+    )
+
+
+def _body(student_dir: Path, metrics: Mapping[str, Any], recipe_yaml: str) -> str:
+    trust = (
+        "Its layers have sizes that a stock configuration cannot say: `modeling_pruned.py` in this repository builds"
+        " them, which is why `trust_remote_code=True` is needed. Nothing else has to be installed."
+        if needs_code(read_config(student_dir))
+        else "It is a stock transformers model."
+    )
+    rounds = rounds_table(metrics)
+    parts = [
+        f"# {headline(metrics)}",
+        f"{summary(metrics)} Made by [pruning and distillation](#how-it-was-made) with `distill_llm`.".strip(),
+        "## Use",
+        f"```python\n{snippet(student_dir, 'path/to/student')}```",
+        trust,
+        "## Results",
+        results_table(metrics).rstrip(),
+        notes(metrics),
+        "## How it was made",
+        f"Teacher: `{_shown(str(metrics['teacher_model']))}`."
+        " The licence and the limits of the teacher and of its data apply.",
+        rounds.rstrip(),
+        f"<details>\n<summary>The recipe</summary>\n\n```yaml\n{recipe_yaml.rstrip()}\n```\n\n</details>",
+        provenance(metrics),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _on_the_hub(model: str) -> bool:
+    if "://" in model or model.startswith(("/", ".", "~")) or Path(model).exists():
+        return False
+    try:
+        validate_repo_id(model)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _shown(model: str) -> str:
+    """The teacher's name; of a folder only its last part, since a path means nothing elsewhere."""
+    return model if "://" in model or _on_the_hub(model) else model.rstrip("/").rsplit("/", 1)[-1]

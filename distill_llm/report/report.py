@@ -1,0 +1,82 @@
+"""report.md of a run: the result in one table, its figures, and how to load the student."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from distill_llm.report.figures import kept_figure, score_figure
+from distill_llm.report.tables import columns, count, duration, latency_note, percent, results_table, rounds_table
+from distill_llm.report.usage import snippet
+
+
+def write_report(run_dir: str | Path, metrics: Mapping[str, Any]) -> Path:
+    """Write `report.md` and `figures/*.png` into a run's folder.
+
+    Args:
+        run_dir: the folder of the run, with the finished model in `student/`.
+        metrics: what `metrics.json` holds.
+
+    Returns:
+        The path of report.md.
+
+    Raises:
+        InputError: the run has no `student/config.json`.
+    """
+    run_dir = Path(run_dir)
+    usage = snippet(run_dir / "student", "student")
+    figures = run_dir / "figures"
+    scores = score_figure(metrics, figures / "scores.png")
+    kept = kept_figure(metrics, figures / "kept.png")
+    parts = [f"# {headline(metrics)}", summary(metrics), results_table(metrics).rstrip(), notes(metrics)]
+    if metrics.get("rounds"):
+        parts += ["## Rounds", rounds_table(metrics).rstrip()]
+    if scores:
+        parts.append("![Score after every stage of every round](figures/scores.png)")
+    if kept:
+        parts += ["## What is left of each layer", "![Kept heads and neurons of each layer](figures/kept.png)"]
+    parts += ["## Load the student", f"From this folder:\n\n```python\n{usage}```", provenance(metrics)]
+    path = run_dir / "report.md"
+    path.write_text("\n\n".join(part for part in parts if part) + "\n")
+    return path
+
+
+def short_name(metrics: Mapping[str, Any]) -> str:
+    """The teacher's name without owner or folders."""
+    return str(metrics["teacher_model"]).rstrip("/").rsplit("/", 1)[-1]
+
+
+def headline(metrics: Mapping[str, Any]) -> str:
+    """A title: whose student, on which task."""
+    verb = "pruned and distilled" if metrics.get("rounds") else "distilled"
+    return f"{short_name(metrics)}, {verb} on {metrics['task']}"
+
+
+def summary(metrics: Mapping[str, Any]) -> str:
+    """The result in one or two sentences."""
+    student, parts = metrics["student"], []
+    if metrics.get("retention") is not None:
+        parts.append(f"keeps {percent(metrics['retention'])} of its teacher's {metrics['metric']}")
+    if metrics.get("layer_params_kept") is not None:
+        parts.append(f"has {percent(metrics['layer_params_kept'])} of the parameters of its layers")
+    if metrics.get("speedup") is not None:
+        parts.append(f"runs {metrics['speedup']:.2f} times as fast")
+    joined = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}" if parts else ""
+    return f"The student ({count(student['params'])} parameters) {joined}." if joined else ""
+
+
+def notes(metrics: Mapping[str, Any]) -> str:
+    """What must be known to read the results table."""
+    lines = [latency_note(metrics)]
+    if len(columns(metrics)) > 2:
+        last = ", that of the last round" if len(metrics["rounds"]) > 1 else ""
+        lines.append(f"The columns after the teacher share one architecture{last}, whose costs were measured once.")
+    return " ".join(lines)
+
+
+def provenance(metrics: Mapping[str, Any]) -> str:
+    """The versions the run was made with and the time it took, as far as they are known."""
+    versions = ", ".join(f"{name} {version}" for name, version in (metrics.get("versions") or {}).items())
+    made = f"Made with {versions}" if versions else ""
+    took = f"the run took {duration(metrics['seconds'])}" if metrics.get("seconds") is not None else ""
+    sentence = "; ".join(part for part in (made, took) if part)
+    return f"{sentence[0].upper()}{sentence[1:]}." if sentence else ""

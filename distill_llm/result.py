@@ -1,0 +1,83 @@
+"""The numbers of a finished run, as metrics.json has them."""
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from distill_llm.data.tasks import Task
+from distill_llm.profiling import Profile, compare
+from distill_llm.pruning.modeling_pruned import FAMILIES, lineage_of
+from distill_llm.pruning.structure import layer_shapes
+from distill_llm.recipe import Recipe
+from distill_llm.report.tables import retention
+
+VERSIONS = ("torch", "transformers", "accelerate", "datasets")
+
+
+def collect_metrics(
+    recipe: Recipe,
+    task: Task,
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    teacher_result: Mapping[str, Any],
+    rounds: Sequence[Mapping[str, Any]],
+    seconds: float,
+) -> dict[str, Any]:
+    """Scores, costs measured side by side on this device, and what was kept of every layer."""
+    latency = recipe.evaluation.latency
+    measured = compare(student, teacher, latency.batch_size, latency.sequence_length)
+    last = rounds[-1]
+    final = last.get("recovered") or last.get("compensated") or last["pruned"]
+    return {
+        "task": recipe.data.task,
+        "metric": task.main_metric,
+        "higher_is_better": task.higher_is_better,
+        "device": measured.model.device,
+        "teacher_model": recipe.teacher.model,
+        "teacher": _side(measured.other, teacher_result["metrics"]),
+        "student": _side(measured.model, final),
+        "retention": retention(final["score"], teacher_result["score"], task.higher_is_better),
+        "params_kept": measured.model.params / measured.other.params,
+        "layer_params_kept": measured.model.layer_params / measured.other.layer_params,
+        "speedup": measured.speedup,
+        "speedup_min": measured.speedup_min,
+        "speedup_max": measured.speedup_max,
+        "latency": latency.model_dump(),
+        "rounds": [dict(row) for row in rounds] if recipe.pruning is not None else [],
+        "plan_layers": _kept(student, teacher),
+        "versions": {name: version(name) for name in VERSIONS},
+        "seconds": round(seconds, 1),
+    }
+
+
+def _side(profile: Profile, scores: Mapping[str, float]) -> dict[str, Any]:
+    return {
+        "score": scores["score"],
+        "metrics": dict(scores),
+        "params": profile.params,
+        "layer_params": profile.layer_params,
+        "flops": profile.flops,
+        "latency_ms": profile.latency_ms,
+        "weights_mb": profile.weights_mb,
+        "peak_memory_mb": profile.peak_memory_mb,
+    }
+
+
+def _kept(student: PreTrainedModel, teacher: PreTrainedModel) -> list[dict[str, int]]:
+    """Kept and original heads and neurons of every teacher layer that is left."""
+    lineage = lineage_of(student)
+    if lineage is None or teacher.config.model_type not in FAMILIES:
+        return []
+    shapes = layer_shapes(teacher)
+    return [
+        {
+            "source": row.source,
+            "heads": len(row.heads),
+            "neurons": len(row.neurons),
+            "heads_of": shapes[row.source].heads,
+            "neurons_of": shapes[row.source].neurons,
+        }
+        for row in lineage
+    ]

@@ -1,0 +1,45 @@
+"""Whether a student can learn from a teacher: the same classes, the same vocabulary."""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from distill_llm.errors import InputError
+
+
+def shared_classes(student: PreTrainedModel, teacher: PreTrainedModel, tokenizer: Any = None) -> int | None:
+    """How many leading logits of two models mean the same; None: all of them.
+
+    Vocabularies of one tokenizer may be padded to different sizes; the padding is then left out of the comparison.
+
+    Args:
+        student, teacher: models with the same kind of head.
+        tokenizer: the tokenizer of the data, needed where the vocabularies differ in size.
+
+    Raises:
+        InputError: the models differ in head, classes or vocabulary, or are one object.
+    """
+    if student is teacher:
+        raise InputError("teacher", "the student itself", "another model, for instance a copy")
+    if _head(student) != _head(teacher):
+        raise InputError("teacher", type(teacher).__name__, f"a model with the same kind of head as {type(student).__name__}")
+    sizes = student.config.get_text_config().vocab_size, teacher.config.get_text_config().vocab_size
+    used = len(tokenizer) if hasattr(tokenizer, "__len__") else None
+    if sizes[0] != sizes[1] and (used is None or used > min(sizes)):
+        accepted = f"a teacher with the student's tokenizer and vocabulary ({sizes[0]} entries)"
+        raise InputError("teacher", f"a vocabulary of {sizes[1]} entries", accepted)
+    if _head(student) in ("MaskedLM", "CausalLM"):
+        return None if sizes[0] == sizes[1] else used
+    if student.config.num_labels != teacher.config.num_labels:
+        accepted = f"a teacher with the student's number of labels ({student.config.num_labels})"
+        raise InputError("teacher", f"{teacher.config.num_labels} labels", accepted)
+    names = [model.config.id2label for model in (student, teacher)]
+    named = all(not str(label).startswith("LABEL_") for ids in names for label in ids.values())
+    if named and names[0] != names[1]:
+        raise InputError("teacher", f"labels {list(names[1].values())}", f"a teacher with labels {list(names[0].values())}")
+    return None
+
+
+def _head(model: PreTrainedModel) -> str:
+    name = type(model).__name__
+    return name.rpartition("For")[2] if "For" in name else "Model"

@@ -1,0 +1,83 @@
+"""Metric modules against scikit-learn and scipy."""
+
+import socket
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn import metrics
+
+from distill_llm.data.tasks import GLUE, classification
+from distill_llm.errors import InputError
+from distill_llm.evaluation import METRICS, compute_metrics, load_metric
+
+CLASS_REFERENCES = {
+    ("accuracy", ()): lambda p, r: metrics.accuracy_score(r, p),
+    ("f1", (("average", "macro"),)): lambda p, r: metrics.f1_score(r, p, average="macro"),
+    ("matthews_correlation", ()): lambda p, r: metrics.matthews_corrcoef(r, p),
+}
+
+
+def test_modules_load_without_network_or_stray_files(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    def refuse(*args: object) -> None:
+        raise AssertionError("a connection was tried")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.chdir(tmp_path)
+    load_metric.cache_clear()
+    for name in METRICS:
+        assert name in load_metric(name).compute(predictions=[0, 1, 1], references=[0, 1, 0])
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_metric_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(InputError, match="'accuracy'"):
+        load_metric("acuracy")
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5])
+@pytest.mark.parametrize("case", CLASS_REFERENCES, ids=lambda case: case[0])
+def test_class_metrics_equal_scikit_learn(case: tuple, classes: int) -> None:
+    draw = np.random.default_rng(classes)
+    references = draw.integers(0, classes, 300)
+    predictions = np.where(draw.random(300) < 0.6, references, draw.integers(0, classes, 300))
+    name, options = case
+    got = load_metric(name).compute(predictions=predictions, references=references, **dict(options))[name]
+    assert got == pytest.approx(CLASS_REFERENCES[case](predictions, references), abs=1e-12)
+
+
+def test_binary_f1_equals_scikit_learn_and_is_zero_without_hits() -> None:
+    draw = np.random.default_rng(0)
+    predictions, references = draw.integers(0, 2, 200), draw.integers(0, 2, 200)
+    got = load_metric("f1").compute(predictions=predictions, references=references)["f1"]
+    assert got == pytest.approx(metrics.f1_score(references, predictions), abs=1e-12)
+    assert load_metric("f1").compute(predictions=[0, 0], references=[1, 0])["f1"] == 0.0
+
+
+@pytest.mark.parametrize("decimals", [6, 0], ids=["distinct", "with ties"])
+def test_correlations_equal_scipy(decimals: int) -> None:
+    draw = np.random.default_rng(1)
+    references = np.round(draw.random(200) * 5, decimals)
+    predictions = np.round(references + draw.normal(0, 1, 200), decimals)
+    pearson = load_metric("pearsonr").compute(predictions=predictions, references=references)["pearsonr"]
+    spearman = load_metric("spearmanr").compute(predictions=predictions, references=references)["spearmanr"]
+    assert pearson == pytest.approx(stats.pearsonr(predictions, references)[0], abs=1e-12)
+    assert spearman == pytest.approx(stats.spearmanr(predictions, references)[0], abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["matthews_correlation", "pearsonr", "spearmanr"])
+def test_constant_predictions_score_zero(name: str) -> None:
+    assert load_metric(name).compute(predictions=[1, 1, 1], references=[0, 1, 1])[name] == 0.0
+
+
+def test_every_glue_task_has_a_score() -> None:
+    for task in GLUE.values():
+        result = compute_metrics(task, [0, 1, 1, 0], [0, 1, 0, 0])
+        assert set(result) == {*task.metrics, "score"} and result["score"] == result[task.main_metric]
+
+
+def test_f1_of_more_than_two_classes_is_the_mean_over_classes() -> None:
+    task = classification("three", ("text",), ("a", "b", "c"), ("accuracy", "f1"))
+    got = compute_metrics(task, [0, 1, 2, 2], [0, 1, 1, 2])
+    assert got["f1"] == pytest.approx((1 + 2 / 3 + 2 / 3) / 3) and got["score"] == 0.75

@@ -1,0 +1,77 @@
+"""Metrics of a run with known numbers, and a student's folder, for the tests of what is written about them."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+METRICS: dict[str, Any] = {
+    "task": "sst2",
+    "metric": "accuracy",
+    "higher_is_better": True,
+    "device": "Test CPU, 2 threads",
+    "teacher_model": "owner/teacher-model",
+    "teacher": {
+        "score": 0.8,
+        "params": 20_000_000,
+        "layer_params": 10_000_000,
+        "flops": 4_000_000_000,
+        "latency_ms": 60.0,
+        "peak_memory_mb": 120.0,
+        "weights_mb": 80.0,
+    },
+    "student": {
+        "score": 0.796,
+        "params": 15_000_000,
+        "layer_params": 5_000_000,
+        "flops": 2_100_000_000,
+        "latency_ms": 32.0,
+        "peak_memory_mb": 90.0,
+        "weights_mb": 60.0,
+    },
+    "retention": 0.995,
+    "params_kept": 0.75,
+    "layer_params_kept": 0.5,
+    "speedup": 1.9,
+    "speedup_min": 1.75,
+    "speedup_max": 2.05,
+    "rounds": [
+        {
+            "keep": 0.7,
+            "score_pruned": 0.78,
+            "score_compensated": 0.79,
+            "score_recovered": 0.8,
+            "layer_params_kept": 0.699,
+            "seconds": {"statistics": 9.25, "recover": 185.0},
+        },
+        {
+            "keep": 0.5,
+            "score_pruned": 0.7,
+            "score_compensated": 0.76,
+            "score_recovered": 0.796,
+            "layer_params_kept": 0.5,
+            "seconds": {"statistics": 42.0, "recover": 7800.0},
+        },
+    ],
+    "plan_layers": [
+        {"source": 0, "heads": 3, "neurons": 40, "heads_of": 4, "neurons_of": 64},
+        {"source": 2, "heads": 0, "neurons": 64, "heads_of": 4, "neurons_of": 64},
+    ],
+    "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
+    "latency": {"batch_size": 32, "sequence_length": 64},
+    "seconds": 420.0,
+}
+
+
+def metrics(**changes: Any) -> dict[str, Any]:
+    """A fresh copy of METRICS with some keys replaced."""
+    return {**copy.deepcopy(METRICS), **changes}
+
+
+def student_folder(folder: Path, architecture: str = "BertForSequenceClassification", **config: Any) -> Path:
+    """A folder that looks like a saved student, with weights of a few bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"architectures": [architecture], "model_type": "bert", **config}))
+    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "tokenizer.json").write_text("{}")
+    return folder

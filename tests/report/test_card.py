@@ -1,0 +1,98 @@
+"""The model card is valid for the Hub, and its code runs."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import tiny_model
+from huggingface_hub import ModelCard
+from report_examples import metrics, student_folder
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from distill_llm.errors import InputError
+from distill_llm.report import write_card
+
+RECIPE = "teacher:\n  model: owner/teacher-model\n"
+
+
+def test_metadata_reads_back_with_score_base_model_and_pipeline(tmp_path: Path) -> None:
+    card = ModelCard.load(write_card(student_folder(tmp_path), metrics(), RECIPE))
+    assert card.data.library_name == "transformers"
+    assert card.data.base_model == "owner/teacher-model"
+    assert card.data.pipeline_tag == "text-classification"
+    assert {"distill_llm", "pruning", "knowledge-distillation"} <= set(card.data.tags)
+    (result,) = card.data.eval_results
+    assert (result.metric_type, result.metric_value) == ("accuracy", 0.796)
+    assert (result.dataset_type, result.dataset_config, result.dataset_split) == ("nyu-mll/glue", "sst2", "validation")
+
+
+def test_front_matter_has_the_model_index_of_the_hub(tmp_path: Path) -> None:
+    text = write_card(student_folder(tmp_path), metrics(), RECIPE).read_text()
+    front = yaml.safe_load(text.split("---\n")[1])
+    (entry,) = front["model-index"]
+    assert entry["name"] == "teacher-model-sst2-student"
+    assert entry["results"][0]["metrics"] == [{"type": "accuracy", "value": 0.796}]
+    assert front["datasets"] == ["nyu-mll/glue"] and front["metrics"] == ["accuracy"]
+
+
+def test_mnli_reports_its_matched_split_and_other_data_their_own_name(tmp_path: Path) -> None:
+    mnli = ModelCard.load(write_card(student_folder(tmp_path), metrics(task="mnli"), RECIPE))
+    assert mnli.data.eval_results[0].dataset_split == "validation_matched"
+    other = ModelCard.load(write_card(student_folder(tmp_path), metrics(task="embedded"), RECIPE))
+    result = other.data.eval_results[0]
+    assert (result.dataset_type, result.dataset_split, other.data.datasets) == ("embedded", "test", None)
+
+
+@pytest.mark.parametrize("teacher", ["/home/someone/secret/bert-x", "./runs/bert-x", "package://some_package/bert-x"])
+def test_a_teacher_that_is_no_hub_model_is_no_base_model_and_is_shown_by_its_name(tmp_path: Path, teacher: str) -> None:
+    path = write_card(student_folder(tmp_path), metrics(teacher_model=teacher), RECIPE)
+    assert ModelCard.load(path).data.base_model is None
+    text = path.read_text()
+    assert "bert-x" in text and "secret" not in text and "./runs" not in text
+
+
+def test_card_holds_table_recipe_and_results_file(tmp_path: Path) -> None:
+    text = write_card(student_folder(tmp_path), metrics(), RECIPE).read_text()
+    assert "| recovered" in text and f"```yaml\n{RECIPE}```" in text
+    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "loader", "tag"),
+    [
+        ("PrunedBertForMaskedLM", "AutoModelForMaskedLM", "fill-mask"),
+        ("BertForTokenClassification", "AutoModelForTokenClassification", "token-classification"),
+        ("DistilBertModel", "AutoModel", "feature-extraction"),
+    ],
+)
+def test_loading_code_fits_the_head(tmp_path: Path, architecture: str, loader: str, tag: str) -> None:
+    path = write_card(student_folder(tmp_path, architecture), metrics(), RECIPE)
+    assert f"{loader}.from_pretrained(model_id).eval()" in path.read_text()
+    assert ModelCard.load(path).data.pipeline_tag == tag
+
+
+def test_trust_remote_code_only_where_the_checkpoint_has_code(tmp_path: Path) -> None:
+    assert "trust_remote_code" not in write_card(student_folder(tmp_path), metrics(), RECIPE).read_text()
+    pruned = student_folder(tmp_path, auto_map={"AutoModel": "modeling_pruned.PrunedBertModel"})
+    assert "from_pretrained(model_id, trust_remote_code=True)" in write_card(pruned, metrics(), RECIPE).read_text()
+
+
+@pytest.mark.parametrize("head", ["sequence-classification", "masked-lm", "token-classification", "base"])
+def test_the_code_of_the_card_runs(tmp_path: Path, head: str, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_model(head=head).save_pretrained(tmp_path)
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "[PAD]": 1, "[MASK]": 2, "good": 3}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokens = {"unk_token": "[UNK]", "pad_token": "[PAD]", "mask_token": "[MASK]"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **tokens).save_pretrained(tmp_path)
+    text = write_card(tmp_path, metrics(), RECIPE).read_text()
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
+    exec(code.replace("path/to/student", str(tmp_path)), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="student_dir: got .*config.json"):
+        write_card(tmp_path, metrics(), RECIPE)
