@@ -1,8 +1,8 @@
 """Hidden states, queries and keys at chosen layers of any model, during one forward, under any attention kernel.
 
-transformers looks its attention functions up by name. `Recorder` registers, under a name of its own, a function that hands
-queries, keys and mask of the chosen layers to the recording in progress and then calls the kernel the model uses anyway.
-The model's configuration names that function during the recorded forward only.
+transformers looks its attention functions up by name. `Recorder` registers, under a name of its own, a function that
+hands queries, keys and mask of the chosen layers to the recording in progress and then calls the kernel the model uses
+anyway. The model's configuration names that function during the recorded forward only.
 """
 
 import inspect
@@ -31,13 +31,49 @@ class Recording:
 
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
     attention: dict[int, AttentionInputs] = field(default_factory=dict)
+    _biases: list[tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=list, repr=False)
+
+    def add_attention(
+        self,
+        index: int,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        mask: torch.Tensor | None,
+        settings: dict[str, Any],
+    ) -> None:
+        """Keep what an attention function was called with; the first call of a layer counts (self-attention)."""
+        if index in self.attention:
+            return
+        for unknown in ("softcap", "position_bias"):
+            if settings.get(unknown) is not None:
+                raise InputError(
+                    "losses.attention",
+                    f"{type(module).__name__} with {unknown}",
+                    "a model with plain softmax attention",
+                )
+        if key.shape[1] != query.shape[1]:
+            key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        scaling, causal = settings.get("scaling"), settings.get("is_causal")
+        scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+        causal = bool(getattr(module, "is_causal", False) if causal is None else causal)
+        self.attention[index] = AttentionInputs(query, key, scaling, self._bias(mask, causal, query))
+
+    def _bias(self, mask: torch.Tensor | None, causal: bool, query: torch.Tensor) -> torch.Tensor | None:
+        if mask is None:
+            return additive_bias(None, causal, query)
+        for known, bias in self._biases:
+            if known is mask:
+                return bias
+        self._biases.append((mask, additive_bias(mask, causal, query)))
+        return self._biases[-1][1]
 
 
 @dataclass
 class Signals(Recording):
     """All that a loss may compare: a recording and the logits, (B, C) or (items, V)."""
 
-    logits: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    logits: torch.Tensor = field(kw_only=True)
 
 
 _listeners: "WeakKeyDictionary[nn.Module, tuple[Recording, int]]" = WeakKeyDictionary()
@@ -61,11 +97,13 @@ class Recorder:
         self.hidden = {index: layers[index] for index in hidden}
         self.attention = {index: layers[index] for index in attention}
         configs = [getattr(module, "config", None) for module in model.modules()]
-        self.configs = list({id(config): config for config in configs if hasattr(config, "_attn_implementation")}.values())
+        self.configs = list(
+            {id(config): config for config in configs if hasattr(config, "_attn_implementation")}.values()
+        )
 
     @contextmanager
     def recording(self) -> Iterator[Recording]:
-        """Record the forward that runs inside the context; later recomputation (gradient checkpointing) is not recorded."""
+        """Record the forward that runs inside the context, but no recomputation after it (gradient checkpointing)."""
         result = Recording()
         with ExitStack() as stack:
             for index, layer in self.hidden.items():
@@ -76,7 +114,7 @@ class Recorder:
             yield result
         missing = self.attention.keys() - result.attention.keys()
         if missing:
-            accepted = "a model whose attention goes through the AttentionInterface of transformers (DeBERTa-v2 and MPNet do not)"
+            accepted = "a model with attention by transformers' AttentionInterface (DeBERTa-v2, MPNet: no)"
             raise InputError("losses.attention", f"{self.name}, layers {sorted(missing)} not seen", accepted)
 
     @contextmanager
@@ -119,7 +157,7 @@ def _register(kernel: str) -> str:
         ) -> tuple[torch.Tensor, torch.Tensor | None]:
             if (listener := _listeners.get(module)) is not None:
                 recording, index = listener
-                recording.attention.setdefault(index, _attention_inputs(module, query, key, attention_mask, kwargs))
+                recording.add_attention(index, module, query, key, attention_mask, kwargs)
             return _kernel(kernel, module)(module, query, key, value, attention_mask, **kwargs)
 
         AttentionInterface.register(name, attention)
@@ -134,22 +172,7 @@ def _kernel(name: str, module: nn.Module) -> Callable[..., Any]:
     return own
 
 
-def _attention_inputs(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]
-) -> AttentionInputs:
-    for unknown in ("softcap", "position_bias"):
-        if kwargs.get(unknown) is not None:
-            raise InputError("losses.attention", f"{type(module).__name__} with {unknown}", "a model with plain softmax attention")
-    if key.shape[1] != query.shape[1]:
-        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    scaling = kwargs.get("scaling")
-    causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", False) if causal is None else causal
-    bias = _bias(mask, bool(causal), query)
-    return AttentionInputs(query, key, query.shape[-1] ** -0.5 if scaling is None else float(scaling), bias)
-
-
-def _bias(mask: torch.Tensor | None, causal: bool, query: torch.Tensor) -> torch.Tensor | None:
+def additive_bias(mask: torch.Tensor | None, causal: bool, query: torch.Tensor) -> torch.Tensor | None:
     """Any kernel's mask as an additive fp32 one, -3.4e38 (never minus infinity) where a key is hidden."""
     length, lowest = query.shape[2], torch.finfo(torch.float32).min
     if mask is None:
@@ -159,7 +182,7 @@ def _bias(mask: torch.Tensor | None, causal: bool, query: torch.Tensor) -> torch
         return torch.zeros(1, 1, length, length, device=query.device).masked_fill_(hidden, lowest)
     if mask.dim() == 2:
         bias = torch.zeros(mask.shape, device=mask.device).masked_fill_(mask == 0, lowest)[:, None, None, :]
-        future = _bias(None, causal, query)
+        future = additive_bias(None, causal, query)
         return bias if future is None else torch.minimum(bias, future)
     if mask.dtype == torch.bool:
         return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, lowest)
@@ -168,7 +191,7 @@ def _bias(mask: torch.Tensor | None, causal: bool, query: torch.Tensor) -> torch
 
 @contextmanager
 def packed(model: PreTrainedModel, positions: torch.Tensor | None) -> Iterator[None]:
-    """Hand a masked-LM head the hidden states at `positions` only, so that its logits are (items, V) instead of (B, T, V).
+    """Hand a masked-LM head the hidden states at `positions` only: its logits are (items, V) instead of (B, T, V).
 
     Args:
         model: a masked-LM model of a family with a row in FAMILIES (see `can_pack`).

@@ -112,6 +112,7 @@ def prune(
     keep: Annotated[str, _option("keep", "NUMBER")],
     output_dir: Annotated[Path, typer.Option(help="Folder for the pruned model.")],
     data: DataPath = None,
+    max_length: Annotated[int, typer.Option(min=8, help="Tokens an example is cut to.")] = 128,
     units: Annotated[str, _option("units", "A,B")] = ",".join(_PRUNING["units"].default),
     criterion: Annotated[str, _option("criterion")] = _PRUNING["criterion"].default,
     cost: Annotated[str, _option("cost")] = _PRUNING["cost"].default,
@@ -139,7 +140,7 @@ def prune(
         recipe = parse_recipe(
             {
                 "teacher": {"model": model},
-                "data": {"task": task, "path": data},
+                "data": {"task": task, "path": data, "max_length": max_length},
                 "pruning": given,
                 "output_dir": str(output_dir),
             }
@@ -149,7 +150,9 @@ def prune(
 
     assert recipe.pruning is not None and recipe.pruning.keep is not None
     options = recipe.pruning.model_dump(include=set(given) - {"keep"})
-    folder = prune_model(model, task, recipe.pruning.keep, output_dir, data=data, **options)
+    folder = prune_model(
+        model, task, recipe.pruning.keep, output_dir, data=data, max_length=max_length, **options
+    )
     _say(f"pruned model: {folder}")
 
 

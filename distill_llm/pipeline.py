@@ -71,7 +71,14 @@ def run(recipe: Recipe | Mapping[str, Any], output_dir: str | Path | None = None
 
 
 def prune_model(
-    model: str, task: str, keep: float, output_dir: str | Path, *, data: str | None = None, **options: Any
+    model: str,
+    task: str,
+    keep: float,
+    output_dir: str | Path,
+    *,
+    data: str | None = None,
+    max_length: int = 128,
+    **options: Any,
 ) -> Path:
     """Importance, plan, prune, compensate, save; no training.
 
@@ -79,6 +86,7 @@ def prune_model(
         model: folder, Hub id or package:// path of a model fine-tuned on the task.
         keep: share of the layers' cost that remains.
         data: where the task's rows are; a GLUE task's default is the Hub.
+        max_length: tokens an example is cut to.
         options: fields of the recipe's pruning section.
 
     Returns:
@@ -86,7 +94,7 @@ def prune_model(
     """
     given = {
         "teacher": {"model": model},
-        "data": {"task": task, "path": data},
+        "data": {"task": task, "path": data, "max_length": max_length},
         "pruning": {**options, "keep": keep},
         "output_dir": str(output_dir),
     }
@@ -335,6 +343,7 @@ class Run:
         self, teacher_dir: Path, student_dir: Path, teacher: Mapping[str, Any], rounds: list[dict[str, Any]]
     ) -> dict[str, Any]:
         from distill_llm.report import write_card, write_report  # matplotlib is slow to import
+        from distill_llm.report.tables import percent
 
         with written_whole(self.folder / "student") as path:
             shutil.copytree(student_dir, path, ignore=shutil.ignore_patterns("training_args.bin"))
@@ -353,7 +362,7 @@ class Run:
         write_report(self.folder, metrics)
         write_card(self.folder / "student", metrics, self.recipe.to_yaml())
         return {
-            "summary": f"retention {metrics['retention']:.1%}, {metrics['layer_params_kept']:.1%} of the layers' parameters, "
+            "summary": f"retention {percent(metrics['retention'])}, {metrics['layer_params_kept']:.1%} of the layers' parameters, "
             f"speed-up {metrics['speedup']:.2f}x on {metrics['device']}"
         }
 

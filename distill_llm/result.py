@@ -36,8 +36,8 @@ def collect_metrics(
         "higher_is_better": task.higher_is_better,
         "device": measured.model.device,
         "teacher_model": recipe.teacher.model,
-        "teacher": _side(measured.other, teacher_result["metrics"]),
-        "student": _side(measured.model, final),
+        "teacher": _side(teacher, measured.other, teacher_result["metrics"]),
+        "student": _side(student, measured.model, final),
         "retention": retention(final["score"], teacher_result["score"], task.higher_is_better),
         "params_kept": measured.model.params / measured.other.params,
         "layer_params_kept": measured.model.layer_params / measured.other.layer_params,
@@ -52,8 +52,9 @@ def collect_metrics(
     }
 
 
-def _side(profile: Profile, scores: Mapping[str, float]) -> dict[str, Any]:
+def _side(model: PreTrainedModel, profile: Profile, scores: Mapping[str, float]) -> dict[str, Any]:
     return {
+        "layers": model.config.num_hidden_layers,
         "score": scores["score"],
         "metrics": dict(scores),
         "params": profile.params,

@@ -1,4 +1,4 @@
-"""The order of training examples: the same global batches for any number of processes, and the same again after a resume."""
+"""The order of training examples: the same global batches for any number of processes, and after a resume."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle, islice
@@ -18,7 +18,7 @@ class GlobalBatchSampler(Sampler[int]):
         batch_size: of a global batch: all processes and accumulated micro-batches together.
         seed: of the order.
         epoch: tells the current epoch when an iteration starts.
-        lengths: number of tokens of each example, to put examples of similar length into the same batch; None shuffles freely.
+        lengths: number of tokens of each example, to put similar ones into the same batch; None shuffles freely.
         drop_last: leave the incomplete global batch out instead of filling it up.
     """
 

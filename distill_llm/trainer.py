@@ -16,7 +16,7 @@ from transformers.trainer_utils import has_length
 from distill_llm.capture import Recorder, Signals, item_logits, packed
 from distill_llm.errors import InputError
 from distill_llm.losses.labels import IGNORED, label_loss
-from distill_llm.losses.objective import parse_objective
+from distill_llm.losses.objective import Objective, parse_objective
 from distill_llm.losses.terms import UNITS, Term, Terms, per_token
 from distill_llm.sampling import GlobalBatchSampler
 from distill_llm.teachers.compatibility import shared_classes
@@ -30,8 +30,8 @@ class DistillationConfig(TrainingArguments):
     """TrainingArguments and the objective.
 
     Args:
-        losses: term name -> settings, e.g. `{"labels": {"weight": 0.5}, "logits": {"weight": 0.5, "temperature": 2.0}}`; the
-            terms and settings are those of `distill_llm.losses.Objective`.
+        losses: term name -> settings, e.g. `{"labels": {"weight": 0.5}, "logits": {"temperature": 2.0}}`; the terms and
+            settings are those of `distill_llm.losses.Objective`.
         logging_nan_inf_filter: off, since looking at every loss makes the device wait at every micro-batch.
 
     Raises:
@@ -42,7 +42,9 @@ class DistillationConfig(TrainingArguments):
         default_factory=lambda: {"labels": {"weight": 0.5}, "logits": {"weight": 0.5}},
         metadata={"help": "The objective: term name -> settings."},
     )
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Replace NaN losses in the log (synchronises)."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Replace NaN losses in the log (synchronises)."}
+    )
 
     def __post_init__(self) -> None:
         self.losses = parse_objective(self.losses).model_dump(mode="json", exclude_none=True)
@@ -52,9 +54,9 @@ class DistillationConfig(TrainingArguments):
 class DistillationTrainer(Trainer):
     """Trains a student on the objective of its `DistillationConfig`. Every other feature is the Trainer's own.
 
-    Each term is a sum over its items (labelled examples or tokens, examples, or valid tokens) divided by the number of such items
-    in the whole accumulated batch of all processes, so a step does not depend on how the batch was split. The log has the terms
-    unweighted under `loss/<term>`. `eval_loss` is the loss against the labels alone.
+    Each term is a sum over its items (labelled examples or tokens, examples, or valid tokens) divided by the number of
+    such items in the whole accumulated batch of all processes, so a step does not depend on how the batch was split. The
+    log has the terms unweighted under `loss/<term>`. `eval_loss` is the loss against the labels alone.
 
     Args:
         model: the student.
@@ -76,7 +78,9 @@ class DistillationTrainer(Trainer):
     ):
         args = args if args is not None else DistillationConfig(output_dir="tmp_trainer")
         super().__init__(model=model, args=args, **kwargs)
-        self.objective = objective = parse_objective(args.losses)
+        self.student = model
+        self.objective: Objective = parse_objective(args.losses)
+        objective = self.objective
         self.weights = {name: section.weight for name, section in objective.terms().items()}
         if not objective.needs_teacher:
             teacher = None
@@ -102,12 +106,21 @@ class DistillationTrainer(Trainer):
     def _check(self, model: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
         args, objective = self.args, self.objective
         if self._loss_shifts_labels:
-            raise InputError("model", type(model).__name__, "a classifier, a regression or a masked-LM model: labels are not shifted")
+            raise InputError(
+                "model", type(model).__name__, "a classifier, a regression or a masked-LM model: labels are not shifted"
+            )
         if objective.needs_teacher and teacher is None:
             terms = [name for name in objective.terms() if name != "labels"]
             raise InputError("teacher", None, f"a model, since the objective has {', '.join(terms)}")
-        if model.config.num_labels == 1 and objective.logits and objective.logits.divergence != "mse" and not per_token(model):
-            raise InputError("losses.logits.divergence", objective.logits.divergence, "mse, for a student with a single output")
+        if (
+            model.config.num_labels == 1
+            and objective.logits
+            and objective.logits.divergence != "mse"
+            and not per_token(model)
+        ):
+            raise InputError(
+                "losses.logits.divergence", objective.logits.divergence, "mse, for a student with a single output"
+            )
         if args.n_gpu > 1:
             raise InputError("args", f"{args.n_gpu} devices in one process", "a process per device: accelerate launch")
         if objective.attention and (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
@@ -123,7 +136,7 @@ class DistillationTrainer(Trainer):
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
-        """(3,) numbers of label items, examples and valid tokens of the micro-batches over all processes, at least 1 each."""
+        """(3,) numbers of label items, examples and valid tokens over micro-batches and processes, at least 1 each."""
         if not batch_samples:
             return None
         counts = torch.stack([_count_items(batch) for batch in batch_samples]).sum(0).to(device)
@@ -141,14 +154,19 @@ class DistillationTrainer(Trainer):
         """The weighted objective of a micro-batch in training, the loss against the labels in evaluation."""
         if num_items_in_batch is None:
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
-        terms, outputs = self._training_terms(model, inputs) if model.training else self._label_term(model, inputs)
         share = self.accelerator.num_processes / num_items_in_batch
+        if not model.training:
+            total, outputs = self._label_total(model, inputs)
+            loss = total * share[UNITS.index("labels")]
+            return (loss, outputs) if return_outputs else loss
+        terms, outputs = self._training_terms(model, inputs)
         values = {name: term.total * share[UNITS.index(term.unit)] for name, term in terms.items()}
-        loss = sum(self.weights.get(name, 1.0) * value for name, value in values.items())
-        if model.training:
-            self._logged_terms += torch.stack([value.detach() for value in values.values()])
-            if not {"labels", "logits"} & values.keys():
-                loss = loss + 0.0 * outputs.logits.float().sum()  # DDP waits for a gradient of every parameter behind an output
+        self._logged_terms += torch.stack([value.detach() for value in values.values()])
+        loss = sum(self.weights[name] * value for name, value in values.items())
+        if not {"labels", "logits"} & values.keys():
+            loss = (
+                loss + 0.0 * outputs.logits.float().sum()
+            )  # DDP waits for a gradient of every parameter behind an output
         return (loss, outputs) if return_outputs else loss
 
     def _training_terms(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Term], Any]:
@@ -159,19 +177,18 @@ class DistillationTrainer(Trainer):
             positions = chosen.flatten().nonzero().squeeze(-1)
             labels = labels if labels is None else labels.flatten()[positions]
         teacher = self.teacher(inputs, positions) if self.teacher is not None else None
-        with self.recorder.recording() as recording, packed(self.model, positions):
-            outputs = model(**accepted_inputs(self.model, inputs))
-        signals = Signals(recording.hidden, recording.attention, item_logits(outputs.logits, positions))
+        with self.recorder.recording() as recording, packed(self.student, positions):
+            outputs = model(**accepted_inputs(self.student, inputs))
+        signals = Signals(recording.hidden, recording.attention, logits=item_logits(outputs.logits, positions))
         return self.terms(signals, teacher, labels, valid), outputs
 
-    def _label_term(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Term], Any]:
-        outputs = model(**accepted_inputs(self.model, inputs))
+    def _label_total(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
+        outputs = model(**accepted_inputs(self.student, inputs))
         labels = inputs["labels"]
-        values = label_loss(outputs.logits.flatten(0, labels.dim() - 1), labels.flatten())
-        return {"labels": Term(values.sum(), "labels")}, outputs
+        return label_loss(outputs.logits.flatten(0, labels.dim() - 1), labels.flatten()).sum(), outputs
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As `Trainer.training_step`; averages the projections' gradients over the processes, as DDP does the student's."""
+        """As `Trainer.training_step`; averages the projections' gradients over processes, as DDP does the student's."""
         loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
             for parameter in self.terms.projections.parameters():
@@ -194,7 +211,7 @@ class DistillationTrainer(Trainer):
     # Data: the same global batches for any number of processes, and every column that student or teacher reads.
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        data = self.train_dataset if train_dataset is None else train_dataset
+        data = self.train_dataset  # with its length column, which the dataset that is handed in may have lost
         strategy = self.args.train_sampling_strategy
         if data is None or not has_length(data) or strategy not in ("random", "group_by_length"):
             return super()._get_train_sampler(train_dataset)
@@ -212,7 +229,7 @@ class DistillationTrainer(Trainer):
             super()._set_signature_columns_if_needed()
             if self.teacher is not None:
                 names = inspect.signature(self.teacher.model.forward).parameters
-                self._signature_columns += [name for name in names if name not in self._signature_columns]
+                self._signature_columns = list(dict.fromkeys([*(self._signature_columns or []), *names]))
 
     # Projections belong to the loss: optimised and checkpointed with the run, never part of the student.
 
@@ -254,6 +271,7 @@ def _count_items(batch: Mapping[str, Any]) -> torch.Tensor:
 
 
 def _lengths(data: Any, column: str) -> list[int]:
-    if column in getattr(data, "column_names", ()):
+    names = getattr(data, "column_names", None) or ()
+    if column in names:
         return list(data[column])
-    return [len(row["input_ids"]) for row in data]
+    return [len(ids) for ids in data["input_ids"]] if names else [len(row["input_ids"]) for row in data]

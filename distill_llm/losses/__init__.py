@@ -1,4 +1,4 @@
-"""Losses of distillation: pure functions of logits, hidden states and attention inputs, and the objective that combines them."""
+"""Losses of distillation: pure functions of signals, and the objective that combines them."""
 
 from distill_llm.losses.attention import AttentionInputs, attention_distance
 from distill_llm.losses.hidden import hidden_distance

@@ -23,12 +23,11 @@ class AttentionInputs(NamedTuple):
         scores = (self.query @ self.key.transpose(-1, -2)).float().mul_(self.scaling)
         return scores if self.bias is None else scores.add_(self.bias)
 
-    def select(self, heads: list[int] | None) -> "AttentionInputs":
-        """The same for a choice of heads, in the given order; None keeps all."""
-        if heads is None:
-            return self
-        bias = self.bias if self.bias is None or self.bias.shape[1] == 1 else self.bias[:, heads]
-        return self._replace(query=self.query[:, heads], key=self.key[:, heads], bias=bias)
+    def select(self, heads: torch.Tensor) -> "AttentionInputs":
+        """The same for a choice of heads, in the given order, with tokens outside of heads in memory as models do."""
+        query, key = (each.transpose(1, 2).index_select(2, heads).transpose(1, 2) for each in (self.query, self.key))
+        bias = self.bias if self.bias is None or self.bias.shape[1] == 1 else self.bias.index_select(1, heads)
+        return AttentionInputs(query, key, self.scaling, bias)
 
 
 def attention_distance(
@@ -36,8 +35,9 @@ def attention_distance(
 ) -> torch.Tensor:
     """Sum over valid query tokens of the mean over heads of the distance between attention rows.
 
-    `kl` is KL(teacher || student) over the keys (MiniLM, Wang et al., 2020); `mse` the squared difference of probabilities
-    summed over the keys. Head j is compared with head j; where the numbers of heads differ, the maps are averaged over heads first.
+    `kl` is KL(teacher || student) over the keys (MiniLM, Wang et al., 2020); `mse` the squared difference of
+    probabilities summed over the keys. Head j is compared with head j; where the numbers of heads differ, the maps are
+    averaged over heads first.
 
     Args:
         student: inputs of one student layer.
@@ -68,8 +68,8 @@ def _mean_over_heads(inputs: AttentionInputs) -> torch.Tensor:
 class _AttentionKL(torch.autograd.Function):
     """Weighted sum of KL(teacher || student) over all rows and heads.
 
-    Its gradient by the student's scores is (student probabilities - teacher probabilities), so the gradients by queries and keys
-    are made while the probabilities are at hand and nothing of size T x T is kept for the backward pass.
+    Its gradient by the student's scores is (student probabilities - teacher probabilities), so the gradients by queries
+    and keys are made while the probabilities are at hand and nothing of size T x T is kept for the backward pass.
     """
 
     @staticmethod
@@ -81,13 +81,15 @@ class _AttentionKL(torch.autograd.Function):
         teacher: AttentionInputs,
         weight: torch.Tensor,
     ) -> torch.Tensor:
-        log_p = teacher.scores().log_softmax(-1)
-        log_q = student.scores().log_softmax(-1)
-        difference = log_p - log_q
-        p = log_p.exp_()
-        total = (torch.linalg.vecdot(p, difference) * weight).sum()
+        teacher_scores, student_scores = teacher.scores(), student.scores()
+        p, q = teacher_scores.softmax(-1), student_scores.softmax(-1)
+        # KL = sum of p (s - s') - log Z + log Z', with log Z from the largest score and probability of a row: two
+        # reductions cost less than the two passes of log_softmax.
+        log_z = student_scores.amax(-1) - q.amax(-1).log() - teacher_scores.amax(-1) + p.amax(-1).log()
+        rows = torch.linalg.vecdot(p, teacher_scores.sub_(student_scores)).add_(log_z)
+        total = (rows * weight).sum()
         if any(ctx.needs_input_grad[:2]):
-            slope = log_q.exp_().sub_(p).mul_(weight.unsqueeze(-1) * student.scaling).to(query.dtype)
+            slope = q.sub_(p).mul_(weight.unsqueeze(-1) * student.scaling).to(query.dtype)
             ctx.save_for_backward(slope @ key, slope.transpose(-1, -2) @ query)
         return total
 

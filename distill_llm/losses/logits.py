@@ -8,11 +8,11 @@ import torch
 def logits_divergence(
     student: torch.Tensor, teacher: torch.Tensor, divergence: str = "forward_kl", temperature: float = 1.0
 ) -> torch.Tensor:
-    """Divergence of each item, times the squared temperature so that gradients keep their size (Hinton et al., 2015, section 2).
+    """Divergence of each item times the squared temperature, which keeps the size of gradients (Hinton et al., 2015).
 
-    With p the teacher's and q the student's probabilities at the temperature: `forward_kl` is KL(p || q), `reverse_kl` is
-    KL(q || p), `jsd` the mean of KL(p || m) and KL(q || m) with m = (p + q) / 2. `mse` is the squared difference of the
-    logits summed over the classes (the temperature and its square cancel); the only one that fits regression heads.
+    With p the teacher's and q the student's probabilities at the temperature: `forward_kl` is KL(p || q), `reverse_kl`
+    is KL(q || p), `jsd` the mean of KL(p || m) and KL(q || m) with m = (p + q) / 2. `mse` is the squared difference of
+    the logits summed over the classes (the temperature and its square cancel); the only one for regression heads.
 
     Args:
         student: (items, classes) logits.

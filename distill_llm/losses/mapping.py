@@ -9,16 +9,14 @@ from distill_llm.pruning.modeling_pruned import LayerLineage
 
 
 class LayerPair(NamedTuple):
-    """A student layer and the teacher layer it learns from; `heads[j]` is the teacher's head for student head j, None: all in order."""
+    """A student layer and the teacher layer it learns from; `heads[j]` is the teacher's for student head j, None: j."""
 
     student: int
     teacher: int
     heads: tuple[int, ...] | None = None
 
 
-def relative_lineage(
-    student: Sequence[LayerLineage], teacher: Sequence[LayerLineage]
-) -> tuple[LayerLineage, ...]:
+def relative_lineage(student: Sequence[LayerLineage], teacher: Sequence[LayerLineage]) -> tuple[LayerLineage, ...]:
     """The student's lineage counted in a teacher that is itself pruned, both given in indices of the original model.
 
     Raises:
@@ -46,8 +44,9 @@ def hidden_pairs(
 ) -> list[LayerPair]:
     """The layers whose outputs are compared.
 
-    `lineage`: the output of a student layer is what the next student layer reads, so it is compared with what the teacher
-    layer, from which that next layer was copied, reads: the output of the teacher layer before it. The last learns from the last.
+    `lineage`: the output of a student layer is what the next student layer reads, so it is compared with what the
+    teacher layer, from which that next layer was copied, reads: the output of the teacher layer before it. The last
+    learns from the last.
 
     Args:
         layers: lineage, uniform, last or explicit pairs.
@@ -85,11 +84,11 @@ def attention_pairs(
     return pairs
 
 
-def _need_lineage(
-    lineage: Sequence[LayerLineage] | None, teacher_layers: int, field: str
-) -> Sequence[LayerLineage]:
+def _need_lineage(lineage: Sequence[LayerLineage] | None, teacher_layers: int, field: str) -> Sequence[LayerLineage]:
     if lineage is None:
-        raise InputError(field, "lineage", "uniform, last or [[student, teacher], ...]: this student was not pruned here")
+        raise InputError(
+            field, "lineage", "uniform, last or [[student, teacher], ...]: this student was not pruned here"
+        )
     if max(layer.source for layer in lineage) >= teacher_layers:
         accepted = "the teacher that the student was pruned from: its layers are too few"
         raise InputError("teacher", f"{teacher_layers} layers", accepted)

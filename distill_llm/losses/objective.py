@@ -1,4 +1,4 @@
-"""The objective: which losses a student is trained with, their weights and settings. The same mapping in YAML and in Python."""
+"""The objective: which losses a student is trained with; the same mapping in YAML and in Python."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -23,11 +23,13 @@ class LabelsLoss(_Section):
 
 
 class LogitsLoss(_Section):
-    """Divergence between the teacher's and the student's output distributions at a temperature (Hinton et al., 2015)."""
+    """Divergence of the teacher's and the student's outputs at a temperature (Hinton et al., 2015)."""
 
     weight: Weight = 1.0
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "mse"] = "forward_kl"
-    temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="Divides both logits; the loss carries its square.")
+    temperature: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="Divides both logits; the loss carries its square."
+    )
 
 
 class HiddenLoss(_Section):
@@ -96,9 +98,11 @@ def _input_error(error: ValidationError, field: str) -> InputError:
     first = error.errors()[0]
     path = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
-        section: type[BaseModel] = Objective
+        section: Any = Objective
         if len(path) > 1:
-            section = {"labels": LabelsLoss, "logits": LogitsLoss, "hidden": HiddenLoss, "attention": AttentionLoss}[path[0]]
+            section = {"labels": LabelsLoss, "logits": LogitsLoss, "hidden": HiddenLoss, "attention": AttentionLoss}[
+                path[0]
+            ]
         return InputError(".".join([field, *path]), first["input"], one_of(section.model_fields, path[-1]))
     if len(path) > 1 and path[1] == "layers":
         accepted = "lineage, uniform, last, or a list of [student layer, teacher layer] pairs counted from 0"

@@ -23,7 +23,7 @@ UNITS: tuple[Unit, ...] = ("labels", "examples", "tokens")
 
 @dataclass(frozen=True)
 class Term:
-    """The sum of a loss over the items of a batch, and what an item is: the sum over all batches is divided by their number."""
+    """The sum of a loss over the items of a batch, and what an item is: the sum is divided by their number."""
 
     total: torch.Tensor
     unit: Unit
@@ -41,13 +41,13 @@ class Terms:
         objective: which terms.
         student, teacher: the models; `teacher` may be None where the objective does not need one.
         smoothing: label smoothing.
-        classes: compare logits over the first `classes` entries only (vocabularies padded to different sizes); None: all.
+        classes: compare logits over the first `classes` entries only (vocabularies of padded sizes); None: all.
         seed: of the projections' first weights.
 
     Attributes:
         hidden, attention: the layer pairs that are compared.
-        projections: learned bias-free maps from the student's width to the teacher's, by layer pair; empty where the widths agree.
-            They belong to the loss, not to the student.
+        projections: learned bias-free maps from the student's width to the teacher's, by layer pair; empty where the
+            widths agree. They belong to the loss, not to the student.
 
     Raises:
         InputError: layers that do not exist, a lineage that is missing.
@@ -67,6 +67,7 @@ class Terms:
         self.hidden: list[LayerPair] = []
         self.attention: list[LayerPair] = []
         self.projections = nn.ModuleDict()
+        self._indices: dict[tuple[int, ...], torch.Tensor] = {}
         if teacher is None or not (objective.hidden or objective.attention):
             return
         lineage, original = lineage_of(student), lineage_of(teacher)
@@ -104,7 +105,11 @@ class Terms:
         objective = self.objective
         if objective.labels is not None:
             if labels is None:
-                raise InputError("losses.labels", "a batch without labels", "data with a labels column, or an objective without labels")
+                raise InputError(
+                    "losses.labels",
+                    "a batch without labels",
+                    "data with a labels column, or an objective without labels",
+                )
             terms["labels"] = Term(label_loss(student.logits, labels, self.smoothing).sum(), "labels")
         if objective.logits is not None and teacher is not None:
             unit: Unit = "tokens" if self.per_token else "examples"
@@ -134,10 +139,15 @@ class Terms:
         total = student.logits.new_zeros((), dtype=torch.float32)
         for pair in self.attention:
             source = teacher.attention[pair.teacher]
-            everything = pair.heads is None or pair.heads == tuple(range(source.query.shape[1]))
-            source = source.select(None if everything else list(pair.heads or ()))
+            if pair.heads is not None and pair.heads != tuple(range(source.query.shape[1])):
+                source = source.select(self._head_indices(pair.heads, source.query.device))
             total = total + attention_distance(student.attention[pair.student], source, valid, distance)
         return total / max(1, len(self.attention))
+
+    def _head_indices(self, heads: tuple[int, ...], device: torch.device) -> torch.Tensor:
+        if heads not in self._indices:
+            self._indices[heads] = torch.tensor(heads, device=device)
+        return self._indices[heads]
 
 
 def _name(pair: LayerPair) -> str:

@@ -51,7 +51,7 @@ class MomentsSum:
         if not self._buffer:
             return
         x = torch.cat(self._buffer)
-        size = -(-x.shape[1] // self.blocks)
+        size = -(-x.shape[1] // self.blocks) or 1  # no channels: a module with nothing left
         for start in range(0, x.shape[1], size):
             part = x[:, start : start + size]
             self.second[start : start + size, start:] += part.T @ x[:, start:]

@@ -77,7 +77,8 @@ class PruningPlan:
 
 
 def _ascending(field: str, indices: Sequence[int], size: int) -> None:
-    if list(indices) != sorted(set(indices)) or (indices and not (0 <= indices[0] and indices[-1] < size)):
+    whole = all(isinstance(index, int) for index in indices)
+    if not whole or list(indices) != sorted(set(indices)) or (indices and not 0 <= indices[0] <= indices[-1] < size):
         raise InputError(field, list(indices), f"ascending indices from 0 to {size - 1}, each once")
 
 
@@ -98,6 +99,8 @@ def keep_layers(model: PreTrainedModel, sources: Sequence[int]) -> PruningPlan:
     """
     count = len(layer_shapes(model))
     _ascending("layers", sources, count)
+    if not sources:
+        raise InputError("layers", [], "at least one layer that stays")
     layers = tuple(full_plan(model).layers[i] for i in sources)
     plan = PruningPlan(model.config.model_type, layers)
     return PruningPlan(plan.model_type, layers, plan.share(model))
@@ -178,6 +181,7 @@ def _whole_layers(scores: Importance, shapes: Sequence[LayerShape], costs: Costs
         if _cost(kept, costs) <= budget * (1 + 1e-9) or sum(row is not None for row in kept) == 1:
             break
         kept[layer] = None
+    _reachable(_cost(kept, costs), budget, costs, shapes, ("layers",))
     return kept
 
 
@@ -234,26 +238,37 @@ def _per_kind(
     """Each kind keeps the same share: over all layers, or within each (`local`); neurons take up what heads leave over."""
     kept = _everything(shapes)
     heads, neurons = sum(s.heads for s in shapes), sum(s.neurons for s in shapes)
-    movable = heads * costs.head * ("heads" in units) + neurons * costs.neuron * ("neurons" in units)
+    movable_neurons = neurons * costs.neuron * ("neurons" in units)
+    movable = heads * costs.head * ("heads" in units) + movable_neurons
     share = (budget - (costs.of(shapes) - movable)) / movable
     _reachable(costs.of(shapes) - movable, budget, costs, shapes, units)
     if "heads" in units:
-        _keep_top(kept, 0, scores.heads, share, local, uniform)
+        # A head is dear: the nearest number, if the neurons can make up the difference.
+        _keep_top(kept, 0, scores.heads, share, local, uniform, nearest=True)
+        if _cost(kept, costs) - movable_neurons > budget:
+            _keep_top(kept, 0, scores.heads, share, local, uniform)
     if "neurons" in units:
-        left = budget - (_cost(kept, costs) - neurons * costs.neuron)
-        _keep_top(kept, 1, scores.neurons, left / (neurons * costs.neuron), local, uniform)
+        left = budget - (_cost(kept, costs) - movable_neurons)
+        _keep_top(kept, 1, scores.neurons, left / movable_neurons, local, uniform)
     return kept
 
 
-def _keep_top(kept: Kept, kind: int, scores: Sequence[torch.Tensor], share: float, local: bool, uniform: bool) -> None:
+def _keep_top(
+    kept: Kept,
+    kind: int,
+    scores: Sequence[torch.Tensor],
+    share: float,
+    local: bool,
+    uniform: bool,
+    nearest: bool = False,
+) -> None:
     rows = [row[kind] for row in kept if row is not None]
     share = min(max(share, 0.0), 1.0)
     if local:
         fewest = min(len(row) for row in rows)
         for row, values in zip(rows, scores, strict=True):
             count = share * (fewest if uniform else len(row))
-            # A head is dear: round to the nearest, the neurons make up the difference. Neurons: never above the budget.
-            count = round(count) if kind == 0 else int(count + 1e-6)
+            count = round(count) if nearest else int(count + 1e-6)
             row[:] = False
             row[values.argsort(descending=True)[:count]] = True
     else:

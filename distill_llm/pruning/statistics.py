@@ -5,10 +5,10 @@ gradients g of the loss there. Padding counts in nothing (`attention_mask`).
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from distill_llm.errors import InputError
 from distill_llm.pruning.modeling_pruned import family_of, layers_of
+from distill_llm.pruning.fast_backward import fast_backward
 from distill_llm.pruning.moments import Moments, MomentsSum
 from distill_llm.pruning.structure import head_size_of, linear, weight_norms
 
@@ -131,6 +132,7 @@ def collect_statistics(
     teacher: PreTrainedModel | None = None,
     *,
     moments: bool = True,
+    exact: bool = False,
     seed: int = 0,
 ) -> Statistics:
     """One pass over the data; the model is unchanged, its mode and flags are restored.
@@ -144,6 +146,8 @@ def collect_statistics(
             their losses; None for no backward pass (criteria without gradients).
         teacher: only for loss "kl".
         moments: also collect the second moments that compensation needs.
+        exact: keep every matrix product in the model's precision. Otherwise the backward products of fp32 linears run in bf16
+            where the device is faster at it; ranks hardly move (see `fast_backward`).
         seed: of the labels drawn for loss "kl".
 
     Raises:
@@ -172,6 +176,8 @@ def collect_statistics(
             first = i == 0 and loss is not None
             hook = _tap_hook(state, sums[i], second[i] if second else None, loss is not None, first)
             stack.callback(module.register_forward_pre_hook(hook).remove)
+        if loss is not None and not exact:
+            stack.enter_context(fast_backward(layers))
         for i, layer in enumerate(layers):
             hook = _layer_hook(state, layer_sums[i], similarity, i, loss is not None)
             stack.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
@@ -187,6 +193,10 @@ def collect_statistics(
             examples += len(batch["input_ids"])
             tokens += int(state.mask.sum())
 
+    collected = [each.finish() for each in second]
+    for total, own in zip(sums, collected, strict=False):
+        total.activation = total.units(own.second.diagonal() * tokens)
+
     def finish(total: _Sums, magnitude: torch.Tensor) -> UnitStatistics:
         return UnitStatistics(total.taylor.cpu(), total.fisher.cpu(), total.activation.cpu(), magnitude.cpu())
 
@@ -200,7 +210,7 @@ def collect_statistics(
             torch.stack([n[0].sum() + n[1].sum() for n in norms]).cpu(),
         ),
         similarity=similarity.cpu(),
-        moments=tuple(zip((m.finish() for m in second[0::2]), (m.finish() for m in second[1::2]), strict=True)),
+        moments=tuple(zip(collected[0::2], collected[1::2], strict=True)),
         examples=examples,
         tokens=tokens,
         has_gradients=loss is not None,
@@ -234,14 +244,15 @@ def _tap_hook(state: _Batch, sums: _Sums, moments: MomentsSum | None, gradients:
         entering = args[0]
         value = entering.detach()
         packed = state.pack(value)
-        sums.activation += sums.units(packed.float().square().sum(0))
         if moments is not None:
-            moments.add(packed)
+            moments.add(packed)  # whose diagonal is the activation
+        else:
+            sums.activation += sums.units(torch.linalg.vector_norm(packed, dim=0, dtype=torch.float32).square())
         if not gradients:
             return None
         if first:  # the backward pass ends here: nothing before the first tap has a statistic
-            entering = value.requires_grad_()
-        entering.register_hook(lambda g: sums.add_gradients(state.per_example(value.detach(), g)))
+            entering = entering.detach().requires_grad_()
+        entering.register_hook(lambda g: sums.add_gradients(state.per_example(value, g)))
         return (entering, *args[1:])
 
     return hook
@@ -267,12 +278,13 @@ def _layer_hook(state: _Batch, sums: _Sums, similarity: torch.Tensor, index: int
 @contextmanager
 def _frozen(model: PreTrainedModel) -> Iterator[None]:
     """Eval mode, no gradient for any weight; both restored."""
-    training, flags = model.training, [p.requires_grad for p in model.parameters()]
+    modes, flags = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
     model.eval().requires_grad_(False)
     try:
         yield
     finally:
-        model.train(training)
+        for module, mode in zip(model.modules(), modes, strict=True):
+            module.training = mode
         for parameter, flag in zip(model.parameters(), flags, strict=True):
             parameter.requires_grad_(flag)
 

@@ -22,7 +22,9 @@ def shared_classes(student: PreTrainedModel, teacher: PreTrainedModel, tokenizer
     if student is teacher:
         raise InputError("teacher", "the student itself", "another model, for instance a copy")
     if _head(student) != _head(teacher):
-        raise InputError("teacher", type(teacher).__name__, f"a model with the same kind of head as {type(student).__name__}")
+        raise InputError(
+            "teacher", type(teacher).__name__, f"a model with the same kind of head as {type(student).__name__}"
+        )
     sizes = student.config.get_text_config().vocab_size, teacher.config.get_text_config().vocab_size
     used = len(tokenizer) if hasattr(tokenizer, "__len__") else None
     if sizes[0] != sizes[1] and (used is None or used > min(sizes)):
@@ -36,7 +38,9 @@ def shared_classes(student: PreTrainedModel, teacher: PreTrainedModel, tokenizer
     names = [model.config.id2label for model in (student, teacher)]
     named = all(not str(label).startswith("LABEL_") for ids in names for label in ids.values())
     if named and names[0] != names[1]:
-        raise InputError("teacher", f"labels {list(names[1].values())}", f"a teacher with labels {list(names[0].values())}")
+        raise InputError(
+            "teacher", f"labels {list(names[1].values())}", f"a teacher with labels {list(names[0].values())}"
+        )
     return None
 
 

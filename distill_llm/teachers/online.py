@@ -38,8 +38,10 @@ class OnlineTeacher:
         attention: Iterable[int] = (),
     ):
         if dtype is not None and model.dtype != dtype:
-            model = copy.deepcopy(model).to(dtype=dtype)
-        self.model: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
+            model = copy.deepcopy(model)
+            model.to(dtype=dtype)  # type: ignore[call-arg]
+        model.to(device)  # type: ignore[arg-type]
+        self.model = model
         self.recorder = Recorder(self.model, hidden, attention)
         self.has_cache = "use_cache" in inspect.signature(self.model.forward).parameters
 
@@ -56,4 +58,4 @@ class OnlineTeacher:
             features["use_cache"] = False
         with torch.no_grad(), self.recorder.recording() as recording, packed(self.model, positions):
             logits = self.model(**features).logits
-        return Signals(recording.hidden, recording.attention, item_logits(logits, positions))
+        return Signals(recording.hidden, recording.attention, logits=item_logits(logits, positions))

@@ -105,7 +105,41 @@ def test_hidden_mse_is_the_mean_over_channels_and_cosine_one_minus_the_cosine():
     torch.testing.assert_close(hidden_distance(student, teacher, "cosine"), torch.tensor([[1.0, 0.0]]))
 
 
-def attention_case(heads: tuple[int, int], dtype=torch.float32) -> tuple[AttentionInputs, AttentionInputs, torch.Tensor]:
+@pytest.mark.parametrize("distance", ["mse", "cosine"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hidden_distance_and_gradient_equal_float64_formulas(distance, dtype):
+    student, teacher = random_logits(0, 2, 3, 8).to(dtype).requires_grad_(), random_logits(1, 2, 3, 8).to(dtype)
+    weight = random_logits(2, 2, 3).float()
+    value = hidden_distance(student, teacher, distance)
+    (gradient,) = torch.autograd.grad((value * weight).sum(), student)
+    exact, target = student.detach().double().requires_grad_(), teacher.double()
+    expected = (exact - target).pow(2).mean(-1)
+    if distance == "cosine":
+        expected = 1 - (exact * target).sum(-1) / exact.norm(dim=-1) / target.norm(dim=-1)
+    (wanted,) = torch.autograd.grad((expected * weight).sum(), exact)
+    assert value.dtype == torch.float32 and gradient.dtype == dtype
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+    accuracy = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-3}
+    torch.testing.assert_close(gradient.double(), wanted, **accuracy)
+
+
+def test_attention_kl_stays_exact_for_sharp_maps_and_one_visible_key():
+    student, teacher, valid = attention_case((3, 3))
+    student, teacher = student._replace(scaling=40.0), teacher._replace(scaling=35.0)
+    value = attention_distance(student, teacher, valid)
+    exact = [each._replace(query=each.query.double(), key=each.key.double()) for each in (student, teacher)]
+    p, q = ((each.scaling * each.query @ each.key.mT + each.bias).log_softmax(-1) for each in exact[::-1])
+    expected = ((p.exp() * (p - q)).sum(-1).mean(1) * valid).sum()
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=0)
+    alone = torch.full((2, 1, 1, 5), torch.finfo(torch.float32).min)
+    alone[..., 0] = 0
+    zero = attention_distance(student._replace(bias=alone), teacher._replace(bias=alone), valid)
+    assert zero.item() == pytest.approx(0, abs=1e-4)
+
+
+def attention_case(
+    heads: tuple[int, int], dtype=torch.float32
+) -> tuple[AttentionInputs, AttentionInputs, torch.Tensor]:
     valid = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
     bias = torch.zeros(2, 1, 1, 5).masked_fill(valid[:, None, None, :] == 0, torch.finfo(torch.float32).min)
 
@@ -141,14 +175,17 @@ def test_attention_distance_and_gradients_equal_plain_autograd_without_padding(d
     gradients = torch.autograd.grad(3 * value, [student.query, student.key])
     expected = plain_attention_distance(student, teacher, valid, distance)
     torch.testing.assert_close(value, expected)
-    for found, wanted in zip(gradients, torch.autograd.grad(3 * expected, [student.query, student.key])):
+    for found, wanted in zip(gradients, torch.autograd.grad(3 * expected, [student.query, student.key]), strict=True):
         torch.testing.assert_close(found, wanted)
         assert found[1, :, 3:].abs().max() == 0
 
 
 def test_attention_kl_of_bf16_inputs_is_close_to_fp32():
     student, teacher, valid = attention_case((3, 3), torch.bfloat16)
-    exact = [AttentionInputs(each.query.detach().float(), each.key.detach().float(), each.scaling, each.bias) for each in (student, teacher)]
+    exact = [
+        AttentionInputs(each.query.detach().float(), each.key.detach().float(), each.scaling, each.bias)
+        for each in (student, teacher)
+    ]
     value = attention_distance(student, teacher, valid)
     assert value.dtype == torch.float32
     torch.testing.assert_close(value, plain_attention_distance(*exact, valid, "kl"), rtol=0.05, atol=0)

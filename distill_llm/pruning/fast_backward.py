@@ -1,0 +1,59 @@
+"""Backward products of frozen linears in bf16: gradients for ranking units, at a fraction of the time."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from distill_llm.pruning.moments import fast_bf16
+
+
+class _Backward(torch.autograd.Function):
+    """Hands an output on; its gradient goes to the linear's input as gradient @ weight, in bf16."""
+
+    @staticmethod
+    def forward(ctx: Any, entering: torch.Tensor, output: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        return output.view_as(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return (gradient.to(weight.dtype) @ weight).to(gradient.dtype), None, None
+
+
+@contextmanager
+def fast_backward(layers: nn.ModuleList) -> Iterator[None]:
+    """Within the context, gradients pass the fp32 linears of `layers` in bf16, where the device multiplies faster in it.
+
+    The forward pass is untouched. The weights must need no gradient: they get none. A gradient entry carries a relative
+    rounding error of about 2^-9 for each linear it passes, which moves scores far less than another batch of data does.
+    """
+    entering: dict[nn.Module, torch.Tensor] = {}
+
+    def before(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        if not args[0].requires_grad:
+            return None
+        entering[module] = args[0]
+        return (args[0].detach(), *args[1:])
+
+    with ExitStack() as stack:
+        for module in layers.modules():
+            if not isinstance(module, nn.Linear) or module.weight.dtype != torch.float32 or not module.weight.numel():
+                continue
+            if not fast_bf16(module.weight.device):
+                continue
+            weight = module.weight.detach().to(torch.bfloat16)
+
+            def after(
+                module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor, weight: torch.Tensor = weight
+            ) -> torch.Tensor | None:
+                return _Backward.apply(entering.pop(module), output, weight) if module in entering else None
+
+            stack.callback(module.register_forward_pre_hook(before).remove)
+            stack.callback(module.register_forward_hook(after).remove)
+        yield

@@ -1,0 +1,143 @@
+"""Names of modules, plans and references that the pruning tests share; nothing here is taken from the code under test."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from distill_llm.pruning.criteria import Importance
+from distill_llm.pruning.plan import LayerPlan, PruningPlan
+
+# Inside a layer: query, key, value, attention output, FFN up, FFN down.
+BERT_NAMES = (
+    "attention.self.query",
+    "attention.self.key",
+    "attention.self.value",
+    "attention.output.dense",
+    "intermediate.dense",
+    "output.dense",
+)
+DISTILBERT_NAMES = (
+    "attention.q_lin",
+    "attention.k_lin",
+    "attention.v_lin",
+    "attention.out_lin",
+    "ffn.lin1",
+    "ffn.lin2",
+)
+UNEVEN = ((0, (1, 3), range(5, 40)), (1, (), range(0, 64, 3)), (3, range(4), ()), (4, (2,), (7, 8, 63)))
+"""A plan for five layers of 4 heads and 64 neurons: layer 2 is gone, layer 1 has no attention, layer 3 no FFN."""
+
+
+def names_of(model: nn.Module) -> tuple[str, ...]:
+    """Paths inside a layer of this model."""
+    return DISTILBERT_NAMES if model.config.model_type == "distilbert" else BERT_NAMES
+
+
+def layers_in(model: nn.Module) -> nn.ModuleList:
+    """The transformer layers of this model."""
+    base = model.base_model
+    return base.transformer.layer if model.config.model_type == "distilbert" else base.encoder.layer
+
+
+def linears_in(model: nn.Module) -> list[tuple[nn.Linear, nn.Linear]]:
+    """Attention-output and FFN-down linear of every layer."""
+    names = names_of(model)
+    return [(layer.get_submodule(names[3]), layer.get_submodule(names[5])) for layer in layers_in(model)]
+
+
+def plan_of(model: nn.Module, rows=UNEVEN) -> PruningPlan:
+    """A plan from (source, heads, neurons) rows."""
+    return PruningPlan(model.config.model_type, tuple(LayerPlan(i, tuple(h), tuple(n)) for i, h, n in rows))
+
+
+def without(model: nn.Module, layer: int, kind: str, unit: int = 0) -> PruningPlan:
+    """The plan that removes one head or neuron of a layer, or the layer."""
+    rows = []
+    for i, (attention, ffn) in enumerate(linears_in(model)):
+        heads = list(range(attention.in_features * model.config.num_attention_heads // model.config.hidden_size))
+        neurons = list(range(ffn.in_features))
+        if i == layer and kind == "layers":
+            continue
+        if i == layer:
+            (heads if kind == "heads" else neurons).remove(unit)
+        rows.append((i, heads, neurons))
+    return plan_of(model, rows)
+
+
+def zeroed(model: nn.Module, plan: PruningPlan) -> nn.Module:
+    """The plan done by hand to a copy of a stock model: output columns of removed units are zero, removed layers are taken out."""
+    model = copy.deepcopy(model)
+    size = model.config.hidden_size // model.config.num_attention_heads
+    with torch.no_grad():
+        for row in plan.layers:
+            attention, ffn = linears_in(model)[row.source]
+            for head in set(range(attention.in_features // size)) - set(row.heads):
+                attention.weight[:, head * size : (head + 1) * size] = 0
+            for neuron in set(range(ffn.in_features)) - set(row.neurons):
+                ffn.weight[:, neuron] = 0
+    kept = nn.ModuleList(layers_in(model)[row.source] for row in plan.layers)
+    if model.config.model_type == "distilbert":
+        model.base_model.transformer.layer = kept
+    else:
+        model.base_model.encoder.layer = kept
+    return model
+
+
+def random_scores(shapes, criterion: str = "fisher", seed: int = 0) -> Importance:
+    """Scores for layers of (heads, neurons), all different; a head is worth what its 16 times as many parameters are."""
+    generator = torch.Generator().manual_seed(seed)
+    return Importance(
+        criterion,
+        tuple(16 * torch.rand(heads, generator=generator) for heads, _ in shapes),
+        tuple(torch.rand(neurons, generator=generator) for _, neurons in shapes),
+        torch.rand(len(shapes), generator=generator),
+    )
+
+
+def layer_params(model: nn.Module) -> int:
+    """Parameters of the transformer layers, counted."""
+    return sum(parameter.numel() for parameter in layers_in(model).parameters())
+
+
+def flops_of(model, tokens: int) -> int:
+    """Multiply-adds x 2 of the layers, counted by torch while the model runs."""
+    inputs = torch.full((1, tokens), 5)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=inputs)
+    counts = counter.get_flop_counts()
+    names = {id(module): name for name, module in model.named_modules()}
+    return sum(
+        sum(counts.get(f"{type(model).__name__}.{names[id(layer)]}", {}).values()) for layer in layers_in(model)
+    )
+
+
+@contextmanager
+def inputs_of(modules: list[nn.Module]) -> Iterator[dict[int, torch.Tensor]]:
+    """Within the context, the last input of every module (by its place in the list)."""
+    seen: dict[int, torch.Tensor] = {}
+
+    def hook_of(place: int):
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            seen[place] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    handles = [m.register_forward_pre_hook(hook_of(i), with_kwargs=True) for i, m in enumerate(modules)]
+    yield seen
+    for handle in handles:
+        handle.remove()
+
+
+def logits_of(output) -> torch.Tensor:
+    """The logits, or the last hidden states of a model without a head."""
+    return output.logits if "logits" in output else output.last_hidden_state
+
+
+def processor_with_bf16(monkeypatch, answer: bool) -> None:
+    """Let the processor seem to multiply fast in bf16, or not."""
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: answer)

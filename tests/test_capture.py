@@ -1,0 +1,125 @@
+"""What is captured equals what the model itself reports, under every kernel, and nothing is left behind."""
+
+import json
+
+import pytest
+import torch
+from helpers import FAMILIES, random_batch, tiny_model
+from transformers import AutoConfig, AutoModel
+
+from distill_llm.capture import Recorder, _listeners, packed
+from distill_llm.errors import InputError
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_probabilities_and_hidden_states_equal_those_of_eager_attention(family, kernel):
+    model = tiny_model(family, attn_implementation="eager")
+    batch = random_batch(model, labels=False)
+    with torch.no_grad():
+        expected = model(**batch, output_attentions=True, output_hidden_states=True)
+    model.set_attn_implementation(kernel)
+    recorder = Recorder(model, hidden=[0, 2], attention=[1, 2])
+    with torch.no_grad(), recorder.recording() as recording:
+        logits = model(**batch).logits
+    torch.testing.assert_close(logits, expected.logits)
+    assert recording.hidden.keys() == {0, 2} and recording.attention.keys() == {1, 2}
+    for index, state in recording.hidden.items():
+        torch.testing.assert_close(state, expected.hidden_states[index + 1])
+    for index, inputs in recording.attention.items():
+        torch.testing.assert_close(inputs.scores().softmax(-1), expected.attentions[index])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "modernbert"])
+def test_causal_grouped_and_sliding_attention_is_seen_too(family):
+    own = {"gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4}, "modernbert": {"local_attention": 4}}.get(family, {})
+    config = AutoConfig.for_model(
+        family,
+        **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+        **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2},
+        **{"intermediate_size": 64, "vocab_size": 100, "attn_implementation": "eager"},
+        **own,
+    )
+    torch.manual_seed(0)
+    model = AutoModel.from_config(config).eval()
+    batch = {"input_ids": torch.randint(3, 100, (2, 9)), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
+    for padding in (0, 3):
+        batch["attention_mask"][1, 9 - padding :] = 0
+        model.set_attn_implementation("eager")
+        expected = model(**batch, output_attentions=True).attentions
+        for kernel in ("eager", "sdpa"):
+            model.set_attn_implementation(kernel)
+            with Recorder(model, attention=[0, 1]).recording() as recording:
+                model(**batch)
+            for index, probabilities in enumerate(expected):
+                found = recording.attention[index].scores().softmax(-1)
+                torch.testing.assert_close(found[0], probabilities[0])
+                torch.testing.assert_close(found[1, :, : 9 - padding], probabilities[1, :, : 9 - padding])
+
+
+def test_the_model_runs_on_its_own_kernel_and_configuration_before_and_after(tmp_path):
+    model = tiny_model()
+    before = model.config._attn_implementation
+    recorder = Recorder(model, attention=[0])
+    seen = []
+    model.base_model.encoder.layer[0].register_forward_hook(
+        lambda *args: seen.append(model.config._attn_implementation)
+    )
+    with recorder.recording():
+        model(**random_batch(model, labels=False))
+    assert seen == [f"distill_{before}"]
+    assert model.config._attn_implementation == before and len(_listeners) == 0
+    model.save_pretrained(tmp_path)
+    assert "distill" not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
+
+
+def test_the_kernel_is_restored_when_the_forward_fails():
+    model = tiny_model()
+    before = model.config._attn_implementation
+    with pytest.raises(RuntimeError, match="stop"), Recorder(model, hidden=[0], attention=[0]).recording():
+        raise RuntimeError("stop")
+    assert model.config._attn_implementation == before and len(_listeners) == 0
+    assert not model.base_model.encoder.layer[0]._forward_hooks
+
+
+def test_attention_in_training_mode_is_without_dropout():
+    model = tiny_model(attention_probs_dropout_prob=0.5).train()
+    with Recorder(model, attention=[0]).recording() as recording:
+        model(**random_batch(model, labels=False))
+    total = recording.attention[0].scores().softmax(-1).sum(-1)
+    torch.testing.assert_close(total, torch.ones_like(total))
+
+
+def test_two_models_of_one_class_are_told_apart():
+    first, second = tiny_model(seed=0), tiny_model(seed=1)
+    batch = random_batch(first, labels=False)
+    with Recorder(first, attention=[0]).recording() as one, Recorder(second, attention=[0]).recording() as two:
+        first(**batch)
+        second(**batch)
+    assert not torch.equal(one.attention[0].query, two.attention[0].query)
+
+
+def test_a_family_whose_attention_cannot_be_seen_is_refused_in_one_line():
+    config = AutoConfig.for_model(
+        "mpnet", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=100
+    )
+    model = AutoModel.from_config(config).eval()
+    with (
+        pytest.raises(InputError, match=r"losses\.attention.*MPNetModel") as error,
+        Recorder(model, attention=[0]).recording(),
+    ):
+        model(input_ids=torch.randint(3, 100, (2, 5)))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_packed_masked_lm_head_gives_the_logits_of_the_chosen_tokens(family):
+    model = tiny_model(family, head="masked-lm")
+    batch = random_batch(model, labels=False)
+    positions = batch["attention_mask"].flatten().nonzero().squeeze(-1)
+    with torch.no_grad():
+        whole = model(**batch).logits
+        with packed(model, positions):
+            chosen = model(**batch).logits
+        assert model(**batch).logits.shape == whole.shape
+    torch.testing.assert_close(chosen, whole.flatten(0, 1)[positions])

@@ -1,0 +1,254 @@
+"""The whole loop on a tiny model: what it leaves behind, going on after a stop, several processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+import yaml
+from recipe_inputs import WORDS, recipe_for, write_model, write_recipe
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import distill_llm
+from distill_llm import run_folder
+from distill_llm.errors import InputError
+from distill_llm.pipeline import kept_after, prune_model
+from distill_llm.trainer import DistillationTrainer
+
+ROOT = Path(__file__).parents[1]
+
+
+def write_rows(file: Path, rows: int = 48) -> None:
+    """Rows of uneven length that can be learnt: a film with "good" in it is liked."""
+    random = Random(0)
+    lines = ["review,mood"]
+    for _ in range(rows):
+        text = random.choices(WORDS[5:], k=random.randint(2, 12))
+        lines.append(f"{' '.join(text)},{'pos' if 'good' in text else 'neg'}")
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("\n".join(lines) + "\n")
+
+
+def recipe(folder: Path, **changes) -> dict:
+    """Two rounds on a teacher that is trained first, a few steps each, with dropout, accumulation and length grouping."""
+    training = {
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-3,
+        "train_sampling_strategy": "group_by_length",
+        "save_steps": 2,
+    }
+    losses = {
+        "labels": {"weight": 0.5},
+        "logits": {"weight": 0.5, "temperature": 2.0},
+        "hidden": {"weight": 1.0},
+        "attention": {"weight": 1.0},
+    }
+    return recipe_for(
+        folder,
+        **{
+            "teacher": {"model": str(folder / "teacher"), "train": training},
+            "pruning": {"keep": 0.5, "rounds": 2, "calibration_examples": 8},
+            "distillation": {"losses": losses, **training},
+            **changes,
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """A folder with a teacher and rows."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    write_model(folder / "teacher", max_position_embeddings=64)
+    write_rows(folder / "rows.csv")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(inputs) -> distill_llm.RunResult:
+    """An uninterrupted run."""
+    return distill_llm.run(recipe(inputs), inputs / "uninterrupted")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_run_leaves_the_files_of_its_format_and_a_student_that_loads_anywhere(finished, inputs):
+    folder = inputs / "uninterrupted"
+    for name in (
+        "recipe.yaml state.json metrics.json report.md figures/scores.png figures/kept.png teacher/config.json "
+        "round-1/statistics.safetensors round-1/plan.json round-1/student/config.json round-2/plan.json "
+        "student/model.safetensors student/README.md student/tokenizer_config.json"
+    ).split():
+        assert (folder / name).is_file(), name
+    assert not list(folder.rglob("*.partial")) and not list(folder.rglob("*-training"))
+    ours = distill_llm.load_pretrained(folder / "student")
+    remote = AutoModelForSequenceClassification.from_pretrained(folder / "student", trust_remote_code=True)
+    encoded = AutoTokenizer.from_pretrained(folder / "student")("the film 3", return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(ours(**encoded).logits, remote(**encoded).logits)
+
+
+def test_metrics_json_counts_what_the_saved_models_hold(finished, inputs):
+    folder = inputs / "uninterrupted"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    sizes = {}
+    for name, path in (("teacher", "teacher"), ("student", "student")):
+        tensors = weights(folder / path)
+        sizes[name] = sum(t.numel() for t in tensors.values())
+        assert metrics[name]["params"] == sizes[name]
+        assert metrics[name]["layer_params"] == sum(t.numel() for k, t in tensors.items() if ".encoder.layer." in k)
+    assert metrics["params_kept"] == pytest.approx(sizes["student"] / sizes["teacher"])
+    assert 0.49 < metrics["layer_params_kept"] <= 0.5
+    assert [row["layer_params_kept"] for row in metrics["rounds"]] == pytest.approx([0.5625, 0.5], abs=0.02)
+    assert metrics["retention"] == pytest.approx(metrics["student"]["score"] / metrics["teacher"]["score"])
+    assert {"pruned", "compensated", "recovered"} <= metrics["rounds"][0].keys()
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing below main handles it."""
+
+
+def killed_at(event: int, monkeypatch) -> None:
+    """Stop the run at its n-th training step, file swap or checkpoint mark, whichever kind is due."""
+    left = [event]
+
+    def due() -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise Killed
+
+    step, swap, mark = DistillationTrainer.training_step, os.replace, run_folder.MarkComplete.on_save
+    monkeypatch.setattr(DistillationTrainer, "training_step", lambda *a, **k: (due(), step(*a, **k))[1])
+    monkeypatch.setattr(run_folder.os, "replace", lambda *a: (due(), swap(*a))[1])
+    monkeypatch.setattr(run_folder.MarkComplete, "on_save", lambda *a, **k: (due(), mark(*a, **k))[1])
+
+
+def test_killed_again_and_again_the_same_command_ends_with_the_same_weights(finished, inputs, monkeypatch):
+    folder, kills = inputs / "killed", 0
+    for event in (2, 11, 9, 5, 16, 13, 12, 19, 11, 17, 13, 1000):
+        with monkeypatch.context() as patch:
+            killed_at(event, patch)
+            try:
+                distill_llm.run(recipe(inputs), folder)
+                break
+            except Killed:
+                kills += 1
+    assert kills >= 6
+    for name in ("teacher", "round-1/student", "student"):
+        assert same(weights(folder / name), weights(inputs / "uninterrupted" / name)), name
+
+
+def test_a_finished_run_is_not_done_again(finished, inputs):
+    before = {p: p.stat().st_mtime_ns for p in (inputs / "uninterrupted").rglob("*") if p.is_file()}
+    distill_llm.run(recipe(inputs), inputs / "uninterrupted")
+    after = {p: p.stat().st_mtime_ns for p in (inputs / "uninterrupted").rglob("*") if p.is_file()}
+    assert before == after
+
+
+def test_a_folder_with_another_run_or_other_files_is_refused_and_left_alone(finished, inputs, tmp_path):
+    other = recipe(inputs, pruning={"keep": 0.4, "calibration_examples": 8})
+    with pytest.raises(InputError, match="output_dir.*pruning differ"):
+        distill_llm.run(other, inputs / "uninterrupted")
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="output_dir"):
+        distill_llm.run(recipe(inputs), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_distillation_alone_trains_a_given_student(finished, inputs):
+    given = {
+        **recipe(inputs, student={"model": str(inputs / "uninterrupted" / "round-1" / "pruned")}),
+        "pruning": None,
+        "teacher": {"model": str(inputs / "uninterrupted" / "teacher")},
+    }
+    result = distill_llm.run(given, inputs / "alone")
+    assert result.metrics["student"]["params"] < result.metrics["teacher"]["params"]
+    assert not same(weights(result.student_dir), weights(inputs / "uninterrupted" / "round-1" / "pruned"))
+
+
+def test_prune_model_saves_a_smaller_model_and_its_plan_without_training(finished, inputs, glue_dir):
+    folder = inputs / "sst2"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "the", "of", "film", "good", "bad", "not"]
+    write_model(folder / "model", words, id2label={0: "negative", 1: "positive"}, label2id={"negative": 0, "positive": 1})
+    options = {"calibration_examples": 16, "max_length": 32}
+    out = prune_model(str(folder / "model"), "sst2", 0.5, folder / "out", data=str(glue_dir / "SST-2"), **options)
+    plan = distill_llm.PruningPlan.load(out / "plan.json")
+    kept = distill_llm.load_pretrained(out)
+    assert sum(p.numel() for n, p in kept.named_parameters() if ".encoder.layer." in n) == pytest.approx(
+        plan.kept * sum(t.numel() for k, t in weights(folder / "model").items() if ".encoder.layer." in k)
+    )
+
+
+def test_schedules_end_at_keep_and_cubic_removes_most_early():
+    assert [kept_after(0.4, n, 3, "linear") for n in (1, 2, 3)] == pytest.approx([0.8, 0.6, 0.4])
+    assert [kept_after(0.2, n, 2, "cubic") for n in (1, 2)] == pytest.approx([0.2 + 0.8 / 8, 0.2])
+
+
+def command(file: Path, out: Path, launcher: tuple[str, ...] = (), *settings: str) -> subprocess.Popen:
+    """`distill-llm run` as a process of its own."""
+    sets = [part for setting in settings for part in ("--set", setting)]
+    line = [sys.executable, *launcher, "-m", "distill_llm", "run", str(file), "--output-dir", str(out), *sets]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.slow
+def test_a_process_killed_by_the_system_goes_on_to_the_same_weights(finished, inputs):
+    file, out = write_recipe(inputs, recipe(inputs)), inputs / "sigkill"
+    process = command(file, out)
+    while not (out / "state.json").is_file() and process.poll() is None:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    again = command(file, out)
+    output, _ = again.communicate()
+    assert again.returncode == 0, output
+    assert same(weights(out / "student"), weights(inputs / "uninterrupted" / "student"))
+
+
+def test_two_processes_give_what_one_gives_on_the_same_global_batch(inputs):
+    folder = inputs / "processes"
+    write_model(folder / "teacher", max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    # 40 rows make whole batches for both: accelerate repeats rows to fill the last batch of several processes.
+    write_rows(folder / "rows" / "train.csv", rows=40)
+    write_rows(folder / "rows" / "test.csv", rows=8)
+    given = recipe(folder)
+    given["data"]["path"] = str(folder / "rows")
+    for training in (given["teacher"]["train"], given["distillation"]):
+        # Adam would turn rounding differences of entries without gradient into whole steps.
+        training |= {"optim": "sgd", "learning_rate": 0.05}
+    # The least squares of so few tokens would enlarge the rounding of a sum over two processes a thousandfold.
+    given["pruning"] |= {"calibration_examples": 40, "compensate": False}
+    file = write_recipe(folder, given)
+    launch = ("-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes/accelerate/ddp.yaml"))
+    one = command(file, folder / "one")
+    output, _ = one.communicate()
+    assert one.returncode == 0, output
+    halved = [f"{stage}.per_device_train_batch_size=2" for stage in ("teacher.train", "distillation")]
+    two = command(file, folder / "two", launch, *halved)
+    output, _ = two.communicate()
+    assert two.returncode == 0, output
+    for number in (1, 2):
+        plans = [(folder / run / f"round-{number}" / "plan.json").read_text() for run in ("one", "two")]
+        assert plans[0] == plans[1]
+    for name in ("teacher", "round-1/student", "student"):
+        a, b = weights(folder / "one" / name), weights(folder / "two" / name)
+        assert a.keys() == b.keys()
+        for key in a:
+            torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-5, msg=f"{name} {key}")
+    assert yaml.safe_load((folder / "two" / "recipe.yaml").read_text())["distillation"]["per_device_train_batch_size"] == 2
