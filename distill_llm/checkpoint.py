@@ -35,7 +35,7 @@ def load_pretrained(model: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
     if stock is None:
         raise InputError("model", name, "a class of the installed transformers, or a pruned one made here")
     model_class = pruned_class(stock) if name.startswith(STOCK_PREFIX) else stock
-    loaded, info = model_class.from_pretrained(model, config=config, output_loading_info=True, **kwargs)
+    loaded, info = _load(model_class, model, config=config, **kwargs)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = sorted(key if isinstance(key, str) else key[0] for key in info[kind])
         if keys:
@@ -44,6 +44,16 @@ def load_pretrained(model: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
                 "model", str(model), f"a checkpoint with all of the model's weights ({kind.replace('_', ' ')}: {shown})"
             )
     return loaded
+
+
+def _load(model_class: type[PreTrainedModel], model: str | os.PathLike, **kwargs: Any) -> tuple[PreTrainedModel, dict]:
+    """A model and its loading report."""
+    try:
+        return model_class.from_pretrained(model, output_loading_info=True, **kwargs)
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise InputError("model", str(model), "a checkpoint with weights of the sizes in its config.json") from None
 
 
 def load_for_task(model: str | os.PathLike, task: Task) -> PreTrainedModel:
@@ -67,14 +77,16 @@ def load_for_task(model: str | os.PathLike, task: Task) -> PreTrainedModel:
     model_class = pruned_class(stock) if is_pruned else stock
     fits = task.kind == "masked_lm" or trained_labels == task.num_labels
     if fits:
-        loaded, info = model_class.from_pretrained(model, config=config, output_loading_info=True)
+        loaded, info = _load(model_class, model, config=config)
+        missing = info["missing_keys"]
     else:  # a head of another size: take the weights below it, through the family's base model
         base = AutoModel._model_mapping[type(config)]
-        below = (pruned_class(base) if is_pruned else base).from_pretrained(model)
+        below, info = _load(pruned_class(base) if is_pruned else base, model)
+        missing = {f"{model_class.base_model_prefix}.{key}" for key in info["missing_keys"]}
         weights = {f"{model_class.base_model_prefix}.{key}": value for key, value in below.state_dict().items()}
-        loaded, info = model_class.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True)
+        loaded = model_class.from_pretrained(None, config=config, state_dict=weights)
     prefix = f"{model_class.base_model_prefix}."
-    lost = sorted(key for key in info["missing_keys"] if key.startswith(prefix) and ".pooler." not in key)
+    lost = sorted(key for key in missing if key.startswith(prefix) and ".pooler." not in key)
     if lost:
         raise InputError("model", str(model), f"a checkpoint with the weights below the head ({lost[0]} is missing)")
     return loaded

@@ -150,9 +150,7 @@ def prune(
 
     assert recipe.pruning is not None and recipe.pruning.keep is not None
     options = recipe.pruning.model_dump(include=set(given) - {"keep"})
-    folder = prune_model(
-        model, task, recipe.pruning.keep, output_dir, data=data, max_length=max_length, **options
-    )
+    folder = prune_model(model, task, recipe.pruning.keep, output_dir, data=data, max_length=max_length, **options)
     _say(f"pruned model: {folder}")
 
 

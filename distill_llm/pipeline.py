@@ -273,7 +273,10 @@ class Run:
         """Statistics of the student on calibration rows, and the plan that leaves `keep` of the teacher's layers' cost."""
         gradients = section.criterion not in NO_GRADIENT
         statistics = collect_statistics(
-            student, self.calibration(section.calibration_examples), "labels" if gradients else None, moments=section.compensate
+            student,
+            self.calibration(section.calibration_examples),
+            "labels" if gradients else None,
+            moments=section.compensate,
         )
         length = self.recipe.evaluation.latency.sequence_length
         plan = plan_pruning(

@@ -56,7 +56,9 @@ class RunFolder:
         if own.is_file():
             _same_recipe(folder, own.read_text(), recipe_yaml)
         elif folder.is_dir() and any(folder.iterdir()):
-            raise InputError("output_dir", str(folder), "an empty or new folder, or one with an earlier run of this recipe")
+            raise InputError(
+                "output_dir", str(folder), "an empty or new folder, or one with an earlier run of this recipe"
+            )
         self.processes.wait_for_everyone()
         if self.processes.is_main_process and not own.is_file():
             with written_whole(own) as path:

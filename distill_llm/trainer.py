@@ -55,8 +55,8 @@ class DistillationTrainer(Trainer):
     """Trains a student on the objective of its `DistillationConfig`. Every other feature is the Trainer's own.
 
     Each term is a sum over its items (labelled examples or tokens, examples, or valid tokens) divided by the number of
-    such items in the whole accumulated batch of all processes, so a step does not depend on how the batch was split. The
-    log has the terms unweighted under `loss/<term>`. `eval_loss` is the loss against the labels alone.
+    such items in the whole accumulated batch of all processes, so a step does not depend on how the batch was split.
+    The log has the terms unweighted under `loss/<term>`. `eval_loss` is the loss against the labels alone.
 
     Args:
         model: the student.
@@ -229,7 +229,8 @@ class DistillationTrainer(Trainer):
             super()._set_signature_columns_if_needed()
             if self.teacher is not None:
                 names = inspect.signature(self.teacher.model.forward).parameters
-                self._signature_columns = list(dict.fromkeys([*(self._signature_columns or []), *names]))
+                known: list[str] = self._signature_columns or []
+                self._signature_columns = [*known, *(name for name in names if name not in known)]  # type: ignore
 
     # Projections belong to the loss: optimised and checkpointed with the run, never part of the student.
 

@@ -90,7 +90,7 @@ def random_batch(
             else:
                 inputs["labels"] = torch.randint(0, model.config.num_labels, (batch,), generator=generator)
         else:
-            classes = model.config.vocab_size if "LM" in name else model.config.num_labels
+            classes = model.config.vocab_size if "MaskedLM" in name else model.config.num_labels
             chosen = torch.randint(0, classes, (batch, length), generator=generator)
             inputs["labels"] = chosen.masked_fill(mask == 0, -100)
     return inputs

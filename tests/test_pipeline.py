@@ -183,7 +183,9 @@ def test_distillation_alone_trains_a_given_student(finished, inputs):
 def test_prune_model_saves_a_smaller_model_and_its_plan_without_training(finished, inputs, glue_dir):
     folder = inputs / "sst2"
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "the", "of", "film", "good", "bad", "not"]
-    write_model(folder / "model", words, id2label={0: "negative", 1: "positive"}, label2id={"negative": 0, "positive": 1})
+    write_model(
+        folder / "model", words, id2label={0: "negative", 1: "positive"}, label2id={"negative": 0, "positive": 1}
+    )
     options = {"calibration_examples": 16, "max_length": 32}
     out = prune_model(str(folder / "model"), "sst2", 0.5, folder / "out", data=str(glue_dir / "SST-2"), **options)
     plan = distill_llm.PruningPlan.load(out / "plan.json")
@@ -223,7 +225,9 @@ def test_a_process_killed_by_the_system_goes_on_to_the_same_weights(finished, in
 
 def test_two_processes_give_what_one_gives_on_the_same_global_batch(inputs):
     folder = inputs / "processes"
-    write_model(folder / "teacher", max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    write_model(
+        folder / "teacher", max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
     # 40 rows make whole batches for both: accelerate repeats rows to fill the last batch of several processes.
     write_rows(folder / "rows" / "train.csv", rows=40)
     write_rows(folder / "rows" / "test.csv", rows=8)
@@ -251,4 +255,6 @@ def test_two_processes_give_what_one_gives_on_the_same_global_batch(inputs):
         assert a.keys() == b.keys()
         for key in a:
             torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-5, msg=f"{name} {key}")
-    assert yaml.safe_load((folder / "two" / "recipe.yaml").read_text())["distillation"]["per_device_train_batch_size"] == 2
+    assert (
+        yaml.safe_load((folder / "two" / "recipe.yaml").read_text())["distillation"]["per_device_train_batch_size"] == 2
+    )

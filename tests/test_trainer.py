@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from helpers import random_batch, tiny_model
@@ -356,6 +357,27 @@ def test_the_sampler_covers_the_data_in_whole_global_batches_and_repeats_by_epoc
     epoch = 1
     assert list(sampler) != first
     assert len(list(GlobalBatchSampler(50, 8, 1, lambda: 0, lengths, drop_last=True))) == 48
+
+
+def test_columns_are_kept_for_the_teacher_and_lengths_are_read_before_their_column_is_dropped(tmp_path):
+    teacher, student = tiny_model(type_vocab_size=2), tiny_model("distilbert", layers=2)
+    lengths = [3 + i % 5 for i in range(16)]
+    columns = {name: [[1] * length for length in lengths] for name in ("input_ids", "attention_mask", "token_type_ids")}
+    data = datasets.Dataset.from_dict({**columns, "labels": [0, 1] * 8, "length": lengths})
+    trainer = trainer_of(
+        tmp_path, student, teacher, data, {"logits": {}}, train_sampling_strategy="group_by_length", max_steps=2
+    )
+    trainer.data_collator = lambda batch: {
+        name: torch.tensor([(row[name] + [0] * 8)[:8] if isinstance(row[name], list) else row[name] for row in batch])
+        for name in batch[0]
+    }
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch.keys() == {"input_ids", "attention_mask", "token_type_ids", "labels"}
+    assert trainer._get_train_sampler().lengths == lengths
+    first = trainer.teacher(batch).logits
+    batch["token_type_ids"] = torch.zeros_like(batch["token_type_ids"])
+    assert not torch.equal(trainer.teacher(batch).logits, first)
+    trainer.train()
 
 
 PROCESS_CASES = [

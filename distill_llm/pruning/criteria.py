@@ -42,13 +42,17 @@ class Importance:
     def require(self, units: Sequence[str]) -> None:
         """Raise InputError if the criterion has no scores for one of the units."""
         if not self.heads and set(units) != {"layers"}:
-            raise InputError("criterion", self.criterion, "for heads and neurons: random, magnitude, taylor, fisher, activation")
+            raise InputError(
+                "criterion", self.criterion, "for heads and neurons: random, magnitude, taylor, fisher, activation"
+            )
 
     def check(self, shapes: Sequence[LayerShape]) -> None:
         """Raise InputError unless the scores are of a model with these layers."""
         own = [LayerShape(len(h), len(n)) for h, n in zip(self.heads, self.neurons, strict=True)]
         if len(self.layers) != len(shapes) or (own and own != list(shapes)):
-            raise InputError("scores", f"{len(self.layers)} layers {own[:2]}...", f"scores of this model, {list(shapes)[:2]}...")
+            raise InputError(
+                "scores", f"{len(self.layers)} layers {own[:2]}...", f"scores of this model, {list(shapes)[:2]}..."
+            )
 
     def save(self, path: str | os.PathLike) -> None:
         """Write as safetensors."""

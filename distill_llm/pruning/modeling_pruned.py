@@ -151,7 +151,7 @@ def set_lineage(config: PreTrainedConfig, layers: Iterable[LayerLineage]) -> Non
     config.num_hidden_layers = len(rows)
 
 
-class NoAttention(nn.Module):
+class NoHeads(nn.Module):
     """An attention module with no head left: it adds nothing but the bias of its output linear.
 
     Holds the output linear (H outputs, 0 inputs) where the family keeps it inside the attention module.
@@ -205,7 +205,7 @@ def shrink(model: PreTrainedModel, head_size: int) -> None:
             inside, _, name = family.attention_out.rpartition(".")
             own = (name, attention.get_submodule(name)) if inside == family.attention else (None, None)
             parent, _, name = family.attention.rpartition(".")
-            setattr(layer.get_submodule(parent), name, NoAttention(*own))
+            setattr(layer.get_submodule(parent), name, NoHeads(*own))
 
 
 class PrunedModel:
@@ -266,7 +266,9 @@ def pruned_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 def stock_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The transformers class that a pruned class is made from; the class itself where it is not one of ours."""
-    return model_class.__mro__[2] if issubclass(model_class, PrunedModel) else model_class
+    # By name: what was loaded with trust_remote_code has a PrunedModel of its own, from the checkpoint's copy of this file.
+    line = model_class.__mro__
+    return next((stock for ours, stock in zip(line, line[1:]) if ours.__name__ == "PrunedModel"), model_class)
 
 
 def __getattr__(name: str) -> type[PreTrainedModel]:

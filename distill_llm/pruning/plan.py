@@ -151,12 +151,16 @@ def plan_pruning(
         kept = _whole_layers(scores, shapes, costs, budget)
     elif "layers" in units and not scores.comparable:
         raise InputError(
-            "units", list(units), f"layers alone, or criterion fisher: {scores.criterion!r} scores do not compare over kinds"
+            "units",
+            list(units),
+            f"layers alone, or criterion fisher: {scores.criterion!r} scores do not compare over kinds",
         )
     elif scope == "global" and not uniform and scores.comparable:
         kept = _together(scores, shapes, costs, budget, tuple(units))
     else:
-        kept = _per_kind(scores, shapes, costs, budget, tuple(units), local=scope == "local" or uniform, uniform=uniform)
+        kept = _per_kind(
+            scores, shapes, costs, budget, tuple(units), local=scope == "local" or uniform, uniform=uniform
+        )
     if "neurons" in units:
         kept = _round_neurons(kept, scores, shapes, costs, budget, round_to, uniform)
     return _to_plan(model, kept, costs, keep)
@@ -319,7 +323,9 @@ def _reachable(left: float, budget: float, costs: Costs, shapes: Sequence[LayerS
     if left > budget * (1 + 1e-9):
         total = costs.of(shapes)
         raise InputError(
-            "keep", round(budget / total, 4), f"at least {left / total:.4f} when only {' and '.join(units)} can be removed"
+            "keep",
+            round(budget / total, 4),
+            f"at least {left / total:.4f} when only {' and '.join(units)} can be removed",
         )
 
 
@@ -332,5 +338,7 @@ def _to_plan(model: PreTrainedModel, kept: Kept, costs: Costs, keep: float) -> P
     share = _cost(kept, costs) / costs.of(layer_shapes(model))
     note = None
     if abs(share - keep) > 0.01 * keep:
-        note = f"kept {share:.4f} of the layers' {costs.name} where {keep} was asked for: these units come in larger steps"
+        note = (
+            f"kept {share:.4f} of the layers' {costs.name} where {keep} was asked for: these units come in larger steps"
+        )
     return PruningPlan(model.config.model_type, layers, share, note)

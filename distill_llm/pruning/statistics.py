@@ -252,6 +252,8 @@ def _tap_hook(state: _Batch, sums: _Sums, moments: MomentsSum | None, gradients:
             return None
         if first:  # the backward pass ends here: nothing before the first tap has a statistic
             entering = entering.detach().requires_grad_()
+        elif not entering.requires_grad:  # attention without a head left: zeros of no width
+            return None
         entering.register_hook(lambda g: sums.add_gradients(state.per_example(value, g)))
         return (entering, *args[1:])
 
@@ -268,9 +270,7 @@ def _layer_hook(state: _Batch, sums: _Sums, similarity: torch.Tensor, index: int
         added = after - before
         sums.activation += state.pack(added).float().square().sum()
         if gradients:
-            out.register_hook(
-                lambda g: sums.add_gradients(state.per_example(added, g).sum(1, keepdim=True))
-            )
+            out.register_hook(lambda g: sums.add_gradients(state.per_example(added, g).sum(1, keepdim=True)))
 
     return hook
 
@@ -308,7 +308,9 @@ def _loss(
             target = teacher(**inputs).logits.float()
         if regression:
             return nn.functional.mse_loss(logits, target, reduction="sum")
-        divergence = nn.functional.kl_div(logits.log_softmax(-1), target.log_softmax(-1), reduction="none", log_target=True)
+        divergence = nn.functional.kl_div(
+            logits.log_softmax(-1), target.log_softmax(-1), reduction="none", log_target=True
+        )
         return (divergence.sum(-1) * valid.to(logits.device)).sum()
     if loss == "kl":
         predicted = logits.detach()

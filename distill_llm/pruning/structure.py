@@ -44,7 +44,9 @@ def layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
 
 def _family(model: PreTrainedModel) -> Family:
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
-        raise InputError("model", "a quantized model", "its full-precision original: prune first, then quantize the student")
+        raise InputError(
+            "model", "a quantized model", "its full-precision original: prune first, then quantize the student"
+        )
     return family_of(model)
 
 
@@ -83,7 +85,9 @@ def unit_costs(model: PreTrainedModel, cost: str = "params", sequence_length: in
         own = sum(p.numel() for p in layers[0].parameters())
         return Costs("parameters", head, neuron, own - shapes[0].heads * head - shapes[0].neurons * neuron)
     if cost == "flops":
-        return Costs("FLOPs", 8 * head_size * hidden + 4 * sequence_length * head_size, 2 * hidden * (len(family.ffn_in) + 1), 0)
+        return Costs(
+            "FLOPs", 8 * head_size * hidden + 4 * sequence_length * head_size, 2 * hidden * (len(family.ffn_in) + 1), 0
+        )
     raise InputError("cost", cost, one_of(("params", "flops"), cost))
 
 

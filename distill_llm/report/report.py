@@ -41,8 +41,10 @@ def write_report(run_dir: str | Path, metrics: Mapping[str, Any]) -> Path:
 
 
 def short_name(metrics: Mapping[str, Any]) -> str:
-    """The teacher's name without owner or folders."""
-    return str(metrics["teacher_model"]).rstrip("/").rsplit("/", 1)[-1]
+    """The teacher's name without owner or folders; the package of one that comes in a package."""
+    scheme, _, rest = str(metrics["teacher_model"]).rpartition("://")
+    parts = rest.rstrip("/").split("/")
+    return parts[0] if scheme == "package" else parts[-1]
 
 
 def headline(metrics: Mapping[str, Any]) -> str:

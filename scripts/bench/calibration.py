@@ -7,9 +7,9 @@ Sides, taking turns on the same batches, fp32, SDPA, evaluation mode:
   What any method with gradients of activations pays at least.
 - statistics: `collect_statistics`, everything in one pass, without second moments.
 - statistics + moments: the same with the second moments that compensation needs; what the pipeline does.
-- torch-pruning: forward, loss and backward with gradients of all weights summed over the batches (its Taylor importance reads
-  them), then `GroupTaylorImportance` of every group of FFN neurons and attention channels. Its dependency graph is built
-  beforehand and not counted.
+- torch-pruning: forward, loss and backward with gradients of all weights summed over the batches (its Taylor importance
+  reads them), then `GroupTaylorImportance` of every group of FFN neurons and attention channels. Its dependency graph
+  is built beforehand and not counted.
 """
 
 import importlib.util

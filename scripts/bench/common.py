@@ -43,6 +43,10 @@ class Ratio:
     min: float
     max: float
 
+    def rounded(self) -> "Ratio":
+        """The same to four digits."""
+        return Ratio(round(self.median, 4), round(self.min, 4), round(self.max, 4))
+
     def __str__(self) -> str:
         return f"{self.median:.3f} ({self.min:.3f} to {self.max:.3f})"
 
@@ -81,7 +85,10 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--teacher", metavar="DIR", help="fine-tuned SST-2 classifier (else MiniLM with a new head)")
     parser.add_argument(
-        "--data", metavar="DIR", default=str(SST2) if SST2.is_dir() else None, help="SST-2 in GLUE's layout"
+        "--data",
+        metavar="DIR",
+        default=str(SST2) if SST2.is_dir() else None,
+        help="SST-2 in GLUE's layout; empty for random tokens",
     )
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
@@ -102,7 +109,7 @@ def setting(options: argparse.Namespace, examples: int) -> Setting:
         else load_pretrained(options.teacher)
     )
     teacher = teacher.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    if options.data is None:
+    if not options.data:
         rows = synthetic_rows(teacher.config.vocab_size, examples, options.seed)
         return Setting(teacher, tokenizer, rows, f"random tokens, length {SYNTHETIC_LENGTH}", None)
     data = load_task("sst2", options.data, train_examples=examples, seed=options.seed)
@@ -163,7 +170,8 @@ def seconds_per_step(train: Callable[[], Any], steps: int, skip: int) -> float:
 
     Args:
         train: does exactly `steps` optimizer steps.
-        skip: first steps that are not counted; the clock runs from the end of the last of them to the end of the last step.
+        skip: first steps that are not counted, at least 1; the clock runs from the end of the last of them to the end
+            of the last step.
 
     Raises:
         RuntimeError: if the loop did another number of steps.
@@ -225,11 +233,7 @@ def print_table(title: str, times: Mapping[str, list[float]], floor: str) -> Non
 
 def ratios(times: Mapping[str, list[float]], floor: str) -> dict[str, dict[str, float]]:
     """The same ratios for the JSON line."""
-    return {
-        name: {key: round(value, 4) for key, value in asdict(ratio(values, times[floor])).items()}
-        for name, values in times.items()
-        if name != floor
-    }
+    return {name: asdict(ratio(values, times[floor]).rounded()) for name, values in times.items() if name != floor}
 
 
 def print_json(benchmark: str, options: argparse.Namespace, data: str, results: Mapping[str, Any]) -> None:

@@ -1,9 +1,10 @@
 """TextBrewer's `GeneralDistiller` on the objective, models and rows that the trainer gets.
 
-What it needs to run with torch 2.13 and transformers 5: nothing is patched in its training code. Its adaptors (the functions it
-asks every user for) read transformers' outputs, both models run eager attention since it compares returned attention maps, and
-the teacher's adaptor picks the heads that the student kept, since it cannot compare different numbers of heads. Its checkpoint at
-the end of training is switched off, so that it is not timed.
+What it needs to run with torch 2.13 and transformers 5: nothing is patched in its training code. Its adaptors (the
+functions it asks every user for) read transformers' outputs, both models run eager attention since it compares returned
+attention maps, and the teacher's adaptor picks the heads that the student kept, since it cannot compare different
+numbers of heads. Its checkpoint at the end of training is switched off, so that it is not timed. The student's maps are
+those after dropout, as eager attention returns them.
 """
 
 import copy
@@ -36,8 +37,8 @@ def textbrewer_training(
     fp32, shuffled batches padded to their longest row, torch's default AdamW, linear schedule, no clipping.
 
     Args:
-        objective: with all four terms, attention distance mse. Weights are converted to TextBrewer's reductions: it sums over layers
-            where we average, leaves T^2 out, and averages attention errors over keys where we sum.
+        objective: with all four terms, attention distance mse. Weights are converted to TextBrewer's reductions: it
+            sums over layers where we average, leaves T^2 out, and averages attention errors over keys where we sum.
         hidden, attention: the layers that the trainer compares.
     """
     with warnings.catch_warnings():

@@ -110,9 +110,7 @@ def flops_of(model, tokens: int) -> int:
         model(input_ids=inputs)
     counts = counter.get_flop_counts()
     names = {id(module): name for name, module in model.named_modules()}
-    return sum(
-        sum(counts.get(f"{type(model).__name__}.{names[id(layer)]}", {}).values()) for layer in layers_in(model)
-    )
+    return sum(sum(counts.get(f"{type(model).__name__}.{names[id(layer)]}", {}).values()) for layer in layers_in(model))
 
 
 @contextmanager

@@ -109,7 +109,9 @@ def test_magnitude_is_the_norm_of_the_weights_that_make_and_use_the_unit(family)
     heads, neurons = [], []
     for head in range(4):
         rows = range(head * 8, head * 8 + 8)
-        heads.append(sum(w[r].norm() ** 2 for w in (query, key, value) for r in rows) + sum(out[:, r].norm() ** 2 for r in rows))
+        heads.append(
+            sum(w[r].norm() ** 2 for w in (query, key, value) for r in rows) + sum(out[:, r].norm() ** 2 for r in rows)
+        )
     for neuron in range(64):
         neurons.append(up[neuron].norm() ** 2 + down[:, neuron].norm() ** 2)
     np.testing.assert_allclose(found.heads[1], torch.stack(heads).sqrt(), rtol=1e-5)

@@ -83,7 +83,9 @@ def test_units_alone_stay_under_the_budget_and_leave_the_others_whole(model, uni
         plan = plan_pruning(model, scores_of(model, criterion), keep, units=units, scope=scope)
         left = counted(model, plan)
         assert left <= keep * (1 + 1e-9)
-        assert (plan.note is not None) == (left < 0.99 * keep), "a budget missed by more than 1% is explained, and only then"
+        assert (plan.note is not None) == (left < 0.99 * keep), (
+            "a budget missed by more than 1% is explained, and only then"
+        )
         if "heads" not in units:
             assert all(len(row.heads) == 4 for row in plan.layers)
         if "neurons" not in units:
@@ -93,7 +95,7 @@ def test_units_alone_stay_under_the_budget_and_leave_the_others_whole(model, uni
 
 
 def test_pruned_models_can_be_planned_again(uneven):
-    for options in ({}, {"scope": "local"}, {"criterion": "taylor"}, {"units": ("heads", "neurons", "layers")}):
+    for options in ({}, {"scope": "local"}, {"criterion": "taylor"}, {"criterion": "taylor", "scope": "local"}):
         options = dict(options)
         plan = plan_pruning(uneven, scores_of(uneven, options.pop("criterion", "fisher")), 0.6, **options)
         left = counted(uneven, plan)
@@ -183,7 +185,9 @@ def test_neurons_stay_in_multiples(model, step, scope):
 
 
 def test_layers_alone_go_by_the_least_score(model):
-    scores = replace(scores_of(model, "block_influence"), heads=(), neurons=(), layers=torch.tensor([0.4, 0.1, 0.3, 0.2]))
+    scores = replace(
+        scores_of(model, "block_influence"), heads=(), neurons=(), layers=torch.tensor([0.4, 0.1, 0.3, 0.2])
+    )
     plan = plan_pruning(model, scores, 0.5, units=("layers",))
     assert [row.source for row in plan.layers] == [0, 2]
     assert plan.note is None

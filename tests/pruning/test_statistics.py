@@ -32,7 +32,9 @@ def labels_loss(outputs, example):
     logits, labels = outputs.logits[0], example["labels"][0]
     if logits.shape[-1] == 1:
         return (logits[0] - labels) ** 2
-    return -sum(F.log_softmax(l, -1)[c] for l, c in zip(logits.view(-1, logits.shape[-1]), labels.view(-1), strict=True))
+    return -sum(
+        F.log_softmax(l, -1)[c] for l, c in zip(logits.view(-1, logits.shape[-1]), labels.view(-1), strict=True)
+    )
 
 
 def reference(model, batch, loss=labels_loss):
@@ -67,9 +69,7 @@ def reference(model, batch, loss=labels_loss):
         for i in left:
             before, after = entered[i].detach()[0], left[i].detach()[0]
             _add(found, "layers", i, 0, 1, after - before, left[i].grad[0])
-            similarity[i] += sum(
-                float(b @ c / (b.norm() * c.norm())) for b, c in zip(before, after, strict=True)
-            )
+            similarity[i] += sum(float(b @ c / (b.norm() * c.norm())) for b, c in zip(before, after, strict=True))
     model.zero_grad()
     return found, second, similarity
 
@@ -91,7 +91,9 @@ def close(actual, expected, tolerance=2e-4):
 def same(one: Statistics, other: Statistics, tolerance=2e-4):
     """The same statistics but for rounding."""
     assert (one.examples, one.tokens, one.has_gradients) == (other.examples, other.tokens, other.has_gradients)
-    for mine, its in zip((*one.heads, *one.neurons, one.layers), (*other.heads, *other.neurons, other.layers), strict=True):
+    for mine, its in zip(
+        (*one.heads, *one.neurons, one.layers), (*other.heads, *other.neurons, other.layers), strict=True
+    ):
         for field in fields(UnitStatistics):
             close(getattr(mine, field.name), getattr(its, field.name), tolerance)
     close(one.similarity, other.similarity, tolerance)

@@ -50,7 +50,9 @@ def test_an_unknown_cost_is_refused():
 
 
 def test_a_family_without_a_row_gets_a_line_that_says_how_to_add_one():
-    model = AutoModel.from_config(AutoConfig.for_model("mpnet", hidden_size=16, num_hidden_layers=2, num_attention_heads=2))
+    model = AutoModel.from_config(
+        AutoConfig.for_model("mpnet", hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    )
     with pytest.raises(ValueError, match="mpnet.*FAMILIES in distill_llm/pruning/modeling_pruned.py") as caught:
         family_of(model)
     assert "\n" not in str(caught.value)

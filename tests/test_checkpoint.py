@@ -1,0 +1,312 @@
+"""Checkpoints: reloaded in other processes, with and without this package, and refused where a weight is not as it was saved."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import FAMILIES, random_batch, tiny_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+
+from distill_llm.checkpoint import load_for_task, load_pretrained
+from distill_llm.data.tasks import GLUE
+from distill_llm.errors import InputError
+from distill_llm.pruning.modeling_pruned import lineage_of
+from distill_llm.pruning.plan import LayerPlan, PruningPlan, keep_layers
+from distill_llm.pruning.surgery import prune
+
+UNEVEN = ((0, (1, 3), range(5, 40)), (1, (), range(0, 64, 3)), (3, range(4), ()))
+HEADS_OF = {"bert": "sequence-classification", "roberta": "masked-lm", "electra": "token-classification"}
+
+
+def plan_of(model: PreTrainedModel, rows=UNEVEN) -> PruningPlan:
+    return PruningPlan(model.config.model_type, tuple(LayerPlan(i, tuple(h), tuple(n)) for i, h, n in rows))
+
+
+def student_of(family="bert", head="sequence-classification", **sizes) -> PreTrainedModel:
+    """A pruned model that no stock config can say."""
+    model = tiny_model(family, head, layers=4, **sizes)
+    return prune(model, plan_of(model))
+
+
+def stock_student(kind: str, family: str = "bert") -> PreTrainedModel:
+    """A pruned model that a stock config can say."""
+    model = tiny_model(family, layers=4)
+    if kind == "layers":
+        return prune(model, keep_layers(model, [0, 3]))
+    return prune(model, plan_of(model, [(i, range(4), range(i, i + 40)) for i in range(4)]))
+
+
+def save_all(models: dict[str, PreTrainedModel], folder: Path) -> dict[str, torch.Tensor]:
+    """Every model in its folder beside an input; their outputs."""
+    batch = random_batch(tiny_model(), labels=False)
+    torch.save(batch, folder / "batch.pt")
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+    with torch.no_grad():
+        return {name: model(**batch)[0] for name, model in models.items()}
+
+
+def run_elsewhere(code: str, folder: Path) -> dict:
+    """What a fresh process, started in `folder`, leaves in results.pt."""
+    environment = {**os.environ, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(folder / "results.pt")
+
+
+WITH_PACKAGE = """
+import pathlib, torch
+from distill_llm import load_pretrained
+batch, results = torch.load("batch.pt"), {}
+torch.manual_seed(123)
+for path in sorted(p for p in pathlib.Path.cwd().iterdir() if (p / "config.json").exists()):
+    model = load_pretrained(path)
+    assert not model.training
+    with torch.no_grad():
+        results[path.name] = model(**batch)[0]
+torch.save(results, "results.pt")
+"""
+
+WITHOUT_PACKAGE = """
+import sys
+sys.modules["distill_llm"] = None  # any import of it fails
+import json, pathlib, torch, transformers
+batch, results = torch.load("batch.pt"), {}
+torch.manual_seed(123)
+for path in sorted(p for p in pathlib.Path.cwd().iterdir() if (p / "config.json").exists()):
+    config = json.loads((path / "config.json").read_text())
+    name, stock = config["architectures"][0], "auto_map" not in config
+    auto, trust = getattr(transformers, "AutoModelFor" + name.partition("For")[2]), {} if stock else {"trust_remote_code": True}
+    model, info = auto.from_pretrained(path, output_loading_info=True, **trust)
+    assert type(model).__name__ == name, (type(model), name)
+    assert type(model).__module__.startswith("transformers.models.") == stock
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    with torch.no_grad():
+        results[path.name] = model(**batch)[0]
+    model.save_pretrained(path.parent / (path.name + "-again"))
+assert not any(name.startswith("distill_llm") and module for name, module in sys.modules.items())
+torch.save(results, "results.pt")
+"""
+
+
+@pytest.mark.parametrize("code", [WITH_PACKAGE, WITHOUT_PACKAGE], ids=["load_pretrained", "trust_remote_code"])
+def test_a_fresh_process_reloads_students_bit_equal(tmp_path, code):
+    models = {family: student_of(family, HEADS_OF.get(family, "sequence-classification")) for family in FAMILIES}
+    models["bert-token"] = student_of("bert", "token-classification", num_labels=5)
+    models["distilbert-mlm"] = student_of("distilbert", "masked-lm")
+    models["bert-mlm"] = student_of("bert", "masked-lm")
+    models |= {f"stock-{k}-{f}": stock_student(k, f) for k in ("layers", "neurons") for f in ("bert", "distilbert")}
+    twice = student_of()
+    models["twice"] = prune(twice, plan_of(twice, [(0, (1,), range(9)), (2, (0, 3), ())]))
+    expected = save_all(models, tmp_path)
+    found = run_elsewhere(code, tmp_path)
+    assert found.keys() == expected.keys()
+    for name, output in expected.items():
+        assert torch.equal(found[name], output), name
+    if code is WITHOUT_PACKAGE:
+        for name, output in expected.items():  # what was saved again, where the package is not installed
+            again = load_pretrained(tmp_path / f"{name}-again")
+            with torch.no_grad():
+                assert torch.equal(again(**torch.load(tmp_path / "batch.pt"))[0], output), name
+            assert lineage_of(again) == lineage_of(models[name])
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+@pytest.mark.parametrize("kind", ["layers", "neurons"])
+def test_what_a_stock_config_can_say_is_saved_without_any_code(tmp_path, kind, family):
+    student = stock_student(kind, family)
+    student.save_pretrained(tmp_path)
+    check_stock(tmp_path, student)
+
+
+def test_a_student_that_became_stock_expressible_has_no_trace_of_the_code_in_its_config(tmp_path):
+    model = tiny_model(layers=4)
+    uneven = prune(model, plan_of(model, [(i, range(4), range(30 + i)) for i in range(4)]))
+    uneven.save_pretrained(tmp_path / "uneven")
+    even = prune(uneven, plan_of(uneven, [(i, range(4), range(20)) for i in range(4)]))
+    even.save_pretrained(tmp_path / "even")
+    check_stock(tmp_path / "even", even)
+
+
+def check_stock(folder: Path, student: PreTrainedModel) -> None:
+    """The folder holds nothing but what plain transformers needs, and loads there bit-equal."""
+    config = json.loads((folder / "config.json").read_text())
+    assert "auto_map" not in config
+    assert config["architectures"] == [type(student).__name__]
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+    loaded, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(loaded) is type(student)
+    batch = random_batch(student)
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, student(**batch).logits)
+
+
+def test_a_checkpoint_loaded_with_remote_code_can_be_pruned_and_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    student_of().save_pretrained(tmp_path / "first")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "first", trust_remote_code=True)
+    smaller = prune(loaded, plan_of(loaded, [(0, (1,), range(9)), (2, (0, 3), ())]))
+    assert type(smaller).__name__ == "PrunedBertForSequenceClassification"
+    smaller.save_pretrained(tmp_path / "second")
+    batch = random_batch(loaded)
+    with torch.no_grad():
+        assert torch.equal(load_pretrained(tmp_path / "second")(**batch).logits, smaller(**batch).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rows", ["uneven", "fewer heads", "no attention"])
+def test_without_trust_a_pruned_checkpoint_raises_and_does_not_load_half(tmp_path, family, rows):
+    model = tiny_model(family, layers=2)
+    plans = {
+        "uneven": [(0, (1, 3), range(5, 40)), (1, (), range(3))],
+        "fewer heads": [(0, (0, 1), range(64)), (1, (0, 1), range(64))],
+        "no attention": [(0, (), range(64)), (1, range(4), range(64))],
+    }
+    prune(model, plan_of(model, plans[rows])).save_pretrained(tmp_path)
+    with pytest.raises((RuntimeError, ValueError)):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path, trust_remote_code=False)
+    with pytest.raises((RuntimeError, ValueError)):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_a_bert_with_fewer_heads_keeps_its_head_size_and_is_never_saved_as_stock(tmp_path):
+    model = tiny_model(
+        layers=2
+    )  # 4 heads of 8 channels; 2 heads divide the hidden size and would silently become 16 wide
+    student = prune(model, plan_of(model, [(i, (0, 3), range(64)) for i in range(2)]))
+    student.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == ["PrunedBertForSequenceClassification"]
+    assert (
+        config["auto_map"]["AutoModelForSequenceClassification"]
+        == "modeling_pruned.PrunedBertForSequenceClassification"
+    )
+    assert config["num_attention_heads"] == 4
+    assert config["num_hidden_layers"] == 2
+    attention = load_pretrained(tmp_path).bert.encoder.layer[0].attention.self
+    assert (attention.num_attention_heads, attention.attention_head_size, attention.query.out_features) == (2, 8, 16)
+
+
+def test_lineage_and_sizes_are_in_the_config_and_weights_only_in_safetensors(tmp_path):
+    student = student_of()
+    student.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["pruning"]["layers"][0] == {"source": 0, "heads": "1,3", "neurons": "5-39"}
+    assert config["num_hidden_layers"] == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors", "modeling_pruned.py"]
+    assert lineage_of(load_pretrained(tmp_path)) == lineage_of(student)
+
+
+def test_a_tokenizer_beside_the_weights_is_found(tmp_path, minilm):
+    student_of().save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(minilm).save_pretrained(tmp_path)
+    tokens = AutoTokenizer.from_pretrained(tmp_path)("a small model")["input_ids"]
+    assert tokens == AutoTokenizer.from_pretrained(minilm)("a small model")["input_ids"]
+    load_pretrained(tmp_path)
+
+
+def test_saving_into_the_folder_it_was_loaded_from_works(tmp_path):
+    student_of().save_pretrained(tmp_path)
+    loaded = load_pretrained(tmp_path)
+    loaded.save_pretrained(tmp_path)
+    again = load_pretrained(tmp_path)
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), again.state_dict().values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_dtype_is_the_checkpoints_unless_given(tmp_path, dtype):
+    student_of().to(dtype).save_pretrained(tmp_path)
+    assert load_pretrained(tmp_path).dtype == dtype
+    assert load_pretrained(tmp_path, dtype=torch.float16).dtype == torch.float16
+
+
+def spoil(folder: Path, how: str, name: str) -> None:
+    """Make a tensor of a checkpoint missing, unexpected or of another size."""
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    if how == "missing":
+        del weights[name]
+    elif how == "unexpected":
+        weights[name + "_extra"] = torch.ones(3)
+    else:
+        weights[name] = weights[name][:-1].contiguous()
+    save_file(weights, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("how", ["missing", "unexpected", "mismatched"])
+@pytest.mark.parametrize(
+    "made", [student_of, lambda: stock_student("layers"), tiny_model], ids=["pruned", "stock", "dense"]
+)
+def test_a_checkpoint_with_a_wrong_tensor_is_refused_in_one_line(tmp_path, made, how):
+    made().save_pretrained(tmp_path)
+    spoil(tmp_path, how, "bert.encoder.layer.1.output.dense.weight")
+    words = {
+        "missing": "missing keys: bert.encoder.layer.1.output.dense.weight",
+        "unexpected": "unexpected keys: bert.encoder.layer.1.output.dense.weight_extra",
+        "mismatched": "weights of the sizes in its config.json",
+    }
+    with pytest.raises(InputError, match=words[how]) as caught:
+        load_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_that_names_no_known_class_is_refused(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for architectures in ([], ["BertForEverything"]):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": architectures}))
+        with pytest.raises(InputError, match="model: got"):
+            load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("made", [tiny_model, student_of], ids=["dense", "pruned"])
+@pytest.mark.parametrize(
+    ("head", "num_labels", "task"),
+    [
+        ("base", 2, "sst2"),  # no head
+        ("masked-lm", 2, "sst2"),  # the head of another task
+        ("sequence-classification", 5, "sst2"),  # a head of another size
+        ("sequence-classification", 2, "mnli"),
+        ("sequence-classification", 2, "stsb"),
+    ],
+)
+def test_a_model_gets_a_fresh_head_for_a_task_over_the_weights_it_had(tmp_path, made, head, num_labels, task):
+    model = made(head=head, num_labels=num_labels)
+    model.save_pretrained(tmp_path)
+    loaded = load_for_task(tmp_path, GLUE[task])
+    assert loaded.classifier.out_features == loaded.config.num_labels == GLUE[task].num_labels
+    own = loaded.base_model.state_dict()
+    for name, tensor in model.base_model.state_dict().items():
+        assert torch.equal(own[name], tensor), name
+    assert lineage_of(loaded) == lineage_of(model)
+    assert torch.isfinite(loaded(**random_batch(loaded)).loss)
+    loaded.save_pretrained(tmp_path / "again")
+    assert load_pretrained(tmp_path / "again").config.id2label == loaded.config.id2label
+
+
+def test_a_head_that_fits_the_task_is_kept(tmp_path):
+    model = student_of()
+    model.save_pretrained(tmp_path)
+    loaded = load_for_task(tmp_path, GLUE["sst2"])
+    assert torch.equal(loaded.classifier.weight, model.classifier.weight)
+    assert tuple(loaded.config.id2label.values()) == GLUE["sst2"].label_names
+
+
+@pytest.mark.parametrize("how", ["missing", "mismatched"])
+@pytest.mark.parametrize("num_labels", [2, 5])
+def test_a_head_is_not_put_on_a_checkpoint_without_all_weights_below_it(tmp_path, how, num_labels):
+    student_of(num_labels=num_labels).save_pretrained(tmp_path)
+    spoil(tmp_path, how, "bert.encoder.layer.1.output.dense.weight")
+    words = {"missing": "bert.encoder.layer.1.output.dense.weight is missing", "mismatched": "weights of the sizes in"}
+    with pytest.raises(InputError, match=words[how]) as caught:
+        load_for_task(tmp_path, GLUE["sst2"])
+    assert "\n" not in str(caught.value)
