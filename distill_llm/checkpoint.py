@@ -49,7 +49,8 @@ def load_pretrained(model: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
 def _load(model_class: type[PreTrainedModel], model: str | os.PathLike, **kwargs: Any) -> tuple[PreTrainedModel, dict]:
     """A model and its loading report."""
     try:
-        return model_class.from_pretrained(model, output_loading_info=True, **kwargs)
+        both: Any = model_class.from_pretrained(model, output_loading_info=True, **kwargs)
+        return both
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
@@ -64,7 +65,7 @@ def load_for_task(model: str | os.PathLike, task: Task) -> PreTrainedModel:
     """
     auto = AutoModelForMaskedLM if task.kind == "masked_lm" else AutoModelForSequenceClassification
     config = AutoConfig.from_pretrained(model)
-    stock = auto._model_mapping.get(type(config), None)
+    stock: Any = auto._model_mapping.get(type(config), None)
     if stock is None:
         raise InputError("model", config.model_type, f"a family with a head for {task.kind}")
     trained_labels = config.num_labels
@@ -80,7 +81,7 @@ def load_for_task(model: str | os.PathLike, task: Task) -> PreTrainedModel:
         loaded, info = _load(model_class, model, config=config)
         missing = info["missing_keys"]
     else:  # a head of another size: take the weights below it, through the family's base model
-        base = AutoModel._model_mapping[type(config)]
+        base: Any = AutoModel._model_mapping[type(config)]
         below, info = _load(pruned_class(base) if is_pruned else base, model)
         missing = {f"{model_class.base_model_prefix}.{key}" for key in info["missing_keys"]}
         weights = {f"{model_class.base_model_prefix}.{key}": value for key, value in below.state_dict().items()}

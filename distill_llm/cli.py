@@ -77,6 +77,7 @@ def _settings(
     """Prune and distill Hugging Face models."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if quiet:
         os.environ["TRANSFORMERS_VERBOSITY"] = os.environ["DATASETS_VERBOSITY"] = os.environ["HF_HUB_VERBOSITY"] = (
             "error"
@@ -250,8 +251,11 @@ def _run(recipe: Recipe) -> None:
 
 
 def _check(recipe: Recipe) -> None:
+    from transformers.utils.logging import disable_progress_bar
+
     from distill_llm.checks import check_recipe
 
+    disable_progress_bar()  # of loading and saving weights; training keeps its own
     check_recipe(recipe)
 
 

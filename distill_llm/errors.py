@@ -1,7 +1,8 @@
 """The one exception for bad input: a single line that names the field, what was given and what is accepted."""
 
+from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import Any, Iterable
+from typing import Any
 
 
 class InputError(ValueError):

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from rich.console import Console
@@ -297,7 +298,8 @@ class Run:
     def calibration(self, examples: int) -> DataLoader:
         """Batches of like length of the first rows of the shuffled training data."""
         train = self.data.train.shuffle(seed=self.recipe.seed)
-        rows = train.select(range(min(examples, len(train)))).sort(LENGTH)
+        rows = train.select(range(min(examples, len(train))))
+        rows = rows.select(np.argsort(rows[LENGTH], kind="stable"))
         known = {*self.tokenizer.model_input_names, "labels"}
         rows = rows.remove_columns([name for name in rows.column_names if name not in known])
         return DataLoader(rows, batch_size=CALIBRATION_BATCH, collate_fn=self.collator)  # type: ignore[arg-type]
@@ -364,10 +366,9 @@ class Run:
             path.write_text(json.dumps(metrics, indent=2) + "\n")
         write_report(self.folder, metrics)
         write_card(self.folder / "student", metrics, self.recipe.to_yaml())
-        return {
-            "summary": f"retention {percent(metrics['retention'])}, {metrics['layer_params_kept']:.1%} of the layers' parameters, "
-            f"speed-up {metrics['speedup']:.2f}x on {metrics['device']}"
-        }
+        kept = f"{percent(metrics['layer_params_kept'])} of the layers' parameters"
+        speed = f"speed-up {metrics['speedup']:.2f}x on {metrics['device']}"
+        return {"summary": f"retention {percent(metrics['retention'])}, {kept}, {speed}"}
 
     def _push(self) -> dict[str, Any]:
         from distill_llm.hub import push

@@ -120,12 +120,12 @@ def compare(
     times: tuple[list[float], list[float]] = ([], [])
     with evaluating(model), evaluating(other):
         for _ in range(WARM_UP):
-            for each, batch in zip(pair, inputs):
+            for each, batch in zip(pair, inputs, strict=True):
                 _seconds(each, batch)
         for repeat in range(repeats):
             for index in (repeat % 2, 1 - repeat % 2):
                 times[index].append(_seconds(pair[index], inputs[index]))
-    ratios = [theirs / ours for ours, theirs in zip(*times)]
+    ratios = [theirs / ours for ours, theirs in zip(*times, strict=True)]
     return Comparison(
         model=_profile(model, inputs[0], times[0]),
         other=_profile(other, inputs[1], times[1]),

@@ -8,37 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_examples import HEADS_OF, plan_of, spoil, stock_student, student_of
 from helpers import FAMILIES, random_batch, tiny_model
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from distill_llm.checkpoint import load_for_task, load_pretrained
-from distill_llm.data.tasks import GLUE
+from distill_llm.checkpoint import load_pretrained
 from distill_llm.errors import InputError
 from distill_llm.pruning.modeling_pruned import lineage_of
-from distill_llm.pruning.plan import LayerPlan, PruningPlan, keep_layers
 from distill_llm.pruning.surgery import prune
-
-UNEVEN = ((0, (1, 3), range(5, 40)), (1, (), range(0, 64, 3)), (3, range(4), ()))
-HEADS_OF = {"bert": "sequence-classification", "roberta": "masked-lm", "electra": "token-classification"}
-
-
-def plan_of(model: PreTrainedModel, rows=UNEVEN) -> PruningPlan:
-    return PruningPlan(model.config.model_type, tuple(LayerPlan(i, tuple(h), tuple(n)) for i, h, n in rows))
-
-
-def student_of(family="bert", head="sequence-classification", **sizes) -> PreTrainedModel:
-    """A pruned model that no stock config can say."""
-    model = tiny_model(family, head, layers=4, **sizes)
-    return prune(model, plan_of(model))
-
-
-def stock_student(kind: str, family: str = "bert") -> PreTrainedModel:
-    """A pruned model that a stock config can say."""
-    model = tiny_model(family, layers=4)
-    if kind == "layers":
-        return prune(model, keep_layers(model, [0, 3]))
-    return prune(model, plan_of(model, [(i, range(4), range(i, i + 40)) for i in range(4)]))
 
 
 def save_all(models: dict[str, PreTrainedModel], folder: Path) -> dict[str, torch.Tensor]:
@@ -229,19 +206,6 @@ def test_the_dtype_is_the_checkpoints_unless_given(tmp_path, dtype):
     assert load_pretrained(tmp_path, dtype=torch.float16).dtype == torch.float16
 
 
-def spoil(folder: Path, how: str, name: str) -> None:
-    """Make a tensor of a checkpoint missing, unexpected or of another size."""
-    file = folder / "model.safetensors"
-    weights = load_file(file)
-    if how == "missing":
-        del weights[name]
-    elif how == "unexpected":
-        weights[name + "_extra"] = torch.ones(3)
-    else:
-        weights[name] = weights[name][:-1].contiguous()
-    save_file(weights, file, {"format": "pt"})
-
-
 @pytest.mark.parametrize("how", ["missing", "unexpected", "mismatched"])
 @pytest.mark.parametrize(
     "made", [student_of, lambda: stock_student("layers"), tiny_model], ids=["pruned", "stock", "dense"]
@@ -266,47 +230,3 @@ def test_a_checkpoint_that_names_no_known_class_is_refused(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": architectures}))
         with pytest.raises(InputError, match="model: got"):
             load_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("made", [tiny_model, student_of], ids=["dense", "pruned"])
-@pytest.mark.parametrize(
-    ("head", "num_labels", "task"),
-    [
-        ("base", 2, "sst2"),  # no head
-        ("masked-lm", 2, "sst2"),  # the head of another task
-        ("sequence-classification", 5, "sst2"),  # a head of another size
-        ("sequence-classification", 2, "mnli"),
-        ("sequence-classification", 2, "stsb"),
-    ],
-)
-def test_a_model_gets_a_fresh_head_for_a_task_over_the_weights_it_had(tmp_path, made, head, num_labels, task):
-    model = made(head=head, num_labels=num_labels)
-    model.save_pretrained(tmp_path)
-    loaded = load_for_task(tmp_path, GLUE[task])
-    assert loaded.classifier.out_features == loaded.config.num_labels == GLUE[task].num_labels
-    own = loaded.base_model.state_dict()
-    for name, tensor in model.base_model.state_dict().items():
-        assert torch.equal(own[name], tensor), name
-    assert lineage_of(loaded) == lineage_of(model)
-    assert torch.isfinite(loaded(**random_batch(loaded)).loss)
-    loaded.save_pretrained(tmp_path / "again")
-    assert load_pretrained(tmp_path / "again").config.id2label == loaded.config.id2label
-
-
-def test_a_head_that_fits_the_task_is_kept(tmp_path):
-    model = student_of()
-    model.save_pretrained(tmp_path)
-    loaded = load_for_task(tmp_path, GLUE["sst2"])
-    assert torch.equal(loaded.classifier.weight, model.classifier.weight)
-    assert tuple(loaded.config.id2label.values()) == GLUE["sst2"].label_names
-
-
-@pytest.mark.parametrize("how", ["missing", "mismatched"])
-@pytest.mark.parametrize("num_labels", [2, 5])
-def test_a_head_is_not_put_on_a_checkpoint_without_all_weights_below_it(tmp_path, how, num_labels):
-    student_of(num_labels=num_labels).save_pretrained(tmp_path)
-    spoil(tmp_path, how, "bert.encoder.layer.1.output.dense.weight")
-    words = {"missing": "bert.encoder.layer.1.output.dense.weight is missing", "mismatched": "weights of the sizes in"}
-    with pytest.raises(InputError, match=words[how]) as caught:
-        load_for_task(tmp_path, GLUE["sst2"])
-    assert "\n" not in str(caught.value)

@@ -88,11 +88,22 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def test_a_run_leaves_the_files_of_its_format_and_a_student_that_loads_anywhere(finished, inputs):
     folder = inputs / "uninterrupted"
-    for name in (
-        "recipe.yaml state.json metrics.json report.md figures/scores.png figures/kept.png teacher/config.json "
-        "round-1/statistics.safetensors round-1/plan.json round-1/student/config.json round-2/plan.json "
-        "student/model.safetensors student/README.md student/tokenizer_config.json"
-    ).split():
+    for name in [
+        "recipe.yaml",
+        "state.json",
+        "metrics.json",
+        "report.md",
+        "figures/scores.png",
+        "figures/kept.png",
+        "teacher/config.json",
+        "round-1/statistics.safetensors",
+        "round-1/plan.json",
+        "round-1/student/config.json",
+        "round-2/plan.json",
+        "student/model.safetensors",
+        "student/README.md",
+        "student/tokenizer_config.json",
+    ]:
         assert (folder / name).is_file(), name
     assert not list(folder.rglob("*.partial")) and not list(folder.rglob("*-training"))
     ours = distill_llm.load_pretrained(folder / "student")

@@ -65,10 +65,9 @@ class Importance:
     def load(cls, path: str | os.PathLike) -> "Importance":
         """Read what `save` wrote."""
         with safe_open(path, "pt") as file:
+            keys = list(file.keys())
             rows = {
-                kind: tuple(
-                    file.get_tensor(f"{kind}.{i}") for i in range(sum(k.startswith(f"{kind}.") for k in file.keys()))
-                )
+                kind: tuple(file.get_tensor(f"{kind}.{i}") for i in range(sum(k.startswith(f"{kind}.") for k in keys)))
                 for kind in ("heads", "neurons")
             }
             return cls(file.metadata()["criterion"], rows["heads"], rows["neurons"], file.get_tensor("layers"))

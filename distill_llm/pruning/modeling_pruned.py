@@ -233,7 +233,7 @@ class PrunedModel:
 
 def _auto_classes(model_type: str, own: str) -> list[tuple[str, str]]:
     """(auto class, stock class) of every head of a family; the class being saved wins its own auto class."""
-    mappings = {
+    mappings: dict[str, Any] = {
         "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
         "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
         "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
@@ -268,7 +268,8 @@ def stock_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The transformers class that a pruned class is made from; the class itself where it is not one of ours."""
     # By name: what was loaded with trust_remote_code has a PrunedModel of its own, from the checkpoint's copy of this file.
     line = model_class.__mro__
-    return next((stock for ours, stock in zip(line, line[1:]) if ours.__name__ == "PrunedModel"), model_class)
+    ours = [index for index, each in enumerate(line) if each.__name__ == "PrunedModel"]
+    return line[ours[0] + 1] if ours else model_class
 
 
 def __getattr__(name: str) -> type[PreTrainedModel]:

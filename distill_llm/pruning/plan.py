@@ -294,9 +294,9 @@ def _round_neurons(
 ) -> Kept:
     """Bring every layer's neurons to a multiple of `round_to`, then spend what is left of the budget on whole blocks."""
     alive = [i for i, row in enumerate(kept) if row is not None]
-    counts = {i: int(kept[i][1].sum()) // round_to * round_to for i in alive}  # type: ignore[index]
+    counts = {i: int(kept[i][1].sum()) // round_to * round_to for i in alive}  # type: ignore[index, misc]
     ranked = {i: scores.neurons[i].argsort(descending=True) for i in alive}
-    spare = budget - (_cost(kept, costs) - costs.neuron * sum(int(kept[i][1].sum()) - counts[i] for i in alive))  # type: ignore[index]
+    spare = budget - (_cost(kept, costs) - costs.neuron * sum(int(kept[i][1].sum()) - counts[i] for i in alive))  # type: ignore[index, misc]
     while True:
         group = alive if uniform else []
         if not uniform:
@@ -313,7 +313,7 @@ def _round_neurons(
             counts[i] += round_to
         spare -= price
     for i in alive:
-        mask = kept[i][1]  # type: ignore[index]
+        mask = kept[i][1]  # type: ignore[index, misc]
         mask[:] = False
         mask[ranked[i][: counts[i]]] = True
     return kept

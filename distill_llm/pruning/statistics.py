@@ -17,8 +17,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from distill_llm.errors import InputError
-from distill_llm.pruning.modeling_pruned import family_of, layers_of
 from distill_llm.pruning.fast_backward import fast_backward
+from distill_llm.pruning.modeling_pruned import family_of, layers_of
 from distill_llm.pruning.moments import Moments, MomentsSum
 from distill_llm.pruning.structure import head_size_of, linear, weight_norms
 

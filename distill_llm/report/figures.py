@@ -78,7 +78,7 @@ def kept_figure(metrics: Mapping[str, Any], path: Path) -> Path | None:
     any_layer = next(iter(kept.values()))
     layers = range(max(metrics["teacher"].get("layers") or 0, max(kept) + 1))
     figure = _figure(width=8, height=max(2.4, 1.2 + 0.3 * len(layers)))
-    for axes, (unit, colour) in zip(figure.subplots(1, 2, sharey=True), UNITS.items()):
+    for axes, (unit, colour) in zip(figure.subplots(1, 2, sharey=True), UNITS.items(), strict=True):
         _bare(axes)
         whole = [kept.get(i, any_layer)[f"{unit}_of"] for i in layers]
         left = [kept[i][unit] if i in kept else 0 for i in layers]

@@ -69,7 +69,7 @@ def without(model: nn.Module, layer: int, kind: str, unit: int = 0) -> PruningPl
 
 
 def zeroed(model: nn.Module, plan: PruningPlan) -> nn.Module:
-    """The plan done by hand to a copy of a stock model: output columns of removed units are zero, removed layers are taken out."""
+    """The plan done by hand to a copy of a stock model: output columns of removed units are zero, removed layers out."""
     model = copy.deepcopy(model)
     size = model.config.hidden_size // model.config.num_attention_heads
     with torch.no_grad():

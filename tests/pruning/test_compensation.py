@@ -31,6 +31,17 @@ def moments_of(x):
     return total.finish()
 
 
+def test_many_tokens_pass_the_buffer_and_count_once(monkeypatch):
+    monkeypatch.setattr(MomentsSum, "rows", 7)
+    x = torch.randn(50, 10)
+    total = MomentsSum(10, torch.device("cpu"))
+    for part in x.split(3):
+        total.add(part)
+    found = total.finish()
+    torch.testing.assert_close(found.second, x.T @ x / 50)
+    torch.testing.assert_close(found.mean, x.mean(0))
+
+
 def least_squares(weight, x, kept, intercept):
     """What the kept columns (and a constant) say best about the removed ones' output, the ridge as further rows."""
     x, weight = x.double().numpy(), weight.double().numpy()

@@ -11,7 +11,6 @@ from pruning_examples import UNEVEN, inputs_of, layers_in, linears_in, plan_of, 
 from torch.nn import functional as F
 
 from distill_llm.errors import InputError
-from distill_llm.pruning import moments as moments_module
 from distill_llm.pruning.statistics import Statistics, UnitStatistics, collect_statistics
 from distill_llm.pruning.surgery import prune
 
@@ -33,7 +32,7 @@ def labels_loss(outputs, example):
     if logits.shape[-1] == 1:
         return (logits[0] - labels) ** 2
     return -sum(
-        F.log_softmax(l, -1)[c] for l, c in zip(logits.view(-1, logits.shape[-1]), labels.view(-1), strict=True)
+        F.log_softmax(row, -1)[c] for row, c in zip(logits.view(-1, logits.shape[-1]), labels.view(-1), strict=True)
     )
 
 
@@ -50,7 +49,9 @@ def reference(model, batch, loss=labels_loss):
         with inputs_of([m for *_, m in taps]) as seen, inputs_of(list(layers_in(model))) as entered:
             left = {}
             handles = [
-                layer.register_forward_hook(lambda m, a, o, i=i: left.update({i: o[0] if isinstance(o, tuple) else o}))
+                layer.register_forward_hook(
+                    lambda m, a, o, i=i, left=left: left.update({i: o[0] if isinstance(o, tuple) else o})
+                )
                 for i, layer in enumerate(layers_in(model))
             ]
             outputs = model(**{k: v for k, v in example.items() if k != "labels"})
@@ -156,23 +157,27 @@ def test_products_in_bf16_give_nearly_the_same_and_not_at_all_where_exactness_is
             assert not torch.equal(near.fisher, its.fisher), "nothing was done in bf16: the test proves nothing"
 
 
-def test_many_tokens_pass_the_buffer_and_count_once(monkeypatch):
-    monkeypatch.setattr(moments_module.MomentsSum, "rows", 7)
-    x = torch.randn(50, 10)
-    total = moments_module.MomentsSum(10, torch.device("cpu"))
-    for part in x.split(3):
-        total.add(part)
-    found = total.finish()
-    close(found.second, x.T @ x / 50)
-    close(found.mean, x.mean(0))
-
-
 def test_more_padding_changes_nothing():
     model = tiny_model()
     short = random_batch(model, length=10)
     long = {k: F.pad(v, (0, 10)) if v.dim() == 2 else v for k, v in short.items()}
     long["input_ids"][:, 10:] = 7  # what the padding is filled with must not matter either
     same(collect_statistics(model, [long]), collect_statistics(model, [short]))
+
+
+def test_a_loss_at_padding_does_not_count_for_the_units_that_made_it():
+    model = tiny_model(head="base")
+    batch = random_batch(model, labels=False)
+    everywhere = collect_statistics(model, [batch], lambda outputs, given: outputs.last_hidden_state.pow(3).sum())
+
+    def at_tokens(outputs, given):
+        return (outputs.last_hidden_state.pow(3).sum(-1) * given["attention_mask"]).sum()
+
+    expected = collect_statistics(model, [batch], at_tokens)
+    # In the last layer neurons and the layer's own output touch the loss of their own token only.
+    close(everywhere.neurons[2].fisher, expected.neurons[2].fisher)
+    close(everywhere.neurons[2].taylor, expected.neurons[2].taylor)
+    close(everywhere.layers.fisher[2], expected.layers.fisher[2])
 
 
 @pytest.mark.parametrize("head", ["sequence-classification", "token-classification"])

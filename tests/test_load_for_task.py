@@ -1,0 +1,55 @@
+"""Heads for tasks: fresh ones over the weights below, the checkpoint's own where it fits."""
+
+import pytest
+import torch
+from checkpoint_examples import spoil, student_of
+from helpers import random_batch, tiny_model
+
+from distill_llm.checkpoint import load_for_task, load_pretrained
+from distill_llm.data.tasks import GLUE
+from distill_llm.errors import InputError
+from distill_llm.pruning.modeling_pruned import lineage_of
+
+
+@pytest.mark.parametrize("made", [tiny_model, student_of], ids=["dense", "pruned"])
+@pytest.mark.parametrize(
+    ("head", "num_labels", "task"),
+    [
+        ("base", 2, "sst2"),  # no head
+        ("masked-lm", 2, "sst2"),  # the head of another task
+        ("sequence-classification", 5, "sst2"),  # a head of another size
+        ("sequence-classification", 2, "mnli"),
+        ("sequence-classification", 2, "stsb"),
+    ],
+)
+def test_a_model_gets_a_fresh_head_for_a_task_over_the_weights_it_had(tmp_path, made, head, num_labels, task):
+    model = made(head=head, num_labels=num_labels)
+    model.save_pretrained(tmp_path)
+    loaded = load_for_task(tmp_path, GLUE[task])
+    assert loaded.classifier.out_features == loaded.config.num_labels == GLUE[task].num_labels
+    own = loaded.base_model.state_dict()
+    for name, tensor in model.base_model.state_dict().items():
+        assert torch.equal(own[name], tensor), name
+    assert lineage_of(loaded) == lineage_of(model)
+    assert torch.isfinite(loaded(**random_batch(loaded)).loss)
+    loaded.save_pretrained(tmp_path / "again")
+    assert load_pretrained(tmp_path / "again").config.id2label == loaded.config.id2label
+
+
+def test_a_head_that_fits_the_task_is_kept(tmp_path):
+    model = student_of()
+    model.save_pretrained(tmp_path)
+    loaded = load_for_task(tmp_path, GLUE["sst2"])
+    assert torch.equal(loaded.classifier.weight, model.classifier.weight)
+    assert tuple(loaded.config.id2label.values()) == GLUE["sst2"].label_names
+
+
+@pytest.mark.parametrize("how", ["missing", "mismatched"])
+@pytest.mark.parametrize("num_labels", [2, 5])
+def test_a_head_is_not_put_on_a_checkpoint_without_all_weights_below_it(tmp_path, how, num_labels):
+    student_of(num_labels=num_labels).save_pretrained(tmp_path)
+    spoil(tmp_path, how, "bert.encoder.layer.1.output.dense.weight")
+    words = {"missing": "bert.encoder.layer.1.output.dense.weight is missing", "mismatched": "weights of the sizes in"}
+    with pytest.raises(InputError, match=words[how]) as caught:
+        load_for_task(tmp_path, GLUE["sst2"])
+    assert "\n" not in str(caught.value)
