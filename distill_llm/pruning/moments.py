@@ -7,7 +7,11 @@ from torch import nn
 
 
 class Moments(NamedTuple):
-    """Over valid tokens x of C channels: the mean (C,) and mean of x x^T (C, C), fp32."""
+    """Over valid tokens x of C channels: the mean (C,) and the mean of x x^T (C, C), fp32.
+
+    With a loss, a token counts by the norm of the loss's gradient at x over the mean of its example, so that compensation is most
+    exact where the loss feels it (in a classifier's last layer only the first token does).
+    """
 
     mean: torch.Tensor
     second: torch.Tensor
@@ -23,26 +27,32 @@ def fast_bf16(device: torch.device) -> bool:
 class MomentsSum:
     """Sums x and x x^T over tokens.
 
-    Tokens are buffered so that the product runs on thousands of rows at a time, in bf16 where that is faster (the rounding
-    of 2^-9 per product averages out; the ridge of the solve is far larger), only its upper triangle by blocks.
+    The product is in fp32: rounded to bf16 its entries made the least squares fail now and then. To keep it cheap, tokens are
+    buffered so that it runs on thousands of rows at a time, only the blocks of its upper triangle are made, and once there are
+    as many tokens as channels, one in four is taken and counts four times.
     """
 
     rows = 4096
     blocks = 4
+    stride = 4
 
     def __init__(self, channels: int, device: torch.device):
         self.sum = torch.zeros(channels, device=device)
         self.second = torch.zeros(channels, channels, device=device)
-        self.tokens = 0
+        self.weight = 0.0
+        self._tokens = 0
         self._buffer: list[torch.Tensor] = []
         self._waiting = 0
-        self._dtype = torch.bfloat16 if fast_bf16(device) else torch.float32
 
-    def add(self, x: torch.Tensor) -> None:
-        """Add tokens x of shape (tokens, C)."""
-        self.tokens += len(x)
-        self.sum += x.sum(0, dtype=torch.float32)
-        self._buffer.append(x.to(self._dtype))
+    def add(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Add tokens x of shape (tokens, C) with weights (tokens, 1); None: all 1."""
+        weights = torch.ones(len(x), 1, device=x.device) if weights is None else weights
+        if self._tokens >= x.shape[1]:
+            x, weights = x[:: self.stride], weights[:: self.stride] * self.stride
+        self._tokens += len(x)
+        self.weight += weights.sum().item()
+        self.sum += (x.float() * weights).sum(0)
+        self._buffer.append(x.detach().float() * weights.sqrt())
         self._waiting += len(x)
         if self._waiting >= self.rows:
             self._flush()
@@ -53,8 +63,7 @@ class MomentsSum:
         x = torch.cat(self._buffer)
         size = -(-x.shape[1] // self.blocks) or 1  # no channels: a module with nothing left
         for start in range(0, x.shape[1], size):
-            part = x[:, start : start + size]
-            self.second[start : start + size, start:] += part.T @ x[:, start:]
+            self.second[start : start + size, start:].addmm_(x[:, start : start + size].T, x[:, start:])
         self._buffer, self._waiting = [], 0
 
     def finish(self) -> Moments:
@@ -62,7 +71,8 @@ class MomentsSum:
         self._flush()
         upper = self.second.triu()
         second = upper + upper.triu(1).T
-        return Moments((self.sum / max(self.tokens, 1)).cpu(), (second / max(self.tokens, 1)).cpu())
+        total = self.weight or 1.0
+        return Moments((self.sum / total).cpu(), (second / total).cpu())
 
 
 def compensate_linear(
@@ -91,7 +101,8 @@ def compensate_linear(
         return weight.detach().clone(), None if bias is None else bias.detach().clone()
     s = second if bias is None else second - torch.outer(mean, mean)
     s_kk, s_rk = s[kept][:, kept], s[removed][:, kept]
-    damped = s_kk + ridge * second.diagonal().mean() * torch.eye(len(kept), dtype=s.dtype)
+    damping = ridge * second.diagonal().mean() + torch.finfo(torch.float32).tiny
+    damped = s_kk + damping * torch.eye(len(kept), dtype=s.dtype)
     a = torch.linalg.solve(damped, s_rk.T).T if len(kept) else s_rk
     new = (w[:, kept] + w[:, removed] @ a).to(weight)
     if bias is None:

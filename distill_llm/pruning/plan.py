@@ -192,7 +192,7 @@ def _whole_layers(scores: Importance, shapes: Sequence[LayerShape], costs: Costs
 def _together(
     scores: Importance, shapes: Sequence[LayerShape], costs: Costs, budget: float, units: tuple[str, ...]
 ) -> Kept:
-    """Remove the least score per cost first until the budget holds, then put back the best that still fits."""
+    """Remove the least score per cost first until the budget holds. (What this removes too much, `_round_neurons` puts back.)"""
     kept = _everything(shapes)
     order: list[tuple[float, str, int, int]] = []
     for i, shape in enumerate(shapes):
@@ -201,30 +201,23 @@ def _together(
         if "neurons" in units:
             order += [(v / costs.neuron, "neurons", i, j) for j, v in enumerate(scores.neurons[i].tolist())]
         if "layers" in units:
-            assert scores.layers is not None
             order.append((scores.layers[i].item() / costs.of([shape]), "layers", i, 0))
-    left, removed = costs.of(shapes), []
-    for density, kind, i, j in sorted(order):
+    left = costs.of(shapes)
+    for _, kind, i, j in sorted(order):
+        row = kept[i]
         if left <= budget:
             break
-        row = kept[i]
         if row is None:
             continue
         if kind == "layers":
-            gain = costs.of([(int(row[0].sum()), int(row[1].sum()))])
-            if left - gain < 0.99 * budget or sum(other is not None for other in kept) == 1:
+            price = costs.of([(int(row[0].sum()), int(row[1].sum()))])
+            if left - price < 0.99 * budget or sum(other is not None for other in kept) == 1:
                 continue
             kept[i] = None
-            left -= gain
         else:
-            row[0 if kind == "heads" else 1][j] = False
-            left -= costs.head if kind == "heads" else costs.neuron
-            removed.append((density, kind, i, j))
-    for _, kind, i, j in reversed(removed):
-        row, price = kept[i], costs.head if kind == "heads" else costs.neuron
-        if row is not None and left + price <= budget:
-            row[0 if kind == "heads" else 1][j] = True
-            left += price
+            price = costs.head if kind == "heads" else costs.neuron
+            row[kind == "neurons"][j] = False
+        left -= price
     _reachable(left, budget, costs, shapes, units)
     return kept
 
@@ -244,14 +237,16 @@ def _per_kind(
     heads, neurons = sum(s.heads for s in shapes), sum(s.neurons for s in shapes)
     movable_neurons = neurons * costs.neuron * ("neurons" in units)
     movable = heads * costs.head * ("heads" in units) + movable_neurons
-    share = (budget - (costs.of(shapes) - movable)) / movable
     _reachable(costs.of(shapes) - movable, budget, costs, shapes, units)
+    if not movable:
+        return kept
+    share = (budget - (costs.of(shapes) - movable)) / movable
     if "heads" in units:
         # A head is dear: the nearest number, if the neurons can make up the difference.
         _keep_top(kept, 0, scores.heads, share, local, uniform, nearest=True)
         if _cost(kept, costs) - movable_neurons > budget:
             _keep_top(kept, 0, scores.heads, share, local, uniform)
-    if "neurons" in units:
+    if movable_neurons:
         left = budget - (_cost(kept, costs) - movable_neurons)
         _keep_top(kept, 1, scores.neurons, left / movable_neurons, local, uniform)
     return kept

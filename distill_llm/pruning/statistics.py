@@ -48,7 +48,7 @@ class Statistics:
 
     Attributes:
         similarity: per layer, the sum over tokens of the cosine between its input and output.
-        moments: per layer, first and second moments of the inputs of the attention-output and FFN-down linears; empty if
+        moments: per layer, weighted first and second moments of the inputs of the attention-output and FFN-down linears; empty if
             they were not asked for.
         examples, tokens: how many were seen, padding left out.
         has_gradients: whether a loss was given.
@@ -146,8 +146,8 @@ def collect_statistics(
             their losses; None for no backward pass (criteria without gradients).
         teacher: only for loss "kl".
         moments: also collect the second moments that compensation needs.
-        exact: keep every matrix product in the model's precision. Otherwise the backward products of fp32 linears run in bf16
-            where the device is faster at it; ranks hardly move (see `fast_backward`).
+        exact: keep the backward products in the model's precision. Otherwise those of fp32 linears run in bf16 where the
+            device is faster at it; ranks hardly move (see `fast_backward`).
         seed: of the labels drawn for loss "kl".
 
     Raises:
@@ -194,8 +194,6 @@ def collect_statistics(
             tokens += int(state.mask.sum())
 
     collected = [each.finish() for each in second]
-    for total, own in zip(sums, collected, strict=False):
-        total.activation = total.units(own.second.diagonal() * tokens)
 
     def finish(total: _Sums, magnitude: torch.Tensor) -> UnitStatistics:
         return UnitStatistics(total.taylor.cpu(), total.fisher.cpu(), total.activation.cpu(), magnitude.cpu())
@@ -238,23 +236,34 @@ class _Batch:
         product = (values * gradients).float()
         return torch.bmm(self.mask.unsqueeze(1).to(product.dtype), product).squeeze(1)
 
+    def token_weights(self, gradients: torch.Tensor) -> torch.Tensor:
+        """(B, T, C) -> (valid tokens, 1): the norm of each token's gradient over the mean of its example."""
+        norms = torch.linalg.vector_norm(gradients, dim=-1, dtype=torch.float32) * self.mask
+        mean = norms.sum(1, keepdim=True) / self.mask.sum(1, keepdim=True)
+        return self.pack(torch.where(mean > 0, norms / mean, 1.0).unsqueeze(-1))
+
 
 def _tap_hook(state: _Batch, sums: _Sums, moments: MomentsSum | None, gradients: bool, first: bool) -> Callable:
     def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         entering = args[0]
         value = entering.detach()
         packed = state.pack(value)
-        if moments is not None:
-            moments.add(packed)  # whose diagonal is the activation
-        else:
-            sums.activation += sums.units(torch.linalg.vector_norm(packed, dim=0, dtype=torch.float32).square())
+        sums.activation += sums.units(torch.linalg.vector_norm(packed, dim=0, dtype=torch.float32).square())
         if not gradients:
+            if moments is not None:
+                moments.add(packed)
             return None
         if first:  # the backward pass ends here: nothing before the first tap has a statistic
             entering = entering.detach().requires_grad_()
         elif not entering.requires_grad:  # attention without a head left: zeros of no width
             return None
-        entering.register_hook(lambda g: sums.add_gradients(state.per_example(value, g)))
+
+        def backward(gradient: torch.Tensor) -> None:
+            sums.add_gradients(state.per_example(value, gradient))
+            if moments is not None:
+                moments.add(packed, state.token_weights(gradient))
+
+        entering.register_hook(backward)
         return (entering, *args[1:])
 
     return hook

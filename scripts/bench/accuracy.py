@@ -29,32 +29,29 @@ LOSSES: dict[str, Any] = {
     "hidden": {"weight": 1.0, "layers": "lineage", "distance": "mse"},
 }
 COMMON = {"bf16": True, "train_sampling_strategy": "group_by_length", "warmup_steps": 0.06, "weight_decay": 0.01}
-# Epochs and rates per task: the teacher's, the recovery after the first round, the last recovery.
+# Epochs and rates per task, of the teacher and of every student's recovery.
 TASKS: dict[str, dict[str, Any]] = {
     "sst2": {
         "holdout_examples": 2000,
         "teacher": {"num_train_epochs": 3, "learning_rate": 1e-4, "per_device_train_batch_size": 64},
-        "recovery": {"num_train_epochs": 0.5, "learning_rate": 2e-4, "per_device_train_batch_size": 64},
-        "final": {"num_train_epochs": 2},
+        "recovery": {"num_train_epochs": 1, "learning_rate": 1e-4, "per_device_train_batch_size": 64},
     },
     "mrpc": {
         "holdout_examples": 368,
         "teacher": {"num_train_epochs": 4, "learning_rate": 1e-4, "per_device_train_batch_size": 32},
-        "recovery": {"num_train_epochs": 2, "learning_rate": 3e-4, "per_device_train_batch_size": 32},
-        "final": {"num_train_epochs": 5},
+        "recovery": {"num_train_epochs": 3, "learning_rate": 2e-4, "per_device_train_batch_size": 32},
     },
     "cola": {
         "holdout_examples": 851,
         "teacher": {"num_train_epochs": 4, "learning_rate": 1e-4, "per_device_train_batch_size": 32},
-        "recovery": {"num_train_epochs": 2, "learning_rate": 3e-4, "per_device_train_batch_size": 32},
-        "final": {"num_train_epochs": 5},
+        "recovery": {"num_train_epochs": 3, "learning_rate": 2e-4, "per_device_train_batch_size": 32},
     },
 }
 VARIANTS: dict[str, dict[str, Any]] = {
-    "half": {"pruning": {"keep": 0.5, "rounds": 2}, "losses": LOSSES},
-    "quarter": {"pruning": {"keep": 0.25, "rounds": 2}, "losses": LOSSES},
+    "half": {"pruning": {"keep": 0.5, "rounds": 1}, "losses": LOSSES},
+    "quarter": {"pruning": {"keep": 0.25, "rounds": 1}, "losses": LOSSES},
     "depth": {"pruning": {"layers": [1, 3, 5]}, "losses": LOSSES},
-    "half, no teacher": {"pruning": {"keep": 0.5, "rounds": 2}, "losses": {"labels": {"weight": 1.0}}},
+    "half, no teacher": {"pruning": {"keep": 0.5, "rounds": 1}, "losses": {"labels": {"weight": 1.0}}},
 }
 
 
@@ -62,18 +59,12 @@ def recipe(task: str, data: str, seed: int, variant: str, teacher: Path | None) 
     """The recipe of one student; without a `teacher` folder, the one that fine-tunes it."""
     settings, made = TASKS[task], VARIANTS[variant]
     train = None if teacher else {**COMMON, **settings["teacher"]}
-    single = "layers" in made["pruning"]
-    recovery = {**COMMON, **settings["recovery"]}
-    if single:  # one round: all epochs that the others have over their rounds
-        epochs = settings["recovery"]["num_train_epochs"] + settings["final"]["num_train_epochs"]
-        recovery["num_train_epochs"] = epochs
     return {
         "seed": seed,
         "teacher": {"model": str(teacher) if teacher else MINILM, "train": train},
         "data": {"task": task, "path": data, "max_length": 128, "holdout_examples": settings["holdout_examples"]},
         "pruning": {"calibration_examples": 1024, **made["pruning"]},
-        "distillation": {"losses": made["losses"], **recovery},
-        "final": {} if single else settings["final"],
+        "distillation": {"losses": made["losses"], **COMMON, **settings["recovery"]},
     }
 
 

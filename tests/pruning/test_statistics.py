@@ -37,7 +37,7 @@ def labels_loss(outputs, example):
 
 
 def reference(model, batch, loss=labels_loss):
-    """Sums by unit, written out: {(kind, layer): {statistic: values}}, and x^T x, sums and counts of tokens."""
+    """Sums by unit, written out: {(kind, layer): {statistic: values}}, and means of x x^T by gradient norm."""
     found, second, similarity = {}, {}, np.zeros(len(layers_in(model)))
     taps = [
         (kind, i, pair[k])
@@ -66,13 +66,19 @@ def reference(model, batch, loss=labels_loss):
             for unit in range(a.shape[1] // size):
                 columns = slice(unit * size, (unit + 1) * size)
                 _add(found, kind, i, unit, a.shape[1] // size, a[:, columns], g[:, columns])
-            second[kind, i] = second.get((kind, i), 0) + a.double().numpy().T @ a.double().numpy()
+            weights, rows = g.double().norm(dim=-1).numpy(), a.double().numpy()
+            weights = weights / weights.mean()
+            total, product = second.get((kind, i), (0, 0))
+            second[kind, i] = (
+                total + weights.sum(),
+                product + sum(w * np.outer(x, x) for w, x in zip(weights, rows, strict=True)),
+            )
         for i in left:
             before, after = entered[i].detach()[0], left[i].detach()[0]
             _add(found, "layers", i, 0, 1, after - before, left[i].grad[0])
             similarity[i] += sum(float(b @ c / (b.norm() * c.norm())) for b, c in zip(before, after, strict=True))
     model.zero_grad()
-    return found, second, similarity
+    return found, {key: product / total for key, (total, product) in second.items()}, similarity
 
 
 def _add(found, kind, layer, unit, units, a, g):
@@ -126,7 +132,7 @@ def test_statistics_equal_autograd_one_example_at_a_time_without_padding(family,
             close(getattr(statistics.neurons[i], name), found["neurons", i][name])
             close(getattr(statistics.layers, name)[i], found["layers", i][name][0])
         for moments, kind in zip(statistics.moments[i], ("heads", "neurons"), strict=True):
-            close(moments.second * statistics.tokens, second[kind, i])
+            close(moments.second, second[kind, i])
     close(statistics.similarity, similarity)
     assert statistics.examples == 4
     assert statistics.tokens == int(batch["attention_mask"].sum())
@@ -274,7 +280,7 @@ def test_statistics_of_a_pruned_model_equal_the_reference_for_what_it_has_left()
     close(statistics.neurons[0].fisher, found["neurons", 0]["fisher"])
     close(statistics.heads[1].fisher, found["heads", 1]["fisher"])
     close(statistics.heads[2].taylor, found["heads", 2]["taylor"])
-    close(statistics.moments[2][1].second * statistics.tokens, second["neurons", 2])
+    close(statistics.moments[2][1].second, second["neurons", 2])
 
 
 @pytest.mark.parametrize("moments", [True, False])
