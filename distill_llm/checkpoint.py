@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+import torch
 import transformers
 from transformers import (
     AutoConfig,
@@ -58,7 +59,7 @@ def _load(model_class: type[PreTrainedModel], model: str | os.PathLike, **kwargs
 
 
 def load_for_task(model: str | os.PathLike, task: Task) -> PreTrainedModel:
-    """A model with a head for a task, for training: the checkpoint's own where it fits, else a new one.
+    """A model with a head for a task, for training, in fp32: the checkpoint's own head where it fits, else a new one.
 
     Raises:
         InputError: if weights below the head are missing from the checkpoint, or the family has no such head.
@@ -68,21 +69,22 @@ def load_for_task(model: str | os.PathLike, task: Task) -> PreTrainedModel:
     stock: Any = auto._model_mapping.get(type(config), None)
     if stock is None:
         raise InputError("model", config.model_type, f"a family with a head for {task.kind}")
-    trained_labels = config.num_labels
-    if task.kind != "masked_lm":
+    fits = task.kind == "masked_lm" or config.num_labels == task.num_labels
+    trained = any("ForSequenceClassification" in name for name in config.architectures or ())
+    named = not all(str(name).startswith("LABEL_") for name in config.id2label.values())
+    if task.kind != "masked_lm" and not (fits and trained and named):
         names = task.label_names or ("value",)
         config.num_labels = task.num_labels
         config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
         config.problem_type = "regression" if task.kind == "regression" else "single_label_classification"
     is_pruned = any(name.startswith(STOCK_PREFIX) for name in config.architectures or ())
     model_class = pruned_class(stock) if is_pruned else stock
-    fits = task.kind == "masked_lm" or trained_labels == task.num_labels
     if fits:
-        loaded, info = _load(model_class, model, config=config)
+        loaded, info = _load(model_class, model, config=config, dtype=torch.float32)
         missing = info["missing_keys"]
     else:  # a head of another size: take the weights below it, through the family's base model
         base: Any = AutoModel._model_mapping[type(config)]
-        below, info = _load(pruned_class(base) if is_pruned else base, model)
+        below, info = _load(pruned_class(base) if is_pruned else base, model, dtype=torch.float32)
         missing = {f"{model_class.base_model_prefix}.{key}" for key in info["missing_keys"]}
         weights = {f"{model_class.base_model_prefix}.{key}": value for key, value in below.state_dict().items()}
         loaded = model_class.from_pretrained(None, config=config, state_dict=weights)

@@ -37,9 +37,8 @@ def open_model(field: str, name: str) -> OpenModel:
         InputError: naming `field`, where the model, its config or its tokenizer is missing.
     """
     path = resolve_path(name, field)
-    local = Path(path).expanduser()
+    local = Path(path)
     if local.exists():
-        path = str(local)
         if not (local / "config.json").is_file():
             raise InputError(field, name, "a folder with a config.json, as save_pretrained writes it")
         if not any(any(local.glob(pattern)) for pattern in TOKENIZER_FILES):
@@ -77,7 +76,7 @@ def first_line(error: BaseException) -> str:
 
 
 def check_head(model: OpenModel, task: Task) -> None:
-    """Check that the model has a trained head for the task, with the task's labels.
+    """Check that the model has a trained head for the task, with as many labels. Its names for them may be others.
 
     Raises:
         InputError: for a missing head, another number of labels, or the same label names in another order.
@@ -97,8 +96,8 @@ def check_head(model: OpenModel, task: Task) -> None:
             f"{model.name} with {model.config.num_labels} labels",
             f"{task.num_labels} labels, {task.name}'s{hint}",
         )
-    own = [str(name).lower() for _, name in sorted((model.config.id2label or {}).items())]
-    names = [name.lower() for name in task.label_names or ()]
+    own = [str(name).casefold() for _, name in sorted((model.config.id2label or {}).items())]
+    names = [name.casefold() for name in task.label_names or ()]
     if sorted(own) == sorted(names) and own != names:
         raise InputError(model.field, f"{model.name} with labels {own}", f"labels in the task's order, {names}{hint}")
 

@@ -1,5 +1,6 @@
 """The recipe: a YAML file that says what to make. The models here are the one place for names, defaults, docs."""
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ from pydantic.functional_validators import ModelWrapValidatorHandler
 from distill_llm.errors import InputError, one_of
 from distill_llm.faults import InputErrors, faults_of, raise_all
 from distill_llm.losses.objective import LabelsLoss, LogitsLoss, Objective
-from distill_llm.training_fields import check_training_fields
+from distill_llm.training_fields import check_training_fields, with_defaults
 from distill_llm.yaml_input import override, read_yaml
 
 Unit = Literal["heads", "neurons", "layers"]
@@ -40,7 +41,10 @@ class TeacherSection(Section):
         default=None,
         description="TrainingArguments fields; given, the teacher is first fine-tuned on the task with a fresh head",
     )
-    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="precision of the teacher's weights")
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        default=None,
+        description="precision of the teacher's weights while a student learns; left out: as the student is trained",
+    )
 
     _check_train = field_validator("train")(_training_fields)
 
@@ -204,6 +208,11 @@ class Recipe(Section):
 
     _check_final = field_validator("final")(_training_fields)
 
+    @field_validator("output_dir")
+    @classmethod
+    def _expand_home(cls, folder: Path) -> Path:
+        return Path(os.path.expanduser(folder))
+
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
         faults = []
@@ -219,9 +228,10 @@ class Recipe(Section):
         return self
 
     def training(self, stage: Literal["teacher", "recovery", "final"]) -> dict[str, Any]:
-        """TrainingArguments fields of a stage, the recipe's seed included.
+        """All TrainingArguments fields of a stage but output_dir: the recipe's, its seed, and the defaults.
 
         `teacher`: fine-tuning of the teacher; `recovery`: after a round; `final`: that with the overrides of `final`.
+        Imports torch, to see whether there is an accelerator, unless the stage sets `use_cpu`.
         """
         if stage == "teacher":
             fields = dict(self.teacher.train or {})
@@ -229,7 +239,7 @@ class Recipe(Section):
             fields = dict((self.distillation.model_extra if self.distillation else None) or {})
         if stage == "final":
             fields |= self.final
-        return {"seed": self.seed, **fields}
+        return with_defaults({"seed": self.seed, **fields})
 
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out, as YAML that `load_recipe` reads to an equal recipe."""

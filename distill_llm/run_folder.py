@@ -25,7 +25,8 @@ def written_whole(path: Path) -> Iterator[Path]:
     _remove(partial)
     partial.parent.mkdir(parents=True, exist_ok=True)
     yield partial
-    _remove(path)
+    if path.is_dir():
+        shutil.rmtree(path)  # only a file is replaced in one step
     os.replace(partial, path)
 
 
@@ -55,7 +56,7 @@ class RunFolder:
         own = folder / "recipe.yaml"
         if own.is_file():
             _same_recipe(folder, own.read_text(), recipe_yaml)
-        elif folder.is_dir() and any(folder.iterdir()):
+        elif folder.is_dir() and any(path.suffix != ".partial" for path in folder.iterdir()):
             raise InputError(
                 "output_dir", str(folder), "an empty or new folder, or one with an earlier run of this recipe"
             )
@@ -70,6 +71,11 @@ class RunFolder:
         """Result of every finished stage by its name."""
         path = self.folder / "state.json"
         return json.loads(path.read_text())["stages"] if path.is_file() else {}
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in the stages that are done, over all starts."""
+        return sum(result["seconds"] for result in self.results.values())
 
     def stage(self, name: str, work: Callable[[], dict[str, Any] | None], everyone: bool = False) -> dict[str, Any]:
         """The result of a stage: from disk if it is done, else by doing its work and keeping the result.

@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Mapping
+import shutil
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,14 +15,17 @@ from transformers.trainer_utils import has_length
 
 from distill_llm.capture import Recorder, Signals, item_logits, packed
 from distill_llm.errors import InputError
+from distill_llm.losses.items import UNITS, count_items, labelled, valid_tokens
 from distill_llm.losses.labels import IGNORED, label_loss
 from distill_llm.losses.objective import Objective, parse_objective
-from distill_llm.losses.terms import UNITS, Term, Terms, per_token
+from distill_llm.losses.terms import Term, Terms
 from distill_llm.sampling import GlobalBatchSampler
 from distill_llm.teachers.compatibility import shared_classes
 from distill_llm.teachers.online import OnlineTeacher, accepted_inputs
+from distill_llm.trainer_checks import check_arguments, check_model, check_teacher
 
 PROJECTIONS_NAME = "projections.safetensors"
+CODE_NAME = "modeling_pruned.py"
 
 
 @dataclass
@@ -59,9 +62,11 @@ class DistillationTrainer(Trainer):
     The log has the terms unweighted under `loss/<term>`. `eval_loss` is the loss against the labels alone.
 
     Args:
-        model: the student.
+        model: the student, with a head for sequence or token classification, for regression with one value, or for
+            masked-LM.
         teacher: a model with the same outputs and tokenizer; may be None where the objective has `labels` only.
-        args: with the objective; other arguments as of `transformers.Trainer`.
+        args: with the objective; other arguments as of `transformers.Trainer`, but for `model_init` and
+            `compute_loss_func`.
 
     Raises:
         InputError: one line, when student, teacher and objective do not fit together.
@@ -77,17 +82,25 @@ class DistillationTrainer(Trainer):
         **kwargs: Any,
     ):
         args = args if args is not None else DistillationConfig(output_dir="tmp_trainer")
-        super().__init__(model=model, args=args, **kwargs)
-        self.student = model
+        if not isinstance(args, DistillationConfig):
+            raise InputError("args", type(args).__name__, "a DistillationConfig: TrainingArguments with the losses")
         self.objective: Objective = parse_objective(args.losses)
         objective = self.objective
+        check_arguments(args, objective, kwargs)
+        check_model(model)
+        check_teacher(teacher, model, objective)
+        super().__init__(model=model, args=args, **kwargs)
+        self.student = model
         self.weights = {name: section.weight for name, section in objective.terms().items()}
         if not objective.needs_teacher:
             teacher = None
-        self._check(model, teacher)
+        precision = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         classes = None if teacher is None else shared_classes(model, teacher, self.processing_class)
-        self.terms = Terms(objective, model, teacher, args.label_smoothing_factor, classes, args.seed)
+        self.terms = Terms(objective, model, teacher, args.label_smoothing_factor, classes, args.seed, precision)
         self.terms.projections.to(args.device)
+        if len(self.terms.projections) and self.lr_scheduler is not None:
+            accepted = "an optimizer without a scheduler: the projections of losses.hidden join the optimizer"
+            raise InputError("optimizers", type(self.lr_scheduler).__name__, accepted)
         self.recorder = Recorder(
             model, [pair.student for pair in self.terms.hidden], [pair.student for pair in self.terms.attention]
         )
@@ -96,35 +109,12 @@ class DistillationTrainer(Trainer):
             self.teacher = OnlineTeacher(
                 teacher,
                 args.device,
-                torch.bfloat16 if args.bf16 else None,
+                precision,
                 [pair.teacher for pair in self.terms.hidden],
                 [pair.teacher for pair in self.terms.attention],
             )
         self._logged_terms = torch.zeros(len(self.weights), device=args.device)
         self._logged_steps = 0
-
-    def _check(self, model: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
-        args, objective = self.args, self.objective
-        if self._loss_shifts_labels:
-            raise InputError(
-                "model", type(model).__name__, "a classifier, a regression or a masked-LM model: labels are not shifted"
-            )
-        if objective.needs_teacher and teacher is None:
-            terms = [name for name in objective.terms() if name != "labels"]
-            raise InputError("teacher", None, f"a model, since the objective has {', '.join(terms)}")
-        if (
-            model.config.num_labels == 1
-            and objective.logits
-            and objective.logits.divergence != "mse"
-            and not per_token(model)
-        ):
-            raise InputError(
-                "losses.logits.divergence", objective.logits.divergence, "mse, for a student with a single output"
-            )
-        if args.n_gpu > 1:
-            raise InputError("args", f"{args.n_gpu} devices in one process", "a process per device: accelerate launch")
-        if objective.attention and (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise InputError("activation_checkpointing_kwargs.use_reentrant", True, "false with losses.attention")
 
     # One place where everything is reduced: sums of this batch over counts of the whole accumulated batch.
 
@@ -139,7 +129,7 @@ class DistillationTrainer(Trainer):
         """(3,) numbers of label items, examples and valid tokens over micro-batches and processes, at least 1 each."""
         if not batch_samples:
             return None
-        counts = torch.stack([_count_items(batch) for batch in batch_samples]).sum(0).to(device)
+        counts = torch.stack([count_items(batch, self.terms.per_token) for batch in batch_samples]).sum(0).to(device)
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
         return counts.clamp(min=1)
@@ -170,10 +160,12 @@ class DistillationTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _training_terms(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Term], Any]:
-        valid, labels = _valid_tokens(inputs), inputs.get("labels")
+        valid, labels = valid_tokens(inputs), inputs.get("labels")
         positions = None
         if self.terms.per_token:
-            chosen = valid if "logits" in self.weights or labels is None else (labels != IGNORED) & valid
+            chosen = valid if "logits" in self.weights or labels is None else labelled(inputs, per_token=True)
+            # The one wait for the device in a micro-batch, and only here: the data loader has moved the batch already,
+            # and how many tokens the head gets must be known. Without it the head would run on padding too.
             positions = chosen.flatten().nonzero().squeeze(-1)
             labels = labels if labels is None else labels.flatten()[positions]
         teacher = self.teacher(inputs, positions) if self.teacher is not None else None
@@ -184,8 +176,10 @@ class DistillationTrainer(Trainer):
 
     def _label_total(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
         outputs = model(**accepted_inputs(self.student, inputs))
-        labels = inputs["labels"]
-        return label_loss(outputs.logits.flatten(0, labels.dim() - 1), labels.flatten()).sum(), outputs
+        labels, logits = inputs["labels"].flatten(), outputs.logits
+        if not labels.is_floating_point():
+            labels = labels.masked_fill(~labelled(inputs, self.terms.per_token).flatten(), IGNORED)
+        return label_loss(logits.flatten(0, -2), labels).sum(), outputs
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As `Trainer.training_step`; averages the projections' gradients over processes, as DDP does the student's."""
@@ -195,6 +189,12 @@ class DistillationTrainer(Trainer):
                 if parameter.grad is not None:
                     parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
         return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return super()._clip_grad_norm(nn.ModuleList([model, self.terms.projections]))
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        return super()._get_grad_norm(nn.ModuleList([model, self.terms.projections]), grad_norm)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`, with the mean of each term since the last log over steps and processes."""
@@ -253,22 +253,11 @@ class DistillationTrainer(Trainer):
         if len(self.terms.projections) and checkpoint is not None:
             self.terms.projections.load_state_dict(load_file(os.path.join(checkpoint, PROJECTIONS_NAME)))
 
-
-def _valid_tokens(inputs: Mapping[str, Any]) -> torch.Tensor:
-    """(B, T) of bool: not padding."""
-    mask = inputs.get("attention_mask")
-    return torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
-
-
-def _count_items(batch: Mapping[str, Any]) -> torch.Tensor:
-    """(3,) numbers of labelled items, examples and valid tokens, in the order of UNITS."""
-    valid, labels = _valid_tokens(batch), batch.get("labels")
-    examples = torch.tensor(len(valid), device=valid.device)
-    if labels is None or labels.is_floating_point():
-        labelled = examples
-    else:
-        labelled = ((labels != IGNORED) & valid).sum() if labels.dim() == 2 else (labels != IGNORED).sum()
-    return torch.stack([labelled, examples, valid.sum()])
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        code = os.path.join(checkpoint_folder, CODE_NAME)
+        if os.path.isfile(code) and self.is_world_process_zero():
+            shutil.copy(code, self.args.output_dir)  # the Trainer's own list of files to push has no code
+        super()._push_from_checkpoint(checkpoint_folder)
 
 
 def _lengths(data: Any, column: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""Checks the TrainingArguments fields that a recipe names, at once: torch is not imported."""
+"""The TrainingArguments fields of a recipe: names and values checked at once, without torch, and this project's defaults."""
 
 import ast
 from collections.abc import Mapping
@@ -24,8 +24,17 @@ RESERVED = {
     "hub_private_repo": "hub.private",
     "hub_token": "the token of `hf auth login`, never one in a recipe",
     "local_rank": "nothing: `accelerate launch` sets it",
+    "save_only_model": "nothing: a stopped run goes on from the optimizer's state too",
 }
 """Fields that a recipe may not set where others of TrainingArguments stand, and what to use in their place."""
+
+RENAMED = {
+    "group_by_length": "train_sampling_strategy: group_by_length",
+    "evaluation_strategy": "eval_strategy",
+    "warmup_ratio": "warmup_steps with a number below 1",
+    "no_cuda": "use_cpu",
+}
+"""Fields of earlier versions of transformers, and what says the same now."""
 
 MINIMUM = {
     "per_device_train_batch_size": 1,
@@ -38,8 +47,20 @@ MINIMUM = {
     "label_smoothing_factor": 0,
     "dataloader_num_workers": 0,
     "num_train_epochs": 0,
+    "save_total_limit": 2,
 }
-"""Smallest value that makes sense, where a smaller one would fail late or train nonsense."""
+"""Smallest value that makes sense, where a smaller one would fail late, train nonsense or leave nothing to resume from."""
+
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "report_to": "none",
+    "save_strategy": "steps",
+    "save_steps": 0.25,  # a share of the steps: four checkpoints to resume from
+    "save_total_limit": 2,
+    "logging_steps": 0.05,
+    "eval_strategy": "no",
+    "ddp_timeout": 86400,  # seconds: the other processes wait while the first one prunes
+}
+"""What a stage is trained with where the recipe says nothing."""
 
 NOUNS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 TYPES: dict[str, type] = {"int": int, "float": float, "bool": bool, "str": str}
@@ -85,6 +106,8 @@ def check_training_fields(
     for name, value in given.items():
         if name in RESERVED:
             faults.append(InputError(name, value, RESERVED[name]))
+        elif name not in known and name in RENAMED:
+            faults.append(InputError(name, value, RENAMED[name]))
         elif name not in known:
             # TrainingArguments has over a hundred fields: only the nearest is worth naming.
             near = get_close_matches(str(name), [*also, *(set(known) - set(RESERVED))], n=1)
@@ -100,6 +123,8 @@ def check_training_fields(
 
 def _convert(name: str, value: Any, types: tuple[str, ...]) -> Any:
     """`value` as the first plain type of the field it fits, or unchanged where the annotation has other types too."""
+    if value is False and name.endswith("_strategy"):
+        value = "no"  # which YAML 1.1 takes for false
     given, plain = value, [kind for kind in types if kind in TYPES]
     if value is None and "None" in types:
         return None
@@ -118,4 +143,25 @@ def _convert(name: str, value: Any, types: tuple[str, ...]) -> Any:
     low = MINIMUM.get(name)
     if low is not None and isinstance(value, (int, float)) and not value >= low:
         raise InputError(name, given, f"a number of at least {low}")
+    if name == "label_smoothing_factor" and value >= 1:
+        raise InputError(name, given, "a number of at least 0 and below 1")
+    if name == "max_steps" and value < 1 and value != -1:
+        raise InputError(name, given, "a whole number of at least 1, or -1 for no bound")
     return value
+
+
+def with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The checked fields of a stage with this project's defaults where they say nothing.
+
+    `use_cpu` is true where torch finds no accelerator. With `load_best_model_at_end`, checkpoints are saved whenever the
+    model is evaluated, unless `save_strategy` or `save_steps` is given.
+    """
+    fields = {**TRAINING_DEFAULTS, **given}
+    if "use_cpu" not in fields:
+        import torch
+
+        fields["use_cpu"] = not torch.accelerator.is_available()
+    if fields.get("load_best_model_at_end") and fields["eval_strategy"] != "no":
+        fields["save_strategy"] = given.get("save_strategy", fields["eval_strategy"])
+        fields["save_steps"] = given.get("save_steps", fields.get("eval_steps") or fields["logging_steps"])
+    return fields

@@ -19,7 +19,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import distill_llm
 from distill_llm import run_folder
 from distill_llm.errors import InputError
-from distill_llm.pipeline import kept_after, prune_model
+from distill_llm.pipeline import prune_model
+from distill_llm.stages import kept_after
 from distill_llm.trainer import DistillationTrainer
 
 ROOT = Path(__file__).parents[1]

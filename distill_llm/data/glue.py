@@ -54,7 +54,7 @@ def load_glue(name: str, path: str | None) -> Splits:
         InputError: a missing folder, file or column, or a label that is not one of the task's.
     """
     task, layout = GLUE[name], LAYOUTS[name]
-    folder = Path(path).expanduser() if path else None
+    folder = Path(path) if path else None
     if folder and folder.is_dir() and ((folder / "train.tsv").is_file() or (folder / layout.dev).is_file()):
         return {"train": read_tsv(folder / "train.tsv", task), "test": read_tsv(folder / layout.dev, task)}
     if folder and folder.is_dir() and not any(folder.rglob("*.parquet")) and not (folder / "README.md").is_file():

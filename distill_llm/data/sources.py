@@ -1,6 +1,7 @@
 """Where rows come from: `package://` paths, files, folders of split files, and data sets on the Hub."""
 
 import importlib.util
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ Splits = dict[str, Dataset]
 
 
 def resolve_path(text: str, field: str = "path") -> str:
-    """The file or folder that `package://PKG/PATH` names inside an installed package; any other text unchanged.
+    """The file or folder that `package://PKG/PATH` names inside an installed package; any other text with its `~` expanded.
 
     The package is located, not imported, so it need not work, only be there.
 
@@ -35,7 +36,7 @@ def resolve_path(text: str, field: str = "path") -> str:
         InputError: the package is not installed or has no such path.
     """
     if not text.startswith(PACKAGE):
-        return text
+        return os.path.expanduser(text)
     package, _, inside = text.removeprefix(PACKAGE).partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
@@ -54,7 +55,7 @@ def read_splits(path: str, config: str | None = None, field: str = "data.path") 
     a Hub repository, or a Hub id, with the configuration after a colon (`Salesforce/wikitext:wikitext-2-raw-v1`).
 
     Args:
-        path: file, folder, or Hub id, with `package://` already resolved.
+        path: file, folder, or Hub id, as `resolve_path` gives it.
         config: the configuration to load where the path does not name one.
         field: the name of the setting, for the error.
 
@@ -62,13 +63,13 @@ def read_splits(path: str, config: str | None = None, field: str = "data.path") 
         InputError: nothing is there, or it cannot be read, or it has no training rows.
     """
     name, _, given = path.partition(":")
-    here = Path(path).expanduser()
+    here = Path(path)
     if here.is_file():
         return {"train": _read_files([here], field)}
     if here.is_dir() and (files := _split_files(here)):
         splits = {split: _read_files(found, field) for split, found in files.items()}
     else:
-        if not Path(name).expanduser().is_dir() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
+        if not Path(name).is_dir() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
             raise InputError(field, path, "an existing file or folder, or the id of a data set on the Hub")
         splits = _load(name, given or config, path, field)
     if "train" not in splits:
@@ -78,7 +79,7 @@ def read_splits(path: str, config: str | None = None, field: str = "data.path") 
 
 def _load(name: str, config: str | None, path: str, field: str) -> Splits:
     try:
-        loaded = load_dataset(str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name, config)
+        loaded = load_dataset(name, config)
     except Exception as error:  # `datasets` raises many kinds
         accepted = f"an existing file or folder, or the id of a data set on the Hub ({_one_line(error)})"
         raise InputError(field, path, accepted) from error

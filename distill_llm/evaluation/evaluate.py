@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from distill_llm.capture import item_logits, packed
 from distill_llm.data.encoding import LENGTH, Collator
 from distill_llm.data.tasks import Task
 from distill_llm.evaluation.metrics import compute_metrics
@@ -75,7 +76,9 @@ def _masked_loss(
     for batch in _batches(model, dataset, _by_length(dataset), collator, batch_size, progress):
         labels = batch.pop("labels")
         predicted = labels != -100
-        logits = _logits(model, batch)[predicted].float()
+        positions = predicted.flatten().nonzero().squeeze(-1)
+        with packed(model, positions):  # the vocabulary's logits of what is predicted, not of every token
+            logits = item_logits(_logits(model, batch), positions).float()
         total += float(cross_entropy(logits, labels[predicted], reduction="sum"))
         tokens += int(predicted.sum())
     loss = total / max(tokens, 1)

@@ -1,17 +1,38 @@
-"""Losses of distillation: pure functions of signals, and the objective that combines them."""
+"""Losses of distillation: pure functions of signals, and the objective that combines them.
 
-from distill_llm.losses.attention import AttentionInputs, attention_distance
-from distill_llm.losses.hidden import hidden_distance
-from distill_llm.losses.labels import label_loss
-from distill_llm.losses.logits import logits_divergence
-from distill_llm.losses.objective import (
-    AttentionLoss,
-    HiddenLoss,
-    LabelsLoss,
-    LogitsLoss,
-    Objective,
-    parse_objective,
-)
+The public names load on first use: an objective is read and checked without torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distill_llm.losses.attention import AttentionInputs, attention_distance
+    from distill_llm.losses.hidden import hidden_distance
+    from distill_llm.losses.labels import label_loss
+    from distill_llm.losses.logits import logits_divergence
+    from distill_llm.losses.objective import (
+        AttentionLoss,
+        HiddenLoss,
+        LabelsLoss,
+        LogitsLoss,
+        Objective,
+        parse_objective,
+    )
+
+_HOMES = {
+    "AttentionInputs": "attention",
+    "attention_distance": "attention",
+    "hidden_distance": "hidden",
+    "label_loss": "labels",
+    "logits_divergence": "logits",
+    "AttentionLoss": "objective",
+    "HiddenLoss": "objective",
+    "LabelsLoss": "objective",
+    "LogitsLoss": "objective",
+    "Objective": "objective",
+    "parse_objective": "objective",
+}
 
 __all__ = [
     "AttentionInputs",
@@ -26,3 +47,9 @@ __all__ = [
     "logits_divergence",
     "parse_objective",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

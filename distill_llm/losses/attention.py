@@ -89,12 +89,16 @@ class _AttentionKL(torch.autograd.Function):
         rows = torch.linalg.vecdot(p, teacher_scores.sub_(student_scores)).add_(log_z)
         total = (rows * weight).sum()
         if any(ctx.needs_input_grad[:2]):
-            slope = q.sub_(p).mul_(weight.unsqueeze(-1) * student.scaling).to(query.dtype)
-            ctx.save_for_backward(slope @ key, slope.transpose(-1, -2) @ query)
+            # Near convergence the slopes are too small for fp16, which a loss scale applied later cannot mend.
+            dtype = torch.float32 if query.dtype == torch.float16 else query.dtype
+            slope = q.sub_(p).mul_(weight.unsqueeze(-1) * student.scaling).to(dtype)
+            ctx.save_for_backward(slope @ key.to(dtype), slope.transpose(-1, -2) @ query.to(dtype))
+            ctx.dtype = query.dtype
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         by_query, by_key = ctx.saved_tensors
-        return by_query * gradient.to(by_query.dtype), by_key * gradient.to(by_key.dtype), None, None, None
+        gradient = gradient.to(by_query.dtype)
+        return (by_query * gradient).to(ctx.dtype), (by_key * gradient).to(ctx.dtype), None, None, None

@@ -1,7 +1,6 @@
 """An objective bound to a student and a teacher: which layers to record, and the sum of every term over a batch."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
@@ -11,14 +10,12 @@ from distill_llm.capture import Signals
 from distill_llm.errors import InputError
 from distill_llm.losses.attention import attention_distance
 from distill_llm.losses.hidden import hidden_distance
+from distill_llm.losses.items import Unit
 from distill_llm.losses.labels import label_loss
 from distill_llm.losses.logits import logits_divergence
 from distill_llm.losses.mapping import LayerPair, attention_pairs, hidden_pairs, relative_lineage
 from distill_llm.losses.objective import LogitsLoss, Objective
 from distill_llm.pruning.modeling_pruned import layers_of, lineage_of
-
-Unit = Literal["labels", "examples", "tokens"]
-UNITS: tuple[Unit, ...] = ("labels", "examples", "tokens")
 
 
 @dataclass(frozen=True)
@@ -43,6 +40,7 @@ class Terms:
         smoothing: label smoothing.
         classes: compare logits over the first `classes` entries only (vocabularies of padded sizes); None: all.
         seed: of the projections' first weights.
+        precision: what the projections multiply in, as mixed precision has it for the student; None: their own.
 
     Attributes:
         hidden, attention: the layer pairs that are compared.
@@ -61,7 +59,9 @@ class Terms:
         smoothing: float = 0.0,
         classes: int | None = None,
         seed: int = 0,
+        precision: torch.dtype | None = None,
     ):
+        self.precision = precision
         self.objective, self.smoothing, self.classes = objective, smoothing, classes
         self.per_token = per_token(student)
         self.hidden: list[LayerPair] = []
@@ -102,7 +102,7 @@ class Terms:
             valid: (B, T), 1 at valid tokens and 0 at padding.
         """
         terms: dict[str, Term] = {}
-        objective = self.objective
+        objective, valid = self.objective, valid.float()
         if objective.labels is not None:
             if labels is None:
                 raise InputError(
@@ -110,7 +110,7 @@ class Terms:
                     "a batch without labels",
                     "data with a labels column, or an objective without labels",
                 )
-            terms["labels"] = Term(label_loss(student.logits, labels, self.smoothing).sum(), "labels")
+            terms["labels"] = Term(label_loss(student.logits, labels.flatten(), self.smoothing).sum(), "labels")
         if objective.logits is not None and teacher is not None:
             unit: Unit = "tokens" if self.per_token else "examples"
             terms["logits"] = Term(self._logits(objective.logits, student.logits, teacher.logits), unit)
@@ -130,7 +130,7 @@ class Terms:
             state = student.hidden[pair.student]
             target = teacher.hidden[pair.teacher]
             if (name := _name(pair)) in self.projections:
-                with torch.autocast(state.device.type, torch.bfloat16, enabled=target.dtype == torch.bfloat16):
+                with torch.autocast(state.device.type, self.precision, enabled=self.precision is not None):
                     state = self.projections[name](state)
             total = total + (hidden_distance(state, target, distance) * valid).sum()
         return total / len(self.hidden)

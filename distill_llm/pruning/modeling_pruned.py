@@ -230,6 +230,11 @@ class PrunedModel:
                 shutil.copyfile(__file__, target)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)  # type: ignore[misc]
 
+    def _get_files_timestamps(self, working_dir: str | os.PathLike) -> dict[str, float]:
+        # What was there before is not uploaded by save_pretrained(push_to_hub=True): our file is always new.
+        stamps = super()._get_files_timestamps(working_dir)  # type: ignore[misc]
+        return {name: stamp for name, stamp in stamps.items() if name != "modeling_pruned.py"}
+
 
 def _auto_classes(model_type: str, own: str) -> list[tuple[str, str]]:
     """(auto class, stock class) of every head of a family; the class being saved wins its own auto class."""

@@ -16,7 +16,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from distill_llm.capture import item_logits, packed
 from distill_llm.errors import InputError
+from distill_llm.losses.terms import per_token
 from distill_llm.pruning.fast_backward import fast_backward
 from distill_llm.pruning.modeling_pruned import family_of, layers_of
 from distill_llm.pruning.moments import Moments, MomentsSum
@@ -186,10 +188,11 @@ def collect_statistics(
             mask = batch.get("attention_mask")
             state.set(mask if mask is not None else torch.ones_like(batch["input_ids"]))
             inputs = {k: v for k, v in batch.items() if k != "labels"}
-            with torch.set_grad_enabled(loss is not None):
+            positions = _positions(model, batch, loss)
+            with torch.set_grad_enabled(loss is not None), packed(model, positions):
                 outputs = model(**inputs)
                 if loss is not None:
-                    _loss(outputs, batch, inputs, loss, teacher, generator).backward()
+                    _loss(outputs, batch, inputs, positions, loss, teacher, generator).backward()
             examples += len(batch["input_ids"])
             tokens += int(state.mask.sum())
 
@@ -298,10 +301,21 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
+def _positions(model: PreTrainedModel, batch: Mapping[str, torch.Tensor], loss: Loss | None) -> torch.Tensor | None:
+    """Flat positions of the tokens whose outputs the loss is over; None for one output per example, or a loss of the caller's."""
+    if loss is None or callable(loss) or not per_token(model):
+        return None
+    chosen = batch["attention_mask"].bool()
+    if loss == "labels" and "labels" in batch:
+        chosen = chosen & (batch["labels"] != -100)
+    return chosen.flatten().nonzero().squeeze(-1)
+
+
 def _loss(
     outputs: Any,
     batch: Mapping[str, torch.Tensor],
     inputs: Mapping[str, torch.Tensor],
+    positions: torch.Tensor | None,
     loss: Loss,
     teacher: PreTrainedModel | None,
     generator: torch.Generator,
@@ -309,29 +323,24 @@ def _loss(
     """The sum over examples of their losses, fp32."""
     if callable(loss):
         return loss(outputs, batch)
-    logits = outputs.logits.float()
+    logits = item_logits(outputs.logits, positions).float()
     regression = logits.shape[-1] == 1
-    valid = torch.ones(len(logits), dtype=torch.bool) if logits.dim() == 2 else batch["attention_mask"].bool()
     if loss == "kl" and teacher is not None:
-        with torch.no_grad():
-            target = teacher(**inputs).logits.float()
+        with torch.no_grad(), packed(teacher, positions):
+            target = item_logits(teacher(**inputs).logits, positions).float()
         if regression:
             return nn.functional.mse_loss(logits, target, reduction="sum")
-        divergence = nn.functional.kl_div(
-            logits.log_softmax(-1), target.log_softmax(-1), reduction="none", log_target=True
-        )
-        return (divergence.sum(-1) * valid.to(logits.device)).sum()
+        return nn.functional.kl_div(logits.log_softmax(-1), target.log_softmax(-1), reduction="sum", log_target=True)
     if loss == "kl":
         predicted = logits.detach()
         if regression:
             labels = predicted + torch.randn(predicted.shape, generator=generator, device=logits.device)
         else:
-            drawn = torch.multinomial(predicted.softmax(-1).flatten(0, -2), 1, generator=generator)
-            labels = drawn.view(predicted.shape[:-1]).masked_fill(~valid.to(logits.device), -100)
+            labels = torch.multinomial(predicted.softmax(-1), 1, generator=generator).squeeze(-1)
     elif "labels" not in batch:
         raise InputError("dataloader", sorted(batch), "batches with labels, or loss='kl'")
     else:
-        labels = batch["labels"]
+        labels = batch["labels"] if positions is None else batch["labels"].flatten()[positions]
     if regression:
         return nn.functional.mse_loss(logits.flatten(), labels.float().flatten(), reduction="sum")
-    return nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")
+    return nn.functional.cross_entropy(logits, labels, reduction="sum")

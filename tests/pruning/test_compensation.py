@@ -33,6 +33,7 @@ def moments_of(x):
 
 def test_many_tokens_pass_the_buffer_and_count_once(monkeypatch):
     monkeypatch.setattr(MomentsSum, "rows", 7)
+    monkeypatch.setattr(MomentsSum, "stride", 1)
     x = torch.randn(50, 10)
     total = MomentsSum(10, torch.device("cpu"))
     for part in x.split(3):
