@@ -10,11 +10,12 @@ quickstart: .venv/installed  ## prune and distill the embedded model on the embe
 	HF_HUB_OFFLINE=1 $(BIN)/distill-llm run recipes/quickstart.yaml --output-dir runs/quickstart
 	@cat runs/quickstart/report.md
 
+# Two workers with a thread each: tiny models gain nothing from more threads, and busy threads wait for one another.
 test: .venv/installed  ## the fast tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
 
 test-slow: .venv/installed  ## all tests, the slow ones too
-	$(BIN)/python -m pytest -m "slow or not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m "slow or not slow"
 
 lint: .venv/installed  ## style and types
 	$(BIN)/ruff check .

@@ -1,29 +1,28 @@
 """Errors at the door: a recipe is checked whole (models, data, disk, device) before the first heavy second."""
 
-import enum
+import math
 import os
 import shutil
-import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import datasets
 import torch
-from transformers import AutoModel, PreTrainedConfig, TrainingArguments
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from distill_llm.data.loading import load_task
 from distill_llm.data.tasks import Task, TaskData
 from distill_llm.errors import InputError, one_of
 from distill_llm.faults import faults_in, raise_all
-from distill_llm.opening import HEAD_CLASSES, OpenModel, check_head, check_length, first_line, open_model
-from distill_llm.pruning.modeling_pruned import FAMILIES, family_of, lineage_of
+from distill_llm.opening import HEAD_CLASSES, OpenModel, check_head, check_length, open_model
+from distill_llm.pruning.modeling_pruned import FAMILIES, family_of, lineage_of, pruned_class
+from distill_llm.pruning.structure import LayerShape, layer_shapes, unit_costs
 from distill_llm.recipe import Recipe
+from distill_llm.training_checks import check_training
 
 T = TypeVar("T")
-Stage = Literal["teacher", "recovery", "final"]
 
 
 class _Collector:
@@ -58,15 +57,15 @@ def check_recipe(recipe: Recipe) -> None:
         found.run(check_head, teacher, task)
     if recipe.student is not None:
         found.run(_check_student, student, teacher, task)
-    found.run(_check_pruning, recipe, teacher)
+    skeleton = found.run(_skeleton, teacher)
+    found.run(_check_pruning, recipe, teacher, skeleton)
     found.run(_check_lengths, recipe, teacher)
     found.run(_check_losses, recipe, task)
     if teacher is not None and (student is not None or recipe.student is None):
         found.run(_check_layer_pairs, recipe, teacher.config, student.config if student else teacher.config)
-    for stage in typing.get_args(Stage):
-        found.run(_check_training, recipe, stage)
+    found.run(lambda: check_training(recipe, data))
     found.run(_check_output, recipe.output_dir)
-    found.run(_check_disk, recipe, teacher)
+    found.run(_check_disk, recipe, skeleton)
     raise_all(found.faults)
 
 
@@ -109,7 +108,16 @@ def _check_student(student: OpenModel, teacher: OpenModel, task: Task) -> None:
         check_head(student, task)
 
 
-def _check_pruning(recipe: Recipe, teacher: OpenModel) -> None:
+def _skeleton(model: OpenModel) -> PreTrainedModel:
+    """The model below its head, on the meta device: modules and sizes, no weights."""
+    with torch.device("meta"):
+        if lineage_of(model.config) is None:
+            return AutoModel.from_config(model.config)
+        stock: Any = AutoModel._model_mapping[type(model.config)]
+        return pruned_class(stock)(model.config)
+
+
+def _check_pruning(recipe: Recipe, teacher: OpenModel, skeleton: PreTrainedModel) -> None:
     if recipe.pruning is None:
         return
     config, pruning = teacher.config, recipe.pruning
@@ -130,6 +138,20 @@ def _check_pruning(recipe: Recipe, teacher: OpenModel) -> None:
     width = getattr(config, family.ffn_config)
     if pruning.round_to > width:
         raise InputError("pruning.round_to", pruning.round_to, f"at most {width}, the FFN neurons of a layer")
+    if pruning.keep is not None:
+        least = _least_share(skeleton, pruning.units, pruning.cost, recipe.evaluation.latency.sequence_length)
+        if pruning.keep < least * (1 - 1e-9):
+            shown = math.ceil(least * 1e4) / 1e4
+            accepted = f"at least {shown:g}, the least that units [{', '.join(pruning.units)}] can leave"
+            raise InputError("pruning.keep", pruning.keep, accepted)
+
+
+def _least_share(model: PreTrainedModel, units: Sequence[str], cost: str, sequence_length: int) -> float:
+    """The share of the layers' cost that stays when all that may be removed is; one layer always stays."""
+    costs, shapes = unit_costs(model, cost, sequence_length), layer_shapes(model)
+    bare = [LayerShape(0 if "heads" in units else s.heads, 0 if "neurons" in units else s.neurons) for s in shapes]
+    left = min(costs.of([shape]) for shape in bare) if "layers" in units else costs.of(bare)
+    return left / costs.of(shapes)
 
 
 def _check_lengths(recipe: Recipe, teacher: OpenModel) -> None:
@@ -172,41 +194,6 @@ def _check_layer_pairs(recipe: Recipe, teacher: PreTrainedConfig, student: PreTr
     raise_all(faults)
 
 
-def _check_training(recipe: Recipe, stage: Stage) -> None:
-    """The stage's TrainingArguments can be made, on this device."""
-    section = {"teacher": "teacher.train", "recovery": "distillation", "final": "final"}[stage]
-    given = {"teacher": recipe.teacher.train, "recovery": recipe.distillation, "final": recipe.final}[stage]
-    if given is None or (stage == "final" and not given):
-        return
-    training = recipe.training(stage)
-    faults = _check_choices(section, training)
-    gpu = torch.accelerator.is_available() and not training.get("use_cpu")
-    if training.get("fp16") and not gpu:
-        faults.append(InputError(f"{section}.fp16", True, "false on a CPU (bf16 works there)"))
-    if training.get("bf16") and gpu and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
-        faults.append(InputError(f"{section}.bf16", True, "false on this GPU (fp16 works there)"))
-    raise_all(faults)
-    try:
-        TrainingArguments(output_dir=str(recipe.output_dir), **{**training, "use_cpu": not gpu})
-    except (ValueError, TypeError, ImportError, OSError) as error:
-        raise InputError(
-            section, training, f"fields that TrainingArguments takes together ({first_line(error)})"
-        ) from None
-
-
-def _check_choices(section: str, training: dict[str, Any]) -> list[InputError]:
-    """Faults of the fields of TrainingArguments that take one of a few words."""
-    hints, faults = typing.get_type_hints(TrainingArguments), []
-    for field in fields(TrainingArguments):
-        value = training.get(field.name)
-        kinds = [k for k in (hints[field.name], *typing.get_args(hints[field.name])) if isinstance(k, type)]
-        words = [str(member.value) for kind in kinds if issubclass(kind, enum.Enum) for member in kind]
-        words = words or [str(word) for word in field.metadata.get("choices") or ()]
-        if isinstance(value, str) and words and value not in words:
-            faults.append(InputError(f"{section}.{field.name}", value, one_of(words, value)))
-    return faults
-
-
 def _check_output(folder: Path) -> None:
     """The run folder can be made; nothing is made yet."""
     above = _nearest(folder)
@@ -216,14 +203,13 @@ def _check_output(folder: Path) -> None:
 
 def _nearest(folder: Path) -> Path:
     """The folder itself, or the nearest above it that exists."""
-    folder = folder.expanduser().absolute()
+    folder = folder.absolute()
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
-def _check_disk(recipe: Recipe, teacher: OpenModel) -> None:
+def _check_disk(recipe: Recipe, teacher: PreTrainedModel) -> None:
     """The run's checkpoints fit on the disk, by a generous estimate from the teacher's size."""
-    with torch.device("meta"):
-        weights = 4 * sum(p.numel() for p in AutoModel.from_config(teacher.config).parameters())
+    weights = 4 * sum(p.numel() for p in teacher.parameters())
     trained = recipe.distillation is not None or recipe.teacher.train is not None
     rounds = recipe.pruning.rounds if recipe.pruning else 0
     # A copy per round, the teacher, the student, and two Trainer checkpoints (weights and two moments each).

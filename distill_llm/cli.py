@@ -3,8 +3,6 @@
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -13,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from distill_llm.errors import InputError
-from distill_llm.faults import InputErrors, faults_in
+from distill_llm.faults import faults_in
+from distill_llm.options import as_options, read_columns, usable_output
 from distill_llm.recipe import PruningSection, Recipe, load_recipe, parse_recipe, recipe_descriptions, recipe_folder
 
 if TYPE_CHECKING:
@@ -23,12 +22,6 @@ if TYPE_CHECKING:
 
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 _PRUNING = PruningSection.model_fields
-_OPTIONS = {
-    "teacher.model": "MODEL",
-    "data.task": "--task",
-    "data.path": "--data",
-    "output_dir": "--output-dir",
-}
 
 
 class _Group(typer.core.TyperGroup):
@@ -40,11 +33,18 @@ class _Group(typer.core.TyperGroup):
         except InputError as error:
             lines = [str(fault) for fault in faults_in(error)]
         except _UsageError as error:
-            lines = [error.format_message()]  # type: ignore[attr-defined]
+            lines = [error.format_message() + _hint(error)]  # type: ignore[attr-defined]
         if _is_main_process():
             for line in lines:
                 print("error:", " ".join(line.split()), file=sys.stderr)
         raise typer.Exit(2)
+
+
+def _hint(error: Any) -> str:
+    """What to write where `--set` and its value were taken for two arguments."""
+    settings = (error.ctx.params.get("settings") if error.ctx is not None else None) or []
+    bare = next((text for text in settings if "=" not in text), None)
+    return f" (--set takes one argument: --set {bare}=VALUE)" if bare else ""
 
 
 app = typer.Typer(
@@ -58,6 +58,10 @@ Settings = Annotated[
 ]
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, or package://PACKAGE/PATH.")]
 TaskName = Annotated[str, typer.Option(help="A GLUE task, embedded, text, classification or regression.")]
+Columns = Annotated[
+    str | None,
+    typer.Option(metavar="NAME=COLUMN,...", help="Columns of your own data, such as text=review,label=mood."),
+]
 DataPath = Annotated[str | None, typer.Option(help="Folder, file or Hub id of the data; GLUE: the Hub's by default.")]
 
 
@@ -101,7 +105,13 @@ def distill(
 ) -> None:
     """Distill into a student that exists, without pruning: any pruning section of the recipe is left out."""
     chosen = [f"student.model={json.dumps(student)}"] if student else []
-    _run(_load(recipe, output_dir, [*(settings or []), "pruning=null", *chosen]))
+    try:
+        loaded = _load(recipe, output_dir, [*(settings or []), "pruning=null", *chosen])
+    except InputError as error:
+        if any(fault.field == "pruning" for fault in faults_in(error)):  # the one fault of a recipe without a student
+            raise InputError("--student", None, "a model's folder or Hub id, or student.model in the recipe") from None
+        raise
+    _run(loaded)
 
 
 @app.command(
@@ -113,6 +123,7 @@ def prune(
     keep: Annotated[str, _option("keep", "NUMBER")],
     output_dir: Annotated[Path, typer.Option(help="Folder for the pruned model.")],
     data: DataPath = None,
+    columns: Columns = None,
     max_length: Annotated[int, typer.Option(min=8, help="Tokens an example is cut to.")] = 128,
     units: Annotated[str, _option("units", "A,B")] = ",".join(_PRUNING["units"].default),
     criterion: Annotated[str, _option("criterion")] = _PRUNING["criterion"].default,
@@ -137,21 +148,23 @@ def prune(
         "compensate": compensate,
         "calibration_examples": calibration_examples,
     }
-    with _as_options():
+    source = {"columns": read_columns(columns), "max_length": max_length}
+    with as_options():
         recipe = parse_recipe(
             {
                 "teacher": {"model": model},
-                "data": {"task": task, "path": data, "max_length": max_length},
+                "data": {"task": task, "path": data, **source},
                 "pruning": given,
                 "output_dir": str(output_dir),
             }
         )
-        _check(recipe)
-    from distill_llm.pipeline import prune_model
+        usable_output(recipe.output_dir)
+        _quiet_weights()
+        from distill_llm.pipeline import prune_model
 
-    assert recipe.pruning is not None and recipe.pruning.keep is not None
-    options = recipe.pruning.model_dump(include=set(given) - {"keep"})
-    folder = prune_model(model, task, recipe.pruning.keep, output_dir, data=data, max_length=max_length, **options)
+        assert recipe.pruning is not None and recipe.pruning.keep is not None
+        options = {**source, **recipe.pruning.model_dump(include=set(given) - {"keep"})}
+        folder = prune_model(model, task, recipe.pruning.keep, recipe.output_dir, data=data, **options)
     _say(f"pruned model: {folder}")
 
 
@@ -160,6 +173,7 @@ def evaluate(
     model: ModelName,
     task: TaskName,
     data: DataPath = None,
+    columns: Columns = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples at once.")] = 64,
     max_length: Annotated[int, typer.Option(min=8, help="Tokens an example is cut to.")] = 128,
     output: Annotated[Path, typer.Option(help="File for the metrics.")] = Path("evaluation.json"),
@@ -172,8 +186,9 @@ def evaluate(
     from distill_llm.evaluation.evaluate import evaluate_model
     from distill_llm.opening import check_head, check_length, open_model
 
-    with _as_options():
-        opened, rows = open_model("MODEL", model), load_task(task, data)
+    names = read_columns(columns)
+    with as_options():
+        opened, rows = open_model("MODEL", model), load_task(task, data, columns=names)
         check_head(opened, rows.task)
         check_length(opened, "--max-length", max_length)
     encoded = encode(rows, opened.tokenizer, max_length)
@@ -202,14 +217,14 @@ def profile(
 ) -> None:
     """Parameters, FLOPs, memory and latency of a model on this device, as a table; two models side by side."""
     from distill_llm import profiling
-    from distill_llm.opening import open_model
+    from distill_llm.opening import check_length, open_model
 
-    first = open_model("MODEL", model)
-    if against is None:
-        result: Any = profiling.profile(_load_model(first), batch_size, sequence_length)
-    else:
-        second = open_model("--against", against)
-        result = profiling.compare(_load_model(first), _load_model(second), batch_size, sequence_length)
+    opened = [open_model("MODEL", model), *([open_model("--against", against)] if against is not None else [])]
+    for each in opened:
+        check_length(each, "--sequence-length", sequence_length)
+    models = [_load_model(each) for each in opened]
+    measure: Any = profiling.profile if against is None else profiling.compare
+    result = measure(*models, batch_size, sequence_length)
     _say(profiling.profile_table(result, (model, against or "")))
 
 
@@ -242,7 +257,7 @@ def _load(name: str, output_dir: Path | None, settings: list[str]) -> Recipe:
 
 
 def _run(recipe: Recipe) -> None:
-    _check(recipe)
+    _quiet_weights()
     from distill_llm import pipeline
 
     result = pipeline.run(recipe, recipe.output_dir)
@@ -250,19 +265,17 @@ def _run(recipe: Recipe) -> None:
     _say(f"report:  {result.report}")
 
 
-def _check(recipe: Recipe) -> None:
+def _quiet_weights() -> None:
     from transformers.utils.logging import disable_progress_bar
 
-    from distill_llm.checks import check_recipe
-
     disable_progress_bar()  # of loading and saving weights; training keeps its own
-    check_recipe(recipe)
 
 
 def _load_model(opened: "OpenModel") -> "PreTrainedModel":
     from distill_llm.checkpoint import load_pretrained
 
-    return load_pretrained(opened.path).to(_device())  # type: ignore[arg-type]
+    with as_options(model=opened.field):
+        return load_pretrained(opened.path).to(_device())  # type: ignore[arg-type]
 
 
 def _device() -> str:
@@ -270,22 +283,6 @@ def _device() -> str:
 
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator.type if accelerator is not None else "cpu"
-
-
-@contextmanager
-def _as_options() -> Iterator[None]:
-    """Names the fields of faults as the command line does: `--keep` for `pruning.keep`."""
-    try:
-        yield
-    except InputError as error:
-        raise InputErrors(
-            InputError(_option_name(fault.field), fault.given, fault.accepted) for fault in faults_in(error)
-        ) from None
-
-
-def _option_name(field: str) -> str:
-    section, _, name = field.partition(".")
-    return _OPTIONS.get(field, "--" + name.split(".")[0].replace("_", "-") if section == "pruning" else field)
 
 
 def _is_main_process() -> bool:

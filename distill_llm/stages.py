@@ -34,15 +34,6 @@ from distill_llm.trainer import DistillationConfig, DistillationTrainer
 CALIBRATION_BATCH = 32
 NO_GRADIENT = ("random", "magnitude", "activation", "block_influence")
 
-TRAINING_DEFAULTS: dict[str, Any] = {
-    "report_to": "none",
-    "save_strategy": "steps",
-    "save_steps": 0.25,  # a share of the steps: four checkpoints to resume from
-    "save_total_limit": 2,
-    "logging_steps": 0.05,
-    "eval_strategy": "no",
-}
-
 
 class Stages:
     """The data and device of a run, and the work of its stages.
@@ -198,8 +189,7 @@ class Stages:
     ) -> PreTrainedModel:
         """Train from the last whole checkpoint of this stage and save to `target`."""
         work = _checkpoints(target)
-        fields = {"use_cpu": not torch.accelerator.is_available(), **TRAINING_DEFAULTS, **self.recipe.training(stage)}  # type: ignore[arg-type]
-        args = DistillationConfig(output_dir=str(work), losses=losses, **fields)
+        args = DistillationConfig(output_dir=str(work), losses=losses, **self.recipe.training(stage))  # type: ignore[arg-type]
         trainer = DistillationTrainer(
             model=model,
             teacher=teacher,

@@ -19,10 +19,10 @@ from distill_llm.losses.items import UNITS, count_items, labelled, valid_tokens
 from distill_llm.losses.labels import IGNORED, label_loss
 from distill_llm.losses.objective import Objective, parse_objective
 from distill_llm.losses.terms import Term, Terms
+from distill_llm.refusals import check_arguments, check_model, check_teacher
 from distill_llm.sampling import GlobalBatchSampler
 from distill_llm.teachers.compatibility import shared_classes
 from distill_llm.teachers.online import OnlineTeacher, accepted_inputs
-from distill_llm.trainer_checks import check_arguments, check_model, check_teacher
 
 PROJECTIONS_NAME = "projections.safetensors"
 CODE_NAME = "modeling_pruned.py"
@@ -256,7 +256,7 @@ class DistillationTrainer(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         code = os.path.join(checkpoint_folder, CODE_NAME)
         if os.path.isfile(code) and self.is_world_process_zero():
-            shutil.copy(code, self.args.output_dir)  # the Trainer's own list of files to push has no code
+            shutil.copy(code, str(self.args.output_dir))  # the Trainer's own list of files to push has no code
         super()._push_from_checkpoint(checkpoint_folder)
 
 

@@ -7,6 +7,11 @@ import yaml
 from helpers import tiny_model
 from transformers import BertTokenizer
 
+from distill_llm.checks import check_recipe
+from distill_llm.errors import InputError
+from distill_llm.faults import faults_in
+from distill_llm.recipe import Recipe, parse_recipe
+
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "plot", "not", "very", "the"]
 
 
@@ -49,3 +54,23 @@ def write_recipe(folder: Path, recipe: dict[str, Any]) -> Path:
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe))
     return file
+
+
+def recipe_with(folder: Path, **changes: Any) -> Recipe:
+    """The recipe of `recipe_for` with fields changed: `pruning__keep=1`."""
+    mapping = recipe_for(folder)
+    for path, value in changes.items():
+        inner, names = mapping, path.split("__")
+        for name in names[:-1]:
+            inner = inner.setdefault(name, {})
+        inner[names[-1]] = value
+    return parse_recipe(mapping)
+
+
+def faults_at_the_door(recipe: Recipe) -> list[str]:
+    """The lines of the recipe's faults; none where it passes."""
+    try:
+        check_recipe(recipe)
+    except InputError as error:
+        return [str(fault) for fault in faults_in(error)]
+    return []

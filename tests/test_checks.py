@@ -6,12 +6,13 @@ from collections import namedtuple
 
 import pytest
 import torch
-from recipe_inputs import WORDS, recipe_for, write_model, write_rows
+from recipe_inputs import WORDS, recipe_with, write_model, write_rows
+from recipe_inputs import faults_at_the_door as faults
 
-from distill_llm.checks import check_recipe
-from distill_llm.errors import InputError
-from distill_llm.faults import faults_in
-from distill_llm.recipe import Recipe, parse_recipe
+from distill_llm.checkpoint import load_pretrained
+from distill_llm.pruning.criteria import Importance
+from distill_llm.pruning.plan import LayerPlan, PruningPlan, plan_pruning
+from distill_llm.pruning.surgery import prune
 
 
 @pytest.fixture
@@ -22,24 +23,10 @@ def folder(tmp_path):
     return tmp_path
 
 
-def recipe_with(folder, **changes) -> Recipe:
-    """The recipe of `recipe_for` with fields changed: `pruning__keep=1`."""
-    mapping = recipe_for(folder)
-    for path, value in changes.items():
-        inner, names = mapping, path.split("__")
-        for name in names[:-1]:
-            inner = inner.setdefault(name, {})
-        inner[names[-1]] = value
-    return parse_recipe(mapping)
-
-
-def faults(recipe: Recipe) -> list[str]:
-    """The lines of the recipe's faults; none where it passes."""
-    try:
-        check_recipe(recipe)
-    except InputError as error:
-        return [str(fault) for fault in faults_in(error)]
-    return []
+def write_and_load(folder, **model):
+    """A tiny model, also written to `folder` with its tokenizer."""
+    write_model(folder, **model)
+    return load_pretrained(folder)
 
 
 def test_a_recipe_that_fits_passes_and_writes_nothing(folder):
@@ -64,18 +51,10 @@ def test_a_recipe_that_fits_passes_and_writes_nothing(folder):
         ({"pruning__round_to": 65}, "pruning.round_to", "at most 64"),
         ({"pruning": {"layers": [0, 3]}}, "pruning.layers", "indices from 0 to 2"),
         ({"distillation__losses__hidden": {"layers": [[3, 0]]}}, "distillation.losses.hidden.layers", "[3, 3]"),
-        ({"distillation__fp16": True}, "distillation.fp16", "bf16"),
-        ({"distillation__optim": "adamw"}, "distillation.optim", "adamw_torch"),
-        ({"final": {"train_sampling_strategy": "by_length"}}, "final.train_sampling_strategy", "group_by_length"),
-        ({"distillation__dataloader_prefetch_factor": 2}, "distillation", "dataloader_num_workers"),
     ],
 )
 def test_one_thing_wrong_gives_one_line_with_field_given_and_accepted(folder, changes, field, words):
-    if "fp16" in str(changes) and torch.accelerator.is_available():
-        pytest.skip("fp16 fits this device")
-    found = [
-        line for line in faults(recipe_with(folder, **changes)) if not line.startswith("final.") or "final" in field
-    ]
+    found = faults(recipe_with(folder, **changes))
     assert len(found) == 1 and found[0].startswith(field), found
     assert "got " in found[0] and words in found[0].split("; accepted: ")[1]
 
@@ -98,6 +77,14 @@ def test_label_names_in_another_order_are_refused(folder):
     (folder / "teacher" / "config.json").write_text(json.dumps(config))
     (line,) = faults(recipe_with(folder))
     assert "order" in line and "['pos', 'neg']" in line
+
+
+def test_a_trained_head_with_as_many_labels_passes_whatever_its_names_are(folder):
+    config = json.loads((folder / "teacher" / "config.json").read_text())
+    for names in (["LABEL_0", "LABEL_1"], ["hated", "loved"], ["NEG", "Pos"], ["neg", "loved"]):
+        config |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+        (folder / "teacher" / "config.json").write_text(json.dumps(config))
+        assert faults(recipe_with(folder)) == []
 
 
 def test_a_teacher_without_the_tasks_head_must_be_trained(folder):
@@ -168,3 +155,46 @@ def test_a_masked_lm_recipe_for_text_passes(folder):
     losses = {"labels": {"weight": 2}, "logits": {"weight": 5}, "hidden": {"layers": "last", "distance": "cosine"}}
     changes = {"data": {"task": "text", "path": str(folder / "text.txt"), "max_length": 16}}
     assert faults(recipe_with(folder, **changes, pruning={"layers": [0, 2]}, distillation__losses=losses)) == []
+
+
+@pytest.mark.parametrize("cost", ["params", "flops"])
+@pytest.mark.parametrize("units", [["heads"], ["neurons"], ["heads", "neurons"], ["layers"]])
+def test_the_least_keep_that_passes_is_the_least_that_pruning_reaches(folder, units, cost):
+    model = write_and_load(folder / "teacher", layers=3)
+    layers = [
+        LayerPlan(i, () if "heads" in units else tuple(range(4)), () if "neurons" in units else tuple(range(64)))
+        for i in range(3)
+    ]
+    least = PruningPlan("bert", tuple(layers[:1] if units == ["layers"] else layers)).share(model, cost, 8)
+    pruning = {"units": units, "cost": cost, "calibration_examples": 8}
+    for keep in (least, 1.01 * least):
+        assert keep == 0 or faults(recipe_with(folder, pruning={**pruning, "keep": keep})) == []
+    if least > 0:
+        (line,) = faults(recipe_with(folder, pruning={**pruning, "keep": 0.99 * least}))
+        assert line.startswith("pruning.keep: got ")
+        named = float(line.split("at least ")[1].split(",")[0])
+        assert least <= named < least + 1e-4
+        scores = Importance("fisher", [torch.rand(4)] * 3, [torch.rand(64)] * 3, torch.rand(3))
+        plan_pruning(model, scores, named, units=units, cost=cost, sequence_length=8)
+
+
+def test_the_least_keep_of_a_pruned_teacher_is_a_share_of_what_it_has_left(folder):
+    model = write_and_load(folder / "teacher", layers=2)
+    plan = PruningPlan("bert", (LayerPlan(0, (0,), tuple(range(64))), LayerPlan(1, (1,), tuple(range(64)))))
+    pruned = prune(model, plan)
+    pruned.save_pretrained(folder / "teacher")
+    bare = PruningPlan("bert", (LayerPlan(0, (), tuple(range(64))), LayerPlan(1, (), tuple(range(64)))))
+    least = bare.share(pruned)
+    assert least > 1.3 * bare.share(model)
+    pruning = {"units": ["heads"], "calibration_examples": 8}
+    assert faults(recipe_with(folder, pruning={**pruning, "keep": 1.01 * least})) == []
+    assert "pruning.keep" in faults(recipe_with(folder, pruning={**pruning, "keep": 0.99 * least}))[0]
+
+
+def test_paths_may_begin_with_the_home_folder(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    recipe = recipe_with(folder, teacher__model="~/teacher", data__path="~/rows.csv", output_dir="~/run")
+    assert recipe.output_dir == folder / "run"
+    assert faults(recipe) == []
+    (folder / "run").write_text("")
+    assert faults(recipe)[0].startswith("output_dir: got ")

@@ -11,7 +11,10 @@ import pytest
 from recipe_inputs import recipe_for, write_model, write_recipe, write_rows
 from typer.testing import CliRunner
 
+from distill_llm.checks import check_recipe
 from distill_llm.cli import app
+from distill_llm.errors import InputError
+from distill_llm.faults import InputErrors
 from distill_llm.recipe import Recipe, recipe_names
 
 COMMANDS = ["run", "prune", "distill", "evaluate", "profile", "push", "recipes"]
@@ -29,11 +32,11 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Calls of a pipeline that does nothing, in the place of the real one."""
+    """Calls of a pipeline that only checks its recipe, in the place of the real one."""
     seen: list = []
     fake = types.ModuleType("distill_llm.pipeline")
     result = types.SimpleNamespace(metrics={}, student_dir=Path("student"), report=Path("report.md"))
-    fake.run = lambda recipe, output_dir: seen.append((recipe, output_dir)) or result
+    fake.run = lambda recipe, output_dir: check_recipe(recipe) or seen.append((recipe, output_dir)) or result
     fake.prune_model = lambda *args, **options: seen.append((args, options)) or Path("pruned")
     monkeypatch.setitem(sys.modules, "distill_llm.pipeline", fake)
     monkeypatch.setattr(sys.modules["distill_llm"], "pipeline", fake, raising=False)
@@ -102,6 +105,10 @@ def test_usage_errors_are_one_line_too(folder):
     assert "keep" in refused("prune", "teacher", "--task", "sst2", "--output-dir", "x")[0]
     assert "'rnu'" in refused("rnu")[0]
     assert refused("run", "quickstat")[0].startswith("RECIPE: got 'quickstat'; accepted: ")
+    for args in (["recipe.yaml", "--set", "pruning.keep", "0.4"], ["--set", "pruning.keep", "0.4", "recipe.yaml"]):
+        (line,) = refused("run", *args)
+        assert "--set pruning.keep=VALUE" in line
+    assert "--set" not in refused("run", "recipe.yaml", "more")[0]
 
 
 def test_run_hands_the_recipe_with_overrides_to_the_pipeline(folder, calls):
@@ -119,19 +126,78 @@ def test_distill_leaves_pruning_out_and_takes_the_student(folder, calls):
     assert result.exit_code == 0, result.output
     assert calls[0][0].pruning is None and calls[0][0].student.model == "student"
     (line,) = refused("distill", "recipe.yaml")
-    assert "student.model" in line
+    assert line.startswith("--student: got None;") and "student.model" in line
+    (line,) = refused("distill", "recipe.yaml", "--set", "pruning.keep=3", "--student", "student", "--set", "seed=x")
+    assert line.startswith("seed: ")
 
 
 def test_prune_checks_its_options_under_their_own_names(folder, calls, glue_dir):
     args = ["--task", "sst2", "--data", str(glue_dir / "SST-2"), "--output-dir", "out"]
     fields = [line.split(":")[0] for line in refused("prune", "teacher", *args, "--keep", "2", "--round-to", "x")]
     assert fields == ["--keep", "--round-to"]
-    assert refused("prune", "missing/teacher/x", *args, "--keep", "0.5")[0].startswith("MODEL: got 'missing/teacher/x'")
     result = call("prune", "teacher", *args, "--keep", "0.5", "--units", "neurons", "--no-compensate")
     assert result.exit_code == 0, result.output
     ((positional, options),) = calls
     assert positional == ("teacher", "sst2", 0.5, Path("out"))
     assert options["units"] == ["neurons"] and options["compensate"] is False and options["round_to"] == 1
+    assert options["columns"] is None and options["max_length"] == 128
+
+
+def test_prune_names_the_pipelines_faults_after_its_options(folder, calls, monkeypatch):
+    options = {
+        "teacher.model": "MODEL",
+        "model": "MODEL",
+        "data.task": "--task",
+        "data.path": "--data",
+        "data.columns.text": "--columns",
+        "data.max_length": "--max-length",
+        "pruning.calibration_examples": "--calibration-examples",
+        "output_dir": "--output-dir",
+    }
+
+    def refuse(*args, **given):
+        raise InputErrors(InputError(field, 1, "2") for field in options)
+
+    monkeypatch.setattr(sys.modules["distill_llm.pipeline"], "prune_model", refuse)
+    found = refused("prune", "teacher", "--task", "sst2", "--keep", "0.5", "--output-dir", "out")
+    assert found == [f"{option}: got 1; accepted: 2" for option in options.values()]
+
+
+def test_prune_takes_only_a_new_or_an_empty_folder(folder, calls, monkeypatch):
+    args = ["prune", "teacher", "--task", "sst2", "--keep", "0.5", "--output-dir"]
+    (folder / "empty").mkdir()
+    before = sorted(folder.rglob("*"))
+    for taken in (".", "..", "teacher", str(folder / "teacher"), "rows.csv"):
+        (line,) = refused(*args, taken)
+        assert line.startswith(f"--output-dir: got {taken!r}; accepted: a new or empty folder")
+    assert sorted(folder.rglob("*")) == before and not calls
+    for free in ("empty", "new/folder"):
+        assert call(*args, free).exit_code == 0
+    monkeypatch.chdir(folder / "empty")
+    assert refused(*args, ".")[0].startswith("--output-dir: got '.'")
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("command", ["prune", "evaluate"])
+def test_columns_of_own_data_are_named_in_one_option(folder, calls, command):
+    more = ["--keep", "0.5", "--output-dir", "out"] if command == "prune" else ["--output", "metrics.json"]
+    args = [command, "teacher", "--task", "classification", "--data", "rows.csv", *more, "--columns"]
+    for text, words in {
+        "txt=review": "'text' (the nearest)",
+        "text": "NAME=COLUMN",
+        "text=review,text=mood": "each name once",
+        "text=review,,label=mood": "text, text_pair, label",
+    }.items():
+        (line,) = refused(*args, text)
+        assert line.startswith("--columns: got ") and words in line
+    result = call(*args, "text=review, label=mood")
+    assert result.exit_code == 0, result.output
+    if command == "prune":
+        assert calls[0][1]["columns"] == {"text": "review", "label": "mood"} and calls[0][1]["data"] == "rows.csv"
+    else:
+        assert "accuracy" in json.loads((folder / "metrics.json").read_text())
+        assert refused(*args, "text=revue,label=mood")[0].startswith("--columns: got 'revue'; accepted: 'review'")
+        assert refused("evaluate", "teacher", "--task", "sst3")[0].startswith("--task: got 'sst3'")
 
 
 def test_evaluate_saves_the_share_of_right_predictions(folder, glue_dir):
@@ -154,6 +220,16 @@ def test_profile_prints_both_models(folder):
     assert result.exit_code == 0, result.output
     assert "smaller" in result.stdout and "teacher" in result.stdout and "latency" in result.stdout
     assert refused("profile", "smaller", "--against", "no/such/model")[0].startswith("--against: got ")
+
+
+def test_profile_refuses_a_batch_too_long_for_a_model_before_it_loads_weights(folder):
+    write_model(folder / "short", layers=1)  # 64 positions
+    for file in folder.glob("*/model.safetensors"):
+        file.unlink()
+    (line,) = refused("profile", "teacher", "--sequence-length", "4000")
+    assert line == "--sequence-length: got 4000; accepted: at most 160, the longest input of teacher"
+    (line,) = refused("profile", "teacher", "--against", "short", "--sequence-length", "100")
+    assert "at most 64, the longest input of short" in line
 
 
 def test_recipes_lists_every_shipped_recipe():

@@ -150,7 +150,7 @@ def killed_at(event: int, monkeypatch) -> None:
 
 
 def test_killed_again_and_again_the_same_command_ends_with_the_same_weights(finished, inputs, monkeypatch):
-    folder, kills = inputs / "killed", 0
+    folder, kills, done = inputs / "killed", 0, 0
     for event in (2, 11, 9, 5, 16, 13, 12, 19, 11, 17, 13, 1000):
         with monkeypatch.context() as patch:
             killed_at(event, patch)
@@ -159,6 +159,9 @@ def test_killed_again_and_again_the_same_command_ends_with_the_same_weights(fini
                 break
             except Killed:
                 kills += 1
+        state = folder / "state.json"
+        before, done = done, len(json.loads(state.read_text())["stages"]) if state.is_file() else 0
+        assert done >= before
     assert kills >= 6
     for name in ("teacher", "round-1/student", "student"):
         assert same(weights(folder / name), weights(inputs / "uninterrupted" / name)), name
@@ -205,6 +208,22 @@ def test_prune_model_saves_a_smaller_model_and_its_plan_without_training(finishe
     assert sum(p.numel() for n, p in kept.named_parameters() if ".encoder.layer." in n) == pytest.approx(
         plan.kept * sum(t.numel() for k, t in weights(folder / "model").items() if ".encoder.layer." in k)
     )
+
+
+def test_prune_model_leaves_a_folder_with_files_alone(finished, inputs, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="output_dir"):
+        prune_model(str(inputs / "teacher"), "sst2", 0.5, tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_the_best_checkpoint_is_chosen_by_the_task_metric_on_held_out_rows(inputs):
+    given = recipe(inputs)
+    given["data"]["holdout_examples"] = 10
+    best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "metric_for_best_model": "accuracy"}
+    given["distillation"] |= best
+    result = distill_llm.run(given, inputs / "best")
+    assert 0 <= result.metrics["student"]["metrics"]["validation"] <= 1
 
 
 def test_schedules_end_at_keep_and_cubic_removes_most_early():

@@ -2,9 +2,12 @@
 
 import dataclasses
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from recipe_inputs import recipe_for, write_recipe
 from transformers import TrainingArguments
@@ -12,7 +15,7 @@ from transformers import TrainingArguments
 from distill_llm.errors import InputError
 from distill_llm.faults import faults_in
 from distill_llm.recipe import load_recipe, parse_recipe, recipe_descriptions, recipe_folder, recipe_names
-from distill_llm.training_fields import RESERVED, check_training_fields, training_fields
+from distill_llm.training_fields import RESERVED, TRAINING_DEFAULTS, check_training_fields, training_fields
 
 
 def lines(folder: Path, *settings: str, **sections: object) -> list[str]:
@@ -57,6 +60,15 @@ BAD = {
     "distillation.num_train_epochs=true": ("distillation.num_train_epochs: got True;", "a number"),
     "teacher.train.epochs=3": ("teacher.train.epochs: got 3;", "TrainingArguments"),
     "teacher.train=3": ("teacher.train: got 3;", "a mapping"),
+    "distillation.group_by_length=true": (
+        "distillation.group_by_length: got True;",
+        "train_sampling_strategy: group_by_length",
+    ),
+    "distillation.label_smoothing_factor=1": ("distillation.label_smoothing_factor: got 1;", "below 1"),
+    "distillation.label_smoothing_factor=-0.1": ("distillation.label_smoothing_factor: got -0.1;", "at least 0"),
+    "distillation.max_steps=0": ("distillation.max_steps: got 0;", "at least 1, or -1"),
+    "distillation.save_only_model=true": ("distillation.save_only_model: got True;", "nothing"),
+    "distillation.save_total_limit=1": ("distillation.save_total_limit: got 1;", "at least 2"),
     "final.output_dir=x": ("final.output_dir: got 'x';", "output_dir at the top of the recipe"),
     "final.seed=1": ("final.seed: got 1;", "seed at the top of the recipe"),
     "teacher.model=null": ("teacher.model: got None;", "Hub id"),
@@ -165,9 +177,77 @@ def test_numbers_that_yaml_takes_for_text_become_numbers(tmp_path):
 def test_stages_take_their_own_training_fields_and_the_seed(tmp_path):
     sections = {"seed": 7, "final": {"num_train_epochs": 4}}
     recipe = parse_recipe(recipe_for(tmp_path, **sections, teacher={"model": "x", "train": {"optim": "sgd"}}))
-    assert recipe.training("teacher") == {"seed": 7, "optim": "sgd"}
-    assert recipe.training("recovery") == {"seed": 7, "num_train_epochs": 1}
-    assert recipe.training("final") == {"seed": 7, "num_train_epochs": 4}
+    assert own(recipe.training("teacher")) == {"seed": 7, "optim": "sgd"}
+    assert own(recipe.training("recovery")) == {"seed": 7, "num_train_epochs": 1}
+    assert own(recipe.training("final")) == {"seed": 7, "num_train_epochs": 4}
+
+
+def own(fields: dict) -> dict:
+    """The fields that are not this project's defaults."""
+    return {name: value for name, value in fields.items() if name not in (*TRAINING_DEFAULTS, "use_cpu")}
+
+
+def test_the_fields_of_a_stage_are_the_defaults_under_the_recipes_own(tmp_path):
+    recipe = parse_recipe(recipe_for(tmp_path, final={"save_steps": 10, "report_to": "tensorboard", "use_cpu": True}))
+    fields = recipe.training("recovery")
+    assert {name: fields[name] for name in TRAINING_DEFAULTS} == TRAINING_DEFAULTS
+    assert fields["ddp_timeout"] == 86400 and fields["save_total_limit"] == 2
+    assert fields["use_cpu"] is not torch.accelerator.is_available()
+    fields = recipe.training("final")
+    assert (fields["save_steps"], fields["report_to"], fields["use_cpu"]) == (10, "tensorboard", True)
+    assert fields["logging_steps"] == TRAINING_DEFAULTS["logging_steps"]
+
+
+@pytest.mark.parametrize(
+    ("given", "strategy", "steps"),
+    [
+        ({"eval_strategy": "epoch"}, "epoch", None),
+        ({"eval_strategy": "steps", "eval_steps": 0.1}, "steps", 0.1),
+        ({"eval_strategy": "steps", "eval_steps": 30}, "steps", 30),
+        ({"eval_strategy": "steps"}, "steps", 0.05),
+        ({"eval_strategy": "steps", "eval_steps": 30, "save_steps": 60}, "steps", 60),
+        ({"eval_strategy": "epoch", "save_strategy": "best"}, "best", None),
+    ],
+)
+def test_checkpoints_are_saved_when_the_model_is_evaluated_to_load_the_best(tmp_path, given, strategy, steps):
+    recipe = parse_recipe(recipe_for(tmp_path, distillation={"load_best_model_at_end": True, **given}))
+    fields = recipe.training("recovery")
+    assert fields["save_strategy"] == strategy and steps in (None, fields["save_steps"])
+    args = TrainingArguments(output_dir=str(tmp_path), **fields)  # refuses two strategies that do not match
+    assert args.load_best_model_at_end
+    fields = parse_recipe(recipe_for(tmp_path, distillation=given)).training("recovery")
+    assert fields["save_strategy"] == given.get("save_strategy", "steps")
+
+
+def test_a_bare_no_is_the_word_for_the_strategies(tmp_path):
+    text = (
+        yaml.safe_dump(recipe_for(tmp_path)) + "final: {eval_strategy: no, save_strategy: no, logging_strategy: off}\n"
+    )
+    (tmp_path / "recipe.yaml").write_text(text)
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert recipe.final == {"eval_strategy": "no", "save_strategy": "no", "logging_strategy": "no"}
+    assert load_recipe(write_recipe(tmp_path, yaml.safe_load(recipe.to_yaml()))) == recipe
+
+
+def test_reading_a_recipe_does_not_import_torch(tmp_path):
+    file = write_recipe(tmp_path, recipe_for(tmp_path, teacher={"model": "x", "train": {"bf16": True}}))
+    code = f"import sys; from distill_llm.recipe import load_recipe; load_recipe({str(file)!r}); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_a_teacher_follows_the_precision_of_the_training_unless_told(tmp_path):
+    assert parse_recipe(recipe_for(tmp_path)).teacher.dtype is None
+    teacher = {"model": "x", "dtype": "bfloat16"}
+    assert parse_recipe(recipe_for(tmp_path, teacher=teacher)).teacher.dtype == "bfloat16"
+
+
+def test_the_run_folder_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse_recipe(recipe_for(tmp_path, output_dir="~/run")).output_dir == tmp_path / "run"
+    assert (
+        load_recipe(write_recipe(tmp_path, recipe_for(tmp_path)), ["output_dir=~/a/b"]).output_dir == tmp_path / "a/b"
+    )
 
 
 def test_the_resolved_recipe_reads_back_equal(tmp_path):

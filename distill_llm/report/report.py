@@ -30,6 +30,7 @@ def write_report(run_dir: str | Path, metrics: Mapping[str, Any]) -> Path:
     parts = [f"# {headline(metrics)}", summary(metrics), results_table(metrics).rstrip(), notes(metrics)]
     if metrics.get("rounds"):
         parts += ["## Rounds", rounds_table(metrics).rstrip()]
+        parts += [f"{row['note'][0].upper()}{row['note'][1:]}." for row in metrics["rounds"] if row.get("note")]
     if scores:
         parts.append("![Score after every stage of every round](figures/scores.png)")
     if kept:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from distill_llm.errors import InputError
 from distill_llm.losses import AttentionInputs, attention_distance, hidden_distance, label_loss, logits_divergence
 
 P, Q = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.25, 0.25, 0.5])
@@ -97,6 +98,13 @@ def test_label_smoothing_spreads_the_target_over_the_classes():
 def test_label_loss_of_regression_is_the_squared_error():
     loss = label_loss(torch.tensor([[1.0], [2.5]]), torch.tensor([3.0, 2.0]))
     torch.testing.assert_close(loss, torch.tensor([4.0, 0.25]))
+    whole = label_loss(torch.tensor([[1.0], [2.5]]), torch.tensor([3, -100]))
+    torch.testing.assert_close(whole, torch.tensor([4.0, 0.0]))
+
+
+def test_floats_as_labels_of_several_classes_are_refused():
+    with pytest.raises(InputError, match="class ids"):
+        label_loss(torch.zeros(2, 3), torch.zeros(2, 3))
 
 
 def test_hidden_mse_is_the_mean_over_channels_and_cosine_one_minus_the_cosine():
@@ -189,6 +197,22 @@ def test_attention_kl_of_bf16_inputs_is_close_to_fp32():
     value = attention_distance(student, teacher, valid)
     assert value.dtype == torch.float32
     torch.testing.assert_close(value, plain_attention_distance(*exact, valid, "kl"), rtol=0.05, atol=0)
+
+
+def test_attention_kl_of_fp16_inputs_near_convergence_has_the_fp32_gradient():
+    student, _, valid = attention_case((3, 3), torch.float16)
+    query, key = (each.detach() for each in student[:2])
+    noise = 1 + 3e-2 * random_logits(3, *query.shape).to(torch.float16)
+    student = student._replace(query=(query * noise).requires_grad_(), scaling=1e-3)
+    teacher = student._replace(query=query, key=key)
+    (found,) = torch.autograd.grad(attention_distance(student, teacher, valid), student.query)
+    exact = [each._replace(query=each.query.detach().double(), key=key.double()) for each in (student, teacher)]
+    exact[0].query.requires_grad_()
+    (wanted,) = torch.autograd.grad(plain_attention_distance(*exact, valid, "kl"), exact[0].query)
+    assert found.dtype == torch.float16
+    scale = 2.0**16
+    (scaled,) = torch.autograd.grad(scale * attention_distance(student, teacher, valid), student.query)
+    assert (scaled.double() / scale - wanted).norm() / wanted.norm() < 0.01
 
 
 def test_attention_distance_of_a_batch_without_valid_tokens_is_zero_and_connected():

@@ -1,5 +1,8 @@
 """The objective's mapping."""
 
+import subprocess
+import sys
+
 import pytest
 
 from distill_llm.errors import InputError
@@ -38,3 +41,9 @@ def test_a_wrong_objective_is_one_line_that_names_the_field_and_what_is_accepted
     assert error.value.field == field
     assert words in error.value.accepted
     assert "\n" not in str(error.value)
+
+
+def test_an_objective_is_read_without_torch_and_every_public_name_is_there():
+    code = "import sys, distill_llm.losses.objective; print('torch' in sys.modules); from distill_llm.losses import *"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -70,3 +70,10 @@ def test_kept_figure_draws_kept_over_original_with_an_empty_bar_for_a_removed_la
     assert bars[1] == [[64, 64, 64, 64], [40, 0, 64, 0]]
     texts = [text.get_text() for text in drawn[0].axes[0].texts]
     assert texts == ["3 / 4", "layer removed", "0 / 4", "layer removed"]
+
+
+def test_a_budget_that_was_missed_is_said_under_the_rounds(tmp_path: Path) -> None:
+    student_folder(tmp_path / "student")
+    given = metrics()
+    given["rounds"][-1]["note"] = "round 2 kept 47.50% where 50.00% was asked for"
+    assert "Round 2 kept 47.50% where 50.00% was asked for." in write_report(tmp_path, given).read_text()

@@ -26,7 +26,7 @@ def check_model(model: Any) -> None:
         raise InputError("model", name, "a transformers model whose class ends in " + " or ".join(HEADS))
     if name.endswith("ForMaskedLM"):
         return
-    labels, problem = model.config.num_labels, getattr(model.config, "problem_type", None)
+    labels, problem = model.config.num_labels or 0, getattr(model.config, "problem_type", None)
     if name.endswith("ForTokenClassification"):
         if labels == 1:
             raise InputError("model.config.num_labels", 1, "2 or more classes per token")

@@ -1,0 +1,69 @@
+"""What the command line's options hold beyond plain values, and faults of a recipe under the options' names."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from distill_llm.errors import InputError, one_of
+from distill_llm.faults import InputErrors, faults_in
+from distill_llm.recipe import ColumnsSection
+
+OPTIONS = {
+    "teacher.model": "MODEL",
+    "data.path": "--data",
+    "output_dir": "--output-dir",
+}
+"""Options that are not called as their field is."""
+
+
+@contextmanager
+def as_options(model: str = "MODEL") -> Iterator[None]:
+    """Names the fields of faults as the command line does: `--keep` for `pruning.keep`.
+
+    Args:
+        model: the option that a fault of a model's weights is named after.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise InputErrors(
+            InputError(_option_name(fault.field, model), fault.given, fault.accepted) for fault in faults_in(error)
+        ) from None
+
+
+def _option_name(field: str, model: str) -> str:
+    section, _, name = field.partition(".")
+    if field == "model":
+        return model
+    if field in OPTIONS or section not in ("pruning", "data"):
+        return OPTIONS.get(field, field)
+    return "--" + name.split(".")[0].replace("_", "-")
+
+
+def read_columns(text: str | None) -> dict[str, str] | None:
+    """The mapping in `text=review,label=mood`; None for None.
+
+    Raises:
+        InputError: for a name that no column has, or a part that is no `NAME=COLUMN`.
+    """
+    if text is None:
+        return None
+    columns: dict[str, str] = {}
+    for part in text.split(","):
+        name, _, column = (word.strip() for word in part.partition("="))
+        if name not in ColumnsSection.model_fields:
+            raise InputError("--columns", name, one_of(ColumnsSection.model_fields, name) + ", as NAME=COLUMN")
+        if not column or name in columns:
+            raise InputError("--columns", part.strip(), "NAME=COLUMN, each name once, such as text=review,label=mood")
+        columns[name] = column
+    return columns
+
+
+def usable_output(folder: Path) -> None:
+    """Check that a folder may be written whole: it is new, or empty and not the working directory.
+
+    Raises:
+        InputError: naming `output_dir`.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) or folder.samefile(Path.cwd())):
+        raise InputError("output_dir", str(folder), "a new or empty folder, not the working directory")

@@ -1,0 +1,78 @@
+"""Two processes train as one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+PROCESS_CASES = [
+    ("sequence-classification", 32, ["labels", "logits", "attention", "all"]),
+    ("masked-lm", 24, ["labels", "hidden", "all", "labels on one rank"]),
+]
+SCRIPT = """
+import os, sys
+sys.path[:0] = {path!r}
+import torch
+from helpers import tiny_model
+from trainer_examples import NO_DROPOUT, TERMS, rows, trainer_of
+processes = int(os.environ.get("WORLD_SIZE", 1))
+found = {{}}
+for head, width, names in {cases!r}:
+    teacher = tiny_model(layers=4, head=head, **NO_DROPOUT)
+    for name in names:
+        student = tiny_model(layers=2, hidden=width, head=head, seed=1, **NO_DROPOUT)
+        data = rows(teacher, count=32 if "one rank" in name else 20)
+        trainer = trainer_of(
+            {folder!r}, student, teacher, data, TERMS[name.split()[0]],
+            max_steps=4, optim="sgd", learning_rate=0.1,
+            per_device_train_batch_size=8 // processes, train_sampling_strategy="group_by_length", logging_steps=2,
+        )
+        if "one rank" in name:  # of each global batch the first four rows are rank 0's, the others rank 1's
+            order = list(trainer._get_train_sampler())
+            for start in range(4, 32, 8):
+                for index in order[start : start + 4]:
+                    data[index]["labels"].fill_(-100)
+        seen, terms = [], trainer._training_terms
+        trainer._training_terms = lambda model, batch: seen.append(int((batch["labels"] >= 0).sum())) or terms(model, batch)
+        trainer.train()
+        history = [log for log in trainer.state.log_history if "loss" in log]
+        logs = [{{k: v for k, v in log.items() if k.startswith("loss")}} for log in history]
+        weights = {{**student.state_dict(), **trainer.terms.projections.state_dict(prefix="projection.")}}
+        found[head + " " + name] = (weights, logs, seen)
+rank = os.environ.get("RANK", "0")
+torch.save(found, {folder!r} + f"/{{processes}}-{{rank}}.pt")
+"""
+
+
+@pytest.fixture(scope="module")
+def runs_of_one_and_two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    root = Path(__file__).parents[1]
+    script = folder / "train.py"
+    script.write_text(SCRIPT.format(cases=PROCESS_CASES, path=[str(root), str(root / "tests")], folder=str(folder)))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for command in ([sys.executable], launcher):
+        done = subprocess.run([*command, str(script)], env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(folder / f"{name}.pt") for name in ("1-0", "2-0", "2-1")]
+
+
+@pytest.mark.parametrize("head, name", [(head, name) for head, _, names in PROCESS_CASES for name in names])
+def test_two_processes_train_as_one_on_the_same_global_batches(runs_of_one_and_two_processes, head, name):
+    (one, one_logs, _), (two, two_logs, seen), (other, _, other_seen) = (
+        run[f"{head} {name}"] for run in runs_of_one_and_two_processes
+    )
+    assert one.keys() == two.keys() == other.keys()
+    for parameter, tensor in one.items():
+        torch.testing.assert_close(two[parameter], tensor, rtol=2e-4, atol=2e-5, msg=parameter)
+        assert torch.equal(two[parameter], other[parameter]), parameter
+    assert len(one_logs) == 2
+    for a, b in zip(one_logs, two_logs, strict=True):
+        assert a == pytest.approx(b, rel=1e-4), json.dumps([a, b])
+    assert len(seen) == len(other_seen) == 4 and all(seen)
+    assert any(other_seen) == ("one rank" not in name)

@@ -1,0 +1,99 @@
+"""What the trainer refuses."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from helpers import tiny_model
+from trainer_examples import rows, trainer_of
+from transformers import TrainingArguments
+
+from distill_llm.errors import InputError
+from distill_llm.trainer import DistillationTrainer
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"teacher": None}, "teacher: got None"),
+        ({"teacher": {"num_labels": 3}}, "3 labels.*\\(2\\)"),
+        ({"teacher": {"vocab": 120}}, "120 entries"),
+        ({"teacher": {"head": "masked-lm"}}, "BertForMaskedLM"),
+        ({"teacher": {"num_labels": 1}, "student": {"num_labels": 1}}, "losses.logits.divergence.*mse"),
+        ({"student": {"problem_type": "multi_label_classification"}}, "problem_type: .*multi_label_classification"),
+        ({"student": {"problem_type": "regression"}}, "num_labels: got 2; accepted: 1 for a regression"),
+        ({"student": {"head": "token-classification", "num_labels": 1}}, "num_labels: got 1"),
+        ({"settings": {"save_only_model": True}}, "save_only_model: got True; accepted: false"),
+        ({"settings": {"model_init": tiny_model}}, "model_init: "),
+        ({"settings": {"compute_loss_func": print}}, "compute_loss_func: "),
+        ({"losses": {"hidden": {}}}, "losses.hidden.layers.*uniform"),
+        ({"losses": {"hidden": {"layers": [[9, 0]]}}}, "losses.hidden.layers"),
+        ({"losses": {"logits": {"temperature": 0}}}, "losses.logits.temperature"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line_before_training(tmp_path, change, words):
+    teacher = change.get("teacher", {})
+    with pytest.raises(InputError, match=words) as error:
+        trainer_of(
+            tmp_path,
+            tiny_model(layers=2, **change.get("student", {})),
+            None if teacher is None else tiny_model(seed=1, **teacher),
+            [],
+            change.get("losses", {"logits": {}}),
+            **change.get("settings", {}),
+        )
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_cannot_be_its_own_teacher(tmp_path):
+    model = tiny_model()
+    with pytest.raises(InputError, match="itself"):
+        trainer_of(tmp_path, model, model, [], {"logits": {}})
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["BertLMHeadModel", "BertModel", "BertForQuestionAnswering", "BertForMultipleChoice", "BertForPreTraining"],
+)
+def test_a_head_whose_outputs_the_trainer_does_not_know_is_refused_in_one_line(tmp_path, name):
+    config = copy.deepcopy(tiny_model().config)
+    config.is_decoder = name == "BertLMHeadModel"
+    with pytest.raises(InputError, match=f"model: got '{name}'.*ForTokenClassification") as error:
+        trainer_of(tmp_path, getattr(transformers, name)(config), None, [], {"labels": {}})
+    assert "\n" not in str(error.value)
+
+
+def test_a_causal_model_whose_labels_are_shifted_is_refused_and_so_is_what_is_no_model(tmp_path):
+    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=100)
+    for model in (transformers.GPT2LMHeadModel(config), torch.nn.Linear(2, 2), None):
+        with pytest.raises(InputError, match=f"model: got '{type(model).__name__}'"):
+            trainer_of(tmp_path, model, None, [], {"labels": {}})
+
+
+def test_arguments_of_another_kind_are_refused_in_one_line(tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    with pytest.raises(InputError, match="args: got 'TrainingArguments'; accepted: a DistillationConfig"):
+        DistillationTrainer(tiny_model(), None, args)
+    with pytest.raises(InputError, match="teacher: got 'TrainingArguments'"):
+        trainer_of(tmp_path, tiny_model(), args, [], {"labels": {}})
+
+
+def test_a_scheduler_is_refused_where_projections_join_its_optimizer_and_an_optimizer_alone_is_not(tmp_path):
+    teacher, student = tiny_model(), tiny_model(layers=2, hidden=24, seed=1)
+    losses = {"hidden": {"layers": "last"}}
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    with pytest.raises(InputError, match="optimizers: got 'ConstantLR'"):
+        trainer_of(tmp_path, student, teacher, rows(teacher), losses, optimizers=(optimizer, scheduler))
+    trainer = trainer_of(tmp_path, student, teacher, rows(teacher), losses, optimizers=(optimizer, None))
+    before = [parameter.clone() for parameter in trainer.terms.projections.parameters()]
+    trainer.train()
+    assert all(not torch.equal(a, b) for a, b in zip(before, trainer.terms.projections.parameters(), strict=True))
+
+
+def test_floats_as_labels_of_several_classes_are_refused_at_the_first_batch(tmp_path):
+    student = tiny_model()
+    data = [{**row, "labels": torch.tensor([1.0, 0.0])} for row in rows(student)]
+    with pytest.raises(InputError, match="labels: .*class ids"):
+        trainer_of(tmp_path, student, None, data, {"labels": {}}).train()
