@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from recipe_inputs import recipe_for, write_model, write_recipe, write_rows
+from transformers.utils import logging
 from typer.testing import CliRunner
 
 from distill_llm.checks import check_recipe
@@ -112,8 +113,10 @@ def test_usage_errors_are_one_line_too(folder):
 
 
 def test_run_hands_the_recipe_with_overrides_to_the_pipeline(folder, calls):
+    logging.enable_progress_bar()
     result = call("run", "recipe.yaml", "--set", "pruning.keep=0.25", "--output-dir", "elsewhere")
     assert result.exit_code == 0, result.output
+    assert not logging.is_progress_bar_enabled(), "of loading and saving weights"
     ((recipe, output_dir),) = calls
     assert isinstance(recipe, Recipe) and recipe.pruning.keep == 0.25
     assert output_dir == recipe.output_dir == Path("elsewhere")
