@@ -38,7 +38,7 @@ def run(recipe: Recipe | Mapping[str, Any], output_dir: str | Path | None = None
     """
     recipe = recipe if isinstance(recipe, Recipe) else parse_recipe(dict(recipe))
     if output_dir is not None:
-        recipe = recipe.model_copy(update={"output_dir": Path(output_dir)})
+        recipe = recipe.model_copy(update={"output_dir": Path(output_dir).expanduser()})
     check_recipe(recipe)
     return Run(recipe).result()
 
@@ -50,6 +50,7 @@ def prune_model(
     output_dir: str | Path,
     *,
     data: str | None = None,
+    columns: Mapping[str, str] | None = None,
     max_length: int = 128,
     **options: Any,
 ) -> Path:
@@ -59,6 +60,7 @@ def prune_model(
         model: folder, Hub id or package:// path of a model fine-tuned on the task.
         keep: share of the layers' cost that remains.
         data: where the task's rows are; a GLUE task's default is the Hub.
+        columns: names of `text`, `text_pair` and `label` in data that is not GLUE's.
         max_length: tokens an example is cut to.
         options: fields of the recipe's pruning section.
 
@@ -67,11 +69,11 @@ def prune_model(
     """
     given = {
         "teacher": {"model": model},
-        "data": {"task": task, "path": data, "max_length": max_length},
+        "data": {"task": task, "path": data, "columns": dict(columns) if columns else None, "max_length": max_length},
         "pruning": {**options, "keep": keep},
         "output_dir": str(output_dir),
     }
-    recipe, target = parse_recipe(given), Path(output_dir)
+    recipe, target = parse_recipe(given), Path(output_dir).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError("output_dir", str(output_dir), "an empty or new folder")
     check_recipe(recipe)

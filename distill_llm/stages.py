@@ -179,7 +179,7 @@ class Stages:
         else:
             student = load_pretrained(student_dir, dtype=torch.float32)
         losses = section.losses.model_dump(mode="json", exclude_none=True)
-        teacher = load_pretrained(teacher_dir, dtype=getattr(torch, self.recipe.teacher.dtype or "float32"))
+        teacher = load_pretrained(teacher_dir, dtype=torch.float32)
         student = self._train(student, teacher, folder / "student", "final" if last else "recovery", losses)
         metrics = self.evaluate(student) if self.processes.is_main_process else {"score": 0.0}
         return {"score": metrics["score"], "metrics": metrics}
@@ -189,7 +189,12 @@ class Stages:
     ) -> PreTrainedModel:
         """Train from the last whole checkpoint of this stage and save to `target`."""
         work = _checkpoints(target)
-        args = DistillationConfig(output_dir=str(work), losses=losses, **self.recipe.training(stage))  # type: ignore[arg-type]
+        args = DistillationConfig(
+            output_dir=str(work),
+            losses=losses,
+            teacher_dtype=self.recipe.teacher.dtype,
+            **self.recipe.training(stage),  # type: ignore[arg-type]
+        )
         trainer = DistillationTrainer(
             model=model,
             teacher=teacher,

@@ -35,6 +35,7 @@ class DistillationConfig(TrainingArguments):
     Args:
         losses: term name -> settings, e.g. `{"labels": {"weight": 0.5}, "logits": {"temperature": 2.0}}`; the terms and
             settings are those of `distill_llm.losses.Objective`.
+        teacher_dtype: float32, bfloat16 or float16, what the teacher's weights are held in; None: as the student is trained.
         logging_nan_inf_filter: off, since looking at every loss makes the device wait at every micro-batch.
 
     Raises:
@@ -45,6 +46,7 @@ class DistillationConfig(TrainingArguments):
         default_factory=lambda: {"labels": {"weight": 0.5}, "logits": {"weight": 0.5}},
         metadata={"help": "The objective: term name -> settings."},
     )
+    teacher_dtype: str | None = field(default=None, metadata={"help": "Precision of the teacher's weights."})
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Replace NaN losses in the log (synchronises)."}
     )
@@ -109,7 +111,7 @@ class DistillationTrainer(Trainer):
             self.teacher = OnlineTeacher(
                 teacher,
                 args.device,
-                precision,
+                getattr(torch, args.teacher_dtype) if args.teacher_dtype else precision,
                 [pair.teacher for pair in self.terms.hidden],
                 [pair.teacher for pair in self.terms.attention],
             )

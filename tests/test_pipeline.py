@@ -220,7 +220,12 @@ def test_prune_model_leaves_a_folder_with_files_alone(finished, inputs, tmp_path
 def test_the_best_checkpoint_is_chosen_by_the_task_metric_on_held_out_rows(inputs):
     given = recipe(inputs)
     given["data"]["holdout_examples"] = 10
-    best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "metric_for_best_model": "accuracy"}
+    best = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "accuracy",
+    }
     given["distillation"] |= best
     result = distill_llm.run(given, inputs / "best")
     assert 0 <= result.metrics["student"]["metrics"]["validation"] <= 1
