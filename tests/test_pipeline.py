@@ -245,6 +245,16 @@ def command(file: Path, out: Path, launcher: tuple[str, ...] = (), *settings: st
 
 
 @pytest.mark.slow
+def test_two_processes_run_from_a_teacher_that_is_trained_already(finished, inputs):
+    given = {**recipe(inputs), "teacher": {"model": str(inputs / "uninterrupted" / "teacher")}}
+    launch = ("-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes/accelerate/ddp.yaml"))
+    run = command(write_recipe(inputs, given), inputs / "untrained", launch)
+    output, _ = run.communicate(timeout=300)
+    assert run.returncode == 0, output
+    assert (inputs / "untrained" / "metrics.json").is_file()
+
+
+@pytest.mark.slow
 def test_a_process_killed_by_the_system_goes_on_to_the_same_weights(finished, inputs):
     file, out = write_recipe(inputs, recipe(inputs)), inputs / "sigkill"
     process = command(file, out)

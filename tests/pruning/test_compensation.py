@@ -43,6 +43,18 @@ def test_many_tokens_pass_the_buffer_and_count_once(monkeypatch):
     torch.testing.assert_close(found.mean, x.mean(0))
 
 
+def test_after_as_many_tokens_as_channels_one_in_four_stands_for_four():
+    torch.manual_seed(0)
+    parts = [torch.randn(8, 2) for _ in range(3)]
+    total = MomentsSum(2, torch.device("cpu"))
+    for part in parts:
+        total.add(part)
+    counted = torch.cat([parts[0], *(parts[i][::4] for i in (1, 2) for _ in range(4))])
+    found = total.finish()
+    torch.testing.assert_close(found.second, counted.T @ counted / len(counted))
+    torch.testing.assert_close(found.mean, counted.mean(0))
+
+
 def least_squares(weight, x, kept, intercept):
     """What the kept columns (and a constant) say best about the removed ones' output, the ridge as further rows."""
     x, weight = x.double().numpy(), weight.double().numpy()

@@ -89,25 +89,25 @@ def _add(found, kind, layer, unit, units, a, g):
     sums["activation"][unit] += float((a**2).sum())
 
 
-def close(actual, expected, tolerance=2e-4):
+def assert_near(actual, expected, tolerance=2e-4):
     """Equal but for rounding, relative to the largest value."""
     expected = np.asarray(expected)
     np.testing.assert_allclose(np.asarray(actual), expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
-def same(one: Statistics, other: Statistics, tolerance=2e-4):
+def assert_same(one: Statistics, other: Statistics, tolerance=2e-4):
     """The same statistics but for rounding."""
     assert (one.examples, one.tokens, one.has_gradients) == (other.examples, other.tokens, other.has_gradients)
     for mine, its in zip(
         (*one.heads, *one.neurons, one.layers), (*other.heads, *other.neurons, other.layers), strict=True
     ):
         for field in fields(UnitStatistics):
-            close(getattr(mine, field.name), getattr(its, field.name), tolerance)
-    close(one.similarity, other.similarity, tolerance)
+            assert_near(getattr(mine, field.name), getattr(its, field.name), tolerance)
+    assert_near(one.similarity, other.similarity, tolerance)
     for mine, its in zip(one.moments, other.moments, strict=True):
         for left, right in zip(mine, its, strict=True):
-            close(left.mean, right.mean, tolerance)
-            close(left.second, right.second, tolerance)
+            assert_near(left.mean, right.mean, tolerance)
+            assert_near(left.second, right.second, tolerance)
 
 
 @pytest.mark.parametrize(
@@ -128,12 +128,12 @@ def test_statistics_equal_autograd_one_example_at_a_time_without_padding(family,
     found, second, similarity = reference(model, batch)
     for i in range(3):
         for name in ("taylor", "fisher", "activation"):
-            close(getattr(statistics.heads[i], name), found["heads", i][name])
-            close(getattr(statistics.neurons[i], name), found["neurons", i][name])
-            close(getattr(statistics.layers, name)[i], found["layers", i][name][0])
+            assert_near(getattr(statistics.heads[i], name), found["heads", i][name])
+            assert_near(getattr(statistics.neurons[i], name), found["neurons", i][name])
+            assert_near(getattr(statistics.layers, name)[i], found["layers", i][name][0])
         for moments, kind in zip(statistics.moments[i], ("heads", "neurons"), strict=True):
-            close(moments.second, second[kind, i])
-    close(statistics.similarity, similarity)
+            assert_near(moments.second, second[kind, i])
+    assert_near(statistics.similarity, similarity)
     assert statistics.examples == 4
     assert statistics.tokens == int(batch["attention_mask"].sum())
 
@@ -147,7 +147,7 @@ def test_first_moments_are_means_over_tokens_that_are_not_padding():
         model(**batch)
     valid = batch["attention_mask"].bool()
     for place, moments in enumerate(m for pair in statistics.moments for m in pair):
-        close(moments.mean, seen[place][valid].mean(0))
+        assert_near(moments.mean, seen[place][valid].mean(0))
 
 
 def test_products_in_bf16_give_nearly_the_same_and_not_at_all_where_exactness_is_asked_for(monkeypatch):
@@ -156,7 +156,7 @@ def test_products_in_bf16_give_nearly_the_same_and_not_at_all_where_exactness_is
     expected = collect_statistics(model, batches)
     processor_with_bf16(monkeypatch, True)
     rounded, exact = collect_statistics(model, batches), collect_statistics(model, batches, exact=True)
-    same(rounded, expected, 0.02)
+    assert_same(rounded, expected, 0.02)
     for kind in ("heads", "neurons"):
         for mine, its, near in zip(getattr(exact, kind), getattr(expected, kind), getattr(rounded, kind), strict=True):
             assert torch.equal(mine.fisher, its.fisher)
@@ -168,7 +168,7 @@ def test_more_padding_changes_nothing():
     short = random_batch(model, length=10)
     long = {k: F.pad(v, (0, 10)) if v.dim() == 2 else v for k, v in short.items()}
     long["input_ids"][:, 10:] = 7  # what the padding is filled with must not matter either
-    same(collect_statistics(model, [long]), collect_statistics(model, [short]))
+    assert_same(collect_statistics(model, [long]), collect_statistics(model, [short]))
 
 
 def test_a_loss_at_padding_does_not_count_for_the_units_that_made_it():
@@ -181,9 +181,9 @@ def test_a_loss_at_padding_does_not_count_for_the_units_that_made_it():
 
     expected = collect_statistics(model, [batch], at_tokens)
     # In the last layer neurons and the layer's own output touch the loss of their own token only.
-    close(everywhere.neurons[2].fisher, expected.neurons[2].fisher)
-    close(everywhere.neurons[2].taylor, expected.neurons[2].taylor)
-    close(everywhere.layers.fisher[2], expected.layers.fisher[2])
+    assert_near(everywhere.neurons[2].fisher, expected.neurons[2].fisher)
+    assert_near(everywhere.neurons[2].taylor, expected.neurons[2].taylor)
+    assert_near(everywhere.layers.fisher[2], expected.layers.fisher[2])
 
 
 @pytest.mark.parametrize("head", ["sequence-classification", "token-classification"])
@@ -191,21 +191,21 @@ def test_one_batch_gives_what_several_give(head):
     model = tiny_model(head=head)
     batch = random_batch(model, batch=6)
     parts = [{k: v[rows] for k, v in batch.items()} for rows in (slice(0, 1), slice(1, 4), slice(4, 6))]
-    same(collect_statistics(model, parts), collect_statistics(model, [batch]))
+    assert_same(collect_statistics(model, parts), collect_statistics(model, [batch]))
 
 
 def test_batches_without_a_mask_have_no_padding():
     model = tiny_model()
     batch = random_batch(model, padded=False)
     unmasked = {k: v for k, v in batch.items() if k != "attention_mask"}
-    same(collect_statistics(model, [unmasked]), collect_statistics(model, [batch]))
+    assert_same(collect_statistics(model, [unmasked]), collect_statistics(model, [batch]))
 
 
 def test_train_mode_with_dropout_gives_what_eval_mode_gives():
     model = tiny_model(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
     batch = random_batch(model)
     expected = collect_statistics(model, [batch])
-    same(collect_statistics(model.train(), [batch]), expected)
+    assert_same(collect_statistics(model.train(), [batch]), expected)
 
 
 def test_the_model_is_as_it_was_afterwards():
@@ -240,8 +240,8 @@ def test_the_divergence_from_a_teacher_is_differentiated_as_written_by_hand():
     statistics = collect_statistics(model, [batch], "kl", teacher)
     found, *_ = reference(model, batch, divergence)
     for i in range(3):
-        close(statistics.heads[i].fisher, found["heads", i]["fisher"])
-        close(statistics.neurons[i].taylor, found["neurons", i]["taylor"])
+        assert_near(statistics.heads[i].fisher, found["heads", i]["fisher"])
+        assert_near(statistics.neurons[i].taylor, found["neurons", i]["taylor"])
 
 
 def test_divergence_without_a_teacher_gives_the_fisher_information_of_the_models_own_predictions():
@@ -255,7 +255,7 @@ def test_divergence_without_a_teacher_gives_the_fisher_information_of_the_models
         expected += p * found["neurons", 1]["fisher"]
     many = {k: v.expand(4000, -1) for k, v in example.items()}
     statistics = collect_statistics(model, [many], "kl", moments=False)
-    close(statistics.neurons[1].fisher / 4000, expected, tolerance=0.05)
+    assert_near(statistics.neurons[1].fisher / 4000, expected, tolerance=0.05)
     again = collect_statistics(model, [many], "kl", moments=False)
     assert torch.equal(again.neurons[1].fisher, statistics.neurons[1].fisher), "the same seed draws the same labels"
 
@@ -266,7 +266,7 @@ def test_a_callable_loss_gets_outputs_and_batch():
     own = collect_statistics(
         model, [batch], lambda outputs, given: F.cross_entropy(outputs.logits, given["labels"], reduction="sum")
     )
-    same(own, collect_statistics(model, [batch]))
+    assert_same(own, collect_statistics(model, [batch]))
 
 
 def test_statistics_of_a_pruned_model_equal_the_reference_for_what_it_has_left():
@@ -277,10 +277,10 @@ def test_statistics_of_a_pruned_model_equal_the_reference_for_what_it_has_left()
     found, second, _ = reference(model, batch)
     assert [len(row.fisher) for row in statistics.heads] == [0, 4, 1]
     assert [len(row.fisher) for row in statistics.neurons] == [22, 0, 3]
-    close(statistics.neurons[0].fisher, found["neurons", 0]["fisher"])
-    close(statistics.heads[1].fisher, found["heads", 1]["fisher"])
-    close(statistics.heads[2].taylor, found["heads", 2]["taylor"])
-    close(statistics.moments[2][1].second, second["neurons", 2])
+    assert_near(statistics.neurons[0].fisher, found["neurons", 0]["fisher"])
+    assert_near(statistics.heads[1].fisher, found["heads", 1]["fisher"])
+    assert_near(statistics.heads[2].taylor, found["heads", 2]["taylor"])
+    assert_near(statistics.moments[2][1].second, second["neurons", 2])
 
 
 @pytest.mark.parametrize("moments", [True, False])
@@ -288,7 +288,7 @@ def test_statistics_survive_a_file(tmp_path, moments):
     model = tiny_model(layers=12)  # more than ten: rows must not be read in the order of their names
     statistics = collect_statistics(model, [random_batch(model)], moments=moments)
     statistics.save(tmp_path / "statistics.safetensors")
-    same(Statistics.load(tmp_path / "statistics.safetensors"), statistics, tolerance=0)
+    assert_same(Statistics.load(tmp_path / "statistics.safetensors"), statistics, tolerance=0)
 
 
 def test_an_unknown_loss_and_missing_labels_are_refused():
