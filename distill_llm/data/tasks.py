@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 from datasets import Dataset
 
-KINDS = ("classification", "regression", "masked_lm")
-
 
 @dataclass(frozen=True)
 class Task:

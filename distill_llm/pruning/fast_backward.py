@@ -31,7 +31,7 @@ def fast_backward(layers: nn.ModuleList) -> Iterator[None]:
     """Within the context, gradients pass the fp32 linears of `layers` in bf16, where the device multiplies faster in it.
 
     The forward pass is untouched. The weights must need no gradient: they get none. A gradient entry carries a relative
-    rounding error of about 2^-9 for each linear it passes, which moves scores far less than another batch of data does.
+    rounding error of about 2^-9 for each linear it passes; the order of scores hardly moves (scripts/bench/RESULTS.md).
     """
     entering: dict[nn.Module, torch.Tensor] = {}
 

@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 
 class Moments(NamedTuple):
@@ -109,12 +108,3 @@ def compensate_linear(
         return new, None
     shift = w[:, removed] @ (mean[removed] - a @ mean[kept])
     return new, (bias.detach().double().cpu() + shift).to(bias)
-
-
-def linear_with(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
-    """A linear with these very weights."""
-    made = torch.nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None)
-    made.weight = nn.Parameter(weight)
-    if bias is not None:
-        made.bias = nn.Parameter(bias)
-    return made
