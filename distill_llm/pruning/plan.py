@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 
 from distill_llm.errors import InputError, one_of
 from distill_llm.pruning.criteria import Importance
-from distill_llm.pruning.structure import Costs, LayerShape, layer_shapes, unit_costs
+from distill_llm.pruning.structure import Costs, LayerShape, hidden_size, layer_shapes, unit_costs
 
 Unit = Literal["heads", "neurons", "layers"]
 UNITS = ("heads", "neurons", "layers")
@@ -20,17 +21,22 @@ UNITS = ("heads", "neurons", "layers")
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What stays of one layer: indices into the layer `source` of the model that is pruned."""
+    """What stays of one layer: indices into the layer `source` of the model that is pruned.
+
+    `heads` are KV groups where queries share keys; `queries`, where not None, the query heads that stay of the kept groups,
+    equally many of each.
+    """
 
     source: int
     heads: tuple[int, ...]
     neurons: tuple[int, ...]
+    queries: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
 class PruningPlan:
     """Which layers, heads and neurons of a model stay. A layer not in `layers` is removed; an empty tuple removes the
-    attention or the FFN of a layer but its output bias.
+    attention or the FFN of a layer but its output bias. `hidden` are the channels of the residual stream that stay, None: all.
 
     `kept` is the share of the layers' cost that remains, `note` says why it is not the share that was asked for.
     """
@@ -39,10 +45,14 @@ class PruningPlan:
     layers: tuple[LayerPlan, ...]
     kept: float | None = None
     note: str | None = None
+    hidden: tuple[int, ...] | None = None
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the plan as JSON."""
-        Path(path).write_text(json.dumps(asdict(self)) + "\n")
+        record = asdict(self)
+        rows = [{k: v for k, v in row.items() if v is not None} for row in record.pop("layers")]
+        record = {k: v for k, v in record.items() if v is not None or k != "hidden"}
+        Path(path).write_text(json.dumps({"model_type": record.pop("model_type"), "layers": rows, **record}) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "PruningPlan":
@@ -53,8 +63,12 @@ class PruningPlan:
         """
         try:
             record = json.loads(Path(path).read_text())
-            layers = tuple(LayerPlan(r["source"], tuple(r["heads"]), tuple(r["neurons"])) for r in record["layers"])
-            return cls(record["model_type"], layers, record.get("kept"), record.get("note"))
+            layers = tuple(
+                LayerPlan(r["source"], tuple(r["heads"]), tuple(r["neurons"]), _optional(r.get("queries")))
+                for r in record["layers"]
+            )
+            hidden = _optional(record.get("hidden"))
+            return cls(record["model_type"], layers, record.get("kept"), record.get("note"), hidden)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError("plan", str(path), f"a plan saved by PruningPlan.save ({error})") from error
 
@@ -69,11 +83,32 @@ class PruningPlan:
         for row in self.layers:
             _ascending(f"plan.layers[source={row.source}].heads", row.heads, shapes[row.source].heads)
             _ascending(f"plan.layers[source={row.source}].neurons", row.neurons, shapes[row.source].neurons)
+            _check_queries(row, shapes[row.source])
+        if self.hidden is not None:
+            _ascending("plan.hidden", self.hidden, hidden_size(model))
+            if not self.hidden:
+                raise InputError("plan.hidden", [], "at least one channel that stays")
 
     def share(self, model: PreTrainedModel, cost: str = "params", sequence_length: int = 128) -> float:
         """The share of the layers' cost that the plan keeps of `model`."""
         costs = unit_costs(model, cost, sequence_length)
-        return costs.of([(len(r.heads), len(r.neurons)) for r in self.layers]) / costs.of(layer_shapes(model))
+        shapes = [(len(r.heads), len(r.neurons), None if r.queries is None else len(r.queries)) for r in self.layers]
+        return costs.of(shapes, None if self.hidden is None else len(self.hidden)) / costs.of(layer_shapes(model))
+
+
+def _optional(indices: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if indices is None else tuple(indices)
+
+
+def _check_queries(row: LayerPlan, shape: LayerShape) -> None:
+    if row.queries is None:
+        return
+    field, every = f"plan.layers[source={row.source}].queries", shape.queries or shape.heads
+    _ascending(field, row.queries, every)
+    shared = every // shape.heads if shape.heads else 1
+    of_group = Counter(query // shared for query in row.queries)
+    if set(of_group) != set(row.heads) or len(set(of_group.values())) > 1:
+        raise InputError(field, list(row.queries), "equally many queries, at least one, of every kept group, and of no other")
 
 
 def _ascending(field: str, indices: Sequence[int], size: int) -> None:

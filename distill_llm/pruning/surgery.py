@@ -1,48 +1,57 @@
 """Removing what a plan removes: a new, really smaller model."""
 
 import copy
+from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from distill_llm.errors import InputError
 from distill_llm.pruning.modeling_pruned import (
+    Family,
     LayerLineage,
+    all_queries,
+    dims_of,
     family_of,
+    hidden_lineage,
+    kept_channels,
     layers_of,
     lineage_of,
+    pack_indices,
     pruned_class,
-    set_lineage,
+    shrink,
     stock_class,
 )
-from distill_llm.pruning.moments import compensate_linear
-from distill_llm.pruning.plan import LayerPlan, PruningPlan
+from distill_llm.pruning.moments import Moments, compensate_linear
+from distill_llm.pruning.plan import PruningPlan
 from distill_llm.pruning.statistics import Statistics
-from distill_llm.pruning.structure import head_size_of, layer_shapes, linear
+from distill_llm.pruning.structure import hidden_size, linear, sizes_of, weight_of
+
+# Attributes that only note a size; everything else that a module knows must agree with the stock model's.
+_NOTES = {"hidden_size", "intermediate_size", "embed_dim", "dim", "split_size", "all_head_size", "embedding_dim"}
 
 
 def compose_lineage(model: PreTrainedModel, plan: PruningPlan) -> tuple[LayerLineage, ...]:
     """The lineage of the model that `plan` makes of `model`: indices into the original teacher, over all rounds so far."""
+    sizes = sizes_of(model)
     before = lineage_of(model) or tuple(
-        LayerLineage(i, tuple(range(s.heads)), tuple(range(s.neurons))) for i, s in enumerate(layer_shapes(model))
+        LayerLineage(i, tuple(range(s.groups)), tuple(range(s.neurons))) for i, s in enumerate(sizes)
     )
-    return tuple(
-        LayerLineage(
-            before[row.source].source,
-            tuple(before[row.source].heads[i] for i in row.heads),
-            tuple(before[row.source].neurons[i] for i in row.neurons),
-        )
-        for row in plan.layers
-    )
-
-
-def stock_expressible(config: PreTrainedConfig, lineage: tuple[LayerLineage, ...]) -> bool:
-    """Whether a stock config can say these sizes: every head of every layer, and one FFN width for all.
-
-    These families derive the head size from the head count, so a stock config cannot say fewer heads.
-    """
-    widths = {len(row.neurons) for row in lineage}
-    return all(len(row.heads) == config.num_attention_heads for row in lineage) and len(widths) == 1 and 0 not in widths
+    dims = dims_of(model.config)
+    shared = dims.queries // dims.groups
+    composed = []
+    for row in plan.layers:
+        old, size = before[row.source], sizes[row.source]
+        heads = tuple(old.heads[i] for i in row.heads)
+        every = tuple(group * shared + i for group in heads for i in range(shared))
+        known = old.queries or tuple(group * shared + i for group in old.heads for i in range(shared))
+        queries = tuple(known[i] for i in (all_queries(row.heads, size) if row.queries is None else row.queries))
+        neurons = tuple(old.neurons[i] for i in row.neurons)
+        composed.append(LayerLineage(old.source, heads, neurons, None if queries == every else queries))
+    return tuple(composed)
 
 
 def prune(model: PreTrainedModel, plan: PruningPlan, compensate: Statistics | None = None) -> PreTrainedModel:
@@ -59,67 +68,172 @@ def prune(model: PreTrainedModel, plan: PruningPlan, compensate: Statistics | No
         InputError: if the plan does not fit the model, or the statistics have no moments or other sizes.
     """
     plan.check(model)
-    family, lineage = family_of(model), compose_lineage(model, plan)
-    config = copy.deepcopy(model.config)
-    set_lineage(config, lineage)
+    lineage, hidden = compose_lineage(model, plan), _compose_hidden(model, plan)
+    rows = [LayerLineage(row.source, row.heads, row.neurons, row.queries) for row in plan.layers]
+    repaired = {} if compensate is None else _repaired(model, rows, plan, compensate)
+    stock = _stock_record(model.config)
+    student = _structure_of(model)
+    shrink(student, rows, plan.hidden, original=lineage, values=True)
+    family = family_of(student)
+    for (index, path), (weight, bias) in repaired.items():
+        module = linear(layers_of(student)[index], path)
+        module.weight = nn.Parameter((weight.T if isinstance(module, Conv1D) else weight).contiguous())
+        if bias is not None:
+            module.bias = nn.Parameter(bias)
+    _own_weights(student, model)
+    _write_sizes(student.config, stock, lineage, hidden)
     base = stock_class(type(model))
-    stock = stock_expressible(config, lineage)
-    if stock:
-        setattr(config, family.ffn_config, len(lineage[0].neurons))
-        if hasattr(config, "auto_map"):
-            del config.auto_map
-    student_class = base if stock else pruned_class(base)
-    # Attention implementation is not part of the copied config's public fields; hand it on.
-    student = student_class._from_config(
-        config, dtype=model.dtype, attn_implementation=getattr(model.config, "_attn_implementation", None)
-    )
-    layer_prefix = _layer_prefix(model)
-    weights = {k: v for k, v in model.state_dict().items() if not k.startswith(layer_prefix)}
-    for index, row in enumerate(plan.layers):
-        for name, tensor in _layer_weights(model, row, compensate).items():
-            weights[f"{layer_prefix}{index}.{name}"] = tensor
-    student.load_state_dict(weights, strict=True)
-    if getattr(model, "generation_config", None) is not None:
-        student.generation_config = copy.deepcopy(model.generation_config)
-    return student.to(model.device).train(model.training)
+    if not _as_stock(student, base, family):
+        student.__class__ = pruned_class(base)
+    return student.requires_grad_(True).train(model.training)
 
 
-def _layer_prefix(model: PreTrainedModel) -> str:
-    layers = layers_of(model)
-    return next(name for name, module in model.named_modules() if module is layers) + "."
+def stock_expressible(student: PreTrainedModel) -> bool:
+    """Whether plain transformers can load this model: whether its class is one of theirs."""
+    return stock_class(type(student)) is type(student)
 
 
-def _layer_weights(model: PreTrainedModel, row: LayerPlan, compensate: Statistics | None) -> dict[str, torch.Tensor]:
-    """The weights of one layer with only the plan's heads and neurons."""
-    family, head_size, layer = family_of(model), head_size_of(model), layers_of(model)[row.source]
-    weights = dict(layer.state_dict())
-    heads = torch.tensor(row.heads, dtype=torch.long)
-    channels = (heads[:, None] * head_size + torch.arange(head_size)).flatten()
-    neurons = torch.tensor(row.neurons, dtype=torch.long)
-    inputs = ((family.query, family.key, family.value), family.ffn_in)
-    for kind, (out, kept) in enumerate(((family.attention_out, channels), (family.ffn_out, neurons))):
-        module = linear(layer, out)
-        kept_here = kept.to(module.weight.device)
-        if compensate is None:
-            weights[f"{out}.weight"] = module.weight.detach()[:, kept_here]
-        else:
-            moments = _moments(compensate, row.source, kind, module.in_features)
-            weights[f"{out}.weight"], bias = compensate_linear(module.weight, module.bias, moments, kept)
-            if bias is not None:
-                weights[f"{out}.bias"] = bias
-        for path in inputs[kind]:
-            for part in ("weight", "bias"):
-                name = f"{path}.{part}"
-                if name in weights and kind == 0 and not len(kept):
-                    del weights[name]  # no heads: the module has no query, key and value
-                elif name in weights:
-                    weights[name] = weights[name][kept_here]
-    return weights
+def _structure_of(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy that still shares its weights with the model."""
+    student = copy.deepcopy(model, {id(tensor): tensor for tensor in model.parameters()})
+    for name in ("forward", "_original_forward"):  # accelerate's wrapper around the forward of the model itself
+        student.__dict__.pop(name, None)
+    if hasattr(student.config, "auto_map"):
+        del student.config.auto_map
+    return student
 
 
-def _moments(statistics: Statistics, layer: int, kind: int, width: int):
+def _own_weights(student: PreTrainedModel, model: PreTrainedModel) -> None:
+    shared = {id(parameter) for parameter in model.parameters()}
+    copies: dict[int, nn.Parameter] = {}
+    for name, parameter in list(student.named_parameters(remove_duplicate=False)):
+        if id(parameter) in shared:
+            own = copies.setdefault(id(parameter), nn.Parameter(parameter.detach().clone()))
+            parent, _, last = name.rpartition(".")
+            setattr(student.get_submodule(parent), last, own)
+
+
+def _compose_hidden(model: PreTrainedModel, plan: PruningPlan) -> tuple[int, ...] | None:
+    before = hidden_lineage(model.config)
+    if plan.hidden is None:
+        return before
+    return tuple(plan.hidden) if before is None else tuple(before[i] for i in plan.hidden)
+
+
+def _repaired(
+    model: PreTrainedModel, rows: list[LayerLineage], plan: PruningPlan, statistics: Statistics
+) -> dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor | None]]:
+    """Compensated weight (outputs, kept inputs) and bias of each student layer's attention-output and FFN-down linear."""
+    family, dims, found = family_of(model), dims_of(model.config), {}
+    out = slice(None) if plan.hidden is None else torch.tensor(plan.hidden)
+    sizes = sizes_of(model)
+    for index, row in enumerate(rows):
+        for kind, (path, layout) in enumerate(((family.attention_out, "q"), (family.ffn_out, "n"))):
+            module = linear(layers_of(model)[row.source], path)
+            kept = kept_channels(layout, row, sizes[row.source], dims.head_size)
+            moments = _moments(statistics, row.source, kind, weight_of(module).shape[1])
+            weight, bias = compensate_linear(weight_of(module), module.bias, moments, kept)
+            found[index, path] = weight[out], None if bias is None else bias[out]
+    return found
+
+
+def _moments(statistics: Statistics, layer: int, kind: int, width: int) -> Moments:
     if not statistics.moments:
         raise InputError("compensate", "statistics without moments", "statistics collected with moments=True")
     if layer >= len(statistics.moments) or len(statistics.moments[layer][kind].mean) != width:
         raise InputError("compensate", "statistics of a model of other sizes", "statistics of the model that is pruned")
     return statistics.moments[layer][kind]
+
+
+# What the config says.
+
+
+def _stock_record(config: PreTrainedConfig) -> dict[str, Any]:
+    """What the original's config says of everything that pruning may change."""
+    record = (getattr(config, "pruning", None) or {}).get("stock")
+    if record is not None:
+        return record
+    family, said = family_of(config), config.to_dict()
+    names = ["num_hidden_layers", *family.hidden_fields, "num_attention_heads", "num_key_value_heads", "num_kv_heads"]
+    names += [family.ffn_config, "head_dim"]
+    record = {name: getattr(config, name) for name in names if name and hasattr(config, name)}
+    if "head_dim" not in said:  # a property of some configs
+        record.pop("head_dim", None)
+    layers = record["num_hidden_layers"]
+    return record | {name: value for name, value in said.items() if isinstance(value, list) and len(value) == layers}
+
+
+def _write_sizes(
+    config: PreTrainedConfig,
+    stock: dict[str, Any],
+    lineage: tuple[LayerLineage, ...],
+    hidden: tuple[int, ...] | None,
+) -> None:
+    """The original's values, but for the number and kinds of layers."""
+    for name, value in stock.items():
+        if isinstance(value, list):
+            value = [value[row.source] for row in lineage]
+        setattr(config, name, value)
+    config.num_hidden_layers = len(lineage)
+    rows = []
+    for row in lineage:
+        record = {"source": row.source, "heads": pack_indices(row.heads), "neurons": pack_indices(row.neurons)}
+        rows.append(record | ({} if row.queries is None else {"queries": pack_indices(row.queries)}))
+    config.pruning = {"layers": rows, "stock": stock}
+    if hidden is not None:
+        config.pruning["hidden"] = pack_indices(hidden)
+
+
+def _as_stock(student: PreTrainedModel, base: type[PreTrainedModel], family: Family) -> bool:
+    """Make the student a plain transformers model, if a stock config can say what it is; False if none can."""
+    sizes = set(sizes_of(student))
+    if len(sizes) > 1 or 0 in (only := sizes.pop()):
+        return False
+    config, dims = copy.deepcopy(student.config), dims_of(student.config)
+    said = {"num_attention_heads": only.queries, "num_key_value_heads": only.groups, "num_kv_heads": only.groups}
+    stock_width = config.pruning["stock"]["hidden_size"]
+    if (only.queries, hidden_size(student)) != (dims.queries, stock_width):
+        said["head_dim"] = dims.head_size
+    said |= {family.ffn_config: only.neurons} if family.ffn_config else {}
+    said |= {name: hidden_size(student) for name in family.hidden_fields if getattr(config, name, None) == stock_width}
+    try:
+        for name, value in said.items():
+            if hasattr(config, name) or name == "head_dim":
+                setattr(config, name, value)
+        with torch.device("meta"):
+            stock = base._from_config(copy.deepcopy(config))
+    except (ValueError, AttributeError, TypeError, StrictDataclassError):
+        return False
+    if not _same(student, stock):
+        return False
+    others = dict(stock.named_modules())
+    for name, module in student.named_modules():
+        for note in _NOTES & vars(module).keys() & vars(others[name]).keys():
+            setattr(module, note, getattr(others[name], note))
+    student.config.__dict__.update(config.__dict__)
+    student.__class__ = base
+    return True
+
+
+def _same(student: nn.Module, stock: nn.Module) -> bool:
+    """Whether two models have the same modules, sizes and settings, but for noted sizes and the values of weights."""
+    mine, theirs = dict(student.named_modules()), dict(stock.named_modules())
+    if mine.keys() != theirs.keys():
+        return False
+    for name, module in mine.items():
+        other = theirs[name]
+        if name and type(module) is not type(other) or _settings(module) != _settings(other):
+            return False
+        shapes = [{n: p.shape for n, p in m.named_parameters(recurse=False)} for m in (module, other)]
+        if shapes[0] != shapes[1]:
+            return False
+    return True
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    plain = (bool, int, float, str, tuple)
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, plain) and not name.startswith("_") and name not in _NOTES | {"training"}
+    }

@@ -1,0 +1,153 @@
+"""Tiny models of every family and the plans that its gate is tried with."""
+
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
+
+from distill_llm.pruning.plan import LayerPlan, PruningPlan
+
+HEADS = {
+    "base": AutoModel,
+    "causal-lm": AutoModelForCausalLM,
+    "masked-lm": AutoModelForMaskedLM,
+    "sequence-classification": AutoModelForSequenceClassification,
+    "token-classification": AutoModelForTokenClassification,
+    "question-answering": AutoModelForQuestionAnswering,
+    "multiple-choice": AutoModelForMultipleChoice,
+}
+LAYERS, HIDDEN, QUERIES, GROUPS, NEURONS = 5, 32, 8, 4, 64
+ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": {},
+    "ernie": {},
+    "roberta": {},
+    "xlm-roberta": {},
+    "camembert": {},
+    "electra": {"embedding_size": 16},
+    "distilbert": {},
+    "mpnet": {},
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8},
+    "modernbert": {"cls_token_id": 1, "sep_token_id": 2, "global_attn_every_n_layers": 2, "local_attention": 8},
+}
+GROUPED: dict[str, Any] = {"num_key_value_heads": GROUPS}
+DECODERS: dict[str, dict[str, Any]] = {
+    "llama": GROUPED,
+    "mistral": GROUPED | {"sliding_window": 8},
+    "qwen2": GROUPED,
+    "qwen3": GROUPED | {"head_dim": 8},
+    "gemma2": GROUPED | {"head_dim": 8, "sliding_window": 8},
+    "gemma3_text": GROUPED | {"head_dim": 8, "sliding_window": 8},
+    "smollm3": GROUPED | {"no_rope_layer_interval": 2},
+    "granite": GROUPED | {"logits_scaling": 2.0, "residual_multiplier": 0.5, "embedding_multiplier": 3.0},
+    "olmo2": GROUPED,
+    "cohere": GROUPED | {"use_qk_norm": True},
+    "stablelm": GROUPED | {"qk_layernorm": True, "use_qkv_bias": True},
+    "starcoder2": GROUPED,
+    "phi": GROUPED,
+    "phi3": GROUPED,
+    "opt": {"word_embed_proj_dim": HIDDEN, "ffn_dim": NEURONS},
+    "gpt2": {"n_inner": NEURONS},
+    "gpt_neox": {},
+    "bloom": {},
+    "falcon": {"multi_query": False, "new_decoder_architecture": False},
+}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "falcon-grouped": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": GROUPS}),
+    "falcon-multi-query": ("falcon", {"multi_query": True, "new_decoder_architecture": False}),
+    "falcon-alibi": ("falcon", {"multi_query": False, "alibi": True}),
+    "deberta-v2-shared": ("deberta-v2", {**ENCODERS["deberta-v2"], "share_att_key": True}),
+    "gpt2-scaled": ("gpt2", {"n_inner": NEURONS, "scale_attn_by_inverse_layer_idx": True}),
+    "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False}),
+    "opt-projected": ("opt", {"word_embed_proj_dim": 16, "ffn_dim": NEURONS}),
+    "llama-many-heads": ("llama", {"num_key_value_heads": QUERIES, "attention_bias": True, "mlp_bias": True}),
+    "llama-tied": ("llama", {**GROUPED, "tie_word_embeddings": True}),
+}
+EVERY = [*ENCODERS, *DECODERS, *VARIANTS]
+
+
+def family_model(name: str, head: str | None = None, seed: int = 0, **more: Any) -> PreTrainedModel:
+    """A random model in eval mode: 5 layers, width 32, 8 query heads (4 key-value heads where the family has groups)."""
+    family, own = VARIANTS.get(name, (name, None))
+    own = own if own is not None else ENCODERS.get(name, DECODERS.get(name))
+    head = head or ("causal-lm" if family in DECODERS else "sequence-classification")
+    sizes = {
+        "num_hidden_layers": LAYERS,
+        "hidden_size": HIDDEN,
+        "num_attention_heads": QUERIES,
+        "intermediate_size": NEURONS,
+        "max_position_embeddings": 64,
+    }
+    if family == "distilbert":
+        sizes |= {"n_layers": LAYERS, "dim": HIDDEN, "n_heads": QUERIES, "hidden_dim": NEURONS}
+    tokens = {"vocab_size": 100, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = AutoConfig.for_model(family, **{**sizes, **tokens, "num_labels": 3, **(own or {}), **more})
+    torch.manual_seed(seed)
+    model = HEADS[head].from_config(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = 0.2 if parameter.dim() > 1 else 0.1
+            noise = torch.randn(parameter.shape, generator=generator) * scale
+            parameter.copy_(noise if parameter.dim() > 1 else parameter + noise)
+    return model.eval()
+
+
+def family_batch(model: PreTrainedModel, batch: int = 3, length: int = 12, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Token ids padded on the right to uneven lengths, and their mask."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, 2, length) if "MultipleChoice" in type(model).__name__ else (batch, length)
+    ids = torch.randint(3, model.config.vocab_size, shape, generator=generator)
+    mask = torch.ones_like(ids)
+    for row in range(1, batch):
+        mask[row, ..., length - 3 * row :] = 0
+    return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+
+
+def outputs_of(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What the model gives at valid tokens, flattened."""
+    with torch.no_grad():
+        output = model(**batch)
+    found = output[0] if "logits" not in output else output.logits
+    if "start_logits" in output:
+        found = torch.stack([output.start_logits, output.end_logits], -1)
+    if found.dim() == 3:
+        found = found[batch["attention_mask"].bool()]
+    return found.flatten()
+
+
+def groups_of(model: PreTrainedModel) -> int:
+    """Key-value heads of a tiny model."""
+    config = model.config
+    if config.model_type == "falcon":
+        return config.num_kv_heads if config.new_decoder_architecture else 1 if config.multi_query else QUERIES
+    return getattr(config, "num_key_value_heads", None) or QUERIES
+
+
+def uneven_plan(model: PreTrainedModel, hidden: bool = False, queries: bool = False) -> PruningPlan:
+    """Every layer another size: layer 2 is gone, layer 1 has no attention, layer 3 no FFN."""
+    groups, neurons = groups_of(model), NEURONS if model.config.model_type not in ("bloom", "falcon") else 4 * HIDDEN
+    shared = QUERIES // groups
+    some = (0,) if groups == 1 else (1, 3) if groups > 3 else (1,)
+
+    def of(heads: tuple[int, ...]) -> tuple[int, ...] | None:
+        # another one of every group
+        return tuple(h * shared + h % shared for h in heads) if queries and shared > 1 and heads else None
+
+    rows = [
+        LayerPlan(0, some, tuple(range(5, 40)), of(some)),
+        LayerPlan(1, (), tuple(range(0, neurons, 3))),
+        LayerPlan(3, tuple(range(groups)), (), of(tuple(range(groups)))),
+        LayerPlan(4, (groups // 2,), (7, 8, neurons - 1), of((groups // 2,))),
+    ]
+    channels = tuple(c for c in range(HIDDEN) if c % 5) if hidden else None
+    return PruningPlan(model.config.model_type, tuple(rows), hidden=channels)
