@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from distill_llm.profiling import Comparison, Profile, compare, profile
     from distill_llm.pruning.criteria import Importance, score
     from distill_llm.pruning.masking import masked
-    from distill_llm.pruning.plan import LayerPlan, PruningPlan, keep_layers, plan_pruning
-    from distill_llm.pruning.statistics import Statistics, collect_statistics
+    from distill_llm.pruning.plan import LayerPlan, PruningPlan, keep_layers
+    from distill_llm.pruning.planning import plan_pruning
+    from distill_llm.pruning.collecting import collect_statistics
+    from distill_llm.pruning.statistics import Statistics
     from distill_llm.pruning.surgery import prune
     from distill_llm.recipe import Recipe, load_recipe
     from distill_llm.trainer import DistillationConfig, DistillationTrainer
@@ -34,9 +36,9 @@ _HOMES = {
     "LayerPlan": "pruning.plan",
     "PruningPlan": "pruning.plan",
     "keep_layers": "pruning.plan",
-    "plan_pruning": "pruning.plan",
+    "plan_pruning": "pruning.planning",
     "Statistics": "pruning.statistics",
-    "collect_statistics": "pruning.statistics",
+    "collect_statistics": "pruning.collecting",
     "prune": "pruning.surgery",
     "Recipe": "recipe",
     "load_recipe": "recipe",

@@ -4,7 +4,7 @@ A score says how much is lost when the unit is removed; the lowest go first.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +12,22 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from distill_llm.errors import InputError, one_of
-from distill_llm.pruning.statistics import Statistics
+from distill_llm.pruning.statistics import BY_LAYER, WHOLE, Statistics, UnitStatistics
 from distill_llm.pruning.structure import LayerShape
 
-CRITERIA = ("random", "magnitude", "taylor", "fisher", "activation", "block_influence")
+UNITS = ("heads", "queries", "neurons", "layers", "attention", "ffn", "hidden")
+# What each criterion reads of a unit's statistics, from the sums and the numbers of examples and tokens.
+_PER_UNIT: dict[str, Callable[[UnitStatistics, int, int], torch.Tensor]] = {
+    "taylor": lambda unit, examples, tokens: unit.taylor / examples,
+    "fisher": lambda unit, examples, tokens: unit.fisher / examples,
+    "activation": lambda unit, examples, tokens: (unit.activation / tokens).sqrt(),
+    "wanda": lambda unit, examples, tokens: unit.wanda / tokens**0.5,
+    "magnitude": lambda unit, examples, tokens: unit.magnitude.sqrt(),
+    "magnitude_l1": lambda unit, examples, tokens: unit.magnitude_l1,
+}
+CRITERIA = ("random", *_PER_UNIT, "block_influence", "leave_one_out")
+LAYERS_ONLY = ("block_influence", "leave_one_out")
+NEEDS_LOSS = ("taylor", "fisher")
 _COMPARABLE = ("fisher",)
 
 
@@ -24,15 +36,22 @@ class Importance:
     """Scores of a model's units.
 
     Attributes:
-        heads: per layer, a vector with a score per head. Empty where the criterion scores layers only.
+        heads: per layer, a vector with a score per head (KV group). Empty where the criterion scores layers only.
         neurons: per layer, a vector with a score per FFN neuron. Empty where the criterion scores layers only.
         layers: a score per layer.
+        queries: per layer, a vector with a score per query head; empty where there are none.
+        attention, ffn: a score per layer for the whole of its attention, of its FFN; None where there are none.
+        hidden: a score per channel of the residual stream; None where there are none.
     """
 
     criterion: str
     heads: tuple[torch.Tensor, ...]
     neurons: tuple[torch.Tensor, ...]
     layers: torch.Tensor
+    queries: tuple[torch.Tensor, ...] = ()
+    attention: torch.Tensor | None = None
+    ffn: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
 
     @property
     def comparable(self) -> bool:
@@ -40,25 +59,30 @@ class Importance:
         return self.criterion in _COMPARABLE
 
     def require(self, units: Sequence[str]) -> None:
-        """Raise InputError if the criterion has no scores for one of the units."""
-        if not self.heads and set(units) != {"layers"}:
-            raise InputError(
-                "criterion", self.criterion, "for heads and neurons: random, magnitude, taylor, fisher, activation"
-            )
+        """Raise InputError if there are no scores for one of the units."""
+        for unit in units:
+            found = getattr(self, unit)
+            if found is None or not len(found):
+                accepted = f"scores of {unit}: " + (
+                    f"a criterion other than {self.criterion}, which ranks layers"
+                    if self.criterion in LAYERS_ONLY
+                    else f"statistics collected with {unit}"
+                )
+                raise InputError("criterion", self.criterion, accepted)
 
     def check(self, shapes: Sequence[LayerShape]) -> None:
         """Raise InputError unless the scores are of a model with these layers."""
-        own = [LayerShape(len(h), len(n)) for h, n in zip(self.heads, self.neurons, strict=True)]
-        if len(self.layers) != len(shapes) or (own and own != list(shapes)):
+        own = [(len(h), len(n)) for h, n in zip(self.heads, self.neurons, strict=True)]
+        if len(self.layers) != len(shapes) or (own and own != [(s.heads, s.neurons) for s in shapes]):
             raise InputError(
                 "scores", f"{len(self.layers)} layers {own[:2]}...", f"scores of this model, {list(shapes)[:2]}..."
             )
 
     def save(self, path: str | os.PathLike) -> None:
         """Write as safetensors."""
-        tensors = {"layers": self.layers}
-        for kind, rows in (("heads", self.heads), ("neurons", self.neurons)):
-            tensors.update({f"{kind}.{i}": row for i, row in enumerate(rows)})
+        tensors = {kind: getattr(self, kind) for kind in WHOLE if getattr(self, kind) is not None}
+        for kind in BY_LAYER:
+            tensors.update({f"{kind}.{i}": row for i, row in enumerate(getattr(self, kind))})
         save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata={"criterion": self.criterion})
 
     @classmethod
@@ -68,51 +92,51 @@ class Importance:
             keys = list(file.keys())
             rows = {
                 kind: tuple(file.get_tensor(f"{kind}.{i}") for i in range(sum(k.startswith(f"{kind}.") for k in keys)))
-                for kind in ("heads", "neurons")
+                for kind in BY_LAYER
             }
-            return cls(file.metadata()["criterion"], rows["heads"], rows["neurons"], file.get_tensor("layers"))
+            return cls(file.metadata()["criterion"], **rows, **{kind: file.get_tensor(kind) for kind in WHOLE if kind in keys})
 
 
 def score(statistics: Statistics, criterion: str = "fisher", seed: int = 0) -> Importance:
-    """Scores of all heads, neurons and layers.
+    """Scores of all units.
 
-    With a the input of the attention-output or FFN-down linear, g the loss's gradient there, and sums over a head's channels:
+    With a the input of the attention-output or FFN-down linear, g the loss's gradient there, and sums over a unit's channels:
 
     - random: uniform, from `seed`.
-    - magnitude: L2 norm of the weights that make and use the unit (Li et al. 2017, section 3.1).
-    - taylor: mean over examples of |sum over tokens of a g| (Molchanov et al. 2019, equation 8; Michel et al. 2019, equation 2).
+    - magnitude, magnitude_l1: L2 and L1 norm of the weights that make and use the unit (Li et al. 2017, section 3.1).
+    - taylor: mean over examples of |sum over tokens of a g| (Molchanov et al. 2019, equation 8), which is the gradient of a mask
+      on the unit (Michel et al. 2019, equation 2).
     - fisher: mean over examples of (sum over tokens of a g)^2 (Kwon et al. 2022, section 4.1).
     - activation: root mean square of a over tokens (Muralidharan et al. 2024, section 2.2).
+    - wanda: root mean square of a channel of a times the L1 norm of the weights that read it (Sun et al. 2024, section 3, summed
+      over the weights of the unit).
     - block_influence: for layers, 1 - mean cosine of a layer's input and output (Men et al. 2024, equation 1).
+    - leave_one_out: for layers, the loss without the layer less the loss with it (see `leave_one_out`).
 
-    For layers, a is what the layer adds to its input and g the gradient at its output.
+    For layers, a is what the layer adds to its input and g the gradient at its output; for channels of the residual stream a is
+    what its norms give out, summed over the norms within an example.
 
     Raises:
-        InputError: for another criterion, or statistics without gradients where it needs them.
+        InputError: for another criterion, or statistics without what it needs.
     """
     if criterion not in CRITERIA:
         raise InputError("criterion", criterion, one_of(CRITERIA, criterion))
-    stats = statistics
-    if criterion in ("taylor", "fisher") and not stats.has_gradients:
+    if criterion in NEEDS_LOSS and not statistics.has_gradients:
         raise InputError("criterion", criterion, "statistics collected with a loss, or a criterion without gradients")
-    if criterion == "random":
-        generator = torch.Generator().manual_seed(seed)
-        return Importance(
-            criterion,
-            tuple(torch.rand(len(u.activation), generator=generator) for u in stats.heads),
-            tuple(torch.rand(len(u.activation), generator=generator) for u in stats.neurons),
-            torch.rand(len(stats.layers.activation), generator=generator),
-        )
     if criterion == "block_influence":
-        return Importance(criterion, (), (), 1 - stats.similarity / max(stats.tokens, 1))
-    count = max(stats.tokens if criterion == "activation" else stats.examples, 1)
+        return Importance(criterion, (), (), 1 - statistics.similarity / max(statistics.tokens, 1))
+    if criterion == "leave_one_out":
+        if statistics.without is None:
+            raise InputError("criterion", criterion, "statistics completed by leave_one_out(...)")
+        return Importance(criterion, (), (), statistics.without)
+    generator = torch.Generator().manual_seed(seed)
+    examples, tokens = max(statistics.examples, 1), max(statistics.tokens, 1)
 
-    def values(unit: object) -> torch.Tensor:
-        raw = getattr(unit, criterion)
-        if criterion == "magnitude":
-            return raw.sqrt()
-        return (raw / count).sqrt() if criterion == "activation" else raw / count
+    def values(unit: UnitStatistics) -> torch.Tensor:
+        if criterion == "random":
+            return torch.rand(len(unit.activation), generator=generator)
+        return _PER_UNIT[criterion](unit, examples, tokens)
 
-    return Importance(
-        criterion, tuple(map(values, stats.heads)), tuple(map(values, stats.neurons)), values(stats.layers)
-    )
+    rows = {kind: tuple(map(values, getattr(statistics, kind))) for kind in BY_LAYER}
+    whole = {kind: values(getattr(statistics, kind)) for kind in WHOLE}
+    return Importance(criterion, **rows, **whole)  # type: ignore[arg-type]

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
 
 from distill_llm.pruning.moments import fast_bf16
+from distill_llm.pruning.structure import weight_of
 
 
 class _Backward(torch.autograd.Function):
@@ -43,11 +45,11 @@ def fast_backward(layers: nn.ModuleList) -> Iterator[None]:
 
     with ExitStack() as stack:
         for module in layers.modules():
-            if not isinstance(module, nn.Linear) or module.weight.dtype != torch.float32 or not module.weight.numel():
+            if not isinstance(module, nn.Linear | Conv1D) or module.weight.dtype != torch.float32:
                 continue
-            if not fast_bf16(module.weight.device):
+            if not module.weight.numel() or not fast_bf16(module.weight.device):
                 continue
-            weight = module.weight.detach().to(torch.bfloat16)
+            weight = weight_of(module).detach().to(torch.bfloat16)
 
             def after(
                 module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor, weight: torch.Tensor = weight

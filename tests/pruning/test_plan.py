@@ -9,7 +9,8 @@ from helpers import tiny_model
 from pruning_examples import UNEVEN, flops_of, layer_params, plan_of, random_scores
 
 from distill_llm.errors import InputError
-from distill_llm.pruning.plan import full_plan, keep_layers, plan_pruning
+from distill_llm.pruning.plan import full_plan, keep_layers
+from distill_llm.pruning.planning import plan_pruning
 from distill_llm.pruning.structure import layer_shapes
 from distill_llm.pruning.surgery import prune
 
@@ -240,7 +241,7 @@ def test_scores_that_do_not_fit_are_refused(model):
         plan_pruning(model, blocks, 0.5)
     with pytest.raises(InputError, match="scores of this model"):
         plan_pruning(model, scores_of(tiny_model()), 0.5)
-    with pytest.raises(InputError, match="layers alone, or criterion fisher"):
+    with pytest.raises(InputError, match="layers, attention, ffn alone, or criterion fisher"):
         plan_pruning(model, scores_of(model, "taylor"), 0.5, units=("heads", "layers"))
 
 

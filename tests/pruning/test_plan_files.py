@@ -8,7 +8,8 @@ from helpers import tiny_model
 from pruning_examples import plan_of, random_scores
 
 from distill_llm.errors import InputError
-from distill_llm.pruning.plan import LayerPlan, PruningPlan, full_plan, plan_pruning
+from distill_llm.pruning.plan import LayerPlan, PruningPlan, full_plan
+from distill_llm.pruning.planning import plan_pruning
 from distill_llm.pruning.structure import layer_shapes
 from distill_llm.pruning.surgery import prune
 

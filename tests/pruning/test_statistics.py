@@ -11,7 +11,8 @@ from pruning_examples import UNEVEN, inputs_of, layers_in, linears_in, plan_of, 
 from torch.nn import functional as F
 
 from distill_llm.errors import InputError
-from distill_llm.pruning.statistics import Statistics, UnitStatistics, collect_statistics
+from distill_llm.pruning.collecting import collect_statistics
+from distill_llm.pruning.statistics import Statistics, UnitStatistics
 from distill_llm.pruning.surgery import prune
 
 HEAD_SIZE = 8

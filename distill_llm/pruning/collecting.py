@@ -1,0 +1,346 @@
+"""One pass over calibration data that collects every statistic of every unit.
+
+Weights are frozen; hooks on the attention-output and FFN-down linears see their inputs a and, through the backward pass, the
+gradients g of the loss there; hooks on the norms of the residual stream do the same for its channels. Padding counts in
+nothing (`attention_mask`).
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from distill_llm.capture import item_logits, packed
+from distill_llm.errors import InputError
+from distill_llm.losses.items import kind_of, targets
+from distill_llm.pruning.fast_backward import fast_backward
+from distill_llm.pruning.modeling_pruned import family_of, hidden_axes, layer_prefix, layers_of, lineage_of, width_of
+from distill_llm.pruning.moments import MomentsSum
+from distill_llm.pruning.statistics import Statistics, UnitStatistics
+from distill_llm.pruning.structure import head_size_of, linear, sizes_of, weight_of
+from distill_llm.pruning.weights import unit_weights
+
+Loss = str | Callable[[Any, Mapping[str, torch.Tensor]], torch.Tensor]
+
+
+def collect_statistics(
+    model: PreTrainedModel,
+    dataloader: Iterable[Mapping[str, torch.Tensor]],
+    loss: Loss | None = "labels",
+    teacher: PreTrainedModel | None = None,
+    *,
+    moments: bool = True,
+    hidden: bool = True,
+    exact: bool = False,
+    seed: int = 0,
+) -> Statistics:
+    """One pass over the data; the model is unchanged, its mode and flags are restored.
+
+    Args:
+        model: a model of a family with a row.
+        dataloader: batches with `input_ids` and `attention_mask` of shape (B, T), and `labels` for loss "labels".
+        loss: "labels" for the task's loss; "kl" for the divergence from `teacher`, or, with no teacher, from the model itself:
+            its gradient there is zero and its curvature is the Fisher information with labels drawn from the model's own
+            predictions, which is what is used (no labels needed); a callable (outputs, batch) -> the sum over examples of
+            their losses; None for no backward pass (criteria without gradients).
+        teacher: only for loss "kl".
+        moments: also collect the second moments that compensation needs.
+        hidden: also collect statistics of the residual stream's channels.
+        exact: keep the backward products in the model's precision. Otherwise those of fp32 linears run in bf16 where the
+            device is faster at it; ranks hardly move (see `fast_backward`).
+        seed: of the labels drawn for loss "kl".
+
+    Raises:
+        InputError: for another `loss`, or batches without labels where they are needed.
+    """
+    if isinstance(loss, str) and loss not in ("labels", "kl"):
+        raise InputError("loss", loss, "labels, kl, a callable (outputs, batch) -> tensor, or None")
+    family, layers, head_size, device = family_of(model), layers_of(model), head_size_of(model), model.device
+    taps = [linear(layer, path) for layer in layers for path in (family.attention_out, family.ffn_out)]
+    sums: list[_Sums] = []
+    for size, out, down in zip(sizes_of(model), taps[0::2], taps[1::2], strict=True):
+        shared = size.queries // size.groups if size.groups else 1
+        sums += [_Sums(out, (head_size, head_size * shared)), _Sums(down, (1,))]
+    second = [MomentsSum(weight_of(module).shape[1], device) for module in taps] if moments else []
+    layer_sums = [_Sums(None, (1,), device) for _ in layers]
+    channels = _Sums(None, (1,), device, width_of(model)) if hidden else None
+    similarity = torch.zeros(len(layers), device=device)
+    generator = torch.Generator(device=device).manual_seed(seed)
+    state = _Batch()
+    examples = tokens = 0
+
+    with ExitStack() as stack:
+        stack.enter_context(_frozen(model))
+        for i, module in enumerate(taps):
+            first = i == 0 and loss is not None and not hidden
+            hook = _tap_hook(state, sums[i], second[i] if second else None, loss is not None, first)
+            stack.callback(module.register_forward_pre_hook(hook).remove)
+        if channels is not None:
+            if loss is not None:  # gradients of all channels: the backward pass goes to the very embeddings
+                begin = model.get_input_embeddings().register_forward_hook(lambda m, a, o: o.detach().requires_grad_())
+                stack.callback(begin.remove)
+            for norm in _norms(model):
+                stack.callback(norm.register_forward_hook(_norm_hook(state, channels, loss is not None)).remove)
+        if loss is not None and not exact:
+            stack.enter_context(fast_backward(layers))
+        for i, layer in enumerate(layers):
+            hook = _layer_hook(state, layer_sums[i], similarity, i, loss is not None)
+            stack.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
+        for batch in dataloader:
+            batch = {k: v.to(device) for k, v in batch.items()}
+            mask = batch.get("attention_mask")
+            state.set(mask if mask is not None else torch.ones_like(batch["input_ids"]))
+            with torch.set_grad_enabled(loss is not None):
+                _run(model, batch, loss, teacher, generator)
+            if channels is not None and loss is not None:
+                channels.add_gradients(state.channels)
+            examples += len(batch["input_ids"])
+            tokens += int(state.mask.sum())
+
+    weights = unit_weights(model, hidden=hidden)
+    collected = [each.finish() for each in second]
+    pairs = list(zip(sums[0::2], sums[1::2], weights.layers, strict=True))
+    whole = [[(w["heads"][i].sum() + w["neurons"][i].sum())[None] for i in (0, 1)] for w in weights.layers]
+    return Statistics(
+        heads=tuple(s.finish(-1, *w["heads"]) for s, _, w in pairs),
+        neurons=tuple(s.finish(0, *w["neurons"]) for _, s, w in pairs),
+        queries=tuple(s.finish(0, *w["queries"]) for s, _, w in pairs),
+        layers=_stacked([s.finish(0, *w) for s, w in zip(layer_sums, whole, strict=True)]),
+        attention=_stacked([s.block(*w["heads"]) for s, _, w in pairs]),
+        ffn=_stacked([s.block(*w["neurons"]) for _, s, w in pairs]),
+        hidden=(channels or _Sums(None, (1,), device, 0)).finish(0, *weights.hidden),
+        similarity=similarity.cpu(),
+        moments=tuple(zip(collected[0::2], collected[1::2], strict=True)),
+        examples=examples,
+        tokens=tokens,
+        has_gradients=loss is not None,
+    )
+
+
+class _Sums:
+    """Running sums of one tap: the input of a linear (C channels), what a layer adds to its input (one value), or channels.
+
+    Args:
+        reader: the linear that reads the tap, if it is one.
+        sizes: channels of a unit, for each kind of units of this tap.
+    """
+
+    def __init__(
+        self,
+        reader: nn.Module | None,
+        sizes: tuple[int, ...],
+        device: torch.device | None = None,
+        channels: int = 1,
+    ):
+        columns = None if reader is None else weight_of(reader).detach().float()  # type: ignore[arg-type]
+        self.read = torch.ones(channels, device=device) if columns is None else columns.abs().sum(0)
+        self.sizes = sizes
+        self.activation = torch.zeros_like(self.read)
+        self.sums = [torch.zeros(2, len(self.read) // size, device=self.read.device) for size in sizes]
+        self.whole = torch.zeros(2, device=self.read.device)
+
+    def add_gradients(self, per_example: torch.Tensor) -> None:
+        """(B, C): sums over valid tokens of a g."""
+        for size, total in zip(self.sizes, self.sums, strict=True):
+            effect = _by_unit(per_example, size)
+            total += torch.stack([effect.abs().sum(0), effect.square().sum(0)])
+        block = per_example.sum(-1)
+        self.whole += torch.stack([block.abs().sum(), block.square().sum()])
+
+    def finish(self, kind: int, squares: torch.Tensor, absolute: torch.Tensor) -> UnitStatistics:
+        """The statistics of a kind of units, with the sums of their weights."""
+        wanda = _by_unit(self.activation.sqrt() * self.read, self.sizes[kind])
+        found = (*self.sums[kind], _by_unit(self.activation, self.sizes[kind]), wanda, squares, absolute)
+        return UnitStatistics(*(each.float().cpu() for each in found))
+
+    def block(self, squares: torch.Tensor, absolute: torch.Tensor) -> UnitStatistics:
+        """The statistics of all units together."""
+        wanda = (self.activation.sqrt() * self.read).sum()
+        found = (*self.whole, self.activation.sum(), wanda, squares.sum(), absolute.sum())
+        return UnitStatistics(*(each.float().cpu()[None] for each in found))
+
+
+def _by_unit(per_channel: torch.Tensor, size: int) -> torch.Tensor:
+    return per_channel if size == 1 else per_channel.unflatten(-1, (-1 if per_channel.numel() else 0, size)).sum(-1)
+
+
+def _stacked(rows: list[UnitStatistics]) -> UnitStatistics:
+    return UnitStatistics(*(torch.cat(values) for values in zip(*(vars(row).values() for row in rows), strict=True)))
+
+
+class _Batch:
+    """The batch that the hooks are looking at: its mask (B, T), and the flat indices of valid tokens if any is padding."""
+
+    mask: torch.Tensor
+    valid: torch.Tensor | None
+    channels: torch.Tensor
+
+    def set(self, mask: torch.Tensor) -> None:
+        self.mask = mask
+        flat = mask.flatten()
+        self.valid = None if bool(flat.all()) else flat.nonzero().flatten()
+        self.channels = torch.zeros((), device=mask.device)
+
+    def pack(self, values: torch.Tensor) -> torch.Tensor:
+        """(B, T, C) -> (valid tokens, C)."""
+        flat = values.flatten(0, 1)
+        return flat if self.valid is None else flat[self.valid]
+
+    def per_example(self, values: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+        """Sum over valid tokens of values x gradients: (B, T, C), (B, T, C) -> (B, C), fp32."""
+        product = (values * gradients).float()
+        return torch.bmm(self.mask.unsqueeze(1).to(product.dtype), product).squeeze(1)
+
+    def token_weights(self, gradients: torch.Tensor) -> torch.Tensor:
+        """(B, T, C) -> (valid tokens, 1): the norm of each token's gradient over the mean of its example."""
+        norms = torch.linalg.vector_norm(gradients, dim=-1, dtype=torch.float32) * self.mask
+        mean = norms.sum(1, keepdim=True) / self.mask.sum(1, keepdim=True)
+        return self.pack(torch.where(mean > 0, norms / mean, 1.0).unsqueeze(-1))
+
+
+def _squares(packed_values: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(packed_values, dim=0, dtype=torch.float32).square()
+
+
+def _tap_hook(state: _Batch, sums: _Sums, moments: MomentsSum | None, gradients: bool, first: bool) -> Callable:
+    def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        entering = args[0]
+        value = entering.detach()
+        packed = state.pack(value)
+        sums.activation += _squares(packed)
+        if not gradients:
+            if moments is not None:
+                moments.add(packed)
+            return None
+        if first:  # the backward pass ends here: nothing before the first tap has a statistic
+            entering = entering.detach().requires_grad_()
+        elif not entering.requires_grad:  # attention without a head left: zeros of no width
+            return None
+
+        def backward(gradient: torch.Tensor) -> None:
+            sums.add_gradients(state.per_example(value, gradient))
+            if moments is not None:
+                moments.add(packed, state.token_weights(gradient))
+
+        entering.register_hook(backward)
+        return (entering, *args[1:])
+
+    return hook
+
+
+def _norm_hook(state: _Batch, channels: _Sums, gradients: bool) -> Callable:
+    def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        value = output.detach()
+        if value.shape[:2] != state.mask.shape:  # a head on chosen tokens: not the stream itself
+            return
+        channels.activation += _squares(state.pack(value))
+
+        def backward(gradient: torch.Tensor) -> None:
+            state.channels = state.channels + state.per_example(value, gradient)
+
+        if gradients and output.requires_grad:
+            output.register_hook(backward)
+
+    return hook
+
+
+def _layer_hook(state: _Batch, sums: _Sums, similarity: torch.Tensor, index: int, gradients: bool) -> Callable:
+    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        before = (args[0] if args else kwargs["hidden_states"]).detach()
+        out = output[0] if isinstance(output, tuple) else output
+        after = out.detach()
+        cosine = nn.functional.cosine_similarity(state.pack(before).float(), state.pack(after).float(), dim=-1)
+        similarity[index] += cosine.sum()
+        added = after - before
+        sums.activation += state.pack(added).float().square().sum()
+        if gradients:
+            out.register_hook(lambda g: sums.add_gradients(state.per_example(added, g).sum(1, keepdim=True)))
+
+    return hook
+
+
+def _norms(model: PreTrainedModel) -> list[nn.Module]:
+    """The norms over the residual stream."""
+    prefix, lineage, found = layer_prefix(model), lineage_of(model), []
+    place = {str(row.source): str(i) for i, row in enumerate(lineage)} if lineage else None
+    modules = dict(model.named_modules())
+    for name in hidden_axes(model):
+        path, _, last = name.rpartition(".")
+        if place is not None and path.startswith(prefix):
+            source, _, rest = path.removeprefix(prefix).partition(".")
+            path = f"{prefix}{place.get(source)}.{rest}"
+        if last == "weight" and path in modules and "Norm" in type(modules[path]).__name__:
+            found.append(modules[path])
+    return found
+
+
+@contextmanager
+def _frozen(model: PreTrainedModel) -> Iterator[None]:
+    """Eval mode, no gradient for any weight; both restored."""
+    modes, flags = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, mode in zip(model.modules(), modes, strict=True):
+            module.training = mode
+        for parameter, flag in zip(model.parameters(), flags, strict=True):
+            parameter.requires_grad_(flag)
+
+
+def _run(
+    model: PreTrainedModel,
+    batch: Mapping[str, torch.Tensor],
+    loss: Loss | None,
+    teacher: PreTrainedModel | None,
+    generator: torch.Generator,
+) -> None:
+    """Forward, and backward from the sum over examples of their losses."""
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    kind = kind_of(model)
+    if kind == "next_token":
+        inputs["use_cache"] = False  # type: ignore[assignment]
+    positions, labels = None, batch.get("labels")
+    if loss is not None and not callable(loss) and kind != "example":
+        positions, labels = targets(batch if loss == "labels" else {k: v for k, v in batch.items() if k != "labels"}, kind)
+    with packed(model, positions):
+        outputs = model(**inputs)
+    if loss is not None:
+        _loss(outputs, batch, inputs, positions, labels, loss, teacher, generator).backward()
+
+
+def _loss(
+    outputs: Any,
+    batch: Mapping[str, torch.Tensor],
+    inputs: Mapping[str, torch.Tensor],
+    positions: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    loss: Loss,
+    teacher: PreTrainedModel | None,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """The sum over examples of their losses, fp32."""
+    if callable(loss):
+        return loss(outputs, batch)
+    logits = item_logits(outputs.logits, positions).float()
+    regression = logits.shape[-1] == 1
+    if loss == "kl" and teacher is not None:
+        with torch.no_grad(), packed(teacher, positions):
+            target = item_logits(teacher(**inputs).logits, positions).float()
+        if regression:
+            return nn.functional.mse_loss(logits, target, reduction="sum")
+        return nn.functional.kl_div(logits.log_softmax(-1), target.log_softmax(-1), reduction="sum", log_target=True)
+    if loss == "kl":
+        predicted = logits.detach()
+        if regression:
+            labels = predicted + torch.randn(predicted.shape, generator=generator, device=logits.device)
+        else:
+            labels = torch.multinomial(predicted.softmax(-1), 1, generator=generator).squeeze(-1)
+    elif labels is None:
+        raise InputError("dataloader", sorted(batch), "batches with labels, or loss='kl'")
+    if regression:
+        return nn.functional.mse_loss(logits.flatten(), labels.float().flatten(), reduction="sum")
+    return nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum")
