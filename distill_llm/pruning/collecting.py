@@ -305,7 +305,9 @@ def _run(
         inputs["use_cache"] = False  # type: ignore[assignment]
     positions, labels = None, batch.get("labels")
     if loss is not None and not callable(loss) and kind != "example":
-        positions, labels = targets(batch if loss == "labels" else {k: v for k, v in batch.items() if k != "labels"}, kind)
+        positions, labels = targets(
+            batch if loss == "labels" else {k: v for k, v in batch.items() if k != "labels"}, kind
+        )
     with packed(model, positions):
         outputs = model(**inputs)
     if loss is not None:

@@ -6,6 +6,7 @@ A score says how much is lost when the unit is removed; the lowest go first.
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -90,11 +91,11 @@ class Importance:
         """Read what `save` wrote."""
         with safe_open(path, "pt") as file:
             keys = list(file.keys())
-            rows = {
-                kind: tuple(file.get_tensor(f"{kind}.{i}") for i in range(sum(k.startswith(f"{kind}.") for k in keys)))
-                for kind in BY_LAYER
-            }
-            return cls(file.metadata()["criterion"], **rows, **{kind: file.get_tensor(kind) for kind in WHOLE if kind in keys})
+            found: dict[str, Any] = {kind: file.get_tensor(kind) for kind in WHOLE if kind in keys}
+            for kind in BY_LAYER:
+                count = sum(key.startswith(f"{kind}.") for key in keys)
+                found[kind] = tuple(file.get_tensor(f"{kind}.{i}") for i in range(count))
+            return cls(file.metadata()["criterion"], **found)
 
 
 def score(statistics: Statistics, criterion: str = "fisher", seed: int = 0) -> Importance:

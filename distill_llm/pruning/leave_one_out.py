@@ -28,8 +28,8 @@ def leave_one_out(
     Args:
         model: the model that the statistics are of; unchanged.
         dataloader: batches as for `collect_statistics`.
-        loss: "labels" for the task's loss (for a language model, log of the perplexity; Kim et al. 2024, section 3.2), "kl" for the
-            divergence of the whole model's outputs from those without the layer.
+        loss: "labels" for the task's loss (for a language model, log of the perplexity; Kim et al. 2024, section 3.2),
+            "kl" for the divergence of the whole model's outputs from those without the layer.
 
     Returns:
         A copy with `without`: (layers,) nats per output that counts (squared error for a regression), less the whole model's.

@@ -102,7 +102,9 @@ def _check_queries(row: LayerPlan, shape: LayerShape) -> None:
     shared = every // shape.heads if shape.heads else 1
     of_group = Counter(query // shared for query in row.queries)
     if set(of_group) != set(row.heads) or len(set(of_group.values())) > 1:
-        raise InputError(field, list(row.queries), "equally many queries, at least one, of every kept group, and of no other")
+        raise InputError(
+            field, list(row.queries), "equally many queries, at least one, of every kept group, and of no other"
+        )
 
 
 def _ascending(field: str, indices: Sequence[int], size: int) -> None:

@@ -185,10 +185,13 @@ class _Choice:
         for i, alive in enumerate(self.alive):
             if alive:
                 heads = tuple(self.heads[i].nonzero().flatten().tolist())
-                rows.append(LayerPlan(i, heads, tuple(self.neurons[i].nonzero().flatten().tolist()), self._queries(i, heads)))
+                rows.append(
+                    LayerPlan(i, heads, tuple(self.neurons[i].nonzero().flatten().tolist()), self._queries(i, heads))
+                )
         share, note = self.cost() / self.costs.of(self.shapes), None
         if abs(share - keep) > 0.01 * keep:
-            note = f"kept {share:.4f} of the layers' {self.costs.name} where {keep} was asked for: these units come in larger steps"
+            note = f"kept {share:.4f} of the layers' {self.costs.name} where {keep} was asked for: "
+            note += "these units come in larger steps"
         hidden = None if self.width == len(self.hidden) else tuple(self.hidden.nonzero().flatten().tolist())
         return PruningPlan(model_type, tuple(rows), share, note, hidden)
 
@@ -231,8 +234,8 @@ def _together(choice: _Choice, round_to: int) -> None:
         if value / price > ratio * tolerance and heap and value / price > heap[0][0]:
             heapq.heappush(heap, (value / price, number, i, j, value))
             continue
-        if kind not in ("heads", "neurons") and left - price < 0.99 * choice.budget:
-            continue
+        if "neurons" in choice.units and kind not in ("heads", "neurons") and left - price < 0.99 * choice.budget:
+            continue  # neurons come nearer
         if choice.remove(kind, i, j):
             left -= price
             if "hidden" in choice.units:
@@ -263,7 +266,10 @@ def _per_kind(choice: _Choice, *, local: bool, uniform: bool, round_to: int) -> 
         _narrow(choice, round_to)
     total, per_neuron = choice.cost(), costs.neuron_at(choice.width)
     movable_neurons = neurons * per_neuron * ("neurons" in units)
-    in_heads = sum(s.heads * (costs.group_at(choice.width) + k * costs.query_at(choice.width)) for s, k in zip(shapes, choice.slots, strict=True))
+    in_heads = sum(
+        s.heads * (costs.group_at(choice.width) + k * costs.query_at(choice.width))
+        for s, k in zip(shapes, choice.slots, strict=True)
+    )
     movable = in_heads * ("heads" in units) + movable_neurons
     in_queries = in_heads - heads * costs.group_at(choice.width)
     if "queries" in units and "heads" not in units:
@@ -291,8 +297,11 @@ def _narrow(choice: _Choice, round_to: int) -> None:
 
     def cost(share: float) -> float:
         shapes = [
-            (s.heads * (share if "heads" in movable else 1), s.neurons * (share if "neurons" in movable else 1),
-             None if s.queries is None else s.queries * (share if "heads" in movable else 1))
+            (
+                s.heads * (share if "heads" in movable else 1),
+                s.neurons * (share if "neurons" in movable else 1),
+                None if s.queries is None else s.queries * (share if "heads" in movable else 1),
+            )
             for s in choice.shapes
         ]
         return choice.costs.of(shapes, round(share * choice.costs.hidden))

@@ -96,8 +96,13 @@ class Statistics:
 
             count = sum(name.startswith("moments.") and name.endswith(".ffn.mean") for name in names)
             return cls(
-                *(units(kind) for kind in BY_LAYER),
-                *(units(kind)[0] for kind in WHOLE),
+                heads=units("heads"),
+                neurons=units("neurons"),
+                queries=units("queries"),
+                layers=units("layers")[0],
+                attention=units("attention")[0],
+                ffn=units("ffn")[0],
+                hidden=units("hidden")[0],
                 similarity=get("similarity"),
                 moments=tuple((moments(i, "attention"), moments(i, "ffn")) for i in range(count)),
                 examples=int(meta["examples"]),

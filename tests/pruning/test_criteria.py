@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from distill_llm.errors import InputError
-from distill_llm.pruning.criteria import CRITERIA, Importance, score
-from distill_llm.pruning.masking import masked
 from distill_llm.pruning.collecting import collect_statistics
+from distill_llm.pruning.criteria import CRITERIA, Importance, score
 from distill_llm.pruning.leave_one_out import leave_one_out
+from distill_llm.pruning.masking import masked
 from distill_llm.pruning.structure import layer_shapes
 
 
