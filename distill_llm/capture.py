@@ -1,15 +1,15 @@
-"""Hidden states, queries and keys at chosen layers of any model, during one forward, under any attention kernel.
+"""Hidden states, queries, keys and values at chosen layers of any model, during one forward, under any attention kernel.
 
 transformers looks its attention functions up by name. `Recorder` registers, under a name of its own, a function that
-hands queries, keys and mask of the chosen layers to the recording in progress and then calls the kernel the model uses
-anyway. The model's configuration names that function during the recorded forward only.
+hands queries, keys, values and mask of the chosen layers to the recording in progress and then calls the kernel the
+model uses anyway. The model's configuration names that function during the recorded forward only.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,18 +20,48 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from distill_llm.errors import InputError
 from distill_llm.losses.attention import AttentionInputs
+from distill_llm.losses.items import kind_of
 from distill_llm.pruning.modeling_pruned import FAMILIES, layers_of
 
 PREFIX = "distill_"
+EMBEDDINGS = -1  # the layer before the first: its output is what the first reads
+
+
+class Vectors(NamedTuple):
+    """What an attention layer was given: queries (B, N, T, D), and keys and values, which may have fewer heads."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Layers to record.
+
+    Attributes:
+        hidden: layers whose output hidden states are wanted; EMBEDDINGS for those that the first layer reads.
+        attention: layers whose attention probabilities are wanted, as queries and keys.
+        vectors: layers whose queries, keys and values are wanted.
+    """
+
+    hidden: tuple[int, ...] = ()
+    attention: tuple[int, ...] = ()
+    vectors: tuple[int, ...] = ()
 
 
 @dataclass
 class Recording:
-    """What one forward left behind: layer index -> (B, T, H) output, layer index -> queries and keys."""
+    """What one forward left behind, by layer: (B, T, H) outputs, inputs of attention probabilities, vectors."""
 
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
     attention: dict[int, AttentionInputs] = field(default_factory=dict)
+    vectors: dict[int, Vectors] = field(default_factory=dict)
     _biases: list[tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=list, repr=False)
+
+    def with_logits(self, logits: torch.Tensor) -> "Signals":
+        """The recording and the logits, (B, C) or (items, V)."""
+        return Signals(self.hidden, self.attention, self.vectors, logits=logits)
 
     def add_attention(
         self,
@@ -76,7 +106,7 @@ class Signals(Recording):
     logits: torch.Tensor = field(kw_only=True)
 
 
-_listeners: "WeakKeyDictionary[nn.Module, tuple[Recording, int]]" = WeakKeyDictionary()
+_listeners: "WeakKeyDictionary[nn.Module, Callable[..., None]]" = WeakKeyDictionary()
 
 
 class Recorder:
@@ -84,18 +114,15 @@ class Recorder:
 
     Args:
         model: any transformers model; inside a wrapper such as DDP, give the inner one.
-        hidden: layers whose output hidden states are wanted.
-        attention: layers whose queries and keys are wanted.
+        wanted: which layers.
 
     Raises:
-        InputError: when attention is wanted of a model that does not take its attention function by name.
+        InputError: when attention or vectors are wanted of a model that does not take its attention function by name.
     """
 
-    def __init__(self, model: PreTrainedModel, hidden: Iterable[int] = (), attention: Iterable[int] = ()):
-        layers = layers_of(model)
+    def __init__(self, model: PreTrainedModel, wanted: Wanted):
+        self.layers, self.wanted = layers_of(model), wanted
         self.name = type(model).__name__
-        self.hidden = {index: layers[index] for index in hidden}
-        self.attention = {index: layers[index] for index in attention}
         configs = [getattr(module, "config", None) for module in model.modules()]
         self.configs = list(
             {id(config): config for config in configs if hasattr(config, "_attn_implementation")}.values()
@@ -106,22 +133,33 @@ class Recorder:
         """Record the forward that runs inside the context, but no recomputation after it (gradient checkpointing)."""
         result = Recording()
         with ExitStack() as stack:
-            for index, layer in self.hidden.items():
-                handle = layer.register_forward_hook(_keep_output(result, index))
+            for index in self.wanted.hidden:
+                if index == EMBEDDINGS:
+                    handle = self.layers[0].register_forward_pre_hook(_keep_input(result), with_kwargs=True)
+                else:
+                    handle = self.layers[index].register_forward_hook(_keep_output(result, index))
                 stack.callback(handle.remove)
-            if self.attention:
+            if self.wanted.attention or self.wanted.vectors:
                 stack.enter_context(self._listening(result))
             yield result
-        missing = self.attention.keys() - result.attention.keys()
-        if missing:
-            accepted = "a model with attention by transformers' AttentionInterface (DeBERTa-v2, MPNet: no)"
-            raise InputError("losses.attention", f"{self.name}, layers {sorted(missing)} not seen", accepted)
+        pairs = (
+            ("attention", self.wanted.attention, result.attention),
+            ("relations", self.wanted.vectors, result.vectors),
+        )
+        for term, wanted, found in pairs:
+            if missing := sorted(set(wanted) - found.keys()):
+                accepted = "a model with attention by transformers' AttentionInterface (DeBERTa-v2, MPNet: no)"
+                raise InputError(f"losses.{term}", f"{self.name}, layers {missing} not seen", accepted)
 
     @contextmanager
     def _listening(self, result: Recording) -> Iterator[None]:
-        for index, layer in self.attention.items():
-            for module in layer.modules():
-                _listeners[module] = (result, index)
+        modules = {
+            module: index
+            for index in {*self.wanted.attention, *self.wanted.vectors}
+            for module in self.layers[index].modules()
+        }
+        for module, index in modules.items():
+            _listeners[module] = _keep_vectors(result, index, self.wanted)
         previous = [config._attn_implementation for config in self.configs]
         try:
             for config, kernel in zip(self.configs, previous, strict=True):
@@ -130,9 +168,8 @@ class Recorder:
         finally:
             for config, kernel in zip(self.configs, previous, strict=True):
                 config._attn_implementation = kernel
-            for layer in self.attention.values():
-                for module in layer.modules():
-                    _listeners.pop(module, None)
+            for module in modules:
+                _listeners.pop(module, None)
 
 
 def _keep_output(result: Recording, index: int) -> Callable[..., None]:
@@ -140,6 +177,23 @@ def _keep_output(result: Recording, index: int) -> Callable[..., None]:
         result.hidden[index] = output[0] if isinstance(output, tuple) else output
 
     return hook
+
+
+def _keep_input(result: Recording) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        result.hidden[EMBEDDINGS] = args[0] if args else kwargs["hidden_states"]
+
+    return hook
+
+
+def _keep_vectors(result: Recording, index: int, wanted: Wanted) -> Callable[..., None]:
+    def keep(module: nn.Module, vectors: Vectors, mask: torch.Tensor | None, settings: dict[str, Any]) -> None:
+        if index in wanted.attention:
+            result.add_attention(index, module, vectors.query, vectors.key, mask, settings)
+        if index in wanted.vectors:
+            result.vectors.setdefault(index, vectors)
+
+    return keep
 
 
 def _register(kernel: str) -> str:
@@ -155,9 +209,8 @@ def _register(kernel: str) -> str:
             attention_mask: torch.Tensor | None,
             **kwargs: Any,
         ) -> tuple[torch.Tensor, torch.Tensor | None]:
-            if (listener := _listeners.get(module)) is not None:
-                recording, index = listener
-                recording.add_attention(index, module, query, key, attention_mask, kwargs)
+            if (keep := _listeners.get(module)) is not None:
+                keep(module, Vectors(query, key, value), attention_mask, kwargs)
             return _kernel(kernel, module)(module, query, key, value, attention_mask, **kwargs)
 
         AttentionInterface.register(name, attention)
@@ -191,16 +244,18 @@ def additive_bias(mask: torch.Tensor | None, causal: bool, query: torch.Tensor) 
 
 @contextmanager
 def packed(model: PreTrainedModel, positions: torch.Tensor | None) -> Iterator[None]:
-    """Hand a masked-LM head the hidden states at `positions` only: its logits are (items, V) instead of (B, T, V).
+    """Hand a language model's head the hidden states at `positions` only: its logits are (items, V), not (B, T, V).
+
+    What the model does to its logits afterwards (scales, soft caps) still happens.
 
     Args:
-        model: a masked-LM model of a family with a row in FAMILIES (see `can_pack`).
+        model: any masked or causal language model; others, such as token classification, stay as they are.
         positions: (items,) indices into the flattened (B * T) tokens; None packs nothing.
     """
-    if positions is None or not can_pack(model):
+    head = None if positions is None else _language_model_head(model)
+    if head is None:
         yield
         return
-    head = model.get_submodule(FAMILIES[model.config.model_type].mlm_head)
     handle = head.register_forward_pre_hook(lambda module, args: (args[0].flatten(0, 1)[positions], *args[1:]))
     try:
         yield
@@ -213,6 +268,12 @@ def item_logits(logits: torch.Tensor, positions: torch.Tensor | None) -> torch.T
     return logits if positions is None or logits.dim() == 2 else logits.flatten(0, 1)[positions]
 
 
-def can_pack(model: PreTrainedModel) -> bool:
-    """Whether `packed` knows where this model's masked-LM head starts."""
-    return type(model).__name__.endswith("ForMaskedLM") and model.config.model_type in FAMILIES
+def _language_model_head(model: PreTrainedModel) -> nn.Module | None:
+    """The first module of the head, or the vocabulary's linear; both take hidden states (B, T, H)."""
+    kind = kind_of(model)
+    if kind == "next_token":
+        return model.get_output_embeddings()
+    if not type(model).__name__.endswith("ForMaskedLM"):
+        return None
+    row = FAMILIES.get(model.config.model_type)
+    return model.get_output_embeddings() if row is None else model.get_submodule(row.mlm_head)

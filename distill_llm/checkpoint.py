@@ -8,6 +8,7 @@ import transformers
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
@@ -61,18 +62,23 @@ def _load(model_class: type[PreTrainedModel], model: str | os.PathLike, **kwargs
 def load_for_task(model: str | os.PathLike, task: Task) -> PreTrainedModel:
     """A model with a head for a task, for training, in fp32: the checkpoint's own head where it fits, else a new one.
 
+    A causal LM always has the checkpoint's own head: nothing good comes of a new one.
+
     Raises:
-        InputError: if weights below the head are missing from the checkpoint, or the family has no such head.
+        InputError: if weights below the head, or of a causal LM's head, are missing from the checkpoint, or the family has
+            no such head.
     """
-    auto = AutoModelForMaskedLM if task.kind == "masked_lm" else AutoModelForSequenceClassification
+    causal = task.kind in ("causal_lm", "prompts")
+    auto: Any = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
+    auto = AutoModelForMaskedLM if task.kind == "masked_lm" else auto
     config = AutoConfig.from_pretrained(model)
     stock: Any = auto._model_mapping.get(type(config), None)
     if stock is None:
         raise InputError("model", config.model_type, f"a family with a head for {task.kind}")
-    fits = task.kind == "masked_lm" or config.num_labels == task.num_labels
+    fits = task.is_language_model or config.num_labels == task.num_labels
     trained = any("ForSequenceClassification" in name for name in config.architectures or ())
     named = not all(str(name).startswith("LABEL_") for name in config.id2label.values())
-    if task.kind != "masked_lm" and not (fits and trained and named):
+    if not task.is_language_model and not (fits and trained and named):
         names = task.label_names or ("value",)
         config.num_labels = task.num_labels
         config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
@@ -89,7 +95,8 @@ def load_for_task(model: str | os.PathLike, task: Task) -> PreTrainedModel:
         weights = {f"{model_class.base_model_prefix}.{key}": value for key, value in below.state_dict().items()}
         loaded = model_class.from_pretrained(None, config=config, state_dict=weights)
     prefix = f"{model_class.base_model_prefix}."
-    lost = sorted(key for key in missing if key.startswith(prefix) and ".pooler." not in key)
+    lost = sorted(key for key in missing if causal or (key.startswith(prefix) and ".pooler." not in key))
     if lost:
-        raise InputError("model", str(model), f"a checkpoint with the weights below the head ({lost[0]} is missing)")
+        wanted = "all weights" if causal else "the weights below the head"
+        raise InputError("model", str(model), f"a checkpoint with {wanted} ({lost[0]} is missing)")
     return loaded

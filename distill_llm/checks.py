@@ -10,13 +10,15 @@ from typing import Any, TypeVar
 
 import datasets
 import torch
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from distill_llm.data.loading import load_task
+from distill_llm.data.sources import resolve_path
+from distill_llm.data.special_tokens import check_tokenizer
 from distill_llm.data.tasks import Task, TaskData
 from distill_llm.errors import InputError, one_of
 from distill_llm.faults import faults_in, raise_all
-from distill_llm.opening import HEAD_CLASSES, OpenModel, check_head, check_length, open_model
+from distill_llm.opening import HEAD_CLASSES, OpenModel, check_head, check_length, longest_input, open_model
 from distill_llm.pruning.modeling_pruned import FAMILIES, family_of, lineage_of, pruned_class
 from distill_llm.pruning.structure import LayerShape, layer_shapes, unit_costs
 from distill_llm.recipe import Recipe
@@ -60,6 +62,7 @@ def check_recipe(recipe: Recipe) -> None:
     skeleton = found.run(_skeleton, teacher)
     found.run(_check_pruning, recipe, teacher, skeleton)
     found.run(_check_lengths, recipe, teacher)
+    found.run(_check_rows, recipe, teacher, task)
     found.run(_check_losses, recipe, task)
     if teacher is not None and (student is not None or recipe.student is None):
         found.run(_check_layer_pairs, recipe, teacher.config, student.config if student else teacher.config)
@@ -81,12 +84,25 @@ def check_data(recipe: Recipe) -> TaskData:
             train_examples=section.train_examples,
             holdout_examples=section.holdout_examples,
             seed=recipe.seed,
+            config=_teacher_config(recipe),
+            metric=recipe.evaluation.metric,
+            max_new_tokens=recipe.evaluation.max_new_tokens,
+            packing=section.packing,
         )
     calibration = recipe.pruning.calibration_examples if recipe.pruning and recipe.pruning.keep else 0
-    # Text is packed into blocks first, so its rows say nothing about the number of examples.
-    if data.task.kind != "masked_lm" and calibration > len(data.train):
+    # Text is cut into blocks first, and packed sequences share rows: the number of examples shows later.
+    blocks = data.task.kind in ("masked_lm", "causal_lm") or data.task.packing
+    if not blocks and calibration > len(data.train):
         raise InputError("pruning.calibration_examples", calibration, f"at most {len(data.train)}, the training rows")
     return data
+
+
+def _teacher_config(recipe: Recipe) -> PreTrainedConfig | None:
+    """The teacher's config, which decides what some tasks are; None where it cannot be had, which `open_model` reports."""
+    try:
+        return AutoConfig.from_pretrained(resolve_path(recipe.teacher.model))
+    except (OSError, ValueError):
+        return None
 
 
 @contextmanager
@@ -161,6 +177,15 @@ def _check_lengths(recipe: Recipe, teacher: OpenModel) -> None:
     raise_all(found.faults)
 
 
+def _check_rows(recipe: Recipe, teacher: OpenModel, task: Task) -> None:
+    """The tokenizer can make the task's rows, and the model has room for what it is to generate."""
+    check_tokenizer(task, teacher.tokenizer, teacher.field)
+    longest, cut, new = longest_input(teacher.config), recipe.data.max_length, task.max_new_tokens
+    if task.kind == "prompts" and task.metrics and longest is not None and cut < longest < cut + new:
+        accepted = f"at most {longest - cut}: {teacher.name} takes {longest} tokens, data.max_length is {cut}"
+        raise InputError("evaluation.max_new_tokens", new, accepted)
+
+
 def _check_losses(recipe: Recipe, task: Task) -> None:
     if recipe.distillation is None:
         return
@@ -179,7 +204,7 @@ def _check_layer_pairs(recipe: Recipe, teacher: PreTrainedConfig, student: PreTr
     teachers, students = teacher.num_hidden_layers, student.num_hidden_layers
     if recipe.pruning is not None and recipe.pruning.layers is not None:
         students = len(recipe.pruning.layers)
-    for name in ("hidden", "attention"):
+    for name in ("hidden", "attention", "relations"):
         term = getattr(recipe.distillation.losses, name)
         if term is None:
             continue

@@ -57,7 +57,7 @@ Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a field; may be repeated.")
 ]
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, or package://PACKAGE/PATH.")]
-TaskName = Annotated[str, typer.Option(help="A GLUE task, embedded, text, classification or regression.")]
+TaskName = Annotated[str, typer.Option(help="A GLUE task, embedded, text, prompts, classification or regression.")]
 Columns = Annotated[
     str | None,
     typer.Option(metavar="NAME=COLUMN,...", help="Columns of your own data, such as text=review,label=mood."),
@@ -188,7 +188,8 @@ def evaluate(
 
     names = read_columns(columns)
     with as_options():
-        opened, rows = open_model("MODEL", model), load_task(task, data, columns=names)
+        opened = open_model("MODEL", model)
+        rows = load_task(task, data, columns=names, config=opened.config)
         check_head(opened, rows.task)
         check_length(opened, "--max-length", max_length)
     encoded = encode(rows, opened.tokenizer, max_length)

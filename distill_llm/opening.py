@@ -15,6 +15,8 @@ HEAD_CLASSES = {
     "classification": ("ForSequenceClassification",),
     "regression": ("ForSequenceClassification",),
     "masked_lm": ("ForMaskedLM", "ForPreTraining"),
+    "causal_lm": ("ForCausalLM", "LMHeadModel"),
+    "prompts": ("ForCausalLM", "LMHeadModel"),
 }
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 
@@ -88,7 +90,7 @@ def check_head(model: OpenModel, task: Task) -> None:
         raise InputError(
             model.field, f"{model.name} ({', '.join(classes) or 'no class'})", f"a ...{wanted[0]} model{hint}"
         )
-    if task.kind == "masked_lm":
+    if task.is_language_model:
         return
     if model.config.num_labels != task.num_labels:
         raise InputError(

@@ -61,17 +61,21 @@ class ColumnsSection(Section):
     text: str | None = Field(default=None, description="column with the text, or the first of two")
     text_pair: str | None = Field(default=None, description="column with the second text of a pair")
     label: str | None = Field(default=None, description="column with the class or the number")
+    prompt: str | None = Field(default=None, description="column with the prompt")
+    response: str | None = Field(default=None, description="column with the response to learn")
+    messages: str | None = Field(default=None, description="column with chats, in place of prompt and response")
 
 
 class DataSection(Section):
     """The task and where its data are."""
 
-    task: str = Field(description="a GLUE name, embedded, text, classification or regression")
+    task: str = Field(description="a GLUE name, embedded, text, prompts, classification or regression")
     path: str | None = Field(
         default=None, description="folder, file, Hub id or package://PACKAGE/PATH; GLUE: nyu-mll/glue"
     )
     columns: ColumnsSection | None = Field(default=None, description="column names of the user's own data")
     max_length: int = Field(default=128, ge=8, description="tokens an example is cut to")
+    packing: bool = Field(default=False, description="prompts: short training examples share rows of max_length")
     train_examples: int | None = Field(default=None, ge=1, description="training rows to use; all where left out")
     holdout_examples: int = Field(default=0, ge=0, description="training rows kept aside for choices, never trained on")
 
@@ -175,6 +179,10 @@ class EvaluationSection(Section):
     """How models are scored and profiled."""
 
     batch_size: int = Field(default=64, ge=1, description="examples at once when scoring")
+    metric: Literal["perplexity", "exact_match"] | None = Field(
+        default=None, description="for prompts; default: perplexity"
+    )
+    max_new_tokens: int = Field(default=64, ge=1, description="tokens to generate for a response, for exact_match")
     latency: LatencySection = Field(default_factory=LatencySection, description="the batch that is timed")
 
 

@@ -6,9 +6,10 @@ from typing import Any
 from transformers import PreTrainedModel, TrainingArguments
 
 from distill_llm.errors import InputError
+from distill_llm.losses.items import kind_of
 from distill_llm.losses.objective import Objective
 
-HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForMaskedLM")
+HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForMaskedLM", "ForCausalLM", "GPT2LMHeadModel")
 UNUSED = {
     "model_init": "None: the student is given as a model, made once",
     "compute_loss_func": "None: the loss is the objective of DistillationConfig",
@@ -24,7 +25,7 @@ def check_model(model: Any) -> None:
     name = type(model).__name__
     if not (isinstance(model, PreTrainedModel) and name.endswith(HEADS)):
         raise InputError("model", name, "a transformers model whose class ends in " + " or ".join(HEADS))
-    if name.endswith("ForMaskedLM"):
+    if name.endswith("ForMaskedLM") or kind_of(model) == "next_token":
         return
     labels, problem = model.config.num_labels or 0, getattr(model.config, "problem_type", None)
     if name.endswith("ForTokenClassification"):
@@ -75,5 +76,7 @@ def check_arguments(args: TrainingArguments, objective: Objective, options: Mapp
             "false: without the optimizer a checkpoint cannot be resumed exactly; save_model() saves the student alone"
         )
         raise InputError("save_only_model", True, accepted)
-    if objective.attention and (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
-        raise InputError("activation_checkpointing_kwargs.use_reentrant", True, "false with losses.attention")
+    if (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+        for name in objective.terms():
+            if name in ("attention", "relations"):
+                raise InputError("activation_checkpointing_kwargs.use_reentrant", True, f"false with losses.{name}")

@@ -22,8 +22,10 @@ from distill_llm.data.tasks import TaskData
 from distill_llm.evaluation.evaluate import evaluate_model
 from distill_llm.evaluation.metrics import compute_metrics
 from distill_llm.pruning.criteria import score
-from distill_llm.pruning.plan import PruningPlan, keep_layers, plan_pruning
-from distill_llm.pruning.statistics import Statistics, collect_statistics
+from distill_llm.pruning.plan import PruningPlan, keep_layers
+from distill_llm.pruning.planning import plan_pruning
+from distill_llm.pruning.collecting import collect_statistics
+from distill_llm.pruning.statistics import Statistics
 from distill_llm.pruning.structure import layer_shapes, unit_costs
 from distill_llm.pruning.surgery import prune
 from distill_llm.recipe import PruningSection, Recipe
@@ -164,7 +166,7 @@ class Stages:
         train = self.data.train.shuffle(seed=self.recipe.seed)
         rows = train.select(range(min(examples, len(train))))
         rows = rows.select(np.argsort(rows[LENGTH], kind="stable"))
-        known = {*self.tokenizer.model_input_names, "labels"}
+        known = {*self.tokenizer.model_input_names, "position_ids", "labels"}
         rows = rows.remove_columns([name for name in rows.column_names if name not in known])
         return DataLoader(rows, batch_size=CALIBRATION_BATCH, collate_fn=self.collator)  # type: ignore[arg-type]
 
@@ -203,7 +205,7 @@ class Stages:
             eval_dataset=self.data.validation,
             data_collator=self.collator,
             processing_class=self.tokenizer,
-            compute_metrics=None if self.data.task.kind == "masked_lm" else self._compute_metrics,
+            compute_metrics=None if self.data.task.is_language_model else self._compute_metrics,
             callbacks=[MarkComplete()],
         )
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(work))

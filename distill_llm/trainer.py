@@ -13,16 +13,16 @@ from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
 
-from distill_llm.capture import Recorder, Signals, item_logits, packed
+from distill_llm.capture import Recorder, item_logits, packed
 from distill_llm.errors import InputError
-from distill_llm.losses.items import UNITS, count_items, labelled, valid_tokens
-from distill_llm.losses.labels import IGNORED, label_loss
+from distill_llm.losses.items import UNITS, aligned_labels, count_items, targets, valid_tokens
+from distill_llm.losses.labels import label_loss
 from distill_llm.losses.objective import Objective, parse_objective
-from distill_llm.losses.terms import Term, Terms
+from distill_llm.losses.terms import Batch, Term, Terms
 from distill_llm.refusals import check_arguments, check_model, check_teacher
 from distill_llm.sampling import GlobalBatchSampler
 from distill_llm.teachers.compatibility import shared_classes
-from distill_llm.teachers.online import OnlineTeacher, accepted_inputs
+from distill_llm.teachers.online import OnlineTeacher, forward_inputs
 
 PROJECTIONS_NAME = "projections.safetensors"
 CODE_NAME = "modeling_pruned.py"
@@ -64,8 +64,8 @@ class DistillationTrainer(Trainer):
     The log has the terms unweighted under `loss/<term>`. `eval_loss` is the loss against the labels alone.
 
     Args:
-        model: the student, with a head for sequence or token classification, for regression with one value, or for
-            masked-LM.
+        model: the student, with a head for sequence or token classification, for regression with one value, for
+            masked LM or for causal LM.
         teacher: a model with the same outputs and tokenizer; may be None where the objective has `labels` only.
         args: with the objective; other arguments as of `transformers.Trainer`, but for `model_init` and
             `compute_loss_func`.
@@ -93,7 +93,6 @@ class DistillationTrainer(Trainer):
         check_teacher(teacher, model, objective)
         super().__init__(model=model, args=args, **kwargs)
         self.student = model
-        self.weights = {name: section.weight for name, section in objective.terms().items()}
         if not objective.needs_teacher:
             teacher = None
         precision = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
@@ -101,21 +100,18 @@ class DistillationTrainer(Trainer):
         self.terms = Terms(objective, model, teacher, args.label_smoothing_factor, classes, args.seed, precision)
         self.terms.projections.to(args.device)
         if len(self.terms.projections) and self.lr_scheduler is not None:
-            accepted = "an optimizer without a scheduler: the projections of losses.hidden join the optimizer"
+            accepted = "an optimizer without a scheduler: the projections of hidden states join the optimizer"
             raise InputError("optimizers", type(self.lr_scheduler).__name__, accepted)
-        self.recorder = Recorder(
-            model, [pair.student for pair in self.terms.hidden], [pair.student for pair in self.terms.attention]
-        )
+        self.recorder = Recorder(model, self.terms.wanted("student"))
         self.teacher: OnlineTeacher | None = None
         if teacher is not None:
             self.teacher = OnlineTeacher(
                 teacher,
                 args.device,
                 getattr(torch, args.teacher_dtype) if args.teacher_dtype else precision,
-                [pair.teacher for pair in self.terms.hidden],
-                [pair.teacher for pair in self.terms.attention],
+                self.terms.wanted("teacher"),
             )
-        self._logged_terms = torch.zeros(len(self.weights), device=args.device)
+        self._logged_terms = torch.zeros(len(objective.terms()), device=args.device)
         self._logged_steps = 0
 
     # One place where everything is reduced: sums of this batch over counts of the whole accumulated batch.
@@ -131,7 +127,7 @@ class DistillationTrainer(Trainer):
         """(3,) numbers of label items, examples and valid tokens over micro-batches and processes, at least 1 each."""
         if not batch_samples:
             return None
-        counts = torch.stack([count_items(batch, self.terms.per_token) for batch in batch_samples]).sum(0).to(device)
+        counts = torch.stack([count_items(batch, self.terms.kind) for batch in batch_samples]).sum(0).to(device)
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
         return counts.clamp(min=1)
@@ -154,34 +150,30 @@ class DistillationTrainer(Trainer):
         terms, outputs = self._training_terms(model, inputs)
         values = {name: term.total * share[UNITS.index(term.unit)] for name, term in terms.items()}
         self._logged_terms += torch.stack([value.detach() for value in values.values()])
-        loss = sum(self.weights[name] * value for name, value in values.items())
+        weights = self.objective.weights(self.state.global_step, self.state.max_steps)
+        loss = sum(weights[name] * value for name, value in values.items())
         if not {"labels", "logits"} & values.keys():
-            loss = (
-                loss + 0.0 * outputs.logits.float().sum()
-            )  # DDP waits for a gradient of every parameter behind an output
+            # DDP waits for a gradient of every parameter behind an output.
+            loss = loss + 0.0 * outputs.logits.float().sum()
         return (loss, outputs) if return_outputs else loss
 
     def _training_terms(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Term], Any]:
-        valid, labels = valid_tokens(inputs), inputs.get("labels")
-        positions = None
-        if self.terms.per_token:
-            chosen = valid if "logits" in self.weights or labels is None else labelled(inputs, per_token=True)
+        labels, positions = inputs.get("labels"), None
+        if self.terms.kind != "example":
             # The one wait for the device in a micro-batch, and only here: the data loader has moved the batch already,
             # and how many tokens the head gets must be known. Without it the head would run on padding too.
-            positions = chosen.flatten().nonzero().squeeze(-1)
-            labels = labels if labels is None else labels.flatten()[positions]
+            positions, labels = targets(inputs, self.terms.kind, unlabelled=self.terms.needs_unlabelled)
         teacher = self.teacher(inputs, positions) if self.teacher is not None else None
         with self.recorder.recording() as recording, packed(self.student, positions):
-            outputs = model(**accepted_inputs(self.student, inputs))
-        signals = Signals(recording.hidden, recording.attention, logits=item_logits(outputs.logits, positions))
-        return self.terms(signals, teacher, labels, valid), outputs
+            outputs = model(**forward_inputs(self.student, inputs))
+        student = recording.with_logits(item_logits(outputs.logits, positions))
+        progress = self.state.global_step, self.state.max_steps
+        return self.terms(Batch(student, teacher, labels, valid_tokens(inputs), *progress)), outputs
 
     def _label_total(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
-        outputs = model(**accepted_inputs(self.student, inputs))
-        labels, logits = inputs["labels"].flatten(), outputs.logits
-        if not labels.is_floating_point():
-            labels = labels.masked_fill(~labelled(inputs, self.terms.per_token).flatten(), IGNORED)
-        return label_loss(logits.flatten(0, -2), labels).sum(), outputs
+        outputs = model(**forward_inputs(self.student, inputs))
+        labels = aligned_labels(inputs, self.terms.kind).flatten()
+        return label_loss(outputs.logits.flatten(0, -2), labels).sum(), outputs
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As `Trainer.training_step`; averages the projections' gradients over processes, as DDP does the student's."""
@@ -204,7 +196,9 @@ class DistillationTrainer(Trainer):
             means = self._logged_terms / self._logged_steps
             if self.accelerator.num_processes > 1:
                 means = self.accelerator.reduce(means, reduction="mean")
-            logs.update({f"loss/{name}": value for name, value in zip(self.weights, means.tolist(), strict=True)})
+            logs.update(
+                {f"loss/{name}": value for name, value in zip(self.objective.terms(), means.tolist(), strict=True)}
+            )
         if "loss" in logs or "train_loss" in logs:
             self._logged_terms.zero_()
             self._logged_steps = 0

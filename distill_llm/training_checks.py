@@ -173,7 +173,7 @@ def _evaluation(training: Mapping[str, Any], data: TaskData) -> list[InputError]
 
 def _metrics(task: Task) -> list[str]:
     """What an evaluation during training measures."""
-    return ["loss", *(name for name in task.metrics if name != "loss")]
+    return ["loss", *(() if task.is_language_model else task.metrics)]
 
 
 def _precision(training: Mapping[str, Any]) -> list[InputError]:

@@ -1,14 +1,21 @@
 """Checkpoints: reloaded in other processes, with and without this package, and refused where a weight is not as it was saved."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_examples import HEADS_OF, plan_of, spoil, stock_student, student_of
+from checkpoint_examples import (
+    HEADS_OF,
+    WITH_PACKAGE,
+    WITHOUT_PACKAGE,
+    plan_of,
+    run_elsewhere,
+    save_all,
+    spoil,
+    stock_student,
+    student_of,
+)
 from helpers import FAMILIES, random_batch, tiny_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
@@ -18,70 +25,16 @@ from distill_llm.pruning.modeling_pruned import lineage_of
 from distill_llm.pruning.surgery import prune
 
 
-def save_all(models: dict[str, PreTrainedModel], folder: Path) -> dict[str, torch.Tensor]:
-    """Every model in its folder beside an input; their outputs."""
-    batch = random_batch(tiny_model(), labels=False)
-    torch.save(batch, folder / "batch.pt")
-    for name, model in models.items():
-        model.save_pretrained(folder / name)
-    with torch.no_grad():
-        return {name: model(**batch)[0] for name, model in models.items()}
-
-
-def run_elsewhere(code: str, folder: Path) -> dict:
-    """What a fresh process, started in `folder`, leaves in results.pt."""
-    environment = {**os.environ, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment.pop("PYTHONPATH", None)
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(folder / "results.pt")
-
-
-WITH_PACKAGE = """
-import pathlib, torch
-from distill_llm import load_pretrained
-batch, results = torch.load("batch.pt"), {}
-torch.manual_seed(123)
-for path in sorted(p for p in pathlib.Path.cwd().iterdir() if (p / "config.json").exists()):
-    model = load_pretrained(path)
-    assert not model.training
-    with torch.no_grad():
-        results[path.name] = model(**batch)[0]
-torch.save(results, "results.pt")
-"""
-
-WITHOUT_PACKAGE = """
-import sys
-sys.modules["distill_llm"] = None  # any import of it fails
-import json, pathlib, torch, transformers
-batch, results = torch.load("batch.pt"), {}
-torch.manual_seed(123)
-for path in sorted(p for p in pathlib.Path.cwd().iterdir() if (p / "config.json").exists()):
-    config = json.loads((path / "config.json").read_text())
-    name, stock = config["architectures"][0], "auto_map" not in config
-    auto, trust = getattr(transformers, "AutoModelFor" + name.partition("For")[2]), {} if stock else {"trust_remote_code": True}
-    model, info = auto.from_pretrained(path, output_loading_info=True, **trust)
-    assert type(model).__name__ == name, (type(model), name)
-    assert type(model).__module__.startswith("transformers.models.") == stock
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    with torch.no_grad():
-        results[path.name] = model(**batch)[0]
-    model.save_pretrained(path.parent / (path.name + "-again"))
-assert not any(name.startswith("distill_llm") and module for name, module in sys.modules.items())
-torch.save(results, "results.pt")
-"""
-
-
 @pytest.mark.parametrize("code", [WITH_PACKAGE, WITHOUT_PACKAGE], ids=["load_pretrained", "trust_remote_code"])
 def test_a_fresh_process_reloads_students_bit_equal(tmp_path, code):
-    models = {family: student_of(family, HEADS_OF.get(family, "sequence-classification")) for family in FAMILIES}
+    models = {family: student_of(family, head) for family, head in HEADS_OF.items()}
     models["bert-token"] = student_of("bert", "token-classification", num_labels=5)
     models["distilbert-mlm"] = student_of("distilbert", "masked-lm")
     models["bert-mlm"] = student_of("bert", "masked-lm")
     models |= {f"stock-{k}-{f}": stock_student(k, f) for k in ("layers", "neurons") for f in ("bert", "distilbert")}
     twice = student_of()
     models["twice"] = prune(twice, plan_of(twice, [(0, (1,), range(9)), (2, (0, 3), ())]))
-    expected = save_all(models, tmp_path)
+    expected = save_all(models, random_batch(tiny_model(), labels=False), tmp_path)
     found = run_elsewhere(code, tmp_path)
     assert found.keys() == expected.keys()
     for name, output in expected.items():

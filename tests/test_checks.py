@@ -6,12 +6,15 @@ from collections import namedtuple
 
 import pytest
 import torch
+from causal_examples import causal_model, word_tokenizer
 from recipe_inputs import WORDS, recipe_with, write_model, write_rows
 from recipe_inputs import faults_at_the_door as faults
 
 from distill_llm.checkpoint import load_pretrained
+from distill_llm.checks import check_data
 from distill_llm.pruning.criteria import Importance
-from distill_llm.pruning.plan import LayerPlan, PruningPlan, plan_pruning
+from distill_llm.pruning.plan import LayerPlan, PruningPlan
+from distill_llm.pruning.planning import plan_pruning
 from distill_llm.pruning.surgery import prune
 
 
@@ -96,9 +99,9 @@ def test_a_teacher_without_the_tasks_head_must_be_trained(folder):
 
 def test_a_family_that_cannot_be_pruned_says_how_to_add_it(folder):
     config = json.loads((folder / "teacher" / "config.json").read_text())
-    (folder / "teacher" / "config.json").write_text(json.dumps(config | {"model_type": "ernie"}))
+    (folder / "teacher" / "config.json").write_text(json.dumps(config | {"model_type": "megatron-bert"}))
     (line,) = faults(recipe_with(folder))
-    assert "family ernie" in line and "bert" in line and "FAMILIES" in line
+    assert "family megatron-bert" in line and "bert" in line and "FAMILIES" in line
 
 
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer.json"])
@@ -198,3 +201,80 @@ def test_paths_may_begin_with_the_home_folder(folder, monkeypatch):
     assert faults(recipe) == []
     (folder / "run").write_text("")
     assert faults(recipe)[0].startswith("output_dir: got ")
+
+
+def write_decoder(folder, family="llama", tokenizer=None, **model):
+    """A tiny causal LM with a tokenizer of words that has no padding token."""
+    shutil.rmtree(folder, ignore_errors=True)
+    causal_model(family, **model).save_pretrained(folder)
+    (tokenizer or word_tokenizer()).save_pretrained(folder)
+
+
+def causal_recipe(folder, task="text", **changes):
+    """A recipe for language modelling without pruning: the teacher learns, and teaches a student of its kind."""
+    (folder / "text.txt").write_text("\n\n".join(f"w{i} w{i + 1}" for i in range(40)))
+    chats = [{"prompt": f"w{i}", "response": f"w{i + 1}"} for i in range(40)]
+    (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    path = folder / ("text.txt" if task == "text" else "chats.jsonl")
+    data = {"task": task, "path": str(path), "max_length": 16}
+    return recipe_with(folder, **{"data": data, "pruning": None, "student__model": str(folder / "teacher"), **changes})
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("task", ["text", "prompts"])
+def test_recipes_for_decoders_without_a_padding_token_pass(folder, family, task):
+    write_decoder(folder / "teacher", family)
+    assert check_data(causal_recipe(folder, task)).task.kind == ("causal_lm" if task == "text" else "prompts")
+    assert faults(causal_recipe(folder, task)) == []
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "field", "words"),
+    [
+        ("text", {"data__packing": True}, "data.packing", "only rows of prompts"),
+        ("text", {"evaluation__metric": "exact_match"}, "evaluation.metric", "metrics are its own"),
+        ("text", {"data__max_length": 65}, "data.max_length", "at most 64"),
+        ("prompts", {"data__columns": {"prompt": "q"}}, "data.columns.prompt", "prompt"),
+        ("prompts", {"data__columns": {"messages": "response"}}, "data.columns.messages", "chats"),
+        (
+            "prompts",
+            {"evaluation__metric": "exact_match", "evaluation__max_new_tokens": 49},
+            "evaluation.max_new_tokens",
+            "at most 48",
+        ),
+    ],
+)
+def test_one_thing_wrong_for_a_decoder_gives_one_line(folder, task, changes, field, words):
+    write_decoder(folder / "teacher")
+    found = faults(causal_recipe(folder, task, **changes))
+    assert len(found) == 1 and found[0].startswith(f"{field}: got "), found
+    assert words in found[0].split("; accepted: ")[1]
+
+
+def test_the_last_token_that_fits_and_packing_are_accepted(folder):
+    write_decoder(folder / "teacher")
+    exact = {"evaluation__metric": "exact_match", "evaluation__max_new_tokens": 48}
+    assert faults(causal_recipe(folder, "prompts", data__packing=True, **exact)) == []
+
+
+def test_an_encoder_with_prompts_is_refused_in_one_line_trained_or_not(folder):
+    for head, train in (("masked-lm", None), ("base", {"num_train_epochs": 1})):
+        write_model(folder / "teacher", head=head)
+        (line,) = faults(causal_recipe(folder, "prompts", teacher__train=train))
+        assert line.startswith("data.task: got 'prompts'") and "bert" in line
+
+
+def test_a_decoder_without_its_head_a_template_or_any_special_token_is_refused(folder):
+    write_decoder(folder / "teacher")
+    config = json.loads((folder / "teacher" / "config.json").read_text())
+    (folder / "teacher" / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaModel"]}))
+    (line,) = faults(causal_recipe(folder))
+    assert line.startswith("teacher.model: got ") and "(LlamaModel)" in line and "ForCausalLM" in line
+    write_decoder(folder / "teacher", tokenizer=word_tokenizer(eos_token=None, bos_token=None))
+    (line,) = faults(causal_recipe(folder, "prompts"))
+    assert line.startswith("teacher.model: got ") and "EOS or BOS" in line
+    write_decoder(folder / "teacher")
+    chat = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+    (folder / "talk.jsonl").write_text("\n".join([json.dumps({"messages": chat})] * 40))
+    (line,) = faults(causal_recipe(folder, "prompts", data__path=str(folder / "talk.jsonl")))
+    assert line.startswith("teacher.model: got ") and "chat template" in line

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from causal_examples import causal_model
 from checkpoint_examples import spoil, student_of
 from helpers import random_batch, tiny_model
 
 from distill_llm.checkpoint import load_for_task, load_pretrained
-from distill_llm.data.tasks import GLUE
+from distill_llm.data.tasks import GLUE, causal_lm, prompts
 from distill_llm.errors import InputError
 from distill_llm.pruning.modeling_pruned import lineage_of
 
@@ -53,3 +54,27 @@ def test_a_head_is_not_put_on_a_checkpoint_without_all_weights_below_it(tmp_path
     with pytest.raises(InputError, match=words[how]) as caught:
         load_for_task(tmp_path, GLUE["sst2"])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("task", [causal_lm("text", "text"), prompts()], ids=lambda task: task.kind)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_causal_lm_keeps_its_head_and_is_loaded_in_fp32(tmp_path, family, task):
+    model = causal_model(family)
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    loaded = load_for_task(tmp_path, task)
+    assert type(loaded) is type(model) and loaded.dtype == torch.float32
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor.float()), name
+
+
+def test_a_causal_lm_without_its_head_or_of_a_family_without_one_is_refused(tmp_path):
+    causal_model().base_model.save_pretrained(tmp_path / "base")
+    with pytest.raises(InputError, match=r"all weights \(lm_head.weight is missing\)"):
+        load_for_task(tmp_path / "base", prompts())
+    tied = causal_model(tie_word_embeddings=True)
+    tied.base_model.save_pretrained(tmp_path / "tied")
+    loaded = load_for_task(tmp_path / "tied", prompts())
+    assert torch.equal(loaded.lm_head.weight, tied.model.embed_tokens.weight)
+    student_of(head="base").save_pretrained(tmp_path / "bert")
+    with pytest.raises(InputError):
+        load_for_task(tmp_path / "bert", prompts())

@@ -5,18 +5,25 @@ import copy
 import pytest
 import torch
 from helpers import tiny_model
-from trainer_examples import NO_DROPOUT, TERMS, pruned_student, rows, step_gradient, trainer_of
+from trainer_examples import (
+    NO_DROPOUT,
+    TERMS,
+    causal_model,
+    model_of,
+    pruned_student,
+    rows,
+    step_gradient,
+    student_of_rows,
+    trainer_of,
+)
 
-from distill_llm.pruning.modeling_pruned import LayerLineage, pruned_class, set_lineage
+from distill_llm.pruning.modeling_pruned import LayerLineage
 
 
 @pytest.mark.parametrize("name", TERMS)
-@pytest.mark.parametrize("head", ["sequence-classification", "masked-lm"])
+@pytest.mark.parametrize("head", ["sequence-classification", "masked-lm", "causal-lm"])
 def test_four_uneven_micro_batches_give_the_gradient_and_log_of_one_batch(tmp_path, name, head):
-    teacher, student = (
-        tiny_model(layers=4, head=head, **NO_DROPOUT),
-        tiny_model(layers=2, head=head, seed=1, **NO_DROPOUT),
-    )
+    teacher, student = model_of(head, layers=4), model_of(head, layers=2, seed=1)
     data = rows(teacher)
     whole, log = step_gradient(tmp_path, student, teacher, data, TERMS[name])
     parts, parts_log = step_gradient(
@@ -30,8 +37,9 @@ def test_four_uneven_micro_batches_give_the_gradient_and_log_of_one_batch(tmp_pa
             assert parts_log[key] == pytest.approx(log[key], rel=1e-5), key
 
 
-def test_the_labels_term_has_the_gradient_of_the_models_own_loss(tmp_path):
-    student = tiny_model(**NO_DROPOUT)
+@pytest.mark.parametrize("head", ["sequence-classification", "masked-lm", "causal-lm"])
+def test_the_labels_term_has_the_gradient_of_the_models_own_loss(tmp_path, head):
+    student = model_of(head, layers=3)
     data = rows(student)
     found, log = step_gradient(tmp_path, student, None, data, {"labels": {}})
     batch = {name: torch.stack([row[name] for row in data]) for name in data[0]}
@@ -40,6 +48,46 @@ def test_the_labels_term_has_the_gradient_of_the_models_own_loss(tmp_path):
     assert log["loss"] == log["loss/labels"] == pytest.approx(loss.item(), rel=1e-5)
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, student.get_parameter(name).grad, rtol=1e-4, atol=1e-6)
+    trainer = trainer_of(tmp_path, student, None, data, {"labels": {}})
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_a_causal_lm_learns_the_teachers_next_token_where_it_is_labelled_or_else_in_all_of_the_text(
+    tmp_path, labelled, padding
+):
+    teacher, student = causal_model("gemma2"), causal_model("gemma2", layers=2, seed=1)
+    data = rows(teacher)
+    if padding == "left":
+        data = [{name: row[name].roll(10 - int(row["attention_mask"].sum())) for name in row} for row in data]
+    if not labelled:
+        data = [{name: row[name] for name in ("input_ids", "attention_mask")} for row in data]
+    _, log = step_gradient(tmp_path, student, teacher, data, {"logits": {"temperature": 2.0}})
+    total, count = 0.0, 0
+    for row in data:
+        batch = {name: row[name][None] for name in ("input_ids", "attention_mask")}
+        p, q = ((model(**batch).logits[0].double() / 2).softmax(-1) for model in (teacher, student))
+        for t in range(9):
+            if (
+                row["attention_mask"][t]
+                and row["attention_mask"][t + 1]
+                and (not labelled or row["labels"][t + 1] >= 0)
+            ):
+                total, count = total + 4 * (p[t] * (p[t] / q[t]).log()).sum().item(), count + 1
+    assert 20 < count < 72
+    assert log["loss/logits"] == pytest.approx(total / count, rel=1e-4)
+
+
+def test_neither_student_nor_teacher_keeps_a_cache_in_training(tmp_path):
+    teacher, student = causal_model(), causal_model(layers=2, seed=1)
+    trainer = trainer_of(tmp_path, student, teacher, rows(teacher), {"labels": {}, "logits": {}})
+    caches = []
+    for model in (teacher, student):
+        model.config.use_cache = True
+        model.model.register_forward_hook(lambda *args: caches.append(args[-1].past_key_values))
+    trainer.train()
+    assert caches == [None, None]
 
 
 @pytest.mark.parametrize("unlabelled", [2, 4])
@@ -88,9 +136,7 @@ def test_masked_lm_logits_are_made_at_valid_tokens_only_and_give_the_loss_of_who
 
 def test_lineage_gives_zero_hidden_and_attention_loss_for_an_unchanged_copy(tmp_path):
     teacher = tiny_model(layers=3, **NO_DROPOUT)
-    config = copy.deepcopy(teacher.config)
-    set_lineage(config, [LayerLineage(i, (0, 1, 2, 3), tuple(range(64))) for i in range(3)])
-    student = pruned_class(type(teacher))(config)
+    student = student_of_rows(teacher, [LayerLineage(i, (0, 1, 2, 3), tuple(range(64))) for i in range(3)])
     student.load_state_dict(teacher.state_dict())
     losses = {"logits": {}, "hidden": {}, "attention": {}}
     _, log = step_gradient(tmp_path, student, teacher, rows(teacher), losses)
@@ -130,6 +176,7 @@ def test_gradient_checkpointing_gives_the_same_gradient(tmp_path, losses):
 def test_each_log_has_the_mean_of_every_term_since_the_last_log(tmp_path):
     teacher, student = tiny_model(layers=4, **NO_DROPOUT), tiny_model(layers=2, seed=1, **NO_DROPOUT)
     data = rows(teacher)
+    losses = {**TERMS["all"], "labels": {"weight": 0.3}, "logits": {"weight": 0.7}}
     logs = {}
     for every in (1, 2):
         trainer = trainer_of(
@@ -137,7 +184,7 @@ def test_each_log_has_the_mean_of_every_term_since_the_last_log(tmp_path):
             copy.deepcopy(student),
             teacher,
             data,
-            TERMS["all"],
+            losses,
             per_device_train_batch_size=2,
             max_steps=4,
             logging_steps=every,
@@ -145,9 +192,9 @@ def test_each_log_has_the_mean_of_every_term_since_the_last_log(tmp_path):
         trainer.train()
         logs[every] = [log for log in trainer.state.log_history if "loss" in log]
     for i, log in enumerate(logs[2]):
-        for key in ("loss", "loss/labels", "loss/logits", "loss/hidden", "loss/attention"):
+        for key in ("loss", *(f"loss/{term}" for term in losses)):
             assert log[key] == pytest.approx((logs[1][2 * i][key] + logs[1][2 * i + 1][key]) / 2, rel=1e-5)
-        total = 0.3 * log["loss/labels"] + 0.7 * log["loss/logits"] + log["loss/hidden"] + log["loss/attention"]
+        total = sum(settings.get("weight", 1.0) * log[f"loss/{term}"] for term, settings in losses.items())
         assert log["loss"] == pytest.approx(total, rel=1e-5)
 
 

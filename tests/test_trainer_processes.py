@@ -10,21 +10,21 @@ import pytest
 import torch
 
 PROCESS_CASES = [
-    ("sequence-classification", 32, ["labels", "logits", "attention", "all"]),
+    ("sequence-classification", 32, ["labels", "logits", "all"]),
     ("masked-lm", 24, ["labels", "hidden", "all", "labels on one rank"]),
+    ("causal-lm", 16, ["labels", "all", "labels on one rank"]),
 ]
 SCRIPT = """
 import os, sys
 sys.path[:0] = {path!r}
 import torch
-from helpers import tiny_model
-from trainer_examples import NO_DROPOUT, TERMS, rows, trainer_of
+from trainer_examples import TERMS, model_of, rows, trainer_of
 processes = int(os.environ.get("WORLD_SIZE", 1))
 found = {{}}
 for head, width, names in {cases!r}:
-    teacher = tiny_model(layers=4, head=head, **NO_DROPOUT)
+    teacher = model_of(head, layers=4)
     for name in names:
-        student = tiny_model(layers=2, hidden=width, head=head, seed=1, **NO_DROPOUT)
+        student = model_of(head, layers=2, seed=1, hidden=width)
         data = rows(teacher, count=32 if "one rank" in name else 20)
         trainer = trainer_of(
             {folder!r}, student, teacher, data, TERMS[name.split()[0]],

@@ -64,9 +64,8 @@ def test_a_head_whose_outputs_the_trainer_does_not_know_is_refused_in_one_line(t
     assert "\n" not in str(error.value)
 
 
-def test_a_causal_model_whose_labels_are_shifted_is_refused_and_so_is_what_is_no_model(tmp_path):
-    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=100)
-    for model in (transformers.GPT2LMHeadModel(config), torch.nn.Linear(2, 2), None):
+def test_what_is_no_model_is_refused(tmp_path):
+    for model in (torch.nn.Linear(2, 2), None):
         with pytest.raises(InputError, match=f"model: got '{type(model).__name__}'"):
             trainer_of(tmp_path, model, None, [], {"labels": {}})
 

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
-from trainer_examples import TERMS, rows, trainer_of
+from trainer_examples import TERMS, model_of, rows, trainer_of
 
 import distill_llm
 
@@ -41,7 +40,7 @@ class Waits(TorchDispatchMode):
 
 
 def waits_of(steps, folder, monkeypatch, head, losses):
-    teacher, student = tiny_model(layers=4, head=head), tiny_model(layers=2, head=head, hidden=24, seed=1)
+    teacher, student = model_of(head, layers=4), model_of(head, layers=2, hidden=24, seed=1)
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": steps}
     trainer = trainer_of(
         folder, student, teacher, rows(teacher, count=24), losses, max_steps=steps, optim="sgd", **settings
@@ -60,7 +59,7 @@ def waits_of(steps, folder, monkeypatch, head, losses):
     return mode.found
 
 
-@pytest.mark.parametrize("head", ["sequence-classification", "masked-lm"])
+@pytest.mark.parametrize("head", ["sequence-classification", "masked-lm", "causal-lm"])
 def test_longer_training_waits_no_more_often_but_for_the_tokens_of_a_head_per_token(tmp_path, monkeypatch, head):
     losses = TERMS["all"]
     few, many = (waits_of(steps, tmp_path, monkeypatch, head, losses) for steps in (2, 6))

@@ -1,36 +1,52 @@
 """Objectives, students, rows and trainers for the tests of the trainer."""
 
 import copy
+from typing import Any
 
 import torch
-from helpers import random_batch
-from transformers import PreTrainedModel
+from helpers import random_batch, tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from distill_llm.pruning.modeling_pruned import LayerLineage, pruned_class, set_lineage
+from distill_llm.losses.items import kind_of
+from distill_llm.pruning.modeling_pruned import LayerLineage, pack_indices, pruned_class
 from distill_llm.trainer import DistillationConfig, DistillationTrainer
 
 TERMS = {
     "labels": {"labels": {}},
     "logits": {"logits": {"temperature": 2.0}},
+    "dkd": {"logits": {"divergence": "dkd", "temperature": 2.0, "beta": 0.5}},
     "hidden": {"hidden": {"layers": "uniform"}},
     "cosine": {"hidden": {"layers": "uniform", "distance": "cosine"}},
     "attention": {"attention": {"layers": "uniform"}},
     "attention_mse": {"attention": {"layers": "last", "distance": "mse"}},
     "all": {
-        "labels": {"weight": 0.3},
-        "logits": {"weight": 0.7, "divergence": "jsd"},
+        "labels": {"weight": {"start": 0.3, "end": 0.1, "share": 0.5}},
+        "logits": {"weight": 0.7, "divergence": "jsd", "temperature": {"start": 2, "end": 1, "schedule": "cosine"}},
+        "embeddings": {"distance": "normalized_mse"},
         "hidden": {"layers": "uniform"},
         "attention": {"layers": "uniform"},
+        "relations": {"layers": "last", "heads": 4},
     },
 }
 OPTIONS = ("processing_class", "optimizers", "model_init", "compute_loss_func")  # of the trainer, not of its arguments
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
-def pruned_student(teacher: PreTrainedModel) -> PreTrainedModel:
-    """Layers 1 and 3 of a four-layer teacher, with some of its heads and neurons."""
+def student_of_rows(
+    teacher: PreTrainedModel, rows: list[LayerLineage], hidden: tuple[int, ...] | None = None
+) -> PreTrainedModel:
+    """A pruned student with random weights that keeps these rows, and channels, of a teacher."""
     config = copy.deepcopy(teacher.config)
-    set_lineage(config, [LayerLineage(1, (0, 2), tuple(range(40))), LayerLineage(3, (1, 2, 3), tuple(range(9, 64)))])
+    packed = [
+        {name: pack_indices(kept) for name, kept in row._asdict().items() if isinstance(kept, tuple)} for row in rows
+    ]
+    config.pruning = {
+        "layers": [{"source": row.source, **own} for row, own in zip(rows, packed, strict=True)],
+        "stock": {"num_hidden_layers": config.num_hidden_layers},
+    }
+    if hidden is not None:
+        config.pruning["hidden"] = pack_indices(hidden)
+    config.num_hidden_layers = len(rows)
     student = pruned_class(type(teacher))(config)
     with torch.no_grad():
         for parameter in student.parameters():
@@ -38,8 +54,52 @@ def pruned_student(teacher: PreTrainedModel) -> PreTrainedModel:
     return student.eval()
 
 
+def pruned_student(teacher: PreTrainedModel) -> PreTrainedModel:
+    """Layers 1 and 3 of a four-layer teacher, with some of its heads and neurons."""
+    rows = [LayerLineage(1, (0, 2), tuple(range(40))), LayerLineage(3, (1, 2, 3), tuple(range(9, 64)))]
+    return student_of_rows(teacher, rows)
+
+
+def causal_model(family: str = "llama", layers: int = 3, seed: int = 0, **config: Any) -> PreTrainedModel:
+    """A random causal LM with 4 query heads, 2 key-value heads where the family has them, and 100 tokens; eval mode."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {
+        "intermediate_size": 64,
+        "ffn_dim": 64,
+        "word_embed_proj_dim": 32,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+    }
+    tokens = {"vocab_size": 100, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(seed)
+    settings = {**sizes, **tokens, "attention_dropout": 0.0, **config}
+    if family == "gpt2":
+        settings |= {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+    if family not in ("gemma2", "llama", "mistral", "qwen3", "granite"):
+        settings.pop("head_dim")
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.2)
+    return model.eval()
+
+
+def model_of(head: str, layers: int, seed: int = 0, **config: Any) -> PreTrainedModel:
+    """A tiny model without dropout: a BERT with this head, or a Llama for `causal-lm`."""
+    if head == "causal-lm":
+        return causal_model(
+            layers=layers, seed=seed, **({"hidden_size": config["hidden"]} if "hidden" in config else {})
+        )
+    return tiny_model(layers=layers, head=head, seed=seed, **NO_DROPOUT, **config)
+
+
 def rows(model: PreTrainedModel, count: int = 8, length: int = 10, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    """Rows of random tokens and labels; those of a causal LM are its tokens, but for a prompt of uneven length."""
     batch = random_batch(model, batch=count, length=length, seed=seed)
+    if kind_of(model) == "next_token":
+        prompt = torch.arange(length) < torch.arange(count)[:, None] % 4
+        batch["labels"] = batch["input_ids"].masked_fill(prompt | (batch["attention_mask"] == 0), -100)
     return [{name: tensor[i] for name, tensor in batch.items()} for i in range(count)]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset
 
 from distill_llm.data.sources import Splits, read_splits
-from distill_llm.data.tasks import Task, classification, masked_lm, regression
+from distill_llm.data.tasks import Task, causal_lm, classification, masked_lm, regression
 from distill_llm.errors import InputError, one_of
 
 TEST_SHARE = 0.1
@@ -35,10 +35,10 @@ def load_labelled(kind: str, path: str, columns: Mapping[str, str] | None) -> tu
         InputError: a column is missing or is not text, or a label is missing, no number, or unknown to the training
             rows.
     """
-    names = _column_names(columns, ("text", "label"))
+    names = column_names(columns, ("text", "label"))
     splits = read_splits(path)
     for split, rows in splits.items():
-        _check_columns(rows, names, split)
+        check_texts(rows, names, split)
     if "test" in splits and all(label in (-1, None, "") for label in splits["test"][names["label"]]):
         del splits["test"]
     splits = with_test(splits)
@@ -54,23 +54,23 @@ def load_labelled(kind: str, path: str, columns: Mapping[str, str] | None) -> tu
     return task, {split: _labelled(rows, names, to_labels, split) for split, rows in splits.items()}
 
 
-def load_text(path: str, columns: Mapping[str, str] | None) -> tuple[Task, Splits]:
-    """A masked-LM task from documents: `.txt` files, or any data with a column of text (`text` unless `columns` says
-    otherwise).
+def load_text(path: str, columns: Mapping[str, str] | None, causal: bool = False) -> tuple[Task, Splits]:
+    """A language-modelling task from documents: `.txt` files, or any data with a column of text (`text` unless `columns`
+    says otherwise).
 
-    Splits are made as by `load_labelled`.
+    It is masked LM, or causal LM with `causal`. Splits are made as by `load_labelled`.
 
     Raises:
         InputError: nothing readable at `path`, or no such column of text.
     """
-    names = _column_names(columns, ("text",))
+    names = column_names(columns, ("text",))
     if extra := set(names) - {"text"}:
         raise InputError("data.columns", extra.pop(), "'text' (plain text has no other column)")
     splits = read_splits(path)
     for split, rows in splits.items():
-        _check_columns(rows, names, split)
+        check_texts(rows, names, split)
     kept = {split: rows.select_columns([names["text"]]) for split, rows in with_test(splits).items()}
-    return masked_lm("text", names["text"]), kept
+    return (causal_lm if causal else masked_lm)("text", names["text"]), kept
 
 
 def with_test(splits: Splits) -> Splits:
@@ -93,15 +93,28 @@ def with_test(splits: Splits) -> Splits:
     return {"train": divided["train"], "test": divided["test"]}
 
 
-def _column_names(columns: Mapping[str, str] | None, needed: tuple[str, ...]) -> dict[str, str]:
+def column_names(
+    columns: Mapping[str, str] | None, needed: tuple[str, ...], known: tuple[str, ...] = COLUMNS
+) -> dict[str, str]:
+    """What the data call each column: by default as we do.
+
+    Args:
+        columns: our name -> the data's.
+        needed: our names of columns that there must be.
+        known: all our names that may be given.
+
+    Raises:
+        InputError: a name that is not known.
+    """
     given = {name: column for name, column in (columns or {}).items() if column is not None}
     for name in given:
-        if name not in COLUMNS:
-            raise InputError("data.columns", name, one_of(COLUMNS, name))
+        if name not in known:
+            raise InputError("data.columns", name, one_of(known, name))
     return {name: name for name in needed} | given
 
 
-def _check_columns(rows: Dataset, names: Mapping[str, str], split: str) -> None:
+def check_texts(rows: Dataset, names: Mapping[str, str], split: str) -> None:
+    """Raise InputError where a column is missing, or, but for `label`, has no text in some row."""
     for name, column in names.items():
         if column not in rows.column_names:
             raise InputError(

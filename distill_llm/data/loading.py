@@ -3,45 +3,59 @@
 from collections.abc import Mapping
 
 from datasets import Dataset
+from transformers import PreTrainedConfig
 
+from distill_llm.data.decoders import PACKED_FAMILIES, is_decoder
 from distill_llm.data.embedded import TASK as EMBEDDED
 from distill_llm.data.embedded import load_embedded
 from distill_llm.data.glue import load_glue
 from distill_llm.data.labelled import load_labelled, load_text
+from distill_llm.data.prompts import load_prompts
 from distill_llm.data.sources import Splits, resolve_path
-from distill_llm.data.tasks import GLUE, Task, TaskData
+from distill_llm.data.tasks import GLUE, Task, TaskData, prompts
 from distill_llm.errors import InputError, one_of
 
-NAMED_COLUMNS = ("classification", "regression", "text")
+NAMED_COLUMNS = ("classification", "regression", "text", "prompts")
 TASKS = (*GLUE, "embedded", *NAMED_COLUMNS)
+PROMPT_METRICS = ("perplexity", "exact_match")
 
 
 def load_task(
     task: str,
     path: str | None = None,
     *,
+    config: PreTrainedConfig | None = None,
     columns: Mapping[str, str] | None = None,
     train_examples: int | None = None,
     holdout_examples: int = 0,
     seed: int = 0,
+    metric: str | None = None,
+    max_new_tokens: int = 64,
+    packing: bool = False,
 ) -> TaskData:
     """The rows of a task, in the splits that training, choosing and reporting use.
 
     Args:
         task: a GLUE name; `embedded` (tweets of the quickstart extra); `classification` or `regression` (any labelled
-            data); `text` (masked language modelling).
+            data); `text` (language modelling: causal for a decoder, else masked); `prompts` (responses to prompts, for a
+            decoder).
         path: a folder in the official GLUE TSV layout, a file (csv, tsv, json, jsonl, parquet, txt), a folder of such
             files (`train.*`, `validation.*`, `test.*`), a Hub id (a configuration after a colon), or
             `package://PKG/PATH`. None for `embedded`, and for GLUE to take the Hub's copy.
-        columns: for labelled data and text, the data's names of `text`, `text_pair` and `label`.
+        config: of the model that the rows are for; None is an encoder's.
+        columns: the data's names of `text`, `text_pair` and `label`; for prompts, of `prompt` and `response`, or of
+            `messages`.
         train_examples: how many training rows to keep, drawn with `seed`; None for all.
         holdout_examples: how many training rows become `validation`, drawn with `seed` and removed from `train`. Where
             the data bring their own validation split, how many of its rows to use (0 for all).
         seed: of the draws. The rows that `validation` gets do not depend on `train_examples`.
+        metric: for prompts, one of PROMPT_METRICS; None is perplexity.
+        max_new_tokens: for prompts with a metric of generated text.
+        packing: for prompts, whether short training sequences share rows.
 
     Raises:
-        InputError: an unknown task, missing data, file or column, a label that does not fit, or more rows asked for
-            than there are.
+        InputError: an unknown task, missing data, file or column, a label that does not fit, more rows asked for than
+            there are, or a model or setting that the task does not go with.
     """
     if task not in TASKS:
         raise InputError("data.task", task, one_of(TASKS, task))
@@ -49,9 +63,14 @@ def load_task(
         raise InputError(
             "data.columns", dict(columns), f"nothing for {task} (only {', '.join(NAMED_COLUMNS)} take columns)"
         )
+    _check_prompts(task, config, metric, packing)
     if path is not None:
         path = resolve_path(path, "data.path")
-    spec, splits = _load(task, path, columns)
+    if task == "prompts":
+        names, splits = load_prompts(_needed(task, path), columns)
+        spec = prompts(names, metric or "perplexity", max_new_tokens, packing)
+    else:
+        spec, splits = _load(task, path, columns, config is not None and is_decoder(config))
     train, validation = _hold_out(splits, holdout_examples, seed)
     if train_examples is not None:
         if not 1 <= train_examples <= len(train):
@@ -60,16 +79,40 @@ def load_task(
     return TaskData(spec, train, validation, splits["test"])
 
 
-def _load(task: str, path: str | None, columns: Mapping[str, str] | None) -> tuple[Task, Splits]:
+def _check_prompts(task: str, config: PreTrainedConfig | None, metric: str | None, packing: bool) -> None:
+    if task != "prompts":
+        if metric is not None:
+            raise InputError("evaluation.metric", metric, f"nothing for {task}, whose metrics are its own")
+        if packing:
+            raise InputError("data.packing", packing, f"false for {task}: only rows of prompts are packed")
+        return
+    if metric is not None and metric not in PROMPT_METRICS:
+        raise InputError("evaluation.metric", metric, one_of(PROMPT_METRICS, metric))
+    if config is None:
+        return
+    if not is_decoder(config):
+        accepted = f"a task for encoders, such as text or classification: a {config.model_type} answers no prompts"
+        raise InputError("data.task", task, accepted)
+    if packing and config.model_type not in PACKED_FAMILIES:
+        accepted = f"false for {config.model_type} (these keep packed rows apart: {', '.join(PACKED_FAMILIES)})"
+        raise InputError("data.packing", packing, accepted)
+
+
+def _load(task: str, path: str | None, columns: Mapping[str, str] | None, causal: bool) -> tuple[Task, Splits]:
     if task in GLUE:
         return GLUE[task], load_glue(task, path)
     if task == "embedded":
         if path is not None:
             raise InputError("data.path", path, "no path for 'embedded' (its data are in the quickstart extra)")
         return EMBEDDED, load_embedded()
+    path = _needed(task, path)
+    return load_text(path, columns, causal) if task == "text" else load_labelled(task, path, columns)
+
+
+def _needed(task: str, path: str | None) -> str:
     if path is None:
         raise InputError("data.path", None, f"a file, a folder or a Hub id, which {task!r} needs")
-    return load_text(path, columns) if task == "text" else load_labelled(task, path, columns)
+    return path
 
 
 def _hold_out(splits: Splits, examples: int, seed: int) -> tuple[Dataset, Dataset | None]:

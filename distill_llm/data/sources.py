@@ -3,7 +3,7 @@
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,11 @@ def read_documents(files: list[str], stamps: list[tuple[int, int]]) -> Iterator[
                     yield from _document(kept)
                     kept = []
         yield from _document(kept)
+
+
+def split_documents(texts: Iterable[str]) -> list[str]:
+    """The documents in texts, which `<|endoftext|>` parts; empty ones are left out."""
+    return [part for text in texts for part in text.split(DOCUMENT_MARK) if part.strip()]
 
 
 def _document(lines: list[str]) -> Iterator[dict[str, str]]:

@@ -11,12 +11,15 @@ class Task:
 
     Attributes:
         name: what a recipe calls it (`sst2`, `embedded`, `text`, ...).
-        kind: `classification`, `regression` or `masked_lm`.
+        kind: `classification`, `regression`, `masked_lm`, `causal_lm`, or `prompts` (causal LM of responses alone).
         text_columns: the one or two columns that are tokenized, in order.
         label_names: the class names, in the order of the class ids; None where there are no classes.
-        metrics: names of the metric modules in `distill_llm.evaluation.metrics` (empty for `masked_lm`).
+        metrics: names of the metric modules in `distill_llm.evaluation.metrics`; of language models, those that judge
+            generated text.
         main_metric: the metric that a score, a retention or a choice refers to.
         higher_is_better: whether a larger main metric is better.
+        max_new_tokens: most tokens to generate for a response, where `metrics` judge them.
+        packing: whether short training sequences share rows.
     """
 
     name: str
@@ -26,6 +29,13 @@ class Task:
     metrics: tuple[str, ...]
     main_metric: str
     higher_is_better: bool = True
+    max_new_tokens: int = 64
+    packing: bool = False
+
+    @property
+    def is_language_model(self) -> bool:
+        """Whether outputs are tokens: labels stand at tokens, and a Trainer's evaluation knows the loss alone."""
+        return self.kind in ("masked_lm", "causal_lm", "prompts")
 
     @property
     def num_labels(self) -> int:
@@ -37,8 +47,7 @@ class Task:
 class TaskData:
     """A task with its rows, raw or encoded.
 
-    Raw rows have the task's text columns and `labels` (an integer class id or a float; absent for masked language
-    modelling).
+    Raw rows have the task's text columns and `labels` (an integer class id or a float; absent for language modelling).
 
     Attributes:
         task: what the rows mean.
@@ -72,6 +81,27 @@ def regression(name: str, text_columns: tuple[str, ...]) -> Task:
 def masked_lm(name: str, text_column: str) -> Task:
     """Masked language modelling on one column of text, scored by the loss in nats per masked token."""
     return Task(name, "masked_lm", (text_column,), None, (), "loss", higher_is_better=False)
+
+
+def causal_lm(name: str, text_column: str) -> Task:
+    """Causal language modelling on one column of text, scored by perplexity."""
+    return Task(name, "causal_lm", (text_column,), None, (), "perplexity", higher_is_better=False)
+
+
+def prompts(
+    columns: tuple[str, ...] = ("prompt", "response"),
+    metric: str = "perplexity",
+    max_new_tokens: int = 64,
+    packing: bool = False,
+) -> Task:
+    """Responses to prompts, scored by their perplexity or by a metric of generated ones.
+
+    Args:
+        columns: `("prompt", "response")` or `("messages",)`.
+        metric: `perplexity`, or a metric of texts such as `exact_match`.
+    """
+    judged = () if metric == "perplexity" else (metric,)
+    return Task("prompts", "prompts", columns, None, judged, metric, bool(judged), max_new_tokens, packing)
 
 
 _PAIR = ("sentence1", "sentence2")

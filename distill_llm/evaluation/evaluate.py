@@ -14,9 +14,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from distill_llm.capture import item_logits, packed
-from distill_llm.data.encoding import LENGTH, Collator
+from distill_llm.data.causal import CausalCollator
+from distill_llm.data.padding import LENGTH, Collator
 from distill_llm.data.tasks import Task
+from distill_llm.evaluation.generation import respond
 from distill_llm.evaluation.metrics import compute_metrics
+from distill_llm.evaluation.perplexity import causal_loss
 
 
 def evaluate_model(
@@ -30,8 +33,9 @@ def evaluate_model(
 ) -> dict[str, float]:
     """The task's metrics of a model on encoded rows, and the main one again as `score`.
 
-    Rows of like length share a batch, so little time goes into padding. For masked LM the metrics are `loss` (nats per
-    masked token, over the masks that the collator fixes) and `perplexity` (its exponential).
+    Rows of like length share a batch, so little time goes into padding. Language models have `loss`, in nats per
+    predicted token (masked LM: over the masks that the collator fixes; prompts: over the responses), and `perplexity`,
+    its exponential. Prompts also have the task's metrics of responses that the model generates greedily.
 
     Args:
         model: a model with the task's head, on any device; its training mode is restored.
@@ -47,8 +51,14 @@ def evaluate_model(
     """
     if not len(dataset):
         raise ValueError("dataset: got no rows; accepted: at least one")
-    if task.kind == "masked_lm":
-        return _masked_loss(model, dataset, collator, batch_size, progress)
+    if task.is_language_model:
+        with _evaluating(model):
+            result = _losses(model, dataset, task, collator, batch_size, progress)
+            if task.metrics:
+                assert isinstance(collator, CausalCollator)
+                texts = respond(model, dataset, collator, task.max_new_tokens, batch_size=batch_size, progress=progress)
+                result |= compute_metrics(task, *texts)
+        return {**result, "score": result[task.main_metric]}
     logits, labels = predict(model, dataset, collator, batch_size=batch_size, progress=progress)
     if not torch.isfinite(logits).all():
         raise FloatingPointError(f"{type(model).__name__} gave outputs that are not finite on {task.name}")
@@ -64,27 +74,35 @@ def predict(
     logits, labels = [], []
     for batch in _batches(model, dataset, order, collator, batch_size, progress):
         labels.append(batch.pop("labels").cpu())
-        logits.append(_logits(model, batch).float().cpu())
+        with torch.inference_mode():
+            logits.append(model(**batch).logits.float().cpu())
     back = torch.from_numpy(np.argsort(order))
     return torch.cat(logits)[back], torch.cat(labels)[back]
 
 
-def _masked_loss(
-    model: PreTrainedModel, dataset: Dataset, collator: Collator, batch_size: int, progress: bool
+def _losses(
+    model: PreTrainedModel, dataset: Dataset, task: Task, collator: Collator, batch_size: int, progress: bool
 ) -> dict[str, float]:
+    batch_loss = _masked_loss if task.kind == "masked_lm" else causal_loss
     total, tokens = 0.0, 0
     for batch in _batches(model, dataset, _by_length(dataset), collator, batch_size, progress):
-        labels = batch.pop("labels")
-        predicted = labels != -100
-        positions = predicted.flatten().nonzero().squeeze(-1)
-        with packed(model, positions):  # the vocabulary's logits of what is predicted, not of every token
-            logits = item_logits(_logits(model, batch), positions).float()
-        total += float(cross_entropy(logits, labels[predicted], reduction="sum"))
-        tokens += int(predicted.sum())
+        with torch.inference_mode():
+            loss_sum, count = batch_loss(model, batch)
+        total, tokens = total + float(loss_sum), tokens + int(count)
     loss = total / max(tokens, 1)
     if not math.isfinite(loss):
         raise FloatingPointError(f"{type(model).__name__} gave a loss that is not finite")
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "score": loss}
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+
+
+def _masked_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Sum of the losses of a batch's hidden tokens, and their number."""
+    labels = batch.pop("labels")
+    predicted = labels != -100
+    positions = predicted.flatten().nonzero().squeeze(-1)
+    with packed(model, positions):  # the vocabulary's logits of what is predicted, not of every token
+        logits = item_logits(model(**batch).logits, positions).float()
+    return cross_entropy(logits, labels[predicted], reduction="sum"), predicted.sum()
 
 
 def _by_length(dataset: Dataset) -> np.ndarray:
@@ -102,11 +120,6 @@ def _batches(
             columns = rows[order[begin : begin + batch_size].tolist()]
             features = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
             yield {name: values.to(model.device) for name, values in collator(features).items()}
-
-
-def _logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    with torch.inference_mode():
-        return model(**batch).logits
 
 
 @contextmanager

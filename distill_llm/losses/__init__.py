@@ -13,12 +13,16 @@ if TYPE_CHECKING:
     from distill_llm.losses.logits import logits_divergence
     from distill_llm.losses.objective import (
         AttentionLoss,
+        EmbeddingsLoss,
         HiddenLoss,
         LabelsLoss,
         LogitsLoss,
         Objective,
+        RelationsLoss,
         parse_objective,
     )
+    from distill_llm.losses.relations import relation_distance
+    from distill_llm.losses.schedules import Schedule
 
 _HOMES = {
     "AttentionInputs": "attention",
@@ -27,25 +31,33 @@ _HOMES = {
     "label_loss": "labels",
     "logits_divergence": "logits",
     "AttentionLoss": "objective",
+    "EmbeddingsLoss": "objective",
     "HiddenLoss": "objective",
     "LabelsLoss": "objective",
     "LogitsLoss": "objective",
     "Objective": "objective",
+    "RelationsLoss": "objective",
     "parse_objective": "objective",
+    "relation_distance": "relations",
+    "Schedule": "schedules",
 }
 
 __all__ = [
     "AttentionInputs",
     "AttentionLoss",
+    "EmbeddingsLoss",
     "HiddenLoss",
     "LabelsLoss",
     "LogitsLoss",
     "Objective",
+    "RelationsLoss",
+    "Schedule",
     "attention_distance",
     "hidden_distance",
     "label_loss",
     "logits_divergence",
     "parse_objective",
+    "relation_distance",
 ]
 
 

@@ -1,4 +1,8 @@
-"""Distances between hidden states."""
+"""Distances between hidden states.
+
+A distance takes (B, T, H) states of student and teacher and returns (B, T) in fp32. Each is a function here and a name in
+`distill_llm.losses.objective.DISTANCES`.
+"""
 
 from typing import Any
 
@@ -13,16 +17,33 @@ def hidden_distance(student: torch.Tensor, teacher: torch.Tensor, distance: str 
     Args:
         student: (B, T, H) hidden states.
         teacher: (B, T, H) hidden states, no gradient.
-        distance: `mse`, the mean over H of the squared difference (TinyBERT, Jiao et al., 2020), or `cosine`, one minus
-            the cosine of the angle (DistilBERT, Sanh et al., 2019).
+        distance: the name of a function of this module.
 
     Returns:
         (B, T) in fp32.
     """
-    if distance == "cosine":
-        return 1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)
+    distances: torch.Tensor = globals()[distance](student, teacher)
+    return distances
+
+
+def mse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Mean over H of the squared difference (TinyBERT, Jiao et al., 2020, section 3.1)."""
     distances: torch.Tensor = _MeanSquare.apply(student, teacher)
     return distances
+
+
+def cosine(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """One minus the cosine of the angle (DistilBERT, Sanh et al., 2019, section 2)."""
+    return 1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)
+
+
+def normalized_mse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Squared difference over the teacher's squared length: 1 is no better than zeros.
+
+    Unlike `mse` it weighs layers and tokens of any scale alike; unlike `cosine`, and the distance of both states at unit
+    length (PKD, Sun et al., 2019, section 3.2), it asks for the teacher's length too.
+    """
+    return mse(student, teacher) / teacher.float().square().mean(-1).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 class _MeanSquare(torch.autograd.Function):

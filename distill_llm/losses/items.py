@@ -1,14 +1,24 @@
-"""What a batch has of the items that losses are averaged over: labels, examples and valid tokens."""
+"""What losses are averaged over: which outputs of a model count, and which label belongs to each."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+from transformers import PreTrainedModel
 
 from distill_llm.losses.labels import IGNORED
 
+Kind = Literal["example", "token", "next_token"]
 Unit = Literal["labels", "examples", "tokens"]
 UNITS: tuple[Unit, ...] = ("labels", "examples", "tokens")
+
+
+def kind_of(model: PreTrainedModel) -> Kind:
+    """What an output of the model's head is about: the `example`, its own `token`, or the `next_token` (causal LM)."""
+    name = type(model).__name__
+    if name.endswith(("ForCausalLM", "GPT2LMHeadModel")):
+        return "next_token"
+    return "token" if name.endswith(("ForMaskedLM", "ForTokenClassification")) else "example"
 
 
 def valid_tokens(batch: Mapping[str, Any]) -> torch.Tensor:
@@ -17,21 +27,64 @@ def valid_tokens(batch: Mapping[str, Any]) -> torch.Tensor:
     return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
 
 
-def labelled(batch: Mapping[str, Any], per_token: bool) -> torch.Tensor:
-    """Which items have a label that counts: (B, T) of bool with an output per token, else (B,).
+def aligned_labels(batch: Mapping[str, Any], kind: Kind) -> torch.Tensor:
+    """The label of each output: (B, T) with an output per token, else (B,).
 
-    An integer of -100 is no label, nor is anything at a padding token; a float is always a label.
+    The output of a causal LM at position t has the label at t + 1. What has no label is -100: an integer of -100, labels
+    of padding, the outputs of padding, and of a causal LM the last position. Floats, the values of a regression, are
+    labels always.
     """
     labels = batch["labels"]
-    if per_token:
-        return (labels != IGNORED) & valid_tokens(batch)
-    labels = labels.flatten()
+    if kind == "example":
+        return labels.flatten()
+    return _shifted(labels, IGNORED, kind).masked_fill(~_in_text(batch, kind), IGNORED)
+
+
+def counted(batch: Mapping[str, Any], kind: Kind, unlabelled: bool = False) -> torch.Tensor:
+    """Which outputs count: (B, T) of bool with an output per token, else (B,).
+
+    Those with a label; where the batch has no labels, or with `unlabelled`, those that are not of padding, and of a
+    causal LM have a next token.
+    """
+    if unlabelled or batch.get("labels") is None:
+        return _in_text(batch, kind)
+    labels = aligned_labels(batch, kind)
     return torch.ones_like(labels, dtype=torch.bool) if labels.is_floating_point() else labels != IGNORED
 
 
-def count_items(batch: Mapping[str, Any], per_token: bool) -> torch.Tensor:
+def targets(batch: Mapping[str, Any], kind: Kind, unlabelled: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The outputs per token that count, to be picked from (B * T) flattened ones; waits for the device.
+
+    Args:
+        batch: with `input_ids` (B, T), and `attention_mask` and `labels` of that shape if any.
+        kind: token or next_token (see `kind_of`).
+        unlabelled: count outputs without a label too (see `counted`).
+
+    Returns:
+        positions (items,), and the labels of these positions, (items,), or None where the batch has none.
+    """
+    positions = counted(batch, kind, unlabelled).flatten().nonzero().squeeze(-1)
+    if batch.get("labels") is None:
+        return positions, None
+    return positions, aligned_labels(batch, kind).flatten()[positions]
+
+
+def count_items(batch: Mapping[str, Any], kind: Kind) -> torch.Tensor:
     """(3,) numbers of items in the order of UNITS; made without waiting for the device."""
     valid = valid_tokens(batch)
     examples = valid.new_full((), len(valid), dtype=torch.long)
-    labels = examples if batch.get("labels") is None else labelled(batch, per_token).sum()
-    return torch.stack([labels, examples, valid.sum()])
+    return torch.stack([counted(batch, kind).sum(), examples, valid.sum()])
+
+
+def _in_text(batch: Mapping[str, Any], kind: Kind) -> torch.Tensor:
+    valid = valid_tokens(batch)
+    if kind == "example":
+        return valid.new_ones(len(valid))
+    return valid & _shifted(valid, False, kind)
+
+
+def _shifted(values: torch.Tensor, last: int | bool, kind: Kind) -> torch.Tensor:
+    """What an output at each position predicts from: the value there, or, of a causal LM, the one after it."""
+    if kind == "token":
+        return values
+    return torch.cat([values[:, 1:], torch.full_like(values[:, :1], last)], dim=1)

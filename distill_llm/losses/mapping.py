@@ -9,15 +9,21 @@ from distill_llm.pruning.modeling_pruned import LayerLineage
 
 
 class LayerPair(NamedTuple):
-    """A student layer and the teacher layer it learns from; `heads[j]` is the teacher's for student head j, None: j."""
+    """A student layer and the teacher layer it learns from, and by student query head the teacher's; None: the same."""
 
     student: int
     teacher: int
     heads: tuple[int, ...] | None = None
 
 
-def relative_lineage(student: Sequence[LayerLineage], teacher: Sequence[LayerLineage]) -> tuple[LayerLineage, ...]:
+def relative_lineage(
+    student: Sequence[LayerLineage], teacher: Sequence[LayerLineage], group_size: int = 1
+) -> tuple[LayerLineage, ...]:
     """The student's lineage counted in a teacher that is itself pruned, both given in indices of the original model.
+
+    Args:
+        student, teacher: a row per layer.
+        group_size: query heads that share a key-value head in the original model.
 
     Raises:
         InputError: if the student has a layer, head or neuron that this teacher has not.
@@ -25,14 +31,21 @@ def relative_lineage(student: Sequence[LayerLineage], teacher: Sequence[LayerLin
     position = {layer.source: index for index, layer in enumerate(teacher)}
     found = []
     for layer in student:
-        own = teacher[position[layer.source]] if layer.source in position else None
-        if own is None or not (set(layer.heads) <= set(own.heads) and set(layer.neurons) <= set(own.neurons)):
+        own = teacher[position[layer.source]] if layer.source in position else LayerLineage(0, (), (), ())
+        queries, own_queries = query_heads(layer, group_size), query_heads(own, group_size)
+        units = ((layer.heads, own.heads), (layer.neurons, own.neurons), (queries, own_queries))
+        if layer.source not in position or any(not set(kept) <= set(there) for kept, there in units):
             accepted = "a teacher that has all layers, heads and neurons of the student"
             raise InputError("teacher", f"a pruned model without all parts of layer {layer.source}", accepted)
-        heads = tuple(own.heads.index(head) for head in layer.heads)
-        neurons = tuple(own.neurons.index(neuron) for neuron in layer.neurons)
-        found.append(LayerLineage(position[layer.source], heads, neurons))
+        found.append(LayerLineage(position[layer.source], *(tuple(map(there.index, kept)) for kept, there in units)))
     return tuple(found)
+
+
+def query_heads(layer: LayerLineage, group_size: int) -> tuple[int, ...]:
+    """The query heads that a layer keeps; `group_size` of them share a key-value head in the original model."""
+    if layer.queries is not None:
+        return layer.queries
+    return tuple(group * group_size + i for group in layer.heads for i in range(group_size))
 
 
 def hidden_pairs(
@@ -70,14 +83,17 @@ def attention_pairs(
     teacher_layers: int,
     lineage: Sequence[LayerLineage] | None,
     field: str = "losses.attention.layers",
+    group_size: int = 1,
 ) -> list[LayerPair]:
     """The layers, and by `lineage` the heads, whose attention is compared: each with the one it was copied from.
 
-    Arguments and errors as in `hidden_pairs`. Student layers that have no head left are left out.
+    Arguments and errors as in `hidden_pairs`; `group_size` as in `query_heads`. Student layers that have no head left are
+    left out.
     """
     if layers == "lineage":
         rows = _need_lineage(lineage, teacher_layers, field)
-        return [LayerPair(index, row.source, row.heads) for index, row in enumerate(rows) if row.heads]
+        heads = [query_heads(row, group_size) for row in rows]
+        return [LayerPair(index, row.source, heads[index]) for index, row in enumerate(rows) if row.heads]
     pairs = _plain_pairs(layers, student_layers, teacher_layers, field)
     if lineage is not None:
         pairs = [pair for pair in pairs if lineage[pair.student].heads]

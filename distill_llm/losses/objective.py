@@ -3,69 +3,149 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from distill_llm.errors import InputError, one_of
+from distill_llm.faults import faults_of
+from distill_llm.losses.schedules import Temperature, Weight, largest, value_at
 
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False, description="Factor of the term in the whole loss.")]
-LayerIndex = Annotated[int, Field(ge=0)]
-Layers = Literal["lineage", "uniform", "last"] | list[tuple[LayerIndex, LayerIndex]]
+# What each divergence of outputs may be set beside weight and temperature. A new one is a row here and a function of that
+# name and these settings in distill_llm/losses/logits.py.
+DIVERGENCES: dict[str, tuple[str, ...]] = {
+    "forward_kl": ("top_k",),
+    "reverse_kl": ("top_k",),
+    "jsd": ("beta", "top_k"),
+    "skew_kl": ("skew", "top_k"),
+    "skew_reverse_kl": ("skew", "top_k"),
+    "tvd": ("top_k",),
+    "mse": (),
+    "dkd": ("alpha", "beta"),
+}
+NEED_LABELS = ("dkd",)
+# A new distance of hidden states is a name here and a function of that name in distill_llm/losses/hidden.py.
+DISTANCES = ("mse", "cosine", "normalized_mse")
+
+MAPPINGS = ("lineage", "uniform", "last")
+Distance = Literal[DISTANCES]  # type: ignore[valid-type]
+
+
+def _read_layers(given: Any) -> Any:
+    pairs = given if given and isinstance(given, list | tuple) else [()]
+    sound = (isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs)
+    if given in MAPPINGS or (all(sound) and all(type(index) is int and index >= 0 for pair in pairs for index in pair)):
+        return given
+    words = "a list of [student layer, teacher layer] pairs, whole numbers from 0"
+    raise InputError("", given, f"{one_of(MAPPINGS, str(given))}, or {words}")
+
+
+Layers = Annotated[Literal[MAPPINGS] | list[tuple[int, int]], BeforeValidator(_read_layers)]  # type: ignore[valid-type]
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    weight: Weight = Field(default=1.0, description="Factor of the term in the whole loss: a number or a schedule.")
+
 
 class LabelsLoss(_Section):
     """Cross-entropy with the true labels (squared error for a regression task)."""
-
-    weight: Weight = 1.0
 
 
 class LogitsLoss(_Section):
     """Divergence of the teacher's and the student's outputs at a temperature (Hinton et al., 2015)."""
 
-    weight: Weight = 1.0
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "mse"] = "forward_kl"
-    temperature: float = Field(
-        1.0, gt=0, allow_inf_nan=False, description="Divides both logits; the loss carries its square."
+    divergence: Literal[tuple(DIVERGENCES)] = "forward_kl"  # type: ignore[valid-type]
+    temperature: Temperature = Field(default=1.0, description="Divides both logits; the loss carries its square.")
+    beta: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="Of jsd (below 1) and dkd.")
+    skew: float | None = Field(default=None, gt=0, lt=1, description="Share of the other distribution in the mixture.")
+    alpha: float | None = Field(
+        default=None, ge=0, allow_inf_nan=False, description="Of dkd: weight of the target's part."
     )
+    top_k: int | None = Field(
+        default=None, ge=1, description="Compare the teacher's k likeliest classes and the rest as one."
+    )
+
+    @model_validator(mode="after")
+    def _settings_belong(self) -> "LogitsLoss":
+        for name in ("beta", "skew", "alpha", "top_k"):
+            given = getattr(self, name)
+            if given is not None and name not in DIVERGENCES[self.divergence]:
+                owners = [divergence for divergence, own in DIVERGENCES.items() if name in own]
+                raise InputError(name, given, f"none with {self.divergence}; it is a setting of {', '.join(owners)}")
+        if self.divergence == "jsd" and self.beta is not None and self.beta >= 1:
+            raise InputError("beta", self.beta, "a number above 0 and below 1 with jsd")
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        """The settings of the divergence that were given; the others are at its own defaults."""
+        own = {name: getattr(self, name) for name in DIVERGENCES[self.divergence]}
+        return {name: value for name, value in own.items() if value is not None}
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the divergence treats the true class apart."""
+        return self.divergence in NEED_LABELS
+
+
+class EmbeddingsLoss(_Section):
+    """Distance between the outputs of the embedding layers (TinyBERT, Jiao et al., 2020)."""
+
+    distance: Distance = "mse"
 
 
 class HiddenLoss(_Section):
     """Distance between hidden states of mapped layers."""
 
-    weight: Weight = 1.0
     layers: Layers = "lineage"
-    distance: Literal["mse", "cosine"] = "mse"
+    distance: Distance = "mse"
 
 
 class AttentionLoss(_Section):
     """Distance between attention probabilities of mapped layers and heads."""
 
-    weight: Weight = 1.0
     layers: Layers = "lineage"
     distance: Literal["kl", "mse"] = "kl"
 
 
-class Objective(_Section):
-    """The terms of the loss; a term that is None is left out. At least one has a positive weight."""
+class RelationsLoss(_Section):
+    """Divergence between the relations of tokens by queries, keys and values (MiniLMv2, Wang et al., 2021)."""
+
+    layers: Layers = "last"
+    pairs: list[Literal["qq", "kk", "vv"]] = Field(default=["qq", "kk", "vv"], min_length=1, description="qq, kk or vv")
+    heads: int = Field(
+        default=12, ge=1, description="Relation heads, which the widths of both models are divided into."
+    )
+
+
+class Objective(BaseModel):
+    """The terms of the loss; a term that is None is left out. At least one has a positive weight.
+
+    A new term is a section here and a method of its name in `distill_llm.losses.terms.Terms`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     labels: LabelsLoss | None = None
     logits: LogitsLoss | None = None
+    embeddings: EmbeddingsLoss | None = None
     hidden: HiddenLoss | None = None
     attention: AttentionLoss | None = None
+    relations: RelationsLoss | None = None
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> "Objective":
-        if not any(section.weight > 0 for section in self.terms().values()):
-            raise ValueError("at least one of labels, logits, hidden, attention with a weight above zero")
+        if not any(largest(section.weight) > 0 for section in self.terms().values()):
+            raise ValueError(f"at least one of {', '.join(type(self).model_fields)} with a weight above zero")
         return self
 
-    def terms(self) -> dict[str, LabelsLoss | LogitsLoss | HiddenLoss | AttentionLoss]:
-        """The terms that are present, by name."""
+    def terms(self) -> dict[str, Any]:
+        """The sections of the terms that are present, by name."""
         sections = ((name, getattr(self, name)) for name in type(self).model_fields)
         return {name: section for name, section in sections if section is not None}
+
+    def weights(self, step: int, total: int) -> dict[str, float]:
+        """The weight of each term at an optimizer step: after `step` steps of `total`."""
+        return {name: value_at(section.weight, step, total) for name, section in self.terms().items()}
 
     @property
     def needs_teacher(self) -> bool:
@@ -81,7 +161,7 @@ def parse_objective(mapping: "Mapping[str, Any] | Objective", field: str = "loss
         field: what the mapping is called in error messages.
 
     Raises:
-        InputError: names the field, e.g. `losses.logits.temperature`.
+        InputError: names the first field at fault, e.g. `losses.logits.temperature`.
     """
     if isinstance(mapping, Objective):
         return mapping
@@ -91,22 +171,5 @@ def parse_objective(mapping: "Mapping[str, Any] | Objective", field: str = "loss
     try:
         return Objective.model_validate(filled)
     except ValidationError as error:
-        raise _input_error(error, field) from None
-
-
-def _input_error(error: ValidationError, field: str) -> InputError:
-    first = error.errors()[0]
-    path = [str(part) for part in first["loc"]]
-    if first["type"] == "extra_forbidden":
-        section: Any = Objective
-        if len(path) > 1:
-            section = {"labels": LabelsLoss, "logits": LogitsLoss, "hidden": HiddenLoss, "attention": AttentionLoss}[
-                path[0]
-            ]
-        return InputError(".".join([field, *path]), first["input"], one_of(section.model_fields, path[-1]))
-    if len(path) > 1 and path[1] == "layers":
-        accepted = "lineage, uniform, last, or a list of [student layer, teacher layer] pairs counted from 0"
-        settings = error.errors()[0]["input"] if len(path) == 2 else first["input"]
-        return InputError(".".join([field, path[0], "layers"]), settings, accepted)
-    message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return InputError(".".join([field, *path]), first["input"], message)
+        fault = faults_of(error, Objective)[0]
+        raise InputError(".".join(filter(None, (field, fault.field))), fault.given, fault.accepted) from None

@@ -1,21 +1,26 @@
 """An objective bound to a student and a teacher: which layers to record, and the sum of every term over a batch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from distill_llm.capture import Signals
+from distill_llm.capture import EMBEDDINGS, Signals, Vectors, Wanted
 from distill_llm.errors import InputError
 from distill_llm.losses.attention import attention_distance
 from distill_llm.losses.hidden import hidden_distance
-from distill_llm.losses.items import Unit
+from distill_llm.losses.items import Kind, Unit, kind_of
 from distill_llm.losses.labels import label_loss
 from distill_llm.losses.logits import logits_divergence
-from distill_llm.losses.mapping import LayerPair, attention_pairs, hidden_pairs, relative_lineage
-from distill_llm.losses.objective import LogitsLoss, Objective
-from distill_llm.pruning.modeling_pruned import layers_of, lineage_of
+from distill_llm.losses.mapping import LayerPair, attention_pairs, hidden_pairs, query_heads, relative_lineage
+from distill_llm.losses.objective import Objective
+from distill_llm.losses.relations import check_heads, relation_distance
+from distill_llm.losses.schedules import value_at
+from distill_llm.pruning.modeling_pruned import FAMILIES, dims_of, hidden_lineage, layers_of, lineage_of
+
+LOGITS_UNITS: dict[Kind, Unit] = {"example": "examples", "token": "tokens", "next_token": "labels"}
 
 
 @dataclass(frozen=True)
@@ -26,13 +31,53 @@ class Term:
     unit: Unit
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What terms are computed from.
+
+    Attributes:
+        student: of the training forward; logits (B, C) for one output per example, (items, V) for one per token.
+        teacher: of the same batch; None where the objective does not need it.
+        labels: (B,) or (items,) as the logits have them; None where the data has none.
+        valid: (B, T), 1 at valid tokens and 0 at padding.
+        step, steps: optimizer steps done, and those of the whole training.
+    """
+
+    student: Signals
+    teacher: Signals | None
+    labels: torch.Tensor | None
+    valid: torch.Tensor
+    step: int = 0
+    steps: int = 1
+
+    @property
+    def target(self) -> Signals:
+        """The teacher's signals, of a term that needs them."""
+        assert self.teacher is not None
+        return self.teacher
+
+    def needed_labels(self, field: str) -> torch.Tensor:
+        """The labels, of a term that needs them.
+
+        Raises:
+            InputError: there are none.
+        """
+        if self.labels is None:
+            raise InputError(
+                field, "a batch without labels", f"data with a labels column, or an objective without {field}"
+            )
+        return self.labels.flatten()
+
+
 def per_token(model: PreTrainedModel) -> bool:
-    """Whether the model's head gives an output per token (masked LM, token classification), not per example."""
-    return type(model).__name__.endswith(("ForMaskedLM", "ForTokenClassification"))
+    """Whether the model's head gives an output per token (a language model, token classification), not per example."""
+    return kind_of(model) != "example"
 
 
 class Terms:
     """Computes the terms of an objective for one student and one teacher.
+
+    Every term is the method of its name: from a Batch to a Term.
 
     Args:
         objective: which terms.
@@ -43,12 +88,14 @@ class Terms:
         precision: what the projections multiply in, as mixed precision has it for the student; None: their own.
 
     Attributes:
-        hidden, attention: the layer pairs that are compared.
+        kind: what an output of the models is about.
+        pairs: by term, the layer pairs that are compared.
         projections: learned bias-free maps from the student's width to the teacher's, by layer pair; empty where the
-            widths agree. They belong to the loss, not to the student.
+            widths agree, and where the student keeps known channels of the teacher's. They belong to the loss, not to
+            the student.
 
     Raises:
-        InputError: layers that do not exist, a lineage that is missing.
+        InputError: layers that do not exist, a lineage that is missing, relation heads that do not divide the widths.
     """
 
     def __init__(
@@ -63,92 +110,147 @@ class Terms:
     ):
         self.precision = precision
         self.objective, self.smoothing, self.classes = objective, smoothing, classes
-        self.per_token = per_token(student)
-        self.hidden: list[LayerPair] = []
-        self.attention: list[LayerPair] = []
+        self.kind = kind_of(student)
+        self.pairs: dict[str, list[LayerPair]] = {"embeddings": [], "hidden": [], "attention": [], "relations": []}
         self.projections = nn.ModuleDict()
+        self._channels: tuple[int, ...] | None = None
         self._indices: dict[tuple[int, ...], torch.Tensor] = {}
-        if teacher is None or not (objective.hidden or objective.attention):
-            return
-        lineage, original = lineage_of(student), lineage_of(teacher)
-        if lineage is not None and original is not None:
-            lineage = relative_lineage(lineage, original)
-        counts = len(layers_of(student)), len(layers_of(teacher))
-        if objective.hidden:
-            self.hidden = hidden_pairs(objective.hidden.layers, *counts, lineage)
-            self._project(student.config.hidden_size, teacher.config.hidden_size, seed)
-        if objective.attention:
-            pairs = attention_pairs(objective.attention.layers, *counts, lineage)
-            self.attention = [pair for pair in pairs if original is None or original[pair.teacher].heads]
+        if teacher is not None and not self.pairs.keys().isdisjoint(objective.terms()):
+            self._pair_layers(student, teacher)
+            self._match_widths(student, teacher, seed)
 
-    def _project(self, student_width: int, teacher_width: int, seed: int) -> None:
-        if student_width == teacher_width:
+    def _pair_layers(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+        objective, lineage, original = self.objective, lineage_of(student), lineage_of(teacher)
+        group_size = 1
+        if lineage is not None:
+            dims = dims_of(student.config)
+            group_size = dims.queries // dims.groups
+            if original is not None:
+                lineage = relative_lineage(lineage, original, group_size)
+        counts = len(layers_of(student)), len(layers_of(teacher))
+        if objective.embeddings:
+            self.pairs["embeddings"] = [LayerPair(EMBEDDINGS, EMBEDDINGS)]
+        if objective.hidden:
+            self.pairs["hidden"] = hidden_pairs(objective.hidden.layers, *counts, lineage)
+        for name in ("attention", "relations"):
+            if section := getattr(objective, name):
+                pairs = attention_pairs(section.layers, *counts, lineage, f"losses.{name}.layers", group_size)
+                self.pairs[name] = [pair for pair in pairs if original is None or original[pair.teacher].heads]
+        for pair in self.pairs["relations"]:
+            widths = {*_widths(student, pair.student), *_widths(teacher, pair.teacher)}
+            if widths and objective.relations:
+                check_heads(objective.relations.heads, widths)
+
+    def _match_widths(self, student: PreTrainedModel, teacher: PreTrainedModel, seed: int) -> None:
+        """Compare the channels that a pruned student kept with where they are in the teacher; project any other width."""
+        kept, there = hidden_lineage(student.config), hidden_lineage(teacher.config)
+        if kept is not None and there is not None:
+            if not set(kept) <= set(there):
+                accepted = "a teacher that has all channels of the student"
+                raise InputError("teacher", f"a model without {len(set(kept) - set(there))} of them", accepted)
+            kept = tuple(map(there.index, kept))
+        self._channels = kept
+        widths = student.config.hidden_size, teacher.config.hidden_size
+        if kept is not None or widths[0] == widths[1]:
             return
         generator = torch.Generator().manual_seed(seed)
-        for pair in self.hidden:
-            linear = torch.nn.utils.skip_init(nn.Linear, student_width, teacher_width, bias=False)
-            nn.init.normal_(linear.weight, std=student_width**-0.5, generator=generator)
+        for pair in self.pairs["hidden"] + self.pairs["embeddings"]:
+            linear = torch.nn.utils.skip_init(nn.Linear, *widths, bias=False)
+            nn.init.normal_(linear.weight, std=widths[0] ** -0.5, generator=generator)
             self.projections[_name(pair)] = linear
 
-    def __call__(
-        self, student: Signals, teacher: Signals | None, labels: torch.Tensor | None, valid: torch.Tensor
-    ) -> dict[str, Term]:
-        """The terms of one batch.
+    def wanted(self, side: str) -> Wanted:
+        """The layers to record of the `student` or the `teacher`."""
+        layers = {name: tuple(dict.fromkeys(getattr(p, side) for p in pairs)) for name, pairs in self.pairs.items()}
+        return Wanted(layers["embeddings"] + layers["hidden"], layers["attention"], layers["relations"])
 
-        Args:
-            student: of the training forward; logits (B, C) for one output per example, (items, V) for one per token.
-            teacher: of the same batch; None where the objective does not need it.
-            labels: (B,) or (items,) as the logits have them; None where the data has none.
-            valid: (B, T), 1 at valid tokens and 0 at padding.
-        """
-        terms: dict[str, Term] = {}
-        objective, valid = self.objective, valid.float()
-        if objective.labels is not None:
-            if labels is None:
-                raise InputError(
-                    "losses.labels",
-                    "a batch without labels",
-                    "data with a labels column, or an objective without labels",
-                )
-            terms["labels"] = Term(label_loss(student.logits, labels.flatten(), self.smoothing).sum(), "labels")
-        if objective.logits is not None and teacher is not None:
-            unit: Unit = "tokens" if self.per_token else "examples"
-            terms["logits"] = Term(self._logits(objective.logits, student.logits, teacher.logits), unit)
-        if objective.hidden is not None and teacher is not None:
-            terms["hidden"] = Term(self._hidden(objective.hidden.distance, student, teacher, valid), "tokens")
-        if objective.attention is not None and teacher is not None:
-            terms["attention"] = Term(self._attention(objective.attention.distance, student, teacher, valid), "tokens")
-        return terms
+    @property
+    def needs_unlabelled(self) -> bool:
+        """Whether a term compares the outputs of tokens without a label too."""
+        return self.kind == "token" and self.objective.logits is not None and not self.objective.logits.needs_labels
 
-    def _logits(self, settings: LogitsLoss, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        student, teacher = student[..., : self.classes], teacher[..., : self.classes]
-        return logits_divergence(student, teacher, settings.divergence, settings.temperature).sum()
+    def __call__(self, batch: Batch) -> dict[str, Term]:
+        """The terms of one batch, by name."""
+        return {name: getattr(self, name)(batch) for name in self.objective.terms()}
 
-    def _hidden(self, distance: str, student: Signals, teacher: Signals, valid: torch.Tensor) -> torch.Tensor:
-        total = student.logits.new_zeros((), dtype=torch.float32)
-        for pair in self.hidden:
-            state = student.hidden[pair.student]
-            target = teacher.hidden[pair.teacher]
+    def labels(self, batch: Batch) -> Term:
+        """The loss against the labels (see `label_loss`)."""
+        labels = batch.needed_labels("losses.labels")
+        return Term(label_loss(batch.student.logits, labels, self.smoothing).sum(), "labels")
+
+    def logits(self, batch: Batch) -> Term:
+        """The divergence of the outputs (see `logits_divergence`)."""
+        section = self.objective.logits
+        assert section is not None
+        student, teacher = batch.student.logits[..., : self.classes], batch.target.logits[..., : self.classes]
+        temperature, settings = value_at(section.temperature, batch.step, batch.steps), section.settings()
+        if section.needs_labels:
+            settings["labels"] = batch.needed_labels(f"losses.logits.divergence {section.divergence}")
+        unit: Unit = "labels" if section.needs_labels else LOGITS_UNITS[self.kind]
+        return Term(logits_divergence(student, teacher, section.divergence, temperature, **settings).sum(), unit)
+
+    def embeddings(self, batch: Batch) -> Term:
+        """The distance of the embedding layers' outputs (see `hidden_distance`)."""
+        assert self.objective.embeddings is not None
+        return self._states(batch, self.pairs["embeddings"], self.objective.embeddings.distance)
+
+    def hidden(self, batch: Batch) -> Term:
+        """The mean over layer pairs of the distance of hidden states (see `hidden_distance`)."""
+        assert self.objective.hidden is not None
+        return self._states(batch, self.pairs["hidden"], self.objective.hidden.distance)
+
+    def _states(self, batch: Batch, pairs: Sequence[LayerPair], distance: str) -> Term:
+        total = batch.student.logits.new_zeros((), dtype=torch.float32)
+        for pair in pairs:
+            state = batch.student.hidden[pair.student]
+            target = batch.target.hidden[pair.teacher]
+            if self._channels is not None:
+                target = target.index_select(-1, self._on(target.device, self._channels))
             if (name := _name(pair)) in self.projections:
                 with torch.autocast(state.device.type, self.precision, enabled=self.precision is not None):
                     state = self.projections[name](state)
-            total = total + (hidden_distance(state, target, distance) * valid).sum()
-        return total / len(self.hidden)
+            total = total + (hidden_distance(state, target, distance) * batch.valid.float()).sum()
+        return Term(total / len(pairs), "tokens")
 
-    def _attention(self, distance: str, student: Signals, teacher: Signals, valid: torch.Tensor) -> torch.Tensor:
-        total = student.logits.new_zeros((), dtype=torch.float32)
-        for pair in self.attention:
-            source = teacher.attention[pair.teacher]
+    def attention(self, batch: Batch) -> Term:
+        """The mean over layer pairs of the distance of attention probabilities (see `attention_distance`)."""
+        assert self.objective.attention is not None
+        total = batch.student.logits.new_zeros((), dtype=torch.float32)
+        for pair in self.pairs["attention"]:
+            own, source = batch.student.attention[pair.student], batch.target.attention[pair.teacher]
             if pair.heads is not None and pair.heads != tuple(range(source.query.shape[1])):
-                source = source.select(self._head_indices(pair.heads, source.query.device))
-            total = total + attention_distance(student.attention[pair.student], source, valid, distance)
-        return total / max(1, len(self.attention))
+                source = source.select(self._on(source.query.device, pair.heads))
+            total = total + attention_distance(own, source, batch.valid, self.objective.attention.distance)
+        return Term(total / max(1, len(self.pairs["attention"])), "tokens")
 
-    def _head_indices(self, heads: tuple[int, ...], device: torch.device) -> torch.Tensor:
-        if heads not in self._indices:
-            self._indices[heads] = torch.tensor(heads, device=device)
-        return self._indices[heads]
+    def relations(self, batch: Batch) -> Term:
+        """The mean over layer pairs of the sum over kinds of relations of their divergence (see `relation_distance`)."""
+        section = self.objective.relations
+        assert section is not None
+        total = batch.student.logits.new_zeros((), dtype=torch.float32)
+        for pair in self.pairs["relations"]:
+            own, source = batch.student.vectors[pair.student], batch.target.vectors[pair.teacher]
+            for kind in section.pairs:
+                place = Vectors._fields.index({"q": "query", "k": "key", "v": "value"}[kind[0]])
+                total = total + relation_distance(own[place], source[place], batch.valid, section.heads)
+        return Term(total / max(1, len(self.pairs["relations"])), "tokens")
+
+    def _on(self, device: torch.device, indices: tuple[int, ...]) -> torch.Tensor:
+        if indices not in self._indices:
+            self._indices[indices] = torch.tensor(indices, device=device)
+        return self._indices[indices]
+
+
+def _widths(model: PreTrainedModel, layer: int) -> set[int]:
+    """Channels of all heads' queries and of all heads' keys in a layer, where the family's sizes are known."""
+    if model.config.model_type not in FAMILIES:
+        return set()
+    dims, lineage = dims_of(model.config), lineage_of(model)
+    if lineage is None:
+        return {dims.queries * dims.head_size, dims.groups * dims.head_size}
+    queries = query_heads(lineage[layer], dims.queries // dims.groups)
+    return {len(queries) * dims.head_size, len(lineage[layer].heads) * dims.head_size}
 
 
 def _name(pair: LayerPair) -> str:
-    return f"{pair.student}-{pair.teacher}"
+    return "embeddings" if pair.student == EMBEDDINGS else f"{pair.student}-{pair.teacher}"

@@ -35,6 +35,7 @@ def collect_statistics(
     moments: bool = True,
     hidden: bool = True,
     exact: bool = False,
+    precision: torch.dtype | None = None,
     seed: int = 0,
 ) -> Statistics:
     """One pass over the data; the model is unchanged, its mode and flags are restored.
@@ -51,6 +52,7 @@ def collect_statistics(
         hidden: also collect statistics of the residual stream's channels.
         exact: keep the backward products in the model's precision. Otherwise those of fp32 linears run in bf16 where the
             device is faster at it; ranks hardly move (see `fast_backward`).
+        precision: run both passes under autocast in this dtype; sums stay in fp32.
         seed: of the labels drawn for loss "kl".
 
     Raises:
@@ -84,7 +86,7 @@ def collect_statistics(
                 stack.callback(begin.remove)
             for norm in _norms(model):
                 stack.callback(norm.register_forward_hook(_norm_hook(state, channels, loss is not None)).remove)
-        if loss is not None and not exact:
+        if loss is not None and not exact and precision is None:
             stack.enter_context(fast_backward(layers))
         for i, layer in enumerate(layers):
             hook = _layer_hook(state, layer_sums[i], similarity, i, loss is not None)
@@ -93,7 +95,8 @@ def collect_statistics(
             batch = {k: v.to(device) for k, v in batch.items()}
             mask = batch.get("attention_mask")
             state.set(mask if mask is not None else torch.ones_like(batch["input_ids"]))
-            with torch.set_grad_enabled(loss is not None):
+            autocast = torch.autocast(device.type, precision, enabled=precision is not None)
+            with torch.set_grad_enabled(loss is not None), autocast:
                 _run(model, batch, loss, teacher, generator)
             if channels is not None and loss is not None:
                 channels.add_gradients(state.channels)

@@ -10,19 +10,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from distill_llm.pruning.modeling_pruned import (
-    LayerLineage,
-    dims_of,
-    family_of,
-    hidden_axes,
-    kept_channels,
-    layer_axes,
-    layer_prefix,
-    layers_of,
-    lineage_of,
-)
+from distill_llm.pruning.families import LayerLineage, dims_of, family_of, layers_of
+from distill_llm.pruning.modeling_pruned import Sizes, hidden_dims, inputs_of, kept_channels, layer_axes
 from distill_llm.pruning.plan import PruningPlan
-from distill_llm.pruning.structure import inputs_of, linear, sizes_of
+from distill_llm.pruning.structure import linear, sizes_of
 
 
 @contextmanager
@@ -48,15 +39,15 @@ def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[PreTrainedMode
             row = LayerLineage(index, rows[index].heads, rows[index].neurons, rows[index].queries)
             for path, layout in ((family.attention_out, "q"), (family.ffn_out, "n")):
                 module = linear(layer, path)
-                mask = torch.zeros(inputs_of(module), device=module.weight.device, dtype=module.weight.dtype)
+                mask = torch.zeros(inputs_of(module), device=module.weight.device)
                 mask[kept_channels(layout, row, sizes[index], head_size)] = 1
                 stack.callback(module.register_forward_pre_hook(_multiply(mask)).remove)
-            stack.enter_context(_norms_over_heads(layer, row, index, model))
+            stack.enter_context(_norms_over_heads(model, layer, row, sizes[index]))
         yield model
 
 
 def _multiply(mask: torch.Tensor) -> Callable:
-    return lambda module, args: (args[0] * mask.to(args[0].dtype), *args[1:])
+    return lambda module, args: (args[0] * mask.to(args[0].device, args[0].dtype), *args[1:])
 
 
 def _pass_on(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
@@ -65,16 +56,14 @@ def _pass_on(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
 
 
 @contextmanager
-def _norms_over_heads(layer: nn.Module, row: LayerLineage, index: int, model: PreTrainedModel) -> Iterator[None]:
+def _norms_over_heads(model: PreTrainedModel, layer: nn.Module, row: LayerLineage, sizes: Sizes) -> Iterator[None]:
     """Norms that span all heads (OLMo2) see the kept ones only."""
-    head_size, sizes = dims_of(model.config).head_size, sizes_of(model)[index]
     with ExitStack() as stack:
         for name, (_, layout) in layer_axes(layer, family_of(model)).items():
             path, _, last = name.rpartition(".")
-            module = layer.get_submodule(path) if last == "weight" else None
-            if module is None or not _is_norm(module) or layout not in ("q", "kv") or not row.heads:
-                continue
-            stack.enter_context(_norm_over(module, kept_channels(layout, row, sizes, head_size)))
+            if last == "weight" and layout in ("q", "kv") and row.heads and _is_norm(layer.get_submodule(path)):
+                kept = kept_channels(layout, row, sizes, dims_of(model.config).head_size)
+                stack.enter_context(_norm_over(layer.get_submodule(path), kept))
         yield
 
 
@@ -104,23 +93,19 @@ def _norm_over(module: nn.Module, kept: torch.Tensor) -> Iterator[None]:
 
 @contextmanager
 def _masked_hidden(model: PreTrainedModel, kept: torch.Tensor) -> Iterator[None]:
-    modules, prefix, lineage = dict(model.named_modules()), layer_prefix(model), lineage_of(model)
     with ExitStack() as stack:
-        for name, dims in hidden_axes(model).items():
+        for name, dims in hidden_dims(model).items():
             path, _, last = name.rpartition(".")
-            if lineage and path.startswith(prefix):
-                source, _, rest = path.removeprefix(prefix).partition(".")
-                places = [str(i) for i, row in enumerate(lineage) if str(row.source) == source]
-                path = f"{prefix}{places[0]}.{rest}" if places else ""
-            module = modules.get(path)
-            if module is None or last != "weight":
+            if last != "weight":
                 continue
-            mask = torch.zeros(module.weight.shape[dims[0]], device=module.weight.device)
-            mask[kept] = 1
-            into = int(not isinstance(module, Conv1D))
+            module = model.get_submodule(path)
             if _is_norm(module):
                 stack.enter_context(_norm_over(module, kept))
                 continue
+            weight = model.get_parameter(name)
+            mask = torch.zeros(weight.shape[dims[0]], device=weight.device)
+            mask[kept] = 1
+            into = int(not isinstance(module, Conv1D))
             if isinstance(module, nn.Embedding) or 1 - into in dims:
                 stack.callback(module.register_forward_hook(_multiply_output(mask)).remove)
             if not isinstance(module, nn.Embedding) and into in dims:  # a table of positions may be read unseen

@@ -10,23 +10,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from distill_llm.errors import InputError, one_of
-from distill_llm.pruning.modeling_pruned import (
-    Dims,
-    Family,
-    LayerLineage,
-    Sizes,
-    dims_of,
-    family_of,
-    hidden_axes,
-    inputs_of,
-    kept_channels,
-    layer_axes,
-    layer_prefix,
-    layer_sizes,
-    layers_of,
-    lineage_of,
-    outputs_of,
-)
+from distill_llm.pruning.families import Family, dims_of, family_of, layers_of
+from distill_llm.pruning.modeling_pruned import Sizes, hidden_dims, layer_axes, layer_prefix, layer_sizes, outputs_of
 
 COSTS = ("params", "flops", "memory")
 
@@ -74,7 +59,13 @@ def _family(model: PreTrainedModel) -> Family:
         raise InputError(
             "model", "a quantized model", "its full-precision original: prune first, then quantize the student"
         )
-    return family_of(model)
+    family = family_of(model)
+    for path in (*family.attention_in, family.attention_out, *family.ffn_in, family.ffn_out):
+        for layer in layers_of(model):
+            module = dict(layer.named_modules()).get(path)
+            if hasattr(module, "base_layer"):
+                raise InputError("model", f"an adapter at {path}", "a model whose adapters are merged into its weights")
+    return family
 
 
 def hidden_size(model: PreTrainedModel) -> int:
@@ -101,9 +92,9 @@ class Costs:
     def _at(self, pair: tuple[float, float], hidden: int | None) -> float:
         return pair[0] * (self.hidden if hidden is None else hidden) + pair[1]
 
-    def head_at(self, hidden: int | None = None) -> float:
-        """Cost of a group with all its queries."""
-        return self._at(self.group, hidden) + self.shared * self._at(self.query, hidden)
+    def group_at(self, hidden: int | None = None) -> float:
+        """Cost of a group's key and value."""
+        return self._at(self.group, hidden)
 
     def query_at(self, hidden: int | None = None) -> float:
         """Cost of a query head alone."""
@@ -115,8 +106,8 @@ class Costs:
 
     @property
     def head(self) -> float:
-        """`head_at` the model's own width."""
-        return self.head_at()
+        """Cost of a group with all its queries, at the model's own width."""
+        return self.group_at() + self.shared * self.query_at()
 
     @property
     def neuron(self) -> float:
@@ -142,88 +133,42 @@ def unit_costs(model: PreTrainedModel, cost: str = "params", sequence_length: in
     """Cost of a head, a neuron and the rest of a layer.
 
     Args:
-        cost: "params"; "flops" (2 x multiply-adds, per token of a sequence of `sequence_length` tokens); or "memory" (bytes of the
-            weights, and of the keys and values cached for `sequence_length` tokens, in the model's precision).
+        cost: "params"; "flops" (2 x multiply-adds, per token of a sequence of `sequence_length` tokens); or "memory" (bytes of
+            the weights, and of the keys and values cached for `sequence_length` tokens, in the model's precision).
 
     Raises:
         InputError: for another `cost`.
     """
     if cost not in COSTS:
         raise InputError("cost", cost, one_of(COSTS, cost))
-    family, dims, layers, sizes = _family(model), dims_of(model.config), layers_of(model), sizes_of(model)
-    hidden = hidden_size(model)
-    index = next((i for i, size in enumerate(sizes) if size.queries), 0)
-    layer, size, head_size = layers[index], sizes[index], dims.head_size
-    shared = size.queries // size.groups if size.groups else 1
+    family, sizes, hidden, head_size = _family(model), sizes_of(model), hidden_size(model), head_size_of(model)
+    shared = next((size.queries // size.groups for size in sizes if size.groups), 1)
     if cost == "flops":
-        inputs = sum(layout.count("n") for path, layout in family.ffn_in.items())
-        into = 2.0 * head_size
-        return Costs(
-            "FLOPs", hidden, shared, (2 * into, 4.0 * sequence_length * head_size), (2 * into, 0), (2.0 * (inputs + 1), 0), (0, 0)
-        )
-    # Counted from the weights themselves: biases are not everywhere.
-    sums = {"q": [0.0, 0.0], "kv": [0.0, 0.0], "n": [0.0, 0.0], "": [0.0, 0.0]}
-    axes, wide = layer_axes(layer, family), _hidden_parameters(model, index)
-    for name, parameter in layer.named_parameters():
-        of_hidden = name in wide
-        own = next((one for one in axes if name == one or name.startswith(one + ".")), None)
-        parts = [part.strip("()/[]") for part in axes[own][1].split()] if own else [""]
-        counts = {"q": size.queries * head_size, "kv": size.groups * head_size, "n": size.neurons, "": 1}
-        whole = sum(counts[part] for part in parts)
-        for part in parts:
-            share = parameter.numel() * counts[part] / whole if whole else 0.0
-            if own and axes[own][1].endswith("[]"):
-                share = parameter.numel()
-            sums[part][not of_hidden] += share
-    per = {"q": size.queries, "kv": size.groups, "n": size.neurons, "": 1}
-    pair = {part: (s / max(per[part], 1) / hidden, c / max(per[part], 1)) for part, (s, c) in sums.items()}
+        scores = 4.0 * sequence_length * head_size
+        into, neuron = 2.0 * head_size, 2.0 + 2.0 * sum(layout.count("n") for layout in family.ffn_in.values())
+        return Costs("FLOPs", hidden, shared, (2 * into, scores), (2 * into, 0.0), (neuron, 0.0), (0.0, 0.0))
+    # Counted from the weights themselves, over all layers: biases are not everywhere. Apart: what the residual stream spans.
+    totals = {"q": [0.0, 0.0], "kv": [0.0, 0.0], "n": [0.0, 0.0], "": [0.0, 0.0]}
+    spans, prefix = hidden_dims(model), layer_prefix(model)
+    for index, (layer, size) in enumerate(zip(layers_of(model), sizes, strict=True)):
+        channels = {"q": size.queries * head_size, "kv": size.groups * head_size, "n": size.neurons, "": 1}
+        axes = layer_axes(layer, family)
+        for name, parameter in layer.named_parameters():
+            layout = next((axes[path][1] for path in axes if name == path or name.startswith(path + ".")), "")
+            parts = [part.strip("()/[]") for part in layout.split()] or [""]
+            whole = sum(channels[part] for part in parts) or 1
+            for part in parts:
+                totals[part][f"{prefix}{index}.{name}" not in spans] += parameter.numel() * channels[part] / whole
+    units = {"q": sum(size.queries for size in sizes), "kv": sum(size.groups for size in sizes)}
+    units |= {"n": sum(size.neurons for size in sizes), "": len(sizes)}
+    width = torch.finfo(model.dtype).bits / 8 if cost == "memory" else 1.0
+    each = {part: (a / hidden / max(units[part], 1), b / max(units[part], 1)) for part, (a, b) in totals.items()}
+    query, group, neuron_, rest = ((slope * width, constant * width) for slope, constant in each.values())
     if cost == "memory":
-        width = torch.finfo(model.dtype).bits / 8
-        pair = {part: (s * width, c * width) for part, (s, c) in pair.items()}
-        pair["kv"] = (pair["kv"][0], pair["kv"][1] + 2 * head_size * sequence_length * width)
-    return Costs("parameters" if cost == "params" else "bytes", hidden, shared, pair["q"], pair["kv"], pair["n"], pair[""])
-
-
-def _hidden_parameters(model: PreTrainedModel, index: int) -> set[str]:
-    """Names, within layer `index`, of the parameters that the residual stream's channels span once."""
-    lineage = lineage_of(model)
-    source = lineage[index].source if lineage else index
-    prefix = f"{layer_prefix(model)}{source}."
-    return {name.removeprefix(prefix) for name in hidden_axes(model) if name.startswith(prefix)}
-
-
-def weight_norms(model: PreTrainedModel) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Per layer, the sum of squared weights of every head (group), of every neuron and of every query head alone."""
-    family, dims = _family(model), dims_of(model.config)
-    norms = []
-    for layer, size in zip(layers_of(model), sizes_of(model), strict=True):
-        shared = size.queries // size.groups if size.groups else 0
-        heads, neurons, queries = torch.zeros(size.groups), torch.zeros(size.neurons), torch.zeros(size.queries)
-        for name, (dim, layout) in layer_axes(layer, family).items():
-            parameter = None if layout.endswith("[]") else layer.get_parameter(name)
-            if parameter is None or parameter.dim() < 2 or not parameter.numel():
-                continue
-            squares = parameter.detach().float().square().sum(1 - dim).cpu()
-            if "n" in layout:
-                neurons += squares.view(-1, size.neurons).sum(0)
-                continue
-            for group in range(size.groups):
-                mine = range(group * shared, (group + 1) * shared)
-                row = LayerLineage(0, (group,), (), tuple(mine))
-                heads[group] += squares[kept_channels(layout, row, size, dims.head_size)].sum()
-                for query in mine if "q" in layout else ():
-                    alone = kept_channels(layout, row._replace(heads=(), queries=(query,)), size, dims.head_size)
-                    if layout.startswith("("):  # a group keeps its key and value, which are no query's own
-                        start = group * (shared + 2) + query - group * shared
-                        alone = torch.arange(start * dims.head_size, (start + 1) * dims.head_size)
-                    queries[query] += squares[alone].sum()
-        norms.append((heads, neurons, queries))
-    return norms
+        group = group[0], group[1] + 2 * head_size * sequence_length * width
+    return Costs("bytes" if cost == "memory" else "parameters", hidden, shared, query, group, neuron_, rest)
 
 
 def head_size_of(model: PreTrainedModel) -> int:
     """Channels per head, of the model whether pruned or not."""
     return dims_of(model.config).head_size
-
-
-__all__ = ["COSTS", "Costs", "Dims", "LayerShape", "head_size_of", "hidden_size", "inputs_of", "layer_shapes", "linear", "sizes_of", "unit_costs", "weight_norms", "weight_of"]

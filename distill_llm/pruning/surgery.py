@@ -10,28 +10,35 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from distill_llm.errors import InputError
-from distill_llm.pruning.modeling_pruned import (
+from distill_llm.pruning.families import (
     Family,
     LayerLineage,
-    all_queries,
     dims_of,
     family_of,
     hidden_lineage,
-    kept_channels,
     layers_of,
     lineage_of,
     pack_indices,
-    pruned_class,
-    shrink,
-    stock_class,
 )
+from distill_llm.pruning.modeling_pruned import all_queries, kept_channels, pruned_class, shrink, stock_class
 from distill_llm.pruning.moments import Moments, compensate_linear
 from distill_llm.pruning.plan import PruningPlan
 from distill_llm.pruning.statistics import Statistics
 from distill_llm.pruning.structure import hidden_size, linear, sizes_of, weight_of
 
+# What configs say layer by layer.
+_PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
 # Attributes that only note a size; everything else that a module knows must agree with the stock model's.
-_NOTES = {"hidden_size", "intermediate_size", "embed_dim", "dim", "split_size", "all_head_size", "embedding_dim"}
+_NOTES = {
+    "hidden_size",
+    "intermediate_size",
+    "embed_dim",
+    "dim",
+    "split_size",
+    "all_head_size",
+    "embedding_dim",
+    "n_layers",
+}
 
 
 def compose_lineage(model: PreTrainedModel, plan: PruningPlan) -> tuple[LayerLineage, ...]:
@@ -155,12 +162,9 @@ def _stock_record(config: PreTrainedConfig) -> dict[str, Any]:
         return record
     family, said = family_of(config), config.to_dict()
     names = ["num_hidden_layers", *family.hidden_fields, "num_attention_heads", "num_key_value_heads", "num_kv_heads"]
-    names += [family.ffn_config, "head_dim"]
-    record = {name: getattr(config, name) for name in names if name and hasattr(config, name)}
-    if "head_dim" not in said:  # a property of some configs
-        record.pop("head_dim", None)
-    layers = record["num_hidden_layers"]
-    return record | {name: value for name, value in said.items() if isinstance(value, list) and len(value) == layers}
+    record = {name: getattr(config, name) for name in (*names, family.ffn_config) if name and hasattr(config, name)}
+    kept = ("head_dim", *_PER_LAYER)  # properties of some configs: those that are not saved need no record
+    return record | {name: said[name] for name in kept if said.get(name) is not None}
 
 
 def _write_sizes(
@@ -222,12 +226,16 @@ def _same(student: nn.Module, stock: nn.Module) -> bool:
         return False
     for name, module in mine.items():
         other = theirs[name]
-        if name and type(module) is not type(other) or _settings(module) != _settings(other):
+        if (name and type(module) is not type(other)) or _settings(module) != _settings(other):
             return False
-        shapes = [{n: p.shape for n, p in m.named_parameters(recurse=False)} for m in (module, other)]
-        if shapes[0] != shapes[1]:
+        if _shapes(module) != _shapes(other):
             return False
     return True
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    return {name: tensor.shape for name, tensor in own}
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:

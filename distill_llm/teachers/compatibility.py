@@ -5,6 +5,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from distill_llm.errors import InputError
+from distill_llm.losses.items import kind_of
 
 
 def shared_classes(student: PreTrainedModel, teacher: PreTrainedModel, tokenizer: Any = None) -> int | None:
@@ -30,7 +31,7 @@ def shared_classes(student: PreTrainedModel, teacher: PreTrainedModel, tokenizer
     if sizes[0] != sizes[1] and (used is None or used > min(sizes)):
         accepted = f"a teacher with the student's tokenizer and vocabulary ({sizes[0]} entries)"
         raise InputError("teacher", f"a vocabulary of {sizes[1]} entries", accepted)
-    if _head(student) in ("MaskedLM", "CausalLM"):
+    if _head(student) in ("MaskedLM", "next_token"):
         return None if sizes[0] == sizes[1] else used
     if student.config.num_labels != teacher.config.num_labels:
         accepted = f"a teacher with the student's number of labels ({student.config.num_labels})"
@@ -46,4 +47,6 @@ def shared_classes(student: PreTrainedModel, teacher: PreTrainedModel, tokenizer
 
 def _head(model: PreTrainedModel) -> str:
     name = type(model).__name__
+    if kind_of(model) == "next_token":
+        return "next_token"
     return name.rpartition("For")[2] if "For" in name else "Model"

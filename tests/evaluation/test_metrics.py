@@ -27,7 +27,9 @@ def test_modules_load_without_network_or_stray_files(monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     load_metric.cache_clear()
     for name in METRICS:
-        assert name in load_metric(name).compute(predictions=[0, 1, 1], references=[0, 1, 0])
+        kind = str if name == "exact_match" else int
+        predictions, references = ([kind(value) for value in values] for values in ([0, 1, 1], [0, 1, 0]))
+        assert name in load_metric(name).compute(predictions=predictions, references=references)
     assert not list(tmp_path.iterdir())
 
 
@@ -53,6 +55,12 @@ def test_binary_f1_equals_scikit_learn_and_is_zero_without_hits() -> None:
     got = load_metric("f1").compute(predictions=predictions, references=references)["f1"]
     assert got == pytest.approx(metrics.f1_score(references, predictions), abs=1e-12)
     assert load_metric("f1").compute(predictions=[0, 0], references=[1, 0])["f1"] == 0.0
+
+
+def test_exact_match_counts_equal_texts_but_for_white_space_at_their_ends() -> None:
+    predictions, references = ["a b", " a b\n", "a  b", "A b", ""], ["a b"] * 4 + [" "]
+    got = load_metric("exact_match").compute(predictions=predictions, references=references)
+    assert got == {"exact_match": pytest.approx(3 / 5)}
 
 
 @pytest.mark.parametrize("decimals", [6, 0], ids=["distinct", "with ties"])

@@ -111,9 +111,12 @@ def test_hidden_mse_is_the_mean_over_channels_and_cosine_one_minus_the_cosine():
     student, teacher = torch.tensor([[[1.0, 0.0], [3.0, 4.0]]]), torch.tensor([[[0.0, 2.0], [6.0, 8.0]]])
     torch.testing.assert_close(hidden_distance(student, teacher), torch.tensor([[2.5, 12.5]]))
     torch.testing.assert_close(hidden_distance(student, teacher, "cosine"), torch.tensor([[1.0, 0.0]]))
+    torch.testing.assert_close(hidden_distance(student, teacher, "normalized_mse"), torch.tensor([[5 / 4, 25 / 100]]))
+    zeros = torch.zeros(1, 1, 2)
+    assert hidden_distance(zeros, zeros, "normalized_mse").item() == 0
 
 
-@pytest.mark.parametrize("distance", ["mse", "cosine"])
+@pytest.mark.parametrize("distance", ["mse", "cosine", "normalized_mse"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_hidden_distance_and_gradient_equal_float64_formulas(distance, dtype):
     student, teacher = random_logits(0, 2, 3, 8).to(dtype).requires_grad_(), random_logits(1, 2, 3, 8).to(dtype)
@@ -124,6 +127,8 @@ def test_hidden_distance_and_gradient_equal_float64_formulas(distance, dtype):
     expected = (exact - target).pow(2).mean(-1)
     if distance == "cosine":
         expected = 1 - (exact * target).sum(-1) / exact.norm(dim=-1) / target.norm(dim=-1)
+    if distance == "normalized_mse":
+        expected = (exact - target).pow(2).sum(-1) / target.pow(2).sum(-1)
     (wanted,) = torch.autograd.grad((expected * weight).sum(), exact)
     assert value.dtype == torch.float32 and gradient.dtype == dtype
     torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)

@@ -30,9 +30,22 @@ def test_last_and_explicit_pairs():
 def test_lineage_in_a_pruned_teacher_is_counted_in_its_own_layers_and_heads():
     teacher = (LayerLineage(1, (0, 2, 3), (4, 5, 6)), LayerLineage(4, (1, 3), (0,)))
     student = (LayerLineage(1, (2, 3), (6,)), LayerLineage(4, (3,), ()))
-    assert relative_lineage(student, teacher) == (LayerLineage(0, (1, 2), (2,)), LayerLineage(1, (1,), ()))
+    assert relative_lineage(student, teacher) == (
+        LayerLineage(0, (1, 2), (2,), (1, 2)),
+        LayerLineage(1, (1,), (), (1,)),
+    )
     with pytest.raises(InputError, match="teacher"):
         relative_lineage((LayerLineage(2, (), ()),), teacher)
+
+
+def test_groups_of_a_grouped_query_model_are_all_of_their_query_heads_or_those_that_are_left():
+    rows = (LayerLineage(1, (0, 2), (5,)), LayerLineage(2, (1,), (5,), (3,)))
+    assert attention_pairs("lineage", 2, 6, rows, group_size=2) == [(0, 1, (0, 1, 4, 5)), (1, 2, (3,))]
+    teacher = (LayerLineage(1, (0, 1, 2), (5,), (0, 1, 3, 4, 5)), LayerLineage(2, (1, 2), (5,)))
+    found = relative_lineage(rows, teacher, group_size=2)
+    assert found == (LayerLineage(0, (0, 2), (0,), (0, 1, 3, 4)), LayerLineage(1, (0,), (0,), (1,)))
+    with pytest.raises(InputError, match="teacher"):
+        relative_lineage((LayerLineage(1, (1,), (5,)),), teacher, group_size=2)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,17 @@
 """The objective's mapping."""
 
+import inspect
+import re
 import subprocess
 import sys
+import warnings
 
 import pytest
+import yaml
 
 from distill_llm.errors import InputError
-from distill_llm.losses import parse_objective
+from distill_llm.losses import hidden, logits, parse_objective
+from distill_llm.losses.objective import DISTANCES, DIVERGENCES, NEED_LABELS, LogitsLoss
 
 
 def test_defaults_are_filled_in_and_absent_terms_stay_absent():
@@ -20,16 +25,40 @@ def test_defaults_are_filled_in_and_absent_terms_stay_absent():
 @pytest.mark.parametrize(
     "mapping, field, words",
     [
-        ({"logits": {"temperature": -1}}, "losses.logits.temperature", "greater than 0"),
+        ({"logits": {"temperature": -1}}, "losses.logits.temperature", "above 0, or a schedule"),
         ({"logits": {"temprature": 1}}, "losses.logits.temprature", "'temperature' (the nearest)"),
         ({"logit": {}}, "losses.logit", "'logits' (the nearest)"),
-        ({"logits": {"divergence": "kl"}}, "losses.logits.divergence", "'forward_kl'"),
-        ({"labels": {"weight": -0.1}}, "losses.labels.weight", "greater than or equal to 0"),
-        ({"labels": {"weight": float("nan")}}, "losses.labels.weight", "finite"),
+        ({"logits": {"divergence": "kl"}}, "losses.logits.divergence", "one of forward_kl"),
+        ({"labels": {"weight": -0.1}}, "losses.labels.weight", "at least 0"),
+        ({"labels": {"weight": float("nan")}}, "losses.labels.weight", "a number of at least 0"),
         ({"hidden": {"layers": "linage"}}, "losses.hidden.layers", "lineage, uniform, last"),
         ({"hidden": {"layers": [[0]]}}, "losses.hidden.layers", "pairs"),
         ({"attention": {"layers": [[0, -1]]}}, "losses.attention.layers", "pairs"),
-        ({"labels": 3}, "losses.labels", ""),
+        ({"labels": 3}, "losses.labels", "weight"),
+        ({"hidden": {"layers": []}}, "losses.hidden.layers", "pairs"),
+        ({"hidden": {"layers": [[0, 1.5]]}}, "losses.hidden.layers", "whole numbers"),
+        ({"hidden": {"distance": "l2"}}, "losses.hidden.distance", "mse, cosine, normalized_mse"),
+        ({"relations": {"pairs": ["qk"]}}, "losses.relations.pairs.0", "qq, kk, vv"),
+        ({"relations": {"pairs": []}}, "losses.relations.pairs", "list"),
+        ({"relations": {"heads": 0}}, "losses.relations.heads", "at least 1"),
+        ({"logits": {"top_k": 0}}, "losses.logits.top_k", "at least 1"),
+        ({"logits": {"skew": 0.1}}, "losses.logits.skew", "none with forward_kl; it is a setting of skew_kl"),
+        ({"logits": {"divergence": "mse", "top_k": 3}}, "losses.logits.top_k", "none with mse"),
+        ({"logits": {"divergence": "skew_kl", "skew": 1}}, "losses.logits.skew", "below 1"),
+        ({"logits": {"divergence": "jsd", "beta": 1}}, "losses.logits.beta", "below 1 with jsd"),
+        ({"labels": {"weight": True}}, "losses.labels.weight", "a number of at least 0, or a schedule"),
+        ({"labels": {"weight": {"start": 0, "end": 0}}}, "losses", "above zero"),
+        ({"logits": {"temperature": {"start": 4, "end": 0}}}, "losses.logits.temperature.end", "a number above 0"),
+        ({"logits": {"temperature": {"start": 4}}}, "losses.logits.temperature.end", "required"),
+        ({"logits": {"weight": {"start": "x", "end": 1}}}, "losses.logits.weight.start", "a number"),
+        (
+            {"logits": {"weight": {"start": 1, "end": 2, "shape": 1}}},
+            "losses.logits.weight.shape",
+            "'share' (the nearest)",
+        ),
+        ({"logits": {"weight": {"start": 1, "end": 2, "share": 2}}}, "losses.logits.weight.share", "at most 1"),
+        ({"hidden": {"weight": {"start": 1, "end": 2, "schedule": "sine"}}}, "losses.hidden.weight.schedule", "cosine"),
+        ({"labels": {"weight": {"start": 1, "end": 2, "share": 1, "steps": 2}}}, "losses.labels.weight.steps", "share"),
         ({}, "losses", "at least one"),
         ({"labels": {"weight": 0}}, "losses", "at least one"),
         ([], "losses", "mapping"),
@@ -41,6 +70,33 @@ def test_a_wrong_objective_is_one_line_that_names_the_field_and_what_is_accepted
     assert error.value.field == field
     assert words in error.value.accepted
     assert "\n" not in str(error.value)
+
+
+def test_an_objective_with_schedules_and_settings_survives_the_way_to_yaml_and_back():
+    schedule = {"start": 4, "end": 1, "schedule": "cosine", "steps": 10}
+    mapping = {
+        "logits": {"divergence": "dkd", "temperature": schedule, "alpha": 0.5},
+        "hidden": {"weight": {"start": 0, "end": 1}, "layers": [[0, 1]]},
+    }
+    objective = parse_objective(mapping)
+    assert objective.logits.settings() == {"alpha": 0.5} and objective.logits.needs_labels
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dumped = objective.model_dump(mode="json", exclude_none=True)
+    assert dumped["logits"]["temperature"] == schedule
+    assert parse_objective(yaml.safe_load(yaml.safe_dump(dumped))) == objective == parse_objective(objective)
+
+
+def test_every_divergence_and_distance_is_a_documented_function_with_the_settings_of_its_row():
+    for name, settings in DIVERGENCES.items():
+        function = getattr(logits, name)
+        assert re.search(r"\d{4}, section", function.__doc__), name
+        own = [*inspect.signature(function).parameters][2:]
+        assert [each for each in own if each != "labels"] == [each for each in settings if each != "top_k"]
+        assert ("labels" in own) == (name in NEED_LABELS)
+        assert set(settings) <= set(LogitsLoss.model_fields)
+    for name in DISTANCES:
+        assert [*inspect.signature(getattr(hidden, name)).parameters] == ["student", "teacher"]
 
 
 def test_an_objective_is_read_without_torch_and_every_public_name_is_there():

@@ -19,10 +19,10 @@ from distill_llm.pruning.plan import LayerPlan, PruningPlan
 
 HEADS = {
     "base": AutoModel,
-    "causal-lm": AutoModelForCausalLM,
-    "masked-lm": AutoModelForMaskedLM,
-    "sequence-classification": AutoModelForSequenceClassification,
     "token-classification": AutoModelForTokenClassification,
+    "masked-lm": AutoModelForMaskedLM,
+    "causal-lm": AutoModelForCausalLM,
+    "sequence-classification": AutoModelForSequenceClassification,
     "question-answering": AutoModelForQuestionAnswering,
     "multiple-choice": AutoModelForMultipleChoice,
 }
@@ -62,6 +62,7 @@ DECODERS: dict[str, dict[str, Any]] = {
     "falcon": {"multi_query": False, "new_decoder_architecture": False},
 }
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "electra-as-wide": ("electra", {"embedding_size": HIDDEN}),
     "falcon-grouped": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": GROUPS}),
     "falcon-multi-query": ("falcon", {"multi_query": True, "new_decoder_architecture": False}),
     "falcon-alibi": ("falcon", {"multi_query": False, "alibi": True}),
@@ -102,14 +103,16 @@ def family_model(name: str, head: str | None = None, seed: int = 0, **more: Any)
     return model.eval()
 
 
-def family_batch(model: PreTrainedModel, batch: int = 3, length: int = 12, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Token ids padded on the right to uneven lengths, and their mask."""
+def family_batch(
+    model: PreTrainedModel, batch: int = 3, length: int = 12, seed: int = 0, left: bool = False
+) -> dict[str, torch.Tensor]:
+    """Token ids padded to uneven lengths, on the right or on the `left`, and their mask."""
     generator = torch.Generator().manual_seed(seed)
     shape = (batch, 2, length) if "MultipleChoice" in type(model).__name__ else (batch, length)
     ids = torch.randint(3, model.config.vocab_size, shape, generator=generator)
     mask = torch.ones_like(ids)
     for row in range(1, batch):
-        mask[row, ..., length - 3 * row :] = 0
+        mask[row, ..., slice(3 * row) if left else slice(length - 3 * row, None)] = 0
     return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
 
 
@@ -117,12 +120,18 @@ def outputs_of(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.
     """What the model gives at valid tokens, flattened."""
     with torch.no_grad():
         output = model(**batch)
-    found = output[0] if "logits" not in output else output.logits
+    found = output.logits if "logits" in output else output[0]
     if "start_logits" in output:
         found = torch.stack([output.start_logits, output.end_logits], -1)
     if found.dim() == 3:
         found = found[batch["attention_mask"].bool()]
     return found.flatten()
+
+
+def assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal but for rounding in fp32: within 1e-5 of the largest value."""
+    worst, scale = (found - expected).abs().max().item(), expected.abs().max().item()
+    assert worst <= 1e-5 * max(scale, 1.0), f"differs by {worst:.1e} at a scale of {scale:.1e}"
 
 
 def groups_of(model: PreTrainedModel) -> int:
@@ -133,9 +142,14 @@ def groups_of(model: PreTrainedModel) -> int:
     return getattr(config, "num_key_value_heads", None) or QUERIES
 
 
+def neurons_of(model: PreTrainedModel) -> int:
+    """Neurons of a tiny model's layer."""
+    return 4 * HIDDEN if model.config.model_type in ("bloom", "falcon") else NEURONS
+
+
 def uneven_plan(model: PreTrainedModel, hidden: bool = False, queries: bool = False) -> PruningPlan:
     """Every layer another size: layer 2 is gone, layer 1 has no attention, layer 3 no FFN."""
-    groups, neurons = groups_of(model), NEURONS if model.config.model_type not in ("bloom", "falcon") else 4 * HIDDEN
+    groups, neurons = groups_of(model), neurons_of(model)
     shared = QUERIES // groups
     some = (0,) if groups == 1 else (1, 3) if groups > 3 else (1,)
 
@@ -150,4 +164,29 @@ def uneven_plan(model: PreTrainedModel, hidden: bool = False, queries: bool = Fa
         LayerPlan(4, (groups // 2,), (7, 8, neurons - 1), of((groups // 2,))),
     ]
     channels = tuple(c for c in range(HIDDEN) if c % 5) if hidden else None
+    return PruningPlan(model.config.model_type, tuple(rows), hidden=channels)
+
+
+def later_plan(student: PreTrainedModel, rows: tuple[tuple[int, int], ...]) -> PruningPlan:
+    """A second round for what `uneven_plan` left: of layers with these (heads, neurons), the last head and every other neuron."""
+    plans = [
+        LayerPlan(i, (heads - 1,) if heads else (), tuple(range(0, neurons, 2)))
+        for i, (heads, neurons) in enumerate(rows)
+        if i != 2
+    ]
+    return PruningPlan(student.config.model_type, tuple(plans), hidden=None)
+
+
+def uniform_plan(model: PreTrainedModel, units: str) -> PruningPlan:
+    """Every layer the same: fewer of one kind of unit, or fewer layers."""
+    groups, neurons, every = groups_of(model), neurons_of(model), range(LAYERS)
+    shared, heads, queries = QUERIES // groups, tuple(range(groups)), None
+    if units == "heads":
+        heads = (0, groups - 1)
+    if units == "queries":
+        queries = tuple(range(0, QUERIES, 2))
+    kept = tuple(range(0, neurons, 2) if units == "neurons" else range(neurons))
+    assert units != "queries" or shared > 1
+    rows = [LayerPlan(i, heads, kept, queries) for i in every if units != "layers" or i not in (2, 3)]
+    channels = tuple(c for c in range(HIDDEN) if c % 4) if units == "hidden" else None
     return PruningPlan(model.config.model_type, tuple(rows), hidden=channels)

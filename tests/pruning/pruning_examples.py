@@ -92,8 +92,8 @@ def random_scores(shapes, criterion: str = "fisher", seed: int = 0) -> Importanc
     generator = torch.Generator().manual_seed(seed)
     return Importance(
         criterion,
-        tuple(16 * torch.rand(heads, generator=generator) for heads, _ in shapes),
-        tuple(torch.rand(neurons, generator=generator) for _, neurons in shapes),
+        tuple(16 * torch.rand(heads, generator=generator) for heads, *_ in shapes),
+        tuple(torch.rand(neurons, generator=generator) for _, neurons, *_ in shapes),
         torch.rand(len(shapes), generator=generator),
     )
 

@@ -9,9 +9,9 @@ from helpers import random_batch, tiny_model
 from pruning_examples import inputs_of, layers_in, linears_in, plan_of, processor_with_bf16, without
 
 from distill_llm.errors import InputError
+from distill_llm.pruning.collecting import collect_statistics
 from distill_llm.pruning.moments import MomentsSum, compensate_linear
 from distill_llm.pruning.plan import full_plan, keep_layers
-from distill_llm.pruning.collecting import collect_statistics
 from distill_llm.pruning.surgery import prune
 
 KEPT = torch.tensor([0, 2, 3, 7, 8])

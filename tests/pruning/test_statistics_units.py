@@ -141,3 +141,14 @@ def test_leave_one_out_is_the_loss_of_the_model_that_was_pruned_of_the_layer(cas
         torch.testing.assert_close(by_labels[removed], gain, rtol=1e-4, atol=1e-5)
         kl = F.kl_div(without.log_softmax(-1), dense.softmax(-1), reduction="none").sum(-1).mean()
         torch.testing.assert_close(by_kl[removed], kl, rtol=1e-4, atol=1e-5)
+
+
+def test_in_bf16_the_ranks_stay(case):
+    model, batch, _, _ = case
+    full, half = (collect_statistics(model, [batch], precision=p) for p in (None, torch.bfloat16))
+    for kind in ("heads", "neurons"):
+        mine, its = (torch.cat([row.fisher for row in getattr(each, kind)]) for each in (full, half))
+        assert its.dtype == torch.float32
+        ranks = torch.stack([mine, its]).argsort(1).argsort(1).float()
+        assert torch.corrcoef(ranks)[0, 1] > 0.98
+    assert not torch.equal(full.neurons[0].fisher, half.neurons[0].fisher)

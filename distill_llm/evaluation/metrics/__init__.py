@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distill_llm.data.tasks import Task
 from distill_llm.errors import InputError, one_of
@@ -11,7 +11,7 @@ from distill_llm.errors import InputError, one_of
 if TYPE_CHECKING:
     from evaluate import EvaluationModule
 
-METRICS = ("accuracy", "f1", "matthews_correlation", "pearsonr", "spearmanr")
+METRICS = ("accuracy", "f1", "matthews_correlation", "pearsonr", "spearmanr", "exact_match")
 
 
 @cache
@@ -28,13 +28,13 @@ def load_metric(name: str) -> "EvaluationModule":
     return evaluate.load(str(Path(__file__).with_name(f"{name}.py")), keep_in_memory=True)
 
 
-def compute_metrics(task: Task, predictions: Sequence[float], references: Sequence[float]) -> dict[str, float]:
+def compute_metrics(task: Task, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
     """All metrics of a task, under the names of their modules, and the main one again as `score`.
 
     Args:
-        task: a classification or regression task; F1 is that of class 1 for two classes, else the mean over classes.
-        predictions: (rows,) class ids or values.
-        references: (rows,) labels.
+        task: one with metrics; F1 is that of class 1 for two classes, else the mean over classes.
+        predictions: (rows,) class ids, values or texts.
+        references: (rows,) of the same kind.
     """
     result: dict[str, float] = {}
     for name in task.metrics:

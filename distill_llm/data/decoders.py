@@ -1,0 +1,64 @@
+"""What data have to know of decoder models: which they are, and how a packed batch has to reach them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from distill_llm.pruning.modeling_pruned import STOCK_PREFIX
+
+PACKED_FAMILIES = (
+    "llama",
+    "mistral",
+    "mixtral",
+    "qwen2",
+    "qwen3",
+    "phi",
+    "phi3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "olmo",
+    "olmo2",
+    "granite",
+    "cohere",
+    "smollm3",
+    "stablelm",
+    "starcoder2",
+    "gpt2",
+    "gpt_neox",
+)
+"""Families that keep the sequences of a packed row apart by their `position_ids`; others mix them without a word."""
+
+
+def is_decoder(config: PreTrainedConfig) -> bool:
+    """Whether a model predicts the next token: by its class where the config names one, else by its family.
+
+    An encoder-decoder is none, and a family with both kinds of head (BERT) counts as an encoder unless the checkpoint's
+    class says otherwise.
+    """
+    if config.is_encoder_decoder:
+        return False
+    causal, masked = (
+        {name for names in mapping.values() for name in ((names,) if isinstance(names, str) else names)}
+        for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+    )
+    if any(name.removeprefix(STOCK_PREFIX) in causal - masked for name in config.architectures or ()):
+        return True
+    families = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys()
+    return config.model_type in families
+
+
+def without_packed_mask(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch as a model must get it: without its attention mask where rows are packed (where it has `position_ids`).
+
+    transformers derives the mask that keeps packed sequences apart from positions that start again, but only where it
+    is given no `attention_mask` and no cache: call the model with `use_cache=False`. Padding stands at the end of rows,
+    where a causal model does not see it. Losses and statistics go by the whole batch, attention mask and all.
+    """
+    packed = "position_ids" in batch
+    return {name: values for name, values in batch.items() if not (packed and name == "attention_mask")}

@@ -1,0 +1,115 @@
+"""Prompts with their responses, or chats: from files to token ids in which only the response has labels."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from distill_llm.data.causal import IGNORED, as_rows
+from distill_llm.data.labelled import check_texts, column_names, with_test
+from distill_llm.data.padding import Rows
+from distill_llm.data.sources import Splits, read_splits
+from distill_llm.data.special_tokens import document_end, special_ends
+from distill_llm.errors import InputError, one_of
+
+PAIR = ("prompt", "response")
+CHAT = ("messages",)
+
+
+def load_prompts(path: str, columns: Mapping[str, str] | None) -> tuple[tuple[str, ...], Splits]:
+    """Rows with the columns `prompt` and `response`, or with `messages`.
+
+    Chats are taken where `columns` names `messages`, or names nothing and the data have `messages` but no `prompt`. Splits
+    are made as by `load_labelled`.
+
+    Args:
+        path: what `read_splits` takes.
+        columns: the data's names of `prompt` and `response`, or of `messages`; by default the same words.
+
+    Returns:
+        The names of the columns that there are, and the splits.
+
+    Raises:
+        InputError: a column is missing or is not text, or a chat does not end with an answer of the assistant.
+    """
+    splits = read_splits(path)
+    present = splits["train"].column_names
+    chat = "messages" in (columns or ()) or (not columns and "messages" in present and "prompt" not in present)
+    names = column_names(columns, CHAT if chat else PAIR, CHAT if chat else PAIR)
+    for split, rows in splits.items():
+        if chat:
+            _check_chats(rows, names["messages"], split)
+        else:
+            check_texts(rows, names, split)
+    standard = {column: name for name, column in names.items() if column != name}
+    kept = {
+        split: rows.select_columns(list(names.values())).rename_columns(standard)
+        for split, rows in with_test(splits).items()
+    }
+    return tuple(names), kept
+
+
+def _check_chats(rows: Dataset, column: str, split: str) -> None:
+    field = "data.columns.messages"
+    if column not in rows.column_names:
+        raise InputError(field, column, one_of(rows.column_names, column) + f" (the {split} split)")
+    for chat in rows[column]:
+        try:
+            whole = len(chat) > 1 and chat[-1]["role"] == "assistant"
+            whole = whole and all(isinstance(turn["role"], str) and isinstance(turn["content"], str) for turn in chat)
+        except (TypeError, KeyError):
+            whole = False
+        if not whole:
+            accepted = f"chats of role and content, 2 turns or more, the last the assistant's (the {split} split)"
+            raise InputError(field, column, accepted)
+
+
+def prompt_encoder(
+    columns: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Callable[[Rows], Rows]:
+    """A function from raw rows to token ids with labels at the response and at the EOS that ends it.
+
+    Prompt and response are tokenized apart, as a model meets them when it generates. A response is cut where the row
+    is full; a row whose prompt leaves no room for it is left out. Of a chat, all turns but the last are the prompt, in the words
+    of the tokenizer's chat template.
+
+    Args:
+        columns: `("prompt", "response")` or `("messages",)`.
+        tokenizer: with an EOS or BOS token, and for chats a template.
+        max_length: most tokens in a row.
+    """
+    (begin, _), end = special_ends(tokenizer), document_end(tokenizer)
+    assert end is not None, "checked by check_tokenizer"
+
+    def work(rows: Rows) -> Rows:
+        if columns == CHAT:
+            pairs = [_chat(tokenizer, chat) for chat in rows["messages"]]
+            prompts, responses, first = [p for p, _ in pairs], [r for _, r in pairs], []
+        else:
+            prompts, responses, first = rows["prompt"], rows["response"], begin
+        before, after = (
+            tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] for texts in (prompts, responses)
+        )
+        ids, labels = [], []
+        for prompt, response in zip(before, after, strict=True):
+            prompt = [*first, *prompt] or [end]
+            response = [*response, *([] if response[-1:] == [end] else [end])][: max_length - len(prompt)]
+            if len(prompt) < max_length:
+                ids.append([*prompt, *response])
+                labels.append([*[IGNORED] * len(prompt), *response])
+        return as_rows(ids, labels)
+
+    return work
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]]) -> tuple[str, str]:
+    """Prompt and response of a chat as text; what the template puts behind the turn's EOS is left out."""
+    turns = [{key: value for key, value in turn.items() if value is not None} for turn in chat]
+    whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    prompt = str(tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True))
+    if not whole.startswith(prompt):
+        accepted = "a chat template that only adds the answer to its prompt"
+        raise InputError("data.columns.messages", tokenizer.name_or_path, accepted)
+    response = whole[len(prompt) :].rstrip()
+    return prompt, response

@@ -1,0 +1,53 @@
+"""What tokenizers add to a text, which of it a task needs, and what decides the tokens that come out."""
+
+import json
+
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+from distill_llm.data.tasks import Task
+from distill_llm.errors import InputError
+
+
+def special_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer itself puts before and after a text."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    before = next(place for place in range(len(full)) if full[place : place + len(bare)] == bare)
+    return full[:before], full[before + len(bare) :]
+
+
+def document_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that ends a document or a response: end of sequence, else begin of sequence, else None."""
+    return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
+
+
+def check_tokenizer(task: Task, tokenizer: PreTrainedTokenizerBase, field: str = "teacher.model") -> None:
+    """Whether a tokenizer has the special tokens and the template that a task's rows are made with.
+
+    Raises:
+        InputError: naming `field`, the setting that gave the tokenizer.
+    """
+    missing = None
+    if task.kind in ("causal_lm", "prompts"):
+        if document_end(tokenizer) is None:
+            missing = "an EOS or BOS token, to end a text"
+        elif task.text_columns == ("messages",) and not tokenizer.chat_template:
+            missing = "a chat template, for messages"
+    elif tokenizer.pad_token_id is None:
+        missing = "a padding token"
+    elif task.kind == "masked_lm" and tokenizer.mask_token_id is None:
+        missing = "a mask token"
+    if missing is not None:
+        raise InputError(field, tokenizer.name_or_path, f"a model whose tokenizer has {missing}")
+
+
+def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What decides the tokens, without the padding and truncation that calls leave behind in a tokenizer."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        state = {"vocabulary": tokenizer.get_vocab(), "settings": str(tokenizer.init_kwargs)}
+    else:
+        state = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
+    added = [tokenizer.special_tokens_map, tokenizer.chat_template]
+    return [json.dumps([state, added], sort_keys=True, default=str), type(tokenizer).__name__, transformers.__version__]

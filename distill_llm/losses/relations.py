@@ -1,0 +1,54 @@
+"""Relations between tokens by their queries, keys or values: what models of any width and head count have in common."""
+
+import math
+
+import torch
+
+from distill_llm.errors import InputError
+from distill_llm.losses.attention import AttentionInputs, attention_distance
+
+
+def relation_distance(
+    student: torch.Tensor, teacher: torch.Tensor, valid: torch.Tensor, heads: int, field: str = "losses.relations.heads"
+) -> torch.Tensor:
+    """Sum over valid tokens of the mean over relation heads of KL(teacher || student) (MiniLMv2, Wang et al., 2021, section 3).
+
+    The vectors of all heads of a token, one after the other, are divided into `heads` relation heads of d channels each;
+    a relation is softmax(x x^T / sqrt(d)) over the valid tokens. Later tokens count in the relations of a causal model
+    too: they are looked at, never predicted from.
+
+    Args:
+        student: (B, N, T, D) queries, keys or values of a layer.
+        teacher: (B, N', T, D') the same of the mapped layer, no gradient.
+        valid: (B, T), 1 at valid tokens and 0 at padding.
+        heads: divides N * D and N' * D'.
+        field: what the number of heads is called in error messages.
+
+    Returns:
+        scalar in fp32.
+
+    Raises:
+        InputError: the widths cannot be divided.
+    """
+    check_heads(heads, {each.shape[1] * each.shape[3] for each in (student, teacher)}, field)
+    lowest = torch.finfo(torch.float32).min
+    padding = torch.zeros(valid.shape, device=valid.device).masked_fill_(valid == 0, lowest)[:, None, None, :]
+
+    def relation(vectors: torch.Tensor) -> AttentionInputs:
+        divided = vectors.transpose(1, 2).flatten(2).unflatten(2, (heads, -1)).transpose(1, 2)
+        return AttentionInputs(divided, divided, divided.shape[-1] ** -0.5, padding)
+
+    return attention_distance(relation(student), relation(teacher), valid)
+
+
+def check_heads(heads: int, widths: set[int], field: str = "losses.relations.heads") -> None:
+    """Whether layers of these widths can be divided into relation heads.
+
+    Raises:
+        InputError: names the numbers that can.
+    """
+    common = math.gcd(*widths)
+    if common % heads:
+        divisors = [str(number) for number in range(1, common + 1) if common % number == 0]
+        accepted = f"a divisor of the widths {', '.join(map(str, sorted(widths)))}: {', '.join(divisors)}"
+        raise InputError(field, heads, accepted)

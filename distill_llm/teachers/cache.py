@@ -1,0 +1,169 @@
+"""A teacher that is a folder: signals that were written once, looked up for every batch."""
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from distill_llm.capture import Signals
+from distill_llm.errors import InputError
+from distill_llm.losses.items import valid_tokens
+from distill_llm.losses.objective import Objective
+from distill_llm.losses.sparse import SparseTargets
+from distill_llm.teachers.cache_contents import (
+    check_fingerprints,
+    find_examples,
+    teacher_fingerprint,
+    tokenizer_fingerprint,
+)
+from distill_llm.teachers.cache_format import (
+    CacheIndex,
+    ItemCoding,
+    Tokens,
+    check_of,
+    example_key,
+    map_shard,
+    read_index,
+)
+
+
+@dataclass
+class SparseSignals(Signals):
+    """Signals of a teacher known at a few tokens per item: `targets` in place of `logits`, which is (items, 0)."""
+
+    targets: SparseTargets = field(kw_only=True)
+
+
+class CachedTeacher:
+    """The signals of a teacher from the folder that `write_cache` made; called as an OnlineTeacher is.
+
+    Examples are found by the content of their valid input ids: in any order, any number of times, in any process, padded
+    on either side. Files are memory-mapped; each block that is read is checked. A `full` cache (up to k classes) gives the
+    teacher's logits, fit for any divergence and temperature; the others give SparseSignals, for `losses.sparse`.
+
+    Args:
+        path: the folder.
+        teacher: the model or folder that the cache was written with, to be compared with it; None: not compared.
+        tokenizer, dataset: likewise. The dataset may be in another order, but must have the same examples.
+
+    Attributes:
+        index: settings and kind of the cache.
+
+    Raises:
+        InputError: one line: no cache, not finished, damaged, or of another teacher, tokenizer or dataset, saying which.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        teacher: PreTrainedModel | str | Path | None = None,
+        tokenizer: Any = None,
+        dataset: Dataset | None = None,
+    ):
+        self.folder = Path(path)
+        self.index: CacheIndex = read_index(self.folder)
+        given: dict[str, str] = {}
+        if teacher is not None:
+            given["teacher"] = teacher_fingerprint(teacher)
+        if tokenizer is not None:
+            given["tokenizer"] = tokenizer_fingerprint(tokenizer)
+        if dataset is not None:
+            given["data"] = find_examples(dataset, self.index.settings).fingerprint
+        check_fingerprints(self.index, self.folder, given)
+        self._shards = [map_shard(self.folder, self.index, number) for number in range(len(self.index.shards))]
+        self._first = np.array([shard["keys"][0] for shard in self._shards])
+        self._per_token = self.index.settings.kind != "example"
+
+    def check_objective(self, objective: Objective) -> None:
+        """Raise an InputError where an objective needs what this cache does not hold."""
+        for name in objective.terms():
+            if name not in ("labels", "logits"):
+                raise InputError(f"losses.{name}", "a cached teacher", "a teacher in memory: the cache has logits only")
+        logits = objective.logits
+        if self.index.coding == "full" or logits is None:
+            return
+        given = {"divergence": logits.divergence, "temperature": logits.temperature, **logits.settings()}
+        wanted = {"divergence": "forward_kl", "temperature": 1.0}
+        for name, value in given.items():
+            if value != wanted.get(name):
+                accepted = f"{wanted.get(name, 'none')} with a cache of {self.index.settings.k} of {self.index.classes} classes"
+                raise InputError(f"losses.logits.{name}", value, accepted)
+
+    def __call__(self, inputs: Mapping[str, torch.Tensor], positions: torch.Tensor | None = None) -> Signals:
+        """Signals of a batch, on its device.
+
+        Args:
+            inputs: a batch with `input_ids` (B, T) and, where it is padded, `attention_mask`.
+            positions: (items,) indices into the flattened (B * T) tokens; not used where items are examples.
+
+        Raises:
+            InputError: an example that is not in the cache, a position that has no signals, a damaged block.
+        """
+        ids, device = inputs["input_ids"].cpu().numpy(), inputs["input_ids"].device
+        valid = valid_tokens(inputs).cpu().numpy()
+        if not self._per_token:
+            parts = [self._block(row[mask])[0] for row, mask in zip(ids, valid, strict=True)]
+            return self._signals(parts, np.ones(len(ids), dtype=np.int64), None, device)
+        if positions is None:
+            raise InputError("positions", None, "flat positions of tokens: this cache has signals of tokens")
+        wanted = positions.cpu().numpy()
+        item_at = np.full(ids.shape, -1, dtype=np.int64)
+        parts, counts, total = [], [], 0
+        for row in np.unique(wanted // ids.shape[1]).tolist():
+            block, count = self._block(ids[row][valid[row]])
+            columns = np.flatnonzero(valid[row])
+            marked = -(-len(columns) // 8)
+            chosen = columns[np.unpackbits(block[:marked], count=len(columns)).view(bool)]
+            item_at[row, chosen] = np.arange(total, total + count)
+            parts.append(block[marked:])
+            counts.append(count)
+            total += count
+        items = item_at.reshape(-1)[wanted]
+        if (items < 0).any():
+            at = divmod(int(wanted[items < 0][0]), ids.shape[1])
+            accepted = f"positions that count by {self.index.settings}"
+            raise InputError("positions", f"example {at[0]} of the batch, token {at[1]}", accepted)
+        everything = len(items) == total and (items == np.arange(total)).all()
+        return self._signals(parts, np.array(counts, dtype=np.int64), None if everything else items, device)
+
+    def _block(self, ids: np.ndarray) -> tuple[np.ndarray, int]:
+        """The unpacked block of an example and its number of items."""
+        key = np.frombuffer(example_key(ids), dtype=self._first.dtype)
+        number = int(np.searchsorted(self._first, key, side="right")[0]) - 1
+        shard = self._shards[max(0, number)]
+        at = int(np.searchsorted(shard["keys"], key)[0])
+        if at == len(shard["keys"]) or shard["keys"][at] != key[0]:
+            start = f"{ids[:8].tolist()}{'...' if len(ids) > 8 else ''}, {len(ids)} tokens"
+            accepted = "examples of the dataset that the cache was written for, cut to the same length"
+            raise InputError("input_ids", start, accepted)
+        block, count = shard["blocks"][slice(*shard["starts"][at : at + 2])], int(shard["items"][at])
+        if check_of(block, count) != shard["checks"][at]:
+            path = self.index.shard_path(self.folder, number)
+            raise InputError(
+                "cache", str(path), "a shard as it was written: this one is damaged, remove it and go on writing"
+            )
+        return np.frombuffer(zlib.decompress(block.tobytes()), dtype=np.uint8), count
+
+    def _signals(
+        self, parts: list[np.ndarray], counts: np.ndarray, items: np.ndarray | None, device: torch.device
+    ) -> Signals:
+        """Decode what is left of the blocks after their bits, and choose items."""
+        chosen = slice(None) if items is None else torch.from_numpy(items)
+        if self.index.coding == "full":
+            raw = np.concatenate(parts) if parts else np.empty(0, dtype=np.uint8)
+            logits = torch.from_numpy(raw.view("<f4").reshape(-1, self.index.classes))[chosen]
+            return Signals(logits=logits.to(device, non_blocking=True))
+        settings = self.index.settings
+        coding = ItemCoding(self.index.classes, settings.k, settings.method)
+        both = zip(parts, counts.tolist(), strict=True)
+        coded = [coding.split(part, count) for part, count in both] or [coding.split(np.empty(0, dtype=np.uint8), 0)]
+        targets = coding.decode(Tokens(*(np.concatenate(each) for each in zip(*coded, strict=True))))
+        targets = targets.rows(chosen).to(device)
+        targets = targets._replace(ids=targets.ids.long())
+        return SparseSignals(logits=targets.probabilities.new_empty(len(targets.ids), 0), targets=targets)

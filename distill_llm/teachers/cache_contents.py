@@ -1,0 +1,182 @@
+"""What a teacher cache is made from: fingerprints of teacher and tokenizer, and the different examples of a dataset."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from distill_llm.errors import InputError
+from distill_llm.losses.items import counted, valid_tokens
+from distill_llm.teachers.cache_format import KEY, CacheIndex, CacheSettings, example_key
+
+OTHER_INPUTS = ("token_type_ids", "position_ids")
+
+
+def teacher_fingerprint(teacher: PreTrainedModel | str | Path) -> str:
+    """A hash of a model's config and weights, cheap enough for every start.
+
+    Of a model in memory: names, shapes, dtypes, the exact sum of the bits of every tensor and some of its values. Of a
+    folder: the headers and sizes of its safetensors files and 256 evenly spaced pieces of each. The two differ; a cache
+    is checked with what it was written with. Names of folders and versions of transformers do not count.
+
+    Raises:
+        InputError: a folder without config.json or safetensors.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    if isinstance(teacher, PreTrainedModel):
+        digest.update(_stable_config(teacher.config.to_dict()))
+        for name, tensor in sorted(teacher.state_dict().items()):
+            bits = _bits(tensor.detach())
+            some = bits[:: max(1, len(bits) // 256)].cpu().numpy()
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{bits.sum(dtype=torch.int64).item()}".encode())
+            digest.update(some.tobytes())
+        return "memory:" + digest.hexdigest()
+    folder = Path(teacher)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files or not (folder / "config.json").is_file():
+        raise InputError("teacher", str(folder), "a folder with config.json and safetensors files")
+    digest.update(_stable_config(json.loads((folder / "config.json").read_text())))
+    for path in files:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(8)
+            digest.update(f"{path.name}{size}".encode() + head + file.read(int.from_bytes(head, "little")))
+            for start in range(0, size, max(4096, size // 256)):
+                file.seek(start)
+                digest.update(file.read(4096))
+    return "files:" + digest.hexdigest()
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.reshape(-1).view(integers[tensor.element_size()])
+
+
+def _stable_config(config: Any) -> bytes:
+    def stable(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        kept = {str(k): stable(v) for k, v in value.items()}
+        return {
+            k: v for k, v in kept.items() if not k.startswith("_") and k not in ("transformers_version", "use_cache")
+        }
+
+    return json.dumps(stable(config), sort_keys=True, default=str).encode()
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """A hash of what decides the tokens, without the padding and truncation that calls leave behind; None gives 'none'."""
+    if tokenizer is None:
+        return "none"
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = {"vocabulary": tokenizer.get_vocab()} if backend is None else json.loads(backend.to_str())
+    text = json.dumps(state | {"padding": None, "truncation": None}, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The different examples of a dataset, sorted by key.
+
+    keys: (E,) of KEY. rows: (E,) a row of the dataset with each. items, tokens: (E,) how many items and valid tokens each has.
+    fingerprint: of all of them, whatever their order and however often they occur.
+    """
+
+    keys: np.ndarray
+    rows: np.ndarray
+    items: np.ndarray
+    tokens: np.ndarray
+    fingerprint: str
+
+
+def find_examples(dataset: Dataset, settings: CacheSettings) -> Examples:
+    """Read the examples of a tokenized dataset.
+
+    Args:
+        dataset: with `input_ids` and, if it has them, `attention_mask`, `labels` (they say which tokens count),
+            `token_type_ids` and `position_ids`, each a list as long as the ids.
+        settings: what is stored of an example; those without an item are left out.
+
+    Raises:
+        InputError: no `input_ids`, nothing to store, or examples with the same input ids that are otherwise different.
+    """
+    if "input_ids" not in dataset.column_names:
+        raise InputError("dataset", dataset.column_names, "a tokenized dataset with a column input_ids")
+    needs_labels = settings.kind != "example" and not settings.unlabelled
+    read = ["input_ids", "attention_mask", *OTHER_INPUTS, *(["labels"] if needs_labels else [])]
+    names = [name for name in read if name in dataset.column_names]
+    found: dict[bytes, tuple[bytes, int, int, int]] = {}
+    row = 0
+    for table in dataset.select_columns(names).with_format("arrow").iter(batch_size=1000):
+        columns = {name: _rows(name, table.column(name)) for name in names}
+        for number in range(len(table)):
+            example = {name: column[number] for name, column in columns.items()}
+            mask, chosen = chosen_tokens(example, settings)
+            key = example_key(example["input_ids"][mask])
+            content = hashlib.blake2b(np.packbits(chosen).tobytes(), key=key, digest_size=16)
+            for name in OTHER_INPUTS:
+                if name in example:
+                    content.update(example[name][mask].astype("<u4").tobytes())
+            count = 1 if settings.kind == "example" else int(chosen.sum())
+            known = found.setdefault(key, (content.digest(), row, count, len(chosen)))
+            if known[0] != content.digest():
+                accepted = "examples of the same input ids with the same token types, positions and labelled tokens"
+                raise InputError("dataset", f"rows {known[1]} and {row}", accepted)
+            row += 1
+    kept = {key: each for key, each in found.items() if each[2]}
+    if not kept:
+        raise InputError(
+            "dataset", f"{row} rows with nothing to store", "rows with outputs that count, of valid tokens"
+        )
+    keys = np.frombuffer(b"".join(kept), dtype=KEY)
+    order = np.argsort(keys, order=("high", "low"))
+    keys = keys[order]
+    contents, *numbers = zip(*kept.values(), strict=True)
+    digest = hashlib.blake2b(keys.tobytes() + b"".join(contents[at] for at in order), digest_size=16)
+    rows, counts, lengths = (np.array(each)[order] for each in numbers)
+    return Examples(keys, rows, counts, lengths, digest.hexdigest())
+
+
+def _rows(name: str, column: pa.ChunkedArray) -> list[np.ndarray]:
+    if not hasattr(column.type, "value_type"):
+        raise InputError(f"dataset.{name}", str(column.type), "a list per example, as long as its input_ids")
+    lists = column.combine_chunks()
+    values = lists.flatten().to_numpy(zero_copy_only=False)
+    return np.split(values, np.cumsum(pc.list_value_length(lists).to_numpy(zero_copy_only=False))[:-1])
+
+
+def chosen_tokens(example: Mapping[str, Any], settings: CacheSettings) -> tuple[np.ndarray, np.ndarray]:
+    """(T,) of bool, the valid tokens of a row; and (valid tokens,) of bool, which of them are items.
+
+    Where items are examples no token is one.
+    """
+    columns = (
+        ("input_ids", "attention_mask", "labels") if settings.kind != "example" else ("input_ids", "attention_mask")
+    )
+    row = {name: torch.from_numpy(np.array(example[name]))[None] for name in columns if example.get(name) is not None}
+    mask = valid_tokens(row)[0].numpy()
+    if settings.kind == "example":
+        return mask, np.zeros(mask.sum(), dtype=bool)
+    return mask, counted(row, settings.kind, settings.unlabelled)[0].numpy()[mask]
+
+
+def check_fingerprints(
+    index: CacheIndex, folder: Path, fingerprints: Mapping[str, str], settings: CacheSettings | None = None
+) -> None:
+    """Raise one InputError that names everything in which a cache differs from what it is to be used with."""
+    changed = [name for name, value in fingerprints.items() if index.fingerprints.get(name) != value]
+    if settings is not None:
+        old, new = vars(index.settings), vars(settings)
+        changed += [f"{name} ({old[name]}, not {new[name]})" for name in new if old[name] != new[name]]
+    if changed:
+        accepted = "a cache made with the same teacher, tokenizer and data: another folder, or write it again"
+        raise InputError("cache", f"{folder}, made with another {' and '.join(changed)}", accepted)
