@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from distill_llm.errors import InputError
     from distill_llm.pipeline import RunResult, run
     from distill_llm.profiling import Comparison, Profile, compare, profile
+    from distill_llm.pruning.collecting import collect_statistics
     from distill_llm.pruning.criteria import Importance, score
     from distill_llm.pruning.masking import masked
     from distill_llm.pruning.plan import LayerPlan, PruningPlan, keep_layers
     from distill_llm.pruning.planning import plan_pruning
-    from distill_llm.pruning.collecting import collect_statistics
     from distill_llm.pruning.statistics import Statistics
     from distill_llm.pruning.surgery import prune
     from distill_llm.recipe import Recipe, load_recipe

@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from distill_llm.errors import InputError
 from distill_llm.losses.attention import AttentionInputs
 from distill_llm.losses.items import kind_of
-from distill_llm.pruning.modeling_pruned import FAMILIES, layers_of
+from distill_llm.pruning.families import FAMILIES, layers_of
 
 PREFIX = "distill_"
 EMBEDDINGS = -1  # the layer before the first: its output is what the first reads

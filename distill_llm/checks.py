@@ -3,7 +3,7 @@
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +12,7 @@ import datasets
 import torch
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
+from distill_llm.cutting import budget_tokens, least_share
 from distill_llm.data.loading import load_task
 from distill_llm.data.sources import resolve_path
 from distill_llm.data.special_tokens import check_tokenizer
@@ -19,8 +20,9 @@ from distill_llm.data.tasks import Task, TaskData
 from distill_llm.errors import InputError, one_of
 from distill_llm.faults import faults_in, raise_all
 from distill_llm.opening import HEAD_CLASSES, OpenModel, check_head, check_length, longest_input, open_model
-from distill_llm.pruning.modeling_pruned import FAMILIES, family_of, lineage_of, pruned_class
-from distill_llm.pruning.structure import LayerShape, layer_shapes, unit_costs
+from distill_llm.pruning.families import FAMILIES, family_of, lineage_of
+from distill_llm.pruning.modeling_pruned import pruned_class
+from distill_llm.pruning.structure import layer_shapes
 from distill_llm.recipe import Recipe
 from distill_llm.training_checks import check_training
 
@@ -138,12 +140,12 @@ def _check_pruning(recipe: Recipe, teacher: OpenModel, skeleton: PreTrainedModel
         return
     config, pruning = teacher.config, recipe.pruning
     try:
-        family = family_of(config)
+        family_of(config)
     except ValueError:
         raise InputError(
             teacher.field,
             f"{teacher.name} (family {config.model_type})",
-            f"{one_of(FAMILIES, config.model_type)}; to add one: a row in FAMILIES (pruning/modeling_pruned.py)",
+            f"{one_of(FAMILIES, config.model_type)}; to add one: a row in FAMILIES (pruning/families.py)",
         ) from None
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(
@@ -151,23 +153,16 @@ def _check_pruning(recipe: Recipe, teacher: OpenModel, skeleton: PreTrainedModel
         )
     if pruning.layers is not None and max(pruning.layers) >= config.num_hidden_layers:
         raise InputError("pruning.layers", pruning.layers, f"indices from 0 to {config.num_hidden_layers - 1}")
-    width = getattr(config, family.ffn_config)
+    width = layer_shapes(skeleton)[0].neurons
     if pruning.round_to > width:
         raise InputError("pruning.round_to", pruning.round_to, f"at most {width}, the FFN neurons of a layer")
-    if pruning.keep is not None:
-        least = _least_share(skeleton, pruning.units, pruning.cost, recipe.evaluation.latency.sequence_length)
+    if pruning.keep is not None and pruning.cost != "latency":
+        decoder = any(name.endswith(HEAD_CLASSES["causal_lm"]) for name in config.architectures or ())
+        least = least_share(skeleton, pruning, budget_tokens(recipe, decoder))
         if pruning.keep < least * (1 - 1e-9):
             shown = math.ceil(least * 1e4) / 1e4
             accepted = f"at least {shown:g}, the least that units [{', '.join(pruning.units)}] can leave"
             raise InputError("pruning.keep", pruning.keep, accepted)
-
-
-def _least_share(model: PreTrainedModel, units: Sequence[str], cost: str, sequence_length: int) -> float:
-    """The share of the layers' cost that stays when all that may be removed is; one layer always stays."""
-    costs, shapes = unit_costs(model, cost, sequence_length), layer_shapes(model)
-    bare = [LayerShape(0 if "heads" in units else s.heads, 0 if "neurons" in units else s.neurons) for s in shapes]
-    left = min(costs.of([shape]) for shape in bare) if "layers" in units else costs.of(bare)
-    return left / costs.of(shapes)
 
 
 def _check_lengths(recipe: Recipe, teacher: OpenModel) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -10,45 +9,22 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from distill_llm.command_group import CommandGroup, is_main_process
 from distill_llm.errors import InputError
 from distill_llm.faults import faults_in
 from distill_llm.options import as_options, read_columns, usable_output
 from distill_llm.recipe import PruningSection, Recipe, load_recipe, parse_recipe, recipe_descriptions, recipe_folder
+from distill_llm.responses import command as responses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from distill_llm.opening import OpenModel
 
-_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 _PRUNING = PruningSection.model_fields
 
-
-class _Group(typer.core.TyperGroup):
-    """Turns faults of the input into lines on stderr and exit code 2."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except InputError as error:
-            lines = [str(fault) for fault in faults_in(error)]
-        except _UsageError as error:
-            lines = [error.format_message() + _hint(error)]  # type: ignore[attr-defined]
-        if _is_main_process():
-            for line in lines:
-                print("error:", " ".join(line.split()), file=sys.stderr)
-        raise typer.Exit(2)
-
-
-def _hint(error: Any) -> str:
-    """What to write where `--set` and its value were taken for two arguments."""
-    settings = (error.ctx.params.get("settings") if error.ctx is not None else None) or []
-    bare = next((text for text in settings if "=" not in text), None)
-    return f" (--set takes one argument: --set {bare}=VALUE)" if bare else ""
-
-
 app = typer.Typer(
-    cls=_Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+    cls=CommandGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
 )
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")]
@@ -243,6 +219,9 @@ def push(
     _say(f"pushed: {upload(folder, repo_id, private=private)}")
 
 
+app.command("respond", epilog=responses.EXAMPLE)(responses.respond)
+
+
 @app.command(epilog="Example: distill-llm recipes")
 def recipes() -> None:
     """List the shipped recipes: name and description."""
@@ -250,6 +229,14 @@ def recipes() -> None:
     for name, description in recipe_descriptions().items():
         table.add_row(name, description)
     _say(table)
+
+
+@app.command(epilog="Example: distill-llm families")
+def families() -> None:
+    """List the model families that can be pruned, and what of each."""
+    from distill_llm.pruning.supported import families_table
+
+    _say(families_table())
 
 
 def _load(name: str, output_dir: Path | None, settings: list[str]) -> Recipe:
@@ -286,12 +273,8 @@ def _device() -> str:
     return accelerator.type if accelerator is not None else "cpu"
 
 
-def _is_main_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _say(what: Any) -> None:
-    if _is_main_process():
+    if is_main_process():
         Console(soft_wrap=isinstance(what, str)).print(what, markup=False)
 
 

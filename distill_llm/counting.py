@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
 from distill_llm.errors import InputError
-from distill_llm.pruning.modeling_pruned import layers_of
+from distill_llm.pruning.families import layers_of
 
 
 def count_params(model: PreTrainedModel) -> tuple[int, int]:

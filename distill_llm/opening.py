@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from distill_llm.data.sources import resolve_path
 from distill_llm.data.tasks import Task
 from distill_llm.errors import InputError
+from distill_llm.gguf import SUFFIX, plain_checkpoint
 
 HEAD_CLASSES = {
     "classification": ("ForSequenceClassification",),
@@ -32,13 +33,19 @@ class OpenModel:
     tokenizer: PreTrainedTokenizerBase
 
 
+def resolve_model(name: str, field: str = "model") -> str:
+    """Where a model is: a folder, or a Hub id. A GGUF file is read once into a folder of the cache."""
+    path = resolve_path(name, field)
+    return str(plain_checkpoint(path, field)) if path.endswith(SUFFIX) and Path(path).is_file() else path
+
+
 def open_model(field: str, name: str) -> OpenModel:
-    """Find a model by folder, Hub id or package:// path and read its config and tokenizer.
+    """Find a model by folder, Hub id, package:// path or GGUF file and read its config and tokenizer.
 
     Raises:
         InputError: naming `field`, where the model, its config or its tokenizer is missing.
     """
-    path = resolve_path(name, field)
+    path = resolve_model(name, field)
     local = Path(path)
     if local.exists():
         if not (local / "config.json").is_file():

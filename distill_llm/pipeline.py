@@ -11,7 +11,6 @@ from rich.console import Console
 from distill_llm.checks import check_recipe
 from distill_llm.data.sources import resolve_path
 from distill_llm.errors import InputError
-from distill_llm.pruning.surgery import prune
 from distill_llm.recipe import Recipe, parse_recipe
 from distill_llm.run_folder import RunFolder, written_whole
 from distill_llm.stages import Stages
@@ -62,7 +61,8 @@ def prune_model(
         data: where the task's rows are; a GLUE task's default is the Hub.
         columns: names of `text`, `text_pair` and `label` in data that is not GLUE's.
         max_length: tokens an example is cut to.
-        options: fields of the recipe's pruning section.
+        options: fields of the recipe's pruning section but `rounds` and `schedule`: units, criterion, loss, cost, cuts, scope,
+            round_to, uniform, min_heads, min_neurons, compensate, calibration_examples, statistics.
 
     Returns:
         The folder of the pruned model, with tokenizer and plan.json.
@@ -80,13 +80,17 @@ def prune_model(
     assert recipe.pruning is not None
     stages = Stages(recipe)
     teacher = stages.load(resolve_path(model)).eval()
-    plan, statistics = stages.plan(teacher, teacher, recipe.pruning, keep)
-    student = prune(teacher, plan, statistics if recipe.pruning.compensate else None)
+    section = recipe.pruning
+    file = section.statistics.expanduser() if section.statistics is not None else None
+    cut = stages.cutter(section).cut(teacher, teacher, keep, file)
+    if not stages.processes.is_main_process:
+        return target
     with written_whole(target) as folder:
-        stages.save(student, folder)
-        plan.save(folder / "plan.json")
-    scores = [stages.evaluate(m)["score"] for m in (teacher, student)]
-    share = f"{plan.kept:.1%} of the layers' {recipe.pruning.cost} kept"
+        stages.save(cut.model, folder)
+        stages.show(cut.plan, teacher, folder, "plan")
+    scores = [stages.evaluate(m)["score"] for m in (teacher, cut.model)]
+    of = "the latency" if section.cost == "latency" else f"the layers' {section.cost}"
+    share = f"{cut.plan.kept:.1%} of {of} kept" + (f" ({cut.plan.note})" if cut.plan.note else "")
     _say(stages, f"prune: {share}, {stages.data.task.main_metric} {scores[0]:.4f} -> {scores[1]:.4f}")
     return target
 
@@ -118,7 +122,11 @@ class Run:
             folder = stages.folder / f"round-{number}"
             if recipe.pruning is not None:
                 name = f"round-{number}/prune"
-                pruned = state.stage(name, lambda: stages.prune(folder, student_dir, teacher_dir, number))  # noqa: B023
+                pruned = state.stage(
+                    name,
+                    lambda: stages.prune(folder, student_dir, teacher_dir, number),  # noqa: B023
+                    everyone=True,
+                )
                 self._line(name, pruned)
                 row |= {k: v for k, v in pruned.items() if k != "seconds"}
                 row["seconds"]["prune"] = pruned["seconds"]

@@ -11,11 +11,22 @@ from pydantic.functional_validators import ModelWrapValidatorHandler
 from distill_llm.errors import InputError, one_of
 from distill_llm.faults import InputErrors, faults_of, raise_all
 from distill_llm.losses.objective import LabelsLoss, LogitsLoss, Objective
+from distill_llm.pruning_rules import pruning_faults
 from distill_llm.training_fields import check_training_fields, with_defaults
 from distill_llm.yaml_input import override, read_yaml
 
-Unit = Literal["heads", "neurons", "layers"]
-Criterion = Literal["random", "magnitude", "taylor", "fisher", "activation", "block_influence"]
+Unit = Literal["heads", "queries", "neurons", "layers", "attention", "ffn", "hidden"]
+Criterion = Literal[
+    "random",
+    "magnitude",
+    "magnitude_l1",
+    "taylor",
+    "fisher",
+    "activation",
+    "wanda",
+    "block_influence",
+    "leave_one_out",
+]
 
 
 class Section(BaseModel):
@@ -84,22 +95,54 @@ class PruningSection(Section):
     """What to remove, and how to choose it."""
 
     keep: float | None = Field(
-        default=None, gt=0, le=1, description="share of the transformer layers' cost that remains"
+        default=None,
+        gt=0,
+        le=1,
+        description="share of the transformer layers' cost that remains; of the whole model's with cost latency",
     )
     rounds: int = Field(default=1, ge=1, description="times to prune and recover until `keep` is reached")
     schedule: Literal["linear", "cubic"] = Field(
         default="cubic", description="how the kept share falls over the rounds"
     )
-    units: list[Unit] = Field(default=["heads", "neurons"], min_length=1, description="what may be removed")
+    cuts: int = Field(
+        default=1,
+        ge=1,
+        description="small cuts that a round's removal is done in, each keeping the same part of what it finds, importance"
+        " measured anew before each, no training between",
+    )
+    units: list[Unit] = Field(
+        default=["heads", "neurons"],
+        min_length=1,
+        description="what may be removed: heads (KV groups), queries of every group, FFN neurons, whole layers, the attention"
+        " or ffn of a layer, hidden (channels of the residual stream)",
+    )
     criterion: Criterion = Field(default="fisher", description="how the importance of a unit is measured")
-    cost: Literal["params", "flops"] = Field(default="params", description="what `keep` is a share of")
+    loss: Literal["labels", "kl"] | None = Field(
+        default=None,
+        description="what gradients are taken of: the task's labels, or kl, the model's own predictions; left out: labels"
+        " where the rows have them",
+    )
+    cost: Literal["params", "flops", "memory", "latency"] = Field(
+        default="params",
+        description="what `keep` is a share of; memory counts a decoder's keys and values too; latency is measured on this"
+        " device; both for the batch of evaluation.latency",
+    )
     scope: Literal["global", "local"] = Field(
         default="global", description="rank units over all layers, or in each layer"
     )
-    round_to: int = Field(default=1, ge=1, description="kept FFN neurons of a layer are a multiple of this")
+    round_to: int = Field(
+        default=1, ge=1, description="kept FFN neurons of a layer, and channels (hidden), are a multiple of this"
+    )
     uniform: bool = Field(default=False, description="the same number of heads and of neurons in every layer")
+    min_heads: int = Field(default=0, ge=0, description="heads (KV groups) that every remaining layer keeps at least")
+    min_neurons: int = Field(default=0, ge=0, description="FFN neurons that every remaining layer keeps at least")
     compensate: bool = Field(default=True, description="fold what removed units contributed into the kept columns")
     calibration_examples: int = Field(default=1024, ge=1, description="training rows that importance is measured on")
+    statistics: Path | None = Field(
+        default=None,
+        description="file for what round 1 measures, in place of one in its folder: used where it is of the same model"
+        " and rows, so that another criterion or budget reads no data; else written",
+    )
     layers: list[int] | None = Field(
         default=None,
         min_length=1,
@@ -108,32 +151,7 @@ class PruningSection(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "PruningSection":
-        faults = []
-        if self.keep is None and self.layers is None:
-            faults.append(InputError("keep", None, "a number above 0 and at most 1 (or a list of layers in `layers`)"))
-        if self.layers is not None:
-            if self.keep is not None:
-                faults.append(InputError("keep", self.keep, "nothing where `layers` says what to keep"))
-            if self.rounds > 1:
-                faults.append(InputError("rounds", self.rounds, "1 where `layers` says what to keep"))
-            if min(self.layers) < 0 or sorted(set(self.layers)) != self.layers:
-                faults.append(
-                    InputError("layers", self.layers, "distinct indices of layers, counted from 0, ascending")
-                )
-        if len(set(self.units)) != len(self.units):
-            faults.append(InputError("units", self.units, "each of heads, neurons, layers at most once"))
-        if self.round_to > 1 and "neurons" not in self.units:
-            faults.append(InputError("round_to", self.round_to, "1 where units has no neurons"))
-        if self.uniform and not {"heads", "neurons"} & set(self.units):
-            faults.append(InputError("uniform", True, "false where units has neither heads nor neurons"))
-        if self.criterion == "block_influence" and self.units != ["layers"]:
-            faults.append(InputError("units", self.units, "[layers] with criterion block_influence"))
-        if "layers" in self.units and self.units != ["layers"]:
-            for name, wanted in (("criterion", "fisher"), ("scope", "global"), ("uniform", False)):
-                if getattr(self, name) != wanted:
-                    accepted = f"{str(wanted).lower()} where units has layers together with heads or neurons"
-                    faults.append(InputError(name, getattr(self, name), accepted))
-        raise_all(faults)
+        raise_all(pruning_faults(self))
         return self
 
 

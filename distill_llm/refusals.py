@@ -5,9 +5,11 @@ from typing import Any
 
 from transformers import PreTrainedModel, TrainingArguments
 
+from distill_llm.adapters import is_quantized, without_adapters
 from distill_llm.errors import InputError
 from distill_llm.losses.items import kind_of
 from distill_llm.losses.objective import Objective
+from distill_llm.teachers.cache import CachedTeacher
 
 HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForMaskedLM", "ForCausalLM", "GPT2LMHeadModel")
 UNUSED = {
@@ -17,14 +19,26 @@ UNUSED = {
 
 
 def check_model(model: Any) -> None:
-    """Whether the trainer knows what the outputs of a student mean.
+    """Whether the trainer knows what the outputs of a student mean, and can train it.
+
+    Args:
+        model: a transformers model, or a PeftModel around one.
 
     Raises:
-        InputError: another head than those of HEADS, or labels that are neither one class nor one value per item.
+        InputError: another head than those of HEADS, labels that are neither one class nor one value per item, adapters
+            that lengthen the input, or quantised weights with nothing to train.
     """
+    adapted = without_adapters(model) is not model
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise InputError("model", type(model.active_peft_config).__name__, "LoRA or another adapter inside of layers")
+    model = without_adapters(model)
     name = type(model).__name__
     if not (isinstance(model, PreTrainedModel) and name.endswith(HEADS)):
         raise InputError("model", name, "a transformers model whose class ends in " + " or ".join(HEADS))
+    if is_quantized(model) and not adapted:
+        raise InputError(
+            "model", f"a quantised {name}", "a PeftModel around it (LoRA): its own weights cannot be trained"
+        )
     if name.endswith("ForMaskedLM") or kind_of(model) == "next_token":
         return
     labels, problem = model.config.num_labels or 0, getattr(model.config, "problem_type", None)
@@ -41,11 +55,19 @@ def check_model(model: Any) -> None:
 def check_teacher(teacher: Any, student: PreTrainedModel, objective: Objective) -> None:
     """Whether there is a teacher where the objective needs one, with a divergence that fits the outputs.
 
+    Args:
+        teacher: a model, a CachedTeacher or None.
+        student: without its adapters.
+        objective: what is to be learned.
+
     Raises:
-        InputError: no teacher, something that is no model, a divergence of probabilities of a single output.
+        InputError: no teacher, something that is none, a term that a cache has no signals for, a divergence of
+            probabilities of a single output.
     """
-    if teacher is not None and not isinstance(teacher, PreTrainedModel):
-        raise InputError("teacher", type(teacher).__name__, "a transformers model, or None")
+    if isinstance(teacher, CachedTeacher):
+        teacher.check_objective(objective)
+    elif teacher is not None and not isinstance(teacher, PreTrainedModel):
+        raise InputError("teacher", type(teacher).__name__, "a transformers model, a CachedTeacher, or None")
     if objective.needs_teacher and teacher is None:
         terms = [name for name in objective.terms() if name != "labels"]
         raise InputError("teacher", None, f"a model, since the objective has {', '.join(terms)}")

@@ -8,9 +8,8 @@ from transformers import PreTrainedModel
 
 from distill_llm.data.tasks import Task
 from distill_llm.profiling import Profile, compare
-from distill_llm.pruning.modeling_pruned import FAMILIES, lineage_of
-from distill_llm.pruning.structure import layer_shapes
 from distill_llm.recipe import Recipe
+from distill_llm.report.plans import kept_of
 from distill_llm.report.tables import retention
 
 VERSIONS = ("torch", "transformers", "accelerate", "datasets")
@@ -28,6 +27,7 @@ def collect_metrics(
     """Scores, costs measured side by side on this device, and what was kept of every layer."""
     latency = recipe.evaluation.latency
     measured = compare(student, teacher, latency.batch_size, latency.sequence_length)
+    kept, channels = kept_of(student, teacher)
     last = rounds[-1]
     final = last.get("recovered") or last.get("compensated") or last["pruned"]
     return {
@@ -46,7 +46,8 @@ def collect_metrics(
         "speedup_max": measured.speedup_max,
         "latency": latency.model_dump(),
         "rounds": [dict(row) for row in rounds] if recipe.pruning is not None else [],
-        "plan_layers": _kept(student, teacher),
+        "plan_layers": kept,
+        "plan_hidden": channels,
         "versions": {name: version(name) for name in VERSIONS},
         "seconds": round(seconds, 1),
     }
@@ -64,21 +65,3 @@ def _side(model: PreTrainedModel, profile: Profile, scores: Mapping[str, float])
         "weights_mb": profile.weights_mb,
         "peak_memory_mb": profile.peak_memory_mb,
     }
-
-
-def _kept(student: PreTrainedModel, teacher: PreTrainedModel) -> list[dict[str, int]]:
-    """Kept and original heads and neurons of every teacher layer that is left."""
-    lineage = lineage_of(student)
-    if lineage is None or teacher.config.model_type not in FAMILIES:
-        return []
-    shapes = layer_shapes(teacher)
-    return [
-        {
-            "source": row.source,
-            "heads": len(row.heads),
-            "neurons": len(row.neurons),
-            "heads_of": shapes[row.source].heads,
-            "neurons_of": shapes[row.source].neurons,
-        }
-        for row in lineage
-    ]

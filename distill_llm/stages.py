@@ -10,23 +10,19 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from rich.console import Console
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import AutoTokenizer, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from distill_llm.checkpoint import load_for_task, load_pretrained
 from distill_llm.checks import check_data
+from distill_llm.cutting import Cut, Cutter, share_of
 from distill_llm.data.encoding import LENGTH, Collator, collator, encode
 from distill_llm.data.sources import resolve_path
 from distill_llm.data.tasks import TaskData
 from distill_llm.evaluation.evaluate import evaluate_model
 from distill_llm.evaluation.metrics import compute_metrics
-from distill_llm.pruning.criteria import score
 from distill_llm.pruning.plan import PruningPlan, keep_layers
-from distill_llm.pruning.planning import plan_pruning
-from distill_llm.pruning.collecting import collect_statistics
-from distill_llm.pruning.statistics import Statistics
-from distill_llm.pruning.structure import layer_shapes, unit_costs
 from distill_llm.pruning.surgery import prune
 from distill_llm.recipe import PruningSection, Recipe
 from distill_llm.result import collect_metrics
@@ -34,7 +30,6 @@ from distill_llm.run_folder import MarkComplete, last_complete_checkpoint, writt
 from distill_llm.trainer import DistillationConfig, DistillationTrainer
 
 CALIBRATION_BATCH = 32
-NO_GRADIENT = ("random", "magnitude", "activation", "block_influence")
 
 
 class Stages:
@@ -96,70 +91,52 @@ class Stages:
         return {"score": metrics["score"], "metrics": metrics}
 
     def prune(self, folder: Path, student_dir: Path, teacher_dir: Path, number: int) -> dict[str, Any]:
-        """Statistics, plan, pruned and compensated model, both scored."""
+        """Statistics, plan, pruned and compensated model, both scored. All processes collect; process 0 writes."""
         section = self.recipe.pruning
         assert section is not None
-        student, teacher = self.load(student_dir).eval(), self.load(teacher_dir)
-        length = self.recipe.evaluation.latency.sequence_length
+        student, teacher = self.load(student_dir).eval(), self.load(teacher_dir).eval()
+        cutter = self.cutter(section)
         if section.layers is not None:
-            plan, statistics = keep_layers(student, section.layers), None
-            keep = plan.share(student, section.cost, length)
+            plan = keep_layers(student, section.layers)
+            keep = plan.share(student, section.cost, cutter.tokens(student))
+            cut = Cut(plan, prune(student, plan), keep)
         else:
             assert section.keep is not None
             keep = kept_after(section.keep, number, section.rounds, section.schedule)
-            plan, statistics = self.plan(student, teacher, section, keep)
-        folder.mkdir(parents=True, exist_ok=True)
-        plan.save(folder / "plan.json")
-        if statistics is not None:
-            with written_whole(folder / "statistics.safetensors") as path:
-                statistics.save(path)
-        result = prune(student, plan)
-        pruned, compensated = self.evaluate(result), None
-        if section.compensate and statistics is not None:
-            result = prune(student, plan, statistics)
-            compensated = self.evaluate(result)
+            own = section.statistics.expanduser() if section.statistics is not None and number == 1 else None
+            folder.mkdir(parents=True, exist_ok=True)
+            cut = cutter.cut(student, teacher, keep, own or folder / "statistics.safetensors")
+        if not self.processes.is_main_process:
+            return {}
+        self.show(cut.plan, student, folder, f"round {number}")
+        compensates = section.compensate and section.layers is None
+        pruned = self.evaluate(prune(student, cut.plan) if compensates else cut.model)
+        compensated = self.evaluate(cut.model) if compensates else None
         with written_whole(folder / "pruned") as path:
-            self.save(result, path)
-        kept, note = share_of(result, teacher, section.cost, length), None
-        if abs(kept - keep) > 0.01 * keep:
-            note = f"round {number} kept {kept:.2%} of the layers' {section.cost} where {keep:.2%} was asked for: "
-            note += "what may be removed comes in larger steps"
+            self.save(cut.model, path)
         return {
             "keep": keep,
-            "kept": kept,
-            "layer_params_kept": share_of(result, teacher, "params"),
-            "note": note,
+            "kept": cut.kept,
+            "layer_params_kept": share_of(cut.model, teacher, "params"),
+            "note": f"round {number} {cut.plan.note}" if cut.plan.note else None,
             "score_pruned": pruned["score"],
             "score_compensated": compensated["score"] if compensated else None,
             "pruned": pruned,
             "compensated": compensated,
         }
 
-    def plan(
-        self, student: PreTrainedModel, teacher: PreTrainedModel, section: PruningSection, keep: float
-    ) -> tuple[PruningPlan, Statistics]:
-        """Statistics of the student on calibration rows, and the plan that leaves `keep` of the teacher's layers' cost."""
-        gradients = section.criterion not in NO_GRADIENT
-        batches = self.calibration(section.calibration_examples)
-        statistics = collect_statistics(
-            student,
-            tqdm(batches, desc="Calibrating", leave=False, disable=not self.processes.is_main_process),
-            "labels" if gradients else None,
-            moments=section.compensate,
-        )
-        length = self.recipe.evaluation.latency.sequence_length
-        plan = plan_pruning(
-            student,
-            score(statistics, section.criterion, self.recipe.seed),
-            min(1.0, keep / share_of(student, teacher, section.cost, length)),
-            cost=section.cost,
-            units=section.units,
-            scope=section.scope,
-            round_to=section.round_to,
-            uniform=section.uniform,
-            sequence_length=length,
-        )
-        return plan, statistics
+    def cutter(self, section: PruningSection) -> Cutter:
+        """What cuts models as the recipe says, on its calibration rows."""
+        return Cutter(self.recipe, self.calibration(section.calibration_examples))
+
+    def show(self, plan: PruningPlan, model: PreTrainedModel, folder: Path, title: str) -> None:
+        """Save a plan and its picture, and print its table."""
+        from distill_llm.report.plans import plan_figure, plan_table  # matplotlib is slow to import
+
+        folder.mkdir(parents=True, exist_ok=True)
+        plan.save(folder / "plan.json")
+        plan_figure(plan, model, folder / "plan.png")
+        Console().print(plan_table(plan, model, title))
 
     def calibration(self, examples: int) -> DataLoader:
         """Batches of like length of the first rows of the shuffled training data."""
@@ -277,9 +254,3 @@ def kept_after(keep: float, number: int, rounds: int, schedule: str) -> float:
     """
     left = 1 - number / rounds
     return keep + (1 - keep) * (left if schedule == "linear" else left**3)
-
-
-def share_of(student: PreTrainedModel, teacher: PreTrainedModel, cost: str, sequence_length: int = 128) -> float:
-    """The share of the teacher's layers' cost that the student's layers have."""
-    costs = unit_costs(teacher, cost, sequence_length)
-    return costs.of(layer_shapes(student)) / costs.of(layer_shapes(teacher))

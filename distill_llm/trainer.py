@@ -13,19 +13,18 @@ from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
 
-from distill_llm.capture import Recorder, item_logits, packed
+from distill_llm.adapters import without_adapters
 from distill_llm.errors import InputError
-from distill_llm.losses.items import UNITS, aligned_labels, count_items, targets, valid_tokens
-from distill_llm.losses.labels import label_loss
+from distill_llm.losses.items import UNITS, count_items
 from distill_llm.losses.objective import Objective, parse_objective
-from distill_llm.losses.terms import Batch, Term, Terms
+from distill_llm.pruning.modeling_pruned import CODE_NAMES
 from distill_llm.refusals import check_arguments, check_model, check_teacher
 from distill_llm.sampling import GlobalBatchSampler
-from distill_llm.teachers.compatibility import shared_classes
-from distill_llm.teachers.online import OnlineTeacher, forward_inputs
+from distill_llm.teachers.cache import CachedTeacher
+from distill_llm.teachers.online import OnlineTeacher
+from distill_llm.training_loss import TrainingLoss
 
 PROJECTIONS_NAME = "projections.safetensors"
-CODE_NAME = "modeling_pruned.py"
 
 
 @dataclass
@@ -65,8 +64,10 @@ class DistillationTrainer(Trainer):
 
     Args:
         model: the student, with a head for sequence or token classification, for regression with one value, for
-            masked LM or for causal LM.
-        teacher: a model with the same outputs and tokenizer; may be None where the objective has `labels` only.
+            masked LM or for causal LM; or a PeftModel around it, whose adapters alone are trained and saved (see
+            `distill_llm.adapters.merged`).
+        teacher: a model with the same outputs and tokenizer, quantised or not; or a CachedTeacher, for `labels` and
+            `logits`; may be None where the objective has `labels` only.
         args: with the objective; other arguments as of `transformers.Trainer`, but for `model_init` and
             `compute_loss_func`.
 
@@ -78,8 +79,8 @@ class DistillationTrainer(Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        teacher: PreTrainedModel | None = None,
+        model: PreTrainedModel | nn.Module,
+        teacher: PreTrainedModel | CachedTeacher | None = None,
         args: DistillationConfig | None = None,
         **kwargs: Any,
     ):
@@ -90,27 +91,23 @@ class DistillationTrainer(Trainer):
         objective = self.objective
         check_arguments(args, objective, kwargs)
         check_model(model)
-        check_teacher(teacher, model, objective)
+        check_teacher(teacher, without_adapters(model), objective)
         super().__init__(model=model, args=args, **kwargs)
-        self.student = model
-        if not objective.needs_teacher:
-            teacher = None
-        precision = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-        classes = None if teacher is None else shared_classes(model, teacher, self.processing_class)
-        self.terms = Terms(objective, model, teacher, args.label_smoothing_factor, classes, args.seed, precision)
-        self.terms.projections.to(args.device)
+        self.loss = TrainingLoss(
+            objective,
+            model,
+            teacher,
+            self.processing_class,
+            args.device,
+            teacher_dtype=getattr(torch, args.teacher_dtype) if args.teacher_dtype else None,
+            precision=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+            smoothing=args.label_smoothing_factor,
+            seed=args.seed,
+        )
+        self.terms, self.teacher = self.loss.terms, self.loss.teacher
         if len(self.terms.projections) and self.lr_scheduler is not None:
             accepted = "an optimizer without a scheduler: the projections of hidden states join the optimizer"
             raise InputError("optimizers", type(self.lr_scheduler).__name__, accepted)
-        self.recorder = Recorder(model, self.terms.wanted("student"))
-        self.teacher: OnlineTeacher | None = None
-        if teacher is not None:
-            self.teacher = OnlineTeacher(
-                teacher,
-                args.device,
-                getattr(torch, args.teacher_dtype) if args.teacher_dtype else precision,
-                self.terms.wanted("teacher"),
-            )
         self._logged_terms = torch.zeros(len(objective.terms()), device=args.device)
         self._logged_steps = 0
 
@@ -144,36 +141,29 @@ class DistillationTrainer(Trainer):
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
         share = self.accelerator.num_processes / num_items_in_batch
         if not model.training:
-            total, outputs = self._label_total(model, inputs)
+            total, outputs = self.loss.of_labels(model, inputs)
             loss = total * share[UNITS.index("labels")]
             return (loss, outputs) if return_outputs else loss
-        terms, outputs = self._training_terms(model, inputs)
-        values = {name: term.total * share[UNITS.index(term.unit)] for name, term in terms.items()}
-        self._logged_terms += torch.stack([value.detach() for value in values.values()])
-        weights = self.objective.weights(self.state.global_step, self.state.max_steps)
-        loss = sum(weights[name] * value for name, value in values.items())
-        if not {"labels", "logits"} & values.keys():
-            # DDP waits for a gradient of every parameter behind an output.
-            loss = loss + 0.0 * outputs.logits.float().sum()
+        shares = {name: share[UNITS.index(self.terms.unit(name))] for name in self.objective.terms()}
+        step, steps = self.state.global_step, self.state.max_steps
+        weights = self.objective.weights(step, steps)
+        factors = {name: weights[name] * shares[name] for name in shares}
+        loss, sums, outputs = self.loss(model, inputs, factors, step, steps)
+        self._logged_terms += torch.stack([sums[name].detach() * shares[name] for name in shares])
         return (loss, outputs) if return_outputs else loss
 
-    def _training_terms(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Term], Any]:
-        labels, positions = inputs.get("labels"), None
-        if self.terms.kind != "example":
-            # The one wait for the device in a micro-batch, and only here: the data loader has moved the batch already,
-            # and how many tokens the head gets must be known. Without it the head would run on padding too.
-            positions, labels = targets(inputs, self.terms.kind, unlabelled=self.terms.needs_unlabelled)
-        teacher = self.teacher(inputs, positions) if self.teacher is not None else None
-        with self.recorder.recording() as recording, packed(self.student, positions):
-            outputs = model(**forward_inputs(self.student, inputs))
-        student = recording.with_logits(item_logits(outputs.logits, positions))
-        progress = self.state.global_step, self.state.max_steps
-        return self.terms(Batch(student, teacher, labels, valid_tokens(inputs), *progress)), outputs
-
-    def _label_total(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
-        outputs = model(**forward_inputs(self.student, inputs))
-        labels = aligned_labels(inputs, self.terms.kind).flatten()
-        return label_loss(outputs.logits.flatten(0, -2), labels).sum(), outputs
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Any, Any, Any]:
+        """As `Trainer.prediction_step`; where the loss alone is wanted, a language model's logits are not held."""
+        if not prediction_loss_only or inputs.get("labels") is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        items = self._get_num_items_in_batch([inputs], self.args.device)
+        assert items is not None
+        with torch.no_grad(), self.compute_loss_context_manager():
+            total = self.loss.of_labels_alone(model, inputs)
+        return total * self.accelerator.num_processes / items[UNITS.index("labels")], None, None
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As `Trainer.training_step`; averages the projections' gradients over processes, as DDP does the student's."""
@@ -223,7 +213,7 @@ class DistillationTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            if self.teacher is not None:
+            if isinstance(self.teacher, OnlineTeacher):
                 names = inspect.signature(self.teacher.model.forward).parameters
                 known: list[str] = self._signature_columns or []
                 self._signature_columns = [*known, *(name for name in names if name not in known)]  # type: ignore
@@ -250,9 +240,10 @@ class DistillationTrainer(Trainer):
             self.terms.projections.load_state_dict(load_file(os.path.join(checkpoint, PROJECTIONS_NAME)))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        code = os.path.join(checkpoint_folder, CODE_NAME)
-        if os.path.isfile(code) and self.is_world_process_zero():
-            shutil.copy(code, str(self.args.output_dir))  # the Trainer's own list of files to push has no code
+        for name in CODE_NAMES:
+            code = os.path.join(checkpoint_folder, name)
+            if os.path.isfile(code) and self.is_world_process_zero():
+                shutil.copy(code, str(self.args.output_dir))  # the Trainer's own list of files to push has no code
         super()._push_from_checkpoint(checkpoint_folder)
 
 

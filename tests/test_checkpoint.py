@@ -21,7 +21,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from distill_llm.checkpoint import load_pretrained
 from distill_llm.errors import InputError
-from distill_llm.pruning.modeling_pruned import lineage_of
+from distill_llm.pruning.families import lineage_of
 from distill_llm.pruning.surgery import prune
 
 
@@ -130,7 +130,8 @@ def test_lineage_and_sizes_are_in_the_config_and_weights_only_in_safetensors(tmp
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["pruning"]["layers"][0] == {"source": 0, "heads": "1,3", "neurons": "5-39"}
     assert config["num_hidden_layers"] == 3
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors", "modeling_pruned.py"]
+    found = sorted(p.name for p in tmp_path.iterdir())
+    assert found == ["config.json", "families.py", "model.safetensors", "modeling_pruned.py"]
     assert lineage_of(load_pretrained(tmp_path)) == lineage_of(student)
 
 

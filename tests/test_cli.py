@@ -16,9 +16,10 @@ from distill_llm.checks import check_recipe
 from distill_llm.cli import app
 from distill_llm.errors import InputError
 from distill_llm.faults import InputErrors
+from distill_llm.pruning.families import FAMILIES
 from distill_llm.recipe import Recipe, recipe_names
 
-COMMANDS = ["run", "prune", "distill", "evaluate", "profile", "push", "recipes"]
+COMMANDS = ["run", "prune", "distill", "evaluate", "profile", "push", "recipes", "families"]
 
 
 @pytest.fixture
@@ -238,6 +239,16 @@ def test_profile_refuses_a_batch_too_long_for_a_model_before_it_loads_weights(fo
 def test_recipes_lists_every_shipped_recipe():
     result = call("recipes")
     assert result.exit_code == 0 and all(name in result.stdout for name in recipe_names())
+
+
+def test_families_lists_every_family_and_what_can_be_pruned_of_it():
+    result = call("families")
+    assert result.exit_code == 0
+    rows = {cells[0]: cells[1:] for line in result.stdout.splitlines() if len(cells := line.strip("│ ").split("│")) > 5}
+    rows = {name.strip(): [cell.strip() for cell in cells] for name, cells in rows.items()}
+    assert set(FAMILIES) <= set(rows)
+    assert rows["bert"] == ["yes", "-", "stock", "stock", "yes"]
+    assert rows["llama"][1:] == ["stock"] * 4 and rows["llama"][0].startswith("stock")
 
 
 def test_help_and_a_bad_recipe_need_no_torch_and_show_no_traceback(folder):

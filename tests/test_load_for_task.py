@@ -9,7 +9,7 @@ from helpers import random_batch, tiny_model
 from distill_llm.checkpoint import load_for_task, load_pretrained
 from distill_llm.data.tasks import GLUE, causal_lm, prompts
 from distill_llm.errors import InputError
-from distill_llm.pruning.modeling_pruned import lineage_of
+from distill_llm.pruning.families import lineage_of
 
 
 @pytest.mark.parametrize("made", [tiny_model, student_of], ids=["dense", "pruned"])

@@ -17,7 +17,7 @@ from trainer_examples import (
     trainer_of,
 )
 
-from distill_llm.pruning.modeling_pruned import LayerLineage
+from distill_llm.pruning.families import LayerLineage
 
 
 @pytest.mark.parametrize("name", TERMS)
@@ -111,7 +111,7 @@ def test_micro_batches_without_any_label_and_with_one_valid_token_keep_gradients
 
 
 @pytest.mark.parametrize("teacher_head", [True, False])
-def test_masked_lm_logits_are_made_at_valid_tokens_only_and_give_the_loss_of_whole_logits(tmp_path, teacher_head):
+def test_a_masked_lm_head_gets_the_counted_tokens_only_and_gives_the_loss_of_whole_logits(tmp_path, teacher_head):
     teacher, student = (
         tiny_model(head="masked-lm", **NO_DROPOUT),
         tiny_model(head="masked-lm", layers=2, seed=1, **NO_DROPOUT),
@@ -121,9 +121,12 @@ def test_masked_lm_logits_are_made_at_valid_tokens_only_and_give_the_loss_of_who
     losses = {"labels": {}, "logits": {"temperature": 2.0}} if teacher_head else {"labels": {}}
     trainer = trainer_of(tmp_path, student, teacher if teacher_head else None, data, losses)
     student.train()
+    seen = []
+    handle = student.cls.predictions.decoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
     loss, outputs = trainer.compute_loss(student, dict(batch), return_outputs=True)
+    handle.remove()
     items = batch["attention_mask"].bool() & ((batch["labels"] != -100) | torch.tensor(teacher_head))
-    assert outputs.logits.shape == (int(items.sum()), 100)
+    assert seen == [(int(items.sum()), 32)] and outputs.logits.numel() == 0
     labels, inputs = batch["labels"], {name: batch[name] for name in ("input_ids", "attention_mask")}
     logits = student(**inputs).logits
     expected = torch.nn.functional.cross_entropy(logits[labels != -100], labels[labels != -100])

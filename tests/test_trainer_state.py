@@ -110,8 +110,8 @@ def test_the_trainers_own_push_has_the_code_that_a_pruned_student_is_loaded_with
     trainer.hub_model_id, trainer.push_in_progress = "someone/student", None
     trainer.save_model(tmp_path / "checkpoint-1", _internal_call=True)
     trainer._push_from_checkpoint(str(tmp_path / "checkpoint-1"))
-    source = importlib.util.find_spec("distill_llm.pruning.modeling_pruned").origin
-    assert uploads == [{"modeling_pruned.py": Path(source).read_text()}]
+    source = Path(importlib.util.find_spec("distill_llm.pruning.modeling_pruned").origin).parent
+    assert uploads == [{name: (source / name).read_text() for name in ("modeling_pruned.py", "families.py")}]
     assert "modeling_pruned" in (tmp_path / "run" / "config.json").read_text()
 
 

@@ -17,7 +17,7 @@ from trainer_examples import (
 
 from distill_llm.errors import InputError
 from distill_llm.losses.schedules import Schedule
-from distill_llm.pruning.modeling_pruned import LayerLineage
+from distill_llm.pruning.families import LayerLineage
 
 
 def stacked(data, *names):

@@ -8,7 +8,8 @@ from helpers import random_batch, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from distill_llm.losses.items import kind_of
-from distill_llm.pruning.modeling_pruned import LayerLineage, pack_indices, pruned_class
+from distill_llm.pruning.families import LayerLineage, pack_indices
+from distill_llm.pruning.modeling_pruned import pruned_class
 from distill_llm.trainer import DistillationConfig, DistillationTrainer
 
 TERMS = {

@@ -15,7 +15,7 @@ from distill_llm.losses.labels import IGNORED
 from distill_llm.losses.objective import DIVERGENCES, NEED_LABELS
 
 CHUNK_BYTES = 5 * 2**26  # of the student's logits in the products' dtype, and half as much of the teacher's
-BLOCK_LOGITS = {"cpu": 2**20}  # held in fp32, in six buffers: on a CPU they should stay in its cache
+BLOCK_LOGITS = {"cpu": 2**19}  # held in fp32, in six buffers: on a CPU they should stay in its cache
 BLOCK_LOGITS_ELSEWHERE = 2**24
 SLICE = 2**23  # numbers of the weight's gradient that are made in low precision before they are summed in fp32
 
@@ -87,8 +87,12 @@ def head_losses(
     Raises:
         InputError: unknown divergence or settings, shapes that do not fit, a divergence that needs labels without them.
     """
-    if teacher is None or teacher_hidden is None:
-        teacher = teacher_hidden = None
+    if (teacher is None) != (teacher_hidden is None):
+        raise InputError(
+            "teacher_hidden",
+            None if teacher_hidden is None else "a tensor",
+            "both head and hidden states of the teacher, or neither",
+        )
     vocabulary = len(student.weight)
     kernel = _kernel(divergence, settings or {}, labels is not None)
     if teacher is not None and teacher_hidden is not None:
@@ -148,18 +152,26 @@ def head_of(model: PreTrainedModel, transformed: bool = False) -> Head:
         raise InputError("model", f"{name} with {', '.join(between)} around its output map", accepted)
     config = model.config.get_text_config()
     scale, softcap = 1.0, None
-    for field in (field for field in LOGIT_SCALES if getattr(config, field, None) is not None):
-        power = 1 if (config.model_type, field) in MULTIPLIED else LOGIT_SCALES[field]
-        scale *= float(getattr(config, field)) ** power
-    for field in (field for field in LOGIT_CAPS if getattr(config, field, None) is not None):
-        softcap = float(getattr(config, field))
+    for field, power in LOGIT_FACTORS.items():
+        if getattr(config, field, None) is not None:
+            scale *= float(getattr(config, field)) ** FACTOR_EXCEPTIONS.get((config.model_type, field), power)
+    for field in LOGIT_CAPS:
+        if getattr(config, field, None) is not None:
+            softcap = float(getattr(config, field))
     return Head(linear.weight, linear.bias, scale, softcap)
 
 
-# Fields of a configuration that say what is done to logits: a factor to this power, or a cap.
-LOGIT_SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
+# Fields of a configuration that say what is done to logits: multiplied by this power of the field, or capped.
+LOGIT_FACTORS = {
+    "logit_scale": 1,
+    "lm_head_multiplier": 1,
+    "output_multiplier": 1,
+    "logits_scaling": -1,
+    "logits_mup_width_multiplier": -1,
+}
 LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-MULTIPLIED = {("hyperclovax", "logits_scaling")}
+# HyperCLOVA X multiplies by what Granite divides by; MPT has the field and does nothing with it.
+FACTOR_EXCEPTIONS = {("hyperclovax", "logits_scaling"): 1, ("mpt", "logit_scale"): 0}
 
 
 class _Block(NamedTuple):
@@ -418,8 +430,7 @@ def _run(
     of_bias = hidden.new_zeros(vocabulary, dtype=torch.float32) if wanted[2] else None
     chunks = -(-items // work.chunk)
     chunk = -(-items // max(1, chunks))  # all about as long
-    rows = max(torch.get_num_threads(), BLOCK_LOGITS.get(hidden.device.type, BLOCK_LOGITS_ELSEWHERE) // vocabulary)
-    rows = min(rows, max(1, chunk))
+    rows = min(_block_rows(hidden.device.type, vocabulary), max(1, chunk))
     span = rows * -(-chunk // (2 * rows))  # items whose teacher's logits are made at once: half a chunk
     width = 0 if teacher is None else len(teacher.weight)
     products, targets = inputs.new_empty(chunk, vocabulary), inputs.new_empty(span, width)
@@ -454,6 +465,12 @@ def _run(
         None if of_bias is None or work.student.bias is None else of_bias.to(work.student.bias.dtype),
     ]
     return (label_losses.sum(), values.sum()), gradients
+
+
+def _block_rows(device: str, vocabulary: int) -> int:
+    """Items at a time in fp32; on a CPU as many for one thread as for another, since softmax shares out whole rows."""
+    threads = torch.get_num_threads() if device == "cpu" else 1
+    return threads * max(1, BLOCK_LOGITS.get(device, BLOCK_LOGITS_ELSEWHERE) // (vocabulary * threads))
 
 
 class _WeightGradient:

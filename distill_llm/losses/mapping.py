@@ -5,7 +5,7 @@ from math import ceil
 from typing import NamedTuple
 
 from distill_llm.errors import InputError
-from distill_llm.pruning.modeling_pruned import LayerLineage
+from distill_llm.pruning.families import LayerLineage
 
 
 class LayerPair(NamedTuple):

@@ -1,6 +1,6 @@
 """An objective bound to a student and a teacher: which layers to record, and the sum of every term over a batch."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,17 +18,11 @@ from distill_llm.losses.mapping import LayerPair, attention_pairs, hidden_pairs,
 from distill_llm.losses.objective import Objective
 from distill_llm.losses.relations import check_heads, relation_distance
 from distill_llm.losses.schedules import value_at
-from distill_llm.pruning.modeling_pruned import FAMILIES, dims_of, hidden_lineage, layers_of, lineage_of
+from distill_llm.losses.sparse import sparse_forward_kl
+from distill_llm.pruning.families import FAMILIES, dims_of, hidden_lineage, layers_of, lineage_of
+from distill_llm.teachers.cache import SparseSignals
 
 LOGITS_UNITS: dict[Kind, Unit] = {"example": "examples", "token": "tokens", "next_token": "labels"}
-
-
-@dataclass(frozen=True)
-class Term:
-    """The sum of a loss over the items of a batch, and what an item is: the sum is divided by their number."""
-
-    total: torch.Tensor
-    unit: Unit
 
 
 @dataclass(frozen=True)
@@ -36,19 +30,26 @@ class Batch:
     """What terms are computed from.
 
     Attributes:
-        student: of the training forward; logits (B, C) for one output per example, (items, V) for one per token.
-        teacher: of the same batch; None where the objective does not need it.
+        teacher: signals of a batch: logits (B, C) for one output per example, (items, V) for one per token; or, of a
+            language model, what its logits are made from. None where the objective does not need them.
         labels: (B,) or (items,) as the logits have them; None where the data has none.
         valid: (B, T), 1 at valid tokens and 0 at padding.
         step, steps: optimizer steps done, and those of the whole training.
+        student: of the training forward; None before it.
     """
 
-    student: Signals
     teacher: Signals | None
     labels: torch.Tensor | None
     valid: torch.Tensor
     step: int = 0
     steps: int = 1
+    student: Signals | None = None
+
+    @property
+    def own(self) -> Signals:
+        """The student's signals."""
+        assert self.student is not None
+        return self.student
 
     @property
     def target(self) -> Signals:
@@ -77,7 +78,7 @@ def per_token(model: PreTrainedModel) -> bool:
 class Terms:
     """Computes the terms of an objective for one student and one teacher.
 
-    Every term is the method of its name: from a Batch to a Term.
+    Every term is the method of its name: from a Batch to the sum over its items.
 
     Args:
         objective: which terms.
@@ -169,40 +170,52 @@ class Terms:
         """Whether a term compares the outputs of tokens without a label too."""
         return self.kind == "token" and self.objective.logits is not None and not self.objective.logits.needs_labels
 
-    def __call__(self, batch: Batch) -> dict[str, Term]:
-        """The terms of one batch, by name."""
-        return {name: getattr(self, name)(batch) for name in self.objective.terms()}
+    @property
+    def needs_outputs(self) -> bool:
+        """Whether a term is about the outputs of the student's head."""
+        return self.objective.labels is not None or self.objective.logits is not None
 
-    def labels(self, batch: Batch) -> Term:
+    def unit(self, name: str) -> Unit:
+        """What an item of a term is."""
+        if name == "labels" or (name == "logits" and self.objective.logits and self.objective.logits.needs_labels):
+            return "labels"
+        return LOGITS_UNITS[self.kind] if name == "logits" else "tokens"
+
+    def __call__(self, batch: Batch, without: Collection[str] = ()) -> dict[str, torch.Tensor]:
+        """The sums of the terms of one batch, by name, but for those of the names in `without`."""
+        return {name: getattr(self, name)(batch) for name in self.objective.terms() if name not in without}
+
+    def labels(self, batch: Batch) -> torch.Tensor:
         """The loss against the labels (see `label_loss`)."""
         labels = batch.needed_labels("losses.labels")
-        return Term(label_loss(batch.student.logits, labels, self.smoothing).sum(), "labels")
+        return label_loss(batch.own.logits, labels, self.smoothing).sum()
 
-    def logits(self, batch: Batch) -> Term:
+    def logits(self, batch: Batch) -> torch.Tensor:
         """The divergence of the outputs (see `logits_divergence`)."""
         section = self.objective.logits
         assert section is not None
-        student, teacher = batch.student.logits[..., : self.classes], batch.target.logits[..., : self.classes]
+        student, teacher = batch.own.logits[..., : self.classes], batch.target.logits[..., : self.classes]
+        if isinstance(batch.target, SparseSignals):
+            return sparse_forward_kl(student, batch.target.targets).sum()
         temperature, settings = value_at(section.temperature, batch.step, batch.steps), section.settings()
         if section.needs_labels:
             settings["labels"] = batch.needed_labels(f"losses.logits.divergence {section.divergence}")
-        unit: Unit = "labels" if section.needs_labels else LOGITS_UNITS[self.kind]
-        return Term(logits_divergence(student, teacher, section.divergence, temperature, **settings).sum(), unit)
+        return logits_divergence(student, teacher, section.divergence, temperature, **settings).sum()
 
-    def embeddings(self, batch: Batch) -> Term:
+    def embeddings(self, batch: Batch) -> torch.Tensor:
         """The distance of the embedding layers' outputs (see `hidden_distance`)."""
         assert self.objective.embeddings is not None
         return self._states(batch, self.pairs["embeddings"], self.objective.embeddings.distance)
 
-    def hidden(self, batch: Batch) -> Term:
+    def hidden(self, batch: Batch) -> torch.Tensor:
         """The mean over layer pairs of the distance of hidden states (see `hidden_distance`)."""
         assert self.objective.hidden is not None
         return self._states(batch, self.pairs["hidden"], self.objective.hidden.distance)
 
-    def _states(self, batch: Batch, pairs: Sequence[LayerPair], distance: str) -> Term:
-        total = batch.student.logits.new_zeros((), dtype=torch.float32)
+    def _states(self, batch: Batch, pairs: Sequence[LayerPair], distance: str) -> torch.Tensor:
+        total = batch.own.logits.new_zeros((), dtype=torch.float32)
         for pair in pairs:
-            state = batch.student.hidden[pair.student]
+            state = batch.own.hidden[pair.student]
             target = batch.target.hidden[pair.teacher]
             if self._channels is not None:
                 target = target.index_select(-1, self._on(target.device, self._channels))
@@ -210,30 +223,30 @@ class Terms:
                 with torch.autocast(state.device.type, self.precision, enabled=self.precision is not None):
                     state = self.projections[name](state)
             total = total + (hidden_distance(state, target, distance) * batch.valid.float()).sum()
-        return Term(total / len(pairs), "tokens")
+        return total / len(pairs)
 
-    def attention(self, batch: Batch) -> Term:
+    def attention(self, batch: Batch) -> torch.Tensor:
         """The mean over layer pairs of the distance of attention probabilities (see `attention_distance`)."""
         assert self.objective.attention is not None
-        total = batch.student.logits.new_zeros((), dtype=torch.float32)
+        total = batch.own.logits.new_zeros((), dtype=torch.float32)
         for pair in self.pairs["attention"]:
-            own, source = batch.student.attention[pair.student], batch.target.attention[pair.teacher]
+            own, source = batch.own.attention[pair.student], batch.target.attention[pair.teacher]
             if pair.heads is not None and pair.heads != tuple(range(source.query.shape[1])):
                 source = source.select(self._on(source.query.device, pair.heads))
             total = total + attention_distance(own, source, batch.valid, self.objective.attention.distance)
-        return Term(total / max(1, len(self.pairs["attention"])), "tokens")
+        return total / max(1, len(self.pairs["attention"]))
 
-    def relations(self, batch: Batch) -> Term:
+    def relations(self, batch: Batch) -> torch.Tensor:
         """The mean over layer pairs of the sum over kinds of relations of their divergence (see `relation_distance`)."""
         section = self.objective.relations
         assert section is not None
-        total = batch.student.logits.new_zeros((), dtype=torch.float32)
+        total = batch.own.logits.new_zeros((), dtype=torch.float32)
         for pair in self.pairs["relations"]:
-            own, source = batch.student.vectors[pair.student], batch.target.vectors[pair.teacher]
+            own, source = batch.own.vectors[pair.student], batch.target.vectors[pair.teacher]
             for kind in section.pairs:
                 place = Vectors._fields.index({"q": "query", "k": "key", "v": "value"}[kind[0]])
                 total = total + relation_distance(own[place], source[place], batch.valid, section.heads)
-        return Term(total / max(1, len(self.pairs["relations"])), "tokens")
+        return total / max(1, len(self.pairs["relations"]))
 
     def _on(self, device: torch.device, indices: tuple[int, ...]) -> torch.Tensor:
         if indices not in self._indices:

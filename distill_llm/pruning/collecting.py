@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from distill_llm.capture import item_logits, packed
 from distill_llm.errors import InputError
 from distill_llm.losses.items import kind_of, targets
+from distill_llm.pruning.families import family_of, layers_of, width_of
 from distill_llm.pruning.fast_backward import fast_backward
-from distill_llm.pruning.modeling_pruned import family_of, hidden_axes, layer_prefix, layers_of, lineage_of, width_of
+from distill_llm.pruning.modeling_pruned import hidden_dims
 from distill_llm.pruning.moments import MomentsSum
 from distill_llm.pruning.statistics import Statistics, UnitStatistics
 from distill_llm.pruning.structure import head_size_of, linear, sizes_of, weight_of
@@ -37,6 +38,7 @@ def collect_statistics(
     exact: bool = False,
     precision: torch.dtype | None = None,
     seed: int = 0,
+    reduce: Callable[[list[torch.Tensor]], None] | None = None,
 ) -> Statistics:
     """One pass over the data; the model is unchanged, its mode and flags are restored.
 
@@ -54,6 +56,7 @@ def collect_statistics(
             device is faster at it; ranks hardly move (see `fast_backward`).
         precision: run both passes under autocast in this dtype; sums stay in fp32.
         seed: of the labels drawn for loss "kl".
+        reduce: adds up sums in place over processes that each see a part of the data (`sharding.sum_over_processes`).
 
     Raises:
         InputError: for another `loss`, or batches without labels where they are needed.
@@ -103,6 +106,11 @@ def collect_statistics(
             examples += len(batch["input_ids"])
             tokens += int(state.mask.sum())
 
+    if reduce is not None:
+        counts = torch.tensor([examples, tokens], dtype=torch.float64)
+        parts: list[_Sums | MomentsSum] = [*sums, *layer_sums, *([channels] if channels is not None else []), *second]
+        reduce([counts, similarity, *(tensor for part in parts for tensor in part.tensors())])
+        examples, tokens = (int(count) for count in counts.tolist())
     weights = unit_weights(model, hidden=hidden)
     collected = [each.finish() for each in second]
     pairs = list(zip(sums[0::2], sums[1::2], weights.layers, strict=True))
@@ -152,6 +160,10 @@ class _Sums:
             total += torch.stack([effect.abs().sum(0), effect.square().sum(0)])
         block = per_example.sum(-1)
         self.whole += torch.stack([block.abs().sum(), block.square().sum()])
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All sums."""
+        return [self.activation, *self.sums, self.whole]
 
     def finish(self, kind: int, squares: torch.Tensor, absolute: torch.Tensor) -> UnitStatistics:
         """The statistics of a kind of units, with the sums of their weights."""
@@ -267,16 +279,11 @@ def _layer_hook(state: _Batch, sums: _Sums, similarity: torch.Tensor, index: int
 
 def _norms(model: PreTrainedModel) -> list[nn.Module]:
     """The norms over the residual stream."""
-    prefix, lineage, found = layer_prefix(model), lineage_of(model), []
-    place = {str(row.source): str(i) for i, row in enumerate(lineage)} if lineage else None
-    modules = dict(model.named_modules())
-    for name in hidden_axes(model):
+    found = []
+    for name in hidden_dims(model):
         path, _, last = name.rpartition(".")
-        if place is not None and path.startswith(prefix):
-            source, _, rest = path.removeprefix(prefix).partition(".")
-            path = f"{prefix}{place.get(source)}.{rest}"
-        if last == "weight" and path in modules and "Norm" in type(modules[path]).__name__:
-            found.append(modules[path])
+        if last == "weight" and "Norm" in type(module := model.get_submodule(path)).__name__:
+            found.append(module)
     return found
 
 

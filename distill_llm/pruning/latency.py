@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 from distill_llm.errors import InputError
 from distill_llm.profiling import device_name
 from distill_llm.pruning.criteria import Importance
-from distill_llm.pruning.modeling_pruned import Sizes, layers_of
+from distill_llm.pruning.families import layers_of
+from distill_llm.pruning.modeling_pruned import Sizes
 from distill_llm.pruning.plan import PruningPlan, full_plan
 from distill_llm.pruning.planning import plan_pruning
 from distill_llm.pruning.structure import Costs, head_size_of, hidden_size, sizes_of

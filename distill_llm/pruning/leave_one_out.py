@@ -1,6 +1,6 @@
 """What the loss becomes without each layer, measured by leaving it out."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from distill_llm.capture import item_logits, packed
 from distill_llm.errors import InputError, one_of
 from distill_llm.losses.items import kind_of, targets
+from distill_llm.pruning.families import layers_of
 from distill_llm.pruning.masking import masked
-from distill_llm.pruning.modeling_pruned import layers_of
 from distill_llm.pruning.plan import PruningPlan, full_plan
 from distill_llm.pruning.statistics import Statistics
 
@@ -22,6 +22,7 @@ def leave_one_out(
     dataloader: Iterable[Mapping[str, torch.Tensor]],
     statistics: Statistics,
     loss: str = "labels",
+    reduce: Callable[[list[torch.Tensor]], None] | None = None,
 ) -> Statistics:
     """The statistics completed with `without`, for criterion leave_one_out: as many forward passes as there are layers, and one.
 
@@ -30,6 +31,7 @@ def leave_one_out(
         dataloader: batches as for `collect_statistics`.
         loss: "labels" for the task's loss (for a language model, log of the perplexity; Kim et al. 2024, section 3.2),
             "kl" for the divergence of the whole model's outputs from those without the layer.
+        reduce: adds up sums in place over processes that each see a part of the data (`sharding.sum_over_processes`).
 
     Returns:
         A copy with `without`: (layers,) nats per output that counts (squared error for a regression), less the whole model's.
@@ -41,19 +43,21 @@ def leave_one_out(
         raise InputError("loss", loss, one_of(("labels", "kl"), loss))
     whole, layers = full_plan(model), range(len(layers_of(model)))
     plans = [replace(whole, layers=tuple(row for row in whole.layers if row.source != i)) for i in layers]
-    training, totals, count = model.training, torch.zeros(len(plans)), 0
+    training, totals = model.training, torch.zeros(len(plans) + 1, dtype=torch.float64)
     model.eval()
     for batch in dataloader:
         batch = {name: value.to(model.device) for name, value in batch.items()}
         if loss == "labels" and "labels" not in batch:
             raise InputError("dataloader", sorted(batch), "batches with labels, or loss='kl'")
         dense, labels = _logits(model, batch, None, loss)
-        count += len(dense)
+        totals[-1] += len(dense)
         for i, plan in enumerate(plans):
             without, _ = _logits(model, batch, plan, loss)
             totals[i] += (_loss(without, dense, labels) - _loss(dense, dense, labels)).item()
     model.train(training)
-    return replace(statistics, without=totals / max(count, 1))
+    if reduce is not None:
+        reduce([totals])
+    return replace(statistics, without=(totals[:-1] / totals[-1].clamp(min=1)).float())
 
 
 def _logits(

@@ -25,8 +25,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
-from .families import (  # noqa: F401
-    FAMILIES,
+from .families import (
     Dims,
     Family,
     LayerLineage,
@@ -35,10 +34,7 @@ from .families import (  # noqa: F401
     hidden_lineage,
     layers_of,
     lineage_of,
-    pack_indices,
     stock_values,
-    unpack_indices,
-    width_of,
 )
 
 STOCK_PREFIX = "Pruned"
@@ -131,7 +127,26 @@ def layer_axes(layer: nn.Module, family: Family) -> dict[str, tuple[int, str]]:
     return axes
 
 
-def hidden_axes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+def hidden_dims(model: PreTrainedModel, sources: Sequence[int] | None = None) -> dict[str, tuple[int, ...]]:
+    """Per parameter the dimensions that the residual stream's channels span.
+
+    Args:
+        sources: which layer of the original each layer is; None: what the config says.
+    """
+    if sources is None:
+        sources = [row.source for row in lineage_of(model) or ()]
+    axes, prefix, found = _hidden_axes(model), layer_prefix(model), {}
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        original = name
+        if sources and name.startswith(prefix):
+            index, _, rest = name.removeprefix(prefix).partition(".")
+            original = f"{prefix}{sources[int(index)]}.{rest}"
+        if original in axes:
+            found[name] = axes[original]
+    return found
+
+
+def _hidden_axes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     """Per parameter, by its name in the original, the dimensions that the residual stream's channels span.
 
     Found by building the original twice without memory, once with twice the width and twice the heads: what doubles with it,
@@ -152,25 +167,6 @@ def hidden_axes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
         if dims := tuple(dim for dim, pair in sizes if pair == (width, 2 * width) and dim != own):
             axes[name] = dims
     return axes
-
-
-def hidden_dims(model: PreTrainedModel, sources: Sequence[int] | None = None) -> dict[str, tuple[int, ...]]:
-    """As `hidden_axes`, by the parameters' names in the model as it is.
-
-    Args:
-        sources: which layer of the original each layer is; None: what the config says.
-    """
-    if sources is None:
-        sources = [row.source for row in lineage_of(model) or ()]
-    axes, prefix, found = hidden_axes(model), layer_prefix(model), {}
-    for name, _ in model.named_parameters(remove_duplicate=False):
-        original = name
-        if sources and name.startswith(prefix):
-            index, _, rest = name.removeprefix(prefix).partition(".")
-            original = f"{prefix}{sources[int(index)]}.{rest}"
-        if original in axes:
-            found[name] = axes[original]
-    return found
 
 
 def _widened(config: PreTrainedConfig, family: Family, factor: int) -> PreTrainedConfig:

@@ -38,7 +38,7 @@ class MomentsSum:
     def __init__(self, channels: int, device: torch.device):
         self.sum = torch.zeros(channels, device=device)
         self.second = torch.zeros(channels, channels, device=device)
-        self.weight = 0.0
+        self.weight = torch.zeros((), dtype=torch.float64)
         self._tokens = 0
         self._buffer: list[torch.Tensor] = []
         self._waiting = 0
@@ -65,12 +65,17 @@ class MomentsSum:
             self.second[start : start + size, start:].addmm_(x[:, start : start + size].T, x[:, start:])
         self._buffer, self._waiting = [], 0
 
+    def tensors(self) -> list[torch.Tensor]:
+        """All sums."""
+        self._flush()
+        return [self.weight, self.sum, self.second]
+
     def finish(self) -> Moments:
         """The means over all tokens added."""
         self._flush()
         upper = self.second.triu()
         second = upper + upper.triu(1).T
-        total = self.weight or 1.0
+        total = self.weight.item() or 1.0
         return Moments((self.sum / total).cpu(), (second / total).cpu())
 
 

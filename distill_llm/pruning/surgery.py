@@ -40,6 +40,8 @@ _NOTES = {
     "n_layers",
 }
 
+_MODES = {"training", "gradient_checkpointing"}
+
 
 def compose_lineage(model: PreTrainedModel, plan: PruningPlan) -> tuple[LayerLineage, ...]:
     """The lineage of the model that `plan` makes of `model`: indices into the original teacher, over all rounds so far."""
@@ -72,9 +74,12 @@ def prune(model: PreTrainedModel, plan: PruningPlan, compensate: Statistics | No
             `compensate_linear`).
 
     Raises:
-        InputError: if the plan does not fit the model, or the statistics have no moments or other sizes.
+        InputError: if the plan does not fit the model, the model is not in memory whole, or the statistics have no moments or
+            other sizes.
     """
     plan.check(model)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise InputError("model", "weights that are not in memory (offloaded)", "a model loaded whole on one device")
     lineage, hidden = compose_lineage(model, plan), _compose_hidden(model, plan)
     rows = [LayerLineage(row.source, row.heads, row.neurons, row.queries) for row in plan.layers]
     repaired = {} if compensate is None else _repaired(model, rows, plan, compensate)
@@ -204,6 +209,7 @@ def _as_stock(student: PreTrainedModel, base: type[PreTrainedModel], family: Fam
         for name, value in said.items():
             if hasattr(config, name) or name == "head_dim":
                 setattr(config, name, value)
+        type(config).from_dict(config.to_dict())  # which checks the sizes, as loading does
         with torch.device("meta"):
             stock = base._from_config(copy.deepcopy(config))
     except (ValueError, AttributeError, TypeError, StrictDataclassError):
@@ -243,5 +249,5 @@ def _settings(module: nn.Module) -> dict[str, Any]:
     return {
         name: value
         for name, value in vars(module).items()
-        if isinstance(value, plain) and not name.startswith("_") and name not in _NOTES | {"training"}
+        if isinstance(value, plain) and not name.startswith("_") and name not in _NOTES | _MODES
     }

@@ -12,7 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from distill_llm.counting import evaluating, full_length_inputs
-from distill_llm.pruning.modeling_pruned import Sizes, all_queries, layers_of
+from distill_llm.pruning.families import layers_of
+from distill_llm.pruning.modeling_pruned import Sizes, all_queries
 from distill_llm.pruning.plan import LayerPlan, PruningPlan
 from distill_llm.pruning.structure import head_size_of, hidden_size, sizes_of
 from distill_llm.pruning.surgery import prune

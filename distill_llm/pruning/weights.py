@@ -5,19 +5,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from distill_llm.pruning.modeling_pruned import (
-    LayerLineage,
-    Sizes,
-    dims_of,
-    family_of,
-    hidden_axes,
-    kept_channels,
-    layer_axes,
-    layer_prefix,
-    layers_of,
-    lineage_of,
-    width_of,
-)
+from distill_llm.pruning.families import LayerLineage, dims_of, family_of, layers_of, width_of
+from distill_llm.pruning.modeling_pruned import Sizes, hidden_dims, kept_channels, layer_axes, layer_prefix
 from distill_llm.pruning.structure import sizes_of
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -73,12 +62,9 @@ def _channels(layout: str, kind: str, unit: int, size: Sizes, head_size: int) ->
 
 def _hidden(model: PreTrainedModel) -> Pair:
     """Of the matrices of the layers: embeddings and heads are left out, as in what `keep` is a share of."""
-    prefix, lineage = layer_prefix(model), lineage_of(model)
-    place = {str(row.source): str(i) for i, row in enumerate(lineage)} if lineage else None
-    parameters, total = dict(model.named_parameters()), torch.zeros(2, width_of(model))
-    for name, dims in hidden_axes(model).items():
-        source, _, rest = name.removeprefix(prefix).partition(".")
-        own = name if place is None else f"{prefix}{place.get(source)}.{rest}"
-        if name.startswith(prefix) and own in parameters and parameters[own].dim() > 1 and parameters[own].numel():
-            total += _along(parameters[own], dims[0])
+    prefix, total = layer_prefix(model), torch.zeros(2, width_of(model))
+    for name, dims in hidden_dims(model).items():
+        parameter = model.get_parameter(name)
+        if name.startswith(prefix) and parameter.dim() > 1 and parameter.numel():
+            total += _along(parameter, dims[0])
     return total[0], total[1]

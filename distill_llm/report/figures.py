@@ -13,7 +13,7 @@ STAGES = {
     "compensated": ("#e0a030", "D"),
     "recovered": ("#1f7a8c", "o"),
 }
-UNITS = {"heads": "#1f7a8c", "neurons": "#c8553d"}
+UNITS = {"heads": "#1f7a8c", "queries": "#e0a030", "neurons": "#c8553d"}
 
 
 def score_figure(metrics: Mapping[str, Any], path: Path) -> Path | None:
@@ -69,33 +69,46 @@ def score_figure(metrics: Mapping[str, Any], path: Path) -> Path | None:
 def kept_figure(metrics: Mapping[str, Any], path: Path) -> Path | None:
     """Draw the kept heads and FFN neurons of every layer of the teacher over the original ones; saved as PNG at `path`.
 
-    A layer that is absent from `plan_layers` was removed and gets an empty bar. Returns None, and draws nothing, for a
-    run without a plan.
+    Where queries share keys and values, heads are KV groups, and the queries get bars of their own. A layer that is absent from
+    `plan_layers` was removed and gets an empty bar, as does an attention or FFN with nothing left. The channels of the residual
+    stream (`plan_hidden`) are told in a line. Returns None, and draws nothing, for a run without a plan.
     """
     kept = {layer["source"]: layer for layer in metrics.get("plan_layers") or []}
     if not kept:
         return None
     any_layer = next(iter(kept.values()))
     layers = range(max(metrics["teacher"].get("layers") or 0, max(kept) + 1))
-    figure = _figure(width=8, height=max(2.4, 1.2 + 0.3 * len(layers)))
-    for axes, (unit, colour) in zip(figure.subplots(1, 2, sharey=True), UNITS.items(), strict=True):
+    grouped = "queries" in any_layer
+    units = [unit for unit in UNITS if grouped or unit != "queries"]
+    titles = {
+        "heads": "KV groups" if grouped else "attention heads",
+        "queries": "query heads",
+        "neurons": "FFN neurons",
+    }
+    figure = _figure(width=4 * len(units), height=max(2.4, 1.2 + 0.3 * len(layers)))
+    for axes, unit in zip(figure.subplots(1, len(units), sharey=True), units, strict=True):
         _bare(axes)
         whole = [kept.get(i, any_layer)[f"{unit}_of"] for i in layers]
         left = [kept[i][unit] if i in kept else 0 for i in layers]
         axes.barh(layers, whole, color=EMPTY, height=0.72)
-        axes.barh(layers, left, color=colour, height=0.72)
+        axes.barh(layers, left, color=UNITS[unit], height=0.72)
         for i in layers:
-            text = f"{left[i]} / {whole[i]}" if i in kept else "layer removed"
+            block = "FFN" if unit == "neurons" else "attention"
+            text = f"{left[i]} / {whole[i]}" if left[i] or not whole[i] else f"{block} removed"
+            text = text if i in kept else "layer removed"
             axes.annotate(text, (whole[i], i), (5, 0), textcoords="offset points", va="center", fontsize=8, color=INK)
-        axes.set_xlim(0, 1.25 * max(whole))
-        title = f"attention {unit}" if unit == "heads" else f"FFN {unit}"
-        axes.set_title(f"{title}: {sum(left):,} of {sum(whole):,} kept", fontsize=10, color=INK, loc="left")
+        axes.set_xlim(0, 1.3 * max(*whole, 1))
+        axes.set_title(f"{titles[unit]}: {sum(left):,} of {sum(whole):,} kept", fontsize=10, color=INK, loc="left")
         axes.set_xticks([])
         axes.spines["bottom"].set_visible(False)
     first = figure.axes[0]
     first.set_yticks(layers, [str(i) for i in layers])
     first.set_ylabel("layer of the teacher", color=INK)
     first.invert_yaxis()
+    hidden = metrics.get("plan_hidden")
+    if hidden is not None:
+        line = f"residual stream: {hidden['kept']:,} of {hidden['of']:,} channels kept"
+        figure.suptitle(line, fontsize=10, color=INK, ha="left", x=0.01)
     return _save(figure, path)
 
 

@@ -202,10 +202,10 @@ class ItemCoding:
 
         A token is expected count = k p times, as with independent draws, but its count is off by less than one.
         """
-        cumulative = logits.softmax(-1, dtype=torch.float64).cumsum(-1)
+        cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
         cumulative /= cumulative[:, -1:].clone()
         points = (uniforms[:, None] + torch.arange(self.k, device=logits.device)) / self.k
-        drawn = torch.searchsorted(cumulative, points, right=True).clamp_(max=self.classes - 1)
+        drawn = torch.searchsorted(cumulative, points.clamp_(max=1 - 2**-53), right=True)
         slots = torch.nn.functional.pad((drawn[:, 1:] != drawn[:, :-1]).long().cumsum(-1), (1, 0))
         ids = torch.zeros_like(drawn).scatter_(1, slots, drawn)
         counts = torch.zeros_like(drawn).scatter_add_(1, slots, torch.ones_like(drawn))

@@ -6,6 +6,31 @@ from transformers import PreTrainedModel
 
 from distill_llm.errors import InputError
 from distill_llm.losses.items import kind_of
+from distill_llm.teachers.cache import CachedTeacher
+
+
+def cached_classes(student: PreTrainedModel, teacher: CachedTeacher, tokenizer: Any = None) -> int | None:
+    """As `shared_classes`, for a teacher whose signals were written once.
+
+    Raises:
+        InputError: the cache is of another kind of output, of tokens that the student does not have, or of too few.
+    """
+    settings, kind = teacher.index.settings, kind_of(student)
+    if settings.kind != kind:
+        raise InputError(
+            "teacher", f"a cache of kind {settings.kind}", f"one of kind {kind}, {type(student).__name__}'s"
+        )
+    if settings.kind == "token" and not settings.unlabelled:
+        raise InputError("teacher", "a cache of labelled tokens", "one of all tokens, written with unlabelled=True")
+    own = student.config.num_labels
+    if type(student).__name__.endswith("ForMaskedLM") or kind == "next_token":
+        own = student.config.get_text_config().vocab_size
+        if hasattr(tokenizer, "__len__") and len(tokenizer) <= teacher.index.classes <= own:
+            return None if teacher.index.classes == own else teacher.index.classes
+    if teacher.index.classes != own:
+        accepted = f"one of {own}, the student's (cut a padded vocabulary with CacheSettings.classes)"
+        raise InputError("teacher", f"a cache of {teacher.index.classes} classes", accepted)
+    return None
 
 
 def shared_classes(student: PreTrainedModel, teacher: PreTrainedModel, tokenizer: Any = None) -> int | None:

@@ -3,14 +3,18 @@
 import copy
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from distill_llm.adapters import is_quantized
 from distill_llm.capture import Recorder, Signals, Wanted, item_logits, packed
 from distill_llm.data.decoders import without_packed_mask
+from distill_llm.losses.chunked_head import Head
+from distill_llm.output_head import OutputHead, output_head
 
 
 def forward_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -24,14 +28,26 @@ def forward_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any
     return {**chosen, "use_cache": False} if "use_cache" in names else chosen
 
 
+@dataclass
+class HeadSignals(Signals):
+    """Signals of a language model with `head_inputs` (items, H) and the `head` in place of `logits`, which is (0, V)."""
+
+    head: Head = field(kw_only=True)
+    head_inputs: torch.Tensor = field(kw_only=True)
+
+
 class OnlineTeacher:
     """A frozen model: evaluation mode and no gradient at every call, no part of any optimizer or checkpoint.
 
     Args:
-        model: the teacher. It is moved to `device`; where `dtype` differs from its own, a copy is converted instead.
+        model: the teacher. It is moved to `device`; where `dtype` differs from its own, a copy is converted instead. A
+            quantised model stays where it is, in the precision that it was loaded with.
         device: where the student trains.
         dtype: what the weights are held in; None leaves them as they are.
         wanted: layers to record; None: none.
+
+    Attributes:
+        head: the output map of a language model that can do without logits (see `output_head`), else None.
     """
 
     def __init__(
@@ -41,11 +57,13 @@ class OnlineTeacher:
         dtype: torch.dtype | None = None,
         wanted: Wanted | None = None,
     ):
-        if dtype is not None and model.dtype != dtype:
-            model = copy.deepcopy(model)
-            model.to(dtype=dtype)  # type: ignore[call-arg]
-        model.to(device)  # type: ignore[arg-type]
+        if not is_quantized(model):
+            if dtype is not None and model.dtype != dtype:
+                model = copy.deepcopy(model)
+                model.to(dtype=dtype)  # type: ignore[call-arg]
+            model.to(device)  # type: ignore[arg-type]
         self.model = model
+        self.head: OutputHead | None = output_head(model)
         self.recorder = Recorder(self.model, wanted or Wanted())
 
     def __call__(self, inputs: Mapping[str, torch.Tensor], positions: torch.Tensor | None = None) -> Signals:
@@ -59,3 +77,24 @@ class OnlineTeacher:
         with torch.no_grad(), self.recorder.recording() as recording, packed(self.model, positions):
             logits = self.model(**forward_inputs(self.model, inputs)).logits
         return recording.with_logits(item_logits(logits, positions))
+
+    def below_head(self, inputs: Mapping[str, torch.Tensor], positions: torch.Tensor) -> HeadSignals:
+        """Signals of a batch without its logits, for a teacher that has a `head`; arguments as above."""
+        assert self.head is not None
+        received: list[torch.Tensor] = []
+        self.model.eval()
+        with (
+            torch.no_grad(),
+            self.recorder.recording() as recording,
+            packed(self.model, positions),
+            self.head.handing_on(received.append),
+        ):
+            logits = self.model(**forward_inputs(self.model, inputs)).logits
+        return HeadSignals(
+            recording.hidden,
+            recording.attention,
+            recording.vectors,
+            logits=logits,
+            head=self.head.head,
+            head_inputs=received[0],
+        )

@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedModel
 
 from distill_llm import collect_statistics
-from distill_llm.pruning.modeling_pruned import layers_of
+from distill_llm.pruning.families import layers_of
 
 Batches = Sequence[Mapping[str, torch.Tensor]]
 FLOOR = "forward"

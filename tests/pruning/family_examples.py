@@ -128,6 +128,13 @@ def outputs_of(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.
     return found.flatten()
 
 
+def aligned(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with its weights copied: where weights lie in a file's memory changes how sums are rounded."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
+
+
 def assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
     """Equal but for rounding in fp32: within 1e-5 of the largest value."""
     worst, scale = (found - expected).abs().max().item(), expected.abs().max().item()
@@ -165,16 +172,6 @@ def uneven_plan(model: PreTrainedModel, hidden: bool = False, queries: bool = Fa
     ]
     channels = tuple(c for c in range(HIDDEN) if c % 5) if hidden else None
     return PruningPlan(model.config.model_type, tuple(rows), hidden=channels)
-
-
-def later_plan(student: PreTrainedModel, rows: tuple[tuple[int, int], ...]) -> PruningPlan:
-    """A second round for what `uneven_plan` left: of layers with these (heads, neurons), the last head and every other neuron."""
-    plans = [
-        LayerPlan(i, (heads - 1,) if heads else (), tuple(range(0, neurons, 2)))
-        for i, (heads, neurons) in enumerate(rows)
-        if i != 2
-    ]
-    return PruningPlan(student.config.model_type, tuple(plans), hidden=None)
 
 
 def uniform_plan(model: PreTrainedModel, units: str) -> PruningPlan:

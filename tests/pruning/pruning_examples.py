@@ -1,6 +1,5 @@
 """Names of modules, plans and references that the pruning tests share; nothing here is taken from the code under test."""
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -51,7 +50,7 @@ def linears_in(model: nn.Module) -> list[tuple[nn.Linear, nn.Linear]]:
 
 def plan_of(model: nn.Module, rows=UNEVEN) -> PruningPlan:
     """A plan from (source, heads, neurons) rows."""
-    return PruningPlan(model.config.model_type, tuple(LayerPlan(i, tuple(h), tuple(n)) for i, h, n in rows))
+    return PruningPlan(model.config.model_type, tuple(LayerPlan(i, tuple(h), tuple(n)) for i, h, n, *_ in rows))
 
 
 def without(model: nn.Module, layer: int, kind: str, unit: int = 0) -> PruningPlan:
@@ -66,25 +65,6 @@ def without(model: nn.Module, layer: int, kind: str, unit: int = 0) -> PruningPl
             (heads if kind == "heads" else neurons).remove(unit)
         rows.append((i, heads, neurons))
     return plan_of(model, rows)
-
-
-def zeroed(model: nn.Module, plan: PruningPlan) -> nn.Module:
-    """The plan done by hand to a copy of a stock model: output columns of removed units are zero, removed layers out."""
-    model = copy.deepcopy(model)
-    size = model.config.hidden_size // model.config.num_attention_heads
-    with torch.no_grad():
-        for row in plan.layers:
-            attention, ffn = linears_in(model)[row.source]
-            for head in set(range(attention.in_features // size)) - set(row.heads):
-                attention.weight[:, head * size : (head + 1) * size] = 0
-            for neuron in set(range(ffn.in_features)) - set(row.neurons):
-                ffn.weight[:, neuron] = 0
-    kept = nn.ModuleList(layers_in(model)[row.source] for row in plan.layers)
-    if model.config.model_type == "distilbert":
-        model.base_model.transformer.layer = kept
-    else:
-        model.base_model.encoder.layer = kept
-    return model
 
 
 def random_scores(shapes, criterion: str = "fisher", seed: int = 0) -> Importance:
@@ -128,11 +108,6 @@ def inputs_of(modules: list[nn.Module]) -> Iterator[dict[int, torch.Tensor]]:
     yield seen
     for handle in handles:
         handle.remove()
-
-
-def logits_of(output) -> torch.Tensor:
-    """The logits, or the last hidden states of a model without a head."""
-    return output.logits if "logits" in output else output.last_hidden_state
 
 
 def processor_with_bf16(monkeypatch, answer: bool) -> None:

@@ -34,7 +34,7 @@ from distill_llm.pruning.plan import LayerPlan, PruningPlan
 from distill_llm.pruning.surgery import prune
 
 DECODING = [*DECODERS, *(name for name, (family, _) in VARIANTS.items() if family in DECODERS)]
-LAYOUTS = ["bert", "modernbert", "llama", "olmo2", "stablelm", "phi3", "gpt2", "gpt_neox", "bloom", "falcon-multi-query"]
+LAYOUTS = "bert modernbert llama olmo2 stablelm phi3 gpt2 gpt_neox bloom falcon-multi-query".split()
 
 
 def test_every_family_with_a_row_passes_through_the_gate():

@@ -1,24 +1,48 @@
 """Sizes, costs and module tables against parameters counted one by one."""
 
+from dataclasses import replace
+
 import pytest
+import torch
+from family_examples import EVERY, HIDDEN, QUERIES, family_model, groups_of, neurons_of
 from helpers import FAMILIES, tiny_model
-from pruning_examples import UNEVEN, flops_of, layer_params, plan_of, without
+from pruning_examples import UNEVEN, flops_of, plan_of, without
+from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from distill_llm.errors import InputError
-from distill_llm.pruning.modeling_pruned import family_of, layers_of, pack_indices, unpack_indices
+from distill_llm.pruning.families import family_of, layers_of, pack_indices, unpack_indices
+from distill_llm.pruning.plan import full_plan
 from distill_llm.pruning.structure import head_size_of, layer_shapes, unit_costs
 from distill_llm.pruning.surgery import prune
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_unit_costs_the_parameters_that_are_gone_without_it(family):
-    model = tiny_model(family)
-    costs, all_of_them = unit_costs(model), layer_params(model)
-    for kind, cost in (("heads", costs.head), ("neurons", costs.neuron)):
-        assert all_of_them - layer_params(prune(model, without(model, 1, kind, 2))) == cost
-    assert layer_params(prune(model, plan_of(model, [(0, (), ())]))) == costs.rest
-    assert costs.of(layer_shapes(model)) == all_of_them
+@pytest.mark.parametrize("name", EVERY)
+def test_a_unit_costs_the_parameters_that_are_gone_without_it(name):
+    model = family_model(name)
+    groups, neurons = groups_of(model), neurons_of(model)
+    shared, costs, whole = QUERIES // groups, unit_costs(model), params(model)
+    assert costs.of(layer_shapes(model)) == pytest.approx(whole)
+    one = full_plan(model)
+
+    def gone(**changed):
+        rows = (one.layers[0], replace(one.layers[1], **changed), *one.layers[2:])
+        return whole - params(prune(model, replace(one, layers=rows)))
+
+    if groups > 1:
+        assert gone(heads=tuple(range(1, groups))) == pytest.approx(costs.head)
+    assert gone(neurons=tuple(range(2, neurons))) == pytest.approx(2 * costs.neuron)
+    if shared > 1:
+        kept = tuple(i for i in range(QUERIES) if i % shared)
+        assert gone(queries=kept) == pytest.approx(groups * costs.query_at())
+    narrow = prune(model, replace(one, hidden=tuple(range(5, HIDDEN))))
+    assert params(narrow) == pytest.approx(costs.of(layer_shapes(model), HIDDEN - 5))
+    assert whole - params(narrow) == pytest.approx(5 * costs.channel(layer_shapes(model)))
+
+
+def params(model) -> int:
+    """Parameters of the layers, counted."""
+    return sum(parameter.numel() for parameter in layers_of(model).parameters())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -31,17 +55,26 @@ def test_a_unit_costs_the_flops_that_are_gone_without_it(family):
         assert whole - flops_of(prune(model, without(model, 1, kind, 2)), tokens) == tokens * cost
 
 
+def test_memory_is_the_bytes_of_weights_and_of_the_cache():
+    model = family_model("llama").to(torch.bfloat16)
+    of_weights, costs = unit_costs(model), unit_costs(model, "memory", sequence_length=10)
+    assert costs.query_at() == 2 * of_weights.query_at() and costs.neuron == 2 * of_weights.neuron
+    assert costs.group_at() == 2 * of_weights.group_at() + 2 * (HIDDEN // QUERIES) * 10 * 2
+
+
 def test_sizes_of_a_pruned_model_are_its_own_and_the_head_size_stays():
     model = tiny_model(layers=5)
     pruned = prune(model, plan_of(model))
-    assert layer_shapes(pruned) == [(len(heads), len(neurons)) for _, heads, neurons in UNEVEN]
+    assert layer_shapes(pruned) == [(len(heads), len(neurons), None) for _, heads, neurons in UNEVEN]
     assert head_size_of(pruned) == head_size_of(model) == 8
 
 
-def test_costs_do_not_depend_on_which_layer_has_lost_its_attention():
+def test_costs_do_not_depend_on_which_layer_has_lost_its_attention_or_its_ffn():
     model = tiny_model(layers=5)
-    pruned = prune(model, plan_of(model, [(1, (), range(9)), *UNEVEN[2:]]))
-    assert unit_costs(pruned) == unit_costs(model)
+    for rows in ([(1, (), range(9)), *UNEVEN[2:]], [(1, (2,), ()), *UNEVEN[2:]]):
+        pruned, costs = unit_costs(prune(model, plan_of(model, rows))), unit_costs(model)
+        found = (pruned.head, pruned.neuron, pruned.query_at(), pruned.of([(0, 0)]))
+        assert found == pytest.approx((costs.head, costs.neuron, costs.query_at(), costs.of([(0, 0)])))
 
 
 def test_an_unknown_cost_is_refused():
@@ -50,19 +83,40 @@ def test_an_unknown_cost_is_refused():
 
 
 def test_a_family_without_a_row_gets_a_line_that_says_how_to_add_one():
-    model = AutoModel.from_config(
-        AutoConfig.for_model("mpnet", hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
-    )
-    with pytest.raises(ValueError, match="mpnet.*FAMILIES in distill_llm/pruning/modeling_pruned.py") as caught:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    model = AutoModel.from_config(AutoConfig.for_model("nystromformer", **sizes))
+    with pytest.raises(ValueError, match="nystromformer.*FAMILIES in distill_llm/pruning/families.py") as caught:
         family_of(model)
     assert "\n" not in str(caught.value)
     assert len(layers_of(model)) == 2, "layers are found without a row"
+
+
+@pytest.mark.parametrize(
+    ("family", "part"),
+    [
+        ("bert", {"add_cross_attention": True, "is_decoder": True}),
+        ("gpt2", {"add_cross_attention": True}),
+        ("deberta-v2", {"conv_kernel_size": 3}),
+    ],
+)
+def test_models_with_parts_that_a_row_does_not_tell_of_are_refused(family, part):
+    with pytest.raises(ValueError, match=f"model: got '{family}' with {next(iter(part))}"):
+        layer_shapes(family_model(family, "base", **part))
 
 
 def test_a_quantized_model_is_refused():
     model = tiny_model()
     model.is_quantized = True
     with pytest.raises(InputError, match="prune first, then quantize"):
+        layer_shapes(model)
+
+
+def test_a_model_with_adapters_is_refused():
+    model = tiny_model()
+    wrapped = nn.Module()  # as PEFT replaces a linear
+    wrapped.base_layer = layers_of(model)[1].attention.self.query
+    layers_of(model)[1].attention.self.query = wrapped
+    with pytest.raises(InputError, match="an adapter at attention.self.query"):
         layer_shapes(model)
 
 

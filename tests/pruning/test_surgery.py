@@ -2,13 +2,29 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
+from family_examples import (
+    HIDDEN,
+    QUERIES,
+    assert_equal,
+    family_batch,
+    family_model,
+    groups_of,
+    neurons_of,
+    outputs_of,
+    uneven_plan,
+    uniform_plan,
+)
 from helpers import random_batch, tiny_model
 from pruning_examples import UNEVEN, layers_in, linears_in, plan_of
 from torch import nn
-from transformers import BertForSequenceClassification
+from transformers import LlamaForCausalLM
 
-from distill_llm.pruning.modeling_pruned import LayerLineage, lineage_of
-from distill_llm.pruning.plan import full_plan, keep_layers
+from distill_llm.errors import InputError
+from distill_llm.pruning.families import LayerLineage, hidden_lineage, lineage_of
+from distill_llm.pruning.masking import masked
+from distill_llm.pruning.plan import LayerPlan, PruningPlan, full_plan
+from distill_llm.pruning.structure import hidden_size, layer_shapes
 from distill_llm.pruning.surgery import prune
 
 
@@ -65,29 +81,92 @@ def test_lineage_after_two_rounds_names_the_original_teachers_layers_heads_and_n
     )
 
 
-def test_a_student_is_a_stock_class_only_where_a_stock_config_says_its_sizes():
-    model = tiny_model(layers=5)
-    everything, half = range(4), range(0, 64, 2)
-    stock = {
-        "layers": keep_layers(model, [0, 3]),
-        "uniform neurons": plan_of(model, [(i, everything, half) for i in range(5)]),
-    }
-    other = {
-        "fewer heads": plan_of(model, [(i, (0, 1), range(64)) for i in range(5)]),
-        "uneven neurons": plan_of(model, [(i, everything, range(30 + i)) for i in range(5)]),
-        "no FFN": plan_of(model, [(i, everything, ()) for i in range(5)]),
-    }
-    for plan in stock.values():
-        assert type(prune(model, plan)) is BertForSequenceClassification
-    for plan in other.values():
-        student = prune(model, plan)
-        assert type(student).__name__ == "PrunedBertForSequenceClassification"
-        assert isinstance(student, BertForSequenceClassification)
-    uneven = prune(model, other["uneven neurons"])
-    assert (
-        type(prune(uneven, plan_of(uneven, [(i, everything, half[:10]) for i in range(5)])))
-        is BertForSequenceClassification
+ROUNDS = ["bert", "mpnet", "modernbert", "deberta-v2", "llama", "olmo2", "cohere", "stablelm", "phi3", "gpt2-scaled"]
+ROUNDS += ["gpt_neox", "bloom", "falcon-grouped", "falcon-alibi", "falcon-multi-query"]
+
+
+@pytest.mark.parametrize("name", ROUNDS)
+def test_two_rounds_equal_one_with_the_composed_plan(name):
+    model = family_model(name)
+    groups, neurons = groups_of(model), neurons_of(model)
+    shared, heads, channels = QUERIES // groups, [*range(groups)][-2:], range(0, HIDDEN - 2)
+    queries = [h * shared + i for h in heads for i in range(shared)]
+    if shared > 1:  # all but the first of every group
+        queries = [h * shared + i for h in heads for i in range(1, shared)]
+    first = plan_from(name, [(i, heads, range(0, neurons - 4), queries) for i in (0, 1, 3, 4)], channels)
+    last = [queries[len(queries) // len(heads) * (len(heads) - 1) :][-1]]  # of the last group, its last query
+    ends = (range(0, neurons - 4, 3), range(0, HIDDEN - 2, 2))
+    second = plan_from(
+        name,
+        [(0, [len(heads) - 1], ends[0], [len(queries) - 1]), (1, [], ends[0], None), (3, [len(heads) - 1], [], None)],
+        ends[1],
     )
+    of_last = [query for query in queries if query // shared == heads[-1]]
+    composed = plan_from(
+        name, [(0, heads[-1:], ends[0], last), (1, [], ends[0], None), (4, heads[-1:], [], of_last)], ends[1]
+    )
+    twice, once, batch = prune(prune(model, first), second), prune(model, composed), family_batch(model)
+    assert lineage_of(twice) == lineage_of(once) and hidden_lineage(twice.config) == tuple(ends[1])
+    assert torch.equal(outputs_of(twice, batch), outputs_of(once, batch))
+    between = prune(model, first)
+    with masked(between, second):
+        expected = outputs_of(between, batch)
+    assert_equal(outputs_of(twice, batch), expected)
+
+
+def plan_from(name, rows, hidden=None) -> PruningPlan:
+    """A plan from (source, heads, neurons, queries) rows."""
+    kept = [LayerPlan(i, tuple(h), tuple(n), None if q is None else tuple(q)) for i, h, n, q in rows]
+    family, channels = family_model(name).config.model_type, None if hidden is None else tuple(hidden)
+    return PruningPlan(family, tuple(kept), hidden=channels)
+
+
+@pytest.mark.parametrize("units", ["heads", "queries", "neurons", "layers", "hidden"])
+def test_a_student_that_became_stock_can_be_pruned_again(units):
+    model = family_model("llama")
+    first = uniform_plan(model, units)
+    between = prune(model, first)
+    assert type(between) is LlamaForCausalLM
+    shape, width = layer_shapes(between)[0], hidden_size(between)
+    rows = [(0, [1], range(0, shape.neurons, 2), None), (2, range(shape.heads), range(5), None)]
+    twice = prune(between, plan_from("llama", rows, range(1, width)))
+    lineage = lineage_of(between)
+    assert lineage_of(twice) == (
+        lineage[0]._replace(heads=lineage[0].heads[1:2], neurons=lineage[0].neurons[::2], queries=queries_of(twice, 0)),
+        lineage[2]._replace(neurons=lineage[2].neurons[:5]),
+    )
+    again = prune(model, plan_from("llama", lineage_of(twice), hidden_lineage(twice.config)))
+    batch = family_batch(model)
+    assert torch.equal(outputs_of(twice, batch), outputs_of(again, batch))
+
+
+def queries_of(student, layer):
+    """Query heads of the second group where its first alone stays, else None: all."""
+    return lineage_of(student)[layer].queries and (2,)
+
+
+def test_what_accelerate_wraps_around_a_teacher_does_not_reach_the_student():
+    teacher = family_model("llama")
+    plan, batch = uneven_plan(teacher), family_batch(teacher)
+    expected = outputs_of(prune(teacher, plan), batch)
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    wrapped = accelerator.prepare_model(teacher)
+    assert not torch.equal(outputs_of(prune(teacher, plan), batch), outputs_of(wrapped, batch))
+    student = prune(wrapped, plan)
+    assert torch.equal(outputs_of(student, batch), expected), "in fp32"
+    for name in ("forward", "_original_forward"):
+        assert name not in vars(student)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.zero_()
+    assert torch.equal(outputs_of(student, batch), expected)
+
+
+def test_weights_that_are_not_in_memory_are_refused():
+    with torch.device("meta"):
+        model = family_model("bert")
+    with pytest.raises(InputError, match="model: got 'weights that are not in memory"):
+        prune(model, uneven_plan(model))
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert"])

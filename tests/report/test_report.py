@@ -69,7 +69,7 @@ def test_kept_figure_draws_kept_over_original_with_an_empty_bar_for_a_removed_la
     assert bars[0] == [[4, 4, 4, 4], [3, 0, 0, 0]]
     assert bars[1] == [[64, 64, 64, 64], [40, 0, 64, 0]]
     texts = [text.get_text() for text in drawn[0].axes[0].texts]
-    assert texts == ["3 / 4", "layer removed", "0 / 4", "layer removed"]
+    assert texts == ["3 / 4", "layer removed", "attention removed", "layer removed"]
 
 
 def test_a_budget_that_was_missed_is_said_under_the_rounds(tmp_path: Path) -> None:

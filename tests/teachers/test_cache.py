@@ -111,6 +111,16 @@ def test_the_highest_and_lowest_ids_come_back(method, classes):
     torch.testing.assert_close(stored.probabilities[:, 0] + stored.rest, torch.ones(2))
 
 
+def test_a_token_of_probability_zero_is_never_drawn():
+    logits = torch.tensor([[-1e4, 0.0, -1e4, 1.0, -1e4]])
+    coding = ItemCoding(5, 4, "sampled")
+    for uniform in (0.0, 0.5, 1 - 2**-53):
+        assert set(coding.decode(coding.encode(logits, torch.tensor([uniform]).double().numpy())).ids[0].tolist()) == {
+            1,
+            3,
+        }
+
+
 # Looking it up.
 
 

@@ -1,0 +1,50 @@
+"""Models with adapters of peft around them: the model inside, and one plain model out of both."""
+
+import copy
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def without_adapters(model: Any) -> Any:
+    """The transformers model inside a PeftModel, its layers adapted all the same; any other model as it is."""
+    inside = getattr(model, "get_base_model", None)
+    return model if inside is None else inside()
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether a transformers model's weights are quantised (bitsandbytes or another method)."""
+    return bool(getattr(model, "is_quantized", False))
+
+
+def merged(model: Any) -> PreTrainedModel:
+    """A model with the active adapter's changes in its own weights, to be saved under the keys it always had.
+
+    Quantised weights are given back their precision first: rounded again, they would lose much of what was learned.
+
+    Args:
+        model: a PeftModel, which stays as it is; any other model is returned itself.
+
+    Returns:
+        the transformers or pruned model, with the outputs of the adapted one.
+    """
+    if without_adapters(model) is model:
+        return model
+    model = copy.deepcopy(model)
+    if is_quantized(without_adapters(model)):
+        model = _dequantized(model)
+    plain: PreTrainedModel = model.merge_and_unload(safe_merge=True)
+    return plain
+
+
+def _dequantized(model: Any) -> Any:
+    """The same adapter around the same model in floating point."""
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    config, weights = model.active_peft_config, get_peft_model_state_dict(model)
+    plain = model.unload()
+    plain = plain.dequantize(dtype=plain.dtype)
+    adapted = get_peft_model(plain, config)
+    set_peft_model_state_dict(adapted, weights)
+    return adapted

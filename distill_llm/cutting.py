@@ -1,0 +1,232 @@
+"""The removal of a round: what every unit is worth, the plan, and the cut itself, once or several times over."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from distill_llm.losses.items import kind_of
+from distill_llm.pruning.collecting import collect_statistics
+from distill_llm.pruning.criteria import NEEDS_LOSS, score
+from distill_llm.pruning.cuts import compose_plans, cut_shares
+from distill_llm.pruning.latency import latency_costs, plan_for_latency
+from distill_llm.pruning.leave_one_out import leave_one_out
+from distill_llm.pruning.plan import PruningPlan
+from distill_llm.pruning.planning import Limits, plan_pruning
+from distill_llm.pruning.sharding import Shard, from_main_process, process, sum_over_processes
+from distill_llm.pruning.statistics import Statistics
+from distill_llm.pruning.structure import hidden_size, sizes_of, unit_costs
+from distill_llm.pruning.surgery import prune
+from distill_llm.pruning.timing import relative_latency
+from distill_llm.recipe import PruningSection, Recipe
+from distill_llm.run_folder import written_whole
+from distill_llm.teachers.cache_contents import teacher_fingerprint
+
+Batches = Iterable[Mapping[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a removal came to.
+
+    Attributes:
+        plan: for the model that was cut.
+        model: what is left of it, compensated if that was asked for.
+        kept: the share of the teacher's cost that is left.
+    """
+
+    plan: PruningPlan
+    model: PreTrainedModel
+    kept: float
+
+
+class Cutter:
+    """Cuts models as a recipe's pruning section says. All processes of a run call it together.
+
+    Args:
+        recipe: checked already, with a pruning section.
+        batches: the calibration data, the same on every process and at every reading.
+    """
+
+    def __init__(self, recipe: Recipe, batches: Batches):
+        assert recipe.pruning is not None
+        self.recipe, self.section, self.batches = recipe, recipe.pruning, batches
+        self.is_main = process()[0] == 0
+
+    def cut(self, student: PreTrainedModel, teacher: PreTrainedModel, keep: float, file: Path | None = None) -> Cut:
+        """Remove until `keep` of the teacher's cost is left.
+
+        Args:
+            student: unchanged, in eval mode.
+            teacher: what `keep` is a share of.
+            keep: share of the cost of the teacher's layers; of its latency with cost latency.
+            file: where the student's statistics are, or are to be kept.
+        """
+        plan, model = None, student
+        for number, share in enumerate(cut_shares(self.share(student, teacher), keep, self.section.cuts)):
+            statistics = self.statistics(model, None if number else file)
+            chosen = from_main_process(self._plan(model, teacher, statistics, share) if self.is_main else None)
+            plan = chosen if plan is None else compose_plans(student, plan, chosen)
+            model = prune(model, chosen, statistics if self.section.compensate else None)
+        assert plan is not None and plan.kept is not None
+        if self.section.cost == "latency":
+            return Cut(plan, model, plan.kept)
+        kept, note = self.share(model, teacher), None
+        if abs(kept - keep) > 0.01 * keep:
+            note = f"kept {kept:.2%} of the layers' {self.section.cost} where {keep:.2%} was asked for: "
+            note += "what may be removed comes in larger steps"
+        own = share_of(model, student, self.section.cost, self.tokens(student))
+        return Cut(replace(plan, kept=own, note=note), model, kept)
+
+    def share(self, student: PreTrainedModel, teacher: PreTrainedModel) -> float:
+        """The share of the teacher's cost that the student has."""
+        if student is teacher:
+            return 1.0
+        if self.section.cost == "latency":
+            return from_main_process(relative_latency(student, teacher, *self._batch) if self.is_main else None)
+        return share_of(student, teacher, self.section.cost, self.tokens(teacher))
+
+    def tokens(self, model: PreTrainedModel) -> int:
+        """Tokens that costs are counted for: those of a sequence, for memory those whose keys and values are held at once."""
+        return budget_tokens(self.recipe, kind_of(model) == "next_token")
+
+    @property
+    def _batch(self) -> tuple[int, int]:
+        latency = self.recipe.evaluation.latency
+        return latency.batch_size, latency.sequence_length
+
+    def _plan(
+        self, model: PreTrainedModel, teacher: PreTrainedModel, statistics: Statistics, share: float
+    ) -> PruningPlan:
+        section = self.section
+        scores = score(statistics, section.criterion, self.recipe.seed)
+        options: dict[str, Any] = {
+            "units": section.units,
+            "scope": section.scope,
+            "round_to": section.round_to,
+            "uniform": section.uniform,
+            "limits": Limits(section.min_heads, section.min_neurons),
+        }
+        if section.cost == "latency":
+            batch_size, length = self._batch
+            costs = latency_costs(teacher, batch_size, length)
+            sizes: dict[str, Any] = {"batch_size": batch_size, "sequence_length": length, "costs": costs}
+            return plan_for_latency(model, scores, share, dense=teacher, **sizes, **options)
+        left = min(1.0, share / self.share(model, teacher))
+        return plan_pruning(model, scores, left, cost=section.cost, sequence_length=self.tokens(model), **options)
+
+    # Statistics.
+
+    @cached_property
+    def loss(self) -> str:
+        """What gradients are taken of."""
+        return self.section.loss or ("labels" if "labels" in next(iter(self.batches)) else "kl")
+
+    @cached_property
+    def _rows(self) -> str:
+        """A hash of the calibration data."""
+        digest = hashlib.blake2b(digest_size=16)
+        for batch in self.batches:
+            for name in sorted(batch):
+                digest.update(f"{name}{tuple(batch[name].shape)}{batch[name].dtype}".encode())
+                digest.update(batch[name].contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def statistics(self, model: PreTrainedModel, file: Path | None = None) -> Statistics:
+        """Of the model on the calibration data: from the file where it has all that is needed, else in one pass, and kept there.
+
+        On several processes each sees a part of the batches, and all end with the same sums.
+        """
+        section, loss = self.section, self.loss
+        needs_gradients, needs_without = section.criterion in NEEDS_LOSS, section.criterion == "leave_one_out"
+        identity: dict[str, str] = {}
+        found: Statistics | None = None
+        if file is not None:
+            identity = {"model": teacher_fingerprint(model), "rows": self._rows}
+            usable = from_main_process(self._usable(file, identity, needs_gradients))
+            found = Statistics.load(file) if usable else None
+        if found is not None and (found.without is not None or not needs_without):
+            return found
+        shown = tqdm(self.batches, desc="Calibrating", leave=False, disable=not self.is_main)
+        statistics = found or collect_statistics(
+            model,
+            Shard(shown),
+            loss if needs_gradients else None,
+            moments=section.compensate,
+            seed=self.recipe.seed + process()[0],
+            reduce=sum_over_processes,
+        )
+        if needs_without:
+            shown = tqdm(self.batches, desc="Leaving layers out", leave=False, disable=not self.is_main)
+            statistics = leave_one_out(model, Shard(shown), statistics, loss, reduce=sum_over_processes)
+        if file is not None and self.is_main:
+            with_loss = needs_gradients or needs_without
+            _keep(statistics, file, {**identity, "loss": loss if with_loss else None})
+        return statistics
+
+    def _usable(self, file: Path, identity: Mapping[str, str], needs_gradients: bool) -> bool:
+        """Whether a file has statistics of this model and these rows, with what this section needs."""
+        try:
+            record = json.loads(_record_of(file).read_text())
+        except (OSError, ValueError):
+            return False
+        if not file.is_file() or {name: record.get(name) for name in identity} != identity:
+            return False
+        needs_loss = needs_gradients or self.section.criterion == "leave_one_out"
+        if needs_loss and record.get("loss") not in (self.loss, *([] if needs_gradients else [None])):
+            return False
+        return (record["gradients"] or not needs_gradients) and (record["moments"] or not self.section.compensate)
+
+
+def _record_of(file: Path) -> Path:
+    return file.with_suffix(".json")
+
+
+def _keep(statistics: Statistics, file: Path, record: dict[str, Any]) -> None:
+    """The statistics, and beside them what they are of: last, so that it never speaks of another file."""
+    _record_of(file).unlink(missing_ok=True)
+    with written_whole(file) as path:
+        statistics.save(path)
+    record |= {"gradients": statistics.has_gradients, "moments": bool(statistics.moments)}
+    with written_whole(_record_of(file)) as path:
+        path.write_text(json.dumps(record) + "\n")
+
+
+# Costs.
+
+
+def budget_tokens(recipe: Recipe, decoder: bool) -> int:
+    """Tokens that costs are counted for: of a sequence; with cost memory, those whose keys and values a decoder holds at once."""
+    latency, cost = recipe.evaluation.latency, recipe.pruning.cost if recipe.pruning else "params"
+    if cost == "memory":
+        return latency.batch_size * latency.sequence_length if decoder else 0
+    return latency.sequence_length
+
+
+def share_of(student: PreTrainedModel, teacher: PreTrainedModel, cost: str, tokens: int = 128) -> float:
+    """The share of the teacher's layers' cost that the student's layers have."""
+    costs = unit_costs(teacher, cost, tokens)
+    left, whole = ([(s.groups, s.neurons, s.queries) for s in sizes_of(model)] for model in (student, teacher))
+    return costs.of(left, hidden_size(student)) / costs.of(whole)
+
+
+def least_share(model: PreTrainedModel, section: PruningSection, tokens: int) -> float:
+    """The share of the layers' cost that stays when all that a section lets go is removed; one layer always stays."""
+    units, costs, rows = set(section.units), unit_costs(model, section.cost, tokens), []
+    for size in sizes_of(model):
+        groups, neurons, each = size.groups, size.neurons, size.queries // size.groups if size.groups else 0
+        if units & {"heads", "attention"}:
+            groups = min(groups, section.min_heads)
+        if units & {"neurons", "ffn"}:
+            neurons = min(neurons, section.min_neurons)
+        rows.append((groups, neurons, groups * (1 if "queries" in units and each else each)))
+    width = min(section.round_to, costs.hidden) if "hidden" in units else costs.hidden
+    left = min(costs.of([row], width) for row in rows) if "layers" in units else costs.of(rows, width)
+    return left / costs.of([(s.groups, s.neurons, s.queries) for s in sizes_of(model)])

@@ -1,0 +1,57 @@
+"""Models in GGUF files, as plain checkpoints: read once, kept in the cache folder of huggingface_hub."""
+
+import hashlib
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+from huggingface_hub import constants
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from distill_llm.errors import InputError
+from distill_llm.run_folder import written_whole
+
+SUFFIX = ".gguf"
+
+
+def plain_checkpoint(file: str | os.PathLike, field: str = "model") -> Path:
+    """The folder of a GGUF file's model and tokenizer in safetensors, fp32, made on first use.
+
+    Weights that the file holds in four or eight bits are those rounded ones, not the original's.
+
+    Args:
+        file: a GGUF file of a family that transformers can read.
+        field: what the setting is called in error messages.
+
+    Raises:
+        InputError: without the `gguf` package, or for a file that cannot be read.
+    """
+    file = Path(file)
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError(field, str(file), "a GGUF file with the package gguf installed (pip install distill_llm[gguf])")
+    with file.open("rb") as opened:
+        key = hashlib.sha256(f"{file.stat().st_size}".encode() + opened.read(1 << 20)).hexdigest()[:16]
+    folder = Path(constants.HF_HOME) / "distill_llm" / "gguf" / f"{file.stem}-{key}"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with written_whole(folder) as path:
+                _convert(file, path)
+        except (OSError, ValueError, NotImplementedError) as error:
+            raise InputError(field, str(file), f"a GGUF file that transformers can read ({error})") from error
+    return folder
+
+
+def _convert(file: Path, folder: Path) -> None:
+    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    config = AutoConfig.from_pretrained(**where)
+    source = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    model = type(source)(config)  # a model read from GGUF counts as quantized and cannot be saved
+    model.load_state_dict(source.state_dict())
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    model.generation_config = GenerationConfig(**{name: getattr(config, name, None) for name in names})
+    model.to(torch.float32).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    tokenizer.model_max_length = config.max_position_embeddings
+    tokenizer.save_pretrained(folder)

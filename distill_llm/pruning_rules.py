@@ -1,0 +1,83 @@
+"""Which fields of a recipe's pruning section go together."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from distill_llm.errors import InputError
+
+if TYPE_CHECKING:
+    from distill_llm.recipe import PruningSection
+
+BLOCKS = ("layers", "attention", "ffn")
+NEEDS_GRADIENTS = ("taylor", "fisher")
+RANKS_LAYERS = ("block_influence", "leave_one_out")
+
+
+def pruning_faults(section: "PruningSection") -> list[InputError]:
+    """A fault for every field that contradicts another, named within the section."""
+    units: set[str] = set(section.units)
+    faults = _explicit_layers(section) if section.layers is not None else []
+    if section.keep is None and section.layers is None:
+        faults.append(InputError("keep", None, "a number above 0 and at most 1 (or a list of layers in `layers`)"))
+    if len(units) != len(section.units):
+        faults.append(InputError("units", section.units, "each unit at most once"))
+    if section.criterion in RANKS_LAYERS and section.units != ["layers"]:
+        faults.append(InputError("units", section.units, f"[layers] with criterion {section.criterion}"))
+    if section.loss is not None and section.criterion not in (*NEEDS_GRADIENTS, "leave_one_out"):
+        faults.append(
+            InputError("loss", section.loss, f"nothing with criterion {section.criterion}, which reads no loss")
+        )
+    for name, default, wanted in (
+        ("round_to", 1, ("neurons", "hidden")),
+        ("uniform", False, ("heads", "neurons", "queries")),
+        ("min_heads", 0, ("heads", "attention")),
+        ("min_neurons", 0, ("neurons", "ffn")),
+    ):
+        value = getattr(section, name)
+        if value != default and not units & set(wanted):
+            accepted = f"{_yaml(default)} where units has none of {', '.join(wanted)}"
+            faults.append(InputError(name, value, accepted))
+    if section.scope == "local" and not units & {"heads", "neurons", "queries", *BLOCKS}:
+        faults.append(InputError("scope", "local", "global where units is [hidden]: all layers share their channels"))
+    return faults + _competing(section, units)
+
+
+def _explicit_layers(section: "PruningSection") -> list[InputError]:
+    faults, layers = [], section.layers or []
+    if section.keep is not None:
+        faults.append(InputError("keep", section.keep, "nothing where `layers` says what to keep"))
+    for name in ("rounds", "cuts"):
+        if getattr(section, name) > 1:
+            faults.append(InputError(name, getattr(section, name), "1 where `layers` says what to keep"))
+    if section.statistics is not None:
+        faults.append(InputError("statistics", str(section.statistics), "nothing where `layers` says what to keep"))
+    if section.cost == "latency":
+        faults.append(InputError("cost", "latency", "params, flops or memory where `layers` says what to keep"))
+    if min(layers) < 0 or sorted(set(layers)) != layers:
+        faults.append(InputError("layers", layers, "distinct indices of layers, counted from 0, ascending"))
+    return faults
+
+
+def _competing(section: "PruningSection", units: set[str]) -> list[InputError]:
+    """Kinds that can only be removed with others where their scores compare and all layers compete."""
+    blocks = _named(units & set(BLOCKS))
+    if blocks and len(units) > 1 and section.criterion not in RANKS_LAYERS:
+        where = f"where units has {blocks} together with others"
+    elif {"heads", "queries"} <= units:
+        where = "where units has both heads and queries"
+    else:
+        return []
+    wanted = (("criterion", "fisher"), ("scope", "global"), ("uniform", False))
+    return [
+        InputError(name, getattr(section, name), f"{_yaml(value)} {where}")
+        for name, value in wanted
+        if getattr(section, name) != value
+    ]
+
+
+def _named(units: Iterable[str]) -> str:
+    return " and ".join(name for name in BLOCKS if name in set(units))
+
+
+def _yaml(value: Any) -> str:
+    return str(value).lower()

@@ -1,0 +1,1 @@
+"""Responses that a teacher generates off-line, to train students on: sequence-level distillation (Kim and Rush, 2016)."""

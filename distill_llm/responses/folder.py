@@ -1,0 +1,170 @@
+"""The folder of generated responses: what is done is on disk, whole shards only, so the same command goes on.
+
+    responses.json      settings, fingerprints, versions; when all is done the counts
+    generated/N.jsonl   shards: every response, in the order of the work
+    train.jsonl         the responses that are kept, in the order of the prompts: rows of the task `prompts`
+
+`train.jsonl` appears when all shards are there, so nothing unfinished can be trained on.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from distill_llm.errors import InputError
+from distill_llm.faults import raise_all
+from distill_llm.run_folder import written_whole
+
+Row: TypeAlias = dict[str, Any]
+ABOUT, SHARDS, KEPT = "responses.json", "generated", "train.jsonl"
+FINGERPRINTS = ("teacher", "tokenizer", "data")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of a finished folder; truncated and repeated responses are left out of the kept ones.
+
+    prompts_read: rows of the data; prompts: different ones among them; responses, tokens: generated; truncated: cut off
+    at max_new_tokens; repeated: the same text as another kept response to the prompt; kept: rows of `train.jsonl`.
+    """
+
+    prompts_read: int
+    prompts: int
+    responses: int
+    tokens: int
+    truncated: int
+    truncated_share: float
+    repeated: int
+    repeated_share: float
+    kept: int
+    kept_share: float
+
+
+class ResponseFolder:
+    """The files of one set of prompts, answered by one teacher under one set of settings.
+
+    Args:
+        folder: new, empty, or begun with the same settings and fingerprints.
+        settings: that decide the responses.
+        fingerprints: of FINGERPRINTS.
+
+    Raises:
+        InputError: for other files in the folder; for a folder begun otherwise, a line per setting that differs.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], fingerprints: Mapping[str, str]):
+        self.folder = folder
+        self.begun = {"settings": dict(settings), "fingerprints": dict(fingerprints)}
+        if (folder / ABOUT).is_file():
+            self._check_begun(self.about())
+        elif folder.exists() and (
+            not folder.is_dir() or any(each.name != ABOUT + ".partial" for each in folder.iterdir())
+        ):
+            raise InputError("output_dir", str(folder), "a new or empty folder, or one that this command has begun")
+
+    def _check_begun(self, about: Mapping[str, Any]) -> None:
+        old, new = about["settings"], self.begun["settings"]
+        faults = [
+            InputError(name, new[name], f"{old.get(name)!r}, as {self.folder} was begun with, or another output folder")
+            for name in new
+            if old.get(name) != new[name]
+        ]
+        faults += [
+            InputError(name, "another one", f"the {name} that {self.folder} was begun with, or another output folder")
+            for name in FINGERPRINTS
+            if about["fingerprints"][name] != self.begun["fingerprints"][name]
+        ]
+        raise_all(faults)
+
+    def about(self) -> dict[str, Any]:
+        """What `responses.json` says."""
+        return json.loads((self.folder / ABOUT).read_text(encoding="utf-8"))
+
+    def write_about(
+        self,
+        names: Mapping[str, str],
+        environment: Mapping[str, str],
+        counts: Counts | None = None,
+        keep_truncated: bool | None = None,
+    ) -> None:
+        """Write `responses.json`.
+
+        Args:
+            names: of teacher and data, for people.
+            environment: device and versions; those of all starts are listed, each different one once.
+            counts: when all is done.
+            keep_truncated: what the counts were made with.
+        """
+        known = self.about()["environments"] if (self.folder / ABOUT).is_file() else []
+        environments = known if environment in known else [*known, environment]
+        about: dict[str, Any] = {**names, **self.begun, "environments": environments}
+        if counts is not None:
+            about |= {"keep_truncated": keep_truncated, "counts": asdict(counts)}
+        with written_whole(self.folder / ABOUT) as path:
+            path.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def has_shard(self, number: int) -> bool:
+        """Whether a shard is there, and thus whole."""
+        return self._shard(number).is_file()
+
+    def write_shard(self, number: int, rows: Iterable[Row]) -> None:
+        """Write a shard whole."""
+        with written_whole(self._shard(number)) as path:
+            _write(path, rows)
+
+    def read_shard(self, number: int, length: int) -> list[Row]:
+        """The rows of a shard.
+
+        Raises:
+            InputError: it does not have `length` rows of JSON.
+        """
+        path = self._shard(number)
+        try:
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+        except ValueError:
+            rows = []
+        if len(rows) != length:
+            raise InputError("output_dir", str(path), f"a shard of {length} responses: remove it to have it made again")
+        return rows
+
+    def write_kept(self, rows: Iterable[Row]) -> None:
+        """Write the rows to train on."""
+        with written_whole(self.folder / KEPT) as path:
+            _write(path, rows)
+
+    def _shard(self, number: int) -> Path:
+        return self.folder / SHARDS / f"{number:06d}.jsonl"
+
+
+def _write(path: Path, rows: Iterable[Row]) -> None:
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def kept_rows(answers: Iterable[list[Row]], prompts_read: int, keep_truncated: bool) -> tuple[list[Row], Counts]:
+    """The rows worth training on, and the counts.
+
+    Args:
+        answers: per prompt its rows, with `finish_reason`, `tokens`, and the answer as `response` or as the last of `messages`.
+        prompts_read: rows that the prompts were read from.
+        keep_truncated: keep responses that were cut off.
+    """
+    kept: list[Row] = []
+    prompts = responses = tokens = truncated = repeated = 0
+    for rows in answers:
+        prompts, responses = prompts + 1, responses + len(rows)
+        tokens += sum(row["tokens"] for row in rows)
+        truncated += sum(row["finish_reason"] == "length" for row in rows)
+        whole = [row for row in rows if keep_truncated or row["finish_reason"] == "eos"]
+        different = {_response(row): row for row in reversed(whole)}
+        repeated += len(whole) - len(different)
+        kept += reversed(different.values())
+    shares = [round(count / responses, 4) for count in (truncated, repeated, len(kept))]
+    numbers = (truncated, shares[0], repeated, shares[1], len(kept), shares[2])
+    return kept, Counts(prompts_read, prompts, responses, tokens, *numbers)
+
+
+def _response(row: Row) -> str:
+    return row["messages"][-1]["content"] if "messages" in row else row["response"]

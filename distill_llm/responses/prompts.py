@@ -1,0 +1,145 @@
+"""Prompts to be answered: read from files, a Hub data set or lists, checked, and encoded as training will encode them."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from datasets import Dataset, Value
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from distill_llm.data.sources import read_splits, resolve_path
+from distill_llm.data.special_tokens import special_ends
+from distill_llm.errors import InputError, one_of
+from distill_llm.opening import first_line
+
+Chat: TypeAlias = list[dict[str, Any]]
+Source: TypeAlias = str | Dataset | Sequence[str] | Sequence[Chat]
+CHUNK = 1000  # prompts tokenized at once
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as text or as the turns of a chat, as (T,) token ids, and a hash of its content."""
+
+    content: str | Chat
+    ids: list[int]
+    key: bytes
+
+    def answered(self, response: str) -> dict[str, Any]:
+        """A row of the task `prompts`: `prompt` and `response`, or `messages` that end with the response."""
+        if isinstance(self.content, str):
+            return {"prompt": self.content, "response": response}
+        return {"messages": [*self.content, {"role": "assistant", "content": response}]}
+
+    def is_asked_in(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row is an answer to this prompt."""
+        return self.content == (row.get("prompt") if isinstance(self.content, str) else row.get("messages", [])[:-1])
+
+
+def read_contents(source: Source, column: str | None, limit: int | None) -> list[str] | list[Chat]:
+    """The prompts in the order of the rows, repeated ones too: all texts, or all chats.
+
+    Args:
+        source: what `read_splits` takes (its train split is answered), a data set, texts, or chats.
+        column: with texts or with chats; by default `prompt`, else `messages`.
+        limit: only the first rows.
+
+    Raises:
+        InputError: naming `data` or `prompt_column`: nothing to read, no such column, other values than texts or chats, an
+            empty prompt.
+    """
+    rows = _rows(source)
+    if limit is not None:
+        rows = rows.select(range(min(limit, len(rows))))
+    name = column or ("messages" if {"prompt", "messages"} & {*rows.column_names} == {"messages"} else "prompt")
+    if name not in rows.column_names:
+        raise InputError("prompt_column", name, one_of(rows.column_names, name))
+    if not len(rows):
+        raise InputError("data", "no rows", "a prompt or more")
+    feature = rows.features[name]
+    if isinstance(feature, Value) and feature.dtype in ("string", "large_string"):
+        texts = list(rows[name])
+        for place, text in enumerate(texts):
+            if text is None or not text.strip():
+                raise InputError("data", f"an empty prompt in row {place} of {name!r}", "a text in every row")
+        return texts
+    return [_without_answer(chat, place, name) for place, chat in enumerate(rows[name])]
+
+
+def _rows(source: Source) -> Dataset:
+    if isinstance(source, Dataset):
+        return source
+    if isinstance(source, str):
+        return read_splits(resolve_path(source, "data"), field="data")["train"]
+    texts = all(isinstance(each, str) for each in source)
+    return Dataset.from_dict({"prompt" if texts else "messages": list(source)})
+
+
+def _without_answer(chat: Any, place: int, column: str) -> Chat:
+    """The turns of a chat that ask, in plain dictionaries; a last turn of the assistant is left out."""
+    accepted = "a column of texts, or of chats: lists of turns with role and content, one or more before the answer"
+    try:
+        turns = [{name: value for name, value in turn.items() if value is not None} for turn in chat]
+        asked = turns[:-1] if turns[-1]["role"] == "assistant" else turns
+        whole = bool(asked) and all(isinstance(turn[key], str) for turn in asked for key in ("role", "content"))
+    except (TypeError, KeyError, IndexError, AttributeError):
+        whole = False
+    if not whole:
+        raise InputError("prompt_column", f"{column} (row {place})", accepted)
+    if not asked[-1]["content"].strip():
+        raise InputError("data", f"an empty prompt in row {place} of {column!r}", "a text in every row")
+    return asked
+
+
+def encode_prompts(
+    contents: Sequence[str] | Sequence[Chat], tokenizer: PreTrainedTokenizerBase, chat: bool = False
+) -> list[Prompt]:
+    """The different prompts among `contents`, in the order of their first occurrence.
+
+    Token ids are those of `distill_llm.data.prompts.prompt_encoder`: a text begins as the tokenizer begins texts, a chat is
+    in the words of the chat template up to where the assistant's turn begins.
+
+    Args:
+        contents: of `read_contents`.
+        tokenizer: with a chat template where there are chats.
+        chat: make each text the user's turn of a chat.
+
+    Raises:
+        InputError: the template refuses a chat, or does not only add the answer to its prompt; a prompt has no tokens.
+    """
+    chats = [[{"role": "user", "content": each}] if chat and isinstance(each, str) else each for each in contents]
+    unique = {_key(each): each for each in reversed(chats)}
+    keys = list(dict.fromkeys(map(_key, chats)))
+    kept = [unique[key] for key in keys]
+    begin = special_ends(tokenizer)[0]
+    prompts: list[Prompt] = []
+    for start in range(0, len(kept), CHUNK):
+        some = kept[start : start + CHUNK]
+        texts = [each if isinstance(each, str) else _in_template(each, tokenizer) for each in some]
+        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        for place, (content, ids) in enumerate(zip(some, encoded, strict=True), start):
+            ids = [*(begin if isinstance(content, str) else []), *ids]
+            if not ids:
+                raise InputError("data", content, "prompts with a token that the tokenizer knows, or more")
+            prompts.append(Prompt(content, ids, keys[place]))
+    if not isinstance(kept[0], str):
+        answered = [*kept[0], {"role": "assistant", "content": "x"}]
+        whole = str(tokenizer.apply_chat_template(answered, tokenize=False))
+        if not whole.startswith(_in_template(kept[0], tokenizer)):
+            raise InputError("chat", tokenizer.name_or_path, "a chat template that only adds the answer to its prompt")
+    return prompts
+
+
+def _key(content: str | Chat) -> bytes:
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).digest()
+
+
+def _in_template(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+    except TemplateError as error:
+        roles = ", ".join(turn["role"] for turn in chat)
+        raise InputError("data", f"a chat of {roles}", f"chats that the template takes ({first_line(error)})") from None

@@ -1,0 +1,75 @@
+"""The work ahead: which responses share a batch and a shard. The prompts alone decide it, and the settings."""
+
+from collections.abc import Iterator, Sequence
+
+from distill_llm.errors import InputError
+from distill_llm.responses.decoding import Response
+from distill_llm.responses.folder import ResponseFolder, Row
+from distill_llm.responses.prompts import Prompt
+
+SHARD_TOKENS = 1 << 12  # at most, unless a single batch has more: what a process loses when it is stopped
+
+
+class Work:
+    """Responses to be generated, the longest prompts first, so that what needs most memory comes at once.
+
+    Args:
+        prompts: the different ones.
+        samples: responses to each.
+        batch_size: responses at once.
+        max_new_tokens: most tokens of a response.
+        seed: noted in every row.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], samples: int, batch_size: int, max_new_tokens: int, seed: int):
+        self.prompts, self.samples, self.batch_size = prompts, samples, batch_size
+        self.max_new_tokens, self.seed = max_new_tokens, seed
+        by_length = sorted(range(len(prompts)), key=lambda place: -len(prompts[place].ids))
+        self.order = [(place, sample) for place in by_length for sample in range(samples)]
+        self.shard_responses = batch_size * max(1, SHARD_TOKENS // (batch_size * max_new_tokens))
+        self.shards = range(-(-len(self.order) // self.shard_responses))
+
+    def shard(self, number: int) -> list[tuple[int, int]]:
+        """(place of the prompt, number of the sample) of the responses in a shard."""
+        return self.order[number * self.shard_responses :][: self.shard_responses]
+
+    def batches(self, number: int) -> Iterator[list[tuple[int, int]]]:
+        """The batches of a shard."""
+        shard = self.shard(number)
+        yield from (shard[start : start + self.batch_size] for start in range(0, len(shard), self.batch_size))
+
+    def row(self, place: int, sample: int, response: Response) -> Row:
+        """A response with its prompt, as it is written."""
+        about = {
+            "finish_reason": response.finish_reason,
+            "tokens": response.tokens,
+            "sample": sample,
+            "seed": self.seed,
+        }
+        return {**self.prompts[place].answered(response.text), **about}
+
+    def by_prompt(self, folder: ResponseFolder) -> list[list[Row]]:
+        """The rows of all responses, those to each prompt together, once every shard is there.
+
+        Raises:
+            InputError: a shard does not hold what it should.
+        """
+        found: list[list[Row]] = [[] for _ in self.prompts]
+        for number in self.shards:
+            expected = self.shard(number)
+            rows = folder.read_shard(number, len(expected))
+            for (place, sample), row in zip(expected, rows, strict=True):
+                if row["sample"] != sample or not self.prompts[place].is_asked_in(row):
+                    accepted = "the responses that this command made there, or another output folder"
+                    raise InputError("output_dir", f"{folder.folder} with other rows in shard {number}", accepted)
+                found[place].append(row)
+        return found
+
+    def announcement(self, missing: Sequence[int]) -> str:
+        """One line: prompts, responses, the most tokens there can be, and what an earlier start has done."""
+        left = sum(len(self.shard(number)) for number in missing)
+        done = len(self.order) - left
+        return (
+            f"{len(self.prompts):,} prompts, {left:,} responses to generate, at most {left * self.max_new_tokens:,} tokens"
+            + (f" ({done:,} responses are there already)" if done else "")
+        )

@@ -1,0 +1,76 @@
+"""Responses of batches are those of prompts asked alone; draws have the right probabilities."""
+
+import pytest
+import torch
+from causal_examples import word_tokenizer
+from response_examples import PROMPTS, alone, teacher
+
+from distill_llm.data.causal import CausalCollator
+from distill_llm.responses.decoding import Decoder, Draw, Sampling
+from distill_llm.responses.prompts import encode_prompts
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt_neox", "qwen3"])
+def test_greedy_batches_of_uneven_prompts_equal_a_loop_over_tokens(family: str) -> None:
+    model, tokenizer = teacher(family, sliding_window=6), word_tokenizer(begins=True)
+    prompts = encode_prompts(PROMPTS, tokenizer)
+    decoder = Decoder(model, CausalCollator(tokenizer), Sampling(max_new_tokens=12, temperature=0))
+    config = model.generation_config
+    with decoder.ready():
+        found = [each for batch in (prompts[:6], prompts[6:]) for each in decoder(batch, [0] * len(batch))]
+    wanted = [alone(model, tokenizer, prompt.ids, 12) for prompt in prompts]
+    assert [(each.text, each.finish_reason, each.tokens) for each in found] == wanted
+    assert {reason for _, reason, _ in wanted} == {"eos", "length"}
+    assert model.generation_config is config
+
+
+def test_a_sampled_response_is_the_same_in_every_batch_and_another_with_another_seed_or_sample() -> None:
+    model, tokenizer = teacher(), word_tokenizer()
+    prompts = encode_prompts(PROMPTS, tokenizer)
+
+    def answers(size: int, sample: int = 0, **settings: float) -> list:
+        sampling = Sampling(max_new_tokens=8, **{"temperature": 0.8, "samples": 2, **settings})  # type: ignore[arg-type]
+        decoder = Decoder(model, CausalCollator(tokenizer), sampling)
+        with decoder.ready():
+            batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+            return [each for batch in batches for each in decoder(batch, [sample] * len(batch))]
+
+    together = answers(11)
+    assert answers(1) == answers(4) == together
+    assert answers(11, sample=1) != together and answers(11, seed=1) != together
+    assert answers(11, top_k=1) == answers(11, temperature=0, samples=1)
+
+
+def test_tokens_are_drawn_as_often_as_they_are_probable() -> None:
+    scores = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)).mul(3).expand(20_000, -1)
+    points = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    chosen = Draw(points[:, None], 4)(torch.zeros(20_000, 4), scores)
+    assert (chosen.isfinite().sum(-1) == 1).all()
+    shares = chosen.argmax(-1).bincount(minlength=50) / 20_000
+    torch.testing.assert_close(shares, scores[0].softmax(-1), atol=1.01 / 20_000, rtol=0)
+
+
+def test_temperature_top_k_and_top_p_cut_as_defined() -> None:
+    scores = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+
+    def kept(**settings: float) -> torch.Tensor:
+        cut = scores
+        for warper in Sampling(**settings).warpers():  # type: ignore[arg-type]
+            cut = warper(torch.zeros(1, 1, dtype=torch.long), cut)
+        return cut.softmax(-1)[0]
+
+    torch.testing.assert_close(kept(), torch.tensor([0.4, 0.3, 0.2, 0.1]))
+    torch.testing.assert_close(kept(temperature=0.5), torch.tensor([16, 9, 4, 1]) / 30)
+    torch.testing.assert_close(kept(top_k=2), torch.tensor([4, 3, 0, 0]) / 7)
+    torch.testing.assert_close(kept(top_p=0.75), torch.tensor([4, 3, 2, 0]) / 9)
+
+
+def test_random_numbers_are_even_and_belong_to_prompt_sample_and_seed() -> None:
+    sampling = Sampling(max_new_tokens=10_000)
+    numbers = sampling.uniforms(b"a", 0)
+    counts = torch.histc(torch.from_numpy(numbers), bins=10, min=0, max=1)
+    assert (counts - 1000).abs().max() < 120
+    others = [sampling.uniforms(b"b", 0), sampling.uniforms(b"a", 1), Sampling(10_000, seed=1).uniforms(b"a", 0)]
+    assert (numbers == sampling.uniforms(b"a", 0)).all()
+    assert all(abs(torch.corrcoef(torch.tensor([numbers, each]))[0, 1]) < 0.05 for each in others)
+    assert (Sampling(max_new_tokens=5).uniforms(b"a", 0) == numbers[:5]).all()

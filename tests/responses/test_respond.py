@@ -1,0 +1,184 @@
+"""Folders of responses: equal to single answers, gone on with after a stop, filtered, and data to train on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from causal_examples import CHAT_TEMPLATE, EOS, word_tokenizer, words
+from response_examples import PROMPTS, alone, rows_of, save_teacher, teacher
+from transformers import AutoConfig, PreTrainedModel
+
+from distill_llm.checkpoint import load_pretrained
+from distill_llm.data import encode, load_task
+from distill_llm.errors import InputError
+from distill_llm.pruning.plan import LayerPlan, PruningPlan
+from distill_llm.pruning.surgery import prune
+from distill_llm.responses import work
+from distill_llm.responses.folder import Counts, kept_rows
+from distill_llm.responses.prompts import encode_prompts
+from distill_llm.responses.respond import respond
+
+SMALL = {"max_new_tokens": 10, "batch_size": 2, "progress": False, "tokenizer": word_tokenizer(begins=True)}
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work, "SHARD_TOKENS", 40)  # two batches of SMALL
+
+
+def counting(model: PreTrainedModel, last: float = float("inf")) -> list[int]:
+    """The sizes of the batches that a model generates for; it fails behind the call number `last`."""
+    sizes: list[int] = []
+    generate = model.generate
+
+    def counted(**inputs: Any) -> Any:
+        if len(sizes) >= last:
+            raise KeyboardInterrupt
+        sizes.append(len(inputs["input_ids"]))
+        return generate(**inputs)
+
+    model.generate = counted  # type: ignore[method-assign, assignment]
+    return sizes
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(each.relative_to(folder)): each.read_bytes() for each in sorted(folder.rglob("*")) if each.is_file()}
+
+
+def test_the_folder_holds_the_greedy_answer_to_each_prompt_in_their_order(tmp_path: Path) -> None:
+    model, tokenizer = teacher(), SMALL["tokenizer"]
+    counts = respond(model, [*PROMPTS, *PROMPTS[:3]], tmp_path, temperature=0, keep_truncated=True, **SMALL)
+    wanted = [alone(model, tokenizer, prompt.ids, 10) for prompt in encode_prompts(PROMPTS, tokenizer)]
+    assert rows_of(tmp_path) == [
+        {"prompt": prompt, "response": text, "finish_reason": reason, "tokens": tokens, "sample": 0, "seed": 0}
+        for prompt, (text, reason, tokens) in zip(PROMPTS, wanted, strict=True)
+    ]
+    cut = sum(reason == "length" for _, reason, _ in wanted)
+    total = sum(tokens for *_, tokens in wanted)
+    assert counts == Counts(14, 11, 11, total, cut, round(cut / 11, 4), 0, 0.0, 11, 1.0)
+    about = json.loads((tmp_path / "responses.json").read_text())
+    assert about["counts"]["tokens"] == total and about["settings"]["temperature"] == 0
+    assert about["environments"][0]["device"] == "cpu" and len(about["environments"]) == 1
+
+
+def test_the_folder_is_read_as_data_of_the_task_prompts_with_the_tokens_that_were_generated(tmp_path: Path) -> None:
+    model, tokenizer = teacher(), word_tokenizer(begins=True)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    for chat in (False, True):
+        folder = tmp_path / str(chat)
+        options = {**SMALL, "tokenizer": tokenizer, "chat": chat, "keep_truncated": True}
+        respond(model, PROMPTS, folder, temperature=0, **options)
+        data = load_task("prompts", str(folder), config=AutoConfig.for_model("llama"))
+        assert data.task.text_columns == (("messages",) if chat else ("prompt", "response"))
+        encoded = encode(data, tokenizer, 64)
+        found = [row["input_ids"] for rows in (encoded.train, encoded.test) for row in rows]
+        prompts = [prompt.ids for prompt in encode_prompts(PROMPTS, tokenizer, chat)]
+        texts = [alone(model, tokenizer, each, 10)[0] for each in prompts]
+        assert sorted(found) == sorted(
+            [*each, *tokenizer(text, add_special_tokens=False)["input_ids"], EOS]
+            for each, text in zip(prompts, texts, strict=True)
+        )
+
+
+@pytest.mark.parametrize("stop", [0, 1, 3, 5])
+def test_a_stopped_run_goes_on_to_the_files_of_one_without_a_break(stop: int, tmp_path: Path) -> None:
+    options = {**SMALL, "samples": 2, "temperature": 0.9, "keep_truncated": True}
+    sizes = counting(whole := teacher())
+    respond(whole, PROMPTS, tmp_path / "whole", **options)
+    assert sizes == [2] * 11
+    counting(stopped := teacher(), last=stop)
+    with pytest.raises(KeyboardInterrupt):
+        respond(stopped, PROMPTS, tmp_path / "stopped", **options)
+    with pytest.raises(InputError):  # what is not finished is no data
+        load_task("prompts", str(tmp_path / "stopped"), config=AutoConfig.for_model("llama"))
+    sizes = counting(again := teacher())
+    respond(again, PROMPTS, tmp_path / "stopped", **options)
+    assert len(sizes) == 11 - stop // 2 * 2
+    assert files_of(tmp_path / "stopped") == files_of(tmp_path / "whole")
+    counting(idle := teacher(), last=0)
+    respond(idle, PROMPTS, tmp_path / "stopped", **options)
+    assert files_of(tmp_path / "stopped") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"temperature": 0.5}, "temperature"),
+        ({"seed": 1}, "seed"),
+        ({"batch_size": 3}, "batch_size"),
+        ({"max_prompts": 5}, "max_prompts"),
+        ({"prompts": PROMPTS[1:]}, "data"),
+        ({"tokenizer": word_tokenizer(begins=True, unk_token="w1")}, "tokenizer"),
+        ({"teacher": teacher("mistral")}, "teacher"),
+    ],
+)
+def test_other_settings_in_a_begun_folder_are_refused_by_name(change: dict, field: str, tmp_path: Path) -> None:
+    given = {"teacher": teacher(), "prompts": PROMPTS, "output_dir": tmp_path, **SMALL}
+    respond(**given, keep_truncated=True)
+    before = files_of(tmp_path)
+    with pytest.raises(InputError) as caught:
+        respond(**{**given, **change}, keep_truncated=True)
+    assert str(caught.value).startswith(f"{field}: got")
+    assert files_of(tmp_path) == before
+
+
+def test_a_folder_with_other_files_and_damaged_shards_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").touch()
+    with pytest.raises(InputError, match="output_dir"):
+        respond(teacher(), PROMPTS, tmp_path / "other", **SMALL)
+    respond(teacher(), PROMPTS, tmp_path / "done", keep_truncated=True, **SMALL)
+    shard = tmp_path / "done" / "generated" / "000001.jsonl"
+    whole = shard.read_bytes()
+    for wrong in (whole[: len(whole) // 2], (tmp_path / "done" / "generated" / "000000.jsonl").read_bytes()):
+        shard.write_bytes(wrong)
+        with pytest.raises(InputError, match=r"output_dir.*0*1"):
+            respond(teacher(), PROMPTS, tmp_path / "done", keep_truncated=True, **SMALL)
+    shard.unlink()
+    respond(teacher(), PROMPTS, tmp_path / "done", keep_truncated=True, **SMALL)
+    assert shard.read_bytes() == whole
+
+
+def test_truncated_and_repeated_responses_are_left_out_and_counted() -> None:
+    def row(response: str, reason: str = "eos") -> dict[str, Any]:
+        return {"prompt": "p", "response": response, "finish_reason": reason, "tokens": 3}
+
+    answers = [[row("a"), row("b", "length"), row("a"), row("b")], [row("a"), row("c", "length")], [row("d", "length")]]
+    kept, counts = kept_rows(answers, 5, keep_truncated=False)
+    assert kept == [answers[0][0], answers[0][3], answers[1][0]]
+    assert counts == Counts(5, 3, 7, 21, 3, 0.4286, 1, 0.1429, 3, 0.4286)
+    kept, counts = kept_rows(answers, 5, keep_truncated=True)
+    assert kept == [answers[0][0], answers[0][1], *answers[1], *answers[2]] and (counts.repeated, counts.kept) == (2, 5)
+
+
+def test_truncated_responses_can_be_had_later_without_generating_again(tmp_path: Path) -> None:
+    options = {**SMALL, "samples": 6, "top_k": 2, "max_new_tokens": 3}
+    counts = respond(teacher(), PROMPTS, tmp_path, **options)
+    rows = rows_of(tmp_path)
+    assert 0 < len(rows) == counts.kept < counts.responses == 66 and counts.repeated > 0
+    assert all(row["finish_reason"] == "eos" for row in rows)
+    assert len({(row["prompt"], row["response"]) for row in rows}) == len(rows)
+    counting(idle := teacher(), last=0)
+    more = respond(idle, PROMPTS, tmp_path, **options, keep_truncated=True)
+    assert more.truncated == counts.truncated and len(rows_of(tmp_path)) == more.kept > counts.kept
+    model = teacher()
+    model.generation_config.eos_token_id = None
+    with pytest.raises(InputError, match="max_new_tokens: got 1"):
+        respond(model, [words(1)], tmp_path / "cut", **{**SMALL, "max_new_tokens": 1}, temperature=0)
+
+
+def test_a_pruned_student_answers_with_its_cache_as_without(tmp_path: Path) -> None:
+    model = teacher()
+    plan = PruningPlan("llama", [LayerPlan(0, [], [1, 2, 5]), LayerPlan(1, [1], list(range(40)))])
+    student = prune(model, plan)
+    save_teacher(tmp_path / "student", student)
+    options = {name: value for name, value in SMALL.items() if name != "tokenizer"}
+    respond(str(tmp_path / "student"), PROMPTS, tmp_path / "out", temperature=0, keep_truncated=True, **options)
+    tokenizer = SMALL["tokenizer"]
+    loaded = load_pretrained(tmp_path / "student").eval()
+    loaded.generation_config.eos_token_id = json.loads((tmp_path / "student" / "generation_config.json").read_text())[
+        "eos_token_id"
+    ]
+    wanted = [alone(loaded, tokenizer, prompt.ids, 10) for prompt in encode_prompts(PROMPTS, tokenizer)]
+    assert [(row["response"], row["finish_reason"], row["tokens"]) for row in rows_of(tmp_path / "out")] == wanted

@@ -1,0 +1,194 @@
+"""The removal of a round: several cuts, what is measured and what is read again, budgets of every kind."""
+
+import pytest
+import torch
+from family_examples import family_model
+from helpers import random_batch, tiny_model
+from recipe_inputs import recipe_for
+
+from distill_llm import cutting
+from distill_llm.cutting import Cutter, budget_tokens, least_share, share_of
+from distill_llm.pruning.collecting import collect_statistics
+from distill_llm.pruning.criteria import score
+from distill_llm.pruning.latency import fit_costs
+from distill_llm.pruning.plan import LayerPlan, PruningPlan
+from distill_llm.pruning.planning import plan_pruning
+from distill_llm.pruning.statistics import Statistics
+from distill_llm.pruning.structure import sizes_of, unit_costs
+from distill_llm.pruning.surgery import prune
+from distill_llm.recipe import parse_recipe
+
+
+class Counted:
+    """Batches that count how often a model reads them."""
+
+    def __init__(self, model, count=3, **more):
+        self.batches = [random_batch(model, seed=seed, **more) for seed in range(count)]
+        self.read = 0
+
+    def __iter__(self):
+        self.read += 1
+        return iter(self.batches)
+
+
+def cutter(folder, batches, **pruning) -> Cutter:
+    return Cutter(parse_recipe(recipe_for(folder, pruning={"keep": 0.5, **pruning})), batches)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(layers=4)
+
+
+def same(a, b) -> bool:
+    x, y = a.state_dict(), b.state_dict()
+    return x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
+
+
+def test_one_cut_is_statistics_plan_and_prune(model, tmp_path):
+    batches = Counted(model)
+    found = cutter(tmp_path, batches).cut(model, model, 0.5)
+    statistics = collect_statistics(model, batches.batches)
+    plan = plan_pruning(model, score(statistics), 0.5)
+    assert (found.plan.layers, found.plan.hidden) == (plan.layers, None)
+    assert same(found.model, prune(model, plan, statistics))
+    assert found.kept == found.plan.kept == pytest.approx(plan.kept)
+
+
+@pytest.mark.parametrize("compensate", [False, True])
+def test_cuts_measure_importance_anew_and_their_plan_is_one(model, tmp_path, compensate):
+    batches = Counted(model)
+    found = cutter(tmp_path, batches, cuts=2, compensate=compensate).cut(model, model, 0.5)
+    by_hand = model
+    for share in (0.5**0.5, 0.5):
+        statistics = collect_statistics(by_hand, batches.batches)
+        plan = plan_pruning(by_hand, score(statistics), share / share_of(by_hand, model, "params"))
+        by_hand = prune(by_hand, plan, statistics if compensate else None)
+    assert same(found.model, by_hand)
+    whole = prune(model, found.plan)
+    assert [p.shape for p in whole.parameters()] == [p.shape for p in by_hand.parameters()]
+    assert same(whole, by_hand) != compensate
+    assert found.kept == share_of(by_hand, model, "params") == pytest.approx(0.5, rel=0.01)
+
+
+def test_a_later_round_goes_on_from_what_the_student_has(model, tmp_path):
+    first = cutter(tmp_path, Counted(model)).cut(model, model, 0.7)
+    second = cutter(tmp_path, Counted(model), cuts=2).cut(first.model, model, 0.4)
+    assert share_of(second.model, model, "params") == pytest.approx(0.4, rel=0.01)
+    assert second.plan.kept == pytest.approx(0.4 / 0.7, rel=0.02)
+
+
+def test_another_budget_or_criterion_reads_the_file_and_no_data(model, tmp_path, monkeypatch):
+    file = tmp_path / "statistics.safetensors"
+    cutter(tmp_path, Counted(model)).cut(model, model, 0.5, file)
+    fresh = cutter(tmp_path, Counted(model), criterion="wanda").cut(model, model, 0.3)
+    monkeypatch.setattr(cutting, "collect_statistics", None)
+    for pruning in ({"criterion": "wanda"}, {"criterion": "magnitude"}, {"units": ["hidden", "neurons"]}, {"compensate": False}):
+        again = cutter(tmp_path, Counted(model), **pruning).cut(model, model, 0.3, file)
+        assert again.kept <= 0.3
+        if pruning == {"criterion": "wanda"}:
+            assert again.plan == fresh.plan
+    blocks = cutter(tmp_path, Counted(model), criterion="block_influence", units=["layers"])
+    assert len(blocks.cut(model, model, 0.5, file).plan.layers) == 2
+
+
+def test_statistics_of_another_model_other_rows_or_less_are_measured_anew(model, tmp_path):
+    file = tmp_path / "statistics.safetensors"
+
+    def measured(given, **pruning) -> bool:
+        mine = given if isinstance(given, Counted) else Counted(given)
+        before = file.stat().st_mtime_ns if file.is_file() else 0
+        cutter(tmp_path, mine, **pruning).cut(model if given is mine else given, model, 0.5, file)
+        return file.stat().st_mtime_ns != before
+
+    assert measured(model, criterion="magnitude", compensate=False)
+    assert not measured(model, criterion="activation", compensate=False)
+    assert measured(model, compensate=False), "gradients are needed"
+    assert measured(model), "moments are needed"
+    assert not measured(model)
+    assert measured(model, loss="kl"), "gradients of another loss"
+    assert measured(model)
+    assert measured(tiny_model(layers=4, seed=1)), "another model"
+    assert measured(Counted(model, count=2)), "other rows"
+    (tmp_path / "statistics.json").unlink()
+    assert measured(Counted(model, count=2)), "a file that nobody knows"
+
+
+def test_leave_one_out_completes_statistics_that_are_there(model, tmp_path, monkeypatch):
+    file, options = tmp_path / "statistics.safetensors", {"criterion": "leave_one_out", "units": ["layers"]}
+    cutter(tmp_path, Counted(model)).cut(model, model, 0.5, file)
+    monkeypatch.setattr(cutting, "collect_statistics", None)
+    plan = cutter(tmp_path, Counted(model), **options).cut(model, model, 0.5, file).plan
+    without = Statistics.load(file).without
+    assert {row.source for row in plan.layers} == set(without.topk(2).indices.tolist())
+    monkeypatch.setattr(cutting, "leave_one_out", None)
+    assert cutter(tmp_path, Counted(model), **options).cut(model, model, 0.5, file).plan == plan
+    assert Statistics.load(file).has_gradients
+
+
+def test_without_labels_gradients_are_of_the_models_own_predictions(model, tmp_path):
+    batches = Counted(model, labels=False)
+    found = cutter(tmp_path, batches).cut(model, model, 0.5)
+    plan = plan_pruning(model, score(collect_statistics(model, batches.batches, "kl")), 0.5)
+    assert found.plan.layers == plan.layers
+    assert cutter(tmp_path, Counted(model)).loss == "labels"
+    assert cutter(tmp_path, Counted(model), loss="kl").loss == "kl"
+
+
+def test_latency_is_held_against_the_teacher_in_every_cut(model, tmp_path, monkeypatch):
+    """A clock that knows the layers' costs: what is kept of it is what was asked for."""
+    costs = fit_costs([[32, 4, 4, 64, 3.0], [32, 0, 0, 64, 2.0], [32, 4, 4, 0, 1.5]], sizes_of(model)[0], 32)
+
+    def relative(pruned, dense, batch_size, sequence_length):
+        assert (batch_size, sequence_length) == (2, 8), "those of evaluation.latency"
+        spent = [2.0 + costs.of([(s.groups, s.neurons, s.queries) for s in sizes_of(m)]) for m in (pruned, dense)]
+        return spent[0] / spent[1]
+
+    monkeypatch.setattr(cutting, "latency_costs", lambda *args: costs)
+    monkeypatch.setattr(cutting, "relative_latency", relative)
+    monkeypatch.setattr("distill_llm.pruning.latency.relative_latency", relative)
+    for cuts in (1, 3):
+        found = cutter(tmp_path, Counted(model), cost="latency", cuts=cuts).cut(model, model, 0.6)
+        assert found.kept == relative(found.model, model, 2, 8) == pytest.approx(0.6, rel=0.03)
+        later = cutter(tmp_path, Counted(model), cost="latency").cut(found.model, model, 0.4)
+        assert later.kept == relative(later.model, model, 2, 8) == pytest.approx(0.4, rel=0.03)
+
+
+def test_memory_counts_the_keys_and_values_of_the_whole_batch_of_a_decoder(tmp_path):
+    recipe = parse_recipe(recipe_for(tmp_path, pruning={"keep": 0.5, "cost": "memory"}))
+    assert (budget_tokens(recipe, True), budget_tokens(recipe, False)) == (2 * 8, 0)
+    other = parse_recipe(recipe_for(tmp_path, pruning={"keep": 0.5, "cost": "flops"}))
+    assert budget_tokens(other, True) == budget_tokens(other, False) == 8
+
+
+def test_shares_count_channels_and_single_queries():
+    model = family_model("llama")
+    rows = tuple(LayerPlan(i, (0, 1, 2, 3), tuple(range(64)), (0, 2, 4, 6)) for i in range(5))
+    student = prune(model, PruningPlan("llama", rows, hidden=tuple(range(24))))
+    left, whole = (sum(p.numel() for p in m.model.layers.parameters()) for m in (student, model))
+    assert share_of(student, model, "params") == pytest.approx(left / whole)
+
+
+@pytest.mark.parametrize(
+    "pruning",
+    [
+        {"units": ["heads"]},
+        {"units": ["queries"]},
+        {"units": ["attention", "neurons"]},
+        {"units": ["layers", "heads"]},
+        {"units": ["heads", "neurons"], "min_heads": 1, "min_neurons": 5},
+        {"units": ["ffn"], "cost": "flops"},
+    ],
+    ids=str,
+)
+def test_no_plan_leaves_less_than_the_least_share_and_one_leaves_that(tmp_path, pruning):
+    model = family_model("llama")
+    section = parse_recipe(recipe_for(tmp_path, pruning={"keep": 0.5, **pruning})).pruning
+    least = least_share(model, section, 8)
+    statistics = collect_statistics(model, [random_batch(model, labels=False)], "kl")
+    work = Cutter(parse_recipe(recipe_for(tmp_path, pruning={"keep": 0.5, **pruning})), [])
+    plan = work._plan(model, model, statistics, least * 1.0001)
+    assert plan.kept == pytest.approx(least, rel=1e-3)
+    with pytest.raises(ValueError, match="keep: got"):
+        work._plan(model, model, statistics, least * 0.97)
+    assert unit_costs(model).hidden == 32

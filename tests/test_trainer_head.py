@@ -1,0 +1,181 @@
+"""The heads of language models in training: no logits are held, and everything is as if they were."""
+
+import copy
+
+import pytest
+import torch
+from helpers import tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from trainer_examples import NO_DROPOUT, TERMS, causal_model, model_of, rows, step_gradient, trainer_of
+
+from distill_llm import output_head as output_head_module
+from distill_llm import training_loss
+from distill_llm.losses import chunked_head
+from distill_llm.output_head import output_head
+
+SCALED = {
+    "gemma2": {"final_logit_softcapping": 2.0},
+    "cohere": {"logit_scale": 0.3},
+    "granite": {"logits_scaling": 3.0},
+    "qwen3": {"tie_word_embeddings": True},
+}
+BOTH = {"labels": {"weight": 0.3}, "logits": {"weight": 0.7, "temperature": 2.0}}
+
+
+def both_ways(monkeypatch, folder, student, teacher, data, losses, **settings):
+    """(gradients, log) of a step with logits made in small chunks and with logits held whole."""
+    monkeypatch.setattr(chunked_head, "CHUNK_BYTES", 7 * 4 * student.config.vocab_size)
+    found = [step_gradient(folder, student, teacher, data, losses, **settings)]
+    monkeypatch.setattr(training_loss, "output_head", lambda model: None)
+    return [*found, step_gradient(folder, student, teacher, data, losses, **settings)]
+
+
+def agree(found, rtol=1e-4, atol=1e-6):
+    (chunked, chunked_log), (dense, dense_log) = found
+    assert chunked.keys() == dense.keys() and len(dense) > 5
+    for name, gradient in dense.items():
+        torch.testing.assert_close(chunked[name], gradient, rtol=rtol, atol=atol, msg=name)
+    for name in dense_log:
+        if name.startswith("loss"):
+            assert chunked_log[name] == pytest.approx(dense_log[name], rel=rtol)
+
+
+@pytest.mark.parametrize("family", SCALED)
+def test_scaled_capped_and_tied_heads_give_the_gradients_and_logs_of_whole_logits(tmp_path, monkeypatch, family):
+    teacher = causal_model(family, **SCALED[family])
+    student = causal_model(family, layers=2, seed=1, **SCALED[family])
+    agree(both_ways(monkeypatch, tmp_path, student, teacher, rows(teacher), BOTH))
+
+
+@pytest.mark.parametrize("head", ["masked-lm", "causal-lm"])
+@pytest.mark.parametrize(
+    "losses, settings",
+    [
+        ({"labels": {}}, {"label_smoothing_factor": 0.1}),
+        ({"logits": {"divergence": "reverse_kl", "top_k": 7}}, {}),
+        (TERMS["dkd"], {}),
+        (TERMS["all"], {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}),
+        (TERMS["all"], {"activation_checkpointing": True}),
+        (BOTH, {"bf16": True}),
+    ],
+    ids=["smoothing", "top_k", "dkd", "accumulation", "checkpointing", "bf16"],
+)
+def test_no_setting_tells_chunks_from_whole_logits(tmp_path, monkeypatch, head, losses, settings):
+    teacher, student = model_of(head, layers=4), model_of(head, layers=2, seed=1)
+    found = both_ways(monkeypatch, tmp_path, student, teacher, rows(teacher), losses, **settings)
+    agree(found, **({"rtol": 3e-2, "atol": 3e-3} if "bf16" in settings else {}))
+
+
+def test_padded_vocabularies_are_compared_over_what_they_share(tmp_path, monkeypatch):
+    teacher, student = causal_model(vocab_size=128), causal_model(layers=2, seed=1)
+    data = rows(student)
+    agree(both_ways(monkeypatch, tmp_path, student, teacher, data, BOTH, processing_class=range(90)))
+
+
+class Sizes(TorchDispatchMode):
+    """The most rows of any tensor over the vocabulary."""
+
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.vocabulary, self.rows = vocabulary, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary:
+                self.rows = max(self.rows, tensor.numel() // self.vocabulary)
+        return result
+
+
+@pytest.mark.parametrize("head", ["masked-lm", "causal-lm"])
+@pytest.mark.parametrize("name", ["labels", "logits", "hidden", "all"])
+def test_neither_training_nor_evaluation_holds_more_logits_than_a_chunk(tmp_path, monkeypatch, head, name):
+    teacher, student = model_of(head, layers=4), model_of(head, layers=2, seed=1)
+    monkeypatch.setattr(chunked_head, "CHUNK_BYTES", 7 * 4 * 100)
+    data = rows(teacher, count=16)
+    trainer = trainer_of(tmp_path, student, teacher, data, TERMS[name], per_device_train_batch_size=16, optim="sgd")
+    with Sizes(100) as sizes:
+        trainer.train()
+        trainer.evaluate()
+    assert sum(int((row["labels"] != -100).sum()) for row in data) > 40
+    assert 0 < sizes.rows <= 32, "7 items, or the weight's (32, 100) transpose"
+
+
+@pytest.mark.parametrize("head", ["masked-lm", "causal-lm"])
+def test_the_loss_of_an_evaluation_is_that_of_whole_logits(tmp_path, head):
+    student = model_of(head, layers=2)
+    trainer = trainer_of(tmp_path, student, None, rows(student), {"labels": {}})
+    alone = trainer.evaluate()["eval_loss"]
+    trainer.compute_metrics = lambda prediction: {}
+    assert alone == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-5)
+
+
+def test_resumed_training_of_a_causal_lm_ends_with_the_weights_of_an_uninterrupted_run(tmp_path):
+    teacher, student = causal_model(), causal_model(layers=2, seed=1, attention_dropout=0.1)
+    data, ends = rows(teacher, count=12), []
+    settings = {"per_device_train_batch_size": 4, "max_steps": 5, "save_strategy": "steps", "save_steps": 3}
+    for resume in (None, str(tmp_path / "checkpoint-3")):
+        model = copy.deepcopy(student)
+        trainer_of(tmp_path, model, teacher, data, TERMS["all"], **settings).train(resume_from_checkpoint=resume)
+        ends.append(model.state_dict())
+    for name, tensor in ends[0].items():
+        assert torch.equal(tensor, ends[1][name]), name
+
+
+def test_a_forward_outside_of_the_loss_gives_logits_as_ever_even_after_one_that_failed(tmp_path):
+    teacher, student = causal_model(), causal_model(layers=2, seed=1)
+    data = rows(teacher)
+    trainer = trainer_of(tmp_path, student, teacher, data, BOTH)
+    batch = {name: torch.stack([row[name] for row in data]) for name in ("input_ids", "attention_mask")}
+    expected = [model(**batch).logits for model in (student, teacher)]
+    trainer.compute_loss(student.train(), {name: torch.stack([row[name] for row in data]) for name in data[0]})
+    wrong = {**batch, "labels": torch.full_like(batch["input_ids"], 100)}
+    with pytest.raises((RuntimeError, IndexError)):
+        trainer.compute_loss(student, wrong)
+    for model, logits in zip((student, teacher), expected, strict=True):
+        torch.testing.assert_close(model.eval()(**batch).logits, logits)
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_head_that_does_more_than_its_config_says_keeps_its_logits(tmp_path, monkeypatch):
+    student, teacher = causal_model(layers=2, seed=1), causal_model()
+    plain = copy.deepcopy(student)
+    assert output_head(student) is not None and output_head(student.model) is None
+    forward = student.forward
+
+    def doubled(*args, **kwargs):
+        outputs = forward(*args, **kwargs)
+        outputs.logits = 2 * outputs.logits
+        return outputs
+
+    student.forward = doubled
+    assert output_head(student) is None
+    monkeypatch.delattr(student, "forward", raising=False)
+    plain.lm_head.weight.data *= 2
+    data = rows(teacher)
+    _, expected = step_gradient(tmp_path, plain, teacher, data, {"labels": {}})
+    student.forward = doubled
+    trainer = trainer_of(tmp_path, student, teacher, data, {"labels": {}})
+    loss = trainer.compute_loss(student.train(), {name: torch.stack([row[name] for row in data]) for name in data[0]})
+    assert loss.item() == pytest.approx(expected["loss"], rel=1e-4)
+
+
+def test_the_check_of_a_head_leaves_the_random_state_alone():
+    model = tiny_model(head="masked-lm", hidden_dropout_prob=0.5).train()
+    state = torch.random.get_rng_state()
+    assert output_head_module.output_head(model) is not None
+    assert torch.equal(state, torch.random.get_rng_state()) and model.training
+
+
+def test_a_head_with_an_adapter_of_its_own_and_no_plain_map_are_left_to_the_model():
+    model = tiny_model(head="masked-lm", **NO_DROPOUT)
+    assert output_head(model) is not None
+    assert output_head(tiny_model()) is None and output_head(tiny_model(head="token-classification")) is None
+
+    class Rounded(torch.nn.Linear):
+        def forward(self, hidden):
+            return super().forward(hidden).round()
+
+    model.cls.predictions.decoder.__class__ = Rounded
+    assert output_head(model) is None
