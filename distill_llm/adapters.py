@@ -27,7 +27,7 @@ def merged(model: Any) -> PreTrainedModel:
         model: a PeftModel, which stays as it is; any other model is returned itself.
 
     Returns:
-        the transformers or pruned model, with the outputs of the adapted one.
+        the transformers or pruned model, with the outputs of the adapted one; no weight of it is frozen.
     """
     if without_adapters(model) is model:
         return model
@@ -35,6 +35,7 @@ def merged(model: Any) -> PreTrainedModel:
     if is_quantized(without_adapters(model)):
         model = _dequantized(model)
     plain: PreTrainedModel = model.merge_and_unload(safe_merge=True)
+    plain.requires_grad_(True)
     return plain
 
 

@@ -14,12 +14,19 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 
 from distill_llm.cutting import budget_tokens, least_share
 from distill_llm.data.loading import load_task
-from distill_llm.data.sources import resolve_path
 from distill_llm.data.special_tokens import check_tokenizer
 from distill_llm.data.tasks import Task, TaskData
 from distill_llm.errors import InputError, one_of
 from distill_llm.faults import faults_in, raise_all
-from distill_llm.opening import HEAD_CLASSES, OpenModel, check_head, check_length, longest_input, open_model
+from distill_llm.opening import (
+    HEAD_CLASSES,
+    OpenModel,
+    check_head,
+    check_length,
+    longest_input,
+    open_model,
+    resolve_model,
+)
 from distill_llm.pruning.families import FAMILIES, family_of, lineage_of
 from distill_llm.pruning.modeling_pruned import pruned_class
 from distill_llm.pruning.structure import layer_shapes
@@ -102,7 +109,7 @@ def check_data(recipe: Recipe) -> TaskData:
 def _teacher_config(recipe: Recipe) -> PreTrainedConfig | None:
     """The teacher's config, which decides what some tasks are; None where it cannot be had, which `open_model` reports."""
     try:
-        return AutoConfig.from_pretrained(resolve_path(recipe.teacher.model))
+        return AutoConfig.from_pretrained(resolve_model(recipe.teacher.model))
     except (OSError, ValueError):
         return None
 

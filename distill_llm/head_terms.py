@@ -66,7 +66,7 @@ class HeadTerms:
             handle.remove()
 
     def _losses(self, hidden: torch.Tensor, batch: Batch, factors: Mapping[str, torch.Tensor]) -> HeadLosses:
-        objective = self.terms.objective
+        objective, nothing = self.terms.objective, hidden.new_zeros(())
         options: dict[str, Any] = {}
         labels = batch.needed_labels("losses.labels") if "labels" in factors else None
         if "logits" in factors:
@@ -85,8 +85,8 @@ class HeadTerms:
             self.head.head,
             hidden,
             labels,
-            label_weight=factors.get("labels", 0.0),
-            logits_weight=factors.get("logits", 0.0),
+            label_weight=factors.get("labels", nothing),
+            logits_weight=factors.get("logits", nothing),
             classes=self.terms.classes,
             smoothing=self.terms.smoothing,
             **options,

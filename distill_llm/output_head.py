@@ -66,7 +66,7 @@ def output_head(model: PreTrainedModel) -> OutputHead | None:
 
 def _finishes_as_said(model: PreTrainedModel, head: OutputHead) -> bool:
     """Whether known products become the logits that the config promises."""
-    device = linear_device if (linear_device := head.linear.weight.device).type != "meta" else torch.device("cpu")
+    device = torch.device("cpu") if head.linear.weight.is_meta else head.linear.weight.device
     products = torch.linspace(-PROBE, PROBE, head.linear.out_features, device=device).view(1, 1, -1)
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices), _forward_of(head.linear, lambda hidden: products):
@@ -79,7 +79,7 @@ def _finishes_as_said(model: PreTrainedModel, head: OutputHead) -> bool:
 
 @contextmanager
 def _forward_of(linear: nn.Linear, forward: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    linear.forward = forward  # type: ignore[method-assign]
+    linear.forward = forward  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

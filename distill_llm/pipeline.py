@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 
 from distill_llm.checks import check_recipe
-from distill_llm.data.sources import resolve_path
 from distill_llm.errors import InputError
+from distill_llm.opening import resolve_model
 from distill_llm.recipe import Recipe, parse_recipe
 from distill_llm.run_folder import RunFolder, written_whole
 from distill_llm.stages import Stages
@@ -79,7 +79,7 @@ def prune_model(
     check_recipe(recipe)
     assert recipe.pruning is not None
     stages = Stages(recipe)
-    teacher = stages.load(resolve_path(model)).eval()
+    teacher = stages.load(resolve_model(model)).eval()
     section = recipe.pruning
     file = section.statistics.expanduser() if section.statistics is not None else None
     cut = stages.cutter(section).cut(teacher, teacher, keep, file)

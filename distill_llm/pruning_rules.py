@@ -63,8 +63,8 @@ def _competing(section: "PruningSection", units: set[str]) -> list[InputError]:
     blocks = _named(units & set(BLOCKS))
     if blocks and len(units) > 1 and section.criterion not in RANKS_LAYERS:
         where = f"where units has {blocks} together with others"
-    elif {"heads", "queries"} <= units:
-        where = "where units has both heads and queries"
+    elif "queries" in units and units & {"heads", "hidden"}:
+        where = "where units has queries together with heads or hidden"
     else:
         return []
     wanted = (("criterion", "fisher"), ("scope", "global"), ("uniform", False))

@@ -18,10 +18,10 @@ from distill_llm.checkpoint import load_for_task, load_pretrained
 from distill_llm.checks import check_data
 from distill_llm.cutting import Cut, Cutter, share_of
 from distill_llm.data.encoding import LENGTH, Collator, collator, encode
-from distill_llm.data.sources import resolve_path
 from distill_llm.data.tasks import TaskData
 from distill_llm.evaluation.evaluate import evaluate_model
 from distill_llm.evaluation.metrics import compute_metrics
+from distill_llm.opening import resolve_model
 from distill_llm.pruning.plan import PruningPlan, keep_layers
 from distill_llm.pruning.surgery import prune
 from distill_llm.recipe import PruningSection, Recipe
@@ -42,7 +42,7 @@ class Stages:
     def __init__(self, recipe: Recipe):
         self.recipe, self.folder = recipe, Path(recipe.output_dir)
         self.processes = PartialState()
-        self.teacher_path = resolve_path(recipe.teacher.model)
+        self.teacher_path = resolve_model(recipe.teacher.model)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -154,7 +154,7 @@ class Stages:
         if self.recipe.pruning is None:
             assert self.recipe.student is not None
             set_seed(self.recipe.seed)
-            student = load_for_task(resolve_path(self.recipe.student.model), self.data.task)
+            student = load_for_task(resolve_model(self.recipe.student.model), self.data.task)
         else:
             student = load_pretrained(student_dir, dtype=torch.float32)
         losses = section.losses.model_dump(mode="json", exclude_none=True)

@@ -85,9 +85,10 @@ def _check_stage(recipe: Recipe, stage: Stage, data: TaskData | None) -> None:
     except Exception as error:  # each integration raises its own kinds
         raise _together(error, where, training, section) from None
     kwargs: Any = args.activation_checkpointing_kwargs or {}
-    if "attention" in losses and kwargs.get("use_reentrant"):
+    seen = next((term for term in ("attention", "relations") if term in losses), None)
+    if seen is not None and kwargs.get("use_reentrant"):
         name = next(n for n in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs") if n in where)
-        raise InputError(f"{where[name]}.{name}.use_reentrant", True, "false with losses.attention")
+        raise InputError(f"{where[name]}.{name}.use_reentrant", True, f"false with losses.{seen}")
 
 
 def _given(recipe: Recipe, stage: Stage) -> dict[str, str]:

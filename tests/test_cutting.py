@@ -83,13 +83,25 @@ def test_another_budget_or_criterion_reads_the_file_and_no_data(model, tmp_path,
     cutter(tmp_path, Counted(model)).cut(model, model, 0.5, file)
     fresh = cutter(tmp_path, Counted(model), criterion="wanda").cut(model, model, 0.3)
     monkeypatch.setattr(cutting, "collect_statistics", None)
-    for pruning in ({"criterion": "wanda"}, {"criterion": "magnitude"}, {"units": ["hidden", "neurons"]}, {"compensate": False}):
+    for pruning in (
+        {"criterion": "wanda"},
+        {"criterion": "magnitude"},
+        {"units": ["hidden", "neurons"]},
+        {"compensate": False},
+    ):
         again = cutter(tmp_path, Counted(model), **pruning).cut(model, model, 0.3, file)
         assert again.kept <= 0.3
         if pruning == {"criterion": "wanda"}:
             assert again.plan == fresh.plan
     blocks = cutter(tmp_path, Counted(model), criterion="block_influence", units=["layers"])
     assert len(blocks.cut(model, model, 0.5, file).plan.layers) == 2
+
+
+def test_a_file_keeps_what_the_first_of_several_cuts_measured(model, tmp_path, monkeypatch):
+    file = tmp_path / "statistics.safetensors"
+    cutter(tmp_path, Counted(model), cuts=3).cut(model, model, 0.5, file)
+    monkeypatch.setattr(cutting, "collect_statistics", None)
+    assert cutter(tmp_path, Counted(model)).cut(model, model, 0.3, file).kept == pytest.approx(0.3, rel=0.01)
 
 
 def test_statistics_of_another_model_other_rows_or_less_are_measured_anew(model, tmp_path):

@@ -18,8 +18,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import distill_llm
 from distill_llm import run_folder
+from distill_llm.cutting import share_of
 from distill_llm.errors import InputError
 from distill_llm.pipeline import prune_model
+from distill_llm.pruning.structure import unit_costs
 from distill_llm.stages import kept_after
 from distill_llm.trainer import DistillationTrainer
 
@@ -98,7 +100,9 @@ def test_a_run_leaves_the_files_of_its_format_and_a_student_that_loads_anywhere(
         "figures/kept.png",
         "teacher/config.json",
         "round-1/statistics.safetensors",
+        "round-1/statistics.json",
         "round-1/plan.json",
+        "round-1/plan.png",
         "round-1/student/config.json",
         "round-2/plan.json",
         "student/model.safetensors",
@@ -208,6 +212,48 @@ def test_prune_model_saves_a_smaller_model_and_its_plan_without_training(finishe
     assert sum(p.numel() for n, p in kept.named_parameters() if ".encoder.layer." in n) == pytest.approx(
         plan.kept * sum(t.numel() for k, t in weights(folder / "model").items() if ".encoder.layer." in k)
     )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"units": ["hidden", "heads", "neurons"], "cost": "memory", "round_to": 4},
+        {"units": ["attention", "ffn"], "cost": "flops", "loss": "kl"},
+        {"units": ["layers"], "criterion": "leave_one_out"},
+        {"criterion": "wanda", "cuts": 2, "min_heads": 1, "min_neurons": 8},
+        {"cost": "latency"},
+    ],
+    ids=str,
+)
+def test_prune_model_takes_every_field_of_the_pruning_section(inputs, tmp_path, capsys, monkeypatch, options):
+    # Of a model this small the clock says little: its layers' parameters stand for time.
+    times = lambda model, other, *batch: share_of(model, other, "params")  # noqa: E731
+    for module in ("cutting", "pruning.latency"):
+        monkeypatch.setattr(f"distill_llm.{module}.relative_latency", times)
+    monkeypatch.setattr("distill_llm.cutting.latency_costs", lambda model, *batch: unit_costs(model))
+    source = {"data": str(inputs / "rows.csv"), "columns": {"text": "review", "label": "mood"}, "max_length": 16}
+    rows, model = {"calibration_examples": 8}, inputs / "labelled"
+    names = {"id2label": {0: "neg", 1: "pos"}, "label2id": {"neg": 0, "pos": 1}}
+    write_model(model, max_position_embeddings=64, **names)
+    out = prune_model(str(model), "classification", 0.7, tmp_path / "out", **source, **rows, **options)
+    plan = distill_llm.PruningPlan.load(out / "plan.json")
+    assert 0.4 < plan.kept <= 0.7 * 1.03 and (out / "plan.png").is_file()
+    assert distill_llm.load_pretrained(out).num_parameters() < distill_llm.load_pretrained(model).num_parameters()
+    printed = capsys.readouterr().out
+    assert "parameters" in printed and f"{100 * plan.kept:.1f}% of" in printed
+
+
+def test_a_second_budget_reads_no_data_for_its_importance(inputs, tmp_path, monkeypatch):
+    source = {"data": str(inputs / "rows.csv"), "columns": {"text": "review", "label": "mood"}, "max_length": 16}
+    options = {**source, "calibration_examples": 8, "statistics": str(tmp_path / "all" / "statistics.safetensors")}
+    model = inputs / "labelled-too"
+    names = {"id2label": {0: "neg", 1: "pos"}, "label2id": {"neg": 0, "pos": 1}}
+    write_model(model, max_position_embeddings=64, **names)
+    prune_model(str(model), "classification", 0.7, tmp_path / "first", **options)
+    monkeypatch.setattr("distill_llm.cutting.collect_statistics", None)
+    prune_model(str(model), "classification", 0.5, tmp_path / "second", criterion="taylor", **options)
+    kept = [distill_llm.PruningPlan.load(tmp_path / name / "plan.json").kept for name in ("first", "second")]
+    assert kept == pytest.approx([0.7, 0.5], rel=0.02)
 
 
 def test_prune_model_leaves_a_folder_with_files_alone(finished, inputs, tmp_path):

@@ -93,12 +93,13 @@ class Sizes(TorchDispatchMode):
 def test_neither_training_nor_evaluation_holds_more_logits_than_a_chunk(tmp_path, monkeypatch, head, name):
     teacher, student = model_of(head, layers=4), model_of(head, layers=2, seed=1)
     monkeypatch.setattr(chunked_head, "CHUNK_BYTES", 7 * 4 * 100)
-    data = rows(teacher, count=16)
-    trainer = trainer_of(tmp_path, student, teacher, data, TERMS[name], per_device_train_batch_size=16, optim="sgd")
+    data = rows(teacher, count=16, length=30)
+    sizes = {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 16}
+    trainer = trainer_of(tmp_path, student, teacher, data, TERMS[name], optim="sgd", **sizes)
     with Sizes(100) as sizes:
         trainer.train()
         trainer.evaluate()
-    assert sum(int((row["labels"] != -100).sum()) for row in data) > 40
+    assert sum(int((row["labels"] != -100).sum()) for row in data) > 150
     assert 0 < sizes.rows <= 32, "7 items, or the weight's (32, 100) transpose"
 
 

@@ -12,22 +12,31 @@ import torch
 PROCESS_CASES = [
     ("sequence-classification", 32, ["labels", "logits", "all"]),
     ("masked-lm", 24, ["labels", "hidden", "all", "labels on one rank"]),
-    ("causal-lm", 16, ["labels", "all", "labels on one rank"]),
+    (
+        "causal-lm",
+        16,
+        ["labels", "all", "labels on one rank", "logits tied", "both tied strict", "both cached", "both lora"],
+    ),
 ]
 SCRIPT = """
 import os, sys
 sys.path[:0] = {path!r}
 import torch
-from trainer_examples import TERMS, model_of, rows, trainer_of
+from trainer_examples import TERMS, cached, model_of, rows, trainer_of, with_lora
+TERMS = TERMS | {{"both": {{"labels": {{}}, "logits": {{}}}}}}
 processes = int(os.environ.get("WORLD_SIZE", 1))
 found = {{}}
 for head, width, names in {cases!r}:
     teacher = model_of(head, layers=4)
     for name in names:
-        student = model_of(head, layers=2, seed=1, hidden=width)
+        student = model_of(head, layers=2, seed=1, hidden=width, **({{"tie_word_embeddings": True}} if "tied" in name else {{}}))
+        if "lora" in name:
+            student = with_lora(student)
         data = rows(teacher, count=32 if "one rank" in name else 20)
+        source = cached({folder!r} + "/cache", teacher, data, k=20) if "cached" in name else teacher
         trainer = trainer_of(
-            {folder!r}, student, teacher, data, TERMS[name.split()[0]],
+            {folder!r}, student, source, data, TERMS[name.split()[0]],
+            ddp_find_unused_parameters=False if "strict" in name else None,
             max_steps=4, optim="sgd", learning_rate=0.1,
             per_device_train_batch_size=8 // processes, train_sampling_strategy="group_by_length", logging_steps=2,
         )
@@ -36,6 +45,7 @@ for head, width, names in {cases!r}:
             for start in range(4, 32, 8):
                 for index in order[start : start + 4]:
                     data[index]["labels"].fill_(-100)
+        assert (trainer.loss.head_terms is not None) == (head != "sequence-classification" and name != "hidden")
         seen, loss = [], trainer.loss
         trainer.loss = lambda model, batch, *rest: seen.append(int((batch["labels"] >= 0).sum())) or loss(model, batch, *rest)
         trainer.train()

@@ -3,13 +3,18 @@
 import copy
 from typing import Any
 
+import pytest
 import torch
+from datasets import Dataset
 from helpers import random_batch, tiny_model
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, default_data_collator
 
 from distill_llm.losses.items import kind_of
 from distill_llm.pruning.families import LayerLineage, pack_indices
 from distill_llm.pruning.modeling_pruned import pruned_class
+from distill_llm.teachers import CachedTeacher, OnlineTeacher
+from distill_llm.teachers.cache_format import CacheSettings
+from distill_llm.teachers.cache_writer import write_cache
 from distill_llm.trainer import DistillationConfig, DistillationTrainer
 
 TERMS = {
@@ -89,10 +94,36 @@ def causal_model(family: str = "llama", layers: int = 3, seed: int = 0, **config
 def model_of(head: str, layers: int, seed: int = 0, **config: Any) -> PreTrainedModel:
     """A tiny model without dropout: a BERT with this head, or a Llama for `causal-lm`."""
     if head == "causal-lm":
-        return causal_model(
-            layers=layers, seed=seed, **({"hidden_size": config["hidden"]} if "hidden" in config else {})
-        )
+        own = {"hidden_size" if name == "hidden" else name: value for name, value in config.items()}
+        return causal_model(layers=layers, seed=seed, **own)
     return tiny_model(layers=layers, head=head, seed=seed, **NO_DROPOUT, **config)
+
+
+def with_lora(model: PreTrainedModel, seed: int = 0, **settings: Any) -> Any:
+    """A PeftModel around a model, with low-rank changes of queries and of an FFN layer that are not zero."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(seed)
+    causal = kind_of(model) == "next_token"
+    layers = ["q_proj", "up_proj"] if causal else ["query", "intermediate.dense"]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=layers, **settings))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.2)
+    return adapted.eval()
+
+
+def cached(
+    folder: Any, teacher: PreTrainedModel, data: list[dict[str, torch.Tensor]], **settings: Any
+) -> CachedTeacher:
+    """A cache of a teacher's signals of rows of tensors; `settings` are those of CacheSettings."""
+    dataset = Dataset.from_list([{name: tensor.tolist() for name, tensor in row.items()} for row in data])
+    online = OnlineTeacher(teacher, torch.device("cpu"))
+    settings = {"kind": kind_of(teacher), "unlabelled": kind_of(teacher) == "token", **settings}
+    write_cache(
+        folder, online, dataset, default_data_collator, CacheSettings(**settings), identity=teacher, progress=False
+    )
+    return CachedTeacher(folder, teacher, dataset=dataset)
 
 
 def rows(model: PreTrainedModel, count: int = 8, length: int = 10, seed: int = 0) -> list[dict[str, torch.Tensor]]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from distill_llm.errors import InputError, one_of
 from distill_llm.losses.labels import IGNORED
 from distill_llm.losses.objective import DIVERGENCES, NEED_LABELS
+from distill_llm.losses.sparse import SparseTargets, entropy, value_and_grad
 
 CHUNK_BYTES = 5 * 2**26  # of the student's logits in the products' dtype, and half as much of the teacher's
 BLOCK_LOGITS = {"cpu": 2**19}  # held in fp32, in six buffers: on a CPU they should stay in its cache
@@ -54,6 +55,7 @@ def head_losses(
     teacher: Head | None = None,
     teacher_hidden: torch.Tensor | None = None,
     *,
+    targets: SparseTargets | None = None,
     label_weight: float | torch.Tensor = 1.0,
     logits_weight: float | torch.Tensor = 1.0,
     divergence: str = "forward_kl",
@@ -75,6 +77,8 @@ def head_losses(
         labels: (N,) class ids, -100 for none; None: no label loss.
         teacher: its own width and padded vocabulary; None: no divergence. Never gets a gradient.
         teacher_hidden: (N, H of the teacher).
+        targets: of the N items, from a teacher known at a few tokens of each, in place of its head: `forward_kl` at
+            temperature 1, see `distill_llm.losses.sparse`.
         label_weight, logits_weight: numbers, or 0-dim tensors (which are not waited for) without gradient.
         divergence: a name of `distill_llm.losses.objective.DIVERGENCES`, between the distributions at the temperature.
         settings: of the divergence, as `distill_llm.losses.logits` has them (`beta`, `skew`, `alpha`, `top_k`).
@@ -85,7 +89,8 @@ def head_losses(
         chunk: items at a time; None: as many as make 320 MiB of logits.
 
     Raises:
-        InputError: unknown divergence or settings, shapes that do not fit, a divergence that needs labels without them.
+        InputError: unknown divergence or settings, shapes that do not fit, a divergence that needs labels without them, or
+            sparse targets with another divergence than theirs.
     """
     if (teacher is None) != (teacher_hidden is None):
         raise InputError(
@@ -102,6 +107,8 @@ def head_losses(
         if classes is not None and not 0 < classes <= shared:
             raise InputError("classes", classes, f"1 to {shared}, the smaller vocabulary")
         teacher, teacher_hidden = _first(teacher, classes or shared), teacher_hidden.detach()
+    if targets is not None:
+        _check_sparse(targets, len(student_hidden), teacher, (divergence, settings or {}, temperature))
     if labels is not None and labels.shape != student_hidden.shape[:1]:
         raise InputError("labels", f"shape {list(labels.shape)}", f"[{len(student_hidden)}], one of each item")
     if not temperature > 0:
@@ -127,6 +134,8 @@ def head_losses(
         chunk or max(1, CHUNK_BYTES // (vocabulary * dtype.itemsize)),
         dtype,
         unit,
+        targets,
+        classes or vocabulary,
     )
     wanted = torch.is_grad_enabled()
     return HeadLosses(*_HeadLosses.apply(student_hidden, student.weight, student.bias, work, wanted))
@@ -329,6 +338,16 @@ def _kernel(divergence: str, settings: Mapping[str, Any], labelled: bool) -> _Ke
     return partial(_coarsened, kernel=kernel, top_k=settings["top_k"]) if "top_k" in settings else kernel
 
 
+def _check_sparse(targets: SparseTargets, items: int, teacher: Head | None, given: tuple[Any, ...]) -> None:
+    if teacher is not None:
+        raise InputError("targets", "beside a teacher's head", "one of the two")
+    if len(targets.ids) != items:
+        raise InputError("targets", f"{len(targets.ids)} items", f"the student's {items}")
+    if given != ("forward_kl", {}, 1.0):
+        accepted = "forward_kl without settings at temperature 1: all that sparse targets can tell"
+        raise InputError("divergence", " ".join(map(str, given)), accepted)
+
+
 @dataclass(frozen=True)
 class _Work:
     """What `head_losses` was asked for; heads without gradient, the teacher's cut to the compared classes."""
@@ -345,12 +364,15 @@ class _Work:
     chunk: int
     dtype: torch.dtype
     unit: torch.Tensor
+    targets: SparseTargets | None
+    classes: int
 
     def block(
         self,
         student: torch.Tensor,
         teacher: torch.Tensor | None,
         labels: torch.Tensor | None,
+        targets: SparseTargets | None,
         buffers: list[torch.Tensor],
     ) -> tuple[torch.Tensor | float, torch.Tensor | float, torch.Tensor]:
         """Label losses and divergences of a few items, and the gradient in the student's products, in units of `unit`.
@@ -359,6 +381,7 @@ class _Work:
             student: (R, V) products of hidden states and weight.
             teacher: (R, C) the teacher's.
             labels: (R,).
+            targets: of R items.
             buffers: two of (R, V) and four of (R, C), fp32.
         """
         logits, gradient = buffers[0], buffers[1].zero_()
@@ -375,6 +398,11 @@ class _Work:
             value, slope = self.kernel(block)
             value = value * self.temperature**2
             gradient[:, :classes].addcmul_(slope, self.logits_weight / self.unit, value=self.temperature)
+        if targets is not None:
+            cross_entropy, sparse_slope = value_and_grad(logits[:, : self.classes], targets)
+            assert sparse_slope is not None
+            value = cross_entropy - entropy(targets)
+            gradient[:, : self.classes].addcmul_(sparse_slope, self.logits_weight / self.unit)
         if self.student.softcap is not None:
             gradient.mul_(logits.div_(self.student.softcap).square_().neg_().add_(1))
         if self.student.scale != 1:
@@ -450,6 +478,7 @@ def _run(
                 part,
                 None if teacher is None else targets[offset : offset + last - first],
                 None if work.labels is None else work.labels[first:last],
+                None if work.targets is None else work.targets.rows(slice(first, last)),
                 [buffer[: last - first] for buffer in buffers],
             )
             part.copy_(gradient)

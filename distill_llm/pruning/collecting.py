@@ -23,6 +23,7 @@ from distill_llm.pruning.moments import MomentsSum
 from distill_llm.pruning.statistics import Statistics, UnitStatistics
 from distill_llm.pruning.structure import head_size_of, linear, sizes_of, weight_of
 from distill_llm.pruning.weights import unit_weights
+from distill_llm.teachers.online import forward_inputs
 
 Loss = str | Callable[[Any, Mapping[str, torch.Tensor]], torch.Tensor]
 
@@ -309,10 +310,7 @@ def _run(
     generator: torch.Generator,
 ) -> None:
     """Forward, and backward from the sum over examples of their losses."""
-    inputs = {k: v for k, v in batch.items() if k != "labels"}
-    kind = kind_of(model)
-    if kind == "next_token":
-        inputs["use_cache"] = False  # type: ignore[assignment]
+    inputs, kind = forward_inputs(model, batch), kind_of(model)
     positions, labels = None, batch.get("labels")
     if loss is not None and not callable(loss) and kind != "example":
         positions, labels = targets(

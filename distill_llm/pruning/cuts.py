@@ -8,7 +8,7 @@ from distill_llm.pruning.structure import sizes_of
 
 
 def cut_shares(before: float, after: float, cuts: int) -> list[float]:
-    """The share that stays after each of `cuts` cuts on the way from `before` to `after`: each keeps the same part of what it finds."""
+    """The share that stays after each of `cuts` cuts from `before` to `after`: each keeps the same part of what it finds."""
     return [before * (after / before) ** (number / cuts) for number in range(1, cuts)] + [after]
 
 

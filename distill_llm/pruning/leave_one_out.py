@@ -14,6 +14,7 @@ from distill_llm.pruning.families import layers_of
 from distill_llm.pruning.masking import masked
 from distill_llm.pruning.plan import PruningPlan, full_plan
 from distill_llm.pruning.statistics import Statistics
+from distill_llm.teachers.online import forward_inputs
 
 
 @torch.no_grad()
@@ -64,10 +65,11 @@ def _logits(
     model: PreTrainedModel, batch: Mapping[str, torch.Tensor], plan: PruningPlan | None, loss: str
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(items, C) logits of the outputs that count, and their labels for loss "labels"."""
-    kind, inputs = kind_of(model), {name: value for name, value in batch.items() if name != "labels"}
+    kind, inputs = kind_of(model), forward_inputs(model, batch)
     positions, labels = None, batch.get("labels")
     if kind != "example":
-        positions, labels = targets(batch if loss == "labels" else inputs, kind)
+        unlabelled = {name: value for name, value in batch.items() if name != "labels"}
+        positions, labels = targets(batch if loss == "labels" else unlabelled, kind)
     if plan is None:
         with packed(model, positions):
             found = model(**inputs).logits

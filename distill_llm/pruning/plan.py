@@ -85,9 +85,13 @@ class PruningPlan:
 
     def share(self, model: PreTrainedModel, cost: str = "params", sequence_length: int = 128) -> float:
         """The share of the layers' cost that the plan keeps of `model`."""
-        costs = unit_costs(model, cost, sequence_length)
-        shapes = [(len(r.heads), len(r.neurons), None if r.queries is None else len(r.queries)) for r in self.layers]
-        return costs.of(shapes, None if self.hidden is None else len(self.hidden)) / costs.of(layer_shapes(model))
+        costs, shapes, kept = unit_costs(model, cost, sequence_length), layer_shapes(model), []
+        for row in self.layers:
+            whole = shapes[row.source]
+            shared = (whole.queries or whole.heads) // whole.heads if whole.heads else 0
+            queries = len(row.heads) * shared if row.queries is None else len(row.queries)
+            kept.append((len(row.heads), len(row.neurons), queries))
+        return costs.of(kept, None if self.hidden is None else len(self.hidden)) / costs.of(shapes)
 
 
 def _optional(indices: Sequence[int] | None) -> tuple[int, ...] | None:

@@ -48,10 +48,9 @@ def sizes_of(model: PreTrainedModel) -> list[Sizes]:
 
 def layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
     """Heads, neurons and queries of every layer, as they are now."""
-    return [
-        LayerShape(size.groups, size.neurons, None if size.queries == size.groups else size.queries)
-        for size in sizes_of(model)
-    ]
+    dims = dims_of(model.config)
+    grouped = dims.queries != dims.groups  # then always named: a layer may have fewer of every group than another
+    return [LayerShape(s.groups, s.neurons, s.queries if grouped else None) for s in sizes_of(model)]
 
 
 def _family(model: PreTrainedModel) -> Family:

@@ -1,6 +1,7 @@
 """Loading a teacher, its weights rounded to 8 or 4 bits if it would not fit otherwise."""
 
 import importlib.util
+import logging
 import os
 from typing import Any, Literal
 
@@ -50,6 +51,8 @@ def load_teacher(
 
 def _settings(quantization: str, dtype: torch.dtype | None) -> BitsAndBytesConfig:
     if quantization == "8bit":
+        # A warning for every product of every forward, that it is in fp16.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype

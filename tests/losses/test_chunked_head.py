@@ -363,7 +363,7 @@ def errors(got: list[torch.Tensor], exact: list[torch.Tensor]) -> list[float]:
 @pytest.mark.parametrize("divergence", KERNELS)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bf16_gradients_are_as_near_to_fp64_as_those_of_whole_bf16_logits(divergence: str, autocast: bool) -> None:
-    """Weights in bf16, or fp32 weights under autocast; five chunks. The dense side casts once to fp32, as carefully as can be."""
+    """Weights in bf16, or fp32 weights under autocast; twenty chunks. The dense side casts to fp32 once for both losses."""
     generator = torch.Generator().manual_seed(1)
     items, vocabulary, width = 320, 200, 32
 
@@ -382,7 +382,7 @@ def test_bf16_gradients_are_as_near_to_fp64_as_those_of_whole_bf16_logits(diverg
     low = leaves(given, torch.float32 if autocast else torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         _, whole = gradients(dense, low, **options)
-        _, chunked = gradients(head_losses, low, chunk=64, **options)
+        _, chunked = gradients(head_losses, low, chunk=16, **options)
     assert [gradient.dtype for gradient in chunked] == [gradient.dtype for gradient in whole]
     of_hidden, of_weight = (a / b for a, b in zip(errors(chunked, exact), errors(whole, exact), strict=True))
     assert of_hidden < 1.05

@@ -34,7 +34,7 @@ from distill_llm.pruning.plan import LayerPlan, PruningPlan
 from distill_llm.pruning.surgery import prune
 
 DECODING = [*DECODERS, *(name for name, (family, _) in VARIANTS.items() if family in DECODERS)]
-LAYOUTS = "bert modernbert llama olmo2 stablelm phi3 gpt2 gpt_neox bloom falcon-multi-query".split()
+LAYOUTS = ["bert", "modernbert", "llama", "olmo2", "stablelm", "phi3", "gpt2", "gpt_neox", "bloom"]
 
 
 def test_every_family_with_a_row_passes_through_the_gate():
@@ -70,15 +70,16 @@ ALONE = {
     "ffn": lambda i, groups, neurons: LayerPlan(i, tuple(range(groups)), neurons[i::3] if i else ()),
     "first layer": lambda i, groups, neurons: LayerPlan(i, tuple(range(groups)), neurons) if i else None,
     "hidden": lambda i, groups, neurons: LayerPlan(i, tuple(range(groups)), neurons),
+    "first layer, hidden": lambda i, groups, neurons: LayerPlan(i, tuple(range(groups)), neurons) if i else None,
 }
 
 
 @pytest.mark.parametrize("units", ALONE)
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [*LAYOUTS, "falcon-multi-query"])
 def test_masked_equals_pruned_where_one_kind_of_unit_goes(name, units):
     model = family_model(name)
     rows = [ALONE[units](i, groups_of(model), tuple(range(neurons_of(model)))) for i in range(LAYERS)]
-    channels = tuple(range(3, HIDDEN - 2)) if units == "hidden" else None
+    channels = tuple(range(3, HIDDEN - 2)) if "hidden" in units else None
     plan = PruningPlan(model.config.model_type, tuple(row for row in rows if row is not None), hidden=channels)
     batch = family_batch(model)
     with masked(model, plan):

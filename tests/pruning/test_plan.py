@@ -5,13 +5,14 @@ from itertools import product
 
 import pytest
 import torch
+from family_examples import family_model
 from helpers import tiny_model
 from pruning_examples import UNEVEN, flops_of, layer_params, plan_of, random_scores
 
 from distill_llm.errors import InputError
-from distill_llm.pruning.plan import full_plan, keep_layers
+from distill_llm.pruning.plan import LayerPlan, PruningPlan, full_plan, keep_layers
 from distill_llm.pruning.planning import plan_pruning
-from distill_llm.pruning.structure import layer_shapes
+from distill_llm.pruning.structure import layer_shapes, unit_costs
 from distill_llm.pruning.surgery import prune
 
 TOKENS = 16
@@ -252,6 +253,22 @@ def test_named_layers_stay_whole(model):
     for wrong in ([0, 4], [2, 0], []):
         with pytest.raises(InputError):
             keep_layers(model, wrong)
+
+
+def test_budgets_count_the_queries_that_each_layer_has_left():
+    dense = family_model("llama")
+    every, whole = (0, 1, 2, 3), tuple(range(64))
+    rows = [LayerPlan(0, every, whole), *(LayerPlan(i, every, whole, (0, 2, 4, 6)) for i in range(1, 5))]
+    student = prune(dense, PruningPlan("llama", tuple(rows)))
+
+    def params(model):
+        return sum(p.numel() for p in model.model.layers.parameters())
+
+    costs = unit_costs(student)
+    assert costs.of(layer_shapes(student)) == params(student)
+    assert full_plan(student).share(student) == 1.0
+    plan = keep_layers(student, [0, 1])
+    assert plan.kept == pytest.approx(params(prune(student, plan)) / params(student))
 
 
 def test_share_is_what_is_left_when_counted():

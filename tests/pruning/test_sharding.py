@@ -26,7 +26,12 @@ dist.init_process_group("gloo")
 for case in CASES:
     statistics_of(case).save({folder!r} + f"/two-{{dist.get_rank()}}-{{case}}.safetensors")
 """
-CASES = {"bert": ("labels", 5), "llama": ("labels", 5), "none": (None, 5), "fewer batches than processes": ("labels", 1)}
+CASES = {
+    "bert": ("labels", 5),
+    "llama": ("labels", 5),
+    "none": (None, 5),
+    "fewer batches than processes": ("labels", 1),
+}
 
 
 def statistics_of(case: str) -> Statistics:
@@ -65,8 +70,9 @@ def test_two_processes_find_the_statistics_of_one(folder, case):
         safe_open(folder / f"{name}-{case}.safetensors", "pt") for name in ("one-0", "two-0", "two-1")
     )
     assert one.metadata() == first.metadata() == second.metadata()
-    assert set(one.keys()) == set(first.keys())
-    for name in one.keys():
+    names = set(one.keys())
+    assert names == set(first.keys()) == set(second.keys())
+    for name in names:
         a, b, other = (file.get_tensor(name) for file in (one, first, second))
         assert torch.equal(b, other), f"{name}: the processes hold the same"
         torch.testing.assert_close(b, a, rtol=2e-5, atol=2e-5 * float(a.abs().max()) if a.numel() else 0, msg=name)

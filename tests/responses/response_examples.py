@@ -22,9 +22,7 @@ def teacher(family: str = "llama", **config: Any) -> PreTrainedModel:
 
 def save_teacher(folder: Path, model: PreTrainedModel | None = None, **tokenizer: Any) -> Path:
     """A folder with the teacher and a tokenizer without a padding token."""
-    model = model or teacher()
-    model.generation_config.update(repetition_penalty=None, do_sample=False, top_k=None)  # else not to be saved
-    model.save_pretrained(folder)
+    (model or teacher()).save_pretrained(folder)
     word_tokenizer(begins=True, **tokenizer).save_pretrained(folder)
     return folder
 

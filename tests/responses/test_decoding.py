@@ -12,7 +12,8 @@ from distill_llm.responses.prompts import encode_prompts
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt_neox", "qwen3"])
 def test_greedy_batches_of_uneven_prompts_equal_a_loop_over_tokens(family: str) -> None:
-    model, tokenizer = teacher(family, sliding_window=6), word_tokenizer(begins=True)
+    window = {"sliding_window": 6} if family == "mistral" else {}
+    model, tokenizer = teacher(family, **window), word_tokenizer(begins=True)
     prompts = encode_prompts(PROMPTS, tokenizer)
     decoder = Decoder(model, CausalCollator(tokenizer), Sampling(max_new_tokens=12, temperature=0))
     config = model.generation_config
@@ -20,7 +21,7 @@ def test_greedy_batches_of_uneven_prompts_equal_a_loop_over_tokens(family: str) 
         found = [each for batch in (prompts[:6], prompts[6:]) for each in decoder(batch, [0] * len(batch))]
     wanted = [alone(model, tokenizer, prompt.ids, 12) for prompt in prompts]
     assert [(each.text, each.finish_reason, each.tokens) for each in found] == wanted
-    assert {reason for _, reason, _ in wanted} == {"eos", "length"}
+    assert len({tokens for *_, tokens in wanted}) > 3  # rows of a batch end at different places
     assert model.generation_config is config
 
 

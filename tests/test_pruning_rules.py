@@ -1,0 +1,152 @@
+"""What the pruning section lets through is what planning does; what it refuses gets one line per fault."""
+
+from itertools import chain, combinations, product
+
+import pytest
+from family_examples import family_model
+from helpers import random_batch
+from recipe_inputs import recipe_for
+
+from distill_llm.errors import InputError
+from distill_llm.faults import faults_in
+from distill_llm.pruning.collecting import collect_statistics
+from distill_llm.pruning.criteria import CRITERIA, UNITS, score
+from distill_llm.pruning.leave_one_out import leave_one_out
+from distill_llm.pruning.planning import plan_pruning
+from distill_llm.pruning.structure import COSTS, sizes_of
+from distill_llm.recipe import Criterion, PruningSection, Unit, parse_recipe
+
+
+def faults(folder, **pruning) -> list[str]:
+    """The section's faults as lines; none where it passes."""
+    try:
+        parse_recipe(recipe_for(folder, pruning={"keep": 0.5, **pruning}))
+    except InputError as error:
+        return [str(fault) for fault in faults_in(error)]
+    return []
+
+
+def test_units_criteria_and_costs_are_those_of_the_library():
+    assert set(Unit.__args__) == set(UNITS) and set(Criterion.__args__) == set(CRITERIA)
+    assert set(PruningSection.model_fields["cost"].annotation.__args__) == {*COSTS, "latency"}
+
+
+@pytest.mark.parametrize(
+    ("pruning", "line"),
+    [
+        (
+            {"criterion": "leave_one_out"},
+            "pruning.units: got ['heads', 'neurons']; accepted: [layers] with criterion leave",
+        ),
+        (
+            {"units": ["attention"], "criterion": "block_influence"},
+            "pruning.units: got ['attention']; accepted: [layers]",
+        ),
+        (
+            {"units": ["attention", "ffn"], "criterion": "wanda"},
+            "pruning.criterion: got 'wanda'; accepted: fisher where",
+        ),
+        (
+            {"units": ["ffn", "heads"], "scope": "local"},
+            "pruning.scope: got 'local'; accepted: global where units has ffn",
+        ),
+        (
+            {"units": ["queries", "heads"], "uniform": True},
+            "pruning.uniform: got True; accepted: false where units has queries",
+        ),
+        (
+            {"units": ["hidden"], "scope": "local"},
+            "pruning.scope: got 'local'; accepted: global where units is [hidden]",
+        ),
+        (
+            {"units": ["hidden"], "uniform": True},
+            "pruning.uniform: got True; accepted: false where units has none of heads",
+        ),
+        (
+            {"units": ["heads"], "round_to": 8},
+            "pruning.round_to: got 8; accepted: 1 where units has none of neurons, hidden",
+        ),
+        ({"units": ["neurons"], "min_heads": 1}, "pruning.min_heads: got 1; accepted: 0 where units has none of heads"),
+        (
+            {"units": ["heads"], "min_neurons": 8},
+            "pruning.min_neurons: got 8; accepted: 0 where units has none of neurons",
+        ),
+        (
+            {"criterion": "magnitude", "loss": "kl"},
+            "pruning.loss: got 'kl'; accepted: nothing with criterion magnitude",
+        ),
+        ({"keep": None, "layers": [0], "cuts": 2}, "pruning.cuts: got 2; accepted: 1 where `layers`"),
+        (
+            {"keep": None, "layers": [0], "cost": "latency"},
+            "pruning.cost: got 'latency'; accepted: params, flops or memory",
+        ),
+        ({"keep": None, "layers": [0], "statistics": "s"}, "pruning.statistics: got 's'; accepted: nothing where"),
+        ({"cuts": 0}, "pruning.cuts: got 0; accepted: a whole number of at least 1"),
+        ({"loss": "logits"}, "pruning.loss: got 'logits'; accepted: "),
+    ],
+    ids=str,
+)
+def test_fields_that_contradict_each_other_give_one_line(tmp_path, pruning, line):
+    (found,) = faults(tmp_path, **pruning)
+    assert found.startswith(line)
+
+
+def test_what_goes_together_passes(tmp_path):
+    for pruning in (
+        {"units": ["hidden", "heads", "neurons"], "round_to": 8, "criterion": "wanda", "scope": "local"},
+        {"units": ["attention", "ffn", "neurons"], "cuts": 4, "loss": "kl", "cost": "latency"},
+        {"units": ["layers"], "criterion": "leave_one_out", "loss": "labels", "cost": "memory"},
+        {"units": ["queries"], "uniform": True, "criterion": "magnitude_l1"},
+        {"min_heads": 1, "min_neurons": 16, "statistics": "~/statistics.safetensors"},
+    ):
+        assert faults(tmp_path, **pruning) == []
+
+
+@pytest.fixture(scope="module")
+def scored():
+    """A decoder with two queries a group, and its statistics."""
+    model = family_model("llama")
+    batches = [random_batch(model, labels=False)]
+    return model, leave_one_out(model, batches, collect_statistics(model, batches, "kl"), "kl")
+
+
+def removed(model, plan) -> set[str]:
+    """The kinds of units of which a plan removes some."""
+    sizes, found = sizes_of(model), set()
+    found |= {"layers"} if len(plan.layers) < len(sizes) else set()
+    found |= {"hidden"} if plan.hidden is not None else set()
+    for row in plan.layers:
+        size = sizes[row.source]
+        found |= {"heads", "attention"} if len(row.heads) < size.groups else set()
+        found |= {"neurons", "ffn"} if len(row.neurons) < size.neurons else set()
+        found |= {"queries"} if row.queries is not None else set()
+    return found
+
+
+@pytest.mark.parametrize("criterion", ["fisher", "taylor", "leave_one_out"])
+def test_every_combination_that_passes_is_planned_within_its_budget_and_ignores_no_unit(tmp_path, scored, criterion):
+    model, statistics = scored
+    scores, planned, given = score(statistics, criterion), 0, {"keep": 0.5, "criterion": criterion}
+    subsets = chain.from_iterable(combinations(UNITS, count) for count in (1, 2, 3, len(UNITS)))
+    for units, scope, uniform in product(subsets, ("global", "local"), (False, True)):
+        try:
+            PruningSection(**given, units=list(units), scope=scope, uniform=uniform)
+        except ValueError:
+            continue
+        try:
+            plan = plan_pruning(model, scores, 0.6, units=units, scope=scope, uniform=uniform)
+        except InputError as error:
+            assert error.field == "keep", (units, scope, uniform, str(error))
+            continue
+        planned += 1
+        assert plan.kept <= 0.6 + 1e-9, (units, scope, uniform)
+        gone = removed(model, plan)
+        allowed = (
+            set(units) | ({"attention"} if "heads" in units else set()) | ({"ffn"} if "neurons" in units else set())
+        )
+        allowed |= {"heads"} if "attention" in units else set()
+        allowed |= {"neurons"} if "ffn" in units else set()
+        assert gone <= allowed, (units, scope, uniform)
+        if criterion == "taylor":
+            assert set(units) <= gone, (units, scope, uniform)
+    assert planned == 2 if criterion == "leave_one_out" else planned > 20
