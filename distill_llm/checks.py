@@ -61,19 +61,21 @@ def check_recipe(recipe: Recipe) -> None:
     """
     found = _Collector()
     teacher = found.run(open_model, "teacher.model", recipe.teacher.model)
-    student = found.run(open_model, "student.model", recipe.student.model) if recipe.student else None
+    name = recipe.student.model if recipe.student else None
+    student = found.run(open_model, "student.model", name)
     data = found.run(check_data, recipe)
     task = data.task if data else None
     if recipe.teacher.train is None:
         found.run(check_head, teacher, task)
-    if recipe.student is not None:
+    if name is not None:
         found.run(_check_student, student, teacher, task)
     skeleton = found.run(_skeleton, teacher)
     found.run(_check_pruning, recipe, teacher, skeleton)
     found.run(_check_lengths, recipe, teacher)
     found.run(_check_rows, recipe, teacher, task)
     found.run(_check_losses, recipe, task)
-    if teacher is not None and (student is not None or recipe.student is None):
+    found.run(_check_cache, recipe, teacher)
+    if teacher is not None and (student is not None or name is None):
         found.run(_check_layer_pairs, recipe, teacher.config, student.config if student else teacher.config)
     found.run(lambda: check_training(recipe, data))
     found.run(_check_output, recipe.output_dir)
@@ -211,7 +213,7 @@ def _check_layer_pairs(recipe: Recipe, teacher: PreTrainedConfig, student: PreTr
         if term is None:
             continue
         field = f"distillation.losses.{name}.layers"
-        if term.layers == "lineage" and recipe.student is not None and lineage_of(student) is None:
+        if term.layers == "lineage" and recipe.pruning is None and lineage_of(student) is None:
             faults.append(InputError(field, "lineage", "uniform, last or pairs where the student was not pruned here"))
         if not isinstance(term.layers, str):
             bad = [list(pair) for pair in term.layers if not (0 <= pair[0] < students and 0 <= pair[1] < teachers)]
@@ -219,6 +221,17 @@ def _check_layer_pairs(recipe: Recipe, teacher: PreTrainedConfig, student: PreTr
                 accepted = f"[student, teacher] pairs below [{students}, {teachers}], counted from 0"
                 faults.append(InputError(field, bad, accepted))
     raise_all(faults)
+
+
+def _check_cache(recipe: Recipe, teacher: OpenModel) -> None:
+    """The cache is whole, of this teacher and tokenizer, and has what the losses need; its rows are compared later."""
+    if recipe.teacher.cache is None or recipe.distillation is None:
+        return
+    from distill_llm.teachers.cache import CachedTeacher
+    from distill_llm.teachers.caching import identity_of
+
+    cache = CachedTeacher(recipe.teacher.cache, identity_of(teacher.path), teacher.tokenizer)
+    cache.check_objective(recipe.distillation.losses)
 
 
 def _check_output(folder: Path) -> None:

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from distill_llm import cache_command
 from distill_llm.command_group import CommandGroup, is_main_process
 from distill_llm.errors import InputError
 from distill_llm.faults import faults_in
@@ -220,6 +221,7 @@ def push(
 
 
 app.command("respond", epilog=responses.EXAMPLE)(responses.respond)
+app.command("cache", epilog=cache_command.EXAMPLE)(cache_command.cache)
 
 
 @app.command(epilog="Example: distill-llm recipes")

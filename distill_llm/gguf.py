@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import constants
@@ -44,14 +45,13 @@ def plain_checkpoint(file: str | os.PathLike, field: str = "model") -> Path:
 
 
 def _convert(file: Path, folder: Path) -> None:
-    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-    config = AutoConfig.from_pretrained(**where)
-    source = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    model = type(source)(config)  # a model read from GGUF counts as quantized and cannot be saved
+    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    source: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    model = type(source)(config).to(torch.float32)  # a model read from GGUF counts as quantized and cannot be saved
     model.load_state_dict(source.state_dict())
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     model.generation_config = GenerationConfig(**{name: getattr(config, name, None) for name in names})
-    model.to(torch.float32).save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(**where)
+    model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     tokenizer.model_max_length = config.max_position_embeddings
     tokenizer.save_pretrained(folder)

@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.functional_validators import ModelWrapValidatorHandler
 
+from distill_llm.adapter_fields import check_adapter_fields
 from distill_llm.errors import InputError, one_of
 from distill_llm.faults import InputErrors, faults_of, raise_all
 from distill_llm.losses.objective import LabelsLoss, LogitsLoss, Objective
@@ -56,14 +57,32 @@ class TeacherSection(Section):
         default=None,
         description="precision of the teacher's weights while a student learns; left out: as the student is trained",
     )
+    quantization: Literal["8bit", "4bit"] | None = Field(
+        default=None, description="hold the teacher's weights in fewer bits while a student learns (bitsandbytes)"
+    )
+    cache: Path | None = Field(
+        default=None, description="folder that `distill-llm cache` wrote: learn from it, with no teacher in memory"
+    )
 
     _check_train = field_validator("train")(_training_fields)
 
 
 class StudentSection(Section):
-    """A student that exists already: pruned earlier, or any smaller model with the teacher's tokenizer."""
+    """The student: one that exists already (any smaller model with the teacher's tokenizer), or how it learns."""
 
-    model: str = Field(min_length=1, description="Hub id, folder, or package://PACKAGE/PATH")
+    model: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Hub id, folder, or package://PACKAGE/PATH; left out: the pruned teacher",
+    )
+    peft: dict[str, Any] | None = Field(
+        default=None, description="fields of peft's LoraConfig: only adapters learn, merged into the weights when saved"
+    )
+
+    @field_validator("peft")
+    @classmethod
+    def _check_peft(cls, given: dict[str, Any] | None) -> dict[str, Any] | None:
+        return given if given is None else check_adapter_fields(given)
 
 
 class ColumnsSection(Section):
@@ -242,16 +261,31 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
         faults = []
-        if self.pruning is None and self.student is None:
+        given = self.student.model if self.student else None
+        if self.pruning is None and given is None:
             faults.append(InputError("pruning", None, "a pruning section, or student.model for distillation alone"))
-        if self.pruning is not None and self.student is not None:
-            faults.append(InputError("student.model", self.student.model, "nothing where pruning makes the student"))
+        if self.pruning is not None and given is not None:
+            faults.append(InputError("student.model", given, "nothing where pruning makes the student"))
         if self.student is not None and self.distillation is None:
-            faults.append(InputError("distillation", None, "a distillation section where student.model is given"))
+            faults.append(InputError("distillation", None, "a distillation section where there is a student section"))
+        if self.teacher.cache is not None:
+            faults += self._cache_faults()
         if self.final and self.distillation is None:
             faults.append(InputError("final", self.final, "nothing without a distillation section"))
         raise_all(faults)
         return self
+
+    def _cache_faults(self) -> list[InputError]:
+        faults, cache = [], str(self.teacher.cache)
+        if self.teacher.train is not None:
+            faults.append(
+                InputError("teacher.cache", cache, "nothing with teacher.train: a cache is of a finished teacher")
+            )
+        if self.teacher.quantization is not None:
+            faults.append(InputError("teacher.quantization", self.teacher.quantization, "nothing with teacher.cache"))
+        if self.distillation is None or not self.distillation.losses.needs_teacher:
+            faults.append(InputError("teacher.cache", cache, "nothing where no loss needs the teacher"))
+        return faults
 
     def training(self, stage: Literal["teacher", "recovery", "final"]) -> dict[str, Any]:
         """All TrainingArguments fields of a stage but output_dir: the recipe's, its seed, and the defaults.

@@ -14,6 +14,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from distill_llm.adapters import merged
 from distill_llm.checkpoint import load_for_task, load_pretrained
 from distill_llm.checks import check_data
 from distill_llm.cutting import Cut, Cutter, share_of
@@ -27,6 +28,9 @@ from distill_llm.pruning.surgery import prune
 from distill_llm.recipe import PruningSection, Recipe
 from distill_llm.result import collect_metrics
 from distill_llm.run_folder import MarkComplete, last_complete_checkpoint, written_whole
+from distill_llm.teachers.cache import CachedTeacher
+from distill_llm.teachers.caching import cached_teacher
+from distill_llm.teachers.quantized import load_teacher
 from distill_llm.trainer import DistillationConfig, DistillationTrainer
 
 CALIBRATION_BATCH = 32
@@ -152,19 +156,46 @@ class Stages:
         section = self.recipe.distillation
         assert section is not None
         if self.recipe.pruning is None:
-            assert self.recipe.student is not None
+            assert self.recipe.student is not None and self.recipe.student.model is not None
             set_seed(self.recipe.seed)
             student = load_for_task(resolve_model(self.recipe.student.model), self.data.task)
         else:
             student = load_pretrained(student_dir, dtype=torch.float32)
         losses = section.losses.model_dump(mode="json", exclude_none=True)
-        teacher = load_pretrained(teacher_dir, dtype=torch.float32)
-        student = self._train(student, teacher, folder / "student", "final" if last else "recovery", losses)
+        teacher = self._recovery_teacher(teacher_dir) if section.losses.needs_teacher else None
+        student = self._train(
+            self._with_adapters(student), teacher, folder / "student", "final" if last else "recovery", losses
+        )
         metrics = self.evaluate(student) if self.processes.is_main_process else {"score": 0.0}
         return {"score": metrics["score"], "metrics": metrics}
 
+    def _recovery_teacher(self, path: Path) -> PreTrainedModel | CachedTeacher:
+        """What the student learns from: the teacher, its weights in fewer bits, or what it said once."""
+        section = self.recipe.teacher
+        if section.cache is not None:
+            return cached_teacher(section.cache, str(path), self.tokenizer, self.data.train)
+        if section.quantization is None:
+            return load_pretrained(path, dtype=torch.float32)
+        dtype = getattr(torch, section.dtype or "bfloat16")
+        return load_teacher(path, section.quantization, dtype, self.processes.device)
+
+    def _with_adapters(self, student: PreTrainedModel) -> Any:
+        """The student, with adapters around it where only they are to learn."""
+        fields = self.recipe.student.peft if self.recipe.student else None
+        if fields is None:
+            return student
+        from peft import LoraConfig, get_peft_model
+
+        set_seed(self.recipe.seed)
+        return get_peft_model(student, LoraConfig(**fields))
+
     def _train(
-        self, model: PreTrainedModel, teacher: PreTrainedModel | None, target: Path, stage: str, losses: dict[str, Any]
+        self,
+        model: PreTrainedModel,
+        teacher: PreTrainedModel | CachedTeacher | None,
+        target: Path,
+        stage: str,
+        losses: dict[str, Any],
     ) -> PreTrainedModel:
         """Train from the last whole checkpoint of this stage and save to `target`."""
         work = _checkpoints(target)
@@ -188,7 +219,7 @@ class Stages:
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(work))
         if self.processes.is_main_process:
             with written_whole(target) as path:
-                self.save(trainer.accelerator.unwrap_model(trainer.model), path)
+                self.save(merged(trainer.accelerator.unwrap_model(trainer.model)), path)
         self.processes.wait_for_everyone()
         return self.load(target)
 

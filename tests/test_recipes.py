@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from causal_examples import causal_model, word_tokenizer
 from recipe_inputs import WORDS, write_model
 from transformers import AutoModel, AutoModelForMaskedLM
 
@@ -73,6 +74,36 @@ def test_bert_to_distilbert_keeps_every_second_layer_of_a_masked_lm_and_loads_as
     for index, layer in enumerate(pruned.bert.encoder.layer):
         same = dense.bert.encoder.layer[recipe.pruning.layers[index]]
         assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), same.parameters(), strict=True))
+
+
+def decoder(folder: Path, **sizes) -> str:
+    """A tiny Llama with its tokenizer, and a text of random words in `folder`/text.txt."""
+    model, tokenizer = causal_model(max_position_embeddings=64, **sizes), word_tokenizer()
+    model.save_pretrained(folder / "decoder")
+    tokenizer.save_pretrained(folder / "decoder")
+    draw = torch.Generator().manual_seed(0)
+    rows = [" ".join(f"w{i}" for i in torch.randint(90, (20,), generator=draw).tolist()) for _ in range(120)]
+    (folder / "text.txt").write_text("\n\n".join(rows) + "\n")
+    return str(folder / "decoder")
+
+
+@pytest.mark.parametrize("name", ["smollm2_width", "llama_width", "llama_depth"])
+def test_decoder_recipes_run_from_text_to_a_student_that_generates(tmp_path, name):
+    layers = 8 if name == "llama_depth" else 2
+    small = [setting for setting in SMALL if not setting.startswith(("teacher.train", "final"))]
+    local = [f"teacher.model={decoder(tmp_path, num_hidden_layers=layers)}", f"data.path={tmp_path / 'text.txt'}"]
+    local += ["distillation.gradient_accumulation_steps=2", "pruning.calibration_examples=8"]
+    local += [] if name == "llama_depth" else ["pruning.round_to=4"]
+    recipe = load_recipe(name, [*small, *local, "teacher.dtype=float32"])
+    metrics = distill_llm.run(recipe, tmp_path / "run").metrics
+    assert metrics["metric"] == "perplexity" and metrics["retention"] > 0
+    assert 0.5 < metrics["layer_params_kept"] <= 0.75 + 1e-6
+    student = distill_llm.load_pretrained(tmp_path / "run" / "student").eval()
+    assert (type(student).__name__ == "LlamaForCausalLM") == (name != "smollm2_width"), "even ones are stock"
+    prompt = torch.tensor([[5, 6, 7]])
+    cached = student.generate(prompt, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
+    for step in range(3, cached.shape[1]):
+        assert student(cached[:, :step]).logits[0, -1].argmax() == cached[0, step]
 
 
 @pytest.mark.parametrize("name", recipe_names())

