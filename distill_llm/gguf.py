@@ -30,7 +30,9 @@ def plain_checkpoint(file: str | os.PathLike, field: str = "model") -> Path:
     """
     file = Path(file)
     if importlib.util.find_spec("gguf") is None:
-        raise InputError(field, str(file), "a GGUF file with the package gguf installed (pip install distill_llm[gguf])")
+        raise InputError(
+            field, str(file), "a GGUF file with the package gguf installed (pip install distill_llm[gguf])"
+        )
     with file.open("rb") as opened:
         key = hashlib.sha256(f"{file.stat().st_size}".encode() + opened.read(1 << 20)).hexdigest()[:16]
     folder = Path(constants.HF_HOME) / "distill_llm" / "gguf" / f"{file.stem}-{key}"

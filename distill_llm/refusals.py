@@ -102,3 +102,21 @@ def check_arguments(args: TrainingArguments, objective: Objective, options: Mapp
         for name in objective.terms():
             if name in ("attention", "relations"):
                 raise InputError("activation_checkpointing_kwargs.use_reentrant", True, f"false with losses.{name}")
+
+
+def check_responses(teacher: Any, args: TrainingArguments, kind: str) -> None:
+    """Whether the student can answer prompts while it trains.
+
+    Raises:
+        InputError: a student that does not generate, a teacher that is not there to judge, sharded weights.
+    """
+    if kind != "next_token":
+        raise InputError("losses.responses", "a student that does not generate", "a causal language model")
+    if isinstance(teacher, CachedTeacher):
+        raise InputError(
+            "losses.responses", "a cached teacher", "a teacher in memory: it never saw the student's answers"
+        )
+    if args.fsdp or args.deepspeed:
+        raise InputError(
+            "losses.responses", "sharded weights", "one copy of the student in each process (no FSDP, DeepSpeed)"
+        )

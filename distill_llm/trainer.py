@@ -17,8 +17,9 @@ from distill_llm.adapters import without_adapters
 from distill_llm.errors import InputError
 from distill_llm.losses.items import UNITS, count_items
 from distill_llm.losses.objective import Objective, parse_objective
+from distill_llm.on_policy import MARK, StudentResponses
 from distill_llm.pruning.modeling_pruned import CODE_NAMES
-from distill_llm.refusals import check_arguments, check_model, check_teacher
+from distill_llm.refusals import check_arguments, check_model, check_responses, check_teacher
 from distill_llm.sampling import GlobalBatchSampler
 from distill_llm.teachers.cache import CachedTeacher
 from distill_llm.teachers.online import OnlineTeacher
@@ -108,6 +109,10 @@ class DistillationTrainer(Trainer):
         if len(self.terms.projections) and self.lr_scheduler is not None:
             accepted = "an optimizer without a scheduler: the projections of hidden states join the optimizer"
             raise InputError("optimizers", type(self.lr_scheduler).__name__, accepted)
+        self.responses: StudentResponses | None = None
+        if objective.responses is not None:
+            check_responses(teacher, args, self.loss.terms.kind)
+            self.responses = StudentResponses(objective.responses, self.data_collator, args.seed)
         self._logged_terms = torch.zeros(len(objective.terms()), device=args.device)
         self._logged_steps = 0
 
@@ -118,7 +123,15 @@ class DistillationTrainer(Trainer):
         self._logged_steps += 1
         for parameter in self.terms.projections.parameters():
             parameter.grad = None
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, counts = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.responses is None:
+            return batches, counts
+        step, student = self.state.global_step, self.accelerator.unwrap_model(self.model)
+        for index, batch in enumerate(batches):
+            if self.responses.chosen(step, index):
+                with self.compute_loss_context_manager():
+                    batches[index] = self.responses(student, batch, step)
+        return batches, self._get_num_items_in_batch(batches, device)  # counted anew: the labels are others now
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         """(3,) numbers of label items, examples and valid tokens over micro-batches and processes, at least 1 each."""
@@ -144,10 +157,13 @@ class DistillationTrainer(Trainer):
             total, outputs = self.loss.of_labels(model, inputs)
             loss = total * share[UNITS.index("labels")]
             return (loss, outputs) if return_outputs else loss
+        answered = inputs.pop(MARK, None) is not None
         shares = {name: share[UNITS.index(self.terms.unit(name))] for name in self.objective.terms()}
         step, steps = self.state.global_step, self.state.max_steps
         weights = self.objective.weights(step, steps)
         factors = {name: weights[name] * shares[name] for name in shares}
+        if answered and "labels" in factors:  # its own answers are no truth to the student
+            factors["labels"] = 0.0 * factors["labels"]
         loss, sums, outputs = self.loss(model, inputs, factors, step, steps)
         self._logged_terms += torch.stack([sums[name].detach() * shares[name] for name in shares])
         return (loss, outputs) if return_outputs else loss

@@ -117,6 +117,22 @@ class RelationsLoss(_Section):
     )
 
 
+class Responses(BaseModel):
+    """On-policy distillation (GKD, Agarwal et al., 2024, algorithm 1): a share of the batches is answered by the student itself.
+
+    Prompts are those of the batch; the terms compare student and teacher on the student's answers. `labels` counts rows of the
+    data only.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    share: float = Field(default=0.5, gt=0, le=1, description="Share of the batches that the student answers.")
+    max_new_tokens: int = Field(default=128, ge=1, description="Most tokens of an answer.")
+    temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False, description="Divides the logits; 0 is greedy.")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="Draw from the likeliest tokens with this mass.")
+    top_k: int = Field(default=0, ge=0, description="Draw from the k likeliest tokens; 0: from all.")
+
+
 class Objective(BaseModel):
     """The terms of the loss; a term that is None is left out. At least one has a positive weight.
 
@@ -131,16 +147,19 @@ class Objective(BaseModel):
     hidden: HiddenLoss | None = None
     attention: AttentionLoss | None = None
     relations: RelationsLoss | None = None
+    responses: Responses | None = None
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> "Objective":
         if not any(largest(section.weight) > 0 for section in self.terms().values()):
-            raise ValueError(f"at least one of {', '.join(type(self).model_fields)} with a weight above zero")
+            raise ValueError(f"at least one of {', '.join(_TERMS)} with a weight above zero")
+        if self.responses is not None and not self.needs_teacher:
+            raise InputError("responses", "labels alone", "a term that compares with the teacher, e.g. logits")
         return self
 
     def terms(self) -> dict[str, Any]:
         """The sections of the terms that are present, by name."""
-        sections = ((name, getattr(self, name)) for name in type(self).model_fields)
+        sections = ((name, getattr(self, name)) for name in _TERMS)
         return {name: section for name, section in sections if section is not None}
 
     def weights(self, step: int, total: int) -> dict[str, float]:
@@ -151,6 +170,9 @@ class Objective(BaseModel):
     def needs_teacher(self) -> bool:
         """Whether any term compares with a teacher."""
         return any(name != "labels" for name in self.terms())
+
+
+_TERMS = tuple(name for name in Objective.model_fields if name != "responses")
 
 
 def parse_objective(mapping: "Mapping[str, Any] | Objective", field: str = "losses") -> Objective:

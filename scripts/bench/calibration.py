@@ -39,6 +39,7 @@ from distill_llm import Statistics, collect_statistics, load_pretrained, score
 from distill_llm.counting import _LiveStorages, weights_memory
 from distill_llm.data.causal import document_packer
 from distill_llm.pruning.families import family_of, layers_of
+from distill_llm.pruning.structure import sizes_of
 
 Batches = Sequence[Mapping[str, torch.Tensor]]
 FLOOR, EXACT = "forward", "everything, exact"
@@ -79,14 +80,19 @@ def backward(model: PreTrainedModel, batches: Batches) -> None:
 
 
 def torch_pruning_taylor(model: PreTrainedModel, batches: Batches) -> Callable[[], list[torch.Tensor]]:
-    """A function that computes torch-pruning's Taylor importance of heads' channels and FFN neurons of every layer."""
+    """A function that computes torch-pruning's Taylor importance of FFN neurons and attention channels of every layer.
+
+    Where queries share keys, of FFN neurons alone: looking for the groups of the query's channels does not come to an end.
+    """
     import torch_pruning
 
     example = {name: value[:2] for name, value in without_labels(batches[0]).items()}
     model.config.use_cache = False
     graph = torch_pruning.DependencyGraph().build_dependency(model, example_inputs=example)
     family = family_of(model)
-    paths = (next(iter(family.attention_in)), next(iter(family.ffn_in)))
+    paths = [next(iter(family.ffn_in))]
+    if all(size.queries == size.groups for size in sizes_of(model)):
+        paths.append(next(iter(family.attention_in)))
     roots = [layer.get_submodule(path) for layer in layers_of(model) for path in paths]
     cut = torch_pruning.prune_linear_out_channels
     groups = [graph.get_pruning_group(root, cut, idxs=list(range(root.out_features))) for root in roots]
