@@ -2,12 +2,16 @@
 
 import importlib.util
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Code that comes with checkpoints is copied to one folder by name: test processes beside each other must not share it.
+_modules = tempfile.TemporaryDirectory(prefix="modules-")
+os.environ["HF_MODULES_CACHE"] = _modules.name
 
 
 @pytest.fixture(scope="session")

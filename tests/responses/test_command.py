@@ -93,9 +93,10 @@ def test_encoders_missing_files_and_other_settings_are_one_line(folder: Path, mo
 def test_two_processes_answer_as_one_and_together(folder: Path) -> None:
     save_teacher(folder / "teacher", chat_template=CHAT_TEMPLATE)
     options = ["--data", "prompts.jsonl", "--max-new-tokens", "40", "--samples", "40", "--batch-size", "32", "--chat"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    root = Path(__file__).parents[2]
+    settings = ["--config_file", str(root / "recipes" / "accelerate" / "ddp.yaml"), "--num_processes", "2"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *settings, "--main_process_port", "0", "-m"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     command = [*launcher, "distill_llm", "respond", "teacher", *options, "--output-dir", "two"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
