@@ -17,11 +17,11 @@ Peak memory is that of a process of its own, three steps, above what it held whe
 import argparse
 import copy
 import json
-import resource
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import common
@@ -34,7 +34,7 @@ from distill_llm import DistillationConfig, DistillationTrainer, keep_layers, pr
 FLOOR = "floor"
 OURS = {
     "ours": {},
-    "ours, relations": {"relations": {"heads": 9}},
+    "ours, relations": {"relations": {"heads": 3}},
     "ours, attention": {"attention": {"layers": "last"}},
 }
 Step = Callable[[], None]
@@ -106,7 +106,7 @@ def peer(
     def liger(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-        function = LigerFusedLinearJSDLoss(weight_hard_loss=0.5, weight_soft_loss=0.5, compiled=False, chunk_size=1)
+        function = LigerFusedLinearJSDLoss(weight_hard_loss=0.5, weight_soft_loss=0.5, compiled=False)
         with torch.no_grad():
             seen = teacher.model(batch["input_ids"], use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
         with precision:
@@ -124,13 +124,17 @@ def peer(
 def memory(side: str, options: argparse.Namespace) -> None:
     """Print the MB that three steps add to a process."""
     teacher, student = models(options)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = high_water_mb()
     step = step_of(side, teacher, student, options)
     for _ in range(3):
         step()
-    print(
-        json.dumps({"mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, "whole": before / 1024})
-    )
+    print(json.dumps({"mb": high_water_mb() - before, "models": before}))
+
+
+def high_water_mb() -> float:
+    """The most memory this process has held (of its own: what getrusage says begins at its parent's)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def main() -> None:
