@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
@@ -191,10 +192,26 @@ class DistillationTrainer(Trainer):
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        return super()._clip_grad_norm(nn.ModuleList([model, self.terms.projections]))
+        learned = nn.ModuleList([model, self.terms.projections])
+        if not self._sees_all_gradients:
+            return super()._clip_grad_norm(learned)
+        # As torch's clip_grad_norm_, but gradients that are short enough are not multiplied by 1.
+        norm = get_total_norm(_gradients(learned))
+        if norm + 1e-6 > self.args.max_grad_norm:
+            clip_grads_with_norm_(learned.parameters(), self.args.max_grad_norm, norm)
+        return norm
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        return super()._get_grad_norm(nn.ModuleList([model, self.terms.projections]), grad_norm)
+        learned = nn.ModuleList([model, self.terms.projections])
+        if grad_norm is None and self._sees_all_gradients:
+            return get_total_norm(_gradients(learned))
+        return super()._get_grad_norm(learned, grad_norm)
+
+    @property
+    def _sees_all_gradients(self) -> bool:
+        """Whether each process holds whole gradients, and looking at their norm makes no device wait."""
+        sharded = self.args.fsdp or self.args.deepspeed
+        return self.args.device.type == "cpu" and not sharded and not self.is_fsdp_enabled
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`, with the mean of each term since the last log over steps and processes."""
@@ -261,6 +278,10 @@ class DistillationTrainer(Trainer):
             if os.path.isfile(code) and self.is_world_process_zero():
                 shutil.copy(code, str(self.args.output_dir))  # the Trainer's own list of files to push has no code
         super()._push_from_checkpoint(checkpoint_folder)
+
+
+def _gradients(model: nn.Module) -> list[torch.Tensor]:
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 
 def _lengths(data: Any, column: str) -> list[int]:

@@ -18,6 +18,7 @@ from trainer_examples import (
 )
 
 from distill_llm.pruning.families import LayerLineage
+from distill_llm.trainer import DistillationTrainer
 
 
 @pytest.mark.parametrize("name", TERMS)
@@ -300,3 +301,18 @@ def test_projections_and_student_are_clipped_to_one_norm_and_it_is_the_norm_in_t
     assert any(name.startswith("projection") for name in whole) and norm > 0.1
     for name, gradient in whole.items():
         torch.testing.assert_close(found[name], gradient * (limit / norm if limit else 1), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("bound", [1e-3, 1e3])
+def test_gradients_are_clipped_bit_for_bit_as_the_trainer_clips_them(tmp_path, bound, monkeypatch):
+    teacher = tiny_model(seed=1)
+    data = rows(teacher)
+    found = []
+    for whole in (True, False):
+        monkeypatch.setattr(DistillationTrainer, "_sees_all_gradients", property(lambda self, whole=whole: whole))
+        settings = {"max_grad_norm": bound, "max_steps": 2, "optim": "sgd", "learning_rate": 1.0}
+        student = tiny_model(seed=2)
+        trainer = trainer_of(tmp_path, student, teacher, data, {"labels": {}, "logits": {}}, **settings)
+        trainer.train()
+        found.append([parameter.detach().clone() for parameter in student.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
