@@ -22,9 +22,12 @@ def check_adapter_fields(fields: dict[str, Any]) -> dict[str, Any]:
     for name in fields:
         if name not in names:
             raise InputError(name, fields[name], one_of(names, name))
-    for name in ("r", "lora_alpha"):
-        if name in fields and not (isinstance(fields[name], int | float) and fields[name] > 0):
-            raise InputError(name, fields[name], "a number above 0")
+    if "r" in fields and not (type(fields["r"]) is int and fields["r"] > 0):
+        raise InputError("r", fields["r"], "a whole number above 0")
+    if "lora_dropout" in fields and not (
+        type(fields["lora_dropout"]) in (int, float) and 0 <= fields["lora_dropout"] < 1
+    ):
+        raise InputError("lora_dropout", fields["lora_dropout"], "a number from 0 to below 1")
     try:
         LoraConfig(**fields)
     except (TypeError, ValueError) as error:

@@ -1,5 +1,7 @@
 """Errors at the door: a recipe is checked whole (models, data, disk, device) before the first heavy second."""
 
+import copy
+import importlib.util
 import math
 import os
 import shutil
@@ -23,6 +25,7 @@ from distill_llm.opening import (
     OpenModel,
     check_head,
     check_length,
+    first_line,
     longest_input,
     open_model,
     resolve_model,
@@ -75,6 +78,8 @@ def check_recipe(recipe: Recipe) -> None:
     found.run(_check_rows, recipe, teacher, task)
     found.run(_check_losses, recipe, task)
     found.run(_check_cache, recipe, teacher)
+    found.run(_check_responses, recipe, task, teacher)
+    found.run(_check_adapters, recipe, skeleton)
     if teacher is not None and (student is not None or name is None):
         found.run(_check_layer_pairs, recipe, teacher.config, student.config if student else teacher.config)
     found.run(lambda: check_training(recipe, data))
@@ -230,8 +235,48 @@ def _check_cache(recipe: Recipe, teacher: OpenModel) -> None:
     from distill_llm.teachers.cache import CachedTeacher
     from distill_llm.teachers.caching import identity_of
 
-    cache = CachedTeacher(recipe.teacher.cache, identity_of(teacher.path), teacher.tokenizer)
-    cache.check_objective(recipe.distillation.losses)
+    local = Path(teacher.path).exists()  # a Hub id's weights may not be here yet: they are compared before training
+    try:
+        cache = CachedTeacher(recipe.teacher.cache, identity_of(teacher.path) if local else None, teacher.tokenizer)
+    except InputError as error:
+        raise InputError("teacher.cache", str(recipe.teacher.cache), f"{error.accepted} ({error.field})") from None
+    try:
+        cache.check_objective(recipe.distillation.losses)
+    except InputError as error:
+        raise InputError(f"distillation.{error.field}", error.given, error.accepted) from None
+
+
+def _check_responses(recipe: Recipe, task: Task, teacher: OpenModel) -> None:
+    """Whether the student can answer prompts while it learns; and whether a quantised teacher can be had."""
+    if recipe.teacher.quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
+        accepted = "nothing without the package bitsandbytes (pip install distill_llm[quantization])"
+        raise InputError("teacher.quantization", recipe.teacher.quantization, accepted)
+    responses = recipe.distillation.losses.responses if recipe.distillation else None
+    if responses is None:
+        return
+    field = "distillation.losses.responses"
+    if task.kind != "prompts":
+        raise InputError(field, f"the task {task.name}", "the task prompts")
+    if recipe.teacher.cache is not None:
+        raise InputError(field, "a cached teacher", "a teacher in memory: it never saw the student's answers")
+    if recipe.data.packing:
+        raise InputError("data.packing", True, f"false with {field}: prompts must be rows of their own")
+    check_length(
+        teacher, f"data.max_length + {field}.max_new_tokens", recipe.data.max_length + responses.max_new_tokens
+    )
+
+
+def _check_adapters(recipe: Recipe, skeleton: PreTrainedModel) -> None:
+    """Adapters fit the model: tried on a copy without memory."""
+    fields = recipe.student.peft if recipe.student else None
+    if fields is None:
+        return
+    from peft import LoraConfig, get_peft_model
+
+    try:
+        get_peft_model(copy.deepcopy(skeleton), LoraConfig(**fields))
+    except Exception as error:
+        raise InputError("student.peft", fields, f"adapters that fit the model ({first_line(error)})") from None
 
 
 def _check_output(folder: Path) -> None:

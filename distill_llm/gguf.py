@@ -4,14 +4,15 @@ import hashlib
 import importlib.util
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from huggingface_hub import constants
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from distill_llm.errors import InputError
-from distill_llm.run_folder import written_whole
 
 SUFFIX = ".gguf"
 
@@ -33,22 +34,35 @@ def plain_checkpoint(file: str | os.PathLike, field: str = "model") -> Path:
         raise InputError(
             field, str(file), "a GGUF file with the package gguf installed (pip install distill_llm[gguf])"
         )
-    with file.open("rb") as opened:
-        key = hashlib.sha256(f"{file.stat().st_size}".encode() + opened.read(1 << 20)).hexdigest()[:16]
-    folder = Path(constants.HF_HOME) / "distill_llm" / "gguf" / f"{file.stem}-{key}"
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with written_whole(folder) as path:
-                _convert(file, path)
-        except (OSError, ValueError, NotImplementedError) as error:
-            raise InputError(field, str(file), f"a GGUF file that transformers can read ({error})") from error
+    folder = Path(constants.HF_HOME) / "distill_llm" / "gguf" / f"{file.stem}-{_digest(file)}"
+    with PartialState().main_process_first():
+        if not folder.is_dir():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(dir=folder.parent) as own:  # of this process: another one may be at it too
+                try:
+                    _convert(file, Path(own) / "model")
+                except (OSError, ValueError, NotImplementedError) as error:
+                    accepted = f"a GGUF file that transformers can read ({error})"
+                    raise InputError(field, str(file), accepted) from error
+                if not folder.is_dir():
+                    os.replace(Path(own) / "model", folder)
     return folder
+
+
+def _digest(file: Path) -> str:
+    """Of the whole file: two fine-tunes of one model differ in nothing but the weights."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "blake2b").hexdigest()[:16]
 
 
 def _convert(file: Path, folder: Path) -> None:
     config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-    source: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    both: Any = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
+    )
+    source, info = both
+    if lost := sorted(info["missing_keys"]):
+        raise ValueError(f"it lacks {lost[0]}")
     model = type(source)(config).to(torch.float32)  # a model read from GGUF counts as quantized and cannot be saved
     model.load_state_dict(source.state_dict())
     names = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -1,11 +1,12 @@
 """On-policy batches: the student answers the prompts of a batch, and learns from what the teacher says of its answers."""
 
 import hashlib
+from collections import Counter
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from distill_llm.data.causal import IGNORED, CausalCollator
 from distill_llm.data.special_tokens import document_end
@@ -19,8 +20,8 @@ MARK = "on_policy"  # an entry of a batch that the student answered
 class StudentResponses:
     """Replaces the responses of a share of the batches by the student's own (GKD, Agarwal et al., 2024, algorithm 1).
 
-    Which batches, and what is drawn, depends on the seed, the optimizer step and the prompt alone: a resumed training draws
-    what the unbroken one did.
+    All batches of an optimizer step or none are the student's. Which steps, and what is drawn, depends on the seed, the step and
+    the prompt: a resumed training draws what the unbroken one did.
 
     Args:
         settings: the share, and how answers are drawn.
@@ -41,9 +42,9 @@ class StudentResponses:
         end = document_end(collator.tokenizer)
         self.ends = [end] if end is not None else []
 
-    def chosen(self, step: int, micro_batch: int) -> bool:
-        """Whether the student answers this micro-batch: the same on all processes."""
-        return float(_generator(f"{self.seed} {step} {micro_batch}".encode()).random()) < self.settings.share
+    def chosen(self, step: int) -> bool:
+        """Whether the student answers the batches of this optimizer step: the same on all processes, however they are split."""
+        return float(_generator(f"{self.seed} {step}".encode()).random()) < self.settings.share
 
     def __call__(self, model: nn.Module, batch: dict[str, torch.Tensor], step: int) -> dict[str, torch.Tensor]:
         """The batch with the student's answers in the place of its responses, on the same device, and marked.
@@ -60,6 +61,10 @@ class StudentResponses:
             raise InputError("data.packing", True, "false with losses.responses: prompts must be rows of their own")
         device = batch["input_ids"].device
         prompts = [_prompt(batch, row) for row in range(len(batch["input_ids"]))]
+        if not all(prompts):
+            raise InputError(
+                "losses.responses", "rows without a prompt", "data of the task prompts: labels after each prompt"
+            )
         answers = self._answers(model, prompts, step, device)
         rows = [
             {
@@ -89,7 +94,10 @@ class StudentResponses:
         sampling = Sampling(
             self.settings.max_new_tokens, self.settings.temperature, self.settings.top_p, self.settings.top_k
         )
-        processors = LogitsProcessorList([*sampling.warpers(), Draw(self._uniforms(prompts, step, device), width)])
+        known = len(self.collator.tokenizer)
+        processors = LogitsProcessorList(
+            [_Known(known), *sampling.warpers(), Draw(self._uniforms(prompts, step, device), width)]
+        )
         before, inside.generation_config = inside.generation_config, settings
         model.eval()
         try:
@@ -103,12 +111,26 @@ class StudentResponses:
     def _uniforms(self, prompts: list[list[int]], step: int, device: torch.device) -> torch.Tensor | None:
         if self.settings.temperature == 0:
             return None
-        keys = [
-            np.asarray(ids, dtype="<u4").tobytes() + f"{self.seed} {step} {row}".encode()
-            for row, ids in enumerate(prompts)
-        ]
+        seen: Counter[tuple[int, ...]] = Counter()
+        keys = []
+        for ids in prompts:
+            again = seen[tuple(ids)]  # the same prompt twice gets two answers
+            seen[tuple(ids)] += 1
+            keys.append(np.asarray(ids, dtype="<u4").tobytes() + f"{self.seed} {step} {again}".encode())
         drawn = [_generator(key).random(self.settings.max_new_tokens) for key in keys]
         return torch.from_numpy(np.stack(drawn)).to(device)
+
+
+class _Known(LogitsProcessor):
+    """No token beyond the tokenizer's: a padded vocabulary has rows that mean nothing, and a teacher may not have them."""
+
+    def __init__(self, tokens: int):
+        self.tokens = tokens
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if scores.shape[1] <= self.tokens:
+            return scores
+        return scores.masked_fill(torch.arange(scores.shape[1], device=scores.device) >= self.tokens, -torch.inf)
 
 
 def _generator(content: bytes) -> np.random.Generator:

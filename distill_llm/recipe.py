@@ -66,6 +66,11 @@ class TeacherSection(Section):
 
     _check_train = field_validator("train")(_training_fields)
 
+    @field_validator("cache")
+    @classmethod
+    def _expand_home(cls, folder: Path | None) -> Path | None:
+        return None if folder is None else Path(os.path.expanduser(folder))
+
 
 class StudentSection(Section):
     """The student: one that exists already (any smaller model with the teacher's tokenizer), or how it learns."""
@@ -270,6 +275,11 @@ class Recipe(Section):
             faults.append(InputError("distillation", None, "a distillation section where there is a student section"))
         if self.teacher.cache is not None:
             faults += self._cache_faults()
+        elif self.teacher.quantization is not None and not (
+            self.distillation and self.distillation.losses.needs_teacher
+        ):
+            given = self.teacher.quantization
+            faults.append(InputError("teacher.quantization", given, "nothing where no loss needs the teacher"))
         if self.final and self.distillation is None:
             faults.append(InputError("final", self.final, "nothing without a distillation section"))
         raise_all(faults)

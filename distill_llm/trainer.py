@@ -128,10 +128,10 @@ class DistillationTrainer(Trainer):
         if self.responses is None:
             return batches, counts
         step, student = self.state.global_step, self.accelerator.unwrap_model(self.model)
-        for index, batch in enumerate(batches):
-            if self.responses.chosen(step, index):
-                with self.compute_loss_context_manager():
-                    batches[index] = self.responses(student, batch, step)
+        if not self.responses.chosen(step):
+            return batches, counts
+        with self.compute_loss_context_manager():
+            batches = [self.responses(student, batch, step) for batch in batches]
         return batches, self._get_num_items_in_batch(batches, device)  # counted anew: the labels are others now
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
@@ -166,6 +166,8 @@ class DistillationTrainer(Trainer):
         if answered and "labels" in factors:  # its own answers are no truth to the student
             factors["labels"] = 0.0 * factors["labels"]
         loss, sums, outputs = self.loss(model, inputs, factors, step, steps)
+        if answered and "labels" in sums:
+            sums["labels"] = torch.zeros_like(sums["labels"])
         self._logged_terms += torch.stack([sums[name].detach() * shares[name] for name in shares])
         return (loss, outputs) if return_outputs else loss
 

@@ -279,7 +279,8 @@ def _per_kind(choice: _Choice, *, local: bool, uniform: bool, round_to: int) -> 
         return
     share = (choice.budget - (total - movable)) / movable
     if "queries" in units and "heads" not in units:
-        choice.slots = [max(1, round(share * k)) for k in choice.shared]
+        nearest = round if movable_neurons else int  # neurons make up for what is too much
+        choice.slots = [max(1, nearest(share * k + 1e-6)) for k in choice.shared]
     if "heads" in units:
         # A head is dear: the nearest number, if the neurons can make up the difference.
         _keep_top(choice, "heads", share, local, uniform, nearest=True)
@@ -348,9 +349,16 @@ def _round_neurons(choice: _Choice, round_to: int, uniform: bool) -> None:
     """Bring every layer's neurons to a multiple of `round_to`, then spend what is left of the budget on whole blocks."""
     alive = [i for i, living in enumerate(choice.alive) if living]
     price, scores = choice.costs.neuron_at(choice.width), choice.scores.neurons
-    counts = {i: choice.neuron_count[i] // round_to * round_to for i in alive}
+    least = -(-choice.limits.neurons // round_to) * round_to
+    counts = {i: max(choice.neuron_count[i] // round_to * round_to, least) for i in alive}
     spare = choice.budget - (choice.cost() - price * sum(choice.neuron_count[i] - counts[i] for i in alive))
     ranked = {i: scores[i].argsort(descending=True) for i in alive}
+    while spare < -1e-6 and (
+        larger := [i for i in alive if counts[i] > least]
+    ):  # the limits took what others must give
+        poorest = min(larger, key=lambda i: scores[i][ranked[i][counts[i] - round_to : counts[i]]].sum().item())
+        counts[poorest] -= round_to
+        spare += price * round_to
     worth = {i: torch.cat([torch.zeros(1), scores[i][ranked[i]].cumsum(0)]) for i in alive}
     while True:
         group = alive if uniform else []

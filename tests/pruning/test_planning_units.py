@@ -103,6 +103,14 @@ def test_limits_hold_in_every_layer(case):
         assert all(len(row.heads) >= 1 and len(row.neurons) >= 12 for row in plan.layers)
 
 
+def test_limits_hold_when_neurons_are_rounded_and_the_budget_too():
+    model = family_model("llama")
+    scores = score(collect_statistics(model, [family_batch(model)], "kl"))
+    plan = plan_pruning(model, scores, 0.35, round_to=16, limits=Limits(neurons=20))
+    assert all(len(row.neurons) >= 20 and len(row.neurons) % 16 == 0 for row in plan.layers)
+    assert plan.kept <= 0.35 + 1e-9
+
+
 def test_queries_go_equally_from_every_group_and_the_least_first():
     model = family_model("llama")
     scores = score(collect_statistics(model, [family_batch(model)], "kl"))

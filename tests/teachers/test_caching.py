@@ -1,6 +1,5 @@
 """`distill-llm cache` and a recipe that learns from what it wrote."""
 
-
 import pytest
 import torch
 from causal_examples import causal_model, word_tokenizer
@@ -58,7 +57,7 @@ def test_draws_train_too_and_other_rows_are_refused_before_training(files):
         other = recipe(files, data={"task": "text", "path": str(files / "text.txt"), "max_length": 16})
         distill_llm.run(other, files / "other")
     hidden = {"losses": {"logits": {}, "hidden": {}}, "max_steps": 1}
-    with pytest.raises(InputError, match="losses.hidden: got 'a cached teacher'"):
+    with pytest.raises(InputError, match="distillation.losses.hidden: got 'a cached teacher'"):
         distill_llm.run(recipe(files, distillation=hidden), files / "other")
 
 
