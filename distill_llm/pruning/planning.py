@@ -71,6 +71,7 @@ def plan_pruning(
     shapes = layer_shapes(model)
     scores.check(shapes)
     costs = cost if isinstance(cost, Costs) else unit_costs(model, cost, sequence_length)
+    limits = Limits(limits.heads, -(-limits.neurons // round_to) * round_to)
     choice = _Choice(scores, shapes, costs, keep * costs.of(shapes), frozenset(units), limits)
     if len(units) == 1 and units[0] in BLOCKS:
         _blocks(choice, units[0])
@@ -349,7 +350,7 @@ def _round_neurons(choice: _Choice, round_to: int, uniform: bool) -> None:
     """Bring every layer's neurons to a multiple of `round_to`, then spend what is left of the budget on whole blocks."""
     alive = [i for i, living in enumerate(choice.alive) if living]
     price, scores = choice.costs.neuron_at(choice.width), choice.scores.neurons
-    least = -(-choice.limits.neurons // round_to) * round_to
+    least = choice.limits.neurons
     counts = {i: max(choice.neuron_count[i] // round_to * round_to, least) for i in alive}
     spare = choice.budget - (choice.cost() - price * sum(choice.neuron_count[i] - counts[i] for i in alive))
     ranked = {i: scores[i].argsort(descending=True) for i in alive}
