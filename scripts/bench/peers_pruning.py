@@ -16,9 +16,9 @@ What fails is printed with its first error and left out.
     python scripts/bench/peers_pruning.py --teacher runs/bench/sst2-0-half/teacher --task sst2 --data ../shared/data/glue/SST-2
 """
 
-import argparse
 import copy
 import gc
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -193,7 +193,7 @@ def main() -> None:
     """Print the table and one JSON line."""
     parser = arguments(__doc__)
     parser.add_argument("--iterations", type=int, default=4, help="of TextPruner's third row; 1 leaves it out")
-    args: argparse.Namespace = parser.parse_args()
+    args = parser.parse_args()
     given = subject(args)
     statistics = collect_statistics(given.model, given.batches)
     importance = score(statistics, "fisher")
@@ -214,6 +214,7 @@ def main() -> None:
                 for name, method in students:
                     found = (method(given, keep, count) for keep, count in zip(args.keep, counts, strict=True))
                     result[name] = [{"score": given.dev(student), "layer_params": count} for student, count in found]
+                    print(name, *(f"{row['score']:.4f}" for row in result[name]), file=sys.stderr, flush=True)
             except Exception as error:  # a peer's own failure is a result
                 failed[source] = f"{type(error).__name__}: {error}"
     title = f"{args.task} ({args.split}), dense {dense:.4f}; score (layer parameters)"

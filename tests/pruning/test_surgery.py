@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from family_examples import (
     HIDDEN,
     QUERIES,
@@ -146,6 +147,7 @@ def queries_of(student, layer):
 
 
 def test_what_accelerate_wraps_around_a_teacher_does_not_reach_the_student():
+    AcceleratorState._reset_state(reset_partial_state=True)  # of a training that another test did before
     teacher = family_model("llama")
     plan, batch = uneven_plan(teacher), family_batch(teacher)
     expected = outputs_of(prune(teacher, plan), batch)
@@ -160,6 +162,7 @@ def test_what_accelerate_wraps_around_a_teacher_does_not_reach_the_student():
         for parameter in teacher.parameters():
             parameter.zero_()
     assert torch.equal(outputs_of(student, batch), expected)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_weights_that_are_not_in_memory_are_refused():
