@@ -25,9 +25,10 @@ from distill_llm.data.special_tokens import check_tokenizer
 from distill_llm.data.tasks import prompts as prompts_task
 from distill_llm.errors import InputError, one_of
 from distill_llm.opening import OpenModel, check_head, longest_input, open_model
-from distill_llm.responses.decoding import Decoder, Sampling
+from distill_llm.responses.decoding import Decoder
 from distill_llm.responses.folder import Counts, ResponseFolder, kept_rows
 from distill_llm.responses.prompts import Prompt, Source, encode_prompts, read_contents
+from distill_llm.responses.sampling import Sampling
 from distill_llm.responses.work import Work
 from distill_llm.teachers.cache_contents import teacher_fingerprint, tokenizer_fingerprint
 
@@ -119,7 +120,7 @@ def respond(
         if isinstance(teacher, str):
             teacher = load_pretrained(opened.path, dtype=getattr(torch, dtype))
             teacher.to(processes.device)  # type: ignore[arg-type]
-        _generate(work, own, Decoder(teacher, CausalCollator(opened.tokenizer), sampling), folder, shown)
+        _generate(work, own, Decoder(teacher, CausalCollator(opened.tokenizer), sampling, "teacher"), folder, shown)
     while not all(folder.has_shard(number) for number in missing):
         time.sleep(WAIT)  # rather than at a barrier, which gives up after minutes
 
@@ -142,10 +143,13 @@ def _generate(work: Work, shards: Sequence[int], decoder: Decoder, folder: Respo
         for number in shards:
             rows = []
             for batch in work.batches(number):
-                prompts = [work.prompts[place] for place, _ in batch]
-                responses = decoder(prompts, [sample for _, sample in batch])
-                rows += [work.row(*each, response) for each, response in zip(batch, responses, strict=True)]
-                tokens += sum(response.tokens for response in responses)
+                keys = [work.key(*each) for each in batch]
+                answers = decoder([work.prompts[place].ids for place, _ in batch], decoder.sampling.uniforms(keys))
+                rows += [
+                    work.row(*each, decoder.text(answer), len(answer), decoder.ended(answer))
+                    for each, answer in zip(batch, answers, strict=True)
+                ]
+                tokens += sum(map(len, answers))
                 bar.set_postfix_str(f"{tokens / (time.monotonic() - start):,.0f} tokens/s", refresh=False)
                 bar.update(len(batch))
             folder.write_shard(number, rows)

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 
 from distill_llm.errors import InputError
-from distill_llm.responses.decoding import Response
 from distill_llm.responses.folder import ResponseFolder, Row
 from distill_llm.responses.prompts import Prompt
 
@@ -38,15 +37,19 @@ class Work:
         shard = self.shard(number)
         yield from (shard[start : start + self.batch_size] for start in range(0, len(shard), self.batch_size))
 
-    def row(self, place: int, sample: int, response: Response) -> Row:
-        """A response with its prompt, as it is written."""
+    def key(self, place: int, sample: int) -> bytes:
+        """What the random numbers of a response depend on."""
+        return self.prompts[place].key + f"{sample} {self.seed}".encode()
+
+    def row(self, place: int, sample: int, text: str, tokens: int, ended: bool) -> Row:
+        """A response with its prompt, as it is written; `tokens` were generated, the end token among them."""
         about = {
-            "finish_reason": response.finish_reason,
-            "tokens": response.tokens,
+            "finish_reason": "eos" if ended else "length",
+            "tokens": tokens,
             "sample": sample,
             "seed": self.seed,
         }
-        return {**self.prompts[place].answered(response.text), **about}
+        return {**self.prompts[place].answered(text), **about}
 
     def by_prompt(self, folder: ResponseFolder) -> list[list[Row]]:
         """The rows of all responses, those to each prompt together, once every shard is there.

@@ -39,14 +39,14 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 @torch.no_grad()
 def alone(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, ids: list[int], count: int
-) -> tuple[str, str, int]:
-    """Text, finish reason and number of tokens of a greedy response: token by token, without batch, padding or cache."""
+) -> tuple[str, bool, int]:
+    """Text, whether it ended, and number of tokens of a greedy response: token by token, without batch, padding or cache."""
     new: list[int] = []
     while len(new) < count and (not new or new[-1] not in ENDS):
         new.append(int(model(torch.tensor([ids + new]), use_cache=False).logits[0, -1].argmax()))
     ended = new[-1] in ENDS
     return (
         tokenizer.decode(new[:-1] if ended else new, skip_special_tokens=True),
-        "eos" if ended else "length",
+        ended,
         len(new),
     )

@@ -6,8 +6,10 @@ from causal_examples import word_tokenizer
 from response_examples import PROMPTS, alone, teacher
 
 from distill_llm.data.causal import CausalCollator
-from distill_llm.responses.decoding import Decoder, Draw, Sampling
+from distill_llm.errors import InputError
+from distill_llm.responses.decoding import Decoder
 from distill_llm.responses.prompts import encode_prompts
+from distill_llm.responses.sampling import Draw, Sampling
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt_neox", "qwen3"])
@@ -18,9 +20,9 @@ def test_greedy_batches_of_uneven_prompts_equal_a_loop_over_tokens(family: str) 
     decoder = Decoder(model, CausalCollator(tokenizer), Sampling(max_new_tokens=12, temperature=0))
     config = model.generation_config
     with decoder.ready():
-        found = [each for batch in (prompts[:6], prompts[6:]) for each in decoder(batch, [0] * len(batch))]
+        found = [each for batch in (prompts[:6], prompts[6:]) for each in decoder([prompt.ids for prompt in batch])]
     wanted = [alone(model, tokenizer, prompt.ids, 12) for prompt in prompts]
-    assert [(each.text, each.finish_reason, each.tokens) for each in found] == wanted
+    assert [(decoder.text(each), decoder.ended(each), len(each)) for each in found] == wanted
     assert len({tokens for *_, tokens in wanted}) > 3  # rows of a batch end at different places
     assert model.generation_config is config
 
@@ -29,12 +31,16 @@ def test_a_sampled_response_is_the_same_in_every_batch_and_another_with_another_
     model, tokenizer = teacher(), word_tokenizer()
     prompts = encode_prompts(PROMPTS, tokenizer)
 
+    def asked(batch: list, sample: int, sampling: Sampling) -> tuple:
+        keys = [prompt.key + f"{sample} {sampling.seed}".encode() for prompt in batch]
+        return [prompt.ids for prompt in batch], sampling.uniforms(keys)
+
     def answers(size: int, sample: int = 0, **settings: float) -> list:
         sampling = Sampling(max_new_tokens=8, **{"temperature": 0.8, "samples": 2, **settings})  # type: ignore[arg-type]
         decoder = Decoder(model, CausalCollator(tokenizer), sampling)
         with decoder.ready():
             batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-            return [each for batch in batches for each in decoder(batch, [sample] * len(batch))]
+            return [answer for batch in batches for answer in decoder(*asked(batch, sample, sampling))]
 
     together = answers(11)
     assert answers(1) == answers(4) == together
@@ -66,12 +72,30 @@ def test_temperature_top_k_and_top_p_cut_as_defined() -> None:
     torch.testing.assert_close(kept(top_p=0.75), torch.tensor([4, 3, 2, 0]) / 9)
 
 
-def test_random_numbers_are_even_and_belong_to_prompt_sample_and_seed() -> None:
-    sampling = Sampling(max_new_tokens=10_000)
-    numbers = sampling.uniforms(b"a", 0)
+def test_random_numbers_are_even_and_belong_to_the_key() -> None:
+    numbers, other = Sampling(max_new_tokens=10_000).uniforms([b"a", b"b"])
     counts = torch.histc(torch.from_numpy(numbers), bins=10, min=0, max=1)
     assert (counts - 1000).abs().max() < 120
-    others = [sampling.uniforms(b"b", 0), sampling.uniforms(b"a", 1), Sampling(10_000, seed=1).uniforms(b"a", 0)]
-    assert (numbers == sampling.uniforms(b"a", 0)).all()
-    assert all(abs(torch.corrcoef(torch.tensor([numbers, each]))[0, 1]) < 0.05 for each in others)
-    assert (Sampling(max_new_tokens=5).uniforms(b"a", 0) == numbers[:5]).all()
+    assert abs(torch.corrcoef(torch.tensor([numbers, other]))[0, 1]) < 0.05
+    assert (Sampling(max_new_tokens=5).uniforms([b"c", b"a"])[1] == numbers[:5]).all()
+    assert Sampling(temperature=0).uniforms([b"a"]) is None
+
+
+def test_logits_that_are_not_numbers_name_the_model() -> None:
+    model, tokenizer = teacher(), word_tokenizer()
+    model.lm_head.weight.data.fill_(float("nan"))
+    decoder = Decoder(model, CausalCollator(tokenizer), Sampling(temperature=0, max_new_tokens=2), "student")
+    with decoder.ready(), pytest.raises(InputError, match="student: got .*not numbers"):
+        decoder([[1, 2]])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 5.0])
+def test_rows_of_a_padded_vocabulary_are_never_answers(temperature: float) -> None:
+    tokenizer = word_tokenizer()
+    model = teacher(vocab_size=len(tokenizer) + 31)
+    model.lm_head.weight.data[len(tokenizer) :] *= 50  # far more probable, one way or the other
+    sampling = Sampling(max_new_tokens=8, temperature=temperature)
+    decoder = Decoder(model, CausalCollator(tokenizer), sampling)
+    with decoder.ready():
+        answers = decoder([[1, 2, 3]] * 8, sampling.uniforms([bytes([i]) for i in range(8)]))
+    assert max(max(answer) for answer in answers) < len(tokenizer)
