@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from distill_llm.errors import InputError
-from distill_llm.losses.chunked_head import Head, head_of
+from distill_llm.losses.head import Head, head_of
 
 PROBE = 60.0  # logits from minus to plus this: beyond any soft cap
 

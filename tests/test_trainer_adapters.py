@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import tiny_model
-from test_trainer_head import agree, both_ways
+from test_trainer_head import assert_same_step, both_ways
 from trainer_examples import (
     TERMS,
     causal_model,
@@ -33,7 +33,7 @@ def stacked(data):
 def test_an_adapted_student_has_the_gradients_of_whole_logits_and_in_its_adapters_only(tmp_path, monkeypatch, head):
     teacher, student = model_of(head, layers=4), with_lora(model_of(head, layers=2, seed=1))
     found = both_ways(monkeypatch, tmp_path, student, teacher, rows(teacher), TERMS["all"])
-    agree(found)
+    assert_same_step(found)
     assert len(found[0][0]) == 8 and all("lora_" in name for name in found[0][0])
 
 
@@ -135,7 +135,7 @@ def test_a_quantised_teacher_is_near_its_original_and_is_neither_moved_nor_cast(
 
 def test_a_student_learns_from_a_quantised_teacher_what_its_own_forward_says(tmp_path, monkeypatch, saved):
     teacher, student = load_teacher(saved[0], "4bit", torch.float32), causal_model(layers=2, seed=1)
-    agree(both_ways(monkeypatch, tmp_path, student, teacher, rows(student), BOTH))
+    assert_same_step(both_ways(monkeypatch, tmp_path, student, teacher, rows(student), BOTH))
 
 
 @pytest.mark.parametrize("quantization, close", [("8bit", 0.05), ("4bit", 0.02)])

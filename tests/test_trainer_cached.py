@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import tiny_model
-from test_trainer_head import agree, both_ways
+from test_trainer_head import assert_same_step, both_ways
 from trainer_examples import NO_DROPOUT, TERMS, cached, causal_model, model_of, rows, step_gradient, trainer_of
 
 from distill_llm.errors import InputError
@@ -52,8 +52,8 @@ def test_chunks_accumulation_and_order_do_not_change_what_a_cache_teaches(tmp_pa
     source = cached(tmp_path / "cache", teacher, data, k=20)
     whole = step_gradient(tmp_path, student, source, data, BOTH)
     small = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "seed": 11}
-    agree([whole, step_gradient(tmp_path, student, source, list(reversed(data)), BOTH, **small)])
-    agree(both_ways(monkeypatch, tmp_path, student, source, data, BOTH))
+    assert_same_step([whole, step_gradient(tmp_path, student, source, list(reversed(data)), BOTH, **small)])
+    assert_same_step(both_ways(monkeypatch, tmp_path, student, source, data, BOTH))
 
 
 def test_a_cache_of_all_classes_teaches_a_classifier_exactly_and_at_any_temperature(tmp_path):
@@ -64,14 +64,14 @@ def test_a_cache_of_all_classes_teaches_a_classifier_exactly_and_at_any_temperat
     data = rows(teacher)
     source = cached(tmp_path / "cache", teacher, data)
     found = [step_gradient(tmp_path, student, each, data, TERMS["dkd"]) for each in (source, teacher)]
-    agree(found)
+    assert_same_step(found)
 
 
 def test_the_vocabularys_padding_is_left_out_of_a_cache_of_the_tokens_in_use(tmp_path, monkeypatch):
     teacher, student = sharp("causal-lm", vocab_size=128), causal_model(layers=2, seed=1)
     data = rows(student)
     source = cached(tmp_path / "cache", teacher, data, k=20, method="topk", classes=90)
-    agree(both_ways(monkeypatch, tmp_path, student, source, data, BOTH, processing_class=range(90)))
+    assert_same_step(both_ways(monkeypatch, tmp_path, student, source, data, BOTH, processing_class=range(90)))
 
 
 @pytest.mark.parametrize(

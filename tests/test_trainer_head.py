@@ -31,7 +31,7 @@ def both_ways(monkeypatch, folder, student, teacher, data, losses, **settings):
     return [*found, step_gradient(folder, student, teacher, data, losses, **settings)]
 
 
-def agree(found, rtol=1e-4, atol=1e-6):
+def assert_same_step(found, rtol=1e-4, atol=1e-6):
     (chunked, chunked_log), (dense, dense_log) = found
     assert chunked.keys() == dense.keys() and len(dense) > 5
     for name, gradient in dense.items():
@@ -45,7 +45,7 @@ def agree(found, rtol=1e-4, atol=1e-6):
 def test_scaled_capped_and_tied_heads_give_the_gradients_and_logs_of_whole_logits(tmp_path, monkeypatch, family):
     teacher = causal_model(family, **SCALED[family])
     student = causal_model(family, layers=2, seed=1, **SCALED[family])
-    agree(both_ways(monkeypatch, tmp_path, student, teacher, rows(teacher), BOTH))
+    assert_same_step(both_ways(monkeypatch, tmp_path, student, teacher, rows(teacher), BOTH))
 
 
 @pytest.mark.parametrize("head", ["masked-lm", "causal-lm"])
@@ -64,13 +64,13 @@ def test_scaled_capped_and_tied_heads_give_the_gradients_and_logs_of_whole_logit
 def test_no_setting_tells_chunks_from_whole_logits(tmp_path, monkeypatch, head, losses, settings):
     teacher, student = model_of(head, layers=4), model_of(head, layers=2, seed=1)
     found = both_ways(monkeypatch, tmp_path, student, teacher, rows(teacher), losses, **settings)
-    agree(found, **({"rtol": 3e-2, "atol": 3e-3} if "bf16" in settings else {}))
+    assert_same_step(found, **({"rtol": 3e-2, "atol": 3e-3} if "bf16" in settings else {}))
 
 
 def test_padded_vocabularies_are_compared_over_what_they_share(tmp_path, monkeypatch):
     teacher, student = causal_model(vocab_size=128), causal_model(layers=2, seed=1)
     data = rows(student)
-    agree(both_ways(monkeypatch, tmp_path, student, teacher, data, BOTH, processing_class=range(90)))
+    assert_same_step(both_ways(monkeypatch, tmp_path, student, teacher, data, BOTH, processing_class=range(90)))
 
 
 class Sizes(TorchDispatchMode):

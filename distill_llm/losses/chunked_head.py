@@ -1,43 +1,21 @@
 """Label loss and divergence of a language-model head whose logits are never held whole."""
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
 
-from distill_llm.errors import InputError, one_of
+from distill_llm.errors import InputError
+from distill_llm.losses.head import Head
+from distill_llm.losses.head_kernels import Block, Kernel, kernel_of, softmax_into
 from distill_llm.losses.labels import IGNORED
-from distill_llm.losses.objective import DIVERGENCES, NEED_LABELS
 from distill_llm.losses.sparse import SparseTargets, entropy, value_and_grad
 
 CHUNK_BYTES = 5 * 2**26  # of the student's logits in the products' dtype, and half as much of the teacher's
 BLOCK_LOGITS = {"cpu": 2**19}  # held in fp32, in six buffers: on a CPU they should stay in its cache
 BLOCK_LOGITS_ELSEWHERE = 2**24
 SLICE = 2**23  # numbers of the weight's gradient that are made in low precision before they are summed in fp32
-
-
-@dataclass(frozen=True)
-class Head:
-    """The linear map from hidden states to logits, and what is done to the logits after it.
-
-    Logits are softcap * tanh(x / softcap) with x = scale * (hidden @ weight^T + bias).
-
-    Attributes:
-        weight: (V, H).
-        bias: (V,) or None.
-        scale: Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`.
-        softcap: Gemma's `final_logit_softcapping`; None: no cap.
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
 
 
 class HeadLosses(NamedTuple):
@@ -99,14 +77,14 @@ def head_losses(
             "both head and hidden states of the teacher, or neither",
         )
     vocabulary = len(student.weight)
-    kernel = _kernel(divergence, settings or {}, labels is not None)
+    kernel = kernel_of(divergence, settings or {}, labels is not None)
     if teacher is not None and teacher_hidden is not None:
         if len(teacher_hidden) != len(student_hidden):
             raise InputError("teacher_hidden", f"{len(teacher_hidden)} items", f"the student's {len(student_hidden)}")
         shared = min(vocabulary, len(teacher.weight))
         if classes is not None and not 0 < classes <= shared:
             raise InputError("classes", classes, f"1 to {shared}, the smaller vocabulary")
-        teacher, teacher_hidden = _first(teacher, classes or shared), teacher_hidden.detach()
+        teacher, teacher_hidden = teacher.first(classes or shared), teacher_hidden.detach()
     if targets is not None:
         _check_sparse(targets, len(student_hidden), teacher, (divergence, settings or {}, temperature))
     if labels is not None and labels.shape != student_hidden.shape[:1]:
@@ -122,7 +100,7 @@ def head_losses(
     if dtype == torch.float16:  # gradients of a mean would vanish in it
         unit = torch.maximum(of_labels.abs(), temperature * of_logits.abs()).clamp_min(torch.finfo(torch.float32).tiny)
     work = _Work(
-        _first(student, vocabulary),
+        student.first(vocabulary),
         labels,
         teacher,
         teacher_hidden,
@@ -139,203 +117,6 @@ def head_losses(
     )
     wanted = torch.is_grad_enabled()
     return HeadLosses(*_HeadLosses.apply(student_hidden, student.weight, student.bias, work, wanted))
-
-
-def head_of(model: PreTrainedModel, transformed: bool = False) -> Head:
-    """The head of a causal or masked language model, for inputs that are the base model's last hidden states.
-
-    Args:
-        transformed: the head's inputs will be taken after the layers between base model and output map (BERT's
-            `cls.predictions.transform`), so these layers are no fault.
-
-    Raises:
-        InputError: the model has no linear map to its vocabulary, or layers before it, or does to its logits what a
-            Head cannot say.
-    """
-    name, linear = type(model).__name__, model.get_output_embeddings()
-    if not isinstance(linear, nn.Linear):
-        raise InputError("model", name, "a causal or masked language model with a linear output map")
-    between = [key for key, child in model.named_children() if child is not linear and key != model.base_model_prefix]
-    if not transformed and any(True for key in between for _ in model.get_submodule(key).parameters()):
-        accepted = "a model whose output map follows its base model at once, or inputs taken after those layers"
-        raise InputError("model", f"{name} with {', '.join(between)} around its output map", accepted)
-    config = model.config.get_text_config()
-    scale, softcap = 1.0, None
-    for field, power in LOGIT_FACTORS.items():
-        if getattr(config, field, None) is not None:
-            scale *= float(getattr(config, field)) ** FACTOR_EXCEPTIONS.get((config.model_type, field), power)
-    for field in LOGIT_CAPS:
-        if getattr(config, field, None) is not None:
-            softcap = float(getattr(config, field))
-    return Head(linear.weight, linear.bias, scale, softcap)
-
-
-# Fields of a configuration that say what is done to logits: multiplied by this power of the field, or capped.
-LOGIT_FACTORS = {
-    "logit_scale": 1,
-    "lm_head_multiplier": 1,
-    "output_multiplier": 1,
-    "logits_scaling": -1,
-    "logits_mup_width_multiplier": -1,
-}
-LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-# HyperCLOVA X multiplies by what Granite divides by; MPT has the field and does nothing with it.
-FACTOR_EXCEPTIONS = {("hyperclovax", "logits_scaling"): 1, ("mpt", "logit_scale"): 0}
-
-
-class _Block(NamedTuple):
-    """A few items in fp32: logits over the temperature, and buffers for probabilities; kernels may overwrite all."""
-
-    student: torch.Tensor
-    teacher: torch.Tensor
-    q: torch.Tensor
-    p: torch.Tensor
-    labels: torch.Tensor | None
-
-    def probabilities(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """log q, log p, q and p of the student (q) and the teacher (p), in this block's four buffers."""
-        for logits, out in ((self.student, self.q), (self.teacher, self.p)):
-            logits.sub_(_softmax(logits, out))
-        return self.student, self.teacher, self.q, self.p
-
-
-# A kernel returns the divergence of each item (R,) and its gradient with respect to block.student (R, C).
-_Kernel = Callable[..., tuple[torch.Tensor, torch.Tensor]]
-
-
-def _forward_kl(block: _Block) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL(p || q) (Hinton et al., 2015)."""
-    log_q, log_p, q, p = block.probabilities()
-    value = torch.mul(p, log_p.sub_(log_q), out=log_p).sum(-1)
-    return value, q.sub_(p)
-
-
-def _reverse_kl(block: _Block) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL(q || p) (Gu et al., 2024, MiniLLM)."""
-    log_q, log_p, q, _ = block.probabilities()
-    return _through_softmax(q, log_q.sub_(log_p), log_p)
-
-
-def _jsd(block: _Block, *, beta: float = 0.5) -> tuple[torch.Tensor, torch.Tensor]:
-    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q (Agarwal et al., 2024, GKD)."""
-    log_q, log_p, q, p = block.probabilities()
-    log_m = _log_mixture(log_p, log_q, beta)
-    of_teacher = p.mul_(log_p.sub_(log_m)).sum(-1)
-    of_student, gradient = _through_softmax(q, log_q.sub_(log_m), log_p)
-    return beta * of_teacher + (1 - beta) * of_student, gradient.mul_(1 - beta)
-
-
-def _skew_kl(block: _Block, *, skew: float = 0.1) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL(p || m) with m = skew p + (1 - skew) q (Ko et al., 2024, DistiLLM)."""
-    log_q, log_p, q, p = block.probabilities()
-    log_ratio = log_p.sub_(_log_mixture(log_p, log_q, skew))
-    value = torch.mul(p, log_ratio, out=p).sum(-1)
-    return value, _through_softmax(q, log_ratio.exp_(), log_q)[1].mul_(skew - 1)
-
-
-def _skew_reverse_kl(block: _Block, *, skew: float = 0.1) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL(q || m) with m = (1 - skew) p + skew q (Ko et al., 2024, DistiLLM)."""
-    log_q, log_p, q, p = block.probabilities()
-    log_ratio = log_q.sub_(_log_mixture(log_q, log_p, skew))
-    value = torch.mul(q, log_ratio, out=p).sum(-1)
-    torch.exp(log_ratio, out=p)
-    return value, _through_softmax(q, log_ratio.sub_(p, alpha=skew), log_p)[1]
-
-
-def _tvd(block: _Block) -> tuple[torch.Tensor, torch.Tensor]:
-    """Total variation distance, sum |p - q| / 2 (Wen et al., 2023)."""
-    difference, scratch, q, p = block.probabilities()
-    torch.sub(q, p, out=difference)
-    value = torch.abs(difference, out=scratch).sum(-1) / 2
-    return value, _through_softmax(q, difference.sign_().div_(2), scratch)[1]
-
-
-def _mse(block: _Block) -> tuple[torch.Tensor, torch.Tensor]:
-    """Squared difference of the logits summed over classes; times temperature^2, it does not depend on it."""
-    difference = block.student.sub_(block.teacher)
-    return torch.square(difference, out=block.teacher).sum(-1), difference.mul_(2)
-
-
-def _dkd(block: _Block, *, alpha: float = 1.0, beta: float = 8.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """alpha KL(target or not) + beta KL(among the others) (Zhao et al., 2022, DKD); 0 for items without a label."""
-    assert block.labels is not None
-    counted = ((block.labels >= 0) & (block.labels < block.student.shape[1])).unsqueeze(1)
-    target = block.labels.unsqueeze(1).where(counted, 0)
-    binary = []
-    for logits in (block.student, block.teacher):
-        at_target = logits.gather(1, target)
-        logits.scatter_(1, target, -torch.inf)
-        binary.append(at_target - logits.logsumexp(1, keepdim=True))  # log-odds of the target
-    sigmoid, log_sigmoid = torch.sigmoid, nn.functional.logsigmoid
-    odds_q, odds_p = binary
-    of_target = sigmoid(odds_p) * (log_sigmoid(odds_p) - log_sigmoid(odds_q)) + sigmoid(-odds_p) * (
-        log_sigmoid(-odds_p) - log_sigmoid(-odds_q)
-    )
-    log_q, log_p, q, p = block.probabilities()
-    ratio = log_p.sub_(log_q).scatter_(1, target, 0.0)
-    value = alpha * of_target + beta * torch.mul(p, ratio, out=ratio).sum(-1, keepdim=True)
-    slope = alpha * (sigmoid(odds_q) - sigmoid(odds_p))
-    gradient = p.mul_(-beta).add_(q.mul_(beta - slope)).scatter_(1, target, slope)
-    return (value * counted).squeeze(1), gradient.mul_(counted)
-
-
-KERNELS: dict[str, _Kernel] = {
-    "forward_kl": _forward_kl,
-    "reverse_kl": _reverse_kl,
-    "jsd": _jsd,
-    "skew_kl": _skew_kl,
-    "skew_reverse_kl": _skew_reverse_kl,
-    "tvd": _tvd,
-    "mse": _mse,
-    "dkd": _dkd,
-}
-
-
-def _softmax(logits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Probabilities into `out`; returns the logarithm of the sum of exponentials (R, 1)."""
-    torch.softmax(logits, -1, out=out)
-    return logits.amax(-1, keepdim=True).sub_(out.amax(-1, keepdim=True).log_())
-
-
-def _log_mixture(log_a: torch.Tensor, log_b: torch.Tensor, share: float) -> torch.Tensor:
-    """log(share a + (1 - share) b)."""
-    return torch.logaddexp(log_a + math.log(share), log_b + math.log1p(-share))
-
-
-def _through_softmax(q: torch.Tensor, slope: torch.Tensor, scratch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean of `slope` under q, and the gradient in logits of what has the gradient `slope` in q (made in `slope`)."""
-    mean = torch.mul(q, slope, out=scratch).sum(-1)
-    return mean, slope.sub_(mean.unsqueeze(1)).mul_(q)
-
-
-def _coarsened(block: _Block, *, kernel: _Kernel, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A divergence of k + 1 outcomes, as `distill_llm.losses.logits.coarsened` makes them."""
-    if top_k >= block.teacher.shape[1]:
-        return kernel(block)
-    best = block.teacher.topk(top_k, dim=1).indices
-    merged = []
-    for logits, among_others in ((block.student, block.q), (block.teacher, block.p)):
-        own = logits.gather(1, best)
-        rest = _softmax(logits.scatter_(1, best, -torch.inf), among_others)
-        merged.append(torch.cat([own, rest], 1))
-    student, teacher = merged
-    value, slope = kernel(_Block(student, teacher, torch.empty_like(student), torch.empty_like(teacher), None))
-    return value, block.q.mul_(slope[:, top_k:]).scatter_(1, best, slope[:, :top_k])
-
-
-def _kernel(divergence: str, settings: Mapping[str, Any], labelled: bool) -> _Kernel:
-    """The kernel of that name with these settings."""
-    if divergence not in DIVERGENCES:
-        raise InputError("divergence", divergence, one_of(DIVERGENCES, divergence))
-    known = DIVERGENCES[divergence]
-    for name in settings:
-        if name not in known:
-            raise InputError(f"settings of {divergence}", name, one_of(known, name) if known else "none")
-    if divergence in NEED_LABELS and not labelled:
-        raise InputError("labels", None, f"labels with {divergence}, which treats the true class apart")
-    own = {name: value for name, value in settings.items() if name != "top_k"}
-    kernel = partial(KERNELS[divergence], **own)
-    return partial(_coarsened, kernel=kernel, top_k=settings["top_k"]) if "top_k" in settings else kernel
 
 
 def _check_sparse(targets: SparseTargets, items: int, teacher: Head | None, given: tuple[Any, ...]) -> None:
@@ -358,7 +139,7 @@ class _Work:
     teacher_hidden: torch.Tensor | None
     label_weight: torch.Tensor
     logits_weight: torch.Tensor
-    kernel: _Kernel
+    kernel: Kernel
     temperature: float
     smoothing: float
     chunk: int
@@ -385,15 +166,15 @@ class _Work:
             buffers: two of (R, V) and four of (R, C), fp32.
         """
         logits, gradient = buffers[0], buffers[1].zero_()
-        _finish(self.student, student, logits)
+        self.student.finish(student, logits)
         label_loss: torch.Tensor | float = 0.0
         value: torch.Tensor | float = 0.0
         if labels is not None:
             label_loss = self._label_loss(logits, labels, gradient)
         if self.teacher is not None and teacher is not None:
-            block = _Block(buffers[2], buffers[3], buffers[4], buffers[5], labels)
+            block = Block(buffers[2], buffers[3], buffers[4], buffers[5], labels)
             classes = teacher.shape[1]
-            _finish(self.teacher, teacher, block.teacher).div_(self.temperature)
+            self.teacher.finish(teacher, block.teacher).div_(self.temperature)
             torch.div(logits[:, :classes], self.temperature, out=block.student)
             value, slope = self.kernel(block)
             value = value * self.temperature**2
@@ -413,7 +194,7 @@ class _Work:
         """Cross-entropy of each item (R,); its weighted gradient goes into `gradient`."""
         counted = (labels != IGNORED).unsqueeze(1)
         target = labels.unsqueeze(1).where(counted, 0)
-        normaliser = _softmax(logits, gradient)
+        normaliser = softmax_into(logits, gradient)
         value = normaliser - (1 - self.smoothing) * logits.gather(1, target)
         if self.smoothing:
             value -= self.smoothing * logits.mean(1, keepdim=True)
@@ -451,7 +232,7 @@ def _run(
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], list[torch.Tensor | None]]:
     """Sums of the label loss and the divergence; gradients of hidden states, weight and bias where wanted."""
     items, vocabulary = len(hidden), len(work.student.weight)
-    student, teacher = _in(work.student, work.dtype), None if work.teacher is None else _in(work.teacher, work.dtype)
+    student, teacher = work.student.to(work.dtype), None if work.teacher is None else work.teacher.to(work.dtype)
     inputs = hidden.detach().to(work.dtype)
     label_losses, values = hidden.new_zeros(2, items, dtype=torch.float32)
     of_hidden = torch.empty_like(inputs) if wanted[0] else None
@@ -467,12 +248,12 @@ def _run(
     for begin in range(0, items, max(1, chunk)):
         end = min(begin + chunk, items)
         here = products[: end - begin]
-        _product(student, inputs[begin:end], here)
+        student.products(inputs[begin:end], here)
         for first in range(begin, end, rows):
             last, offset = min(first + rows, end), (first - begin) % span
             if teacher is not None and work.teacher_hidden is not None and not offset:
                 stop = min(first + span, end)
-                _product(teacher, work.teacher_hidden[first:stop].to(work.dtype), targets[: stop - first])
+                teacher.products(work.teacher_hidden[first:stop].to(work.dtype), targets[: stop - first])
             part = here[first - begin : last - begin]
             label_losses[first:last], values[first:last], gradient = work.block(
                 part,
@@ -529,29 +310,3 @@ class _WeightGradient:
     def result(self) -> torch.Tensor:
         """(V, H); zeros if there was no chunk."""
         return self.total.zero_() if self.empty else self.total
-
-
-def _product(head: Head, hidden: torch.Tensor, out: torch.Tensor) -> None:
-    """hidden @ weight^T + bias, in their dtype."""
-    if head.bias is None:
-        torch.mm(hidden, head.weight.t(), out=out)
-    else:
-        torch.addmm(head.bias, hidden, head.weight.t(), out=out)
-
-
-def _finish(head: Head, products: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Logits in fp32 from the head's products: scaled and capped."""
-    out.copy_(products)
-    if head.scale != 1:
-        out.mul_(head.scale)
-    return out if head.softcap is None else out.div_(head.softcap).tanh_().mul_(head.softcap)
-
-
-def _in(head: Head, dtype: torch.dtype) -> Head:
-    return replace(head, weight=head.weight.to(dtype), bias=None if head.bias is None else head.bias.to(dtype))
-
-
-def _first(head: Head, classes: int) -> Head:
-    """The head of the first classes only, without gradient."""
-    bias = None if head.bias is None else head.bias[:classes].detach()
-    return replace(head, weight=head.weight[:classes].detach(), bias=bias)

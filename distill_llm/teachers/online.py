@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from distill_llm.adapters import is_quantized
 from distill_llm.capture import Recorder, Signals, Wanted, item_logits, packed
 from distill_llm.data.decoders import without_packed_mask
-from distill_llm.losses.chunked_head import Head
+from distill_llm.losses.head import Head
 from distill_llm.output_head import OutputHead, output_head
 
 

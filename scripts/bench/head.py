@@ -25,7 +25,8 @@ import common
 import torch
 
 from distill_llm.counting import _LiveStorages
-from distill_llm.losses.chunked_head import Head, head_losses
+from distill_llm.losses.chunked_head import head_losses
+from distill_llm.losses.head import Head
 from distill_llm.losses.labels import label_loss
 from distill_llm.losses.logits import logits_divergence
 

@@ -1,149 +1,31 @@
-"""The chunked head against dense formulas: values, gradients, precision, memory and real models."""
+"""The chunked head against dense formulas: values, gradients, precision and memory."""
 
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import tiny_model
+from head_examples import (
+    CLASSES,
+    ITEMS,
+    assert_equals_dense,
+    case,
+    dense,
+    dense_divergence,
+    dense_logits,
+    gradients,
+    leaves,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill_llm.errors import InputError
 from distill_llm.losses import chunked_head
-from distill_llm.losses.chunked_head import KERNELS, Head, HeadLosses, head_losses, head_of
+from distill_llm.losses.chunked_head import head_losses
+from distill_llm.losses.head import Head
+from distill_llm.losses.head_kernels import KERNELS
 from distill_llm.losses.logits import logits_divergence
 from distill_llm.losses.objective import DIVERGENCES as OBJECTIVE_DIVERGENCES
-
-ITEMS, CLASSES, TEACHER_CLASSES = 23, 37, 41
-
-
-def dense_logits(head: Head, hidden: torch.Tensor) -> torch.Tensor:
-    logits = F.linear(hidden, head.weight, head.bias).to(torch.promote_types(hidden.dtype, torch.float32)) * head.scale
-    return logits if head.softcap is None else torch.tanh(logits / head.softcap) * head.softcap
-
-
-def dense_divergence(
-    name: str, s: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, **p: float
-) -> torch.Tensor:
-    """(N,) by the definitions, on logits that are already over the temperature."""
-    log_q, log_p = s.log_softmax(-1), t.log_softmax(-1)
-    q, p_ = log_q.exp(), log_p.exp()
-
-    def kl(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return (a * (a.log() - b.log())).sum(-1)
-
-    if name == "forward_kl":
-        return (p_ * (log_p - log_q)).sum(-1)
-    if name == "reverse_kl":
-        return (q * (log_q - log_p)).sum(-1)
-    if name == "jsd":
-        beta = p.get("beta", 0.5)
-        mixture = beta * p_ + (1 - beta) * q
-        return beta * kl(p_, mixture) + (1 - beta) * kl(q, mixture)
-    if name == "skew_kl":
-        skew = p.get("skew", 0.1)
-        return kl(p_, skew * p_ + (1 - skew) * q)
-    if name == "skew_reverse_kl":
-        skew = p.get("skew", 0.1)
-        return kl(q, (1 - skew) * p_ + skew * q)
-    if name == "tvd":
-        return 0.5 * (p_ - q).abs().sum(-1)
-    if name == "mse":
-        return (s - t).square().sum(-1)
-    values = []
-    assert name == "dkd" and labels is not None
-    for row, label in enumerate(labels.tolist()):
-        if label < 0:
-            values.append(s.new_zeros(()))
-            continue
-        others = torch.tensor([i for i in range(s.shape[1]) if i != label])
-        binary_p = torch.stack([p_[row, label], p_[row, others].sum()])
-        binary_q = torch.stack([q[row, label], q[row, others].sum()])
-        rest_p, rest_q = p_[row, others] / binary_p[1], q[row, others] / binary_q[1]
-        values.append(p.get("alpha", 1.0) * kl(binary_p, binary_q) + p.get("beta", 8.0) * kl(rest_p, rest_q))
-    return torch.stack(values)
-
-
-def dense(
-    student: Head,
-    hidden: torch.Tensor,
-    labels: torch.Tensor | None,
-    teacher: Head | None,
-    teacher_hidden: torch.Tensor | None,
-    *,
-    label_weight: float = 1.0,
-    logits_weight: float = 1.0,
-    divergence: str = "forward_kl",
-    settings: dict[str, float] | None = None,
-    temperature: float = 1.0,
-    classes: int | None = None,
-    smoothing: float = 0.0,
-) -> HeadLosses:
-    logits = dense_logits(student, hidden)
-    label_sum = value = logits.new_zeros(())
-    if labels is not None:
-        label_sum = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum", label_smoothing=smoothing)
-    if teacher is not None and teacher_hidden is not None:
-        shared = classes or min(len(student.weight), len(teacher.weight))
-        target = dense_logits(teacher, teacher_hidden)[:, :shared].detach()
-        s, t = logits[:, :shared] / temperature, target / temperature
-        value = temperature**2 * dense_divergence(divergence, s, t, labels, **(settings or {})).sum()
-    return HeadLosses(label_weight * label_sum + logits_weight * value, label_sum, value)
-
-
-def case(seed: int = 0, items: int = ITEMS, bias: bool = True, **post: Any) -> dict[str, Any]:
-    """Student of width 8 and 37 classes, teacher of width 12 and 41; every fifth item without a label."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*size: int) -> torch.Tensor:
-        return torch.randn(*size, generator=generator)
-
-    labels = torch.randint(0, CLASSES, (items,), generator=generator)
-    labels[::5] = -100
-    teacher = Head(normal(TEACHER_CLASSES, 12) * 0.4, normal(TEACHER_CLASSES) if bias else None, **post)
-    student = Head(normal(CLASSES, 8) * 0.4, normal(CLASSES) if bias else None, **post)
-    return {
-        "student": student,
-        "hidden": normal(items, 8),
-        "labels": labels,
-        "teacher": teacher,
-        "teacher_hidden": normal(items, 12),
-    }
-
-
-def leaves(given: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The case in `dtype`, with the student's tensors as leaves that want gradients."""
-
-    def head(value: Head) -> Head:
-        bias = None if value.bias is None else value.bias.to(dtype).requires_grad_()
-        return Head(value.weight.to(dtype).requires_grad_(), bias, value.scale, value.softcap)
-
-    return {
-        "student": head(given["student"]),
-        "hidden": given["hidden"].to(dtype).requires_grad_(),
-        "labels": given["labels"],
-        "teacher": None if given["teacher"] is None else head(given["teacher"]),
-        "teacher_hidden": None if given["teacher"] is None else given["teacher_hidden"].to(dtype),
-    }
-
-
-def gradients(function: Any, given: dict[str, Any], **options: Any) -> tuple[HeadLosses, list[torch.Tensor]]:
-    found = function(*given.values(), **options)
-    wanted = [given["hidden"], given["student"].weight, given["student"].bias]
-    return found, list(torch.autograd.grad(found.total, [tensor for tensor in wanted if tensor is not None]))
-
-
-def agree(given: dict[str, Any], chunk: int = 7, **options: Any) -> None:
-    """Chunked in fp32 equals dense in fp64: values to 1e-5 of their size, gradients to 1e-5 of their largest entry."""
-    exact, expected = gradients(dense, leaves(given, torch.float64), **options)
-    found, got = gradients(head_losses, leaves(given, torch.float32), chunk=chunk, **options)
-    for one, other in zip(found, exact, strict=True):
-        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
-    for one, other in zip(got, expected, strict=True):
-        assert (one.double() - other).abs().max() < 1e-5 * max(1.0, other.abs().max().item())
-
 
 SETTINGS = {
     "jsd": {"beta": 0.3},
@@ -169,7 +51,9 @@ SETTINGS = {
 def test_value_and_gradients_equal_dense(divergence: str, temperature: float, variant: dict[str, Any]) -> None:
     weights = {"label_weight": 0.7, "logits_weight": 1.3}
     settings = SETTINGS.get(divergence, {})
-    agree(case(**variant), divergence=divergence, temperature=temperature, settings=settings, smoothing=0.1, **weights)
+    assert_equals_dense(
+        case(**variant), divergence=divergence, temperature=temperature, settings=settings, smoothing=0.1, **weights
+    )
 
 
 @pytest.mark.parametrize("divergence", [name for name in KERNELS if "top_k" in OBJECTIVE_DIVERGENCES[name]])
@@ -211,7 +95,7 @@ def test_every_divergence_of_the_objective_has_a_kernel() -> None:
 @pytest.mark.parametrize("block", [1, 80, 2**20])
 def test_any_chunk_and_any_block_give_the_same(monkeypatch: pytest.MonkeyPatch, chunk: int, block: int) -> None:
     monkeypatch.setattr(chunked_head, "BLOCK_LOGITS", {"cpu": block})
-    agree(case(), chunk=chunk, temperature=2.0)
+    assert_equals_dense(case(), chunk=chunk, temperature=2.0)
 
 
 @pytest.mark.parametrize("divergence", KERNELS)
@@ -223,13 +107,13 @@ def test_only_the_shared_classes_are_compared_and_labels_use_the_whole_vocabular
     if divergence == "dkd":  # its dense formula needs the labelled class and another among the compared
         classes = max(classes, 2)
         given["labels"] = given["labels"].where(given["labels"] < 0, given["labels"] % classes)
-    agree(given, divergence=divergence, classes=classes, temperature=1.5)
+    assert_equals_dense(given, divergence=divergence, classes=classes, temperature=1.5)
 
 
 def test_a_teacher_with_the_smaller_vocabulary_is_compared_over_its_own() -> None:
     given = case()
     given["teacher"] = Head(given["teacher"].weight[:30], given["teacher"].bias[:30])
-    agree(given, temperature=2.0)
+    assert_equals_dense(given, temperature=2.0)
 
 
 def test_padded_rows_of_an_identical_teacher_add_nothing() -> None:
@@ -243,8 +127,8 @@ def test_padded_rows_of_an_identical_teacher_add_nothing() -> None:
 
 def test_label_loss_alone_and_divergence_alone() -> None:
     given = case()
-    agree(given | {"teacher": None, "teacher_hidden": None}, smoothing=0.2)
-    agree(given | {"labels": None})
+    assert_equals_dense(given | {"teacher": None, "teacher_hidden": None}, smoothing=0.2)
+    assert_equals_dense(given | {"labels": None})
 
 
 def test_items_without_labels_give_no_label_loss_and_no_gradient() -> None:
@@ -416,117 +300,6 @@ def test_fp16_keeps_gradients_of_small_weights() -> None:
     scaled = head_losses(*low.values(), **options).total * 2.0**16
     got = torch.autograd.grad(scaled, low["student"].weight)[0].double() / 2.0**16
     assert ((got - exact[1]).norm() / exact[1].norm()) < 5e-3
-
-
-def causal(config: Any) -> Any:
-    """A tiny causal model with its own seed, with large enough weights that the logits differ."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.3)
-    return model
-
-
-SIZES = {
-    "vocab_size": 50,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "max_position_embeddings": 32,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
-
-@pytest.mark.parametrize(
-    ("family", "fields"),
-    [
-        ("llama", {}),
-        ("qwen2", {}),
-        ("cohere", {"logit_scale": 0.25}),
-        ("granite", {"logits_scaling": 3.0}),
-        ("hyperclovax", {"logits_scaling": 3.0}),
-        ("gemma2", {"final_logit_softcapping": 2.0}),
-        ("gemma3_text", {"final_logit_softcapping": 2.0}),
-        (
-            "minicpm3",
-            {
-                "dim_model_base": 8,
-                "head_dim": 8,
-                "num_key_value_heads": 2,
-                "qk_nope_head_dim": 8,
-                "qk_rope_head_dim": 8,
-            },
-        ),
-        ("nanochat", {"final_logit_softcapping": 2.0}),
-        ("recurrent_gemma", {"logits_soft_cap": 2.0, "lru_width": 32, "num_hidden_layers": 3}),
-        ("falcon_h1", {"lm_head_multiplier": 0.5, "mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_head": 16}),
-        ("mpt", {"d_model": 32, "n_heads": 2, "n_layers": 1, "logit_scale": 0.25}),
-        ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
-        ("gpt2", {"n_embd": 32, "n_head": 2, "n_layer": 1}),
-    ],
-    ids=str,
-)
-def test_head_of_a_model_makes_that_models_logits(family: str, fields: dict[str, Any]) -> None:
-    model = causal(AutoConfig.for_model(family, **{**SIZES, **fields}))
-    ids = torch.randint(3, 50, (2, 7), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        hidden = model.base_model(ids).last_hidden_state
-        torch.testing.assert_close(
-            dense_logits(head_of(model), hidden), model(ids).logits.float(), rtol=1e-5, atol=1e-5
-        )
-
-
-@pytest.mark.parametrize("family", ["bert", "distilbert", "electra", "roberta"])
-def test_a_head_with_layers_before_its_output_map_is_refused_or_taken_after_them(family: str) -> None:
-    model = tiny_model(family, "masked-lm")
-    with pytest.raises(InputError, match="around its output map"):
-        head_of(model)
-    inputs = []
-    linear = model.get_output_embeddings()
-    linear.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    with torch.no_grad():
-        logits = model(torch.tensor([[5, 6, 7]])).logits
-        torch.testing.assert_close(dense_logits(head_of(model, transformed=True), inputs[0]), logits)
-
-
-def test_a_model_without_a_vocabulary_is_refused() -> None:
-    with pytest.raises(InputError, match="linear output map"):
-        head_of(tiny_model("bert"))
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-def test_tied_embeddings_of_a_real_model_get_both_gradients(autocast: bool) -> None:
-    config = AutoConfig.for_model("llama", **SIZES, tie_word_embeddings=True)
-    model = causal(config)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    teacher = causal(AutoConfig.for_model("llama", **{**SIZES, "hidden_size": 48, "vocab_size": 64}))
-    ids = torch.randint(3, 50, (3, 9), generator=torch.Generator().manual_seed(0))
-    labels = ids[:, 1:].flatten()
-    with torch.no_grad():
-        targets = teacher.model(ids).last_hidden_state[:, :-1].flatten(0, 1)
-
-    def student(chunked: bool) -> tuple[HeadLosses, dict[str, torch.Tensor]]:
-        model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            hidden = model.model(ids).last_hidden_state[:, :-1].flatten(0, 1)
-            function, more = (head_losses, {"chunk": 5}) if chunked else (dense, {})
-            options = {"label_weight": 0.1, "logits_weight": 0.05, "temperature": 2.0, **more}
-            found = function(head_of(model), hidden, labels, head_of(teacher), targets, **options)
-        found.total.backward()
-        return found, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-
-    (found, got), (expected, whole) = student(True), student(False)
-    tolerance = 2e-2 if autocast else 1e-5
-    torch.testing.assert_close(found.total, expected.total, rtol=tolerance, atol=tolerance)
-    for name, gradient in whole.items():
-        assert (got[name] - gradient).norm() <= tolerance * gradient.norm(), name
 
 
 @pytest.mark.parametrize(

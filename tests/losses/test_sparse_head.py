@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from distill_llm.errors import InputError
-from distill_llm.losses.chunked_head import Head, head_losses
+from distill_llm.losses.chunked_head import head_losses
+from distill_llm.losses.head import Head
 from distill_llm.losses.sparse import SparseTargets
 
 ITEMS, WIDTH, VOCABULARY, HELD = 23, 8, 37, 5

@@ -55,7 +55,14 @@ def test_the_folder_holds_the_greedy_answer_to_each_prompt_in_their_order(tmp_pa
     counts = respond(model, [*PROMPTS, *PROMPTS[:3]], tmp_path, temperature=0, keep_truncated=True, **SMALL)
     wanted = [alone(model, tokenizer, prompt.ids, 10) for prompt in encode_prompts(PROMPTS, tokenizer)]
     assert rows_of(tmp_path) == [
-        {"prompt": prompt, "response": text, "finish_reason": "eos" if ended else "length", "tokens": tokens, "sample": 0, "seed": 0}
+        {
+            "prompt": prompt,
+            "response": text,
+            "finish_reason": "eos" if ended else "length",
+            "tokens": tokens,
+            "sample": 0,
+            "seed": 0,
+        }
         for prompt, (text, ended, tokens) in zip(PROMPTS, wanted, strict=True)
     ]
     cut = sum(not ended for _, ended, _ in wanted)
@@ -185,4 +192,6 @@ def test_a_pruned_student_answers_with_its_cache_as_without(tmp_path: Path) -> N
         "eos_token_id"
     ]
     wanted = [alone(loaded, tokenizer, prompt.ids, 10) for prompt in encode_prompts(PROMPTS, tokenizer)]
-    assert [(row["response"], row["finish_reason"] == "eos", row["tokens"]) for row in rows_of(tmp_path / "out")] == wanted
+    assert [
+        (row["response"], row["finish_reason"] == "eos", row["tokens"]) for row in rows_of(tmp_path / "out")
+    ] == wanted

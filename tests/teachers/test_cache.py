@@ -247,4 +247,8 @@ def test_a_dataset_in_another_arrow_layout_has_the_same_examples(caches):
             "input_ids": [r["input_ids"] + [0, 0] for r in data],
         }
     )
-    CachedTeacher(folder / "topk", dataset=again.select(list(reversed(range(len(again))))))
+    shuffled = again.select(list(reversed(range(len(again)))))
+    teacher = CachedTeacher(folder / "topk", dataset=shuffled)
+    batch = pad([dict(data[index]) for index in range(3)])
+    positions, _ = targets(batch, "next_token")
+    assert len(teacher(batch, positions).targets.ids) == len(positions)
