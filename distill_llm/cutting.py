@@ -13,13 +13,14 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from distill_llm.losses.items import kind_of
+from distill_llm.pruning.choice import Limits
 from distill_llm.pruning.collecting import collect_statistics
 from distill_llm.pruning.criteria import NEEDS_LOSS, score
 from distill_llm.pruning.cuts import compose_plans, cut_shares
 from distill_llm.pruning.latency import latency_costs, plan_for_latency
 from distill_llm.pruning.leave_one_out import leave_one_out
 from distill_llm.pruning.plan import PruningPlan
-from distill_llm.pruning.planning import Limits, plan_pruning
+from distill_llm.pruning.planning import plan_pruning
 from distill_llm.pruning.sharding import Shard, from_main_process, process, sum_over_processes
 from distill_llm.pruning.statistics import Statistics
 from distill_llm.pruning.structure import hidden_size, sizes_of, unit_costs

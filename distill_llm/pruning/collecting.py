@@ -13,19 +13,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from distill_llm.capture import item_logits, packed
 from distill_llm.errors import InputError
-from distill_llm.losses.items import kind_of, targets
+from distill_llm.pruning.calibration_loss import Loss, run
 from distill_llm.pruning.families import family_of, layers_of, width_of
 from distill_llm.pruning.fast_backward import fast_backward
 from distill_llm.pruning.modeling_pruned import hidden_dims
 from distill_llm.pruning.moments import MomentsSum
-from distill_llm.pruning.statistics import Statistics, UnitStatistics
+from distill_llm.pruning.statistics import Statistics
 from distill_llm.pruning.structure import head_size_of, linear, sizes_of, weight_of
+from distill_llm.pruning.unit_sums import UnitSums, stacked
 from distill_llm.pruning.weights import unit_weights
-from distill_llm.teachers.online import forward_inputs
-
-Loss = str | Callable[[Any, Mapping[str, torch.Tensor]], torch.Tensor]
 
 
 def collect_statistics(
@@ -66,13 +63,13 @@ def collect_statistics(
         raise InputError("loss", loss, "labels, kl, a callable (outputs, batch) -> tensor, or None")
     family, layers, head_size, device = family_of(model), layers_of(model), head_size_of(model), model.device
     taps = [linear(layer, path) for layer in layers for path in (family.attention_out, family.ffn_out)]
-    sums: list[_Sums] = []
+    sums: list[UnitSums] = []
     for size, out, down in zip(sizes_of(model), taps[0::2], taps[1::2], strict=True):
         shared = size.queries // size.groups if size.groups else 1
-        sums += [_Sums(out, (head_size, head_size * shared)), _Sums(down, (1,))]
+        sums += [UnitSums(out, (head_size, head_size * shared)), UnitSums(down, (1,))]
     second = [MomentsSum(weight_of(module).shape[1], device) for module in taps] if moments else []
-    layer_sums = [_Sums(None, (1,), device) for _ in layers]
-    channels = _Sums(None, (1,), device, width_of(model)) if hidden else None
+    layer_sums = [UnitSums(None, (1,), device) for _ in layers]
+    channels = UnitSums(None, (1,), device, width_of(model)) if hidden else None
     similarity = torch.zeros(len(layers), device=device)
     generator = torch.Generator(device=device).manual_seed(seed)
     state = _Batch()
@@ -101,7 +98,7 @@ def collect_statistics(
             state.set(mask if mask is not None else torch.ones_like(batch["input_ids"]))
             autocast = torch.autocast(device.type, precision, enabled=precision is not None)
             with torch.set_grad_enabled(loss is not None), autocast:
-                _run(model, batch, loss, teacher, generator)
+                run(model, batch, loss, teacher, generator)
             if channels is not None and loss is not None:
                 channels.add_gradients(state.channels)
             examples += len(batch["input_ids"])
@@ -109,7 +106,12 @@ def collect_statistics(
 
     if reduce is not None:
         counts = torch.tensor([examples, tokens], dtype=torch.float64)
-        parts: list[_Sums | MomentsSum] = [*sums, *layer_sums, *([channels] if channels is not None else []), *second]
+        parts: list[UnitSums | MomentsSum] = [
+            *sums,
+            *layer_sums,
+            *([channels] if channels is not None else []),
+            *second,
+        ]
         reduce([counts, similarity, *(tensor for part in parts for tensor in part.tensors())])
         examples, tokens = (int(count) for count in counts.tolist())
     weights = unit_weights(model, hidden=hidden)
@@ -120,71 +122,16 @@ def collect_statistics(
         heads=tuple(s.finish(-1, *w["heads"]) for s, _, w in pairs),
         neurons=tuple(s.finish(0, *w["neurons"]) for _, s, w in pairs),
         queries=tuple(s.finish(0, *w["queries"]) for s, _, w in pairs),
-        layers=_stacked([s.finish(0, *w) for s, w in zip(layer_sums, whole, strict=True)]),
-        attention=_stacked([s.block(*w["heads"]) for s, _, w in pairs]),
-        ffn=_stacked([s.block(*w["neurons"]) for _, s, w in pairs]),
-        hidden=(channels or _Sums(None, (1,), device, 0)).finish(0, *weights.hidden),
+        layers=stacked([s.finish(0, *w) for s, w in zip(layer_sums, whole, strict=True)]),
+        attention=stacked([s.block(*w["heads"]) for s, _, w in pairs]),
+        ffn=stacked([s.block(*w["neurons"]) for _, s, w in pairs]),
+        hidden=(channels or UnitSums(None, (1,), device, 0)).finish(0, *weights.hidden),
         similarity=similarity.cpu(),
         moments=tuple(zip(collected[0::2], collected[1::2], strict=True)),
         examples=examples,
         tokens=tokens,
         has_gradients=loss is not None,
     )
-
-
-class _Sums:
-    """Running sums of one tap: the input of a linear (C channels), what a layer adds to its input (one value), or channels.
-
-    Args:
-        reader: the linear that reads the tap, if it is one.
-        sizes: channels of a unit, for each kind of units of this tap.
-    """
-
-    def __init__(
-        self,
-        reader: nn.Module | None,
-        sizes: tuple[int, ...],
-        device: torch.device | None = None,
-        channels: int = 1,
-    ):
-        columns = None if reader is None else weight_of(reader).detach().float()  # type: ignore[arg-type]
-        self.read = torch.ones(channels, device=device) if columns is None else columns.abs().sum(0)
-        self.sizes = sizes
-        self.activation = torch.zeros_like(self.read)
-        self.sums = [torch.zeros(2, len(self.read) // size, device=self.read.device) for size in sizes]
-        self.whole = torch.zeros(2, device=self.read.device)
-
-    def add_gradients(self, per_example: torch.Tensor) -> None:
-        """(B, C): sums over valid tokens of a g."""
-        for size, total in zip(self.sizes, self.sums, strict=True):
-            effect = _by_unit(per_example, size)
-            total += torch.stack([effect.abs().sum(0), effect.square().sum(0)])
-        block = per_example.sum(-1)
-        self.whole += torch.stack([block.abs().sum(), block.square().sum()])
-
-    def tensors(self) -> list[torch.Tensor]:
-        """All sums."""
-        return [self.activation, *self.sums, self.whole]
-
-    def finish(self, kind: int, squares: torch.Tensor, absolute: torch.Tensor) -> UnitStatistics:
-        """The statistics of a kind of units, with the sums of their weights."""
-        wanda = _by_unit(self.activation.sqrt() * self.read, self.sizes[kind])
-        found = (*self.sums[kind], _by_unit(self.activation, self.sizes[kind]), wanda, squares, absolute)
-        return UnitStatistics(*(each.float().cpu() for each in found))
-
-    def block(self, squares: torch.Tensor, absolute: torch.Tensor) -> UnitStatistics:
-        """The statistics of all units together."""
-        wanda = (self.activation.sqrt() * self.read).sum()
-        found = (*self.whole, self.activation.sum(), wanda, squares.sum(), absolute.sum())
-        return UnitStatistics(*(each.float().cpu()[None] for each in found))
-
-
-def _by_unit(per_channel: torch.Tensor, size: int) -> torch.Tensor:
-    return per_channel if size == 1 else per_channel.unflatten(-1, (-1 if per_channel.numel() else 0, size)).sum(-1)
-
-
-def _stacked(rows: list[UnitStatistics]) -> UnitStatistics:
-    return UnitStatistics(*(torch.cat(values) for values in zip(*(vars(row).values() for row in rows), strict=True)))
 
 
 class _Batch:
@@ -221,15 +168,14 @@ def _squares(packed_values: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(packed_values, dim=0, dtype=torch.float32).square()
 
 
-def _tap_hook(state: _Batch, sums: _Sums, moments: MomentsSum | None, gradients: bool, first: bool) -> Callable:
+def _tap_hook(state: _Batch, sums: UnitSums, moments: MomentsSum | None, gradients: bool, first: bool) -> Callable:
     def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         entering = args[0]
         value = entering.detach()
-        packed = state.pack(value)
-        sums.activation += _squares(packed)
+        sums.activation += _squares(state.pack(value))
         if not gradients:
             if moments is not None:
-                moments.add(packed)
+                moments.add(state.pack(value))
             return None
         if first:  # the backward pass ends here: nothing before the first tap has a statistic
             entering = entering.detach().requires_grad_()
@@ -239,7 +185,7 @@ def _tap_hook(state: _Batch, sums: _Sums, moments: MomentsSum | None, gradients:
         def backward(gradient: torch.Tensor) -> None:
             sums.add_gradients(state.per_example(value, gradient))
             if moments is not None:
-                moments.add(packed, state.token_weights(gradient))
+                moments.add(state.pack(value), state.token_weights(gradient))
 
         entering.register_hook(backward)
         return (entering, *args[1:])
@@ -247,7 +193,7 @@ def _tap_hook(state: _Batch, sums: _Sums, moments: MomentsSum | None, gradients:
     return hook
 
 
-def _norm_hook(state: _Batch, channels: _Sums, gradients: bool) -> Callable:
+def _norm_hook(state: _Batch, channels: UnitSums, gradients: bool) -> Callable:
     def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
         value = output.detach()
         if value.shape[:2] != state.mask.shape:  # a head on chosen tokens: not the stream itself
@@ -263,7 +209,7 @@ def _norm_hook(state: _Batch, channels: _Sums, gradients: bool) -> Callable:
     return hook
 
 
-def _layer_hook(state: _Batch, sums: _Sums, similarity: torch.Tensor, index: int, gradients: bool) -> Callable:
+def _layer_hook(state: _Batch, sums: UnitSums, similarity: torch.Tensor, index: int, gradients: bool) -> Callable:
     def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         before = (args[0] if args else kwargs["hidden_states"]).detach()
         out = output[0] if isinstance(output, tuple) else output
@@ -300,57 +246,3 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
             module.training = mode
         for parameter, flag in zip(model.parameters(), flags, strict=True):
             parameter.requires_grad_(flag)
-
-
-def _run(
-    model: PreTrainedModel,
-    batch: Mapping[str, torch.Tensor],
-    loss: Loss | None,
-    teacher: PreTrainedModel | None,
-    generator: torch.Generator,
-) -> None:
-    """Forward, and backward from the sum over examples of their losses."""
-    inputs, kind = forward_inputs(model, batch), kind_of(model)
-    positions, labels = None, batch.get("labels")
-    if loss is not None and not callable(loss) and kind != "example":
-        positions, labels = targets(
-            batch if loss == "labels" else {k: v for k, v in batch.items() if k != "labels"}, kind
-        )
-    with packed(model, positions):
-        outputs = model(**inputs)
-    if loss is not None:
-        _loss(outputs, batch, inputs, positions, labels, loss, teacher, generator).backward()
-
-
-def _loss(
-    outputs: Any,
-    batch: Mapping[str, torch.Tensor],
-    inputs: Mapping[str, torch.Tensor],
-    positions: torch.Tensor | None,
-    labels: torch.Tensor | None,
-    loss: Loss,
-    teacher: PreTrainedModel | None,
-    generator: torch.Generator,
-) -> torch.Tensor:
-    """The sum over examples of their losses, fp32."""
-    if callable(loss):
-        return loss(outputs, batch)
-    logits = item_logits(outputs.logits, positions).float()
-    regression = logits.shape[-1] == 1
-    if loss == "kl" and teacher is not None:
-        with torch.no_grad(), packed(teacher, positions):
-            target = item_logits(teacher(**inputs).logits, positions).float()
-        if regression:
-            return nn.functional.mse_loss(logits, target, reduction="sum")
-        return nn.functional.kl_div(logits.log_softmax(-1), target.log_softmax(-1), reduction="sum", log_target=True)
-    if loss == "kl":
-        predicted = logits.detach()
-        if regression:
-            labels = predicted + torch.randn(predicted.shape, generator=generator, device=logits.device)
-        else:
-            labels = torch.multinomial(predicted.softmax(-1), 1, generator=generator).squeeze(-1)
-    elif labels is None:
-        raise InputError("dataloader", sorted(batch), "batches with labels, or loss='kl'")
-    if regression:
-        return nn.functional.mse_loss(logits.flatten(), labels.float().flatten(), reduction="sum")
-    return nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum")

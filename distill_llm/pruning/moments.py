@@ -27,11 +27,11 @@ class MomentsSum:
     """Sums x and x x^T over tokens.
 
     The product is in fp32: rounded to bf16 its entries made the least squares fail now and then. To keep it cheap, tokens are
-    buffered so that it runs on thousands of rows at a time, only the blocks of its upper triangle are made, and once there are
+    buffered so that it runs on hundreds of rows at a time, only the blocks of its upper triangle are made, and once there are
     as many tokens as channels, one in four is taken and counts four times.
     """
 
-    rows = 4096
+    rows = 512
     blocks = 4
     stride = 4
 

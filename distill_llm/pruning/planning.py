@@ -2,27 +2,19 @@
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
 
 from distill_llm.errors import InputError, one_of
+from distill_llm.pruning.choice import NO_LIMITS, Choice, Limits
 from distill_llm.pruning.criteria import UNITS, Importance
-from distill_llm.pruning.plan import LayerPlan, PruningPlan
-from distill_llm.pruning.structure import Costs, LayerShape, layer_shapes, unit_costs
+from distill_llm.pruning.plan import PruningPlan
+from distill_llm.pruning.structure import Costs, layer_shapes, unit_costs
 
 Unit = Literal["heads", "queries", "neurons", "layers", "attention", "ffn", "hidden"]
 BLOCKS = ("layers", "attention", "ffn")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The fewest heads (KV groups) and neurons that every remaining layer keeps."""
-
-    heads: int = 0
-    neurons: int = 0
 
 
 def plan_pruning(
@@ -36,7 +28,7 @@ def plan_pruning(
     round_to: int = 1,
     uniform: bool = False,
     sequence_length: int = 128,
-    limits: Limits = Limits(),
+    limits: Limits = NO_LIMITS,
 ) -> PruningPlan:
     """Choose what stays so that `keep` of the layers' cost remains, never more, and as near below as the units allow.
 
@@ -72,7 +64,7 @@ def plan_pruning(
     scores.check(shapes)
     costs = cost if isinstance(cost, Costs) else unit_costs(model, cost, sequence_length)
     limits = Limits(limits.heads, -(-limits.neurons // round_to) * round_to)
-    choice = _Choice(scores, shapes, costs, keep * costs.of(shapes), frozenset(units), limits)
+    choice = Choice(scores, shapes, costs, keep * costs.of(shapes), frozenset(units), limits)
     if len(units) == 1 and units[0] in BLOCKS:
         _blocks(choice, units[0])
     elif set(BLOCKS) & set(units) and not scores.comparable:
@@ -87,124 +79,7 @@ def plan_pruning(
     return choice.plan(model.config.model_type, keep)
 
 
-class _Choice:
-    """What stays, while it is being chosen: per layer the kept heads, queries of a group, and neurons; the kept channels."""
-
-    def __init__(
-        self,
-        scores: Importance,
-        shapes: Sequence[LayerShape],
-        costs: Costs,
-        budget: float,
-        units: frozenset[str],
-        limits: Limits,
-    ):
-        self.scores, self.shapes, self.costs, self.budget = scores, shapes, costs, budget
-        self.units, self.limits = units, limits
-        self.alive = [True] * len(shapes)
-        self.heads = [torch.ones(s.heads, dtype=torch.bool) for s in shapes]
-        self.neurons = [torch.ones(s.neurons, dtype=torch.bool) for s in shapes]
-        self.shared = [(s.queries or s.heads) // s.heads if s.heads else 1 for s in shapes]
-        self.slots = list(self.shared)
-        self.hidden = torch.ones(costs.hidden, dtype=torch.bool)
-        # The same as numbers, to be quick.
-        self.head_count = [s.heads for s in shapes]
-        self.neuron_count = [s.neurons for s in shapes]
-        self.width = costs.hidden
-
-    def shape(self, i: int) -> LayerShape:
-        return LayerShape(self.head_count[i], self.neuron_count[i], self.head_count[i] * self.slots[i])
-
-    def living(self) -> list[LayerShape]:
-        return [self.shape(i) for i, alive in enumerate(self.alive) if alive]
-
-    def cost(self, width: int | None = None) -> float:
-        return self.costs.of(self.living(), self.width if width is None else width)
-
-    def price(self, kind: str, i: int) -> float:
-        """What goes with the next unit of a kind."""
-        head = self.costs.group_at(self.width) + self.slots[i] * self.costs.query_at(self.width)
-        neuron = self.costs.neuron_at(self.width)
-        if kind == "heads":
-            return head
-        if kind == "queries":
-            return self.head_count[i] * self.costs.query_at(self.width)
-        if kind == "neurons":
-            return neuron
-        if kind == "hidden":
-            return self.costs.channel(self.living())
-        parts = {"attention": self.head_count[i] * head, "ffn": self.neuron_count[i] * neuron}
-        return parts[kind] if kind in parts else self.costs.of([self.shape(i)], self.width)
-
-    def remove(self, kind: str, i: int, j: int) -> bool:
-        """Remove a unit; False where it is gone already or must stay."""
-        if kind == "hidden":
-            self.hidden[j] = False
-            self.width -= 1
-            return True
-        if not self.alive[i]:
-            return False
-        if kind == "layers":
-            if sum(self.alive) == 1:
-                return False
-            self.alive[i] = False
-        elif kind in ("heads", "attention"):
-            gone = self.heads[i] if kind == "attention" else self.heads[i][j : j + 1]
-            if self.head_count[i] - int(gone.sum()) < self.limits.heads or not gone.any():
-                return False
-            self.head_count[i] -= int(gone.sum())
-            gone[:] = False
-        elif kind == "queries":
-            if self.slots[i] == 1:
-                return False
-            self.slots[i] -= 1
-        else:
-            gone = self.neurons[i] if kind == "ffn" else self.neurons[i][j : j + 1]
-            if self.neuron_count[i] - int(gone.sum()) < self.limits.neurons or not gone.any():
-                return False
-            self.neuron_count[i] -= int(gone.sum())
-            gone[:] = False
-        return True
-
-    def keep(self, kind: str, i: int, kept: torch.Tensor) -> None:
-        """Set which heads or neurons of a layer stay."""
-        if kind == "heads":
-            self.heads[i][:] = kept
-            self.head_count[i] = int(kept.sum())
-        else:
-            self.neurons[i][:] = kept
-            self.neuron_count[i] = int(kept.sum())
-
-    def reachable(self, left: float) -> None:
-        if left > self.budget * (1 + 1e-9):
-            total = self.costs.of(self.shapes)
-            accepted = f"at least {left / total:.4f} when only {' and '.join(u for u in UNITS if u in self.units)} can be removed"
-            raise InputError("keep", round(self.budget / total, 4), accepted)
-
-    def plan(self, model_type: str, keep: float) -> PruningPlan:
-        rows = []
-        for i, alive in enumerate(self.alive):
-            if alive:
-                heads = tuple(self.heads[i].nonzero().flatten().tolist())
-                rows.append(
-                    LayerPlan(i, heads, tuple(self.neurons[i].nonzero().flatten().tolist()), self._queries(i, heads))
-                )
-        share, note = self.cost() / self.costs.of(self.shapes), None
-        if abs(share - keep) > 0.01 * keep:
-            note = f"kept {share:.4f} of the layers' {self.costs.name} where {keep} was asked for: "
-            note += "these units come in larger steps"
-        hidden = None if self.width == len(self.hidden) else tuple(self.hidden.nonzero().flatten().tolist())
-        return PruningPlan(model_type, tuple(rows), share, note, hidden)
-
-    def _queries(self, i: int, heads: tuple[int, ...]) -> tuple[int, ...] | None:
-        if self.slots[i] == self.shared[i] or not heads:
-            return None
-        grouped = self.scores.queries[i].view(-1, self.shared[i])
-        best = grouped.argsort(dim=1, descending=True)[:, : self.slots[i]].sort(dim=1).values
-        return tuple(g * self.shared[i] + q for g in heads for q in best[g].tolist())
-
-
-def _blocks(choice: _Choice, unit: str) -> None:
+def _blocks(choice: Choice, unit: str) -> None:
     """Remove whole blocks of one kind, the least score first."""
     for i in getattr(choice.scores, unit).argsort().tolist():
         if choice.cost() <= choice.budget * (1 + 1e-9):
@@ -213,7 +88,7 @@ def _blocks(choice: _Choice, unit: str) -> None:
     choice.reachable(choice.cost())
 
 
-def _together(choice: _Choice, round_to: int) -> None:
+def _together(choice: Choice, round_to: int) -> None:
     """Remove the least score per cost first until the budget holds. (What this removes too much, `_round_neurons` puts back.)
 
     Costs only fall while units go, so a candidate's place can only move back: it is looked at again when it comes up.
@@ -259,7 +134,7 @@ def _candidates(scores: Importance, kind: str, shared: Sequence[int]) -> list[tu
     return [(0 if kind == "hidden" else i, i, value) for i, value in enumerate(found.tolist())]
 
 
-def _per_kind(choice: _Choice, *, local: bool, uniform: bool, round_to: int) -> None:
+def _per_kind(choice: Choice, *, local: bool, uniform: bool, round_to: int) -> None:
     """Each kind keeps the same share: over all layers, or within each (`local`); neurons take up what heads leave over."""
     costs, shapes, units = choice.costs, choice.shapes, choice.units
     heads, neurons = sum(s.heads for s in shapes), sum(s.neurons for s in shapes)
@@ -293,7 +168,7 @@ def _per_kind(choice: _Choice, *, local: bool, uniform: bool, round_to: int) -> 
     choice.reachable(choice.cost())
 
 
-def _narrow(choice: _Choice, round_to: int) -> None:
+def _narrow(choice: Choice, round_to: int) -> None:
     """Leave the share s of the channels with which s of the channels and s of everything else keep the budget."""
     movable = {"heads", "neurons"} & choice.units
 
@@ -321,7 +196,7 @@ def _narrow(choice: _Choice, round_to: int) -> None:
         choice.remove("hidden", 0, j)
 
 
-def _keep_top(choice: _Choice, kind: str, share: float, local: bool, uniform: bool, nearest: bool = False) -> None:
+def _keep_top(choice: Choice, kind: str, share: float, local: bool, uniform: bool, nearest: bool = False) -> None:
     share = min(max(share, 0.0), 1.0)
     scores: Sequence[torch.Tensor] = getattr(choice.scores, kind)
     least = getattr(choice.limits, kind)
@@ -346,7 +221,7 @@ def _keep_top(choice: _Choice, kind: str, share: float, local: bool, uniform: bo
         choice.keep(kind, i, part)
 
 
-def _round_neurons(choice: _Choice, round_to: int, uniform: bool) -> None:
+def _round_neurons(choice: Choice, round_to: int, uniform: bool) -> None:
     """Bring every layer's neurons to a multiple of `round_to`, then spend what is left of the budget on whole blocks."""
     alive = [i for i, living in enumerate(choice.alive) if living]
     price, scores = choice.costs.neuron_at(choice.width), choice.scores.neurons

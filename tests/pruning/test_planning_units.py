@@ -5,11 +5,12 @@ import torch
 from family_examples import HIDDEN, family_batch, family_model
 
 from distill_llm.errors import InputError
+from distill_llm.pruning.choice import Limits
 from distill_llm.pruning.collecting import collect_statistics
 from distill_llm.pruning.criteria import score
 from distill_llm.pruning.families import layers_of
 from distill_llm.pruning.plan import PruningPlan
-from distill_llm.pruning.planning import Limits, plan_pruning
+from distill_llm.pruning.planning import plan_pruning
 from distill_llm.pruning.structure import hidden_size, sizes_of, unit_costs
 from distill_llm.pruning.surgery import prune
 
