@@ -155,12 +155,11 @@ def _check_pruning(recipe: Recipe, teacher: OpenModel, skeleton: PreTrainedModel
     config, pruning = teacher.config, recipe.pruning
     try:
         family_of(config)
-    except ValueError:
-        raise InputError(
-            teacher.field,
-            f"{teacher.name} (family {config.model_type})",
-            f"{one_of(FAMILIES, config.model_type)}; to add one: a row in FAMILIES (pruning/families.py)",
-        ) from None
+    except ValueError as error:
+        given, accepted = f"{teacher.name} (family {config.model_type})", str(error).partition("accepted: ")[2]
+        if config.model_type not in FAMILIES:
+            accepted = f"{one_of(FAMILIES, config.model_type)}; to add one: a row in FAMILIES (pruning/families.py)"
+        raise InputError(teacher.field, given, accepted) from None
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(
             teacher.field, f"{teacher.name}, quantized", "its full-precision original: quantize the student"

@@ -73,8 +73,8 @@ def card_data(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> ModelCar
 
 def _body(student_dir: Path, metrics: Mapping[str, Any], recipe_yaml: str) -> str:
     trust = (
-        "Its layers have sizes that a stock configuration cannot say: `modeling_pruned.py` in this repository builds"
-        " them, which is why `trust_remote_code=True` is needed. Nothing else has to be installed."
+        "Its layers have sizes that a stock configuration cannot say: `modeling_pruned.py` and `families.py` in this"
+        " repository build them, which is why `trust_remote_code=True` is needed. Nothing else has to be installed."
         if needs_code(read_config(student_dir))
         else "It is a stock transformers model."
     )

@@ -5,7 +5,7 @@ Per seed: fine-tune MiniLM on the task (the teacher), then make every student fr
 the official development set; `validation` is a held-out part of the training data, the only one that settings were chosen on.
 Runs resume: the same command goes on where it stopped.
 
-    python scripts/bench/accuracy.py --task mrpc --data ../shared/data/glue/MRPC --seeds 0 1 2
+    python scripts/bench/accuracy.py --task mrpc --data GLUE/MRPC --seeds 0 1 2
 """
 
 import argparse

@@ -27,7 +27,6 @@ from distill_llm.data.loading import load_task
 from distill_llm.data.tasks import GLUE, TaskData
 from distill_llm.profiling import device_name
 
-SST2 = Path(__file__).resolve().parents[3] / "shared" / "data" / "glue" / "SST-2"
 MAX_LENGTH = 128
 SYNTHETIC_LENGTH = 64
 PACKAGES = ("distill_llm", "torch", "transformers", "accelerate", "textbrewer", "torch-pruning")
@@ -87,8 +86,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--data",
         metavar="DIR",
-        default=str(SST2) if SST2.is_dir() else None,
-        help="SST-2 in GLUE's layout; empty for random tokens",
+        help="SST-2 in GLUE's layout; without it, random tokens",
     )
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)

@@ -13,7 +13,7 @@ Heads and FFN neurons go, the residual stream stays. All see the same calibratio
 
 What fails is printed with its first error and left out.
 
-    python scripts/bench/peers_pruning.py --teacher runs/bench/sst2-0-half/teacher --task sst2 --data ../shared/data/glue/SST-2
+    python scripts/bench/peers_pruning.py --teacher runs/bench/sst2-0-half/teacher --task sst2 --data GLUE/SST-2
 """
 
 import copy

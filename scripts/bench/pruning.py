@@ -3,7 +3,7 @@
 One pass over the calibration rows serves the whole table: every criterion, scope and budget, with and without compensation.
 `--split validation` scores on held-out training rows, on which choices are made; the default is the reported split.
 
-    python scripts/bench/pruning.py --teacher runs/bench/sst2-0-half/teacher --task sst2 --data ../shared/data/glue/SST-2
+    python scripts/bench/pruning.py --teacher runs/bench/sst2-0-half/teacher --task sst2 --data GLUE/SST-2
 """
 
 import argparse
