@@ -1,7 +1,9 @@
 """The command line. Bad input: exit code 2 and a line per fault on stderr; heavy imports wait until needed."""
 
 import json
+import logging
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -13,9 +15,12 @@ from distill_llm import cache_command
 from distill_llm.command_group import CommandGroup, is_main_process
 from distill_llm.errors import InputError
 from distill_llm.faults import faults_in
-from distill_llm.options import as_options, read_columns, usable_output
-from distill_llm.recipe import PruningSection, Recipe, load_recipe, parse_recipe, recipe_descriptions, recipe_folder
+from distill_llm.options import as_options, read_columns
+from distill_llm.outputs import usable_file, usable_output
+from distill_llm.recipe import Recipe, load_recipe, parse_recipe, recipe_descriptions, recipe_folder
+from distill_llm.recipe_sections import PruningSection
 from distill_llm.responses import command as responses
+from distill_llm.yaml_input import override
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,22 +54,34 @@ def _option(name: str, metavar: str | None = None) -> Any:
     return typer.Option(metavar=metavar, help=_PRUNING[name].description)
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"distill_llm {version('distill_llm')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _settings(
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="No progress bars, no warnings of the libraries.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     """Prune and distill Hugging Face models."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which tells of kernels that nobody asked for
     if quiet:
-        os.environ["TRANSFORMERS_VERBOSITY"] = os.environ["DATASETS_VERBOSITY"] = os.environ["HF_HUB_VERBOSITY"] = (
-            "error"
-        )
-        os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-        os.environ["TQDM_DISABLE"] = "1"
+        for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):
+            os.environ[name] = "error"
+        for name in ("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+            os.environ[name] = "1"
+        warnings.simplefilter("ignore")
 
 
 @app.command(epilog="Example: distill-llm run quickstart --set pruning.keep=0.4")
@@ -73,14 +90,14 @@ def run(recipe: RecipeName, output_dir: OutputDir = None, settings: Settings = N
     _run(_load(recipe, output_dir, settings or []))
 
 
-@app.command(epilog="Example: distill-llm distill bert_sst2 --student pruned/ --output-dir runs/recovered")
+@app.command(epilog="Example: distill-llm distill my_recipe.yaml --student pruned/")
 def distill(
     recipe: RecipeName,
     student: Annotated[str | None, typer.Option(help="The student, in place of the recipe's student.model.")] = None,
     output_dir: OutputDir = None,
     settings: Settings = None,
 ) -> None:
-    """Distill into a student that exists, without pruning: any pruning section of the recipe is left out."""
+    """Distill into a student that exists: the recipe without its pruning, in a run folder of its own (NAME-distilled)."""
     chosen = [f"student.model={json.dumps(student)}"] if student else []
     try:
         loaded = _load(recipe, output_dir, [*(settings or []), "pruning=null", *chosen])
@@ -88,6 +105,8 @@ def distill(
         if any(fault.field == "pruning" for fault in faults_in(error)):  # the one fault of a recipe without a student
             raise InputError("--student", None, "a model's folder or Hub id, or student.model in the recipe") from None
         raise
+    if output_dir is None and not any(text.startswith("output_dir=") for text in settings or []):
+        loaded.output_dir = loaded.output_dir.with_name(f"{loaded.output_dir.name}-distilled")
     _run(loaded)
 
 
@@ -109,12 +128,14 @@ def prune(
     round_to: Annotated[str, _option("round_to", "NUMBER")] = str(_PRUNING["round_to"].default),
     uniform: Annotated[bool, _option("uniform")] = _PRUNING["uniform"].default,
     compensate: Annotated[bool, _option("compensate")] = _PRUNING["compensate"].default,
-    calibration_examples: Annotated[str, _option("calibration_examples", "NUMBER")] = str(
-        _PRUNING["calibration_examples"].default
-    ),
+    calibration_examples: Annotated[str | None, _option("calibration_examples", "NUMBER")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="A.B=C", help="Any other field of a recipe, such as pruning.cuts=5, seed=1."),
+    ] = None,
 ) -> None:
     """Measure importance, prune, compensate and save; no training."""
-    given = {
+    pruning = {
         "keep": keep,
         "units": [unit.strip() for unit in units.split(",")],
         "criterion": criterion,
@@ -123,25 +144,24 @@ def prune(
         "round_to": round_to,
         "uniform": uniform,
         "compensate": compensate,
-        "calibration_examples": calibration_examples,
     }
-    source = {"columns": read_columns(columns), "max_length": max_length}
+    if calibration_examples is not None:
+        pruning["calibration_examples"] = calibration_examples
+    given = {
+        "teacher": {"model": model},
+        "data": {"task": task, "path": data, "columns": read_columns(columns), "max_length": max_length},
+        "pruning": pruning,
+        "output_dir": str(output_dir),
+    }
+    for text in settings or []:
+        override(given, text)
     with as_options():
-        recipe = parse_recipe(
-            {
-                "teacher": {"model": model},
-                "data": {"task": task, "path": data, **source},
-                "pruning": given,
-                "output_dir": str(output_dir),
-            }
-        )
+        recipe = parse_recipe(given)
         usable_output(recipe.output_dir)
         _quiet_weights()
-        from distill_llm.pipeline import prune_model
+        from distill_llm.pipeline import prune_recipe
 
-        assert recipe.pruning is not None and recipe.pruning.keep is not None
-        options = {**source, **recipe.pruning.model_dump(include=set(given) - {"keep"})}
-        folder = prune_model(model, task, recipe.pruning.keep, recipe.output_dir, data=data, **options)
+        folder = prune_recipe(recipe)
     _say(f"pruned model: {folder}")
 
 
@@ -153,11 +173,17 @@ def evaluate(
     columns: Columns = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples at once.")] = 64,
     max_length: Annotated[int, typer.Option(min=8, help="Tokens an example is cut to.")] = 128,
+    metric: Annotated[
+        str | None, typer.Option(metavar="perplexity|exact_match", help="For prompts; perplexity by default.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a response, for exact_match.")] = 64,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Of the split of data that have no test rows, and of masks.")
+    ] = 0,
     output: Annotated[Path, typer.Option(help="File for the metrics.")] = Path("evaluation.json"),
 ) -> None:
     """Score a model on a task's test rows (GLUE: the development set); prints and saves the metrics."""
-    if output.is_dir():
-        raise InputError("--output", str(output), "a file's path")
+    usable_file(output, "--output")
     from distill_llm.data.encoding import collator, encode
     from distill_llm.data.loading import load_task
     from distill_llm.evaluation.evaluate import evaluate_model
@@ -166,17 +192,18 @@ def evaluate(
     names = read_columns(columns)
     with as_options():
         opened = open_model("MODEL", model)
-        rows = load_task(task, data, columns=names, config=opened.config)
+        given: Any = {"columns": names, "seed": seed, "metric": metric, "max_new_tokens": max_new_tokens}
+        rows = load_task(task, data, config=opened.config, **given)
         check_head(opened, rows.task)
         check_length(opened, "--max-length", max_length)
-    encoded = encode(rows, opened.tokenizer, max_length)
-    metrics = evaluate_model(
-        _load_model(opened),
-        encoded.test,
-        rows.task,
-        collator(rows.task, opened.tokenizer),
-        batch_size=batch_size,
-    )
+        encoded = encode(rows, opened.tokenizer, max_length)
+        metrics = evaluate_model(
+            _load_model(opened),
+            encoded.test,
+            rows.task,
+            collator(rows.task, opened.tokenizer, seed=seed),
+            batch_size=batch_size,
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps({"model": model, "task": task, **metrics}, indent=2) + "\n", encoding="utf-8")
     table = Table("metric", "value", title=f"{model} on {rows.task.name}, {len(encoded.test)} examples")
@@ -217,7 +244,9 @@ def push(
         raise InputError("DIR", str(folder), "a student's folder, with config.json")
     from distill_llm.hub import push as upload
 
-    _say(f"pushed: {upload(folder, repo_id, private=private)}")
+    with as_options():
+        url = upload(folder, repo_id, private=private)
+    _say(f"pushed: {url}")
 
 
 app.command("respond", epilog=responses.EXAMPLE)(responses.respond)

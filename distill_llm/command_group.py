@@ -10,22 +10,34 @@ from distill_llm.errors import InputError
 from distill_llm.faults import faults_in
 
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+_NoArguments = next(kind for kind in _UsageError.__subclasses__() if kind.__name__ == "NoArgsIsHelpError")
 
 
 class CommandGroup(typer.core.TyperGroup):
     """Turns faults of the input into lines on stderr and exit code 2."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except _NoArguments:
+            raise
+        except _UsageError as error:
+            raise _told([error.format_message()]) from None  # type: ignore[attr-defined]
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except InputError as error:
-            lines = [str(fault) for fault in faults_in(error)]
+            raise _told([str(fault) for fault in faults_in(error)]) from None
         except _UsageError as error:
-            lines = [error.format_message() + _hint(error)]  # type: ignore[attr-defined]
-        if is_main_process():
-            for line in lines:
-                print("error:", " ".join(line.split()), file=sys.stderr)
-        raise typer.Exit(2)
+            raise _told([error.format_message() + _hint(error)]) from None  # type: ignore[attr-defined]
+
+
+def _told(lines: list[str]) -> typer.Exit:
+    if is_main_process():
+        for line in lines:
+            print("error:", " ".join(line.split()), file=sys.stderr)
+    return typer.Exit(2)
 
 
 def _hint(error: Any) -> str:

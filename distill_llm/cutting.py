@@ -2,31 +2,33 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from distill_llm.losses.items import kind_of
+from distill_llm.progress import progress_bar
 from distill_llm.pruning.choice import Limits
 from distill_llm.pruning.collecting import collect_statistics
-from distill_llm.pruning.criteria import NEEDS_LOSS, score
+from distill_llm.pruning.criteria import score
 from distill_llm.pruning.cuts import compose_plans, cut_shares
 from distill_llm.pruning.latency import latency_costs, plan_for_latency
 from distill_llm.pruning.leave_one_out import leave_one_out
+from distill_llm.pruning.names import NEEDS_GRADIENTS
 from distill_llm.pruning.plan import PruningPlan
 from distill_llm.pruning.planning import plan_pruning
-from distill_llm.pruning.sharding import Shard, from_main_process, process, sum_over_processes
+from distill_llm.pruning.sharding import from_main_process, process
 from distill_llm.pruning.statistics import Statistics
 from distill_llm.pruning.structure import hidden_size, sizes_of, unit_costs
 from distill_llm.pruning.surgery import prune
 from distill_llm.pruning.timing import relative_latency
-from distill_llm.recipe import PruningSection, Recipe
+from distill_llm.recipe import Recipe
+from distill_llm.recipe_sections import PruningSection
 from distill_llm.run_folder import written_whole
 from distill_llm.teachers.cache_contents import teacher_fingerprint
 
@@ -53,10 +55,10 @@ class Cutter:
 
     Args:
         recipe: checked already, with a pruning section.
-        batches: the calibration data, the same on every process and at every reading.
+        batches: the calibration data of a cut, counted from 0 in every round; the same on every process and at every reading.
     """
 
-    def __init__(self, recipe: Recipe, batches: Batches):
+    def __init__(self, recipe: Recipe, batches: Callable[[int], Batches]):
         assert recipe.pruning is not None
         self.recipe, self.section, self.batches = recipe, recipe.pruning, batches
         self.is_main = process()[0] == 0
@@ -72,7 +74,7 @@ class Cutter:
         """
         plan, model = None, student
         for number, share in enumerate(cut_shares(self.share(student, teacher), keep, self.section.cuts)):
-            statistics = self.statistics(model, None if number else file)
+            statistics = self.statistics(model, number, None if number else file)
             chosen = from_main_process(self._plan(model, teacher, statistics, share) if self.is_main else None)
             plan = chosen if plan is None else compose_plans(student, plan, chosen)
             model = prune(model, chosen, statistics if self.section.compensate else None)
@@ -128,51 +130,63 @@ class Cutter:
     @cached_property
     def loss(self) -> str:
         """What gradients are taken of."""
-        return self.section.loss or ("labels" if "labels" in next(iter(self.batches)) else "kl")
+        return self.section.loss or ("labels" if "labels" in next(iter(self.batches(0))) else "kl")
 
     @cached_property
     def _rows(self) -> str:
-        """A hash of the calibration data."""
+        """A hash of the first cut's calibration data."""
         digest = hashlib.blake2b(digest_size=16)
-        for batch in self.batches:
+        for batch in self.batches(0):
             for name in sorted(batch):
                 digest.update(f"{name}{tuple(batch[name].shape)}{batch[name].dtype}".encode())
                 digest.update(batch[name].contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    def statistics(self, model: PreTrainedModel, file: Path | None = None) -> Statistics:
-        """Of the model on the calibration data: from the file where it has all that is needed, else in one pass, and kept there.
+    def statistics(self, model: PreTrainedModel, number: int = 0, file: Path | None = None) -> Statistics:
+        """Of the model on a cut's calibration data: from the file where it has all that is needed, else in one pass, and kept
+        there. Without a file only what this section needs is collected.
 
         On several processes each sees a part of the batches, and all end with the same sums.
         """
         section, loss = self.section, self.loss
-        needs_gradients, needs_without = section.criterion in NEEDS_LOSS, section.criterion == "leave_one_out"
-        identity: dict[str, str] = {}
+        needs_gradients, needs_without = section.criterion in NEEDS_GRADIENTS, section.criterion == "leave_one_out"
+        identity: dict[str, Any] = {}
         found: Statistics | None = None
         if file is not None:
-            identity = {"model": teacher_fingerprint(model), "rows": self._rows}
+            identity = {"model": teacher_fingerprint(model), "rows": self._rows, "precision": section.precision}
+            identity |= {"moment_share": section.moment_share} if section.compensate else {}
             usable = from_main_process(self._usable(file, identity, needs_gradients))
             found = Statistics.load(file) if usable else None
         if found is not None and (found.without is not None or not needs_without):
             return found
-        shown = tqdm(self.batches, desc="Calibrating", leave=False, disable=not self.is_main)
         statistics = found or collect_statistics(
             model,
-            Shard(shown),
+            self._shown(number, "Calibrating"),
             loss if needs_gradients else None,
             moments=section.compensate,
-            seed=self.recipe.seed + process()[0],
-            reduce=sum_over_processes,
+            moment_share=section.moment_share,
+            hidden=file is not None or "hidden" in section.units,
+            precision=self._precision,
+            checkpointing=section.checkpointing,
+            seed=self.recipe.seed,
+            sharded=True,
         )
         if needs_without:
-            shown = tqdm(self.batches, desc="Leaving layers out", leave=False, disable=not self.is_main)
-            statistics = leave_one_out(model, Shard(shown), statistics, loss, reduce=sum_over_processes)
+            shown, precision = self._shown(number, "Leaving layers out"), self._precision
+            statistics = leave_one_out(model, shown, statistics, loss, precision=precision, sharded=True)
         if file is not None and self.is_main:
             with_loss = needs_gradients or needs_without
             _keep(statistics, file, {**identity, "loss": loss if with_loss else None})
         return statistics
 
-    def _usable(self, file: Path, identity: Mapping[str, str], needs_gradients: bool) -> bool:
+    @property
+    def _precision(self) -> torch.dtype | None:
+        return None if self.section.precision is None else getattr(torch, self.section.precision)
+
+    def _shown(self, number: int, title: str) -> Batches:
+        return progress_bar(self.batches(number), desc=title, leave=False, shown=self.is_main)
+
+    def _usable(self, file: Path, identity: Mapping[str, Any], needs_gradients: bool) -> bool:
         """Whether a file has statistics of this model and these rows, with what this section needs."""
         try:
             record = json.loads(_record_of(file).read_text())

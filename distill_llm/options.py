@@ -2,16 +2,19 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from distill_llm.errors import InputError, one_of
 from distill_llm.faults import InputErrors, faults_in
-from distill_llm.recipe import ColumnsSection
+from distill_llm.recipe_sections import ColumnsSection
 
 OPTIONS = {
     "teacher.model": "MODEL",
     "data.path": "--data",
     "output_dir": "--output-dir",
+    "evaluation.metric": "--metric",
+    "evaluation.max_new_tokens": "--max-new-tokens",
+    "student_dir": "DIR",
+    "repo_id": "REPO_ID",
 }
 """Options that are not called as their field is."""
 
@@ -57,13 +60,3 @@ def read_columns(text: str | None) -> dict[str, str] | None:
             raise InputError("--columns", part.strip(), "NAME=COLUMN, each name once, such as text=review,label=mood")
         columns[name] = column
     return columns
-
-
-def usable_output(folder: Path) -> None:
-    """Check that a folder may be written whole: it is new, or empty and not the working directory.
-
-    Raises:
-        InputError: naming `output_dir`.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) or folder.samefile(Path.cwd())):
-        raise InputError("output_dir", str(folder), "a new or empty folder, not the working directory")

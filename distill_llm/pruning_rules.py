@@ -1,16 +1,12 @@
 """Which fields of a recipe's pruning section go together."""
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from distill_llm.errors import InputError
+from distill_llm.pruning.names import BLOCKS, NEEDS_GRADIENTS, RANKS_LAYERS, competing_faults
 
 if TYPE_CHECKING:
-    from distill_llm.recipe import PruningSection
-
-BLOCKS = ("layers", "attention", "ffn")
-NEEDS_GRADIENTS = ("taylor", "fisher")
-RANKS_LAYERS = ("block_influence", "leave_one_out")
+    from distill_llm.recipe_sections import PruningSection
 
 
 def pruning_faults(section: "PruningSection") -> list[InputError]:
@@ -39,7 +35,7 @@ def pruning_faults(section: "PruningSection") -> list[InputError]:
             faults.append(InputError(name, value, accepted))
     if section.scope == "local" and not units & {"heads", "neurons", "queries", *BLOCKS}:
         faults.append(InputError("scope", "local", "global where units is [hidden]: all layers share their channels"))
-    return faults + _competing(section, units)
+    return faults + competing_faults(units, section.criterion, section.scope, section.uniform)
 
 
 def _explicit_layers(section: "PruningSection") -> list[InputError]:
@@ -56,27 +52,6 @@ def _explicit_layers(section: "PruningSection") -> list[InputError]:
     if min(layers) < 0 or sorted(set(layers)) != layers:
         faults.append(InputError("layers", layers, "distinct indices of layers, counted from 0, ascending"))
     return faults
-
-
-def _competing(section: "PruningSection", units: set[str]) -> list[InputError]:
-    """Kinds that can only be removed with others where their scores compare and all layers compete."""
-    blocks = _named(units & set(BLOCKS))
-    if blocks and len(units) > 1 and section.criterion not in RANKS_LAYERS:
-        where = f"where units has {blocks} together with others"
-    elif "queries" in units and units & {"heads", "hidden"}:
-        where = "where units has queries together with heads or hidden"
-    else:
-        return []
-    wanted = (("criterion", "fisher"), ("scope", "global"), ("uniform", False))
-    return [
-        InputError(name, getattr(section, name), f"{_yaml(value)} {where}")
-        for name, value in wanted
-        if getattr(section, name) != value
-    ]
-
-
-def _named(units: Iterable[str]) -> str:
-    return " and ".join(name for name in BLOCKS if name in set(units))
 
 
 def _yaml(value: Any) -> str:

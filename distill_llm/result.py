@@ -36,6 +36,7 @@ def collect_metrics(
         "higher_is_better": task.higher_is_better,
         "device": measured.model.device,
         "teacher_model": recipe.teacher.model,
+        "learned_from": _source(recipe),
         "teacher": _side(teacher, measured.other, teacher_result["metrics"]),
         "student": _side(student, measured.model, final),
         "retention": retention(final["score"], teacher_result["score"], task.higher_is_better),
@@ -51,6 +52,13 @@ def collect_metrics(
         "versions": {name: version(name) for name in VERSIONS},
         "seconds": round(seconds, 1),
     }
+
+
+def _source(recipe: Recipe) -> str | None:
+    """What the student was trained on: its teacher (and labels maybe), labels alone, or nothing."""
+    if recipe.distillation is None:
+        return None
+    return "teacher" if recipe.distillation.losses.needs_teacher else "labels"
 
 
 def _side(model: PreTrainedModel, profile: Profile, scores: Mapping[str, float]) -> dict[str, Any]:

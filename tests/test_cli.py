@@ -5,10 +5,13 @@ import os
 import subprocess
 import sys
 import types
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 from recipe_inputs import recipe_for, write_model, write_recipe, write_rows
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 from typer.testing import CliRunner
 
@@ -19,7 +22,7 @@ from distill_llm.faults import InputErrors
 from distill_llm.pruning.families import FAMILIES
 from distill_llm.recipe import Recipe, recipe_names
 
-COMMANDS = ["run", "prune", "distill", "evaluate", "profile", "push", "recipes", "families"]
+COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands]
 
 
 @pytest.fixture
@@ -39,7 +42,7 @@ def calls(monkeypatch):
     fake = types.ModuleType("distill_llm.pipeline")
     result = types.SimpleNamespace(metrics={}, student_dir=Path("student"), report=Path("report.md"))
     fake.run = lambda recipe, output_dir: check_recipe(recipe) or seen.append((recipe, output_dir)) or result
-    fake.prune_model = lambda *args, **options: seen.append((args, options)) or Path("pruned")
+    fake.prune_recipe = lambda recipe: seen.append(recipe) or Path("pruned")
     monkeypatch.setitem(sys.modules, "distill_llm.pipeline", fake)
     monkeypatch.setattr(sys.modules["distill_llm"], "pipeline", fake, raising=False)
     return seen
@@ -70,7 +73,7 @@ def python(*args: str) -> subprocess.CompletedProcess:
 def test_every_command_has_help_with_an_example(command):
     result = call(command, "--help")
     assert result.exit_code == 0
-    assert f"Example: distill-llm {command}" in result.stdout
+    assert f": distill-llm {command}" in " ".join(result.stdout.split())
 
 
 @pytest.mark.parametrize(
@@ -111,6 +114,11 @@ def test_usage_errors_are_one_line_too(folder):
         (line,) = refused("run", *args)
         assert "--set pruning.keep=VALUE" in line
     assert "--set" not in refused("run", "recipe.yaml", "more")[0]
+    assert "--quite" in refused("--quite", "recipes")[0]
+
+
+def test_the_version_is_that_of_the_package():
+    assert call("--version").stdout == f"distill_llm {version('distill_llm')}\n"
 
 
 def test_run_hands_the_recipe_with_overrides_to_the_pipeline(folder, calls):
@@ -141,10 +149,20 @@ def test_prune_checks_its_options_under_their_own_names(folder, calls, glue_dir)
     assert fields == ["--keep", "--round-to"]
     result = call("prune", "teacher", *args, "--keep", "0.5", "--units", "neurons", "--no-compensate")
     assert result.exit_code == 0, result.output
-    ((positional, options),) = calls
-    assert positional == ("teacher", "sst2", 0.5, Path("out"))
-    assert options["units"] == ["neurons"] and options["compensate"] is False and options["round_to"] == 1
-    assert options["columns"] is None and options["max_length"] == 128
+    (recipe,) = calls
+    assert (recipe.teacher.model, recipe.data.task, recipe.output_dir) == ("teacher", "sst2", Path("out"))
+    section = recipe.pruning
+    assert (section.keep, section.units, section.compensate, section.round_to) == (0.5, ["neurons"], False, 1)
+    assert recipe.data.columns is None and recipe.data.max_length == 128
+
+
+def test_prune_takes_every_other_field_of_a_recipe_by_set(folder, calls):
+    args = ["prune", "teacher", "--task", "sst2", "--keep", "0.5", "--output-dir", "out", "--set"]
+    result = call(*args, "pruning.cuts=3", "--set", "seed=7", "--set", "evaluation.latency.batch_size=2")
+    assert result.exit_code == 0, result.output
+    (recipe,) = calls
+    assert (recipe.pruning.cuts, recipe.seed, recipe.evaluation.latency.batch_size) == (3, 7, 2)
+    assert refused(*args, "pruning.cutts=3")[0].startswith("--cutts: got 3; accepted: 'cuts' (the nearest)")
 
 
 def test_prune_names_the_pipelines_faults_after_its_options(folder, calls, monkeypatch):
@@ -162,7 +180,7 @@ def test_prune_names_the_pipelines_faults_after_its_options(folder, calls, monke
     def refuse(*args, **given):
         raise InputErrors(InputError(field, 1, "2") for field in options)
 
-    monkeypatch.setattr(sys.modules["distill_llm.pipeline"], "prune_model", refuse)
+    monkeypatch.setattr(sys.modules["distill_llm.pipeline"], "prune_recipe", refuse)
     found = refused("prune", "teacher", "--task", "sst2", "--keep", "0.5", "--output-dir", "out")
     assert found == [f"{option}: got 1; accepted: 2" for option in options.values()]
 
@@ -197,7 +215,8 @@ def test_columns_of_own_data_are_named_in_one_option(folder, calls, command):
     result = call(*args, "text=review, label=mood")
     assert result.exit_code == 0, result.output
     if command == "prune":
-        assert calls[0][1]["columns"] == {"text": "review", "label": "mood"} and calls[0][1]["data"] == "rows.csv"
+        data = calls[0].data
+        assert (data.columns.text, data.columns.label, data.path) == ("review", "mood", "rows.csv")
     else:
         assert "accuracy" in json.loads((folder / "metrics.json").read_text())
         assert refused(*args, "text=revue,label=mood")[0].startswith("--columns: got 'revue'; accepted: 'review'")
@@ -213,8 +232,48 @@ def test_evaluate_saves_the_share_of_right_predictions(folder, glue_dir):
     args = ["evaluate", "teacher", "--task", "sst2", "--data", str(task), "--output", "metrics.json"]
     result = call(*args)
     assert result.exit_code == 0, result.output
+    rows = [line.split("\t") for line in (task / "dev.tsv").read_text().splitlines()[1:]]
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "teacher").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "teacher")
+    with torch.no_grad():
+        found = [model(**tokenizer(text, return_tensors="pt")).logits.argmax().item() for text, _ in rows]
+    right = sum(str(label) == wanted for label, (_, wanted) in zip(found, rows, strict=True))
     accuracy = json.loads((folder / "metrics.json").read_text())["accuracy"]
-    assert accuracy * 40 == pytest.approx(round(accuracy * 40)) and "accuracy" in result.stdout
+    assert accuracy == pytest.approx(right / 40) and f"{right / 40:.4f}" in result.stdout
+
+
+def test_evaluate_refuses_what_it_cannot_write_and_prompts_too_long_before_it_loads_weights(folder):
+    args = [
+        "evaluate",
+        "teacher",
+        "--task",
+        "classification",
+        "--data",
+        "rows.csv",
+        "--columns",
+        "text=review,label=mood",
+    ]
+    for taken in ("teacher", "rows.csv/metrics.json"):
+        assert refused(*args, "--output", taken) == [
+            f"--output: got {taken!r}; accepted: the path of a file that can be written"
+        ]
+    assert refused(*args, "--metric", "exact_match")[0].startswith("--metric: got 'exact_match'")
+
+
+def test_quiet_shows_no_bar_and_no_warning(folder):
+    args = [
+        "evaluate",
+        "teacher",
+        "--task",
+        "classification",
+        "--data",
+        "rows.csv",
+        "--columns",
+        "text=review,label=mood",
+    ]
+    loud, quiet = python("-m", "distill_llm", *args), python("-m", "distill_llm", "--quiet", *args)
+    assert "Evaluating" in loud.stderr
+    assert quiet.returncode == 0 and quiet.stderr == "" and "accuracy" in quiet.stdout
 
 
 def test_profile_prints_both_models(folder):
@@ -244,11 +303,10 @@ def test_recipes_lists_every_shipped_recipe():
 def test_families_lists_every_family_and_what_can_be_pruned_of_it():
     result = call("families")
     assert result.exit_code == 0
-    rows = {cells[0]: cells[1:] for line in result.stdout.splitlines() if len(cells := line.strip("│ ").split("│")) > 5}
-    rows = {name.strip(): [cell.strip() for cell in cells] for name, cells in rows.items()}
+    rows = {cells[0]: cells[1:] for line in result.stdout.splitlines() if len(cells := line.split()) == 8}
     assert set(FAMILIES) <= set(rows)
-    assert rows["bert"] == ["yes", "-", "stock", "stock", "yes"]
-    assert rows["llama"][1:] == ["stock"] * 4 and rows["llama"][0].startswith("stock")
+    assert rows["bert"] == ["yes", "-", "stock", "stock", "yes", "yes", "yes"]
+    assert rows["llama"] == ["stock*", "stock", "stock", "stock", "yes", "yes", "stock"]
 
 
 def test_help_and_a_bad_recipe_need_no_torch_and_show_no_traceback(folder):

@@ -1,7 +1,10 @@
 """The removal of a round: several cuts, what is measured and what is read again, budgets of every kind."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from datasets import Dataset
 from family_examples import family_model
 from helpers import random_batch, tiny_model
 from recipe_inputs import recipe_for
@@ -17,6 +20,7 @@ from distill_llm.pruning.statistics import Statistics
 from distill_llm.pruning.structure import sizes_of, unit_costs
 from distill_llm.pruning.surgery import prune
 from distill_llm.recipe import parse_recipe
+from distill_llm.stages import Stages
 
 
 class Counted:
@@ -32,7 +36,7 @@ class Counted:
 
 
 def cutter(folder, batches, **pruning) -> Cutter:
-    return Cutter(parse_recipe(recipe_for(folder, pruning={"keep": 0.5, **pruning})), batches)
+    return Cutter(parse_recipe(recipe_for(folder, pruning={"keep": 0.5, **pruning})), lambda cut: batches)
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +73,46 @@ def test_cuts_measure_importance_anew_and_their_plan_is_one(model, tmp_path, com
     assert [p.shape for p in whole.parameters()] == [p.shape for p in by_hand.parameters()]
     assert same(whole, by_hand) != compensate
     assert found.kept == share_of(by_hand, model, "params") == pytest.approx(0.5, rel=0.01)
+
+
+def test_every_cut_has_rows_of_its_own(model, tmp_path):
+    rows = [Counted(model), [random_batch(model, seed=seed) for seed in (7, 8)]]
+    recipe = parse_recipe(recipe_for(tmp_path, pruning={"keep": 0.5, "cuts": 2}))
+    found, by_hand = Cutter(recipe, rows.__getitem__).cut(model, model, 0.5), model
+    for share, batches in zip((0.5**0.5, 0.5), rows, strict=True):
+        statistics = collect_statistics(by_hand, batches)
+        plan = plan_pruning(by_hand, score(statistics), share / share_of(by_hand, model, "params"))
+        by_hand = prune(by_hand, plan, statistics)
+    assert same(found.model, by_hand)
+
+
+def test_cuts_read_other_training_rows_while_there_are_any():
+    rows = Dataset.from_dict({"input_ids": [[i] for i in range(10)], "length": [1] * 10})
+    fields = {"data": SimpleNamespace(train=rows), "recipe": SimpleNamespace(seed=0), "collator": list}
+    stages = SimpleNamespace(**fields, tokenizer=SimpleNamespace(model_input_names=["input_ids"]))
+    read = [{row["input_ids"][0] for batch in Stages.calibration(stages, 4, cut) for row in batch} for cut in range(4)]
+    assert [len(each) for each in read] == [4] * 4
+    assert len(read[0] | read[1]) == 8 and len(read[0] | read[1] | read[2]) == 10
+
+
+def test_channels_are_measured_where_a_file_keeps_them_or_they_may_go(model, tmp_path):
+    file = tmp_path / "statistics.safetensors"
+    for units, given, count in ((["heads"], None, 0), (["heads"], file, 32), (["hidden"], None, 32)):
+        found = cutter(tmp_path, Counted(model), units=units).statistics(model, 0, given)
+        assert len(found.hidden.fisher) == count
+
+
+def test_the_recipe_says_how_statistics_are_measured(model, tmp_path, monkeypatch):
+    file, asked = tmp_path / "statistics.safetensors", []
+    options = {"precision": "bfloat16", "moment_share": 0.5, "checkpointing": True}
+    collect = lambda *args, **more: asked.append(more) or collect_statistics(*args, **more)  # noqa: E731
+    monkeypatch.setattr(cutting, "collect_statistics", collect)
+    cutter(tmp_path, Counted(model), **options).cut(model, model, 0.5, file)
+    assert {name: asked[0][name] for name in options} == {**options, "precision": torch.bfloat16}
+    cutter(tmp_path, Counted(model), **options).cut(model, model, 0.3, file)
+    assert len(asked) == 1
+    cutter(tmp_path, Counted(model)).cut(model, model, 0.5, file)
+    assert len(asked) == 2, "what was measured otherwise is measured anew"
 
 
 def test_a_later_round_goes_on_from_what_the_student_has(model, tmp_path):
@@ -198,7 +242,7 @@ def test_no_plan_leaves_less_than_the_least_share_and_one_leaves_that(tmp_path, 
     section = parse_recipe(recipe_for(tmp_path, pruning={"keep": 0.5, **pruning})).pruning
     least = least_share(model, section, 8)
     statistics = collect_statistics(model, [random_batch(model, labels=False)], "kl")
-    work = Cutter(parse_recipe(recipe_for(tmp_path, pruning={"keep": 0.5, **pruning})), [])
+    work = cutter(tmp_path, [], **pruning)
     plan = work._plan(model, model, statistics, least * 1.0001)
     assert plan.kept == pytest.approx(least, rel=1e-3)
     with pytest.raises(ValueError, match="keep: got"):

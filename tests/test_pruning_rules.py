@@ -10,11 +10,13 @@ from recipe_inputs import recipe_for
 from distill_llm.errors import InputError
 from distill_llm.faults import faults_in
 from distill_llm.pruning.collecting import collect_statistics
-from distill_llm.pruning.criteria import CRITERIA, UNITS, score
+from distill_llm.pruning.criteria import score
 from distill_llm.pruning.leave_one_out import leave_one_out
+from distill_llm.pruning.names import CRITERIA, UNITS, Criterion, Unit
 from distill_llm.pruning.planning import plan_pruning
 from distill_llm.pruning.structure import COSTS, sizes_of
-from distill_llm.recipe import Criterion, PruningSection, Unit, parse_recipe
+from distill_llm.recipe import parse_recipe
+from distill_llm.recipe_sections import PruningSection
 
 
 def faults(folder, **pruning) -> list[str]:

@@ -9,61 +9,84 @@ from transformers import PreTrainedModel
 
 from distill_llm.capture import item_logits, packed
 from distill_llm.errors import InputError
-from distill_llm.losses.items import kind_of, targets
+from distill_llm.losses.items import kind_of, targets, valid_tokens
 from distill_llm.teachers.online import forward_inputs
 
-Loss = str | Callable[[Any, Mapping[str, torch.Tensor]], torch.Tensor]
+Batch = Mapping[str, torch.Tensor]
+Loss = str | Callable[[Any, Batch], torch.Tensor]
+SPAN = ("start_positions", "end_positions")
 
 
-def run(
-    model: PreTrainedModel,
-    batch: Mapping[str, torch.Tensor],
-    loss: Loss | None,
-    teacher: PreTrainedModel | None,
-    generator: torch.Generator,
-) -> None:
-    """Forward, and backward from the sum over examples of their losses."""
-    inputs, kind = forward_inputs(model, batch), kind_of(model)
-    positions, labels = None, batch.get("labels")
-    if loss is not None and not callable(loss) and kind != "example":
-        positions, labels = targets(
-            batch if loss == "labels" else {k: v for k, v in batch.items() if k != "labels"}, kind
-        )
-    with packed(model, positions):
-        outputs = model(**inputs)
-    if loss is not None:
-        _loss(outputs, batch, inputs, positions, labels, loss, teacher, generator).backward()
+def calibration_loss(
+    model: PreTrainedModel, batch: Batch, loss: Loss | None, teacher: PreTrainedModel | None, generator: torch.Generator
+) -> torch.Tensor | None:
+    """One forward; the sum over examples of their losses (see `collect_statistics`), fp32; None without a loss.
 
-
-def _loss(
-    outputs: Any,
-    batch: Mapping[str, torch.Tensor],
-    inputs: Mapping[str, torch.Tensor],
-    positions: torch.Tensor | None,
-    labels: torch.Tensor | None,
-    loss: Loss,
-    teacher: PreTrainedModel | None,
-    generator: torch.Generator,
-) -> torch.Tensor:
-    """The sum over examples of their losses, fp32."""
-    if callable(loss):
-        return loss(outputs, batch)
-    logits = item_logits(outputs.logits, positions).float()
+    Raises:
+        InputError: a batch without the labels it needs.
+    """
+    if loss is None or callable(loss):
+        outputs = model(**_inputs(model, batch))
+        return None if loss is None else loss(outputs, batch)
+    logits, labels = items_of(model, batch, labelled=loss == "labels")
     regression = logits.shape[-1] == 1
     if loss == "kl" and teacher is not None:
-        with torch.no_grad(), packed(teacher, positions):
-            target = item_logits(teacher(**inputs).logits, positions).float()
-        if regression:
-            return nn.functional.mse_loss(logits, target, reduction="sum")
-        return nn.functional.kl_div(logits.log_softmax(-1), target.log_softmax(-1), reduction="sum", log_target=True)
+        with torch.no_grad():
+            target, _ = items_of(teacher, batch, labelled=False)
+        return divergence(target, logits)
     if loss == "kl":
         predicted = logits.detach()
         if regression:
             labels = predicted + torch.randn(predicted.shape, generator=generator, device=logits.device)
         else:
             labels = torch.multinomial(predicted.softmax(-1), 1, generator=generator).squeeze(-1)
-    elif labels is None:
-        raise InputError("dataloader", sorted(batch), "batches with labels, or loss='kl'")
-    if regression:
+    assert labels is not None
+    return label_loss(logits, labels)
+
+
+def items_of(model: PreTrainedModel, batch: Batch, labelled: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One forward: logits (items, C) of the outputs that count, fp32, and their labels (items,) where `labelled`.
+
+    An item is an example, with an output per token a token, of question answering a start or an end: there the C classes are
+    the example's tokens, those of padding left out.
+
+    Raises:
+        InputError: a batch without labels where they are asked for.
+    """
+    kind, spans = kind_of(model), type(model).__name__.endswith("ForQuestionAnswering")
+    names = SPAN if spans else ("labels",)
+    if labelled and not set(names) <= batch.keys():
+        raise InputError("dataloader", sorted(batch), f"batches with {' and '.join(names)}, or loss='kl'")
+    positions, labels = None, None
+    if kind != "example":
+        positions, labels = targets(batch if labelled else {k: v for k, v in batch.items() if k != "labels"}, kind)
+    elif labelled:
+        labels = torch.cat([batch[name].flatten() for name in names])
+    with packed(model, positions):
+        outputs = model(**_inputs(model, batch))
+    if not spans:
+        return item_logits(outputs.logits, positions).float(), labels
+    padding = ~valid_tokens(batch)
+    logits = torch.cat([each.float().masked_fill(padding, torch.finfo(torch.float32).min) for each in outputs[:2]])
+    if labels is None:
+        return logits, None
+    inside = (labels >= 0) & (labels < padding.shape[-1])  # an answer that was cut off has no label
+    return logits[inside], labels[inside]
+
+
+def label_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The sum over items of their cross-entropy, or, of a regression (C = 1), of their squared error."""
+    if logits.shape[-1] == 1:
         return nn.functional.mse_loss(logits.flatten(), labels.float().flatten(), reduction="sum")
     return nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum")
+
+
+def divergence(target: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """The sum over items of KL(target || own) of logits (items, C), or, of a regression (C = 1), of their squared difference."""
+    if logits.shape[-1] == 1:
+        return nn.functional.mse_loss(logits, target, reduction="sum")
+    return nn.functional.kl_div(logits.log_softmax(-1), target.log_softmax(-1), reduction="sum", log_target=True)
+
+
+def _inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+    return {name: value for name, value in forward_inputs(model, batch).items() if name not in SPAN}

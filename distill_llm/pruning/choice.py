@@ -6,14 +6,15 @@ from dataclasses import dataclass
 import torch
 
 from distill_llm.errors import InputError
-from distill_llm.pruning.criteria import UNITS, Importance
+from distill_llm.pruning.criteria import Importance
+from distill_llm.pruning.names import UNITS
 from distill_llm.pruning.plan import LayerPlan, PruningPlan
 from distill_llm.pruning.structure import Costs, LayerShape
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The fewest heads (KV groups) and neurons that every remaining layer keeps."""
+    """The fewest heads (KV groups) and neurons that every remaining layer keeps; a layer that has fewer keeps all."""
 
     heads: int = 0
     neurons: int = 0
@@ -22,30 +23,52 @@ class Limits:
 NO_LIMITS = Limits()
 
 
+@dataclass(frozen=True)
+class Rules:
+    """What may be removed: `units`, down to `limits`, neurons and channels in steps of `round_to`, alike in all layers or not."""
+
+    units: frozenset[str]
+    limits: Limits = NO_LIMITS
+    round_to: int = 1
+    uniform: bool = False
+
+    def least(self, shapes: Sequence[LayerShape]) -> list[LayerShape]:
+        """What has to stay of every layer as long as the layer stays."""
+        rows, limits, multiple = [], self.limits, -(-self.limits.neurons // self.round_to) * self.round_to
+        for shape in shapes:
+            heads, neurons = shape.heads, shape.neurons
+            queries = (shape.queries or heads) // heads if heads else 0
+            if "heads" in self.units or ("attention" in self.units and not limits.heads):
+                heads = min(limits.heads, *(s.heads for s in shapes)) if self.uniform else min(limits.heads, heads)
+            if "neurons" in self.units or ("ffn" in self.units and not limits.neurons):
+                has = min(s.neurons for s in shapes) if self.uniform else neurons
+                neurons = multiple if multiple <= has else has
+            rows.append(LayerShape(heads, neurons, heads * (min(queries, 1) if "queries" in self.units else queries)))
+        return rows
+
+    def least_width(self, hidden: int) -> int:
+        """The fewest channels of the residual stream that have to stay."""
+        return min(self.round_to, hidden) if "hidden" in self.units else hidden
+
+
 class Choice:
     """What stays, while it is being chosen: per layer the kept heads, queries of a group, and neurons; the kept channels."""
 
     def __init__(
-        self,
-        scores: Importance,
-        shapes: Sequence[LayerShape],
-        costs: Costs,
-        budget: float,
-        units: frozenset[str],
-        limits: Limits,
-    ):
-        self.scores, self.shapes, self.costs, self.budget = scores, shapes, costs, budget
-        self.units, self.limits = units, limits
+        self, scores: Importance, shapes: Sequence[LayerShape], costs: Costs, budget: float, rules: Rules
+    ) -> None:
+        self.scores, self.shapes, self.costs, self.budget, self.rules = scores, shapes, costs, budget, rules
         self.alive = [True] * len(shapes)
         self.heads = [torch.ones(s.heads, dtype=torch.bool) for s in shapes]
         self.neurons = [torch.ones(s.neurons, dtype=torch.bool) for s in shapes]
         self.shared = [(s.queries or s.heads) // s.heads if s.heads else 1 for s in shapes]
         self.slots = list(self.shared)
-        self.hidden = torch.ones(costs.hidden, dtype=torch.bool)
         # The same as numbers, to be quick.
         self.head_count = [s.heads for s in shapes]
         self.neuron_count = [s.neurons for s in shapes]
         self.width = costs.hidden
+        self.least = rules.least(shapes)
+        self._least_costs = [costs.of([row], rules.least_width(costs.hidden)) for row in self.least]
 
     def shape(self, i: int) -> LayerShape:
         return LayerShape(self.head_count[i], self.neuron_count[i], self.head_count[i] * self.slots[i])
@@ -53,11 +76,18 @@ class Choice:
     def living(self) -> list[LayerShape]:
         return [self.shape(i) for i, alive in enumerate(self.alive) if alive]
 
-    def cost(self, width: int | None = None) -> float:
-        return self.costs.of(self.living(), self.width if width is None else width)
+    def cost(self) -> float:
+        return self.costs.of(self.living(), self.width)
+
+    def least_cost(self) -> float:
+        """What is left when all goes that may go; one layer always stays."""
+        return min(self._least_costs) if "layers" in self.rules.units else sum(self._least_costs)
+
+    def fits(self, cost: float) -> bool:
+        return cost <= self.budget * (1 + 1e-9)
 
     def price(self, kind: str, i: int) -> float:
-        """What goes with the next unit of a kind."""
+        """What goes with the next unit of a kind; of channels, with the next step of them."""
         head = self.costs.group_at(self.width) + self.slots[i] * self.costs.query_at(self.width)
         neuron = self.costs.neuron_at(self.width)
         if kind == "heads":
@@ -67,25 +97,25 @@ class Choice:
         if kind == "neurons":
             return neuron
         if kind == "hidden":
-            return self.costs.channel(self.living())
+            return self.rules.round_to * self.costs.channel(self.living())
         parts = {"attention": self.head_count[i] * head, "ffn": self.neuron_count[i] * neuron}
         return parts[kind] if kind in parts else self.costs.of([self.shape(i)], self.width)
 
     def remove(self, kind: str, i: int, j: int) -> bool:
         """Remove a unit; False where it is gone already or must stay."""
         if kind == "hidden":
-            self.hidden[j] = False
-            self.width -= 1
+            self.narrow(self.width - self.rules.round_to)
             return True
         if not self.alive[i]:
             return False
         if kind == "layers":
-            if sum(self.alive) == 1:
+            others = (cost for k, cost in enumerate(self._least_costs) if self.alive[k] and k != i)
+            if not any(map(self.fits, others)):
                 return False
             self.alive[i] = False
         elif kind in ("heads", "attention"):
             gone = self.heads[i] if kind == "attention" else self.heads[i][j : j + 1]
-            if self.head_count[i] - int(gone.sum()) < self.limits.heads or not gone.any():
+            if self.head_count[i] - int(gone.sum()) < self.least[i].heads or not gone.any():
                 return False
             self.head_count[i] -= int(gone.sum())
             gone[:] = False
@@ -95,25 +125,40 @@ class Choice:
             self.slots[i] -= 1
         else:
             gone = self.neurons[i] if kind == "ffn" else self.neurons[i][j : j + 1]
-            if self.neuron_count[i] - int(gone.sum()) < self.limits.neurons or not gone.any():
+            if self.neuron_count[i] - int(gone.sum()) < self.least[i].neurons or not gone.any():
                 return False
             self.neuron_count[i] -= int(gone.sum())
             gone[:] = False
         return True
 
-    def keep(self, kind: str, i: int, kept: torch.Tensor) -> None:
-        """Set which heads or neurons of a layer stay."""
-        if kind == "heads":
-            self.heads[i][:] = kept
-            self.head_count[i] = int(kept.sum())
-        else:
-            self.neurons[i][:] = kept
-            self.neuron_count[i] = int(kept.sum())
+    def put_back(self, i: int, j: int) -> None:
+        """Take a head back."""
+        self.heads[i][j] = True
+        self.head_count[i] += 1
+
+    def keep(self, kind: str, i: int, count: int) -> None:
+        """Let the best heads or neurons of a layer stay, this many."""
+        kept, counts = (self.heads, self.head_count) if kind == "heads" else (self.neurons, self.neuron_count)
+        best = getattr(self.scores, kind)[i].argsort(descending=True)[:count]
+        kept[i][:] = False
+        kept[i][best] = True
+        counts[i] = count
+
+    def narrow(self, width: int) -> None:
+        """Let the best channels of the residual stream stay, this many."""
+        self.width = width
 
     def reachable(self, left: float) -> None:
-        if left > self.budget * (1 + 1e-9):
-            total = self.costs.of(self.shapes)
-            accepted = f"at least {left / total:.4f} when only {' and '.join(u for u in UNITS if u in self.units)} can be removed"
+        """Raise InputError if what is left at least is more than the budget."""
+        if not self.fits(left):
+            total, units = self.costs.of(self.shapes), " and ".join(u for u in UNITS if u in self.rules.units)
+            accepted = f"at least {left / total:.4f} when only {units} can be removed"
+            kept = [
+                f"{least} {kind}"
+                for kind, least in vars(self.rules.limits).items()
+                if least and kind in self.rules.units
+            ]
+            accepted += f" and every layer keeps {' and '.join(kept)}" if kept else ""
             raise InputError("keep", round(self.budget / total, 4), accepted)
 
     def plan(self, model_type: str, keep: float) -> PruningPlan:
@@ -127,9 +172,17 @@ class Choice:
         share, note = self.cost() / self.costs.of(self.shapes), None
         if abs(share - keep) > 0.01 * keep:
             note = f"kept {share:.4f} of the layers' {self.costs.name} where {keep} was asked for: "
-            note += "these units come in larger steps"
-        hidden = None if self.width == len(self.hidden) else tuple(self.hidden.nonzero().flatten().tolist())
-        return PruningPlan(model_type, tuple(rows), share, note, hidden)
+            uneven = self.rules.uniform and len(set(self.shapes)) > 1
+            note += "these units come in larger steps" + (
+                ", and no layer keeps more than the smallest" if uneven else ""
+            )
+        return PruningPlan(model_type, tuple(rows), share, note, self._channels())
+
+    def _channels(self) -> tuple[int, ...] | None:
+        if self.width == self.costs.hidden:
+            return None
+        assert self.scores.hidden is not None
+        return tuple(self.scores.hidden.argsort(descending=True)[: self.width].sort().values.tolist())
 
     def _queries(self, i: int, heads: tuple[int, ...]) -> tuple[int, ...] | None:
         if self.slots[i] == self.shared[i] or not heads:

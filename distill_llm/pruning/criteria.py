@@ -13,10 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from distill_llm.errors import InputError, one_of
+from distill_llm.pruning.names import COMPARABLE, CRITERIA, NEEDS_GRADIENTS, RANKS_LAYERS
 from distill_llm.pruning.statistics import BY_LAYER, WHOLE, Statistics, UnitStatistics
 from distill_llm.pruning.structure import LayerShape
 
-UNITS = ("heads", "queries", "neurons", "layers", "attention", "ffn", "hidden")
 # What each criterion reads of a unit's statistics, from the sums and the numbers of examples and tokens.
 _PER_UNIT: dict[str, Callable[[UnitStatistics, int, int], torch.Tensor]] = {
     "taylor": lambda unit, examples, tokens: unit.taylor / examples,
@@ -26,10 +26,6 @@ _PER_UNIT: dict[str, Callable[[UnitStatistics, int, int], torch.Tensor]] = {
     "magnitude": lambda unit, examples, tokens: unit.magnitude.sqrt(),
     "magnitude_l1": lambda unit, examples, tokens: unit.magnitude_l1,
 }
-CRITERIA = ("random", *_PER_UNIT, "block_influence", "leave_one_out")
-LAYERS_ONLY = ("block_influence", "leave_one_out")
-NEEDS_LOSS = ("taylor", "fisher")
-_COMPARABLE = ("fisher",)
 
 
 @dataclass(frozen=True)
@@ -57,7 +53,7 @@ class Importance:
     @property
     def comparable(self) -> bool:
         """Whether scores of different kinds of units may be ranked together (they are in the same unit, squared loss)."""
-        return self.criterion in _COMPARABLE
+        return self.criterion in COMPARABLE
 
     def require(self, units: Sequence[str]) -> None:
         """Raise InputError if there are no scores for one of the units."""
@@ -66,7 +62,7 @@ class Importance:
             if found is None or not len(found):
                 accepted = f"scores of {unit}: " + (
                     f"a criterion other than {self.criterion}, which ranks layers"
-                    if self.criterion in LAYERS_ONLY
+                    if self.criterion in RANKS_LAYERS
                     else f"statistics collected with {unit}"
                 )
                 raise InputError("criterion", self.criterion, accepted)
@@ -122,7 +118,7 @@ def score(statistics: Statistics, criterion: str = "fisher", seed: int = 0) -> I
     """
     if criterion not in CRITERIA:
         raise InputError("criterion", criterion, one_of(CRITERIA, criterion))
-    if criterion in NEEDS_LOSS and not statistics.has_gradients:
+    if criterion in NEEDS_GRADIENTS and not statistics.has_gradients:
         raise InputError("criterion", criterion, "statistics collected with a loss, or a criterion without gradients")
     if criterion == "block_influence":
         return Importance(criterion, (), (), 1 - statistics.similarity / max(statistics.tokens, 1))

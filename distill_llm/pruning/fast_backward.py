@@ -9,8 +9,14 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from distill_llm.pruning.moments import fast_bf16
 from distill_llm.pruning.structure import weight_of
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether bf16 matrix products are faster than fp32 ones on this device."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 class _Backward(torch.autograd.Function):

@@ -1,20 +1,20 @@
 """What the loss becomes without each layer, measured by leaving it out."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from distill_llm.capture import item_logits, packed
 from distill_llm.errors import InputError, one_of
-from distill_llm.losses.items import kind_of, targets
+from distill_llm.pruning.calibration_loss import divergence, items_of, label_loss
 from distill_llm.pruning.families import layers_of
-from distill_llm.pruning.masking import masked
-from distill_llm.pruning.plan import PruningPlan, full_plan
+from distill_llm.pruning.forwarding import forward_as, frozen
+from distill_llm.pruning.sharding import process, sum_over_processes
 from distill_llm.pruning.statistics import Statistics
-from distill_llm.teachers.online import forward_inputs
 
 
 @torch.no_grad()
@@ -23,16 +23,22 @@ def leave_one_out(
     dataloader: Iterable[Mapping[str, torch.Tensor]],
     statistics: Statistics,
     loss: str = "labels",
-    reduce: Callable[[list[torch.Tensor]], None] | None = None,
+    *,
+    precision: torch.dtype | None = None,
+    sharded: bool = False,
 ) -> Statistics:
-    """The statistics completed with `without`, for criterion leave_one_out: as many forward passes as there are layers, and one.
+    """The statistics completed with `without`, for criterion leave_one_out.
+
+    One forward pass, and for each layer one of those after it: half as many whole passes as there are layers. Every layer's
+    output is held, of one batch at a time.
 
     Args:
         model: the model that the statistics are of; unchanged.
         dataloader: batches as for `collect_statistics`.
         loss: "labels" for the task's loss (for a language model, log of the perplexity; Kim et al. 2024, section 3.2),
             "kl" for the divergence of the whole model's outputs from those without the layer.
-        reduce: adds up sums in place over processes that each see a part of the data (`sharding.sum_over_processes`).
+        precision: run the forward passes under autocast in this dtype.
+        sharded: on several processes, take this process's part of the batches and add up (see `collect_statistics`).
 
     Returns:
         A copy with `without`: (layers,) nats per output that counts (squared error for a regression), less the whole model's.
@@ -42,49 +48,52 @@ def leave_one_out(
     """
     if loss not in ("labels", "kl"):
         raise InputError("loss", loss, one_of(("labels", "kl"), loss))
-    whole, layers = full_plan(model), range(len(layers_of(model)))
-    plans = [replace(whole, layers=tuple(row for row in whole.layers if row.source != i)) for i in layers]
-    training, totals = model.training, torch.zeros(len(plans) + 1, dtype=torch.float64)
-    model.eval()
-    for batch in dataloader:
-        batch = {name: value.to(model.device) for name, value in batch.items()}
-        if loss == "labels" and "labels" not in batch:
-            raise InputError("dataloader", sorted(batch), "batches with labels, or loss='kl'")
-        dense, labels = _logits(model, batch, None, loss)
-        totals[-1] += len(dense)
-        for i, plan in enumerate(plans):
-            without, _ = _logits(model, batch, plan, loss)
-            totals[i] += (_loss(without, dense, labels) - _loss(dense, dense, labels)).item()
-    model.train(training)
-    if reduce is not None:
-        reduce([totals])
-    return replace(statistics, without=(totals[:-1] / totals[-1].clamp(min=1)).float())
+    layers, labelled = list(layers_of(model)), loss == "labels"
+    rank, processes = process() if sharded else (0, 1)
+    totals = torch.zeros(len(layers) + 1, device=model.device)  # in the order of layers, then the number of items
+    exact = torch.zeros(len(layers) + 1, dtype=torch.float64)
+    autocast = torch.autocast(model.device.type, precision, enabled=precision is not None)
+    with frozen(model), autocast:
+        for number, batch in enumerate(dataloader):
+            if number % processes != rank:
+                continue
+            batch = {name: value.to(model.device) for name, value in batch.items()}
+            with _outputs(layers) as given:
+                dense, labels = items_of(model, batch, labelled)
+            whole = 0.0 if labels is None else label_loss(dense, labels)
+            totals[-1] = len(dense)
+            for i, layer in enumerate(layers):
+                with ExitStack() as stack:
+                    for before, output in zip(layers[:i], given, strict=False):
+                        stack.enter_context(forward_as(before, _again(output)))
+                    stack.enter_context(forward_as(layer, _passing_on(given[i])))
+                    logits, _ = items_of(model, batch, labelled)
+                totals[i] = divergence(dense, logits) if labels is None else label_loss(logits, labels) - whole
+            exact += totals.cpu().double()
+    if sharded:
+        sum_over_processes([exact])
+    return replace(statistics, without=(exact[:-1] / exact[-1].clamp(min=1)).float())
 
 
-def _logits(
-    model: PreTrainedModel, batch: Mapping[str, torch.Tensor], plan: PruningPlan | None, loss: str
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(items, C) logits of the outputs that count, and their labels for loss "labels"."""
-    kind, inputs = kind_of(model), forward_inputs(model, batch)
-    positions, labels = None, batch.get("labels")
-    if kind != "example":
-        unlabelled = {name: value for name, value in batch.items() if name != "labels"}
-        positions, labels = targets(batch if loss == "labels" else unlabelled, kind)
-    if plan is None:
-        with packed(model, positions):
-            found = model(**inputs).logits
-    else:
-        with masked(model, plan), packed(model, positions):
-            found = model(**inputs).logits
-    return item_logits(found, positions).float(), labels if loss == "labels" else None
+@contextmanager
+def _outputs(layers: Iterable[nn.Module]) -> Iterator[list[Any]]:
+    """Within the context, what each layer gave, in their order."""
+    given: list[Any] = []
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.register_forward_hook(lambda module, args, output: given.append(output)).remove)
+        yield given
 
 
-def _loss(logits: torch.Tensor, dense: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-    if labels is None and logits.shape[-1] > 1:
-        log_p, log_q = dense.log_softmax(-1), logits.log_softmax(-1)
-        return nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
-    if logits.shape[-1] == 1:
-        target = dense if labels is None else labels.view_as(logits).float()
-        return nn.functional.mse_loss(logits, target, reduction="sum")
-    assert labels is not None
-    return nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum")
+def _again(output: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: output
+
+
+def _passing_on(output: Any) -> Callable[..., Any]:
+    """A layer's forward that gives what it reads, and beside it what it gave beside its `output`."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        entering = args[0] if args else kwargs["hidden_states"]
+        return (entering, *output[1:]) if isinstance(output, tuple) else entering
+
+    return forward

@@ -1,8 +1,12 @@
 """Second moments of activations, and the closed-form compensation that uses them."""
 
+from collections.abc import Iterator
+from math import ceil
 from typing import NamedTuple
 
 import torch
+
+from distill_llm.errors import InputError
 
 
 class Moments(NamedTuple):
@@ -16,54 +20,74 @@ class Moments(NamedTuple):
     second: torch.Tensor
 
 
-def fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 matrix products are faster than fp32 ones on this device."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
 class MomentsSum:
-    """Sums x and x x^T over tokens.
+    """Sums x and x x^T over tokens, or over a share of them that is drawn at random and counts by its inverse.
 
     The product is in fp32: rounded to bf16 its entries made the least squares fail now and then. To keep it cheap, tokens are
-    buffered so that it runs on hundreds of rows at a time, only the blocks of its upper triangle are made, and once there are
-    as many tokens as channels, one in four is taken and counts four times.
+    buffered so that it runs on hundreds of rows at a time, and only the blocks of its upper triangle are made.
+
+    Args:
+        channels: C.
+        share: of the tokens that count; None: all until there are half as many as channels, then one in four.
     """
 
     rows = 512
     blocks = 4
-    stride = 4
 
-    def __init__(self, channels: int, device: torch.device):
+    def __init__(self, channels: int, device: torch.device, share: float | None = None):
         self.sum = torch.zeros(channels, device=device)
         self.second = torch.zeros(channels, channels, device=device)
-        self.weight = torch.zeros((), dtype=torch.float64)
-        self._tokens = 0
+        self.weight = torch.zeros((), device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+        self.share = share
         self._buffer: list[torch.Tensor] = []
         self._waiting = 0
 
-    def add(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-        """Add tokens x of shape (tokens, C) with weights (tokens, 1); None: all 1."""
+    def add(
+        self, x: torch.Tensor, weights: torch.Tensor | None = None, keys: torch.Tensor | None = None, before: int = 0
+    ) -> None:
+        """Add tokens.
+
+        Args:
+            x: (tokens, C).
+            weights: (tokens, 1), none below 0; None: all 1.
+            keys: (tokens,) uniform random numbers in [0, 1) that the share is drawn by; None: every token is taken.
+            before: tokens of all processes that came before these.
+        """
         weights = torch.ones(len(x), 1, device=x.device) if weights is None else weights
-        if self._tokens >= x.shape[1]:
-            x, weights = x[:: self.stride], weights[:: self.stride] * self.stride
-        self._tokens += len(x)
-        self.weight += weights.sum().item()
-        self.sum += (x.float() * weights).sum(0)
-        self._buffer.append(x.detach().float() * weights.sqrt())
+        take = max(1, self._taken(before + len(x)) - self._taken(before))
+        if keys is not None and take < len(x):
+            chosen, inverse_share = draw(weights.squeeze(1), keys, take)
+            x, weights = x[chosen], weights[chosen] * inverse_share
+        self.weight += weights.sum()
+        roots = weights.sqrt()
+        scaled = x.detach().float() * roots
+        self.sum += (roots.T @ scaled).squeeze(0)
+        self._buffer.append(scaled)
         self._waiting += len(x)
         if self._waiting >= self.rows:
             self._flush()
+
+    def _taken(self, tokens: int) -> int:
+        """How many of the first `tokens` are taken."""
+        if self.share is not None:
+            return ceil(self.share * tokens)
+        every = min(tokens, len(self.sum) // 2)
+        return every + ceil((tokens - every) / 4)
 
     def _flush(self) -> None:
         if not self._buffer:
             return
         x = torch.cat(self._buffer)
-        size = -(-x.shape[1] // self.blocks) or 1  # no channels: a module with nothing left
-        for start in range(0, x.shape[1], size):
-            self.second[start : start + size, start:].addmm_(x[:, start : start + size].T, x[:, start:])
+        for rows, columns in self._upper():
+            self.second[rows, columns].addmm_(x[:, rows].T, x[:, columns])
         self._buffer, self._waiting = [], 0
+
+    def _upper(self) -> Iterator[tuple[slice, slice]]:
+        """Rows and columns of the blocks that cover the upper triangle, a row of blocks at a time."""
+        channels = len(self.sum)
+        size = -(-channels // self.blocks) or 1  # no channels: a module with nothing left
+        for start in range(0, channels, size):
+            yield slice(start, min(start + size, channels)), slice(start, channels)
 
     def tensors(self) -> list[torch.Tensor]:
         """All sums."""
@@ -71,12 +95,31 @@ class MomentsSum:
         return [self.weight, self.sum, self.second]
 
     def finish(self) -> Moments:
-        """The means over all tokens added."""
+        """The means over all tokens added. Made in place of the sums: nothing can be added any more."""
         self._flush()
-        upper = self.second.triu()
-        second = upper + upper.triu(1).T
-        total = self.weight.item() or 1.0
-        return Moments((self.sum / total).cpu(), (second / total).cpu())
+        for rows, _ in self._upper():
+            self.second[rows.stop :, rows] = self.second[rows, rows.stop :].T
+        total = torch.where(self.weight > 0, self.weight, 1.0).float()
+        return Moments(self.sum.div_(total).cpu(), self.second.div_(total).cpu())
+
+
+def draw(weights: torch.Tensor, keys: torch.Tensor, take: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw `take` of n tokens, each of those with a weight with the same chance; of fewer with a weight, all.
+
+    Nothing waits for the device: where too few have a weight, tokens without fill up.
+
+    Args:
+        weights: (n,), none below 0.
+        keys: (n,) uniform random numbers in [0, 1).
+        take: from 1 to n.
+
+    Returns:
+        indices (take,), and the inverse share of tokens with a weight that were drawn, a scalar tensor.
+    """
+    counts = weights > 0
+    chosen = torch.where(counts, keys, 2.0).topk(take, largest=False, sorted=False).indices
+    found = counts.sum().clamp(min=1)
+    return chosen, found / found.clamp(max=take)
 
 
 def compensate_linear(
@@ -96,20 +139,34 @@ def compensate_linear(
         ridge: lambda as a share of the mean diagonal of the second moment.
 
     Returns:
-        The new weight (H, K) and bias, in the dtype of the old; computed in fp64.
+        The new weight (H, K) and bias, in the dtype and on the device of the old; computed in fp64.
+
+    Raises:
+        InputError: moments with values that are not finite.
     """
-    w, mean, second = weight.detach().double().cpu(), moments.mean.double(), moments.second.double()
-    removed = torch.ones(w.shape[1], dtype=torch.bool)
+    removed = torch.ones(weight.shape[1], dtype=torch.bool)
     removed[kept] = False
     if not removed.any():
         return weight.detach().clone(), None if bias is None else bias.detach().clone()
+    device = torch.device("cpu") if weight.device.type == "mps" else weight.device  # which has no fp64
+    w, mean, second = (each.detach().to(device, torch.float64) for each in (weight, moments.mean, moments.second))
+    kept, gone = kept.to(device), removed.nonzero().squeeze(1).to(device)
     s = second if bias is None else second - torch.outer(mean, mean)
-    s_kk, s_rk = s[kept][:, kept], s[removed][:, kept]
     damping = ridge * second.diagonal().mean() + torch.finfo(torch.float32).tiny
-    damped = s_kk + damping * torch.eye(len(kept), dtype=s.dtype)
-    a = torch.linalg.solve(damped, s_rk.T).T if len(kept) else s_rk
-    new = (w[:, kept] + w[:, removed] @ a).to(weight)
+    a = _solve(s[kept][:, kept], s[kept][:, gone], damping).T
+    new = (w[:, kept] + w[:, gone] @ a).to(weight)
     if bias is None:
         return new, None
-    shift = w[:, removed] @ (mean[removed] - a @ mean[kept])
-    return new, (bias.detach().double().cpu() + shift).to(bias)
+    shift = w[:, gone] @ (mean[gone] - a @ mean[kept])
+    return new, (bias.detach().to(device, torch.float64) + shift).to(bias)
+
+
+def _solve(s: torch.Tensor, right: torch.Tensor, damping: torch.Tensor) -> torch.Tensor:
+    """(S + damping I)^-1 right for a positive semidefinite S (K, K); more damping where rounding left it indefinite."""
+    if not (torch.isfinite(s).all() and torch.isfinite(right).all()):
+        raise InputError("compensate", "second moments that are not finite", "statistics of finite activations")
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(s + damping * torch.eye(len(s), dtype=s.dtype, device=s.device))
+        if not failed:
+            return torch.cholesky_solve(right, factor)
+        damping = 10 * damping

@@ -1,20 +1,22 @@
 """Choosing what stays: from scores, under a budget, to a plan."""
 
 import heapq
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
 
 from distill_llm.errors import InputError, one_of
-from distill_llm.pruning.choice import NO_LIMITS, Choice, Limits
-from distill_llm.pruning.criteria import UNITS, Importance
+from distill_llm.pruning.choice import NO_LIMITS, Choice, Limits, Rules
+from distill_llm.pruning.criteria import Importance
+from distill_llm.pruning.names import BLOCKS, UNITS, Unit, competing_faults
 from distill_llm.pruning.plan import PruningPlan
 from distill_llm.pruning.structure import Costs, layer_shapes, unit_costs
 
-Unit = Literal["heads", "queries", "neurons", "layers", "attention", "ffn", "hidden"]
-BLOCKS = ("layers", "attention", "ffn")
+NEAR = 0.99
+"""The part of a budget that a plan should use at least."""
 
 
 def plan_pruning(
@@ -34,8 +36,8 @@ def plan_pruning(
 
     With scope "global" units compete over all layers; where the criterion's scores are comparable between kinds of units
     (Fisher) all kinds compete by score per cost, at what a unit costs in what is left; else each kind keeps the same share.
-    With scope "local" every layer keeps the same share of its heads and of its neurons. `uniform` gives every layer the same
-    numbers, which many stock configs can say.
+    With scope "local" every layer keeps the same share of its heads and of its neurons, but for its limits. `uniform` gives
+    every layer the same numbers, which many stock configs can say: none keeps more than the smallest layer has.
 
     Args:
         scores: from `score(...)`, for this very model.
@@ -45,10 +47,11 @@ def plan_pruning(
         units: what may be removed: heads (KV groups), queries (equally many of every group), neurons, whole layers, the whole
             attention or FFN of a layer, hidden (channels of the residual stream).
         round_to: neurons of a layer, and channels of the residual stream, stay in multiples of this.
-        limits: what every remaining layer keeps at least.
+        limits: what every remaining layer keeps at least, where it has that much.
 
     Raises:
-        InputError: for a value out of range, or a `keep` that these units cannot reach.
+        InputError: for a value out of range, units that these settings cannot remove together, or a `keep` that these units
+            cannot reach.
     """
     if not 0 < keep <= 1:
         raise InputError("keep", keep, "a share above 0 and at most 1")
@@ -59,199 +62,227 @@ def plan_pruning(
     wrong = [unit for unit in units if unit not in UNITS]
     if wrong or not units:
         raise InputError("units", list(units), "one or more of " + ", ".join(UNITS))
+    for fault in competing_faults(units, scores.criterion, scope, uniform):
+        raise fault
     scores.require(units)
     shapes = layer_shapes(model)
     scores.check(shapes)
     costs = cost if isinstance(cost, Costs) else unit_costs(model, cost, sequence_length)
-    limits = Limits(limits.heads, -(-limits.neurons // round_to) * round_to)
-    choice = Choice(scores, shapes, costs, keep * costs.of(shapes), frozenset(units), limits)
-    if len(units) == 1 and units[0] in BLOCKS:
-        _blocks(choice, units[0])
-    elif set(BLOCKS) & set(units) and not scores.comparable:
-        accepted = f"one of {', '.join(BLOCKS)} alone, or criterion fisher: {scores.criterion!r} scores do not compare over kinds"
-        raise InputError("units", list(units), accepted)
-    elif scope == "global" and not uniform and scores.comparable:
-        _together(choice, round_to)
+    rules = Rules(frozenset(units), limits, round_to, uniform)
+    choice = Choice(scores, shapes, costs, keep * costs.of(shapes), rules)
+    choice.reachable(choice.least_cost())
+    if "hidden" in units and choice.width > round_to:
+        choice.narrow(choice.width // round_to * round_to)
+    alone = len(units) == 1 and units[0] in BLOCKS
+    if alone or (scope == "global" and not uniform and scores.comparable):
+        _together(choice)
     else:
-        _per_kind(choice, local=scope == "local" or uniform, uniform=uniform, round_to=round_to)
+        _per_kind(choice, local=scope == "local" or uniform)
     if "neurons" in units:
-        _round_neurons(choice, round_to, uniform)
+        _round_neurons(choice)
+    choice.reachable(choice.cost())
     return choice.plan(model.config.model_type, keep)
 
 
-def _blocks(choice: Choice, unit: str) -> None:
-    """Remove whole blocks of one kind, the least score first."""
-    for i in getattr(choice.scores, unit).argsort().tolist():
-        if choice.cost() <= choice.budget * (1 + 1e-9):
-            break
-        choice.remove(unit, i, 0)
-    choice.reachable(choice.cost())
+def _together(choice: Choice) -> None:
+    """Remove the least score per cost first until the budget holds.
 
-
-def _together(choice: Choice, round_to: int) -> None:
-    """Remove the least score per cost first until the budget holds. (What this removes too much, `_round_neurons` puts back.)
-
-    Costs only fall while units go, so a candidate's place can only move back: it is looked at again when it comes up.
+    Costs only fall while units go, so a candidate's place can only move back: it is looked at again when it comes up. A unit
+    so large that the budget would be missed by more than 1% has to wait until nothing else can go. What heads take too much,
+    `_round_neurons` puts back.
     """
-    scores, heap = choice.scores, []
-    for kind in choice.units:
-        for i, j, value in _candidates(scores, kind, choice.shared):
+    heap, steps, waiting, heads = [], _channel_steps(choice), [], []
+    for kind in choice.rules.units:
+        for i, j, value in _candidates(choice, kind, steps):
             price = choice.price(kind, i)
-            heap.append((value / price if price else float("inf"), UNITS.index(kind), i, j, value))
+            heap.append((value / price if price else math.inf, UNITS.index(kind), i, j, value))
     heapq.heapify(heap)
-    left, tolerance = choice.cost(), 1 + 1e-9
-    channel = choice.price("hidden", 0)
-    while heap and left > choice.budget:
+    left, channels = choice.cost(), choice.price("hidden", 0)
+
+    def take(kind: str, i: int, j: int) -> tuple[int, int, float] | None:
+        """Remove a unit; of channels, return the next step of them."""
+        nonlocal left, channels
+        before = channels if kind == "hidden" else choice.price(kind, i)
+        if not choice.remove(kind, i, j):
+            return None
+        left -= before
+        if kind == "heads":
+            heads.append((i, j))
+        elif kind == "attention":
+            heads[:] = [head for head in heads if head[0] != i]
+        if "hidden" in choice.rules.units:
+            one = choice.rules.round_to * choice.costs.neuron_[0]
+            channels = channels - one if kind == "neurons" else choice.price("hidden", 0)
+        return (0, j + 1, steps[j + 1]) if kind == "hidden" and j + 1 < len(steps) else None
+
+    while heap and not choice.fits(left):
         ratio, number, i, j, value = heapq.heappop(heap)
         kind = UNITS[number]
-        price = channel if kind == "hidden" else choice.price(kind, i)
+        price = channels if kind == "hidden" else choice.price(kind, i)
         if price <= 0 or (kind != "hidden" and not choice.alive[i]):
             continue
-        if value / price > ratio * tolerance and heap and value / price > heap[0][0]:
+        if value / price > ratio * (1 + 1e-9) and heap and value / price > heap[0][0]:
             heapq.heappush(heap, (value / price, number, i, j, value))
-            continue
-        if "neurons" in choice.units and kind not in ("heads", "neurons") and left - price < 0.99 * choice.budget:
-            continue  # neurons come nearer
-        if choice.remove(kind, i, j):
-            left -= price
-            if "hidden" in choice.units:
-                channel = choice.price("hidden", 0) if kind != "neurons" else channel - choice.costs.neuron_[0]
-    if "hidden" in choice.units and choice.width % round_to and choice.width > round_to:
-        ranked = scores.hidden.masked_fill(~choice.hidden, float("inf")).argsort().tolist()  # type: ignore[union-attr]
-        for j in ranked[: choice.width % round_to]:
-            choice.remove("hidden", 0, j)
-    choice.reachable(choice.cost())
+        elif kind != "neurons" and left - price + _made_up(choice, kind) < NEAR * choice.budget:
+            waiting.append((kind, i, j, value))
+        elif following := take(kind, i, j):
+            heapq.heappush(heap, (following[2] / channels, number, *following))
+    if choice.fits(left):
+        return
+    while waiting and not choice.fits(choice.cost()):
+        # Of those that cost about the least, the least score.
+        prices = [choice.price(kind, i) if kind == "hidden" or choice.alive[i] else 0.0 for kind, i, *_ in waiting]
+        most = 1.1 * min((price for price in prices if price), default=0.0)
+        there = [k for k, price in enumerate(prices) if 0 < price <= most]
+        if not there:
+            break
+        kind, i, j, _ = waiting.pop(min(there, key=lambda k: waiting[k][3]))
+        if following := take(kind, i, j):
+            waiting.append((kind, *following))
+    for i, j in reversed(heads):
+        if choice.alive[i] and choice.fits(choice.cost() + choice.price("heads", i)):
+            choice.put_back(i, j)
 
 
-def _candidates(scores: Importance, kind: str, shared: Sequence[int]) -> list[tuple[int, int, float]]:
-    """(layer, index, score) of every unit of a kind; of queries, one of every group at a time, the least of each first."""
-    found = getattr(scores, kind)
+def _made_up(choice: Choice, kind: str) -> float:
+    """How much of what a unit takes too much could be made up for with neurons that are gone: for heads only."""
+    if kind != "heads" or "neurons" not in choice.rules.units:
+        return 0.0
+    gone = sum(s.neurons - n for s, n, on in zip(choice.shapes, choice.neuron_count, choice.alive, strict=True) if on)
+    return gone * choice.costs.neuron_at(choice.width)
+
+
+def _channel_steps(choice: Choice) -> list[float]:
+    """Scores of the steps of `round_to` channels that may go, the least first."""
+    if "hidden" not in choice.rules.units:
+        return []
+    assert choice.scores.hidden is not None
+    ranked = choice.scores.hidden.sort().values[-choice.width :]
+    return [step.sum().item() for step in ranked.split(choice.rules.round_to)[:-1]]
+
+
+def _candidates(choice: Choice, kind: str, steps: Sequence[float]) -> list[tuple[int, int, float]]:
+    """(layer, index, score) of every unit of a kind; of queries, one of every group at a time, the least of each first; of
+    channels, the first step only."""
+    found = getattr(choice.scores, kind)
+    if kind == "hidden":
+        return [(0, 0, value) for value in steps[:1]]
     if kind in ("heads", "neurons"):
         return [(i, j, value) for i, row in enumerate(found) for j, value in enumerate(row.tolist())]
     if kind == "queries":
-        steps = [(i, row.view(-1, shared[i]).sort(dim=1).values.sum(0)[:-1]) for i, row in enumerate(found) if len(row)]
-        return [(i, j, value) for i, row in steps for j, value in enumerate(row.tolist())]
-    return [(0 if kind == "hidden" else i, i, value) for i, value in enumerate(found.tolist())]
-
-
-def _per_kind(choice: Choice, *, local: bool, uniform: bool, round_to: int) -> None:
-    """Each kind keeps the same share: over all layers, or within each (`local`); neurons take up what heads leave over."""
-    costs, shapes, units = choice.costs, choice.shapes, choice.units
-    heads, neurons = sum(s.heads for s in shapes), sum(s.neurons for s in shapes)
-    if "hidden" in units:
-        _narrow(choice, round_to)
-    total, per_neuron = choice.cost(), costs.neuron_at(choice.width)
-    movable_neurons = neurons * per_neuron * ("neurons" in units)
-    in_heads = sum(
-        s.heads * (costs.group_at(choice.width) + k * costs.query_at(choice.width))
-        for s, k in zip(shapes, choice.slots, strict=True)
-    )
-    movable = in_heads * ("heads" in units) + movable_neurons
-    in_queries = in_heads - heads * costs.group_at(choice.width)
-    if "queries" in units and "heads" not in units:
-        movable += in_queries
-    choice.reachable(total - movable)
-    if not movable:
-        return
-    share = (choice.budget - (total - movable)) / movable
-    if "queries" in units and "heads" not in units:
-        nearest = round if movable_neurons else int  # neurons make up for what is too much
-        choice.slots = [max(1, nearest(share * k + 1e-6)) for k in choice.shared]
-    if "heads" in units:
-        # A head is dear: the nearest number, if the neurons can make up the difference.
-        _keep_top(choice, "heads", share, local, uniform, nearest=True)
-        if choice.cost() - movable_neurons > choice.budget:
-            _keep_top(choice, "heads", share, local, uniform)
-    if movable_neurons:
-        left = choice.budget - (choice.cost() - movable_neurons)
-        _keep_top(choice, "neurons", left / movable_neurons, local, uniform)
-    choice.reachable(choice.cost())
-
-
-def _narrow(choice: Choice, round_to: int) -> None:
-    """Leave the share s of the channels with which s of the channels and s of everything else keep the budget."""
-    movable = {"heads", "neurons"} & choice.units
-
-    def cost(share: float) -> float:
-        shapes = [
-            (
-                s.heads * (share if "heads" in movable else 1),
-                s.neurons * (share if "neurons" in movable else 1),
-                None if s.queries is None else s.queries * (share if "heads" in movable else 1),
-            )
-            for s in choice.shapes
+        rows = [
+            (i, row.view(-1, choice.shared[i]).sort(dim=1).values.sum(0)[:-1])
+            for i, row in enumerate(found)
+            if len(row)
         ]
-        return choice.costs.of(shapes, round(share * choice.costs.hidden))
+        return [(i, j, value) for i, row in rows for j, value in enumerate(row.tolist())]
+    return [(i, i, value) for i, value in enumerate(found.tolist())]
 
+
+Rounding = Callable[[float], float]
+
+
+def _exact(count: float) -> float:
+    return count
+
+
+def _down(count: float) -> float:
+    return math.floor(count + 1e-6)
+
+
+def _up(count: float) -> float:
+    return math.ceil(count - 1e-6)
+
+
+def _per_kind(choice: Choice, *, local: bool) -> None:
+    """Each kind keeps the same share: over all layers, or within each (`local`); neurons take up what the others leave over.
+
+    Other units are dear: their nearest numbers stay, if the neurons can make up for the difference.
+    """
+    heads, queries, neurons = (_counts(choice, kind, local) for kind in ("heads", "queries", "neurons"))
+
+    def cost(coarse: float, fine: float, width: int | None = None, rounding: Rounding = _exact) -> float:
+        """With a share of the heads and queries, and one of the neurons."""
+        columns = heads(coarse, rounding), queries(coarse, rounding), neurons(fine, _exact)
+        rows = [(h, n, h * q) for h, q, n in zip(*columns, strict=True)]
+        return choice.costs.of(rows, choice.width if width is None else width)
+
+    if "hidden" in choice.rules.units:
+        wanted = choice.width * _largest(choice, lambda share: cost(share, share, round(share * choice.width)))
+        step = choice.rules.round_to
+        widths = [w for w in range(min(step, choice.width), choice.width + 1, step) if choice.fits(cost(0, 0, w))]
+        near = [w for w in widths if cost(1, 1, w) >= NEAR * choice.budget] or widths[-1:]
+        choice.narrow(min(near, key=lambda w: abs(w - wanted)))
+    share = _largest(choice, lambda share: cost(share, share))
+    rounding: Rounding
+    for rounding in (round, _up, _down):
+        if choice.fits(cost(share, 0, rounding=rounding)) and cost(share, 1, rounding=rounding) >= NEAR * choice.budget:
+            break
+    fine = _largest(choice, lambda fine: cost(share, fine, rounding=rounding))
+    for i, (h, q, n) in enumerate(
+        zip(heads(share, rounding), queries(share, rounding), neurons(fine, _down), strict=True)
+    ):
+        choice.keep("heads", i, int(h))
+        choice.slots[i] = int(q)
+        choice.keep("neurons", i, int(n))
+
+
+def _largest(choice: Choice, cost: Callable[[float], float]) -> float:
+    """The largest share whose cost, which grows with it, keeps the budget."""
+    if choice.fits(cost(1.0)):
+        return 1.0
     low, high = 0.0, 1.0
-    for _ in range(50):
+    for _ in range(40):
         middle = (low + high) / 2
-        low, high = (middle, high) if cost(middle) <= choice.budget else (low, middle)
-    width = int(low * choice.costs.hidden + 1e-6)
-    if movable:
-        width = max(round_to, round(width / round_to) * round_to)
-    else:
-        width = max(round_to, width // round_to * round_to)
-    for j in choice.scores.hidden.argsort().tolist()[: max(0, choice.width - width)]:  # type: ignore[union-attr]
-        choice.remove("hidden", 0, j)
+        low, high = (middle, high) if choice.fits(cost(middle)) else (low, middle)
+    return low
 
 
-def _keep_top(choice: Choice, kind: str, share: float, local: bool, uniform: bool, nearest: bool = False) -> None:
-    share = min(max(share, 0.0), 1.0)
-    scores: Sequence[torch.Tensor] = getattr(choice.scores, kind)
-    least = getattr(choice.limits, kind)
-    if local:
-        fewest = min(len(row) for row in scores)
-        for i, values in enumerate(scores):
-            count = share * (fewest if uniform else len(values))
-            count = max(round(count) if nearest else int(count + 1e-6), least)
-            kept = torch.zeros(len(values), dtype=torch.bool)
-            kept[values.argsort(descending=True)[:count]] = True
-            choice.keep(kind, i, kept)
-        return
+def _counts(choice: Choice, kind: str, local: bool) -> Callable[[float, Rounding], list[float]]:
+    """How many units of a kind every layer keeps, given the share that stays."""
+    least = [1] * len(choice.shapes) if kind == "queries" else [getattr(row, kind) for row in choice.least]
+    has = choice.shared if kind == "queries" else [getattr(shape, kind) for shape in choice.shapes]
+    if kind not in choice.rules.units:
+        return lambda share, rounding: list(has)
+    if local or kind == "queries":
+        there = [count for count, shape in zip(has, choice.shapes, strict=True) if kind != "queries" or shape.heads]
+        most = [min(there, default=0)] * len(has) if choice.rules.uniform else has
+        return lambda share, rounding: [max(rounding(share * m), at) for m, at in zip(most, least, strict=True)]
     # What a layer keeps at least comes first, whatever it is worth.
-    first = [torch.zeros(len(row), dtype=torch.bool) for row in scores]
-    for row, values in zip(first, scores, strict=True):
-        row[values.argsort(descending=True)[:least]] = True
-    flat, chosen = torch.cat(list(scores)), torch.cat(first)
-    order = flat.masked_fill(chosen, float("inf")).argsort(descending=True)
-    chosen = torch.zeros(len(flat), dtype=torch.bool)
-    chosen[order[: int(share * len(flat) + 1e-6)]] = True
-    for i, part in enumerate(chosen.split([len(row) for row in scores])):
-        choice.keep(kind, i, part)
+    rows: Sequence[torch.Tensor] = getattr(choice.scores, kind)
+    beyond = [row.sort(descending=True).values[at:] for row, at in zip(rows, least, strict=True)]
+    layer = torch.repeat_interleave(torch.tensor([len(row) for row in beyond]))
+    order = layer[torch.cat(beyond).argsort(descending=True)]
+
+    def counts(share: float, rounding: Rounding) -> list[float]:
+        more = max(int(rounding(share * sum(has)) + 1e-6) - sum(least), 0)
+        found = order[:more].bincount(minlength=len(least)).tolist()
+        return [at + count for at, count in zip(least, found, strict=True)]
+
+    return counts
 
 
-def _round_neurons(choice: Choice, round_to: int, uniform: bool) -> None:
+def _round_neurons(choice: Choice) -> None:
     """Bring every layer's neurons to a multiple of `round_to`, then spend what is left of the budget on whole blocks."""
-    alive = [i for i, living in enumerate(choice.alive) if living]
+    alive, step = [i for i, living in enumerate(choice.alive) if living], choice.rules.round_to
     price, scores = choice.costs.neuron_at(choice.width), choice.scores.neurons
-    least = choice.limits.neurons
-    counts = {i: max(choice.neuron_count[i] // round_to * round_to, least) for i in alive}
+    counts = {i: max(choice.neuron_count[i] // step * step, choice.least[i].neurons) for i in alive}
     spare = choice.budget - (choice.cost() - price * sum(choice.neuron_count[i] - counts[i] for i in alive))
-    ranked = {i: scores[i].argsort(descending=True) for i in alive}
-    while spare < -1e-6 and (
-        larger := [i for i in alive if counts[i] > least]
-    ):  # the limits took what others must give
-        poorest = min(larger, key=lambda i: scores[i][ranked[i][counts[i] - round_to : counts[i]]].sum().item())
-        counts[poorest] -= round_to
-        spare += price * round_to
-    worth = {i: torch.cat([torch.zeros(1), scores[i][ranked[i]].cumsum(0)]) for i in alive}
+    worth = {i: torch.cat([torch.zeros(1), scores[i].sort(descending=True).values.cumsum(0)]) for i in alive}
     while True:
-        group = alive if uniform else []
-        if not uniform:
+        group = alive if choice.rules.uniform else []
+        if not choice.rules.uniform:
             best = -1.0
             for i in alive:
-                end = counts[i] + round_to
+                end = counts[i] + step
                 value = (worth[i][end] - worth[i][counts[i]]).item() if end <= choice.shapes[i].neurons else -1.0
                 if value > best:
                     best, group = value, [i]
-        needed = price * round_to * len(group)
-        if not group or needed > spare or any(counts[i] + round_to > choice.shapes[i].neurons for i in group):
+        needed = price * step * len(group)
+        if not group or needed > spare or any(counts[i] + step > choice.shapes[i].neurons for i in group):
             break
         for i in group:
-            counts[i] += round_to
+            counts[i] += step
         spare -= needed
     for i in alive:
-        kept = torch.zeros(len(scores[i]), dtype=torch.bool)
-        kept[ranked[i][: counts[i]]] = True
-        choice.keep("neurons", i, kept)
+        choice.keep("neurons", i, counts[i])

@@ -1,7 +1,6 @@
 """Statistics on several processes: each takes its part of the calibration batches, and the sums of all are added up."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -15,20 +14,6 @@ def process() -> tuple[int, int]:
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
-
-
-class Shard(Iterable[T]):
-    """Every n-th batch, this process's part of them.
-
-    All batches are made and the others dropped: next to a forward pass that is nothing, and any iterable will do.
-    """
-
-    def __init__(self, batches: Iterable[T]):
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[T]:
-        rank, processes = process()
-        return islice(iter(self.batches), rank, None, processes)
 
 
 def sum_over_processes(tensors: Sequence[torch.Tensor]) -> None:

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
 from distill_llm.errors import InputError, one_of
@@ -133,7 +134,8 @@ def unit_costs(model: PreTrainedModel, cost: str = "params", sequence_length: in
 
     Args:
         cost: "params"; "flops" (2 x multiply-adds, per token of a sequence of `sequence_length` tokens); or "memory" (bytes of
-            the weights, and of the keys and values cached for `sequence_length` tokens, in the model's precision).
+            the weights, and of the keys and values cached for `sequence_length` tokens, in the model's precision; what is
+            cached is the mean over layers, some of which may hold a window only).
 
     Raises:
         InputError: for another `cost`.
@@ -164,8 +166,21 @@ def unit_costs(model: PreTrainedModel, cost: str = "params", sequence_length: in
     each = {part: (a / hidden / max(units[part], 1), b / max(units[part], 1)) for part, (a, b) in totals.items()}
     query, group, neuron_, rest = ((slope * width, constant * width) for slope, constant in each.values())
     if cost == "memory":
-        group = group[0], group[1] + 2 * head_size * sequence_length * width
+        group = group[0], group[1] + 2 * head_size * cached_tokens(model, sequence_length) * width
     return Costs("bytes" if cost == "memory" else "parameters", hidden, shared, query, group, neuron_, rest)
+
+
+def cached_tokens(model: PreTrainedModel, sequence_length: int) -> float:
+    """Tokens of a sequence whose keys and values a layer holds while the model generates, the mean over its layers.
+
+    None in encoders, and under heads that generate nothing; a layer that attends to a window holds no more than that.
+    """
+    encoder = model.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if encoder or not (model.can_generate() or model is model.base_model):
+        return 0.0
+    windows = [layer.get_max_length() for layer in DynamicCache(config=model.config).layers]  # -1: has none
+    held = [min(window, sequence_length) if window > 0 else sequence_length for window in windows]
+    return sum(held) / len(held)
 
 
 def head_size_of(model: PreTrainedModel) -> int:

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
+from rich import box
 from rich.table import Table
 from transformers import CONFIG_MAPPING
 
 from distill_llm.pruning.families import FAMILIES
-
-UNITS = ("heads", "queries", "neurons", "layers", "hidden")
+from distill_llm.pruning.names import UNITS
 
 
 @dataclass(frozen=True)
@@ -33,20 +33,20 @@ def supported() -> list[Support]:
 
 def _support(family: str) -> Support:
     grouped = any(hasattr(CONFIG_MAPPING[family], name) for name in ("num_key_value_heads", "num_kv_heads"))
-    units = tuple(unit for unit in UNITS if grouped or unit != "queries")
+    units: tuple[str, ...] = tuple(unit for unit in UNITS if grouped or unit != "queries")
     return Support(family, grouped, units, tuple(unit for unit in units if unit in FAMILIES[family].stock))
 
 
 def families_table() -> Table:
     """`supported` for people."""
-    table = Table("family", *UNITS, title="families that can be pruned")
+    table = Table("family", *UNITS, title="families that can be pruned", box=box.SIMPLE_HEAD)
     for row in supported():
         marks = {unit: "stock" if unit in row.stock else "yes" if unit in row.units else "-" for unit in UNITS}
         if row.grouped:
-            marks["heads"] += ", KV groups"
+            marks["heads"] += "*"
         table.add_row(row.family, *marks.values())
     table.caption = (
         "yes: any number in any layer. stock: moreover, where every layer keeps the same number, the student is a plain "
-        "transformers model. KV groups: heads go with the queries that share their key."
+        "transformers model. *: KV groups, heads that go with the queries that share their key."
     )
     return table

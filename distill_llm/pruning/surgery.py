@@ -135,7 +135,7 @@ def _compose_hidden(model: PreTrainedModel, plan: PruningPlan) -> tuple[int, ...
 def _repaired(
     model: PreTrainedModel, rows: list[LayerLineage], plan: PruningPlan, statistics: Statistics
 ) -> dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor | None]]:
-    """Compensated weight (outputs, kept inputs) and bias of each student layer's attention-output and FFN-down linear."""
+    """Compensated weight (outputs, kept inputs) and bias of the attention-output and FFN-down linears that lose an input."""
     family, dims, found = family_of(model), dims_of(model.config), {}
     out = slice(None) if plan.hidden is None else torch.tensor(plan.hidden)
     sizes = sizes_of(model)
@@ -144,6 +144,8 @@ def _repaired(
             module = linear(layers_of(model)[row.source], path)
             kept = kept_channels(layout, row, sizes[row.source], dims.head_size)
             moments = _moments(statistics, row.source, kind, weight_of(module).shape[1])
+            if len(kept) == len(moments.mean):
+                continue
             weight, bias = compensate_linear(weight_of(module), module.bias, moments, kept)
             found[index, path] = weight[out], None if bias is None else bias[out]
     return found

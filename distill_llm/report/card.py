@@ -67,8 +67,13 @@ def card_data(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> ModelCar
         metrics=[metrics["metric"]],
         model_name=f"{short_name(metrics)}-{task}-student",
         pipeline_tag=tag,
-        tags=["distill_llm", "knowledge-distillation", *(["pruning"] if metrics.get("rounds") else [])],
+        tags=_tags(metrics),
     )
+
+
+def _tags(metrics: Mapping[str, Any]) -> list[str]:
+    distilled, pruned = metrics.get("learned_from") == "teacher", bool(metrics.get("rounds"))
+    return ["distill_llm", *(["knowledge-distillation"] if distilled else []), *(["pruning"] if pruned else [])]
 
 
 def _body(student_dir: Path, metrics: Mapping[str, Any], recipe_yaml: str) -> str:
@@ -81,7 +86,7 @@ def _body(student_dir: Path, metrics: Mapping[str, Any], recipe_yaml: str) -> st
     rounds = rounds_table(metrics)
     parts = [
         f"# {headline(metrics)}",
-        f"{summary(metrics)} Made by [pruning and distillation](#how-it-was-made) with `distill_llm`.".strip(),
+        f"{summary(metrics)} [Made](#how-it-was-made) with `distill_llm`.".strip(),
         "## Use",
         f"```python\n{snippet(student_dir, 'path/to/student')}```",
         trust,

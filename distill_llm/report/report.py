@@ -50,14 +50,18 @@ def short_name(metrics: Mapping[str, Any]) -> str:
 
 def headline(metrics: Mapping[str, Any]) -> str:
     """A title: whose student, on which task."""
-    verb = "pruned and distilled" if metrics.get("rounds") else "distilled"
-    return f"{short_name(metrics)}, {verb} on {metrics['task']}"
+    trained = {"teacher": "distilled", "labels": "fine-tuned"}.get(metrics.get("learned_from") or "")
+    done = " and ".join(verb for verb in ("pruned" if metrics.get("rounds") else None, trained) if verb)
+    return f"{short_name(metrics)}, {done} on {metrics['task']}"
 
 
 def summary(metrics: Mapping[str, Any]) -> str:
     """The result in one or two sentences."""
     student, parts = metrics["student"], []
-    if metrics.get("retention") is not None:
+    if not metrics.get("higher_is_better", True):
+        scores = [f"{metrics[side]['score']:.4g}" for side in ("student", "teacher")]
+        parts.append(f"has a {metrics['metric']} of {scores[0]} where its teacher has {scores[1]}")
+    elif metrics.get("retention") is not None:
         parts.append(f"keeps {percent(metrics['retention'])} of its teacher's {metrics['metric']}")
     if metrics.get("layer_params_kept") is not None:
         parts.append(f"has {percent(metrics['layer_params_kept'])} of the parameters of its layers")

@@ -10,9 +10,12 @@ from distill_llm.errors import InputError
 HEADS = {
     "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
     "ForMaskedLM": ("AutoModelForMaskedLM", "fill-mask"),
+    "ForPreTraining": ("AutoModelForMaskedLM", "fill-mask"),
     "ForTokenClassification": ("AutoModelForTokenClassification", "token-classification"),
     "ForQuestionAnswering": ("AutoModelForQuestionAnswering", "question-answering"),
+    "ForMultipleChoice": ("AutoModelForMultipleChoice", "multiple-choice"),
     "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
+    "LMHeadModel": ("AutoModelForCausalLM", "text-generation"),
 }
 NO_HEAD = ("AutoModel", "feature-extraction")
 
@@ -55,6 +58,9 @@ def snippet(student_dir: str | Path, model_id: str) -> str:
         result = "print(logits)"
     output = "last_hidden_state" if tag == "feature-extraction" else "logits"
     text = 'f"A good film is a {tokenizer.mask_token} thing."' if tag == "fill-mask" else '"A sentence to try it on."'
+    use = f"    logits = model(**inputs).{output}\n{result}\n"
+    if tag == "text-generation":
+        use = "    ids = model.generate(**inputs, max_new_tokens=32)\nprint(tokenizer.decode(ids[0], skip_special_tokens=True))\n"
     return (
         "import torch\n"
         f"from transformers import {loader}, AutoTokenizer\n\n"
@@ -63,8 +69,7 @@ def snippet(student_dir: str | Path, model_id: str) -> str:
         f"model = {loader}.from_pretrained(model_id{trust}).eval()\n\n"
         f'inputs = tokenizer({text}, return_tensors="pt")\n'
         "with torch.inference_mode():\n"
-        f"    logits = model(**inputs).{output}\n"
-        f"{result}\n"
+        f"{use}"
     )
 
 

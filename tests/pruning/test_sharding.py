@@ -13,8 +13,7 @@ from safetensors import safe_open
 
 from distill_llm.pruning.collecting import collect_statistics
 from distill_llm.pruning.leave_one_out import leave_one_out
-from distill_llm.pruning.moments import MomentsSum
-from distill_llm.pruning.sharding import Shard, from_main_process, sum_over_processes
+from distill_llm.pruning.sharding import from_main_process, sum_over_processes
 from distill_llm.pruning.statistics import Statistics
 
 SCRIPT = """
@@ -29,6 +28,7 @@ for case in CASES:
 CASES = {
     "bert": ("labels", 5),
     "llama": ("labels", 5),
+    "own predictions": ("kl", 5),
     "none": (None, 5),
     "fewer batches than processes": ("labels", 1),
 }
@@ -41,10 +41,8 @@ def statistics_of(case: str) -> Statistics:
     batches = [random_batch(model, batch=2 + i % 3, length=6 + i, seed=i) for i in range(count)]
     if case == "llama":
         batches = [{**b, "labels": b["input_ids"].masked_fill(b["attention_mask"] == 0, -100)} for b in batches]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MomentsSum, "stride", 1)  # of many tokens each process would leave out others
-        found = collect_statistics(model, Shard(batches), loss, reduce=sum_over_processes, exact=True)
-    return leave_one_out(model, Shard(batches), found, "labels" if loss else "kl", reduce=sum_over_processes)
+    found = collect_statistics(model, batches, loss, exact=True, sharded=True)
+    return leave_one_out(model, batches, found, "labels" if loss == "labels" else "kl", sharded=True)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +76,7 @@ def test_two_processes_find_the_statistics_of_one(folder, case):
         torch.testing.assert_close(b, a, rtol=2e-5, atol=2e-5 * float(a.abs().max()) if a.numel() else 0, msg=name)
 
 
-def test_one_process_alone_sees_every_batch_and_keeps_its_sums():
+def test_one_process_alone_keeps_its_sums():
     sums = torch.tensor([1.0, 2.0])
     sum_over_processes([sums])
-    assert list(Shard([1, 2, 3])) == [1, 2, 3] and sums.tolist() == [1.0, 2.0] and from_main_process("a") == "a"
+    assert sums.tolist() == [1.0, 2.0] and from_main_process("a") == "a"

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import fields
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from distill_llm.pruning.statistics import Statistics, UnitStatistics
 from distill_llm.pruning.surgery import prune
 
 HEAD_SIZE = 8
+collect = partial(collect_statistics, moment_share=1.0)
 
 
 def rows_of(batch):
@@ -125,7 +127,7 @@ def assert_same(one: Statistics, other: Statistics, tolerance=2e-4):
 def test_statistics_equal_autograd_one_example_at_a_time_without_padding(family, head, config):
     model = tiny_model(family, head, **config)
     batch = random_batch(model)
-    statistics = collect_statistics(model, [batch])
+    statistics = collect(model, [batch])
     found, second, similarity = reference(model, batch)
     for i in range(3):
         for name in ("taylor", "fisher", "activation"):
@@ -142,7 +144,7 @@ def test_statistics_equal_autograd_one_example_at_a_time_without_padding(family,
 def test_first_moments_are_means_over_tokens_that_are_not_padding():
     model = tiny_model()
     batch = random_batch(model)
-    statistics = collect_statistics(model, [batch], loss=None)
+    statistics = collect(model, [batch], loss=None)
     modules = [module for pair in linears_in(model) for module in pair]
     with inputs_of(modules) as seen, torch.no_grad():
         model(**batch)
@@ -154,9 +156,9 @@ def test_first_moments_are_means_over_tokens_that_are_not_padding():
 def test_products_in_bf16_give_nearly_the_same_and_not_at_all_where_exactness_is_asked_for(monkeypatch):
     model = tiny_model()
     batches = [random_batch(model, batch=16, length=20, seed=seed) for seed in range(8)]
-    expected = collect_statistics(model, batches)
+    expected = collect(model, batches)
     processor_with_bf16(monkeypatch, True)
-    rounded, exact = collect_statistics(model, batches), collect_statistics(model, batches, exact=True)
+    rounded, exact = collect(model, batches), collect(model, batches, exact=True)
     assert_same(rounded, expected, 0.02)
     for kind in ("heads", "neurons"):
         for mine, its, near in zip(getattr(exact, kind), getattr(expected, kind), getattr(rounded, kind), strict=True):
@@ -169,18 +171,18 @@ def test_more_padding_changes_nothing():
     short = random_batch(model, length=10)
     long = {k: F.pad(v, (0, 10)) if v.dim() == 2 else v for k, v in short.items()}
     long["input_ids"][:, 10:] = 7  # what the padding is filled with must not matter either
-    assert_same(collect_statistics(model, [long]), collect_statistics(model, [short]))
+    assert_same(collect(model, [long]), collect(model, [short]))
 
 
 def test_a_loss_at_padding_does_not_count_for_the_units_that_made_it():
     model = tiny_model(head="base")
     batch = random_batch(model, labels=False)
-    everywhere = collect_statistics(model, [batch], lambda outputs, given: outputs.last_hidden_state.pow(3).sum())
+    everywhere = collect(model, [batch], lambda outputs, given: outputs.last_hidden_state.pow(3).sum())
 
     def at_tokens(outputs, given):
         return (outputs.last_hidden_state.pow(3).sum(-1) * given["attention_mask"]).sum()
 
-    expected = collect_statistics(model, [batch], at_tokens)
+    expected = collect(model, [batch], at_tokens)
     # In the last layer neurons and the layer's own output touch the loss of their own token only.
     assert_near(everywhere.neurons[2].fisher, expected.neurons[2].fisher)
     assert_near(everywhere.neurons[2].taylor, expected.neurons[2].taylor)
@@ -192,21 +194,21 @@ def test_one_batch_gives_what_several_give(head):
     model = tiny_model(head=head)
     batch = random_batch(model, batch=6)
     parts = [{k: v[rows] for k, v in batch.items()} for rows in (slice(0, 1), slice(1, 4), slice(4, 6))]
-    assert_same(collect_statistics(model, parts), collect_statistics(model, [batch]))
+    assert_same(collect(model, parts), collect(model, [batch]))
 
 
 def test_batches_without_a_mask_have_no_padding():
     model = tiny_model()
     batch = random_batch(model, padded=False)
     unmasked = {k: v for k, v in batch.items() if k != "attention_mask"}
-    assert_same(collect_statistics(model, [unmasked]), collect_statistics(model, [batch]))
+    assert_same(collect(model, [unmasked]), collect(model, [batch]))
 
 
 def test_train_mode_with_dropout_gives_what_eval_mode_gives():
     model = tiny_model(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
     batch = random_batch(model)
-    expected = collect_statistics(model, [batch])
-    assert_same(collect_statistics(model.train(), [batch]), expected)
+    expected = collect(model, [batch])
+    assert_same(collect(model.train(), [batch]), expected)
 
 
 def test_the_model_is_as_it_was_afterwards():
@@ -217,9 +219,9 @@ def test_the_model_is_as_it_was_afterwards():
     state = copy.deepcopy(model.state_dict())
     modes, flags = {n: m.training for n, m in model.named_modules()}, [p.requires_grad for p in model.parameters()]
     batch = random_batch(model)
-    collect_statistics(model, [batch])
+    collect(model, [batch])
     with pytest.raises(KeyError):
-        collect_statistics(model, [batch, {"labels": batch["labels"]}])
+        collect(model, [batch, {"labels": batch["labels"]}])
     assert {n: m.training for n, m in model.named_modules()} == modes
     assert [p.requires_grad for p in model.parameters()] == flags
     assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
@@ -238,7 +240,7 @@ def test_the_divergence_from_a_teacher_is_differentiated_as_written_by_hand():
         own = outputs.logits[0].log_softmax(-1)
         return sum(p * (p.log() - q) for p, q in zip(target, own, strict=True))
 
-    statistics = collect_statistics(model, [batch], "kl", teacher)
+    statistics = collect(model, [batch], "kl", teacher)
     found, *_ = reference(model, batch, divergence)
     for i in range(3):
         assert_near(statistics.heads[i].fisher, found["heads", i]["fisher"])
@@ -255,26 +257,26 @@ def test_divergence_without_a_teacher_gives_the_fisher_information_of_the_models
         found, *_ = reference(model, {**example, "labels": torch.tensor([label])})
         expected += p * found["neurons", 1]["fisher"]
     many = {k: v.expand(4000, -1) for k, v in example.items()}
-    statistics = collect_statistics(model, [many], "kl", moments=False)
+    statistics = collect(model, [many], "kl", moments=False)
     assert_near(statistics.neurons[1].fisher / 4000, expected, tolerance=0.05)
-    again = collect_statistics(model, [many], "kl", moments=False)
+    again = collect(model, [many], "kl", moments=False)
     assert torch.equal(again.neurons[1].fisher, statistics.neurons[1].fisher), "the same seed draws the same labels"
 
 
 def test_a_callable_loss_gets_outputs_and_batch():
     model = tiny_model()
     batch = random_batch(model)
-    own = collect_statistics(
+    own = collect(
         model, [batch], lambda outputs, given: F.cross_entropy(outputs.logits, given["labels"], reduction="sum")
     )
-    assert_same(own, collect_statistics(model, [batch]))
+    assert_same(own, collect(model, [batch]))
 
 
 def test_statistics_of_a_pruned_model_equal_the_reference_for_what_it_has_left():
     dense = tiny_model(layers=5)
     model = prune(dense, plan_of(dense, [(1, (), range(0, 64, 3)), *UNEVEN[2:]]))
     batch = random_batch(model)
-    statistics = collect_statistics(model, [batch])
+    statistics = collect(model, [batch])
     found, second, _ = reference(model, batch)
     assert [len(row.fisher) for row in statistics.heads] == [0, 4, 1]
     assert [len(row.fisher) for row in statistics.neurons] == [22, 0, 3]
@@ -287,7 +289,7 @@ def test_statistics_of_a_pruned_model_equal_the_reference_for_what_it_has_left()
 @pytest.mark.parametrize("moments", [True, False])
 def test_statistics_survive_a_file(tmp_path, moments):
     model = tiny_model(layers=12)  # more than ten: rows must not be read in the order of their names
-    statistics = collect_statistics(model, [random_batch(model)], moments=moments)
+    statistics = collect(model, [random_batch(model)], moments=moments)
     statistics.save(tmp_path / "statistics.safetensors")
     assert_same(Statistics.load(tmp_path / "statistics.safetensors"), statistics, tolerance=0)
 
@@ -296,6 +298,6 @@ def test_an_unknown_loss_and_missing_labels_are_refused():
     model = tiny_model()
     batch = random_batch(model, labels=False)
     with pytest.raises(InputError, match="loss: got 'label'"):
-        collect_statistics(model, [batch], "label")
+        collect(model, [batch], "label")
     with pytest.raises(InputError, match="dataloader.*batches with labels"):
-        collect_statistics(model, [batch])
+        collect(model, [batch])

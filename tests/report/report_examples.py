@@ -11,6 +11,7 @@ METRICS: dict[str, Any] = {
     "higher_is_better": True,
     "device": "Test CPU, 2 threads",
     "teacher_model": "owner/teacher-model",
+    "learned_from": "teacher",
     "teacher": {
         "score": 0.8,
         "params": 20_000_000,

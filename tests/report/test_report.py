@@ -77,3 +77,14 @@ def test_a_budget_that_was_missed_is_said_under_the_rounds(tmp_path: Path) -> No
     given = metrics()
     given["rounds"][-1]["note"] = "round 2 kept 47.50% where 50.00% was asked for"
     assert "Round 2 kept 47.50% where 50.00% was asked for." in write_report(tmp_path, given).read_text()
+
+
+def test_a_perplexity_is_told_as_one_and_the_title_says_what_was_done(tmp_path: Path) -> None:
+    student_folder(tmp_path / "student")
+    lower = metrics(metric="perplexity", higher_is_better=False, retention=0.42, learned_from=None)
+    lower["student"]["score"], lower["teacher"]["score"] = 183.02, 77.001
+    text = write_report(tmp_path, lower).read_text()
+    assert text.startswith("# teacher-model, pruned on sst2\n") and "keeps" not in text
+    assert "has a perplexity of 183 where its teacher has 77" in text
+    assert "pruned and fine-tuned on" in write_report(tmp_path, metrics(learned_from="labels")).read_text()
+    assert "# teacher-model, distilled on" in write_report(tmp_path, metrics(rounds=[])).read_text()

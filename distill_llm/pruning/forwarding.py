@@ -1,0 +1,56 @@
+"""A model held still, and layers whose forward is another for a while."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradient for any weight; both restored."""
+    modes, flags = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, mode in zip(model.modules(), modes, strict=True):
+            module.training = mode
+        for parameter, flag in zip(model.parameters(), flags, strict=True):
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within the context the module computes `forward`; hooks on the module itself still run."""
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+@contextmanager
+def checkpointed(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the context each layer's forward keeps nothing but its input, and runs again in the backward pass.
+
+    The hidden states that a layer reads must require a gradient. Inside a layer hooks see two forwards, the first of them
+    without gradients. (Chen et al. 2016, "Training deep nets with sublinear memory cost".)
+    """
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(forward_as(layer, partial(_twice, layer.forward)))
+        yield
+
+
+def _twice(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    # Only positional arguments get gradients, and of those the hidden states alone need one.
+    args = args or (kwargs.pop("hidden_states"),)
+    return checkpoint(partial(forward, **kwargs), *args, use_reentrant=True, preserve_rng_state=False)

@@ -1,0 +1,155 @@
+"""Hooks of a calibration pass: what they see at a linear's input, at a norm of the residual stream and around a layer.
+
+Their arithmetic is in fp32 whatever the model computes in. Padding counts in nothing.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from distill_llm.pruning.moments import MomentsSum
+from distill_llm.pruning.unit_sums import UnitSums
+
+
+class CalibrationBatch:
+    """The batch that the hooks are looking at: B examples of R / B rows of T tokens each (one, but for multiple choice).
+
+    Attributes:
+        mask: (R, T), 1 where a token is not padding.
+        valid: flat indices of these tokens; None where no token is padding.
+        before: valid tokens of all batches before this one.
+        keys: (valid tokens,) random numbers in [0, 1) that second moments choose tokens by.
+        channels: (B, C), sums over the norms so far of the effects of the residual stream's channels; 0 before the first.
+        with_loss: whether there is a backward pass.
+    """
+
+    mask: torch.Tensor
+    valid: torch.Tensor | None
+    before: int
+    keys: torch.Tensor
+    channels: torch.Tensor
+
+    def __init__(self, device: torch.device, with_loss: bool):
+        self.device, self.with_loss = device, with_loss
+
+    def set(self, mask: torch.Tensor, before: int, generator: torch.Generator) -> int:
+        """Look at a batch with an attention mask (B, T) or (B, choices, T); its number of valid tokens."""
+        self.examples, self.before = len(mask), before
+        rows = mask.flatten(0, -2)
+        places = rows.flatten().nonzero().flatten()
+        self.valid = None if len(places) == rows.numel() else places.to(self.device)
+        self.mask = rows.to(self.device, torch.float32)
+        self.keys = torch.rand(len(places), generator=generator, device=self.device)
+        self.channels = torch.zeros((), device=self.device)
+        return len(places)
+
+    @property
+    def skipped(self) -> bool:
+        """Whether this forward is not the one that a backward pass follows (a checkpoint's first, or a teacher's)."""
+        return self.with_loss and not torch.is_grad_enabled()
+
+    def fp32(self) -> torch.autocast:
+        """A context in which autocast is off."""
+        return torch.autocast(self.device.type, enabled=False)
+
+    def pack(self, values: torch.Tensor) -> torch.Tensor:
+        """(R, T, C) -> (valid tokens, C)."""
+        flat = values.flatten(0, 1)
+        return flat if self.valid is None else flat[self.valid]
+
+    def per_example(self, values: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+        """Sum over valid tokens of values x gradients: (R, T, C), (R, T, C) -> (B, C), fp32."""
+        rows = torch.bmm(self.mask.unsqueeze(1), values.float() * gradients.float()).squeeze(1)
+        return rows if len(rows) == self.examples else rows.unflatten(0, (self.examples, -1)).sum(1)
+
+    def token_weights(self, gradients: torch.Tensor) -> torch.Tensor:
+        """(R, T, C) -> (valid tokens, 1): the norm of each token's gradient over the mean of its example."""
+        norms = torch.linalg.vector_norm(gradients, dim=-1, dtype=torch.float32) * self.mask
+        norms = norms.view(self.examples, -1)
+        mean = norms.sum(1, keepdim=True) / self.mask.view(self.examples, -1).sum(1, keepdim=True)
+        return self.pack(torch.where(mean > 0, norms / mean, 1.0).view_as(self.mask).unsqueeze(-1))
+
+    def add_moments(self, moments: MomentsSum | None, values: torch.Tensor, gradients: torch.Tensor | None) -> None:
+        """Add the valid tokens of (R, T, C) values, by their gradients where there are any."""
+        if moments is not None:
+            weights = None if gradients is None else self.token_weights(gradients)
+            moments.add(self.pack(values), weights, self.keys, self.before)
+
+
+def tap_hook(batch: CalibrationBatch, sums: UnitSums, moments: MomentsSum | None, first: bool) -> Callable:
+    """Before a linear: statistics of its input. The backward pass ends at the `first`: nothing before it has a statistic."""
+
+    def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        if batch.skipped:
+            return None
+        entering = args[0]
+        value = entering.detach()
+        with batch.fp32():
+            sums.activation += _squares(batch.pack(value))
+            if not batch.with_loss:
+                batch.add_moments(moments, value, None)
+                return None
+        if first:
+            entering = entering.detach().requires_grad_()
+        elif not entering.requires_grad:  # attention without a head left: zeros of no width
+            return None
+
+        def backward(gradient: torch.Tensor) -> None:
+            with batch.fp32():
+                sums.add_gradients(batch.per_example(value, gradient))
+                batch.add_moments(moments, value, gradient)
+
+        entering.register_hook(backward)
+        return (entering, *args[1:])
+
+    return hook
+
+
+def norm_hook(batch: CalibrationBatch, channels: UnitSums) -> Callable:
+    """After a norm of the residual stream: statistics of its output's channels."""
+
+    def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        value = output.detach()
+        if batch.skipped or value.shape[:2] != batch.mask.shape:  # a head on chosen tokens: not the stream itself
+            return
+        with batch.fp32():
+            channels.activation += _squares(batch.pack(value))
+
+        def backward(gradient: torch.Tensor) -> None:
+            with batch.fp32():
+                batch.channels = batch.channels + batch.per_example(value, gradient)
+
+        if batch.with_loss and output.requires_grad:
+            output.register_hook(backward)
+
+    return hook
+
+
+def layer_hook(batch: CalibrationBatch, sums: UnitSums, similarity: torch.Tensor, index: int) -> Callable:
+    """After a layer, with kwargs: statistics of what it adds to its input, and the sum of their cosines at `index`."""
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if batch.skipped:
+            return
+        before = (args[0] if args else kwargs["hidden_states"]).detach()
+        out = output[0] if isinstance(output, tuple) else output
+        after = out.detach()
+        with batch.fp32():
+            old, new = batch.pack(before).float(), batch.pack(after).float()
+            similarity[index] += nn.functional.cosine_similarity(old, new, dim=-1).sum()
+            sums.activation += (new - old).square().sum()
+
+        def backward(gradient: torch.Tensor) -> None:
+            with batch.fp32():
+                sums.add_gradients(batch.per_example(after - before, gradient).sum(1, keepdim=True))
+
+        if batch.with_loss:
+            out.register_hook(backward)
+
+    return hook
+
+
+def _squares(packed_values: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(packed_values, dim=0, dtype=torch.float32).square()
