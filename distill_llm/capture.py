@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from distill_llm.errors import InputError
 from distill_llm.losses.attention import AttentionInputs
 from distill_llm.losses.items import kind_of
+from distill_llm.losses.sparse import SparseTargets
 from distill_llm.pruning.families import FAMILIES, layers_of
 
 PREFIX = "distill_"
@@ -104,6 +105,13 @@ class Signals(Recording):
     """All that a loss may compare: a recording and the logits, (B, C) or (items, V)."""
 
     logits: torch.Tensor = field(kw_only=True)
+
+
+@dataclass
+class SparseSignals(Signals):
+    """Signals of a teacher known at a few tokens per item: `targets` in place of `logits`, which is (items, 0)."""
+
+    targets: SparseTargets = field(kw_only=True)
 
 
 _listeners: "WeakKeyDictionary[nn.Module, Callable[..., None]]" = WeakKeyDictionary()

@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
@@ -59,6 +60,18 @@ def _load(model_class: type[PreTrainedModel], model: str | os.PathLike, **kwargs
         raise InputError("model", str(model), "a checkpoint with weights of the sizes in its config.json") from None
 
 
+def name_labels(config: PreTrainedConfig, task: Task) -> None:
+    """Give a config the task's labels, in place, unless its model has a head for as many with names of its own."""
+    trained = any("ForSequenceClassification" in name for name in config.architectures or ())
+    named = not any(str(name).startswith("LABEL_") for name in config.id2label.values())
+    if task.is_language_model or (config.num_labels == task.num_labels and trained and named):
+        return
+    names = task.label_names or ("value",)
+    config.num_labels = task.num_labels
+    config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+    config.problem_type = "regression" if task.kind == "regression" else "single_label_classification"
+
+
 def load_for_task(model: str | os.PathLike, task: Task) -> PreTrainedModel:
     """A model with a head for a task, for training, in fp32: the checkpoint's own head where it fits, else a new one.
 
@@ -76,13 +89,7 @@ def load_for_task(model: str | os.PathLike, task: Task) -> PreTrainedModel:
     if stock is None:
         raise InputError("model", config.model_type, f"a family with a head for {task.kind}")
     fits = task.is_language_model or config.num_labels == task.num_labels
-    trained = any("ForSequenceClassification" in name for name in config.architectures or ())
-    named = not all(str(name).startswith("LABEL_") for name in config.id2label.values())
-    if not task.is_language_model and not (fits and trained and named):
-        names = task.label_names or ("value",)
-        config.num_labels = task.num_labels
-        config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
-        config.problem_type = "regression" if task.kind == "regression" else "single_label_classification"
+    name_labels(config, task)
     is_pruned = any(name.startswith(STOCK_PREFIX) for name in config.architectures or ())
     model_class = pruned_class(stock) if is_pruned else stock
     if fits:

@@ -2,8 +2,6 @@
 
 import copy
 import importlib.util
-import math
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,14 +10,16 @@ from typing import Any, TypeVar
 
 import datasets
 import torch
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from distill_llm.cutting import budget_tokens, least_share
+from distill_llm.checkpoint import name_labels
 from distill_llm.data.loading import load_task
+from distill_llm.data.padding import LENGTH
 from distill_llm.data.special_tokens import check_tokenizer
 from distill_llm.data.tasks import Task, TaskData
-from distill_llm.errors import InputError, one_of
+from distill_llm.errors import InputError
 from distill_llm.faults import faults_in, raise_all
+from distill_llm.hub import check_push
 from distill_llm.opening import (
     HEAD_CLASSES,
     OpenModel,
@@ -30,10 +30,13 @@ from distill_llm.opening import (
     open_model,
     resolve_model,
 )
-from distill_llm.pruning.families import FAMILIES, family_of, lineage_of
+from distill_llm.outputs import nearest, usable_output
+from distill_llm.pruning.families import lineage_of
 from distill_llm.pruning.modeling_pruned import pruned_class
-from distill_llm.pruning.structure import layer_shapes
+from distill_llm.pruning_checks import check_pruning
 from distill_llm.recipe import Recipe
+from distill_llm.recipe_sections import PruningSection
+from distill_llm.run_folder import RECIPE
 from distill_llm.training_checks import check_training
 
 T = TypeVar("T")
@@ -71,9 +74,9 @@ def check_recipe(recipe: Recipe) -> None:
     if recipe.teacher.train is None:
         found.run(check_head, teacher, task)
     if name is not None:
-        found.run(_check_student, student, teacher, task)
+        found.run(_check_student, recipe, student, teacher, task)
     skeleton = found.run(_skeleton, teacher)
-    found.run(_check_pruning, recipe, teacher, skeleton)
+    found.run(check_pruning, recipe, teacher, skeleton)
     found.run(_check_lengths, recipe, teacher)
     found.run(_check_rows, recipe, teacher, task)
     found.run(_check_losses, recipe, task)
@@ -83,7 +86,8 @@ def check_recipe(recipe: Recipe) -> None:
     if teacher is not None and (student is not None or name is None):
         found.run(_check_layer_pairs, recipe, teacher.config, student.config if student else teacher.config)
     found.run(lambda: check_training(recipe, data))
-    found.run(_check_output, recipe.output_dir)
+    found.run(usable_output, recipe.output_dir, "output_dir", RECIPE)
+    found.run(_check_hub, recipe)
     found.run(_check_disk, recipe, skeleton)
     raise_all(found.faults)
 
@@ -106,6 +110,8 @@ def check_data(recipe: Recipe) -> TaskData:
             packing=section.packing,
         )
     calibration = recipe.pruning.calibration_examples if recipe.pruning and recipe.pruning.keep else 0
+    if calibration == PruningSection.model_fields["calibration_examples"].default:
+        calibration = 0  # asks for no number: all rows where there are fewer
     # Text is cut into blocks first, and packed sequences share rows: the number of examples shows later.
     blocks = data.task.kind in ("masked_lm", "causal_lm") or data.task.packing
     if not blocks and calibration > len(data.train):
@@ -133,11 +139,25 @@ def _quiet_datasets() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _check_student(student: OpenModel, teacher: OpenModel, task: Task) -> None:
+def _check_student(recipe: Recipe, student: OpenModel, teacher: OpenModel, task: Task) -> None:
     if student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
         raise InputError(student.field, student.name, f"a student with the tokenizer of the teacher ({teacher.name})")
     if any(name.endswith(HEAD_CLASSES[task.kind]) for name in student.config.architectures or []):
         check_head(student, task)
+    compared = recipe.distillation is not None and recipe.distillation.losses.needs_teacher
+    if task.is_language_model or recipe.teacher.cache is not None or not compared:
+        return
+    own, names = _labels(student, task, True), _labels(teacher, task, recipe.teacher.train is not None)
+    if own != names and not any(name.startswith("LABEL_") for name in (*own, *names)):
+        raise InputError(student.field, f"{student.name} with labels {own}", f"labels as the teacher has, {names}")
+
+
+def _labels(model: OpenModel, task: Task, trained: bool) -> list[str]:
+    """The names of a model's labels, as it is or as they are when it is loaded to be trained."""
+    config = copy.deepcopy(model.config)
+    if trained:
+        name_labels(config, task)
+    return [str(name) for _, name in sorted(config.id2label.items())]
 
 
 def _skeleton(model: OpenModel) -> PreTrainedModel:
@@ -147,35 +167,6 @@ def _skeleton(model: OpenModel) -> PreTrainedModel:
             return AutoModel.from_config(model.config)
         stock: Any = AutoModel._model_mapping[type(model.config)]
         return pruned_class(stock)(model.config)
-
-
-def _check_pruning(recipe: Recipe, teacher: OpenModel, skeleton: PreTrainedModel) -> None:
-    if recipe.pruning is None:
-        return
-    config, pruning = teacher.config, recipe.pruning
-    try:
-        family_of(config)
-    except ValueError as error:
-        given, accepted = f"{teacher.name} (family {config.model_type})", str(error).partition("accepted: ")[2]
-        if config.model_type not in FAMILIES:
-            accepted = f"{one_of(FAMILIES, config.model_type)}; to add one: a row in FAMILIES (pruning/families.py)"
-        raise InputError(teacher.field, given, accepted) from None
-    if getattr(config, "quantization_config", None) is not None:
-        raise InputError(
-            teacher.field, f"{teacher.name}, quantized", "its full-precision original: quantize the student"
-        )
-    if pruning.layers is not None and max(pruning.layers) >= config.num_hidden_layers:
-        raise InputError("pruning.layers", pruning.layers, f"indices from 0 to {config.num_hidden_layers - 1}")
-    width = layer_shapes(skeleton)[0].neurons
-    if pruning.round_to > width:
-        raise InputError("pruning.round_to", pruning.round_to, f"at most {width}, the FFN neurons of a layer")
-    if pruning.keep is not None and pruning.cost != "latency":
-        decoder = any(name.endswith(HEAD_CLASSES["causal_lm"]) for name in config.architectures or ())
-        least = least_share(skeleton, pruning, budget_tokens(recipe, decoder))
-        if pruning.keep < least * (1 - 1e-9):
-            shown = math.ceil(least * 1e4) / 1e4
-            accepted = f"at least {shown:g}, the least that units [{', '.join(pruning.units)}] can leave"
-            raise InputError("pruning.keep", pruning.keep, accepted)
 
 
 def _check_lengths(recipe: Recipe, teacher: OpenModel) -> None:
@@ -245,6 +236,19 @@ def _check_cache(recipe: Recipe, teacher: OpenModel) -> None:
         raise InputError(f"distillation.{error.field}", error.given, error.accepted) from None
 
 
+def check_cached_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train: datasets.Dataset) -> None:
+    """The cache that a recipe learns from was written for these encoded rows; teacher and losses are checked before."""
+    if recipe.teacher.cache is None:
+        return
+    from distill_llm.teachers.cache import CachedTeacher
+
+    known = [name for name in train.column_names if name != LENGTH]
+    try:
+        CachedTeacher(recipe.teacher.cache, None, tokenizer, train.select_columns(known))
+    except InputError as error:
+        raise InputError("teacher.cache", str(recipe.teacher.cache), f"{error.accepted} ({error.given})") from None
+
+
 def _check_responses(recipe: Recipe, task: Task, teacher: OpenModel) -> None:
     """Whether the student can answer prompts while it learns; and whether a quantised teacher can be had."""
     if recipe.teacher.quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
@@ -278,17 +282,9 @@ def _check_adapters(recipe: Recipe, skeleton: PreTrainedModel) -> None:
         raise InputError("student.peft", fields, f"adapters that fit the model ({first_line(error)})") from None
 
 
-def _check_output(folder: Path) -> None:
-    """The run folder can be made; nothing is made yet."""
-    above = _nearest(folder)
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise InputError("output_dir", str(folder), f"a folder that can be written ({above} cannot)")
-
-
-def _nearest(folder: Path) -> Path:
-    """The folder itself, or the nearest above it that exists."""
-    folder = folder.absolute()
-    return next(path for path in (folder, *folder.parents) if path.exists())
+def _check_hub(recipe: Recipe) -> None:
+    if recipe.hub is not None:
+        check_push(recipe.hub.repo_id, "hub.repo_id")
 
 
 def _check_disk(recipe: Recipe, teacher: PreTrainedModel) -> None:
@@ -298,7 +294,7 @@ def _check_disk(recipe: Recipe, teacher: PreTrainedModel) -> None:
     rounds = recipe.pruning.rounds if recipe.pruning else 0
     # A copy per round, the teacher, the student, and two Trainer checkpoints (weights and two moments each).
     needed = weights * (rounds + 2 + (6 if trained else 0))
-    free = shutil.disk_usage(_nearest(recipe.output_dir)).free
+    free = shutil.disk_usage(nearest(recipe.output_dir)).free
     if free < needed:
         raise InputError(
             "output_dir",

@@ -8,13 +8,12 @@ import torch
 from torch import nn
 
 from distill_llm.adapters import without_adapters
-from distill_llm.capture import packed
+from distill_llm.capture import SparseSignals, packed
 from distill_llm.losses.chunked_head import HeadLosses, head_losses
 from distill_llm.losses.schedules import value_at
-from distill_llm.losses.terms import Batch, Terms
 from distill_llm.output_head import OutputHead
-from distill_llm.teachers.cache import SparseSignals
 from distill_llm.teachers.online import HeadSignals
+from distill_llm.terms import Batch, Terms
 
 
 class HeadTerms:

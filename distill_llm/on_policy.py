@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from distill_llm.data.causal import IGNORED, CausalCollator
+from distill_llm.data.causal import CausalCollator
 from distill_llm.errors import InputError
+from distill_llm.losses.labels import IGNORED
 from distill_llm.losses.objective import Responses
 from distill_llm.responses.decoding import Decoder
 from distill_llm.responses.sampling import Sampling, random_numbers

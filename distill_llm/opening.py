@@ -1,15 +1,19 @@
 """Models are opened before they are loaded: where one is, its config, its tokenizer, whether its head fits a task."""
 
+import json
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from distill_llm.data.sources import resolve_path
 from distill_llm.data.tasks import Task
-from distill_llm.errors import InputError
+from distill_llm.errors import InputError, one_of
 from distill_llm.gguf import SUFFIX, plain_checkpoint
 
 HEAD_CLASSES = {
@@ -19,6 +23,8 @@ HEAD_CLASSES = {
     "causal_lm": ("ForCausalLM", "LMHeadModel"),
     "prompts": ("ForCausalLM", "LMHeadModel"),
 }
+DTYPES = ("float32", "bfloat16", "float16")
+WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 
 
@@ -43,7 +49,7 @@ def open_model(field: str, name: str) -> OpenModel:
     """Find a model by folder, Hub id, package:// path or GGUF file and read its config and tokenizer.
 
     Raises:
-        InputError: naming `field`, where the model, its config or its tokenizer is missing.
+        InputError: naming `field`, where the model, its config or its tokenizer is missing; or, of a folder, weights.
     """
     path = resolve_model(name, field)
     local = Path(path)
@@ -52,6 +58,7 @@ def open_model(field: str, name: str) -> OpenModel:
             raise InputError(field, name, "a folder with a config.json, as save_pretrained writes it")
         if not any(any(local.glob(pattern)) for pattern in TOKENIZER_FILES):
             raise InputError(field, name, f"a folder with its tokenizer ({', '.join(TOKENIZER_FILES)})")
+        _check_weights(field, name, local)
     elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path.startswith("."):
         raise InputError(field, name, "an existing folder, a Hub id, or package://PACKAGE/PATH")
     try:
@@ -68,6 +75,29 @@ def open_model(field: str, name: str) -> OpenModel:
             field, name, f"a tokenizer of at most {vocabulary} tokens, the model's; it has {len(tokenizer)}"
         )
     return OpenModel(field, name, path, config, tokenizer)
+
+
+def _check_weights(field: str, name: str, folder: Path) -> None:
+    """The files that `from_pretrained` would read are there and, by their headers, whole."""
+    file = next((folder / each for each in WEIGHTS if (folder / each).is_file()), None)
+    if file is None:
+        raise InputError(field, name, f"a folder with its weights ({', '.join(WEIGHTS)})")
+    files = [file]
+    if file.suffix == ".json":
+        try:
+            files = [folder / shard for shard in sorted(set(json.loads(file.read_text())["weight_map"].values()))]
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise InputError(field, name, f"a folder with its weights ({file.name} cannot be read)") from None
+    for each in files:
+        if not each.is_file():
+            raise InputError(field, name, f"a folder with all of its weights ({each.name} is missing)")
+        if each.suffix == ".safetensors":
+            try:
+                with safe_open(each, "np"):
+                    pass
+            except (OSError, SafetensorError) as error:
+                accepted = f"a folder with whole weights ({each.name} is not: {first_line(error)})"
+                raise InputError(field, name, accepted) from None
 
 
 def _reason(wanted: str, path: str, error: Exception) -> str:
@@ -124,3 +154,14 @@ def check_length(model: OpenModel, field: str, tokens: int) -> None:
     longest = longest_input(model.config)
     if longest is not None and tokens > longest:
         raise InputError(field, tokens, f"at most {longest}, the longest input of {model.name}")
+
+
+def chosen_dtype(given: str | None, device: torch.device) -> str:
+    """The precision of a teacher's weights where it only answers: as given, else bfloat16 on CUDA and float32 elsewhere.
+
+    Raises:
+        InputError: naming `dtype`.
+    """
+    if given not in (None, *DTYPES):
+        raise InputError("dtype", given, one_of(DTYPES, str(given)))
+    return given or ("bfloat16" if device.type == "cuda" else "float32")

@@ -10,9 +10,20 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from distill_llm.errors import InputError
-from distill_llm.losses.head import Head, head_of
+from distill_llm.losses.head import Head
 
 PROBE = 60.0  # logits from minus to plus this: beyond any soft cap
+# Fields of a configuration that say what is done to logits: multiplied by this power of the field, or capped.
+LOGIT_FACTORS = {
+    "logit_scale": 1,
+    "lm_head_multiplier": 1,
+    "output_multiplier": 1,
+    "logits_scaling": -1,
+    "logits_mup_width_multiplier": -1,
+}
+LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+# HyperCLOVA X multiplies by what Granite divides by; MPT has the field and does nothing with it.
+FACTOR_EXCEPTIONS = {("hyperclovax", "logits_scaling"): 1, ("mpt", "logit_scale"): 0}
 
 
 @dataclass(frozen=True)
@@ -62,6 +73,35 @@ def output_head(model: PreTrainedModel) -> OutputHead | None:
     found = OutputHead(linear, head.scale, head.softcap)
     # Sharded by ZeRO-3, a model has no weights outside of its engine.
     return found if is_deepspeed_zero3_enabled() or _finishes_as_said(model, found) else None
+
+
+def head_of(model: PreTrainedModel, transformed: bool = False) -> Head:
+    """The head of a causal or masked language model, for inputs that are the base model's last hidden states.
+
+    Args:
+        transformed: the head's inputs will be taken after the layers between base model and output map (BERT's
+            `cls.predictions.transform`), so these layers are no fault.
+
+    Raises:
+        InputError: the model has no linear map to its vocabulary, or layers before it, or does to its logits what a
+            Head cannot say.
+    """
+    name, linear = type(model).__name__, model.get_output_embeddings()
+    if not isinstance(linear, nn.Linear):
+        raise InputError("model", name, "a causal or masked language model with a linear output map")
+    between = [key for key, child in model.named_children() if child is not linear and key != model.base_model_prefix]
+    if not transformed and any(True for key in between for _ in model.get_submodule(key).parameters()):
+        accepted = "a model whose output map follows its base model at once, or inputs taken after those layers"
+        raise InputError("model", f"{name} with {', '.join(between)} around its output map", accepted)
+    config = model.config.get_text_config()
+    scale, softcap = 1.0, None
+    for field, power in LOGIT_FACTORS.items():
+        if getattr(config, field, None) is not None:
+            scale *= float(getattr(config, field)) ** FACTOR_EXCEPTIONS.get((config.model_type, field), power)
+    for field in LOGIT_CAPS:
+        if getattr(config, field, None) is not None:
+            softcap = float(getattr(config, field))
+    return Head(linear.weight, linear.bias, scale, softcap)
 
 
 def _finishes_as_said(model: PreTrainedModel, head: OutputHead) -> bool:

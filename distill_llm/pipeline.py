@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.console import Console
 
-from distill_llm.checks import check_recipe
-from distill_llm.errors import InputError
+from distill_llm.checks import check_cached_rows, check_recipe
 from distill_llm.opening import resolve_model
+from distill_llm.outputs import usable_output
 from distill_llm.recipe import Recipe, parse_recipe
 from distill_llm.run_folder import RunFolder, written_whole
 from distill_llm.stages import Stages
@@ -62,7 +62,8 @@ def prune_model(
         columns: names of `text`, `text_pair` and `label` in data that is not GLUE's.
         max_length: tokens an example is cut to.
         options: fields of the recipe's pruning section but `rounds` and `schedule`: units, criterion, loss, cost, cuts, scope,
-            round_to, uniform, min_heads, min_neurons, compensate, calibration_examples, statistics.
+            round_to, uniform, min_heads, min_neurons, compensate, calibration_examples, moment_share, precision,
+            checkpointing, statistics.
 
     Returns:
         The folder of the pruned model, with tokenizer and plan.json.
@@ -73,19 +74,22 @@ def prune_model(
         "pruning": {**options, "keep": keep},
         "output_dir": str(output_dir),
     }
-    recipe, target = parse_recipe(given), Path(output_dir).expanduser()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError("output_dir", str(output_dir), "an empty or new folder")
+    return prune_recipe(parse_recipe(given))
+
+
+def prune_recipe(recipe: Recipe) -> Path:
+    """`prune_model` as a recipe's teacher, data, pruning and evaluation sections say."""
+    target, section = recipe.output_dir, recipe.pruning
+    usable_output(target)
     check_recipe(recipe)
-    assert recipe.pruning is not None
-    stages = Stages(recipe)
-    teacher = stages.load(resolve_model(model)).eval()
-    section = recipe.pruning
+    assert section is not None and section.keep is not None
     file = section.statistics.expanduser() if section.statistics is not None else None
-    cut = stages.cutter(section).cut(teacher, teacher, keep, file)
+    stages = Stages(recipe)
+    teacher = stages.load(resolve_model(recipe.teacher.model)).eval()
+    cut = stages.cutter(section).cut(teacher, teacher, section.keep, file)
     if not stages.processes.is_main_process:
         return target
-    with written_whole(target) as folder:
+    with written_whole(target, folder=True) as folder:
         stages.save(cut.model, folder)
         stages.show(cut.plan, teacher, folder, "plan")
     scores = [stages.evaluate(m)["score"] for m in (teacher, cut.model)]
@@ -109,7 +113,8 @@ class Run:
     def result(self) -> RunResult:
         """All stages, then the report."""
         recipe, stages, state = self.recipe, self.stages, self.state
-        stages.data  # noqa: B018 - on all processes at once: reading it waits for process 0
+        train = stages.data.train  # on all processes at once: reading it waits for process 0
+        check_cached_rows(recipe, stages.tokenizer, train)
         teacher = state.stage("teacher", stages.teacher, everyone=True)
         self._line("teacher", teacher)
         stages.clean(stages.folder / "teacher")
@@ -151,7 +156,7 @@ class Run:
         metrics = json.loads((stages.folder / "metrics.json").read_text())
         self._line("report", finished)
         if recipe.hub is not None:
-            state.stage("push", stages.push)
+            state.stage(f"push/{recipe.hub.repo_id}", stages.push)
         return RunResult(metrics, stages.folder / "student", stages.folder / "report.md")
 
     def _line(self, stage: str, result: Mapping[str, Any]) -> None:

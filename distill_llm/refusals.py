@@ -104,11 +104,16 @@ def check_arguments(args: TrainingArguments, objective: Objective, options: Mapp
                 raise InputError("activation_checkpointing_kwargs.use_reentrant", True, f"false with losses.{name}")
 
 
-def check_responses(teacher: Any, args: TrainingArguments, kind: str) -> None:
+def check_responses(teacher: Any, kind: str, gathered: bool) -> None:
     """Whether the student can answer prompts while it trains.
 
+    Args:
+        teacher: a model, a CachedTeacher or None.
+        kind: of the student (see `kind_of`).
+        gathered: whether each process has the student's whole weights, or can have them for a while.
+
     Raises:
-        InputError: a student that does not generate, a teacher that is not there to judge, sharded weights.
+        InputError: a student that does not generate, a teacher that is not there to judge, weights that stay sharded.
     """
     if kind != "next_token":
         raise InputError("losses.responses", "a student that does not generate", "a causal language model")
@@ -116,7 +121,7 @@ def check_responses(teacher: Any, args: TrainingArguments, kind: str) -> None:
         raise InputError(
             "losses.responses", "a cached teacher", "a teacher in memory: it never saw the student's answers"
         )
-    if args.fsdp or args.deepspeed:
+    if not gathered:
         raise InputError(
-            "losses.responses", "sharded weights", "one copy of the student in each process (no FSDP, DeepSpeed)"
+            "losses.responses", "a student sharded by DeepSpeed or FSDP1", "FSDP2 (fsdp_version 2), or DDP"
         )

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,27 +14,31 @@ from accelerate import PartialState
 from transformers import TrainerCallback
 
 from distill_llm.errors import InputError
+from distill_llm.outputs import usable_output
 
-COMPLETE = "complete"
+COMPLETE, RECIPE = "complete", "recipe.yaml"
+FREE = ("output_dir", "description", "hub")
+"""Sections of a recipe that may change while a run is not finished: a folder can be moved, and is pushed at the end."""
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A path to write to, file or folder, that takes the place of `path` only when the block has ended without error."""
+def written_whole(path: Path, folder: bool = False) -> Iterator[Path]:
+    """A path to write to that takes the place of `path` only when the block has ended without error.
+
+    Args:
+        path: a file, which is replaced in one step.
+        folder: `path` is a folder of our own, which is removed just before the new one takes its place. Without this a
+            folder that is there is never removed: an OSError says so.
+    """
     partial = path.with_name(path.name + ".partial")
-    _remove(partial)
+    if folder and partial.is_dir():
+        shutil.rmtree(partial)
+    partial.unlink(missing_ok=True)
     partial.parent.mkdir(parents=True, exist_ok=True)
     yield partial
-    if path.is_dir():
-        shutil.rmtree(path)  # only a file is replaced in one step
-    os.replace(partial, path)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
+    if folder and path.is_dir():
         shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    os.replace(partial, path)
 
 
 class RunFolder:
@@ -53,13 +57,10 @@ class RunFolder:
     def __init__(self, folder: Path, recipe_yaml: str):
         self.folder = folder
         self.processes = PartialState()
-        own = folder / "recipe.yaml"
+        own = folder / RECIPE
+        usable_output(folder, begun=RECIPE)
         if own.is_file():
             _same_recipe(folder, own.read_text(), recipe_yaml)
-        elif folder.is_dir() and any(path.suffix != ".partial" for path in folder.iterdir()):
-            raise InputError(
-                "output_dir", str(folder), "an empty or new folder, or one with an earlier run of this recipe"
-            )
         self.processes.wait_for_everyone()
         if self.processes.is_main_process and not own.is_file():
             with written_whole(own) as path:
@@ -98,15 +99,26 @@ class RunFolder:
 
 
 def _same_recipe(folder: Path, old: str, new: str) -> None:
-    """The run folder's own name may differ (a folder can be moved); anything else makes it another run."""
-    before, after = yaml.safe_load(old), yaml.safe_load(new)
-    differing = [key for key in after if key not in ("output_dir", "description") and before.get(key) != after[key]]
+    """What decides the student must be as it was begun with; how it is scored and pushed may change."""
+    before, after = _deciding(yaml.safe_load(old)), _deciding(yaml.safe_load(new))
+    differing = [key for key in after if before.get(key) != after[key]]
     if differing:
         raise InputError(
             "output_dir",
             str(folder),
             f"another folder, or the recipe that this run was begun with: {', '.join(differing)} differ from its recipe.yaml",
         )
+
+
+def _deciding(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe without what has no say in the student: a batch too large for the device must not cost a trained run.
+
+    The timed batch has one where pruning counts costs for it.
+    """
+    params = (recipe.get("pruning") or {}).get("cost", "params") == "params"
+    free = ("batch_size", "latency") if params else ("batch_size",)
+    evaluation = {name: value for name, value in recipe.get("evaluation", {}).items() if name not in free}
+    return {**{name: value for name, value in recipe.items() if name not in FREE}, "evaluation": evaluation}
 
 
 class MarkComplete(TrainerCallback):

@@ -3,9 +3,9 @@
 import json
 import shutil
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,18 +14,20 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from distill_llm.adapters import merged
+from distill_llm.adapters import merged, without_adapters
 from distill_llm.checkpoint import load_for_task, load_pretrained
 from distill_llm.checks import check_data
 from distill_llm.cutting import Cut, Cutter, share_of
 from distill_llm.data.encoding import LENGTH, Collator, collator, encode
 from distill_llm.data.tasks import TaskData
+from distill_llm.errors import InputError
 from distill_llm.evaluation.evaluate import evaluate_model
 from distill_llm.evaluation.metrics import compute_metrics
 from distill_llm.opening import resolve_model
 from distill_llm.pruning.plan import PruningPlan, keep_layers
 from distill_llm.pruning.surgery import prune
-from distill_llm.recipe import PruningSection, Recipe
+from distill_llm.recipe import Recipe
+from distill_llm.recipe_sections import PruningSection
 from distill_llm.result import collect_metrics
 from distill_llm.run_folder import MarkComplete, last_complete_checkpoint, written_whole
 from distill_llm.teachers.cache import CachedTeacher
@@ -68,9 +70,9 @@ class Stages:
         """A finished model of this run, in fp32, on this process's device."""
         return load_pretrained(path, dtype=torch.float32).to(self.processes.device)  # type: ignore[arg-type]
 
-    def save(self, model: PreTrainedModel, folder: Path) -> None:
-        """Model and tokenizer."""
-        model.save_pretrained(folder)
+    def save(self, model: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+        """Model and tokenizer; `weights` where the model's own are divided among processes."""
+        model.save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
 
     def evaluate(self, model: PreTrainedModel) -> dict[str, float]:
@@ -98,7 +100,8 @@ class Stages:
         """Statistics, plan, pruned and compensated model, both scored. All processes collect; process 0 writes."""
         section = self.recipe.pruning
         assert section is not None
-        student, teacher = self.load(student_dir).eval(), self.load(teacher_dir).eval()
+        student = self.load(student_dir).eval()
+        teacher = student if student_dir == teacher_dir else self.load(teacher_dir).eval()
         cutter = self.cutter(section)
         if section.layers is not None:
             plan = keep_layers(student, section.layers)
@@ -116,7 +119,7 @@ class Stages:
         compensates = section.compensate and section.layers is None
         pruned = self.evaluate(prune(student, cut.plan) if compensates else cut.model)
         compensated = self.evaluate(cut.model) if compensates else None
-        with written_whole(folder / "pruned") as path:
+        with written_whole(folder / "pruned", folder=True) as path:
             self.save(cut.model, path)
         return {
             "keep": keep,
@@ -131,7 +134,7 @@ class Stages:
 
     def cutter(self, section: PruningSection) -> Cutter:
         """What cuts models as the recipe says, on its calibration rows."""
-        return Cutter(self.recipe, self.calibration(section.calibration_examples))
+        return Cutter(self.recipe, partial(self.calibration, section.calibration_examples))
 
     def show(self, plan: PruningPlan, model: PreTrainedModel, folder: Path, title: str) -> None:
         """Save a plan and its picture, and print its table."""
@@ -142,10 +145,11 @@ class Stages:
         plan_figure(plan, model, folder / "plan.png")
         Console().print(plan_table(plan, model, title))
 
-    def calibration(self, examples: int) -> DataLoader:
-        """Batches of like length of the first rows of the shuffled training data."""
+    def calibration(self, examples: int, cut: int = 0) -> DataLoader:
+        """Batches of like length of rows of the shuffled training data: the first ones, for a later cut those after them."""
         train = self.data.train.shuffle(seed=self.recipe.seed)
-        rows = train.select(range(min(examples, len(train))))
+        size = min(examples, len(train))
+        rows = train.select([(cut * size + i) % len(train) for i in range(size)])
         rows = rows.select(np.argsort(rows[LENGTH], kind="stable"))
         known = {*self.tokenizer.model_input_names, "position_ids", "labels"}
         rows = rows.remove_columns([name for name in rows.column_names if name not in known])
@@ -162,20 +166,20 @@ class Stages:
         else:
             student = load_pretrained(student_dir, dtype=torch.float32)
         losses = section.losses.model_dump(mode="json", exclude_none=True)
-        teacher = self._recovery_teacher(teacher_dir) if section.losses.needs_teacher else None
-        student = self._train(
-            self._with_adapters(student), teacher, folder / "student", "final" if last else "recovery", losses
-        )
+        stage: Literal["recovery", "final"] = "final" if last else "recovery"
+        teacher = self._recovery_teacher(teacher_dir, stage) if section.losses.needs_teacher else None
+        student = self._train(self._with_adapters(student), teacher, folder / "student", stage, losses)
         metrics = self.evaluate(student) if self.processes.is_main_process else {"score": 0.0}
         return {"score": metrics["score"], "metrics": metrics}
 
-    def _recovery_teacher(self, path: Path) -> PreTrainedModel | CachedTeacher:
+    def _recovery_teacher(self, path: Path, stage: Literal["recovery", "final"]) -> PreTrainedModel | CachedTeacher:
         """What the student learns from: the teacher, its weights in fewer bits, or what it said once."""
-        section = self.recipe.teacher
+        section, training = self.recipe.teacher, self.recipe.training(stage)
+        precision = "bfloat16" if training.get("bf16") else "float16" if training.get("fp16") else None
         if section.cache is not None:
             return cached_teacher(section.cache, str(path), self.tokenizer, self.data.train)
         if section.quantization is None:
-            return load_pretrained(path, dtype=torch.float32)
+            return load_pretrained(path, dtype=getattr(torch, section.dtype or precision or "float32"))
         dtype = getattr(torch, section.dtype or "bfloat16")
         return load_teacher(path, section.quantization, dtype, self.processes.device)
 
@@ -216,10 +220,14 @@ class Stages:
             compute_metrics=None if self.data.task.is_language_model else self._compute_metrics,
             callbacks=[MarkComplete()],
         )
+        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        if sharded and without_adapters(model) is not model:
+            raise InputError("student.peft", "FSDP or DeepSpeed", "a copy of the student in each process (DDP)")
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(work))
+        weights = trainer.accelerator.get_state_dict(trainer.model) if sharded else None
         if self.processes.is_main_process:
-            with written_whole(target) as path:
-                self.save(merged(trainer.accelerator.unwrap_model(trainer.model)), path)
+            with written_whole(target, folder=True) as path:
+                self.save(merged(trainer.accelerator.unwrap_model(trainer.model)), path, weights)
         self.processes.wait_for_everyone()
         return self.load(target)
 
@@ -246,7 +254,7 @@ class Stages:
         from distill_llm.report import write_card, write_report  # matplotlib is slow to import
         from distill_llm.report.tables import percent
 
-        with written_whole(self.folder / "student") as path:
+        with written_whole(self.folder / "student", folder=True) as path:
             shutil.copytree(student_dir, path, ignore=shutil.ignore_patterns("training_args.bin"))
         metrics = collect_metrics(
             self.recipe,

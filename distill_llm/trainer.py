@@ -7,14 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.utils.data import Dataset, Sampler
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from distill_llm import projections
 from distill_llm.adapters import without_adapters
+from distill_llm.data.epochs import Epoch
 from distill_llm.errors import InputError
 from distill_llm.losses.items import UNITS, count_items
 from distill_llm.losses.objective import Objective, parse_objective
@@ -22,11 +24,11 @@ from distill_llm.on_policy import MARK, StudentResponses
 from distill_llm.pruning.modeling_pruned import CODE_NAMES
 from distill_llm.refusals import check_arguments, check_model, check_responses, check_teacher
 from distill_llm.sampling import GlobalBatchSampler
+from distill_llm.sharding import clip_with, whole
 from distill_llm.teachers.cache import CachedTeacher
 from distill_llm.teachers.online import OnlineTeacher
+from distill_llm.training_batches import EpochBegins, TrainingCollator
 from distill_llm.training_loss import TrainingLoss
-
-PROJECTIONS_NAME = "projections.safetensors"
 
 
 @dataclass
@@ -107,30 +109,38 @@ class DistillationTrainer(Trainer):
             seed=args.seed,
         )
         self.terms, self.teacher = self.loss.terms, self.loss.teacher
+        self.epoch = Epoch()
+        self.add_callback(EpochBegins(self.epoch))
         if len(self.terms.projections) and self.lr_scheduler is not None:
             accepted = "an optimizer without a scheduler: the projections of hidden states join the optimizer"
             raise InputError("optimizers", type(self.lr_scheduler).__name__, accepted)
+        if len(self.terms.projections) and self.is_deepspeed_enabled:
+            accepted = "a student as wide as its teacher, or DDP or FSDP in the place of DeepSpeed"
+            raise InputError("losses.hidden", "states of other widths under DeepSpeed", accepted)
         self.responses: StudentResponses | None = None
         if objective.responses is not None:
-            check_responses(teacher, args, self.loss.terms.kind)
+            fsdp = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+            unfit = self.is_deepspeed_enabled or (fsdp is not None and fsdp.fsdp_version == 1)
+            check_responses(teacher, self.loss.terms.kind, gathered=not unfit)
             self.responses = StudentResponses(objective.responses, self.data_collator, args.seed)
         self._logged_terms = torch.zeros(len(objective.terms()), device=args.device)
-        self._logged_steps = 0
+        self._logged_steps = dict.fromkeys(objective.terms(), 0)  # that a term counted in
 
     # One place where everything is reduced: sums of this batch over counts of the whole accumulated batch.
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The micro-batches of one optimizer step and their item counts; see `Trainer.get_batch_samples`."""
-        self._logged_steps += 1
         for parameter in self.terms.projections.parameters():
             parameter.grad = None
         batches, counts = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.responses is None:
+        step = self.state.global_step
+        answered = self.responses is not None and self.responses.chosen(step)
+        for name in self._logged_steps:
+            self._logged_steps[name] += not (answered and name == "labels")
+        if self.responses is None or not answered:
             return batches, counts
-        step, student = self.state.global_step, self.accelerator.unwrap_model(self.model)
-        if not self.responses.chosen(step):
-            return batches, counts
-        with self.compute_loss_context_manager():
+        student = self.accelerator.unwrap_model(self.model)
+        with self.compute_loss_context_manager(), whole(student):
             batches = [self.responses(student, batch, step) for batch in batches]
         return batches, self._get_num_items_in_batch(batches, device)  # counted anew: the labels are others now
 
@@ -194,6 +204,8 @@ class DistillationTrainer(Trainer):
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if self.is_fsdp_enabled:
+            return self._clip_shards(model, self.args.max_grad_norm)
         learned = nn.ModuleList([model, self.terms.projections])
         if not self._sees_all_gradients:
             return super()._clip_grad_norm(learned)
@@ -204,32 +216,45 @@ class DistillationTrainer(Trainer):
         return norm
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if grad_norm is None and self.is_fsdp_enabled:
+            return self._clip_shards(model, float("inf"))
         learned = nn.ModuleList([model, self.terms.projections])
         if grad_norm is None and self._sees_all_gradients:
             return get_total_norm(_gradients(learned))
         return super()._get_grad_norm(learned, grad_norm)
 
+    def _clip_shards(self, model: nn.Module, longest: float) -> torch.Tensor:
+        norm = super()._get_grad_norm(model)  # accelerate knows the model by the list of its own parameters
+        return clip_with(norm, model.parameters(), self.terms.projections.parameters(), longest)
+
     @property
     def _sees_all_gradients(self) -> bool:
         """Whether each process holds whole gradients, and looking at their norm makes no device wait."""
-        sharded = self.args.fsdp or self.args.deepspeed
-        return self.args.device.type == "cpu" and not sharded and not self.is_fsdp_enabled
+        return self.args.device.type == "cpu" and not self.is_fsdp_enabled and not self.is_deepspeed_enabled
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As `Trainer.log`, with the mean of each term since the last log over steps and processes."""
-        if "loss" in logs and self._logged_steps:
-            means = self._logged_terms / self._logged_steps
+        """As `Trainer.log`, with the mean of each term over the steps since the last log that it counted in, and processes."""
+        if "loss" in logs and any(self._logged_steps.values()):
+            sums = self._logged_terms
             if self.accelerator.num_processes > 1:
-                means = self.accelerator.reduce(means, reduction="mean")
-            logs.update(
-                {f"loss/{name}": value for name, value in zip(self.objective.terms(), means.tolist(), strict=True)}
-            )
+                sums = self.accelerator.reduce(sums, reduction="mean")
+            counted = zip(self._logged_steps.items(), sums.tolist(), strict=True)
+            logs.update({f"loss/{name}": value / steps for (name, steps), value in counted if steps})
         if "loss" in logs or "train_loss" in logs:
             self._logged_terms.zero_()
-            self._logged_steps = 0
+            self._logged_steps = dict.fromkeys(self._logged_steps, 0)
         super().log(logs, start_time)
 
     # Data: the same global batches for any number of processes, and every column that student or teacher reads.
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As `Trainer.get_train_dataloader`, of the batches that a TrainingCollator makes."""
+        plain, terms = self.data_collator, self.terms
+        self.data_collator = TrainingCollator(plain, self.epoch, self.teacher, terms.kind, terms.needs_unlabelled)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = plain
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         data = self.train_dataset  # with its length column, which the dataset that is handed in may have lost
@@ -255,24 +280,25 @@ class DistillationTrainer(Trainer):
 
     # Projections belong to the loss: optimised and checkpointed with the run, never part of the student.
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As `Trainer.create_optimizer`, with the projections as a parameter group of their own."""
-        optimizer = super().create_optimizer(model)
-        parameters = list(self.terms.projections.parameters())
-        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if parameters and id(parameters[0]) not in known:
-            optimizer.add_param_group({"params": parameters, "weight_decay": self.args.weight_decay})
-        return optimizer
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """As `Trainer.create_scheduler`; before, the projections join the optimizer, which is wrapped by now."""
+        assert self.optimizer is not None
+        projections.join(self.optimizer, self.terms.projections, self.args.weight_decay)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
+        assert self.optimizer is not None
+        with projections.apart(self.optimizer, self.terms.projections):
+            super()._save_optimizer_and_scheduler(output_dir)
         if len(self.terms.projections) and self.args.should_save:
-            save_file(self.terms.projections.state_dict(), os.path.join(output_dir, PROJECTIONS_NAME))
+            projections.save(self.optimizer, self.terms.projections, output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        assert self.optimizer is not None
+        with projections.apart(self.optimizer, self.terms.projections):
+            super()._load_optimizer_and_scheduler(checkpoint)
         if len(self.terms.projections) and checkpoint is not None:
-            self.terms.projections.load_state_dict(load_file(os.path.join(checkpoint, PROJECTIONS_NAME)))
+            projections.load(self.optimizer, self.terms.projections, checkpoint)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         for name in CODE_NAMES:

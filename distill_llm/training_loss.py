@@ -13,14 +13,14 @@ from distill_llm.adapters import without_adapters
 from distill_llm.capture import Recorder, Signals, item_logits, packed
 from distill_llm.head_terms import HeadTerms
 from distill_llm.losses.chunked_head import head_losses
-from distill_llm.losses.items import aligned_labels, targets, valid_tokens
+from distill_llm.losses.items import aligned_labels, sequence_numbers, targets, valid_tokens
 from distill_llm.losses.labels import label_loss
 from distill_llm.losses.objective import Objective
-from distill_llm.losses.terms import Batch, Terms
 from distill_llm.output_head import output_head
 from distill_llm.teachers.cache import CachedTeacher
 from distill_llm.teachers.compatibility import cached_classes, shared_classes
 from distill_llm.teachers.online import OnlineTeacher, forward_inputs
+from distill_llm.terms import Batch, Terms
 
 
 class TrainingLoss:
@@ -106,7 +106,8 @@ class TrainingLoss:
             positions, labels = targets(inputs, self.terms.kind, unlabelled=self.terms.needs_unlabelled)
         elif self.terms.kind != "example":
             positions = inputs["input_ids"].new_empty(0)
-        batch = Batch(self._signals(inputs, positions), labels, valid_tokens(inputs), step, steps)
+        signals, sequences = self._signals(inputs, positions), sequence_numbers(inputs)
+        batch = Batch(signals, labels, valid_tokens(inputs), step, steps, sequences=sequences)
         sums: dict[str, torch.Tensor] = {}
         with ExitStack() as forward:
             recording = forward.enter_context(self.recorder.recording())

@@ -6,16 +6,20 @@ from collections import namedtuple
 
 import pytest
 import torch
+import yaml
 from causal_examples import causal_model, word_tokenizer
-from recipe_inputs import WORDS, recipe_with, write_model, write_rows
+from recipe_inputs import WORDS, recipe_with, write_model, write_recipe, write_rows
 from recipe_inputs import faults_at_the_door as faults
 
 from distill_llm.checkpoint import load_pretrained
 from distill_llm.checks import check_data
+from distill_llm.errors import InputError
 from distill_llm.pruning.criteria import Importance
 from distill_llm.pruning.plan import LayerPlan, PruningPlan
 from distill_llm.pruning.planning import plan_pruning
 from distill_llm.pruning.surgery import prune
+from distill_llm.recipe import load_recipe
+from distill_llm.teachers.compatibility import shared_classes
 
 
 @pytest.fixture
@@ -52,6 +56,10 @@ def test_a_recipe_that_fits_passes_and_writes_nothing(folder):
         ({"evaluation__latency__sequence_length": 65}, "evaluation.latency.sequence_length", "at most 64"),
         ({"pruning__calibration_examples": 41}, "pruning.calibration_examples", "the training rows"),
         ({"pruning__round_to": 65}, "pruning.round_to", "at most 64"),
+        ({"pruning__min_heads": 5}, "pruning.min_heads", "at most 4"),
+        ({"pruning__min_neurons": 65}, "pruning.min_neurons", "at most 64"),
+        ({"hub": {"repo_id": "me/a..b"}}, "hub.repo_id", "OWNER/NAME"),
+        ({"hub": {"repo_id": "me/student"}}, "hub.repo_id", "HF_HUB_OFFLINE"),
         ({"pruning": {"layers": [0, 3]}}, "pruning.layers", "indices from 0 to 2"),
         ({"distillation__losses__hidden": {"layers": [[3, 0]]}}, "distillation.losses.hidden.layers", "[3, 3]"),
     ],
@@ -60,6 +68,23 @@ def test_one_thing_wrong_gives_one_line_with_field_given_and_accepted(folder, ch
     found = faults(recipe_with(folder, **changes))
     assert len(found) == 1 and found[0].startswith(field), found
     assert "got " in found[0] and words in found[0].split("; accepted: ")[1]
+
+
+def test_as_many_calibration_rows_as_there_are_by_default(folder):
+    assert faults(recipe_with(folder, pruning={"keep": 0.5})) == []
+    written_out = load_recipe(
+        write_recipe(folder, yaml.safe_load(recipe_with(folder, pruning={"keep": 0.5}).to_yaml()))
+    )
+    assert faults(written_out) == []
+
+
+def test_a_push_needs_a_token(folder, monkeypatch):
+    monkeypatch.setattr("distill_llm.hub.is_offline_mode", lambda: False)
+    monkeypatch.setattr("distill_llm.hub.get_token", lambda: None)
+    (line,) = faults(recipe_with(folder, hub={"repo_id": "me/student"}))
+    assert line.startswith("hub.repo_id: got 'me/student'") and "token" in line
+    monkeypatch.setattr("distill_llm.hub.get_token", lambda: "a token")
+    assert faults(recipe_with(folder, hub={"repo_id": "me/student"})) == []
 
 
 def test_all_faults_are_reported_together(folder):
@@ -113,6 +138,33 @@ def test_a_folder_without_config_or_tokenizer_is_refused(folder, missing):
     assert line.startswith("teacher.model: got ") and missing in line
 
 
+def test_a_folder_without_all_of_its_weights_is_refused(folder):
+    weights = folder / "teacher" / "model.safetensors"
+    whole = weights.read_bytes()
+    for broken in (b"", whole[:-10], b"version https://git-lfs.github.com/spec/v1"):
+        weights.write_bytes(broken)
+        (line,) = faults(recipe_with(folder))
+        assert line.startswith("teacher.model: got ") and "model.safetensors is not" in line
+    weights.unlink()
+    (line,) = faults(recipe_with(folder))
+    assert line.startswith("teacher.model: got ") and "model.safetensors.index.json" in line
+    (folder / "teacher" / "pytorch_model.bin").write_bytes(b"")
+    assert faults(recipe_with(folder)) == []
+
+
+def test_sharded_weights_must_all_be_there(folder):
+    load_pretrained(folder / "teacher").save_pretrained(folder / "teacher", max_shard_size="20KB")
+    (folder / "teacher" / "model.safetensors").unlink(missing_ok=True)
+    shards = sorted((folder / "teacher").glob("model-*.safetensors"))
+    assert len(shards) > 2 and faults(recipe_with(folder)) == []
+    shards[1].write_bytes(shards[1].read_bytes()[:-1])
+    assert f"{shards[1].name} is not" in faults(recipe_with(folder))[0]
+    shards[1].unlink()
+    assert f"{shards[1].name} is missing" in faults(recipe_with(folder))[0]
+    (folder / "teacher" / "model.safetensors.index.json").write_text("[]")
+    assert "cannot be read" in faults(recipe_with(folder))[0]
+
+
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(folder):
     write_model(folder / "teacher", vocab=len(WORDS) - 2)
     (line,) = faults(recipe_with(folder))
@@ -132,6 +184,28 @@ def test_a_student_needs_the_teachers_tokenizer_and_explicit_layers(folder):
     assert line.startswith("student.model: got ") and "tokenizer" in line
 
 
+def test_a_student_with_other_label_names_is_refused_as_the_trainer_would(folder):
+    def named(name, *labels):
+        names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+        write_model(folder / name, layers=2, **names)
+
+    student = {"student__model": str(folder / "student"), "pruning": None}
+    named("teacher", "neg", "pos")
+    for labels in (("neg", "pos"), ("LABEL_0", "LABEL_1")):
+        named("student", *labels)
+        assert faults(recipe_with(folder, **student)) == []
+    named("student", "hated", "loved")
+    (line,) = faults(recipe_with(folder, **student))
+    assert line.startswith("student.model: got ") and "['hated', 'loved']" in line and "['neg', 'pos']" in line
+    with pytest.raises(InputError, match="labels"):
+        shared_classes(load_pretrained(folder / "student"), load_pretrained(folder / "teacher"))
+    assert faults(recipe_with(folder, **student, distillation__losses={"labels": {}})) == []
+    named("teacher", "LABEL_0", "LABEL_1")
+    assert faults(recipe_with(folder, **student)) == []
+    trained = recipe_with(folder, **student, teacher__train={"num_train_epochs": 1})
+    assert faults(trained)[0].startswith("student.model: got ")
+
+
 def test_a_regression_takes_only_mse_of_the_logits(folder):
     write_model(folder / "teacher", num_labels=1)
     write_rows(folder / "rows.csv", labels=("0.5", "1.5"))
@@ -149,7 +223,7 @@ def test_a_full_disk_and_an_output_that_is_a_file_are_refused(folder, monkeypatc
     assert line.startswith("output_dir: got ") and "GB free" in line
     (folder / "run").write_text("")
     (line,) = faults(recipe_with(folder))
-    assert line.startswith("output_dir: got ") and "can be written" in line
+    assert line.startswith("output_dir: got ") and "a new or empty folder" in line
 
 
 def test_a_masked_lm_recipe_for_text_passes(folder):

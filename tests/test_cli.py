@@ -254,9 +254,8 @@ def test_evaluate_refuses_what_it_cannot_write_and_prompts_too_long_before_it_lo
         "text=review,label=mood",
     ]
     for taken in ("teacher", "rows.csv/metrics.json"):
-        assert refused(*args, "--output", taken) == [
-            f"--output: got {taken!r}; accepted: the path of a file that can be written"
-        ]
+        (line,) = refused(*args, "--output", taken)
+        assert line.startswith(f"--output: got {taken!r}; accepted: the path of a file that can be written")
     assert refused(*args, "--metric", "exact_match")[0].startswith("--metric: got 'exact_match'")
 
 
@@ -285,10 +284,9 @@ def test_profile_prints_both_models(folder):
     assert refused("profile", "smaller", "--against", "no/such/model")[0].startswith("--against: got ")
 
 
-def test_profile_refuses_a_batch_too_long_for_a_model_before_it_loads_weights(folder):
+def test_profile_refuses_a_batch_too_long_for_a_model_before_it_loads_weights(folder, monkeypatch):
     write_model(folder / "short", layers=1)  # 64 positions
-    for file in folder.glob("*/model.safetensors"):
-        file.unlink()
+    monkeypatch.setattr("distill_llm.cli._load_model", None)
     (line,) = refused("profile", "teacher", "--sequence-length", "4000")
     assert line == "--sequence-length: got 4000; accepted: at most 160, the longest input of teacher"
     (line,) = refused("profile", "teacher", "--against", "short", "--sequence-length", "100")

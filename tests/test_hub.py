@@ -2,6 +2,7 @@
 
 import base64
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -162,3 +163,21 @@ def test_a_switched_off_hub_is_said(student: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="^HF_HUB_OFFLINE: got"):
         push(student, "owner/student", token=TOKEN)
+
+
+def test_a_hub_out_of_reach_is_one_line(student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as unused:  # bound, and nobody listens: the connection is refused
+        unused.bind(("127.0.0.1", 0))
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{unused.getsockname()[1]}")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        with pytest.raises(InputError, match="^repo_id: got 'owner/student'; accepted: .* can be reached") as error:
+            push(student, "owner/student", token=TOKEN)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("hub", [400, 500], indirect=True)
+def test_a_refusal_of_the_hub_is_one_line(hub: FakeHub, student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    with pytest.raises(InputError, match="^repo_id: got 'owner/student'; accepted: .* the Hub takes") as error:
+        push(student, "owner/student", token=TOKEN)
+    assert "\n" not in str(error.value)

@@ -16,6 +16,7 @@ from distill_llm.errors import InputError
 from distill_llm.losses.objective import Responses
 from distill_llm.on_policy import MARK, StudentResponses
 from distill_llm.recipe import load_recipe
+from distill_llm.refusals import check_responses
 
 TOKENIZER = word_tokenizer()
 PROMPTS = [words(*range(i, i + 2 + i % 3)) for i in range(12)]
@@ -77,8 +78,6 @@ def test_the_share_of_batches_is_the_students():
     answers = StudentResponses(Responses(share=0.3), batch_of(data())[0], 0)
     chosen = [answers.chosen(step) for step in range(2000)]
     assert 0.25 < sum(chosen) / len(chosen) < 0.35
-    everything = StudentResponses(Responses(share=1.0), batch_of(data())[0], 0)
-    assert all(everything.chosen(step) for step in range(100))
 
 
 def trainer_of(folder, student, teacher, rows, losses, **args):
@@ -147,17 +146,51 @@ def test_the_gradient_is_that_of_the_divergence_over_the_students_tokens(tmp_pat
         torch.testing.assert_close(new, old - old.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_log_has_the_mean_of_the_label_loss_over_the_steps_that_it_counted_in(tmp_path, accumulation):
+    rows, student, teacher = data(), causal_model(), causal_model(num_hidden_layers=3)
+    losses = {"labels": {}, "logits": {}, "responses": {"share": 0.5, "max_new_tokens": 4}}
+    settings = {"per_device_train_batch_size": 12 // accumulation, "gradient_accumulation_steps": accumulation}
+    args = {"max_steps": 6, "learning_rate": 0.0, "logging_steps": 2, **settings}  # each step sees all of the data
+    trainer = trainer_of(tmp_path, student, teacher, rows, losses, **args)
+    trainer.train()
+    answered = [trainer.responses.chosen(step) for step in range(6)]
+    assert answered == [False, False, True, True, False, True]
+    batch = collator(rows.task, TOKENIZER)([dict(row) for row in rows.train])
+    with torch.no_grad():
+        logits = student.eval()(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    expected = F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten()).item()
+    logs = [log for log in trainer.state.log_history if "loss/logits" in log]
+    assert [log.get("loss/labels") for log in logs] == [
+        pytest.approx(expected, rel=1e-4),
+        None,
+        pytest.approx(expected, rel=1e-4),
+    ]
+
+
 def test_a_stopped_training_goes_on_with_the_same_draws(tmp_path):
     rows, teacher = data(), causal_model(num_hidden_layers=3)
     losses = {"labels": {}, "logits": {}, "responses": {"max_new_tokens": 4}}
-    whole = causal_model()
-    trainer_of(tmp_path / "a", whole, teacher, rows, losses, max_steps=4, learning_rate=1e-2).train()
-    args = {"max_steps": 4, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 2}
+    whole, args = causal_model(), {"max_steps": 4, "learning_rate": 1e-2, "logging_steps": 2}
+    unbroken = trainer_of(tmp_path / "a", whole, teacher, rows, losses, **args)
+    unbroken.train()
+    args |= {"save_strategy": "steps", "save_steps": 2}
     trainer_of(tmp_path / "b", causal_model(), teacher, rows, losses, **args).train()
     resumed = causal_model()
     trainer = trainer_of(tmp_path / "b", resumed, teacher, rows, losses, **args)
     trainer.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2"))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    logs = [
+        [{k: v for k, v in log.items() if k.startswith("loss")} for log in each.state.log_history]
+        for each in (unbroken, trainer)
+    ]
+    assert logs[0] == logs[1] and any("loss/labels" in log for log in logs[0])
+
+
+@pytest.mark.parametrize("kind, teacher, gathered", [("token", None, True), ("next_token", None, False)])
+def test_students_that_cannot_generate_while_they_train_are_refused(kind, teacher, gathered):
+    with pytest.raises(InputError, match="losses.responses: .*" + ("FSDP2" if not gathered else "causal")):
+        check_responses(teacher, kind, gathered)
 
 
 def test_what_cannot_answer_is_refused(tmp_path):

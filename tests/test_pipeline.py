@@ -18,11 +18,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import distill_llm
 from distill_llm import run_folder
-from distill_llm.cutting import share_of
+from distill_llm.cutting import Cutter, share_of
 from distill_llm.errors import InputError
 from distill_llm.pipeline import prune_model
 from distill_llm.pruning.structure import unit_costs
 from distill_llm.stages import kept_after
+from distill_llm.teachers.caching import cache_teacher
 from distill_llm.trainer import DistillationTrainer
 
 ROOT = Path(__file__).parents[1]
@@ -263,18 +264,68 @@ def test_prune_model_leaves_a_folder_with_files_alone(finished, inputs, tmp_path
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
-def test_the_best_checkpoint_is_chosen_by_the_task_metric_on_held_out_rows(inputs):
-    given = recipe(inputs)
-    given["data"]["holdout_examples"] = 10
-    best = {
-        "eval_strategy": "steps",
-        "eval_steps": 2,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "accuracy",
-    }
-    given["distillation"] |= best
-    result = distill_llm.run(given, inputs / "best")
-    assert 0 <= result.metrics["student"]["metrics"]["validation"] <= 1
+def test_the_best_checkpoint_is_chosen_by_the_task_metric_on_held_out_rows(tmp_path, monkeypatch):
+    write_rows(tmp_path / "rows.csv", rows=64)
+    for name, seed in (("teacher", 0), ("student", 1)):
+        write_model(tmp_path / name, max_position_embeddings=64, seed=seed)
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "accuracy", "eval_strategy": "steps"}
+    training = {"num_train_epochs": 2, "per_device_train_batch_size": 8, "learning_rate": 3e-3}
+    steps = {"eval_steps": 2, "save_steps": 2}
+    given = recipe_for(tmp_path, student={"model": str(tmp_path / "student")}, pruning=None)
+    given["data"]["holdout_examples"] = 20
+    given["distillation"] = {"losses": {"labels": {}}, **best, **training, **steps}
+    monkeypatch.setattr("distill_llm.stages.Stages.clean", lambda *_: None)  # leaves the checkpoints to look at
+    result = distill_llm.run(given, tmp_path / "run")
+    work = tmp_path / "run" / "round-1" / "student-training"
+    last = max(int(path.name.rpartition("-")[2]) for path in work.iterdir())
+    log = json.loads((work / f"checkpoint-{last}" / "trainer_state.json").read_text())["log_history"]
+    accuracy, loss = (
+        {row["step"]: row[f"eval_{name}"] for row in log if "eval_loss" in row} for name in ("accuracy", "loss")
+    )
+    chosen = max(accuracy, key=accuracy.__getitem__)
+    assert accuracy[chosen] > accuracy[last] and chosen != min(loss, key=loss.__getitem__), "else it could be by chance"
+    assert result.metrics["student"]["metrics"]["validation"] == accuracy[chosen]
+    assert same(weights(result.student_dir), weights(work / f"checkpoint-{chosen}"))
+
+
+def test_how_a_student_is_scored_and_pushed_may_change_in_a_run_but_not_what_decides_it(inputs, tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr("distill_llm.checks.check_push", lambda *_: None)
+    monkeypatch.setattr("distill_llm.hub.push", lambda folder, repo_id, private: pushed.append(repo_id) or repo_id)
+    given = {**recipe(inputs), "teacher": {"model": str(inputs / "teacher")}, "distillation": None}
+    given["pruning"] = {"keep": 0.5, "calibration_examples": 8}
+    distill_llm.run(given, tmp_path / "run")
+    for name in ("me/first", "me/first", "me/second"):
+        distill_llm.run({**given, "hub": {"repo_id": name}}, tmp_path / "run")
+    assert pushed == ["me/first", "me/second"]
+    scored = {"batch_size": 3, "latency": {"batch_size": 1, "sequence_length": 8}}
+    distill_llm.run({**given, "evaluation": scored, "description": "another"}, tmp_path / "run")
+    with pytest.raises(InputError, match="evaluation differ"):
+        distill_llm.run({**given, "evaluation": {**scored, "max_new_tokens": 8}}, tmp_path / "run")
+    by_flops = {**given, "pruning": {**given["pruning"], "cost": "flops"}}
+    distill_llm.run(by_flops, tmp_path / "flops")
+    distill_llm.run({**by_flops, "evaluation": {**given["evaluation"], "batch_size": 3}}, tmp_path / "flops")
+    with pytest.raises(InputError, match="evaluation differ"):
+        distill_llm.run({**by_flops, "evaluation": scored}, tmp_path / "flops")
+
+
+def test_round_1_cuts_the_teacher_itself_whose_share_is_no_matter_of_a_clock(inputs, tmp_path, monkeypatch):
+    seen, cut = [], Cutter.cut
+    monkeypatch.setattr(Cutter, "cut", lambda self, a, b, *rest: (seen.append(a is b), cut(self, a, b, *rest))[1])
+    given = {**recipe(inputs), "teacher": {"model": str(inputs / "teacher")}, "distillation": None}
+    distill_llm.run(given, tmp_path / "run")
+    assert seen == [True, False]
+
+
+def test_a_cache_of_other_rows_is_refused_before_any_stage(inputs, tmp_path):
+    data = {name: value for name, value in recipe(inputs)["data"].items() if name != "max_length"}
+    cache_teacher(str(inputs / "teacher"), data, tmp_path / "cache", max_length=16)
+    teacher = {"model": str(inputs / "teacher"), "cache": str(tmp_path / "cache")}
+    given = recipe(inputs, teacher=teacher, distillation={"losses": {"logits": {}}, "max_steps": 1})
+    with pytest.raises(InputError, match="^teacher.cache: got .* another data"):
+        distill_llm.run({**given, "data": {**given["data"], "max_length": 12}}, tmp_path / "other")
+    assert not (tmp_path / "other" / "state.json").exists()
+    assert distill_llm.run(given, tmp_path / "run").metrics["retention"] > 0
 
 
 def test_schedules_end_at_keep_and_cubic_removes_most_early():

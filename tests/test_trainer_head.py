@@ -1,6 +1,9 @@
 """The heads of language models in training: no logits are held, and everything is as if they were."""
 
 import copy
+import re
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from trainer_examples import NO_DROPOUT, TERMS, causal_model, model_of, rows, st
 
 from distill_llm import output_head as output_head_module
 from distill_llm import training_loss
-from distill_llm.losses import chunked_head
+from distill_llm.losses import chunked_head, divergences
 from distill_llm.output_head import output_head
 
 SCALED = {
@@ -67,10 +70,43 @@ def test_no_setting_tells_chunks_from_whole_logits(tmp_path, monkeypatch, head, 
     assert_same_step(found, **({"rtol": 3e-2, "atol": 3e-3} if "bf16" in settings else {}))
 
 
-def test_padded_vocabularies_are_compared_over_what_they_share(tmp_path, monkeypatch):
+def test_padded_vocabularies_are_compared_over_the_tokens_of_the_tokenizer(tmp_path, monkeypatch):
     teacher, student = causal_model(vocab_size=128), causal_model(layers=2, seed=1)
     data = rows(student)
-    assert_same_step(both_ways(monkeypatch, tmp_path, student, teacher, data, BOTH, processing_class=range(90)))
+    found = both_ways(monkeypatch, tmp_path, student, teacher, data, BOTH, processing_class=range(90))
+    assert_same_step(found)
+    batch = {name: torch.stack([row[name] for row in data]) for name in data[0]}
+    labelled, labels = batch["labels"][:, 1:] != -100, batch.pop("labels")[:, 1:]
+    q, p = (model.eval()(**batch).logits[:, :-1][labelled].detach().double() for model in (student, teacher))
+    own = torch.nn.functional.cross_entropy(q, labels[labelled])  # over all of the student's 100
+    q, p = ((each[:, :90] / 2).softmax(-1) for each in (q, p))
+    for _, log in found:
+        assert log["loss/labels"] == pytest.approx(own.item(), rel=1e-4)
+        assert log["loss/logits"] == pytest.approx(4 * (p * (p / q).log()).sum(-1).mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_a_divergence_registered_as_the_page_says_is_trained_with_in_chunks_as_whole(tmp_path, monkeypatch, top_k):
+    page = (Path(__file__).parents[1] / "docs" / "losses.md").read_text()
+    example = re.search(r"```python\n(.*?def hellinger.*?)```", page, re.DOTALL).group(1)
+    own = {} if top_k is None else {"top_k": top_k}
+    losses = {"logits": {"divergence": "hellinger", "temperature": 2.0, **own}}
+    teacher, student = causal_model(), causal_model(layers=2, seed=1)
+    data = rows(student)
+    try:
+        exec(textwrap.dedent(example), {})
+        found = both_ways(monkeypatch, tmp_path, student, teacher, data, losses)
+    finally:
+        divergences.DIVERGENCES.pop("hellinger", None)
+    assert_same_step(found)
+    batch = {name: torch.stack([row[name] for row in data]) for name in data[0]}
+    labelled = batch.pop("labels")[:, 1:] != -100
+    q, p = ((model.eval()(**batch).logits[:, :-1][labelled].double() / 2).softmax(-1) for model in (student, teacher))
+    if top_k is not None:
+        best = p.topk(top_k).indices
+        q, p = (torch.cat([x.gather(1, best), x.scatter(1, best, 0.0).sum(1, keepdim=True)], 1) for x in (q, p))
+    expected = 4 * (1 - (p * q).sqrt().sum(-1)).mean()
+    assert found[0][1]["loss/logits"] == pytest.approx(expected.item(), rel=1e-4)
 
 
 class Sizes(TorchDispatchMode):

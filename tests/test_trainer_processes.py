@@ -22,6 +22,8 @@ SCRIPT = """
 import os, sys
 sys.path[:0] = {path!r}
 import torch
+from causal_examples import causal_model as talker
+from test_on_policy import data as prompts, trainer_of as answering
 from trainer_examples import TERMS, cached, model_of, rows, trainer_of, with_lora
 TERMS = TERMS | {{"both": {{"labels": {{}}, "logits": {{}}}}}}
 processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -53,6 +55,19 @@ for head, width, names in {cases!r}:
         logs = [{{k: v for k, v in log.items() if k.startswith("loss")}} for log in history]
         weights = {{**student.state_dict(), **trainer.terms.projections.state_dict(prefix="projection.")}}
         found[head + " " + name] = (weights, logs, seen)
+for share in (1.0, 0.5):
+    student = talker()
+    student.generation_config.eos_token_id = list(range(4, 70))  # answers of uneven length
+    losses = {{"labels": {{}}, "logits": {{}}, "responses": {{"share": share, "max_new_tokens": 6}}}}
+    trainer = answering(
+        {folder!r}, student, talker(num_hidden_layers=3), prompts(), losses, optim="sgd", learning_rate=0.5,
+        max_steps=4, per_device_train_batch_size=4 // processes, gradient_accumulation_steps=2, logging_steps=2,
+    )
+    seen, loss = [], trainer.loss
+    trainer.loss = lambda model, batch, *rest: seen.append(int((batch["labels"] >= 0).sum())) or loss(model, batch, *rest)
+    trainer.train()
+    logs = [{{k: v for k, v in log.items() if k.startswith("loss")}} for log in trainer.state.log_history if "loss" in log]
+    found[f"answers {{share}}"] = (student.state_dict(), logs, seen)
 rank = os.environ.get("RANK", "0")
 torch.save(found, {folder!r} + f"/{{processes}}-{{rank}}.pt")
 """
@@ -86,3 +101,17 @@ def test_two_processes_train_as_one_on_the_same_global_batches(runs_of_one_and_t
         assert a == pytest.approx(b, rel=1e-4), json.dumps([a, b])
     assert len(seen) == len(other_seen) == 4 and all(seen)
     assert any(other_seen) == ("one rank" not in name)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_two_processes_learn_from_their_students_answers_as_one(runs_of_one_and_two_processes, share):
+    (one, one_logs, all_seen), (two, two_logs, seen), (other, _, other_seen) = (
+        run[f"answers {share}"] for run in runs_of_one_and_two_processes
+    )
+    assert sum(all_seen) == sum(seen) + sum(other_seen) and sum(seen) != sum(other_seen)
+    for parameter, tensor in one.items():
+        torch.testing.assert_close(two[parameter], tensor, rtol=2e-4, atol=2e-5, msg=parameter)
+        assert torch.equal(two[parameter], other[parameter]), parameter
+    assert len(one_logs) == len(two_logs) == 2
+    for a, b in zip(one_logs, two_logs, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)

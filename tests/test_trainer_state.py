@@ -13,8 +13,9 @@ from helpers import random_batch, tiny_model
 from safetensors import safe_open
 from trainer_examples import TERMS, pruned_student, rows, trainer_of
 
+from distill_llm.projections import PROJECTIONS_NAME
 from distill_llm.teachers import OnlineTeacher
-from distill_llm.trainer import PROJECTIONS_NAME, DistillationConfig, DistillationTrainer
+from distill_llm.trainer import DistillationConfig, DistillationTrainer
 
 
 def test_the_teacher_is_unchanged_and_without_dropout_even_after_a_wrapper_put_it_into_training_mode(tmp_path):

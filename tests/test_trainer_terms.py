@@ -204,3 +204,37 @@ def test_dkd_of_data_without_labels_is_refused_in_one_line(tmp_path):
     trainer = trainer_of(tmp_path, student, teacher, data, {"logits": {"divergence": "dkd"}})
     with pytest.raises(InputError, match="losses.logits.divergence.*without labels"):
         trainer.train()
+
+
+@pytest.mark.parametrize("term", ["labels", "logits", "embeddings", "hidden", "attention", "relations", "dkd"])
+def test_packed_sequences_give_every_term_and_its_gradient_as_rows_of_their_own(tmp_path, term):
+    losses = {
+        "hidden": {"hidden": {"layers": "uniform"}},
+        "attention": {"attention": {"layers": "uniform"}},
+        "relations": {"relations": {"layers": "uniform", "heads": 4}},
+        "dkd": {"logits": {"divergence": "dkd"}},
+    }.get(term, {term: {}})
+    teacher, student = causal_model(layers=4), causal_model(layers=2, seed=1, hidden_size=24, head_dim=6)
+    lengths, width = (5, 7), 14  # two places of padding after the packed row
+    ids = [torch.randint(3, 100, (n,), generator=torch.Generator().manual_seed(n)) for n in lengths]
+    columns = {
+        "input_ids": (0, ids),
+        "attention_mask": (0, [torch.ones_like(each) for each in ids]),
+        "labels": (-100, [torch.cat([torch.tensor([-100]), each[1:]]) for each in ids]),
+        "position_ids": (0, [torch.arange(n) for n in lengths]),
+    }
+
+    def row(parts, pad):
+        joined = torch.cat(parts)
+        return torch.cat([joined, joined.new_full((width - len(joined),), pad)])
+
+    packed = [{name: row(parts, pad) for name, (pad, parts) in columns.items()}]
+    plain = [
+        {name: row([parts[i]], pad) for name, (pad, parts) in columns.items() if name != "position_ids"} for i in (0, 1)
+    ]
+    (together, log), (apart, expected) = (
+        step_gradient(tmp_path, student, teacher, data, losses) for data in (packed, plain)
+    )
+    assert expected["loss"] > 0 and log["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    for name, gradient in apart.items():
+        torch.testing.assert_close(together[name], gradient, rtol=1e-4, atol=1e-6, msg=name)

@@ -10,8 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from distill_llm.data.padding import LENGTH, Features, PaddingCollator, Rows
 from distill_llm.data.sources import split_documents
 from distill_llm.data.special_tokens import document_end, special_ends
-
-IGNORED = -100
+from distill_llm.losses.labels import IGNORED
 
 
 def document_packer(column: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Callable[[Rows], Rows]:

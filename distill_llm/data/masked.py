@@ -1,52 +1,67 @@
 """Rows and batches of masked language modelling: documents packed into rows, tokens hidden."""
 
-import zlib
+import copy
+import hashlib
 from collections.abc import Callable
+from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from distill_llm.data.epochs import Epoch
 from distill_llm.data.padding import LENGTH, Features, PaddingCollator, Rows
 from distill_llm.data.sources import split_documents
 from distill_llm.data.special_tokens import special_ends
+from distill_llm.losses.labels import IGNORED
 
 MASKED_SHARE = 0.15
 
 
 class MaskingCollator(PaddingCollator):
-    """Pads, then hides 15% of the tokens: 80% become the mask token, 10% a random one, 10% stay (BERT, Devlin et al.
+    """Pads, and hides 15% of the tokens: 80% become the mask token, 10% a random one, 10% stay (BERT, Devlin et al.
     2018, 3.1).
 
-    Which tokens is a function of the seed and the batch's tokens alone: no generator has to be saved to resume, two
-    models see the same masks, and an epoch in another order has other masks. At least one token of every batch is
-    predicted.
+    Which tokens of a row is a function of its tokens, the seed and the epoch alone: batches may be divided over
+    accumulation steps and processes in any way, no generator has to be saved to resume, and two models see the same
+    masks. At least one token of every row is predicted, unless all of them are special.
 
     Args:
         tokenizer: gives the special tokens, which are never hidden.
         seed: other seeds, other masks.
+
+    Attributes:
+        epoch: of the masks; 0 where nothing counts epochs.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int = 0):
         super().__init__(tokenizer)
-        self.seed = seed
+        self.values["labels"] = IGNORED
+        self.seed, self.epoch = seed, Epoch()
         self.mask, self.vocabulary = tokenizer.mask_token_id, len(tokenizer)
-        self.special = torch.tensor(sorted(tokenizer.all_special_ids))
+        self.special = np.array(sorted(tokenizer.all_special_ids))
+
+    def at(self, epoch: Epoch) -> "MaskingCollator":
+        """The same with the epoch of a training: the masks of evaluation stay as they are."""
+        other = copy.copy(self)
+        other.epoch = epoch
+        return other
 
     def __call__(self, features: Features) -> dict[str, Tensor]:
         """One batch of `features` with masked `input_ids` and `labels`."""
-        batch = super().__call__(features)
-        ids = batch["input_ids"]
-        generator = torch.Generator().manual_seed(zlib.crc32(ids.numpy().tobytes(), self.seed & 0xFFFFFFFF))
-        usable = ~torch.isin(ids, self.special)
-        draw = torch.rand(ids.shape, generator=generator).masked_fill(~usable, 2.0)
-        chosen = usable & (draw <= max(MASKED_SHARE, draw.min().item()))
-        fate = torch.rand(ids.shape, generator=generator)
-        random = torch.randint(self.vocabulary, ids.shape, generator=generator)
-        batch["labels"] = ids.masked_fill(~chosen, -100)
-        hidden = ids.masked_fill(chosen & (fate < 0.8), self.mask)
-        batch["input_ids"] = torch.where(chosen & (fate >= 0.9), random, hidden)
-        return batch
+        return super().__call__([{**row, **self._masked(np.asarray(row["input_ids"]))} for row in features])
+
+    def _masked(self, ids: np.ndarray) -> dict[str, Any]:
+        """Masked ids and labels of a row of ids (T,)."""
+        salt = (self.seed % 2**64).to_bytes(16, "little")
+        key = int.from_bytes(hashlib.blake2b(ids.astype("<u4").tobytes(), digest_size=16, salt=salt).digest(), "little")
+        generator = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, self.epoch.number]))
+        draw, fate = generator.random((2, len(ids)))
+        random = generator.integers(self.vocabulary, size=len(ids))
+        draw[np.isin(ids, self.special)] = 2
+        chosen = (draw <= max(MASKED_SHARE, draw.min(initial=2))) & (draw < 2)
+        hidden = np.where(chosen & (fate < 0.8), self.mask, ids)
+        return {"input_ids": np.where(chosen & (fate >= 0.9), random, hidden), "labels": np.where(chosen, ids, IGNORED)}
 
 
 def masked_packer(column: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Callable[[Rows], Rows]:

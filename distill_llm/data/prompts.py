@@ -6,12 +6,13 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from distill_llm.data.causal import IGNORED, as_rows
+from distill_llm.data.causal import as_rows
 from distill_llm.data.labelled import check_texts, column_names, with_test
 from distill_llm.data.padding import Rows
 from distill_llm.data.sources import Splits, read_splits
 from distill_llm.data.special_tokens import document_end, special_ends
 from distill_llm.errors import InputError, one_of
+from distill_llm.losses.labels import IGNORED
 
 PAIR = ("prompt", "response")
 CHAT = ("messages",)
@@ -55,14 +56,17 @@ def _check_chats(rows: Dataset, column: str, split: str) -> None:
     if column not in rows.column_names:
         raise InputError(field, column, one_of(rows.column_names, column) + f" (the {split} split)")
     for chat in rows[column]:
-        try:
-            whole = len(chat) > 1 and chat[-1]["role"] == "assistant"
-            whole = whole and all(isinstance(turn["role"], str) and isinstance(turn["content"], str) for turn in chat)
-        except (TypeError, KeyError):
-            whole = False
-        if not whole:
+        if not (is_chat(chat) and len(chat) > 1 and chat[-1]["role"] == "assistant"):
             accepted = f"chats of role and content, 2 turns or more, the last the assistant's (the {split} split)"
             raise InputError(field, column, accepted)
+
+
+def is_chat(turns: Any) -> bool:
+    """Whether a value is a list of turns, one or more, each with a role and a content that are text."""
+    try:
+        return bool(turns) and all(isinstance(turn[key], str) for turn in turns for key in ("role", "content"))
+    except (TypeError, KeyError):
+        return False
 
 
 def prompt_encoder(

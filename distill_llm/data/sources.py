@@ -126,16 +126,18 @@ def read_documents(files: list[str], stamps: list[tuple[int, int]]) -> Iterator[
     """
     for file in files:
         kept: list[str] = []
+        length = 0  # of what is kept
         with open(file, encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 *ended, rest = line.split(DOCUMENT_MARK)
                 for part in ended:
                     yield from _document([*kept, part])
-                    kept = []
+                    kept, length = [], 0
                 kept.append(rest)
-                if not line.strip() or sum(map(len, kept)) > LONGEST_DOCUMENT:
+                length += len(rest)
+                if not line.strip() or length > LONGEST_DOCUMENT:
                     yield from _document(kept)
-                    kept = []
+                    kept, length = [], 0
         yield from _document(kept)
 
 

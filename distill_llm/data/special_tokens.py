@@ -1,6 +1,7 @@
 """What tokenizers add to a text, which of it a task needs, and what decides the tokens that come out."""
 
 import json
+from typing import Any
 
 import transformers
 from transformers import PreTrainedTokenizerBase
@@ -42,12 +43,15 @@ def check_tokenizer(task: Task, tokenizer: PreTrainedTokenizerBase, field: str =
         raise InputError(field, tokenizer.name_or_path, f"a model whose tokenizer has {missing}")
 
 
-def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What decides the tokens, without the padding and truncation that calls leave behind in a tokenizer."""
+def token_rules(tokenizer: Any) -> str:
+    """What makes tokens of a text, without the padding and truncation that calls leave behind in a tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        state = {"vocabulary": tokenizer.get_vocab(), "settings": str(tokenizer.init_kwargs)}
-    else:
-        state = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
-    added = [tokenizer.special_tokens_map, tokenizer.chat_template]
-    return [json.dumps([state, added], sort_keys=True, default=str), type(tokenizer).__name__, transformers.__version__]
+    rules = {"vocabulary": tokenizer.get_vocab()} if backend is None else json.loads(backend.to_str())
+    return json.dumps(rules | {"padding": None, "truncation": None}, sort_keys=True)
+
+
+def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What decides the tokens of a row: those rules, special tokens, template, and the code."""
+    settings = str(tokenizer.init_kwargs) if getattr(tokenizer, "backend_tokenizer", None) is None else ""
+    added = json.dumps([settings, tokenizer.special_tokens_map, tokenizer.chat_template], sort_keys=True, default=str)
+    return [token_rules(tokenizer), added, type(tokenizer).__name__, transformers.__version__]

@@ -10,16 +10,17 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from distill_llm.capture import item_logits, packed
 from distill_llm.data.causal import CausalCollator
 from distill_llm.data.padding import LENGTH, Collator
 from distill_llm.data.tasks import Task
+from distill_llm.errors import InputError
 from distill_llm.evaluation.generation import respond
 from distill_llm.evaluation.metrics import compute_metrics
 from distill_llm.evaluation.perplexity import causal_loss
+from distill_llm.progress import progress_bar
 
 
 def evaluate_model(
@@ -47,6 +48,7 @@ def evaluate_model(
 
     Raises:
         ValueError: the dataset is empty.
+        InputError: a language model has no token to predict in it.
         FloatingPointError: the model gave an output that is not finite.
     """
     if not len(dataset):
@@ -89,7 +91,10 @@ def _losses(
         with torch.inference_mode():
             loss_sum, count = batch_loss(model, batch)
         total, tokens = total + float(loss_sum), tokens + int(count)
-    loss = total / max(tokens, 1)
+    if tokens == 0:
+        accepted = "rows with tokens to predict: words that the tokenizer knows, responses that are not empty"
+        raise InputError("data.path", f"{len(dataset)} rows without a token to predict", accepted)
+    loss = total / tokens
     if not math.isfinite(loss):
         raise FloatingPointError(f"{type(model).__name__} gave a loss that is not finite")
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
@@ -116,7 +121,7 @@ def _batches(
     accepted = {*inspect.signature(model.forward).parameters, "labels"}
     rows = dataset.remove_columns([name for name in dataset.column_names if name not in accepted])
     with _evaluating(model):
-        for begin in tqdm(range(0, len(order), batch_size), desc="Evaluating", leave=False, disable=not progress):
+        for begin in progress_bar(range(0, len(order), batch_size), desc="Evaluating", leave=False, shown=progress):
             columns = rows[order[begin : begin + batch_size].tolist()]
             features = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
             yield {name: values.to(model.device) for name, values in collator(features).items()}

@@ -2,10 +2,11 @@
 
 import numpy as np
 from datasets import Dataset
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from distill_llm.data.causal import IGNORED, CausalCollator, prompt_length
+from distill_llm.data.causal import CausalCollator, prompt_length
+from distill_llm.losses.labels import IGNORED
+from distill_llm.progress import progress_bar
 from distill_llm.responses.decoding import Decoder
 from distill_llm.responses.sampling import Sampling
 
@@ -40,7 +41,7 @@ def respond(
     generated = [""] * len(rows)
     decoder = Decoder(model, collator, Sampling(max_new_tokens, temperature=0))
     with decoder.ready():
-        for begin in tqdm(range(0, len(order), batch_size), desc="Generating", leave=False, disable=not progress):
+        for begin in progress_bar(range(0, len(order), batch_size), desc="Generating", leave=False, shown=progress):
             chosen = order[begin : begin + batch_size].tolist()
             prompts = [rows[index]["input_ids"][: lengths[index]] for index in chosen]
             for index, answer in zip(chosen, decoder(prompts), strict=True):

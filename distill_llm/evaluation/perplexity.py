@@ -6,8 +6,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from distill_llm.losses.chunked_head import head_losses
-from distill_llm.losses.head import head_of
 from distill_llm.losses.items import targets
+from distill_llm.output_head import head_of
 from distill_llm.teachers.online import forward_inputs
 
 

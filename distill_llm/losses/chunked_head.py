@@ -5,17 +5,18 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from distill_llm.errors import InputError
 from distill_llm.losses.head import Head
 from distill_llm.losses.head_kernels import Block, Kernel, kernel_of, softmax_into
 from distill_llm.losses.labels import IGNORED
 from distill_llm.losses.sparse import SparseTargets, entropy, value_and_grad
+from distill_llm.losses.weight_gradient import WeightGradient
 
 CHUNK_BYTES = 5 * 2**26  # of the student's logits in the products' dtype, and half as much of the teacher's
 BLOCK_LOGITS = {"cpu": 2**19}  # held in fp32, in six buffers: on a CPU they should stay in its cache
 BLOCK_LOGITS_ELSEWHERE = 2**24
-SLICE = 2**23  # numbers of the weight's gradient that are made in low precision before they are summed in fp32
 
 
 class HeadLosses(NamedTuple):
@@ -46,8 +47,8 @@ def head_losses(
     """label_weight * sum of cross-entropies + logits_weight * temperature^2 * sum of divergences, over N items.
 
     Loss and gradients are made together, a chunk of items at a time, so that at most chunk x V logits of either model
-    exist; the backward pass only multiplies by the incoming gradient. Products run in the dtype of the hidden states (under
-    autocast, in autocast's); softmax, sums and the weight's gradient over chunks are fp32.
+    exist; the backward pass only multiplies by the incoming gradient, in place: it can run once. Products run in the dtype of
+    the hidden states (under autocast, in autocast's); softmax, sums and the weight's gradient over chunks are fp32.
 
     Args:
         student: gradients go to `weight`, `bias` where they require them.
@@ -58,8 +59,8 @@ def head_losses(
         targets: of the N items, from a teacher known at a few tokens of each, in place of its head: `forward_kl` at
             temperature 1, see `distill_llm.losses.sparse`.
         label_weight, logits_weight: numbers, or 0-dim tensors (which are not waited for) without gradient.
-        divergence: a name of `distill_llm.losses.objective.DIVERGENCES`, between the distributions at the temperature.
-        settings: of the divergence, as `distill_llm.losses.logits` has them (`beta`, `skew`, `alpha`, `top_k`).
+        divergence: a name of `distill_llm.losses.divergences.DIVERGENCES`, between the distributions at the temperature.
+        settings: of the divergence, as its row has them (`beta`, `skew`, `alpha`, `top_k`).
         temperature: above 0.
         classes: the divergence compares the first `classes` logits only; None: as many as both vocabularies have. The label
             loss is over the student's whole vocabulary.
@@ -214,17 +215,22 @@ class _HeadLosses(torch.autograd.Function):
         """(total, labels, logits); `wanted`: whether any gradient is."""
         with torch.autocast(hidden.device.type, enabled=False):
             losses, gradients = _run(work, hidden, [wanted and needed for needed in ctx.needs_input_grad[:3]])
-        ctx.save_for_backward(work.unit, *gradients)
+        ctx.unit, ctx.gradients = work.unit, gradients
         labels, logits = losses
         ctx.mark_non_differentiable(labels, logits)
         return work.label_weight * labels + work.logits_weight * logits, labels, logits
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """The gradients times that of the total."""
-        unit, *gradients = ctx.saved_tensors
-        factor = outputs[0] * unit
-        return *(None if gradient is None else gradient * factor for gradient in gradients), None, None
+        """The gradients times that of the total; they are handed on, not copied: the weight's is as large as the weight."""
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError(
+                "head_losses keeps its gradients for one backward pass: add the losses up, or call it again"
+            )
+        factor = outputs[0] * ctx.unit
+        return *(None if gradient is None else gradient.mul_(factor) for gradient in gradients), None, None
 
 
 def _run(
@@ -244,7 +250,7 @@ def _run(
     width = 0 if teacher is None else len(teacher.weight)
     products, targets = inputs.new_empty(chunk, vocabulary), inputs.new_empty(span, width)
     buffers = [hidden.new_empty(rows, size, dtype=torch.float32) for size in (vocabulary,) * 2 + (width,) * 4]
-    of_weight = _WeightGradient(student.weight, work.student.weight.dtype, chunks) if wanted[1] else None
+    of_weight = WeightGradient(student.weight, work.student.weight.dtype, chunks) if wanted[1] else None
     for begin in range(0, items, max(1, chunk)):
         end = min(begin + chunk, items)
         here = products[: end - begin]
@@ -281,32 +287,3 @@ def _block_rows(device: str, vocabulary: int) -> int:
     """Items at a time in fp32; on a CPU as many for one thread as for another, since softmax shares out whole rows."""
     threads = torch.get_num_threads() if device == "cpu" else 1
     return threads * max(1, BLOCK_LOGITS.get(device, BLOCK_LOGITS_ELSEWHERE) // (vocabulary * threads))
-
-
-class _WeightGradient:
-    """The sum over chunks of gradient^T @ inputs.
-
-    In fp32, except where the gradient ends in the products' low precision anyway and has three chunks at most: then the
-    running sum is rounded less often than the chunks' products and their sum would be.
-    """
-
-    def __init__(self, weight: torch.Tensor, kept: torch.dtype, chunks: int):
-        self.direct = chunks <= 1 or weight.dtype == torch.float32 or (kept == weight.dtype and chunks <= 3)
-        self.total = torch.empty_like(weight, dtype=weight.dtype if self.direct else torch.float32)
-        self.empty = True
-        self.rows = max(1, SLICE // weight.shape[1])
-
-    def add(self, gradient: torch.Tensor, inputs: torch.Tensor) -> None:
-        """One chunk: (items, V) and (items, H)."""
-        if self.direct:
-            torch.addmm(self.total, gradient.t(), inputs, beta=0 if self.empty else 1, out=self.total)
-        else:
-            for begin in range(0, len(self.total), self.rows):
-                part = self.total[begin : begin + self.rows]
-                product = gradient[:, begin : begin + self.rows].t() @ inputs
-                part.copy_(product) if self.empty else part.add_(product)
-        self.empty = False
-
-    def result(self) -> torch.Tensor:
-        """(V, H); zeros if there was no chunk."""
-        return self.total.zero_() if self.empty else self.total

@@ -27,6 +27,12 @@ def valid_tokens(batch: Mapping[str, Any]) -> torch.Tensor:
     return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
 
 
+def sequence_numbers(batch: Mapping[str, Any]) -> torch.Tensor | None:
+    """(B, T) of a packed batch, whose `position_ids` begin at 0 in every sequence: a number for each of a row; else None."""
+    positions = batch.get("position_ids")
+    return None if positions is None else (positions == 0).cumsum(-1)
+
+
 def aligned_labels(batch: Mapping[str, Any], kind: Kind) -> torch.Tensor:
     """The label of each output: (B, T) with an output per token, else (B,).
 

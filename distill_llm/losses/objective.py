@@ -7,21 +7,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from distill_llm.errors import InputError, one_of
 from distill_llm.faults import faults_of
+from distill_llm.losses.divergences import DIVERGENCES
 from distill_llm.losses.schedules import Temperature, Weight, largest, value_at
 
-# What each divergence of outputs may be set beside weight and temperature. A new one is a row here and a function of that
-# name and these settings in distill_llm/losses/logits.py.
-DIVERGENCES: dict[str, tuple[str, ...]] = {
-    "forward_kl": ("top_k",),
-    "reverse_kl": ("top_k",),
-    "jsd": ("beta", "top_k"),
-    "skew_kl": ("skew", "top_k"),
-    "skew_reverse_kl": ("skew", "top_k"),
-    "tvd": ("top_k",),
-    "mse": (),
-    "dkd": ("alpha", "beta"),
-}
-NEED_LABELS = ("dkd",)
 # A new distance of hidden states is a name here and a function of that name in distill_llm/losses/hidden.py.
 DISTANCES = ("mse", "cosine", "normalized_mse")
 
@@ -36,6 +24,12 @@ def _read_layers(given: Any) -> Any:
         return given
     words = "a list of [student layer, teacher layer] pairs, whole numbers from 0"
     raise InputError("", given, f"{one_of(MAPPINGS, str(given))}, or {words}")
+
+
+def _read_divergence(given: Any) -> Any:
+    if isinstance(given, str) and given in DIVERGENCES:
+        return given
+    raise InputError("", given, one_of(DIVERGENCES, str(given)))
 
 
 Layers = Annotated[Literal[MAPPINGS] | list[tuple[int, int]], BeforeValidator(_read_layers)]  # type: ignore[valid-type]
@@ -54,7 +48,7 @@ class LabelsLoss(_Section):
 class LogitsLoss(_Section):
     """Divergence of the teacher's and the student's outputs at a temperature (Hinton et al., 2015)."""
 
-    divergence: Literal[tuple(DIVERGENCES)] = "forward_kl"  # type: ignore[valid-type]
+    divergence: Annotated[str, BeforeValidator(_read_divergence)] = "forward_kl"
     temperature: Temperature = Field(default=1.0, description="Divides both logits; the loss carries its square.")
     beta: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="Of jsd (below 1) and dkd.")
     skew: float | None = Field(default=None, gt=0, lt=1, description="Share of the other distribution in the mixture.")
@@ -67,10 +61,11 @@ class LogitsLoss(_Section):
 
     @model_validator(mode="after")
     def _settings_belong(self) -> "LogitsLoss":
-        for name in ("beta", "skew", "alpha", "top_k"):
+        for name in type(self).model_fields:
             given = getattr(self, name)
-            if given is not None and name not in DIVERGENCES[self.divergence]:
-                owners = [divergence for divergence, own in DIVERGENCES.items() if name in own]
+            general = name in ("weight", "divergence", "temperature")
+            if given is not None and not general and name not in DIVERGENCES[self.divergence].settings:
+                owners = [divergence for divergence, row in DIVERGENCES.items() if name in row.settings]
                 raise InputError(name, given, f"none with {self.divergence}; it is a setting of {', '.join(owners)}")
         if self.divergence == "jsd" and self.beta is not None and self.beta >= 1:
             raise InputError("beta", self.beta, "a number above 0 and below 1 with jsd")
@@ -78,13 +73,13 @@ class LogitsLoss(_Section):
 
     def settings(self) -> dict[str, Any]:
         """The settings of the divergence that were given; the others are at its own defaults."""
-        own = {name: getattr(self, name) for name in DIVERGENCES[self.divergence]}
+        own = {name: getattr(self, name, None) for name in DIVERGENCES[self.divergence].settings}
         return {name: value for name, value in own.items() if value is not None}
 
     @property
     def needs_labels(self) -> bool:
         """Whether the divergence treats the true class apart."""
-        return self.divergence in NEED_LABELS
+        return DIVERGENCES[self.divergence].needs_labels
 
 
 class EmbeddingsLoss(_Section):
@@ -136,7 +131,7 @@ class Responses(BaseModel):
 class Objective(BaseModel):
     """The terms of the loss; a term that is None is left out. At least one has a positive weight.
 
-    A new term is a section here and a method of its name in `distill_llm.losses.terms.Terms`.
+    A new term is a section here and a method of its name in `distill_llm.terms.Terms`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

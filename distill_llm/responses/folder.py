@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 from distill_llm.errors import InputError
 from distill_llm.faults import raise_all
+from distill_llm.outputs import usable_output
 from distill_llm.run_folder import written_whole
 
 Row: TypeAlias = dict[str, Any]
@@ -57,12 +58,9 @@ class ResponseFolder:
     def __init__(self, folder: Path, settings: Mapping[str, Any], fingerprints: Mapping[str, str]):
         self.folder = folder
         self.begun = {"settings": dict(settings), "fingerprints": dict(fingerprints)}
+        usable_output(folder, begun=ABOUT)
         if (folder / ABOUT).is_file():
             self._check_begun(self.about())
-        elif folder.exists() and (
-            not folder.is_dir() or any(each.name != ABOUT + ".partial" for each in folder.iterdir())
-        ):
-            raise InputError("output_dir", str(folder), "a new or empty folder, or one that this command has begun")
 
     def _check_begun(self, about: Mapping[str, Any]) -> None:
         old, new = about["settings"], self.begun["settings"]

@@ -10,6 +10,7 @@ from datasets import Dataset, Value
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from distill_llm.data.prompts import is_chat
 from distill_llm.data.sources import read_splits, resolve_path
 from distill_llm.data.special_tokens import special_ends
 from distill_llm.errors import InputError, one_of
@@ -84,10 +85,9 @@ def _without_answer(chat: Any, place: int, column: str) -> Chat:
     try:
         turns = [{name: value for name, value in turn.items() if value is not None} for turn in chat]
         asked = turns[:-1] if turns[-1]["role"] == "assistant" else turns
-        whole = bool(asked) and all(isinstance(turn[key], str) for turn in asked for key in ("role", "content"))
     except (TypeError, KeyError, IndexError, AttributeError):
-        whole = False
-    if not whole:
+        asked = []
+    if not is_chat(asked):
         raise InputError("prompt_column", f"{column} (row {place})", accepted)
     if not asked[-1]["content"].strip():
         raise InputError("data", f"an empty prompt in row {place} of {column!r}", "a text in every row")

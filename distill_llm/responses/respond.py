@@ -23,8 +23,9 @@ from distill_llm.checkpoint import load_pretrained
 from distill_llm.data.causal import CausalCollator
 from distill_llm.data.special_tokens import check_tokenizer
 from distill_llm.data.tasks import prompts as prompts_task
-from distill_llm.errors import InputError, one_of
-from distill_llm.opening import OpenModel, check_head, longest_input, open_model
+from distill_llm.errors import InputError
+from distill_llm.opening import OpenModel, check_head, chosen_dtype, longest_input, open_model
+from distill_llm.progress import progress_bar
 from distill_llm.responses.decoding import Decoder
 from distill_llm.responses.folder import Counts, ResponseFolder, kept_rows
 from distill_llm.responses.prompts import Prompt, Source, encode_prompts, read_contents
@@ -32,7 +33,6 @@ from distill_llm.responses.sampling import Sampling
 from distill_llm.responses.work import Work
 from distill_llm.teachers.cache_contents import teacher_fingerprint, tokenizer_fingerprint
 
-DTYPES = ("float32", "bfloat16", "float16")
 WAIT = 0.2  # seconds between looks for the shards of other processes
 
 
@@ -139,7 +139,7 @@ def _generate(work: Work, shards: Sequence[int], decoder: Decoder, folder: Respo
     """Write shards, one after the other."""
     tokens, start = 0, time.monotonic()
     total = sum(len(work.shard(number)) for number in shards)
-    with decoder.ready(), tqdm(total=total, desc="Responding", unit=" responses", disable=not progress) as bar:
+    with decoder.ready(), progress_bar(total=total, desc="Responding", unit=" responses", shown=progress) as bar:
         for number in shards:
             rows = []
             for batch in work.batches(number):
@@ -173,14 +173,13 @@ def _opened(teacher: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
 
 
 def _dtype(teacher: str | PreTrainedModel, given: str | None, device: torch.device) -> str:
-    if given not in (None, *DTYPES):
-        raise InputError("dtype", given, one_of(DTYPES, str(given)))
-    if isinstance(teacher, PreTrainedModel):
-        own = str(teacher.dtype).removeprefix("torch.")
-        if given not in (None, own):
-            raise InputError("dtype", given, f"{own}, the dtype of the teacher that is given as model")
-        return own
-    return given or ("bfloat16" if device.type == "cuda" else "float32")
+    chosen = chosen_dtype(given, device)
+    if isinstance(teacher, str):
+        return chosen
+    own = str(teacher.dtype).removeprefix("torch.")
+    if given not in (None, own):
+        raise InputError("dtype", given, f"{own}, the dtype of the teacher that is given as model")
+    return own
 
 
 def _check_lengths(prompts: Sequence[Prompt], opened: OpenModel, max_new_tokens: int) -> None:

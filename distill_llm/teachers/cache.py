@@ -2,7 +2,6 @@
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from distill_llm.capture import Signals
+from distill_llm.capture import Signals, SparseSignals
 from distill_llm.errors import InputError
 from distill_llm.losses.items import valid_tokens
 from distill_llm.losses.objective import Objective
@@ -31,13 +30,6 @@ from distill_llm.teachers.cache_format import (
     map_shard,
     read_index,
 )
-
-
-@dataclass
-class SparseSignals(Signals):
-    """Signals of a teacher known at a few tokens per item: `targets` in place of `logits`, which is (items, 0)."""
-
-    targets: SparseTargets = field(kw_only=True)
 
 
 class CachedTeacher:
@@ -82,34 +74,45 @@ class CachedTeacher:
 
     def check_objective(self, objective: Objective) -> None:
         """Raise an InputError where an objective needs what this cache does not hold."""
-        for name in objective.terms():
-            if name not in ("labels", "logits"):
-                raise InputError(f"losses.{name}", "a cached teacher", "a teacher in memory: the cache has logits only")
-        logits = objective.logits
-        if self.index.coding == "full" or logits is None:
-            return
-        given = {"divergence": logits.divergence, "temperature": logits.temperature, **logits.settings()}
-        wanted = {"divergence": "forward_kl", "temperature": 1.0}
-        for name, value in given.items():
-            if value != wanted.get(name):
-                accepted = f"{wanted.get(name, 'none')} with a cache of {self.index.settings.k} of {self.index.classes} classes"
-                raise InputError(f"losses.logits.{name}", value, accepted)
+        check_objective(objective, self.index)
 
     def __call__(self, inputs: Mapping[str, torch.Tensor], positions: torch.Tensor | None = None) -> Signals:
-        """Signals of a batch, on its device.
+        """Signals of a batch, on its device: those that travel in it (see `look_up`), or looked up now.
 
         Args:
             inputs: a batch with `input_ids` (B, T) and, where it is padded, `attention_mask`.
             positions: (items,) indices into the flattened (B * T) tokens; not used where items are examples.
 
         Raises:
+            InputError: as `look_up`.
+        """
+        device = inputs["input_ids"].device
+        found = inputs if self._names[0] in inputs else self.look_up(inputs, positions)
+        columns = [found[name].to(device, non_blocking=True) for name in self._names]
+        if self.index.coding == "full":
+            return Signals(logits=columns[0])
+        targets = SparseTargets(columns[0].long(), *columns[1:])
+        return SparseSignals(logits=targets.probabilities.new_empty(len(targets.ids), 0), targets=targets)
+
+    def look_up(
+        self, inputs: Mapping[str, torch.Tensor], positions: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The signals of a batch as tensors on the CPU, which may be put into the batch before it goes to a device.
+
+        Args:
+            inputs, positions: as of a call.
+
+        Returns:
+            `cached_logits` (items, V); or the `cached_ids` (items, k) int32, `cached_probabilities` (items, k) and
+            `cached_rest` (items,) of SparseTargets.
+
+        Raises:
             InputError: an example that is not in the cache, a position that has no signals, a damaged block.
         """
-        ids, device = inputs["input_ids"].cpu().numpy(), inputs["input_ids"].device
-        valid = valid_tokens(inputs).cpu().numpy()
+        ids, valid = inputs["input_ids"].cpu().numpy(), valid_tokens(inputs).cpu().numpy()
         if not self._per_token:
             parts = [self._block(row[mask])[0] for row, mask in zip(ids, valid, strict=True)]
-            return self._signals(parts, np.ones(len(ids), dtype=np.int64), None, device)
+            return self._decoded(parts, np.ones(len(ids), dtype=np.int64), None)
         if positions is None:
             raise InputError("positions", None, "flat positions of tokens: this cache has signals of tokens")
         wanted = positions.cpu().numpy()
@@ -130,7 +133,16 @@ class CachedTeacher:
             accepted = f"positions that count by {self.index.settings}"
             raise InputError("positions", f"example {at[0]} of the batch, token {at[1]}", accepted)
         everything = len(items) == total and (items == np.arange(total)).all()
-        return self._signals(parts, np.array(counts, dtype=np.int64), None if everything else items, device)
+        return self._decoded(parts, np.array(counts, dtype=np.int64), None if everything else items)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.folder,)  # a worker of a data loader maps the files itself
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        if self.index.coding == "full":
+            return ("cached_logits",)
+        return ("cached_ids", "cached_probabilities", "cached_rest")
 
     def _block(self, ids: np.ndarray) -> tuple[np.ndarray, int]:
         """The unpacked block of an example and its number of items."""
@@ -150,20 +162,34 @@ class CachedTeacher:
             )
         return np.frombuffer(zlib.decompress(block.tobytes()), dtype=np.uint8), count
 
-    def _signals(
-        self, parts: list[np.ndarray], counts: np.ndarray, items: np.ndarray | None, device: torch.device
-    ) -> Signals:
+    def _decoded(
+        self, parts: list[np.ndarray], counts: np.ndarray, items: np.ndarray | None
+    ) -> dict[str, torch.Tensor]:
         """Decode what is left of the blocks after their bits, and choose items."""
         chosen = slice(None) if items is None else torch.from_numpy(items)
         if self.index.coding == "full":
             raw = np.concatenate(parts) if parts else np.empty(0, dtype=np.uint8)
             logits = torch.from_numpy(raw.view("<f4").reshape(-1, self.index.classes))[chosen]
-            return Signals(logits=logits.to(device, non_blocking=True))
+            return dict(zip(self._names, [logits], strict=True))
         settings = self.index.settings
         coding = ItemCoding(self.index.classes, settings.k, settings.method)
         both = zip(parts, counts.tolist(), strict=True)
         coded = [coding.split(part, count) for part, count in both] or [coding.split(np.empty(0, dtype=np.uint8), 0)]
         targets = coding.decode(Tokens(*(np.concatenate(each) for each in zip(*coded, strict=True))))
-        targets = targets.rows(chosen).to(device)
-        targets = targets._replace(ids=targets.ids.long())
-        return SparseSignals(logits=targets.probabilities.new_empty(len(targets.ids), 0), targets=targets)
+        return dict(zip(self._names, targets.rows(chosen), strict=True))
+
+
+def check_objective(objective: Objective, index: CacheIndex) -> None:
+    """Raise an InputError where an objective needs what such a cache does not hold."""
+    for name in objective.terms():
+        if name not in ("labels", "logits"):
+            raise InputError(f"losses.{name}", "a cached teacher", "a teacher in memory: the cache has logits only")
+    logits = objective.logits
+    if index.coding == "full" or logits is None:
+        return
+    given = {"divergence": logits.divergence, "temperature": logits.temperature, **logits.settings()}
+    wanted = {"divergence": "forward_kl", "temperature": 1.0}
+    for name, value in given.items():
+        if value != wanted.get(name):
+            accepted = f"{wanted.get(name, 'none')} with a cache of {index.settings.k} of {index.classes} classes"
+            raise InputError(f"losses.logits.{name}", value, accepted)

@@ -3,7 +3,9 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
+from distill_llm.data.special_tokens import token_rules
 from distill_llm.errors import InputError
 from distill_llm.losses.items import counted, valid_tokens
 from distill_llm.teachers.cache_format import KEY, CacheIndex, CacheSettings, example_key
@@ -22,11 +25,10 @@ OTHER_INPUTS = ("token_type_ids", "position_ids")
 
 
 def teacher_fingerprint(teacher: PreTrainedModel | str | Path) -> str:
-    """A hash of a model's config and weights, cheap enough for every start.
+    """A hash of a model's config and of every byte of its weights: about a second per GB, once in a process.
 
-    Of a model in memory: names, shapes, dtypes, the exact sum of the bits of every tensor and some of its values. Of a
-    folder: the headers and sizes of its safetensors files and 256 evenly spaced pieces of each. The two differ; a cache
-    is checked with what it was written with. Names of folders and versions of transformers do not count.
+    Of a model in memory: names, shapes, dtypes and values of its tensors. Of a folder: its safetensors files. The two
+    differ; a cache is checked with what it was written with. Names of folders and versions of transformers do not count.
 
     Raises:
         InputError: a folder without config.json or safetensors.
@@ -35,30 +37,26 @@ def teacher_fingerprint(teacher: PreTrainedModel | str | Path) -> str:
     if isinstance(teacher, PreTrainedModel):
         digest.update(_stable_config(teacher.config.to_dict()))
         for name, tensor in sorted(teacher.state_dict().items()):
-            bits = _bits(tensor.detach())
-            some = bits[:: max(1, len(bits) // 256)].cpu().numpy()
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{bits.sum(dtype=torch.int64).item()}".encode())
-            digest.update(some.tobytes())
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy())
         return "memory:" + digest.hexdigest()
     folder = Path(teacher)
     files = sorted(folder.glob("*.safetensors"))
     if not files or not (folder / "config.json").is_file():
         raise InputError("teacher", str(folder), "a folder with config.json and safetensors files")
     digest.update(_stable_config(json.loads((folder / "config.json").read_text())))
-    for path in files:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(8)
-            digest.update(f"{path.name}{size}".encode() + head + file.read(int.from_bytes(head, "little")))
-            for start in range(0, size, max(4096, size // 256)):
-                file.seek(start)
-                digest.update(file.read(4096))
+    with ThreadPoolExecutor() as threads:  # hashing and reading let other threads run
+        stamps = [(path.resolve(), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        for path, own in zip(files, threads.map(lambda stamp: _file_digest(*stamp), stamps), strict=True):
+            digest.update(path.name.encode() + own)
     return "files:" + digest.hexdigest()
 
 
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.reshape(-1).view(integers[tensor.element_size()])
+@cache
+def _file_digest(path: Path, size: int, changed: int) -> bytes:
+    """Hash of a whole file; known for the rest of the process unless its size or time of change differ."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").digest()
 
 
 def _stable_config(config: Any) -> bytes:
@@ -74,13 +72,10 @@ def _stable_config(config: Any) -> bytes:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """A hash of what decides the tokens, without the padding and truncation that calls leave behind; None gives 'none'."""
+    """A hash of what makes tokens of a text (`token_rules`); None gives 'none'."""
     if tokenizer is None:
         return "none"
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = {"vocabulary": tokenizer.get_vocab()} if backend is None else json.loads(backend.to_str())
-    text = json.dumps(state | {"padding": None, "truncation": None}, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(token_rules(tokenizer).encode(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)

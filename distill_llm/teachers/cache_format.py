@@ -42,11 +42,13 @@ from distill_llm.errors import InputError, one_of
 from distill_llm.losses.items import Kind
 from distill_llm.losses.sparse import SparseTargets
 
-FORMAT = 1
+FORMAT = 2
 INDEX_NAME = "index.json"
 KEY = np.dtype([("high", "<u8"), ("low", "<u8")])
 MIN_PROBABILITY = 2.0**-10  # what a top k holds besides the first token; less goes to the rest
 LEVELS = 50  # steps of a ratio of probabilities
+BLOCK = 64  # tokens whose probabilities are summed before one of them is looked for
+BELOW_ONE = 1 - 2**-53
 METHODS = ("sampled", "topk")
 
 
@@ -202,10 +204,18 @@ class ItemCoding:
 
         A token is expected count = k p times, as with independent draws, but its count is off by less than one.
         """
-        cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
-        cumulative /= cumulative[:, -1:].clone()
+        probabilities = torch.nn.functional.pad(logits.softmax(-1), (0, -logits.shape[-1] % BLOCK))
+        blocks = probabilities.unflatten(-1, (-1, BLOCK))
+        ends = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
         points = (uniforms[:, None] + torch.arange(self.k, device=logits.device)) / self.k
-        drawn = torch.searchsorted(cumulative, points.clamp_(max=1 - 2**-53), right=True)
+        points = points.clamp_(max=BELOW_ONE) * ends[:, -1:]
+        at = torch.searchsorted(ends, points, right=True)  # the block of each point first, then the token in it
+        starts = torch.nn.functional.pad(ends, (1, 0))
+        start, size = starts.gather(1, at), torch.diff(starts).gather(1, at)
+        inside = blocks.gather(1, at[..., None].expand(-1, -1, BLOCK)).cumsum(-1, dtype=torch.float64)
+        share = ((points - start) / size).clamp_(max=BELOW_ONE)
+        drawn = torch.searchsorted(inside, share[..., None] * inside[..., -1:], right=True).squeeze(-1)
+        drawn += at * BLOCK
         slots = torch.nn.functional.pad((drawn[:, 1:] != drawn[:, :-1]).long().cumsum(-1), (1, 0))
         ids = torch.zeros_like(drawn).scatter_(1, slots, drawn)
         counts = torch.zeros_like(drawn).scatter_add_(1, slots, torch.ones_like(drawn))

@@ -14,12 +14,12 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from datasets import Dataset
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from distill_llm.capture import Signals
 from distill_llm.errors import InputError
 from distill_llm.losses.items import counted, valid_tokens
+from distill_llm.progress import progress_bar
 from distill_llm.teachers.cache_contents import (
     Examples,
     check_fingerprints,
@@ -44,7 +44,8 @@ from distill_llm.teachers.cache_format import (
 Teacher: TypeAlias = Callable[[Mapping[str, torch.Tensor], torch.Tensor | None], Signals]
 Collator: TypeAlias = Callable[[list[dict[str, Any]]], Mapping[str, torch.Tensor]]
 SHARD_ITEMS = 1 << 20
-CHUNK_ELEMENTS = 1 << 26  # logits that are coded at once: 512 MB in fp64
+CHUNK_ELEMENTS = 1 << 26  # logits that are coded at once: 256 MB in fp32
+CPU_ELEMENTS = 1 << 19  # on the CPU: what its cache holds
 SPARE = 1.1  # disk space asked for, over the estimate
 
 
@@ -118,7 +119,7 @@ def write_cache(
     own = [number for number in missing if number % num_processes == process_index]
     total = int(sum(examples.items[spans[number]].sum() for number in own))
     title = f"teacher cache, {per_item:.0f} bytes an item, {_size(needed)} to write"
-    with tqdm(total=total, desc=title, unit=" items", unit_scale=True, disable=not progress) as bar:
+    with progress_bar(total=total, desc=title, unit=" items", unit_scale=True, shown=progress) as bar:
         for number in own:
             blocks = batches.blocks(spans[number], bar.update)
             keys = [examples.keys[at].tobytes() for at in spans[number]]
@@ -190,7 +191,7 @@ class _Batches:
             accepted = "what an output of the teacher is about, see losses.items.kind_of"
             raise InputError("kind", f"{kind} with logits {list(logits.shape)}", accepted)
         logits = logits[:, : self.settings.classes]
-        if not logits.isfinite().all():
+        if not torch.stack(logits.aminmax()).isfinite().all():
             raise InputError("teacher", "logits that are not finite", "a teacher whose logits are, in its dtype")
         return [b"" if kind == "example" else np.packbits(own).tobytes() for own in chosen], logits
 
@@ -214,7 +215,7 @@ class _Batches:
             return
         coding = ItemCoding(classes, self.settings.k, self.settings.method)
         points = np.concatenate([self._uniforms(at, count) for at, count in zip(batch, counts, strict=True)])
-        step = max(1, CHUNK_ELEMENTS // classes)
+        step = max(1, (CPU_ELEMENTS if logits.device.type == "cpu" else CHUNK_ELEMENTS) // classes)
         chunks = [slice(start, start + step) for start in range(0, len(logits), step)]
         tokens = [coding.encode(logits[chunk], points[chunk]) for chunk in chunks]
         widths, rest, gaps, numbers = (np.concatenate(each) for each in zip(*tokens, strict=True))

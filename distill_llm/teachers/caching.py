@@ -1,6 +1,7 @@
 """From a teacher and a task to a cache folder: what `distill-llm cache` does."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +9,46 @@ import torch
 from accelerate import PartialState
 
 from distill_llm.checkpoint import load_pretrained
+from distill_llm.checks import check_data
 from distill_llm.data.encoding import LENGTH, collator, encode
 from distill_llm.data.loading import load_task
+from distill_llm.data.tasks import TaskData
 from distill_llm.errors import InputError
 from distill_llm.losses.items import kind_of
-from distill_llm.opening import check_head, check_length, open_model
-from distill_llm.teachers.cache import CachedTeacher
-from distill_llm.teachers.cache_format import CacheSettings
+from distill_llm.losses.objective import Objective
+from distill_llm.opening import OpenModel, check_head, check_length, chosen_dtype, open_model
+from distill_llm.outputs import usable_output
+from distill_llm.recipe import Recipe
+from distill_llm.teachers.cache import CachedTeacher, check_objective
+from distill_llm.teachers.cache_format import INDEX_NAME, CacheIndex, CacheSettings, read_index
 from distill_llm.teachers.cache_writer import write_cache
 from distill_llm.teachers.online import OnlineTeacher
+
+
+def cache_recipe(
+    recipe: Recipe, *, k: int = 50, method: str = "sampled", batch_size: int = 8, dtype: str | None = None
+) -> tuple[int, int]:
+    """Write the outputs that a recipe learns from, its teacher's on its rows, to its `teacher.cache`.
+
+    Args:
+        recipe: with `teacher.cache`.
+        k, method, batch_size, dtype: as of `cache_teacher`; dtype None: the recipe's `teacher.dtype` first.
+
+    Returns, raises:
+        As `cache_teacher`; an InputError for losses that no such cache serves, too.
+    """
+    section, losses = recipe.teacher, recipe.distillation.losses if recipe.distillation else None
+    if section.cache is None or losses is None:
+        raise InputError("teacher.cache", section.cache, "a folder, in a recipe with a distillation section")
+    if losses.responses is not None:
+        accepted = "nothing with teacher.cache: the teacher never saw the student's answers"
+        raise InputError("distillation.losses.responses", "a cached teacher", accepted)
+    usable_output(section.cache, "teacher.cache", INDEX_NAME)
+    opened = open_model("teacher.model", section.model)
+    settings = CacheSettings(k=k, method=method, seed=recipe.seed)  # type: ignore[arg-type]
+    length = ("data.max_length", recipe.data.max_length)
+    dtype = dtype or section.dtype
+    return _write(opened, lambda: check_data(recipe), section.cache, length, settings, batch_size, dtype, losses)
 
 
 def cache_teacher(
@@ -33,11 +65,12 @@ def cache_teacher(
     """Write the teacher's outputs on the training rows of a task, or go on where it was stopped.
 
     A recipe with this teacher and the same data section trains from the folder (`teacher.cache`), with no teacher in memory.
-    Under `accelerate launch` the processes write a part each.
+    Under `accelerate launch` the processes write a part each. Of a language model, the logits of the tokenizer's tokens
+    are stored, without what the vocabulary is padded with.
 
     Args:
         teacher: Hub id, folder, GGUF file or package:// path.
-        data: arguments of `load_task`: task, path, train_examples, holdout_examples, seed, ...
+        data: arguments of `load_task`: task, path, columns, packing, train_examples, holdout_examples, seed, ...
         k, method: see `CacheSettings`.
         dtype: of the teacher's weights; None: bfloat16 on CUDA, else float32.
 
@@ -47,25 +80,53 @@ def cache_teacher(
     Raises:
         InputError: one line, before the model's weights are loaded where it can be.
     """
-    processes = PartialState()
+    usable_output(Path(output_dir), begun=INDEX_NAME)
     opened = open_model("teacher", teacher)
     settings = CacheSettings(k=k, method=method, seed=data.get("seed", 0))  # type: ignore[arg-type]
+    length = ("max_length", max_length)
+
+    def load() -> TaskData:
+        return load_task(**data, config=opened.config)
+
+    return _write(opened, load, Path(output_dir), length, settings, batch_size, dtype)
+
+
+def _write(
+    opened: OpenModel,
+    load: Callable[[], TaskData],
+    folder: Path,
+    length: tuple[str, int],
+    settings: CacheSettings,
+    batch_size: int,
+    dtype: str | None,
+    objective: Objective | None = None,
+) -> tuple[int, int]:
+    """The work of both; `length` is the most tokens of a row and the field that says so."""
+    if (folder / INDEX_NAME).is_file():
+        read_index(folder)  # of a cache, or of something else
+    processes = PartialState()
+    chosen = chosen_dtype(dtype, processes.device)
     with processes.main_process_first():
-        rows = load_task(**data, config=opened.config)
+        rows = load()
         if rows.task.kind == "masked_lm":
             accepted = "a task whose inputs stay the same in every epoch: masked words change"
             raise InputError("task", rows.task.name, accepted)
         check_head(opened, rows.task)
-        check_length(opened, "max_length", max_length)
-        train = encode(rows, opened.tokenizer, max_length).train
-    chosen = getattr(torch, dtype) if dtype else torch.bfloat16 if processes.device.type == "cuda" else torch.float32
-    model = load_pretrained(opened.path, dtype=chosen)
+        check_length(opened, *length)
+        train = encode(rows, opened.tokenizer, length[1]).train
+    cut = max(opened.tokenizer.get_vocab().values()) + 1 if rows.task.is_language_model else None
+    if objective is not None:
+        try:
+            check_objective(objective, CacheIndex(settings, cut or rows.task.num_labels, {}, ()))
+        except InputError as error:
+            raise InputError(f"distillation.{error.field}", error.given, error.accepted) from None
+    model = load_pretrained(opened.path, dtype=getattr(torch, chosen))
     write_cache(
-        output_dir,
+        folder,
         OnlineTeacher(model, processes.device),
         train,
         collator(rows.task, opened.tokenizer),
-        CacheSettings(k=k, method=settings.method, kind=kind_of(model), seed=settings.seed),
+        replace(settings, kind=kind_of(model), classes=cut),
         identity=identity_of(opened.path),
         tokenizer=opened.tokenizer,
         batch_size=batch_size,
@@ -75,8 +136,8 @@ def cache_teacher(
         progress=processes.is_main_process,
     )
     processes.wait_for_everyone()
-    index = CachedTeacher(output_dir).index
-    size = sum(index.shard_path(Path(output_dir), number).stat().st_size for number in range(len(index.shards)))
+    index = CachedTeacher(folder).index
+    size = sum(index.shard_path(folder, number).stat().st_size for number in range(len(index.shards)))
     return sum(count for _, count in index.shards), size
 
 

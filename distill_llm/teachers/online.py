@@ -28,6 +28,19 @@ def forward_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any
     return {**chosen, "use_cache": False} if "use_cache" in names else chosen
 
 
+def converted(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A copy of a model as `from_pretrained(dtype=...)` would load it, made tensor by tensor; the model stays as it is.
+
+    What a checkpoint does not hold (positions, frequencies of rotary embeddings) keeps its precision.
+    """
+    held = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values() if tensor.is_floating_point()}
+    with torch.no_grad():
+        made = {key: tensor.to(device, dtype, copy=True) for key, tensor in held.items()}
+    parameters = {id(parameter): parameter.requires_grad for parameter in model.parameters()}
+    memo = {key: nn.Parameter(each, parameters[key]) if key in parameters else each for key, each in made.items()}
+    return copy.deepcopy(model, memo)  # type: ignore[arg-type]
+
+
 @dataclass
 class HeadSignals(Signals):
     """Signals of a language model with `head_inputs` (items, H) and the `head` in place of `logits`, which is (0, V)."""
@@ -40,8 +53,9 @@ class OnlineTeacher:
     """A frozen model: evaluation mode and no gradient at every call, no part of any optimizer or checkpoint.
 
     Args:
-        model: the teacher. It is moved to `device`; where `dtype` differs from its own, a copy is converted instead. A
-            quantised model stays where it is, in the precision that it was loaded with.
+        model: the teacher. It is moved to `device`; where `dtype` differs from its own, a converted copy is made there
+            instead, so it is held twice: load it in `dtype` where memory is short. A quantised model stays where it is, in the
+            precision that it was loaded with.
         device: where the student trains.
         dtype: what the weights are held in; None leaves them as they are.
         wanted: layers to record; None: none.
@@ -59,8 +73,7 @@ class OnlineTeacher:
     ):
         if not is_quantized(model):
             if dtype is not None and model.dtype != dtype:
-                model = copy.deepcopy(model)
-                model.to(dtype=dtype)  # type: ignore[call-arg]
+                model = converted(model, dtype, device)
             model.to(device)  # type: ignore[arg-type]
         self.model = model
         self.head: OutputHead | None = output_head(model)

@@ -7,7 +7,9 @@ Sides, taking turns on the same batches, SDPA, evaluation mode, fp32 where nothi
   What any method with gradients of activations pays at least.
 - heads, neurons, layers: `collect_statistics` without the residual stream's channels and without second moments.
 - + channels, + moments: the same with one of the two. everything: with both, the default and what the pipeline does.
+- moments of all tokens: everything, with `moment_share=1.0`.
 - everything, exact: the backward products in fp32 too. everything, bf16: both passes under autocast.
+- everything, checkpointed; the rest, checkpointed: one layer's activations at a time, with and without second moments.
 - torch-pruning: forward, loss and backward with gradients of all weights summed over the batches (its Taylor importance
   reads them), then `GroupTaylorImportance` of every group of FFN neurons and attention channels. Its dependency graph
   is built beforehand and not counted.
@@ -48,8 +50,11 @@ OURS: dict[str, dict[str, Any]] = {
     "+ channels": {"moments": False},
     "+ moments": {"hidden": False},
     "everything": {},
+    "moments of all tokens": {"moment_share": 1.0},
     EXACT: {"exact": True},
     "everything, bf16": {"precision": torch.bfloat16},
+    "everything, checkpointed": {"checkpointing": True},
+    "the rest, checkpointed": {"checkpointing": True, "moments": False},
 }
 
 

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from distill_llm.data import GLUE, TaskData, collator, encode
+from distill_llm.data.epochs import Epoch
 from distill_llm.data.tasks import masked_lm
 from distill_llm.errors import InputError
 
@@ -43,6 +44,13 @@ def pairs() -> TaskData:
 def texts(*documents: str) -> TaskData:
     rows = Dataset.from_dict({"text": list(documents)})
     return TaskData(masked_lm("text", "text"), rows, None, rows)
+
+
+def sentences(count: int, length: int, seed: int = 0) -> list[dict]:
+    """Rows of `length` random words."""
+    draw = torch.Generator().manual_seed(seed)
+    words = torch.randint(10, 60, (count, length), generator=draw).tolist()
+    return [{"input_ids": [2, *row, 3], "attention_mask": [1] * (length + 2), "length": length + 2} for row in words]
 
 
 def test_pairs_become_ids_labels_and_length() -> None:
@@ -103,7 +111,7 @@ def test_documents_are_packed_between_special_tokens() -> None:
 
 def test_masks_hide_fifteen_percent_in_the_shares_of_bert() -> None:
     tokenizer = make_tokenizer()
-    rows = [{"input_ids": [2, *range(10, 60), 3], "attention_mask": [1] * 52} for _ in range(2000)]
+    rows = sentences(2000, 50)
     batch = collator(masked_lm("text", "text"), tokenizer, seed=1)(rows)
     original = torch.tensor([row["input_ids"] for row in rows])
     chosen = batch["labels"] != -100
@@ -115,19 +123,28 @@ def test_masks_hide_fifteen_percent_in_the_shares_of_bert() -> None:
     assert same == pytest.approx(0.1, abs=0.02)
 
 
-def test_masks_depend_on_seed_and_batch_only() -> None:
-    rows = [{"input_ids": [2, *range(10, 40), 3], "attention_mask": [1] * 32, "length": 32}] * 4
+def test_the_masks_of_a_row_depend_on_its_tokens_seed_and_epoch_only() -> None:
+    rows = [*sentences(4, 30), *sentences(4, 20, seed=1)]
     make: Callable = lambda seed: collator(masked_lm("text", "text"), make_tokenizer(), seed)  # noqa: E731
-    first, other = make(1), make(2)
-    before = first(rows)
+    masks, other = make(1), make(2)
+    whole = masks(rows)
     torch.rand(3)
-    first(rows[:2])
-    assert torch.equal(first(rows)["input_ids"], before["input_ids"])
-    assert torch.equal(make(1)(rows)["labels"], before["labels"])
-    assert not torch.equal(other(rows)["labels"], before["labels"])
+    for part in ([0, 1], [6, 2, 5], [7]):
+        batch = masks([rows[place] for place in part])
+        width = batch["labels"].shape[1]
+        for name in ("input_ids", "labels"):
+            assert torch.equal(batch[name], whole[name][part][:, :width]), part
+    assert torch.equal(make(1)(rows)["labels"], whole["labels"])
+    assert not torch.equal(other(rows)["labels"], whole["labels"])
+    epoch = Epoch()
+    training = masks.at(epoch)
+    assert torch.equal(training(rows)["labels"], whole["labels"])
+    epoch.number = 1
+    assert not torch.equal(training(rows)["labels"], whole["labels"])
+    assert torch.equal(masks(rows)["labels"], whole["labels"]), "masks of evaluation stay"
 
 
-def test_every_batch_predicts_a_token() -> None:
+def test_every_row_predicts_a_token() -> None:
     make = collator(masked_lm("text", "text"), make_tokenizer())
     for word in range(10, 60):
         labels = make([{"input_ids": [2, word, 3], "attention_mask": [1, 1, 1]}])["labels"]

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from distill_llm.data import GLUE, collator
 from distill_llm.data.tasks import masked_lm
+from distill_llm.errors import InputError
 from distill_llm.evaluation import evaluate_model, predict
 
 
@@ -96,3 +97,10 @@ def test_broken_models_and_empty_data_are_refused() -> None:
         model.classifier.bias.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="not finite"):
         evaluate_model(model, rows(), task, collator(task, TOKENS), progress=False)
+
+
+def test_rows_without_a_token_to_predict_have_no_score() -> None:
+    task = masked_lm("text", "text")
+    special = Dataset.from_dict({"input_ids": [[2, 1, 1, 3]] * 3, "attention_mask": [[1] * 4] * 3, "length": [4] * 3})
+    with pytest.raises(InputError, match="^data.path: got '3 rows without a token to predict'"):
+        evaluate_model(tiny_model(head="masked-lm"), special, task, collator(task, TOKENS), progress=False)

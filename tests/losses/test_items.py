@@ -6,7 +6,6 @@ import transformers
 from helpers import tiny_model
 
 from distill_llm.losses.items import count_items, kind_of, targets, valid_tokens
-from distill_llm.losses.terms import per_token
 
 # Right padding, left padding, a hole in the labels, a row of one token, a row of padding alone.
 MASK = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]])
@@ -71,5 +70,5 @@ def test_the_kind_is_that_of_the_models_head():
     assert kinds == {"sequence-classification": "example", "token-classification": "token", "masked-lm": "token"}
     config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=100, pad_token_id=0)
     language_model = transformers.GPT2LMHeadModel(config)
-    assert kind_of(language_model) == "next_token" and per_token(language_model)
+    assert kind_of(language_model) == "next_token"
     assert kind_of(transformers.GPT2ForSequenceClassification(config)) == "example"

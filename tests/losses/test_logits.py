@@ -7,8 +7,8 @@ import scipy.special
 import torch
 
 from distill_llm.losses import logits_divergence
+from distill_llm.losses.divergences import DIVERGENCES
 from distill_llm.losses.logits import coarsened
-from distill_llm.losses.objective import DIVERGENCES
 
 LABELS = torch.tensor([3, 0, -100, 6, 1])
 KL = scipy.special.rel_entr
@@ -115,7 +115,8 @@ def test_dkd_stays_finite_and_exact_where_the_teacher_is_certain():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "divergence, top_k", [(d, k) for d, own in DIVERGENCES.items() for k in (None, 5) if k is None or "top_k" in own]
+    "divergence, top_k",
+    [(d, k) for d, row in DIVERGENCES.items() for k in (None, 5) if k is None or "top_k" in row.settings],
 )
 def test_an_identical_model_gives_zero_and_no_gradient(divergence, top_k, dtype):
     teacher = (3 * random_logits(0, 5, 400)).to(dtype)
@@ -138,7 +139,7 @@ def test_bf16_logits_near_convergence_give_a_value_above_zero_and_the_fp64_gradi
     assert (student.grad.double() - expected).norm() / expected.norm() < 0.01
 
 
-@pytest.mark.parametrize("divergence", [name for name, settings in DIVERGENCES.items() if "top_k" in settings])
+@pytest.mark.parametrize("divergence", [name for name, row in DIVERGENCES.items() if "top_k" in row.settings])
 def test_top_k_compares_the_teachers_k_likeliest_classes_and_the_mass_of_all_others(divergence):
     student, teacher = random_logits(0, 5, 7).requires_grad_(), random_logits(1, 5, 7)
     q, p = (student / 2).softmax(-1), (teacher / 2).softmax(-1)

@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from distill_llm.errors import InputError
-from distill_llm.losses import hidden, logits, parse_objective
-from distill_llm.losses.objective import DISTANCES, DIVERGENCES, NEED_LABELS, LogitsLoss
+from distill_llm.losses import hidden, parse_objective
+from distill_llm.losses.divergences import DIVERGENCES
+from distill_llm.losses.objective import DISTANCES, LogitsLoss
 
 
 def test_defaults_are_filled_in_and_absent_terms_stay_absent():
@@ -29,6 +30,7 @@ def test_defaults_are_filled_in_and_absent_terms_stay_absent():
         ({"logits": {"temprature": 1}}, "losses.logits.temprature", "'temperature' (the nearest)"),
         ({"logit": {}}, "losses.logit", "'logits' (the nearest)"),
         ({"logits": {"divergence": "kl"}}, "losses.logits.divergence", "one of forward_kl"),
+        ({"logits": {"divergence": ["jsd"]}}, "losses.logits.divergence", "one of forward_kl"),
         ({"labels": {"weight": -0.1}}, "losses.labels.weight", "at least 0"),
         ({"labels": {"weight": float("nan")}}, "losses.labels.weight", "a number of at least 0"),
         ({"hidden": {"layers": "linage"}}, "losses.hidden.layers", "lineage, uniform, last"),
@@ -87,14 +89,13 @@ def test_an_objective_with_schedules_and_settings_survives_the_way_to_yaml_and_b
     assert parse_objective(yaml.safe_load(yaml.safe_dump(dumped))) == objective == parse_objective(objective)
 
 
-def test_every_divergence_and_distance_is_a_documented_function_with_the_settings_of_its_row():
-    for name, settings in DIVERGENCES.items():
-        function = getattr(logits, name)
+def test_every_divergence_and_distance_is_a_documented_function_whose_settings_an_objective_can_give():
+    for name, (function, settings, _) in DIVERGENCES.items():
         assert re.search(r"\d{4}, section", function.__doc__), name
-        own = [*inspect.signature(function).parameters][2:]
-        assert [each for each in own if each != "labels"] == [each for each in settings if each != "top_k"]
-        assert ("labels" in own) == (name in NEED_LABELS)
         assert set(settings) <= set(LogitsLoss.model_fields)
+    settings = {name: row.settings for name, row in DIVERGENCES.items()}
+    assert settings["jsd"] == ("beta", "top_k") and settings["mse"] == () and settings["dkd"] == ("alpha", "beta")
+    assert [name for name, row in DIVERGENCES.items() if row.needs_labels] == ["dkd"]
     for name in DISTANCES:
         assert [*inspect.signature(getattr(hidden, name)).parameters] == ["student", "teacher"]
 

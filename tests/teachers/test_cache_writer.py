@@ -197,6 +197,38 @@ def test_a_fingerprint_sees_one_bit_of_one_weight_and_not_where_the_model_came_f
         teacher_fingerprint(tmp_path)
 
 
+def test_a_fingerprint_of_a_folder_sees_a_new_head_and_every_byte_of_a_large_tensor(tmp_path):
+    model = tiny_model("distilbert", head="token-classification", vocab=30_000)
+    seen = set()
+
+    def note():
+        model.save_pretrained(tmp_path / "model")
+        seen.add(teacher_fingerprint(tmp_path / "model"))
+
+    note()
+    torch.nn.init.normal_(model.classifier.weight)
+    note()
+    words = model.get_input_embeddings().weight
+    for row in range(0, 30_000, 3_001):
+        with torch.no_grad():
+            words[row] += 1
+        note()
+    with torch.no_grad():
+        words[[5, 6]] = words[[6, 5]]
+    note()
+    assert len(seen) == 13
+    assert teacher_fingerprint(tmp_path / "model") in seen
+
+
+def test_a_fingerprint_in_memory_sees_weights_that_change_places(tmp_path):
+    model = tiny_model(vocab=30_000)
+    before = teacher_fingerprint(model)
+    words = model.get_input_embeddings().weight
+    with torch.no_grad():
+        words[[5, 6]] = words[[6, 5]]
+    assert teacher_fingerprint(model) != before
+
+
 def test_padding_left_in_a_tokenizer_does_not_make_it_another(minilm):
     from transformers import AutoTokenizer
 
@@ -244,7 +276,7 @@ def test_a_shard_of_another_cache_is_refused(whole, copy, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"format": 1}', '{"format": 2}', '{"format": 1, "settings": {"k": 0}}']
+    "text", ["", "{", "[]", '{"format": 2}', '{"format": 1}', '{"format": 2, "settings": {"k": 0}}']
 )
 def test_a_bad_index_is_one_line(copy, text):
     (copy / "index.json").write_text(text)
@@ -344,5 +376,5 @@ def test_settings_are_checked(field, value):
 
 def test_the_index_is_plain_json(whole):
     index = json.loads((whole[2] / "index.json").read_text())
-    assert index["format"] == 1 and index["settings"]["k"] == 5 and index["classes"] == 97
+    assert index["format"] == 2 and index["settings"]["k"] == 5 and index["classes"] == 97
     assert sum(examples for examples, _ in index["shards"]) == len(whole[1])

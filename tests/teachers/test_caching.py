@@ -1,13 +1,17 @@
 """`distill-llm cache` and a recipe that learns from what it wrote."""
 
+import json
+
 import pytest
 import torch
+import yaml
 from causal_examples import causal_model, word_tokenizer
 from typer.testing import CliRunner
 
 import distill_llm
 from distill_llm.cli import app
 from distill_llm.errors import InputError
+from distill_llm.teachers import CachedTeacher
 
 RUNNER = CliRunner()
 
@@ -59,6 +63,69 @@ def test_draws_train_too_and_other_rows_are_refused_before_training(files):
     hidden = {"losses": {"logits": {}, "hidden": {}}, "max_steps": 1}
     with pytest.raises(InputError, match="distillation.losses.hidden: got 'a cached teacher'"):
         distill_llm.run(recipe(files, distillation=hidden), files / "other")
+
+
+def prompts(files) -> dict:
+    """A data section of questions and answers under names of their own, in packed rows."""
+    draw = torch.Generator().manual_seed(1)
+    drawn = [[f"w{i}" for i in torch.randint(90, (6,), generator=draw).tolist()] for _ in range(40)]
+    rows = [json.dumps({"question": " ".join(row[:3]), "answer": " ".join(row[3:])}) for row in drawn]
+    (files / "answers.jsonl").write_text("\n".join(rows) + "\n")
+    columns = {"prompt": "question", "response": "answer"}
+    path = str(files / "answers.jsonl")
+    return {"task": "prompts", "path": path, "columns": columns, "packing": True, "max_length": 24}
+
+
+def cached_recipe(files, given: dict, *more: str):
+    """`distill-llm cache` of a recipe that does not name its cache yet."""
+    teacher = {name: value for name, value in given["teacher"].items() if name != "cache"}
+    (files / "own.yaml").write_text(yaml.safe_dump(given | {"teacher": teacher}))
+    return RUNNER.invoke(app, ["cache", str(files / "own.yaml"), "--output-dir", str(files / "cache"), *more])
+
+
+def test_a_recipe_with_named_columns_and_packed_rows_has_its_cache(files):
+    given = recipe(files, data=prompts(files), seed=3)
+    result = cached_recipe(files, given, "--k", "200", "--set", "seed=3")
+    assert result.exit_code == 0, result.output
+    cached = distill_llm.run(given, files / "run").metrics
+    online = distill_llm.run({**given, "teacher": {"model": str(files / "teacher")}}, files / "online").metrics
+    assert cached["student"]["score"] == pytest.approx(online["student"]["score"], rel=1e-3)
+
+
+def test_a_padded_vocabulary_is_cut_and_the_cache_fits_a_student_without_the_padding(files):
+    wide = causal_model(vocab_size=128, max_position_embeddings=64)
+    wide.save_pretrained(files / "teacher")
+    causal_model(layers=1, seed=1, max_position_embeddings=64).save_pretrained(files / "student")
+    word_tokenizer().save_pretrained(files / "student")
+    assert command(files, "--k", "200").exit_code == 0
+    assert CachedTeacher(files / "cache").index.classes == len(word_tokenizer()) <= 100
+    given = recipe(files, pruning=None, student={"model": str(files / "student")})
+    cached = distill_llm.run(given, files / "run").metrics
+    online = distill_llm.run({**given, "teacher": {"model": str(files / "teacher")}}, files / "online").metrics
+    assert cached["student"]["score"] == pytest.approx(online["student"]["score"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"distillation": {"losses": {"logits": {}, "hidden": {}}}}, "distillation.losses.hidden: got 'a cached"),
+        ({"distillation": {"losses": {"logits": {"temperature": 2.0}}}}, "distillation.losses.logits.temperature: got"),
+        ({"distillation": {"losses": {"labels": {}}}}, "teacher.cache: got"),
+        ({"distillation": None}, "teacher.cache: got"),
+    ],
+)
+def test_a_recipe_that_no_cache_serves_is_refused_before_anything_is_written(files, changes, message):
+    result = cached_recipe(files, recipe(files, **changes), "--k", "20")
+    assert result.exit_code == 2 and message in result.output and not (files / "cache").exists(), result.output
+
+
+def test_a_recipe_and_options_that_it_says_itself_do_not_go_together(files):
+    result = cached_recipe(files, recipe(files), "--max-length", "16")
+    assert result.exit_code == 2 and "--max-length: got 16; accepted: nothing beside a recipe" in result.output
+    arguments = ["cache", str(files / "teacher"), "--output-dir", str(files / "cache")]
+    for more, message in ((["--set", "seed=1"], "--set: got 'seed=1'"), ([], "--task: got None")):
+        result = RUNNER.invoke(app, [*arguments, *more])
+        assert result.exit_code == 2 and message in result.output
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from distill_llm.capture import EMBEDDINGS, Signals, Vectors, Wanted
+from distill_llm.capture import EMBEDDINGS, Signals, SparseSignals, Vectors, Wanted
 from distill_llm.errors import InputError
 from distill_llm.losses.attention import attention_distance
 from distill_llm.losses.hidden import hidden_distance
@@ -20,7 +20,6 @@ from distill_llm.losses.relations import check_heads, relation_distance
 from distill_llm.losses.schedules import value_at
 from distill_llm.losses.sparse import sparse_forward_kl
 from distill_llm.pruning.families import FAMILIES, dims_of, hidden_lineage, layers_of, lineage_of
-from distill_llm.teachers.cache import SparseSignals
 
 LOGITS_UNITS: dict[Kind, Unit] = {"example": "examples", "token": "tokens", "next_token": "labels"}
 
@@ -36,6 +35,7 @@ class Batch:
         valid: (B, T), 1 at valid tokens and 0 at padding.
         step, steps: optimizer steps done, and those of the whole training.
         student: of the training forward; None before it.
+        sequences: (B, T) of packed rows, the number of the sequence that each token belongs to; None: a sequence per row.
     """
 
     teacher: Signals | None
@@ -44,6 +44,7 @@ class Batch:
     step: int = 0
     steps: int = 1
     student: Signals | None = None
+    sequences: torch.Tensor | None = None
 
     @property
     def own(self) -> Signals:
@@ -68,11 +69,6 @@ class Batch:
                 field, "a batch without labels", f"data with a labels column, or an objective without {field}"
             )
         return self.labels.flatten()
-
-
-def per_token(model: PreTrainedModel) -> bool:
-    """Whether the model's head gives an output per token (a language model, token classification), not per example."""
-    return kind_of(model) != "example"
 
 
 class Terms:
@@ -245,7 +241,9 @@ class Terms:
             own, source = batch.own.vectors[pair.student], batch.target.vectors[pair.teacher]
             for kind in section.pairs:
                 place = Vectors._fields.index({"q": "query", "k": "key", "v": "value"}[kind[0]])
-                total = total + relation_distance(own[place], source[place], batch.valid, section.heads)
+                total = total + relation_distance(
+                    own[place], source[place], batch.valid, section.heads, sequences=batch.sequences
+                )
         return total / max(1, len(self.pairs["relations"]))
 
     def _on(self, device: torch.device, indices: tuple[int, ...]) -> torch.Tensor:

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill_llm.errors import InputError
 from distill_llm.losses.chunked_head import HeadLosses, head_losses
-from distill_llm.losses.head import head_of
+from distill_llm.output_head import head_of
 
 
 def causal(config: Any) -> Any:

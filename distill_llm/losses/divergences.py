@@ -1,0 +1,132 @@
+"""Divergences between the teacher's and the student's output distributions, each a function of their logits.
+
+A divergence takes the student's and the teacher's logits, (items, classes) in fp32 and over the temperature already, and
+its own settings by name; it returns (items,) values, in nats where nothing else is said. p is the teacher's distribution,
+q the student's. `@divergence()` makes it one that objectives can name: nothing else has to know of it.
+
+torch is not imported here, since objectives are checked without it: tensors bring all that is needed.
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., "Tensor"])
+
+
+class Divergence(NamedTuple):
+    """A function of this kind, the settings that an objective may give to it, and whether it is given `labels` too."""
+
+    function: Callable[..., "Tensor"]
+    settings: tuple[str, ...]
+    needs_labels: bool
+
+
+DIVERGENCES: dict[str, Divergence] = {}
+
+
+def divergence(top_k: bool = True) -> Callable[[Function], Function]:
+    """A decorator: the function's name becomes that of a divergence, its keywords become settings.
+
+    A parameter `labels` is no setting: it gets the (items,) class ids, -100 where there is none.
+
+    Args:
+        top_k: whether classes may be merged before (see `distill_llm.losses.logits.coarsened`): it then gets
+            log-probabilities, and `top_k` is a setting too. Never with `labels`.
+    """
+
+    def register(function: Function) -> Function:
+        own = [*inspect.signature(function).parameters][2:]
+        labels = "labels" in own
+        settings = (*(name for name in own if name != "labels"), *(("top_k",) if top_k and not labels else ()))
+        DIVERGENCES[function.__name__] = Divergence(function, settings, labels)
+        return function
+
+    return register
+
+
+@divergence()
+def forward_kl(student: "Tensor", teacher: "Tensor") -> "Tensor":
+    """KL(p || q) (Hinton et al., 2015, section 2)."""
+    return _kl(teacher.log_softmax(-1), student.log_softmax(-1))
+
+
+@divergence()
+def reverse_kl(student: "Tensor", teacher: "Tensor") -> "Tensor":
+    """KL(q || p), which lets the student leave out what it cannot cover (MiniLLM, Gu et al., 2024, section 2.1)."""
+    return _kl(student.log_softmax(-1), teacher.log_softmax(-1))
+
+
+@divergence()
+def jsd(student: "Tensor", teacher: "Tensor", beta: float = 0.5) -> "Tensor":
+    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q (GKD, Agarwal et al., 2024, section 2).
+
+    Above 0 and below 1; over beta it tends to KL(p || q) for small beta, over 1 - beta to KL(q || p) for beta near 1.
+    """
+    log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
+    log_m = log_mixture(log_p, log_q, beta)
+    return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+
+
+@divergence()
+def skew_kl(student: "Tensor", teacher: "Tensor", skew: float = 0.1) -> "Tensor":
+    """KL(p || skew p + (1 - skew) q) (DistiLLM, Ko et al., 2024, section 3.1)."""
+    log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
+    return _kl(log_p, log_mixture(log_p, log_q, skew))
+
+
+@divergence()
+def skew_reverse_kl(student: "Tensor", teacher: "Tensor", skew: float = 0.1) -> "Tensor":
+    """KL(q || (1 - skew) p + skew q) (DistiLLM, Ko et al., 2024, section 3.1)."""
+    log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
+    return _kl(log_q, log_mixture(log_q, log_p, skew))
+
+
+@divergence()
+def tvd(student: "Tensor", teacher: "Tensor") -> "Tensor":
+    """Total variation distance, half the sum of |p - q|, a probability (f-distill, Wen et al., 2023, section 3)."""
+    return (teacher.softmax(-1) - student.softmax(-1)).abs().sum(-1) / 2
+
+
+@divergence(top_k=False)
+def mse(student: "Tensor", teacher: "Tensor") -> "Tensor":
+    """Squared difference of the logits summed over the classes; with the squared temperature it does not depend on it.
+
+    The only one for regression heads (Ba and Caruana, 2014, section 2.2).
+    """
+    return (student - teacher).square().sum(-1)
+
+
+@divergence()
+def dkd(student: "Tensor", teacher: "Tensor", labels: "Tensor", alpha: float = 1.0, beta: float = 8.0) -> "Tensor":
+    """alpha KL(true class or not) + beta KL(among the other classes) (DKD, Zhao et al., 2022, sections 3.1 and 3.3).
+
+    0 for an item without a label, or with one beyond the classes. With alpha = 1 and beta = 1 - p(true class) it would be
+    KL(p || q); the paper's defaults for CIFAR-100 give the other classes more.
+    """
+    known = (labels >= 0) & (labels < student.shape[-1])
+    true = labels.where(known, 0).unsqueeze(-1)
+    parts = [(logits.gather(-1, true), logits.scatter(-1, true, -math.inf)) for logits in (teacher, student)]
+    # The log-odds of the true class are its logit less the log-sum-exp of the others: nothing cancels near 0 and 1.
+    odds_p, odds_q = (own - others.logsumexp(-1, keepdim=True) for own, others in parts)
+    of_true = sum(_kl(_log_sigmoid(sign * odds_p), _log_sigmoid(sign * odds_q)) for sign in (1, -1))
+    # Of the true class both log-probabilities are minus infinity here: 0 in their place, so that it adds nothing.
+    among_others = _kl(*(others.log_softmax(-1).scatter(-1, true, 0.0) for _, others in parts))
+    return (alpha * of_true + beta * among_others) * known
+
+
+def log_mixture(log_a: "Tensor", log_b: "Tensor", share: float) -> "Tensor":
+    """log(share a + (1 - share) b), by log-sum-exp: log(a + b) itself has too few digits near convergence."""
+    return (log_a + math.log(share)).logaddexp(log_b + math.log1p(-share))
+
+
+def _kl(log_p: "Tensor", log_q: "Tensor") -> "Tensor":
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def _log_sigmoid(x: "Tensor") -> "Tensor":
+    return -(-x).logaddexp(x.new_zeros(()))

@@ -1,0 +1,56 @@
+"""What a student's shards (FSDP) need that whole weights do not."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+
+
+@contextmanager
+def whole(model: nn.Module) -> Iterator[None]:
+    """Inside, each process has all weights of a model that FSDP2 shards, and a forward waits for no other process.
+
+    For generation, which would gather all weights anew for every token. A model that is not sharded stays as it is.
+    """
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    # What `set_reshard_after_forward` changes cannot be asked for; parts differ (the last ones keep their weights anyway).
+    groups = {
+        group: group.post_forward_mesh_info for part in parts for group in part._get_fsdp_state()._fsdp_param_groups
+    }
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for group, mesh in groups.items():
+            group.post_forward_mesh_info = mesh
+        for part in parts:
+            part.reshard()
+
+
+def clip_with(
+    norm: torch.Tensor, shards: Iterable[nn.Parameter], copies: Iterable[nn.Parameter], longest: float
+) -> torch.Tensor:
+    """Clip the gradients of sharded parameters together with those of parameters that every process has whole.
+
+    Args:
+        norm: of the shards' gradients, over all processes.
+        shards, copies: the parameters.
+        longest: what the norm of all is clipped to.
+
+    Returns:
+        The norm of all before.
+    """
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    own = [parameter.grad for parameter in copies if parameter.grad is not None]
+    total = torch.hypot(norm, get_total_norm(own).to(norm)) if own else norm
+    factor = (longest / (total + 1e-6)).clamp(max=1.0)
+    for gradient in [*own, *(parameter.grad for parameter in shards if parameter.grad is not None)]:
+        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        local.mul_(factor.to(local.dtype))
+    return total
