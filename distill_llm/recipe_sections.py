@@ -193,7 +193,7 @@ class DistillationSection(Section):
         default_factory=lambda: Objective(
             labels=LabelsLoss(weight=0.5), logits=LogitsLoss(weight=0.5, temperature=1.0)
         ),
-        description="the terms of the objective: labels, logits, hidden, attention",
+        description="the terms of the objective; docs/losses.md has them all",
     )
 
     @model_validator(mode="wrap")

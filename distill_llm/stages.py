@@ -35,7 +35,7 @@ from distill_llm.teachers.caching import cached_teacher
 from distill_llm.teachers.quantized import load_teacher
 from distill_llm.trainer import DistillationConfig, DistillationTrainer
 
-CALIBRATION_BATCH = 32
+CALIBRATION_BATCH, CALIBRATION_TOKENS = 32, 2048  # at most, of a batch: activations and a language model's logits are held
 
 
 class Stages:
@@ -151,9 +151,10 @@ class Stages:
         size = min(examples, len(train))
         rows = train.select([(cut * size + i) % len(train) for i in range(size)])
         rows = rows.select(np.argsort(rows[LENGTH], kind="stable"))
+        batch_size = max(1, min(CALIBRATION_BATCH, CALIBRATION_TOKENS // max(rows[LENGTH])))
         known = {*self.tokenizer.model_input_names, "position_ids", "labels"}
         rows = rows.remove_columns([name for name in rows.column_names if name not in known])
-        return DataLoader(rows, batch_size=CALIBRATION_BATCH, collate_fn=self.collator)  # type: ignore[arg-type]
+        return DataLoader(rows, batch_size=batch_size, collate_fn=self.collator)  # type: ignore[arg-type]
 
     def recover(self, folder: Path, student_dir: Path, teacher_dir: Path, last: bool) -> dict[str, Any]:
         """Distil the teacher into the pruned student, or into the one that was given."""

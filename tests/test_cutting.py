@@ -86,10 +86,21 @@ def test_every_cut_has_rows_of_its_own(model, tmp_path):
     assert same(found.model, by_hand)
 
 
-def test_cuts_read_other_training_rows_while_there_are_any():
-    rows = Dataset.from_dict({"input_ids": [[i] for i in range(10)], "length": [1] * 10})
+def stages_with(lengths):
+    """Rows of these lengths, each of its own number, as a run has them."""
+    rows = Dataset.from_dict({"input_ids": [[i] for i in range(len(lengths))], "length": lengths})
     fields = {"data": SimpleNamespace(train=rows), "recipe": SimpleNamespace(seed=0), "collator": list}
-    stages = SimpleNamespace(**fields, tokenizer=SimpleNamespace(model_input_names=["input_ids"]))
+    return SimpleNamespace(**fields, tokenizer=SimpleNamespace(model_input_names=["input_ids"]))
+
+
+@pytest.mark.parametrize("length, size", [(13, 32), (512, 4), (1500, 1), (5000, 1)])
+def test_batches_of_long_rows_are_small(length, size):
+    batches = list(Stages.calibration(stages_with([length] * 70), 64))
+    assert [len(batch) for batch in batches] == [size] * (64 // size)
+
+
+def test_cuts_read_other_training_rows_while_there_are_any():
+    stages = stages_with([1] * 10)
     read = [{row["input_ids"][0] for batch in Stages.calibration(stages, 4, cut) for row in batch} for cut in range(4)]
     assert [len(each) for each in read] == [4] * 4
     assert len(read[0] | read[1]) == 8 and len(read[0] | read[1] | read[2]) == 10
