@@ -18,6 +18,16 @@ OPTIONS = {
 }
 """Options that are not called as their field is."""
 
+AS_NAMED = {
+    *(f"data.{name}" for name in ("task", "columns", "max_length")),
+    *(
+        f"pruning.{name}"
+        for name in ("keep", "units", "criterion", "cost", "scope", "round_to", "uniform", "compensate")
+    ),
+    "pruning.calibration_examples",
+}
+"""Fields with an option of their name; others are given by `--set`."""
+
 
 @contextmanager
 def as_options(model: str = "MODEL") -> Iterator[None]:
@@ -35,12 +45,10 @@ def as_options(model: str = "MODEL") -> Iterator[None]:
 
 
 def _option_name(field: str, model: str) -> str:
-    section, _, name = field.partition(".")
     if field == "model":
         return model
-    if field in OPTIONS or section not in ("pruning", "data"):
-        return OPTIONS.get(field, field)
-    return "--" + name.split(".")[0].replace("_", "-")
+    name = ".".join(field.split(".")[:2])  # data.columns.text: --columns
+    return OPTIONS.get(name, "--" + name.partition(".")[2].replace("_", "-") if name in AS_NAMED else field)
 
 
 def read_columns(text: str | None) -> dict[str, str] | None:

@@ -75,7 +75,7 @@ def nearest(path: Path) -> Path:
 def _writable(folder: Path, field: str, given: Path, kind: str) -> None:
     above = nearest(folder)
     try:
-        with tempfile.TemporaryFile(dir=above):  # nameless: permissions alone do not tell
+        with tempfile.TemporaryFile(dir=above, suffix=".partial"):  # permissions alone do not tell
             pass
     except OSError:
         raise InputError(field, str(given), f"{kind} that can be written ({above} cannot)") from None

@@ -162,7 +162,7 @@ def test_prune_takes_every_other_field_of_a_recipe_by_set(folder, calls):
     assert result.exit_code == 0, result.output
     (recipe,) = calls
     assert (recipe.pruning.cuts, recipe.seed, recipe.evaluation.latency.batch_size) == (3, 7, 2)
-    assert refused(*args, "pruning.cutts=3")[0].startswith("--cutts: got 3; accepted: 'cuts' (the nearest)")
+    assert refused(*args, "pruning.cutts=3")[0].startswith("pruning.cutts: got 3; accepted: 'cuts' (the nearest)")
 
 
 def test_prune_names_the_pipelines_faults_after_its_options(folder, calls, monkeypatch):
