@@ -165,6 +165,7 @@ class Cutter:
             loss if needs_gradients else None,
             moments=section.compensate,
             moment_share=section.moment_share,
+            hidden_moments=self._hidden_moments,
             hidden=file is not None or "hidden" in section.units,
             precision=self._precision,
             checkpointing=section.checkpointing,
@@ -178,6 +179,11 @@ class Cutter:
             with_loss = needs_gradients or needs_without
             _keep(statistics, file, {**identity, "loss": loss if with_loss else None})
         return statistics
+
+    @property
+    def _hidden_moments(self) -> bool:
+        """Whether compensation needs second moments of the residual stream."""
+        return self.section.compensate and "hidden" in self.section.units
 
     @property
     def _precision(self) -> torch.dtype | None:
@@ -197,6 +203,8 @@ class Cutter:
         needs_loss = needs_gradients or self.section.criterion == "leave_one_out"
         if needs_loss and record.get("loss") not in (self.loss, *([] if needs_gradients else [None])):
             return False
+        if self._hidden_moments and not record.get("hidden_moments"):
+            return False
         return (record["gradients"] or not needs_gradients) and (record["moments"] or not self.section.compensate)
 
 
@@ -210,6 +218,7 @@ def _keep(statistics: Statistics, file: Path, record: dict[str, Any]) -> None:
     with written_whole(file) as path:
         statistics.save(path)
     record |= {"gradients": statistics.has_gradients, "moments": bool(statistics.moments)}
+    record |= {"hidden_moments": bool(statistics.hidden_moments)}
     with written_whole(_record_of(file)) as path:
         path.write_text(json.dumps(record) + "\n")
 

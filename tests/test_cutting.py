@@ -141,7 +141,7 @@ def test_another_budget_or_criterion_reads_the_file_and_no_data(model, tmp_path,
     for pruning in (
         {"criterion": "wanda"},
         {"criterion": "magnitude"},
-        {"units": ["hidden", "neurons"]},
+        {"units": ["hidden", "neurons"], "compensate": False},
         {"compensate": False},
     ):
         again = cutter(tmp_path, Counted(model), **pruning).cut(model, model, 0.3, file)

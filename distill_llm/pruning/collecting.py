@@ -7,9 +7,9 @@ nothing (`attention_mask`).
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from itertools import chain, islice
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from distill_llm.errors import InputError
@@ -18,12 +18,12 @@ from distill_llm.pruning.calibration_loss import Loss, calibration_loss
 from distill_llm.pruning.families import family_of, layers_of, width_of
 from distill_llm.pruning.fast_backward import fast_backward
 from distill_llm.pruning.forwarding import checkpointed, frozen
-from distill_llm.pruning.modeling_pruned import hidden_dims
 from distill_llm.pruning.moments import MomentsSum
 from distill_llm.pruning.sharding import process, sum_over_processes
 from distill_llm.pruning.statistics import Statistics
+from distill_llm.pruning.stream import seen, stream_norms, stream_tensors
 from distill_llm.pruning.structure import head_size_of, linear, sizes_of, weight_of
-from distill_llm.pruning.taps import CalibrationBatch, layer_hook, norm_hook, tap_hook
+from distill_llm.pruning.taps import CalibrationBatch, layer_hook, moments_hook, norm_hook, tap_hook
 from distill_llm.pruning.unit_sums import UnitSums, stacked
 from distill_llm.pruning.weights import unit_weights
 
@@ -37,6 +37,7 @@ def collect_statistics(
     moments: bool = True,
     moment_share: float | None = None,
     hidden: bool = True,
+    hidden_moments: bool = False,
     exact: bool = False,
     precision: torch.dtype | None = None,
     checkpointing: bool = False,
@@ -59,6 +60,8 @@ def collect_statistics(
             inverse; None: all until there are half as many as channels, then one in four. All take about half a forward
             pass more.
         hidden: also collect statistics of the residual stream's channels.
+        hidden_moments: also collect the second moments that compensation of its channels needs: for each tensor that a norm
+            of the stream gives out or linears read, as many fp32 numbers as channels squared.
         exact: keep the backward products in the model's precision. Otherwise those of fp32 linears run in bf16 where the
             device is faster at it; ranks hardly move (see `fast_backward`).
         precision: run the forward pass under autocast in this dtype, and so the backward pass; sums are in fp32.
@@ -87,12 +90,16 @@ def collect_statistics(
     similarity = torch.zeros(len(layers), device=device)
     generator = torch.Generator(device=device)
     state = CalibrationBatch(device, loss is not None)
+    batches = iter(dataloader)
+    shown = list(islice(batches, 1))  # on every process, whoever collects of this batch
+    found = stream_tensors(model, shown[0]) if hidden_moments and shown else []
+    stream = {tensor: MomentsSum(width_of(model), device, moment_share) for tensor in found}
     rank, processes = process() if sharded else (0, 1)
     examples = tokens = 0
 
     with ExitStack() as stack:
         stack.enter_context(frozen(model))
-        from_embeddings = loss is not None and (hidden or checkpointing)
+        from_embeddings = loss is not None and (hidden or hidden_moments or checkpointing)
         if from_embeddings:  # gradients of all channels, or of what every layer reads: back to the very embeddings
             begin = model.get_input_embeddings().register_forward_hook(lambda m, a, o: o.detach().requires_grad_())
             stack.callback(begin.remove)
@@ -101,8 +108,10 @@ def collect_statistics(
             hook = tap_hook(state, sums[i], second[i] if second else None, first)
             stack.callback(module.register_forward_pre_hook(hook).remove)
         if channels is not None:
-            for norm in _norms(model):
+            for norm in stream_norms(model).values():
                 stack.callback(norm.register_forward_hook(norm_hook(state, channels)).remove)
+        for tensor, its in stream.items():
+            stack.enter_context(seen(model, tensor, moments_hook(state, its)))
         if loss is not None and not exact and precision is None:
             stack.enter_context(fast_backward(layers))
         if loss is not None and checkpointing:
@@ -110,7 +119,7 @@ def collect_statistics(
         for i, layer in enumerate(layers):
             hook = layer_hook(state, layer_sums[i], similarity, i)
             stack.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
-        for number, batch in enumerate(dataloader):
+        for number, batch in enumerate(chain(shown, batches)):
             mask, before = valid_tokens(batch), tokens
             examples, tokens = examples + len(mask), tokens + int(mask.sum())
             if number % processes != rank:
@@ -125,7 +134,7 @@ def collect_statistics(
             if total is not None:
                 total.backward()
                 if channels is not None:
-                    channels.add_gradients(state.channels)
+                    channels.add_gradients(state.channel_effects)
 
     if sharded:
         parts: list[UnitSums | MomentsSum] = [
@@ -133,6 +142,7 @@ def collect_statistics(
             *layer_sums,
             *([channels] if channels is not None else []),
             *second,
+            *stream.values(),
         ]
         sum_over_processes([similarity, *(tensor for part in parts for tensor in part.tensors())])
     weights = unit_weights(model, hidden=hidden)
@@ -153,14 +163,5 @@ def collect_statistics(
         examples=examples,
         tokens=tokens,
         has_gradients=loss is not None,
+        hidden_moments=tuple((tensor, its.finish()) for tensor, its in stream.items()),
     )
-
-
-def _norms(model: PreTrainedModel) -> list[nn.Module]:
-    """The norms over the residual stream."""
-    found = []
-    for name in hidden_dims(model):
-        path, _, last = name.rpartition(".")
-        if last == "weight" and "Norm" in type(module := model.get_submodule(path)).__name__:
-            found.append(module)
-    return found

@@ -1,8 +1,10 @@
 """What one pass over calibration data finds about every unit of a model, and its file."""
 
+import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -36,6 +38,13 @@ class UnitStatistics:
     magnitude_l1: torch.Tensor
 
 
+class StreamTensor(NamedTuple):
+    """A tensor over the residual stream's channels: the names of the norm that gives it out ("": none) and of its readers."""
+
+    norm: str
+    readers: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Statistics:
     """What one pass found. `heads` (KV groups where queries share keys), `neurons` and `queries` hold a row per layer;
@@ -46,6 +55,8 @@ class Statistics:
         without: per layer, the loss per example without it, less that of the whole model; None if it was not asked for.
         moments: per layer, weighted first and second moments of the inputs of the attention-output and FFN-down linears; empty if
             they were not asked for.
+        hidden_moments: the same of what the norms of the residual stream give out and linears read; empty if they were not asked
+            for.
         examples, tokens: how many were seen, padding left out.
         has_gradients: whether a loss was given.
     """
@@ -63,6 +74,7 @@ class Statistics:
     tokens: int
     has_gradients: bool
     without: torch.Tensor | None = None
+    hidden_moments: tuple[tuple[StreamTensor, Moments], ...] = ()
 
     def save(self, path: str | os.PathLike) -> None:
         """Write as safetensors."""
@@ -76,7 +88,10 @@ class Statistics:
         for i, pair in enumerate(self.moments):
             for kind, moments in zip(("attention", "ffn"), pair, strict=True):
                 tensors[f"moments.{i}.{kind}.mean"], tensors[f"moments.{i}.{kind}.second"] = moments
+        for i, (_, moments) in enumerate(self.hidden_moments):
+            tensors[f"hidden_moments.{i}.mean"], tensors[f"hidden_moments.{i}.second"] = moments
         metadata = {name: str(int(getattr(self, name))) for name in ("examples", "tokens", "has_gradients")}
+        metadata["hidden_moments"] = json.dumps([tensor for tensor, _ in self.hidden_moments])
         save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata)
 
     @classmethod
@@ -91,8 +106,8 @@ class Statistics:
                     UnitStatistics(*(get(f"{kind}.{i}.{f.name}") for f in fields(UnitStatistics))) for i in range(count)
                 )
 
-            def moments(i: int, kind: str) -> Moments:
-                return Moments(get(f"moments.{i}.{kind}.mean"), get(f"moments.{i}.{kind}.second"))
+            def moments(name: str) -> Moments:
+                return Moments(get(f"{name}.mean"), get(f"{name}.second"))
 
             count = sum(name.startswith("moments.") and name.endswith(".ffn.mean") for name in names)
             return cls(
@@ -104,9 +119,13 @@ class Statistics:
                 ffn=units("ffn")[0],
                 hidden=units("hidden")[0],
                 similarity=get("similarity"),
-                moments=tuple((moments(i, "attention"), moments(i, "ffn")) for i in range(count)),
+                moments=tuple((moments(f"moments.{i}.attention"), moments(f"moments.{i}.ffn")) for i in range(count)),
                 examples=int(meta["examples"]),
                 tokens=int(meta["tokens"]),
                 has_gradients=bool(int(meta["has_gradients"])),
                 without=get("without") if "without" in names else None,
+                hidden_moments=tuple(
+                    (StreamTensor(norm, tuple(readers)), moments(f"hidden_moments.{i}"))
+                    for i, (norm, readers) in enumerate(json.loads(meta["hidden_moments"]))
+                ),
             )

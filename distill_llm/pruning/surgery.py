@@ -20,10 +20,18 @@ from distill_llm.pruning.families import (
     lineage_of,
     pack_indices,
 )
-from distill_llm.pruning.modeling_pruned import all_queries, kept_channels, pruned_class, shrink, stock_class
+from distill_llm.pruning.modeling_pruned import (
+    all_queries,
+    kept_channels,
+    layer_prefix,
+    pruned_class,
+    shrink,
+    stock_class,
+)
 from distill_llm.pruning.moments import Moments, compensate_linear
 from distill_llm.pruning.plan import PruningPlan
 from distill_llm.pruning.statistics import Statistics
+from distill_llm.pruning.stream import repaired_stream
 from distill_llm.pruning.structure import hidden_size, linear, sizes_of, weight_of
 
 # What configs say layer by layer.
@@ -71,7 +79,7 @@ def prune(model: PreTrainedModel, plan: PruningPlan, compensate: Statistics | No
 
     Args:
         compensate: statistics of this very model with second moments; fold what is removed into what stays (see
-            `compensate_linear`).
+            `compensate_linear`): heads and neurons, and channels of the residual stream where they have `hidden_moments`.
 
     Raises:
         InputError: if the plan does not fit the model, the model is not in memory whole, or the statistics have no moments or
@@ -83,12 +91,16 @@ def prune(model: PreTrainedModel, plan: PruningPlan, compensate: Statistics | No
     lineage, hidden = compose_lineage(model, plan), _compose_hidden(model, plan)
     rows = [LayerLineage(row.source, row.heads, row.neurons, row.queries) for row in plan.layers]
     repaired = {} if compensate is None else _repaired(model, rows, plan, compensate)
+    if compensate is not None and plan.hidden is not None:
+        repaired |= repaired_stream(model, rows, torch.tensor(plan.hidden), compensate)
     stock = _stock_record(model.config)
     student = _structure_of(model)
     shrink(student, rows, plan.hidden, original=lineage, values=True)
     family = family_of(student)
-    for (index, path), (weight, bias) in repaired.items():
-        module = linear(layers_of(student)[index], path)
+    modules: dict[str, Any] = dict(student.named_modules())
+    for name, (weight, bias) in repaired.items():
+        if (module := modules.get(name)) is None:  # of an attention that is gone
+            continue
         module.weight = nn.Parameter((weight.T if isinstance(module, Conv1D) else weight).contiguous())
         if bias is not None:
             module.bias = nn.Parameter(bias)
@@ -134,9 +146,10 @@ def _compose_hidden(model: PreTrainedModel, plan: PruningPlan) -> tuple[int, ...
 
 def _repaired(
     model: PreTrainedModel, rows: list[LayerLineage], plan: PruningPlan, statistics: Statistics
-) -> dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor | None]]:
-    """Compensated weight (outputs, kept inputs) and bias of the attention-output and FFN-down linears that lose an input."""
-    family, dims, found = family_of(model), dims_of(model.config), {}
+) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
+    """Compensated weight (outputs, kept inputs) and bias of the attention-output and FFN-down linears that lose an input, by
+    the student's names."""
+    family, dims, prefix, found = family_of(model), dims_of(model.config), layer_prefix(model), {}
     out = slice(None) if plan.hidden is None else torch.tensor(plan.hidden)
     sizes = sizes_of(model)
     for index, row in enumerate(rows):
@@ -147,7 +160,7 @@ def _repaired(
             if len(kept) == len(moments.mean):
                 continue
             weight, bias = compensate_linear(weight_of(module), module.bias, moments, kept)
-            found[index, path] = weight[out], None if bias is None else bias[out]
+            found[f"{prefix}{index}.{path}"] = weight[out], None if bias is None else bias[out]
     return found
 
 

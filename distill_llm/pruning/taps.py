@@ -22,6 +22,9 @@ class CalibrationBatch:
         before: valid tokens of all batches before this one.
         keys: (valid tokens,) random numbers in [0, 1) that second moments choose tokens by.
         channels: (B, C), sums over the norms so far of the effects of the residual stream's channels; 0 before the first.
+        norms: how many these are.
+        last_norm: what the last norm gave out; None before the first.
+        in_series: whether a layer gave out what a norm did: the residual stream goes from norm to norm.
         with_loss: whether there is a backward pass.
     """
 
@@ -30,6 +33,9 @@ class CalibrationBatch:
     before: int
     keys: torch.Tensor
     channels: torch.Tensor
+    norms: int
+    last_norm: torch.Tensor | None
+    in_series: bool
 
     def __init__(self, device: torch.device, with_loss: bool):
         self.device, self.with_loss = device, with_loss
@@ -43,7 +49,17 @@ class CalibrationBatch:
         self.mask = rows.to(self.device, torch.float32)
         self.keys = torch.rand(len(places), generator=generator, device=self.device)
         self.channels = torch.zeros((), device=self.device)
+        self.norms, self.last_norm, self.in_series = 0, None, False
         return len(places)
+
+    @property
+    def channel_effects(self) -> torch.Tensor:
+        """(B, C): the effect of each channel of the residual stream, once it is known of all norms.
+
+        Norms that read the stream side by side add up. In series each has the effect of all that follow in its own: there a
+        channel that is taken out at all of n norms would count about n times, and the mean is what it does.
+        """
+        return self.channels / self.norms if self.in_series and self.norms else self.channels
 
     @property
     def skipped(self) -> bool:
@@ -53,6 +69,12 @@ class CalibrationBatch:
     def fp32(self) -> torch.autocast:
         """A context in which autocast is off."""
         return torch.autocast(self.device.type, enabled=False)
+
+    def by_token(self, values: torch.Tensor) -> torch.Tensor | None:
+        """(R, T, C) of values of this shape or of one row per token (OPT's FFN); None if they are not of all tokens."""
+        if values.dim() == 3 and values.shape[:2] == self.mask.shape:
+            return values
+        return values.unflatten(0, self.mask.shape) if values.shape[:-1] == (self.mask.numel(),) else None
 
     def pack(self, values: torch.Tensor) -> torch.Tensor:
         """(R, T, C) -> (valid tokens, C)."""
@@ -85,7 +107,8 @@ def tap_hook(batch: CalibrationBatch, sums: UnitSums, moments: MomentsSum | None
         if batch.skipped:
             return None
         entering = args[0]
-        value = entering.detach()
+        value = batch.by_token(entering.detach())
+        assert value is not None
         with batch.fp32():
             sums.activation += _squares(batch.pack(value))
             if not batch.with_loss:
@@ -98,6 +121,7 @@ def tap_hook(batch: CalibrationBatch, sums: UnitSums, moments: MomentsSum | None
 
         def backward(gradient: torch.Tensor) -> None:
             with batch.fp32():
+                gradient = gradient.view_as(value)
                 sums.add_gradients(batch.per_example(value, gradient))
                 batch.add_moments(moments, value, gradient)
 
@@ -111,15 +135,17 @@ def norm_hook(batch: CalibrationBatch, channels: UnitSums) -> Callable:
     """After a norm of the residual stream: statistics of its output's channels."""
 
     def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        value = output.detach()
-        if batch.skipped or value.shape[:2] != batch.mask.shape:  # a head on chosen tokens: not the stream itself
+        batch.last_norm = output.detach()
+        value = batch.by_token(batch.last_norm)
+        if batch.skipped or value is None:  # a head on chosen tokens: not the stream itself
             return
         with batch.fp32():
             channels.activation += _squares(batch.pack(value))
 
         def backward(gradient: torch.Tensor) -> None:
             with batch.fp32():
-                batch.channels = batch.channels + batch.per_example(value, gradient)
+                batch.channels = batch.channels + batch.per_example(value, gradient.view_as(value))
+                batch.norms += 1
 
         if batch.with_loss and output.requires_grad:
             output.register_hook(backward)
@@ -127,14 +153,39 @@ def norm_hook(batch: CalibrationBatch, channels: UnitSums) -> Callable:
     return hook
 
 
+def moments_hook(batch: CalibrationBatch, moments: MomentsSum) -> Callable:
+    """Given a tensor over the residual stream's channels at every forward: its second moments."""
+
+    def see(tensor: torch.Tensor) -> None:
+        if batch.skipped:
+            return
+        value = batch.by_token(tensor.detach())
+        if value is None:  # a head's on chosen tokens, or not of tokens: all count
+            with batch.fp32():
+                moments.add(tensor.detach().flatten(0, -2))
+        elif not batch.with_loss or not tensor.requires_grad:
+            with batch.fp32():
+                batch.add_moments(moments, value, None)
+        else:
+            tensor.register_hook(lambda gradient: _add_within(batch, moments, value, gradient))
+
+    return see
+
+
+def _add_within(batch: CalibrationBatch, moments: MomentsSum, value: torch.Tensor, gradient: torch.Tensor) -> None:
+    with batch.fp32():
+        batch.add_moments(moments, value, gradient.view_as(value))
+
+
 def layer_hook(batch: CalibrationBatch, sums: UnitSums, similarity: torch.Tensor, index: int) -> Callable:
     """After a layer, with kwargs: statistics of what it adds to its input, and the sum of their cosines at `index`."""
 
     def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        out = output[0] if isinstance(output, tuple) else output
+        batch.in_series |= batch.last_norm is not None and out.data_ptr() == batch.last_norm.data_ptr()
         if batch.skipped:
             return
         before = (args[0] if args else kwargs["hidden_states"]).detach()
-        out = output[0] if isinstance(output, tuple) else output
         after = out.detach()
         with batch.fp32():
             old, new = batch.pack(before).float(), batch.pack(after).float()

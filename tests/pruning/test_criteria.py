@@ -159,8 +159,11 @@ def test_fisher_and_taylor_rank_every_kind_of_unit_as_brute_force_does(small_par
         correlation = spearmanr(values, measured).statistic
         print(f"{family}, {kind}, {criterion}: rank correlation {correlation:.3f} over {len(values)} units")
         assert correlation > least
-        if kind not in ("hidden", "channels"):
-            assert values.sum() == pytest.approx(float(measured.sum()), rel=0.1), "not in order only"
+        ratio = float(values.sum() / measured.sum())
+        if kind == "hidden":
+            assert 0.5 < ratio < 2, "as dear as heads and neurons are"
+        elif kind != "channels":
+            assert ratio == pytest.approx(1, rel=0.1), "not in order only"
 
 
 def made_linear(family):

@@ -41,7 +41,7 @@ def statistics_of(case: str) -> Statistics:
     batches = [random_batch(model, batch=2 + i % 3, length=6 + i, seed=i) for i in range(count)]
     if case == "llama":
         batches = [{**b, "labels": b["input_ids"].masked_fill(b["attention_mask"] == 0, -100)} for b in batches]
-    found = collect_statistics(model, batches, loss, exact=True, sharded=True)
+    found = collect_statistics(model, batches, loss, hidden_moments=True, exact=True, sharded=True)
     return leave_one_out(model, batches, found, "labels" if loss == "labels" else "kl", sharded=True)
 
 
