@@ -21,8 +21,8 @@ def join(optimizer: Optimizer, projections: nn.Module, weight_decay: float) -> N
 
     Under FSDP2 they join after the student was sharded: its parameters are looked up in the optimizer then.
     """
-    parameters = list(projections.parameters())
-    if parameters and optimizer.param_groups[-1]["params"][0] is not parameters[0]:
+    parameters, last = list(projections.parameters()), optimizer.param_groups[-1]["params"]
+    if parameters and not (last and last[0] is parameters[0]):  # of adapters the last group may be empty
         optimizer.add_param_group({"params": parameters, "weight_decay": weight_decay})
 
 

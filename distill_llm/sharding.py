@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,9 +19,7 @@ def whole(model: nn.Module) -> Iterator[None]:
     """
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
     # What `set_reshard_after_forward` changes cannot be asked for; parts differ (the last ones keep their weights anyway).
-    groups = {
-        group: group.post_forward_mesh_info for part in parts for group in part._get_fsdp_state()._fsdp_param_groups
-    }
+    groups = {group: group.post_forward_mesh_info for part in parts for group in _groups(part)}
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
@@ -31,6 +30,12 @@ def whole(model: nn.Module) -> Iterator[None]:
             group.post_forward_mesh_info = mesh
         for part in parts:
             part.reshard()
+
+
+def _groups(part: FSDPModule) -> list[Any]:
+    state: Any = part._get_fsdp_state()
+    found = getattr(state, "_fsdp_param_groups", None)  # one at most before there could be several
+    return [group for group in ([state._fsdp_param_group] if found is None else found) if group is not None]
 
 
 def clip_with(

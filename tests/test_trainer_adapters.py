@@ -45,6 +45,14 @@ def test_the_terms_of_an_adapted_student_are_those_of_the_merged_one(tmp_path):
         assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-4), name
 
 
+def test_adapters_learn_beside_projections_of_another_width(tmp_path):
+    teacher, student = causal_model(layers=4), with_lora(causal_model(layers=2, seed=1, hidden_size=24))
+    found, _ = step_gradient(tmp_path, student, teacher, rows(teacher), {"hidden": {"layers": "last"}})
+    projections = [name for name in found if name.startswith("projection")]
+    assert projections and len(found) > len(projections)
+    assert all(found[name].abs().sum() > 0 for name in found if "lora_A" in name or name in projections)
+
+
 def test_training_moves_adapters_only_and_a_resumed_one_ends_with_the_same(tmp_path):
     teacher, student = causal_model(), with_lora(causal_model(layers=2, seed=1))
     before, data, ends = copy.deepcopy(student.state_dict()), rows(teacher, count=12), []
