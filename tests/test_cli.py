@@ -24,6 +24,17 @@ from distill_llm.recipe import Recipe, recipe_names
 
 COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands]
 
+EVALUATE = [
+    "evaluate",
+    "teacher",
+    "--task",
+    "classification",
+    "--data",
+    "rows.csv",
+    "--columns",
+    "text=review,label=mood",
+]
+
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
@@ -242,35 +253,15 @@ def test_evaluate_saves_the_share_of_right_predictions(folder, glue_dir):
     assert accuracy == pytest.approx(right / 40) and f"{right / 40:.4f}" in result.stdout
 
 
-def test_evaluate_refuses_what_it_cannot_write_and_prompts_too_long_before_it_loads_weights(folder):
-    args = [
-        "evaluate",
-        "teacher",
-        "--task",
-        "classification",
-        "--data",
-        "rows.csv",
-        "--columns",
-        "text=review,label=mood",
-    ]
+def test_evaluate_refuses_what_it_cannot_write_and_a_metric_of_other_tasks(folder):
     for taken in ("teacher", "rows.csv/metrics.json"):
-        (line,) = refused(*args, "--output", taken)
+        (line,) = refused(*EVALUATE, "--output", taken)
         assert line.startswith(f"--output: got {taken!r}; accepted: the path of a file that can be written")
-    assert refused(*args, "--metric", "exact_match")[0].startswith("--metric: got 'exact_match'")
+    assert refused(*EVALUATE, "--metric", "exact_match")[0].startswith("--metric: got 'exact_match'")
 
 
 def test_quiet_shows_no_bar_and_no_warning(folder):
-    args = [
-        "evaluate",
-        "teacher",
-        "--task",
-        "classification",
-        "--data",
-        "rows.csv",
-        "--columns",
-        "text=review,label=mood",
-    ]
-    loud, quiet = python("-m", "distill_llm", *args), python("-m", "distill_llm", "--quiet", *args)
+    loud, quiet = python("-m", "distill_llm", *EVALUATE), python("-m", "distill_llm", "--quiet", *EVALUATE)
     assert "Evaluating" in loud.stderr
     assert quiet.returncode == 0 and quiet.stderr == "" and "accuracy" in quiet.stdout
 

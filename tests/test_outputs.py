@@ -105,6 +105,9 @@ def test_statistics_may_be_new_or_ours(home):
     usable_statistics(home / "s.safetensors", "statistics")  # as a stop between the two files leaves it
     (home / "s.json").write_text(json.dumps(RECORD))
     usable_statistics(home / "s.safetensors", "statistics")
+    kept = contents(home)
+    usable_statistics(home / "s.safetensors", "statistics")
+    assert contents(home) == kept and not (home / "new").exists()
     (home / "s.safetensors").unlink()
     usable_statistics(home / "s.safetensors", "statistics")
 
