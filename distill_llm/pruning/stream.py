@@ -23,9 +23,6 @@ from distill_llm.pruning.moments import Moments, compensate_linear
 from distill_llm.pruning.statistics import Statistics, StreamTensor
 from distill_llm.pruning.structure import sizes_of, weight_of
 
-# Share of the mean diagonal of second moments that is added to each when columns of the stream's readers are fitted.
-RIDGE = 0.1
-
 
 def stream_norms(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The norms over the residual stream, by name."""
@@ -137,7 +134,7 @@ def repaired_stream(
             if name == tensor.norm:
                 found[own] = rescaled_norm(module, moments, kept)
                 continue
-            weight, bias = compensate_linear(weight_of(module), module.bias, moments, kept, RIDGE)
+            weight, bias = compensate_linear(weight_of(module), module.bias, moments, kept)
             outputs: Any = slice(None)
             into = int(not isinstance(module, Conv1D))
             if 1 - into in spans[f"{name}.weight"]:

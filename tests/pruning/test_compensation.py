@@ -11,7 +11,7 @@ from pruning_examples import inputs_of, layers_in, linears_in, plan_of, without
 from distill_llm.counting import _LiveStorages
 from distill_llm.errors import InputError
 from distill_llm.pruning.collecting import collect_statistics
-from distill_llm.pruning.moments import Moments, MomentsSum, compensate_linear
+from distill_llm.pruning.moments import RIDGE, Moments, MomentsSum, compensate_linear
 from distill_llm.pruning.plan import full_plan, keep_layers
 from distill_llm.pruning.surgery import prune
 
@@ -118,7 +118,7 @@ def least_squares(weight, x, kept, intercept):
     kept = kept.tolist()
     removed = [j for j in range(x.shape[1]) if j not in kept]
     inputs = np.hstack([x[:, kept], np.ones((len(x), int(intercept)))]) / np.sqrt(len(x))
-    ridge = np.sqrt(1e-3 * np.mean(x**2)) * np.eye(len(kept), inputs.shape[1])
+    ridge = np.sqrt(RIDGE * np.mean(x**2)) * np.eye(len(kept), inputs.shape[1])
     target = x[:, removed] @ weight[:, removed].T / np.sqrt(len(x))
     rows = np.vstack([target, np.zeros((len(kept), len(weight)))])
     found = np.linalg.lstsq(np.vstack([inputs, ridge]), rows, rcond=None)[0].T

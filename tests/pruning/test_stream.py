@@ -8,7 +8,7 @@ from family_examples import EVERY, HIDDEN, family_batch, family_model, outputs_o
 from torch import nn
 
 from distill_llm.errors import InputError
-from distill_llm.pruning import stream
+from distill_llm.pruning import moments, stream
 from distill_llm.pruning.collecting import collect_statistics
 from distill_llm.pruning.modeling_pruned import hidden_dims
 from distill_llm.pruning.moments import MomentsSum
@@ -90,7 +90,7 @@ def doubled(name, factor):
 @pytest.mark.parametrize(("name", "factor"), [("bert", 1), ("llama", 2), ("llama", -0.5), ("gpt2", 1)])
 def test_channels_that_follow_from_the_kept_ones_are_removed_without_loss(name, factor, monkeypatch):
     """RMS norms over half of such a stream are off by the same factor in every token."""
-    monkeypatch.setattr(stream, "RIDGE", 1e-9)
+    monkeypatch.setattr(moments, "RIDGE", 1e-9)
     model = doubled(name, factor)
     plan = keeping(model, range(HALF))
     assert error(prune(model, plan), model) > 0.1
@@ -128,7 +128,7 @@ def test_the_weights_solve_the_least_squares_of_what_readers_see(name):
     )
     columns, made = ((m.weight.T if "c_" in reader else m.weight).detach().double() for m in (old, new))
     constant = torch.ones(len(x), int(old.bias is not None), dtype=torch.float64)
-    ridge = (stream.RIDGE * x.square().mean() * len(x)).sqrt() * torch.eye(len(kept), len(kept) + constant.shape[1])
+    ridge = (moments.RIDGE * x.square().mean() * len(x)).sqrt() * torch.eye(len(kept), len(kept) + constant.shape[1])
     rows, target = torch.cat([torch.cat([x[:, kept], constant], 1), ridge]), x[:, gone] @ columns[:, gone].T
     solved = torch.linalg.lstsq(rows, torch.cat([target, torch.zeros(len(kept), target.shape[1]).double()])).solution
     torch.testing.assert_close(made, columns[:, kept] + solved[: len(kept)].T, rtol=1e-3, atol=1e-4)
