@@ -35,10 +35,8 @@ from distill_llm.teachers.caching import cached_teacher
 from distill_llm.teachers.quantized import load_teacher
 from distill_llm.trainer import DistillationConfig, DistillationTrainer
 
-CALIBRATION_BATCH, CALIBRATION_TOKENS = (
-    32,
-    2048,
-)  # at most, of a batch: activations and a language model's logits are held
+# At most, of a batch: its activations and a language model's logits are held.
+CALIBRATION_BATCH, CALIBRATION_TOKENS = 32, 2048
 
 
 class Stages:

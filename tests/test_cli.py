@@ -20,7 +20,7 @@ from distill_llm.cli import app
 from distill_llm.errors import InputError
 from distill_llm.faults import InputErrors
 from distill_llm.pruning.families import FAMILIES
-from distill_llm.recipe import Recipe, recipe_names
+from distill_llm.recipe import Recipe, load_recipe, recipe_names
 
 COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands]
 
@@ -148,6 +148,11 @@ def test_distill_leaves_pruning_out_and_takes_the_student(folder, calls):
     result = call("distill", "recipe.yaml", "--student", "student")
     assert result.exit_code == 0, result.output
     assert calls[0][0].pruning is None and calls[0][0].student.model == "student"
+    own = load_recipe("recipe.yaml").output_dir
+    assert calls[0][1] == own.with_name(f"{own.name}-distilled"), "beside the run that the recipe itself makes"
+    for chosen in (["--output-dir", "elsewhere"], ["--set", "output_dir=elsewhere"]):
+        assert call("distill", "recipe.yaml", "--student", "student", *chosen).exit_code == 0
+        assert calls[-1][1] == Path("elsewhere")
     (line,) = refused("distill", "recipe.yaml")
     assert line.startswith("--student: got None;") and "student.model" in line
     (line,) = refused("distill", "recipe.yaml", "--set", "pruning.keep=3", "--student", "student", "--set", "seed=x")
