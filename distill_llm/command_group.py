@@ -26,11 +26,20 @@ class CommandGroup(typer.core.TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
         except InputError as error:
             raise _told([str(fault) for fault in faults_in(error)]) from None
         except _UsageError as error:
             raise _told([error.format_message() + _hint(error)]) from None  # type: ignore[attr-defined]
+        _leave_processes()
+        return result
+
+
+def _leave_processes() -> None:
+    """End what `accelerate launch` began: the threads of a group that is left open abort the process now and then."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _told(lines: list[str]) -> typer.Exit:

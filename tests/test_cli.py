@@ -294,6 +294,12 @@ def test_recipes_lists_every_shipped_recipe():
     assert result.exit_code == 0 and all(name in result.stdout for name in recipe_names())
 
 
+def test_a_command_ends_the_process_group_that_it_ran_in():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    call("recipes")
+    assert not torch.distributed.is_initialized()
+
+
 def test_families_lists_every_family_and_what_can_be_pruned_of_it():
     result = call("families")
     assert result.exit_code == 0

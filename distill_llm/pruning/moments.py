@@ -1,6 +1,5 @@
 """Second moments of activations, and the closed-form compensation that uses them."""
 
-from collections.abc import Iterator
 from math import ceil
 from typing import NamedTuple
 
@@ -28,19 +27,21 @@ class MomentsSum:
     """Sums x and x x^T over tokens, or over a share of them that is drawn at random and counts by its inverse.
 
     The product is in fp32: rounded to bf16 its entries made the least squares fail now and then. To keep it cheap, tokens are
-    buffered so that it runs on hundreds of rows at a time, and only the blocks of its upper triangle are made.
+    buffered so that it runs on hundreds of rows at a time, and only the blocks of its upper triangle are made and held.
 
     Args:
         channels: C.
         share: of the tokens that count; None: all until there are half as many as channels, then one in four.
     """
 
-    rows = 512
-    blocks = 4
+    rows = 256
+    blocks = 6
 
     def __init__(self, channels: int, device: torch.device, share: float | None = None):
         self.sum = torch.zeros(channels, device=device)
-        self.second = torch.zeros(channels, channels, device=device)
+        size = -(-channels // self.blocks) or 1  # no channels: a module with nothing left
+        self._starts = range(0, channels, size)
+        self._upper = [torch.zeros(min(size, channels - i), channels - i, device=device) for i in self._starts]
         self.weight = torch.zeros((), device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
         self.share = share
         self._buffer: list[torch.Tensor] = []
@@ -82,29 +83,28 @@ class MomentsSum:
         if not self._buffer:
             return
         x = torch.cat(self._buffer)
-        for rows, columns in self._upper():
-            self.second[rows, columns].addmm_(x[:, rows].T, x[:, columns])
+        for start, block in zip(self._starts, self._upper, strict=True):
+            block.addmm_(x[:, start : start + len(block)].T, x[:, start:])
         self._buffer, self._waiting = [], 0
 
-    def _upper(self) -> Iterator[tuple[slice, slice]]:
-        """Rows and columns of the blocks that cover the upper triangle, a row of blocks at a time."""
-        channels = len(self.sum)
-        size = -(-channels // self.blocks) or 1  # no channels: a module with nothing left
-        for start in range(0, channels, size):
-            yield slice(start, min(start + size, channels)), slice(start, channels)
-
     def tensors(self) -> list[torch.Tensor]:
-        """All sums."""
+        """All sums: rows from the diagonal on, a block of rows at a time."""
         self._flush()
-        return [self.weight, self.sum, self.second]
+        return [self.weight, self.sum, *self._upper]
 
     def finish(self) -> Moments:
-        """The means over all tokens added. Made in place of the sums: nothing can be added any more."""
+        """The means over all tokens added. The sums are gone then: nothing can be added any more."""
         self._flush()
-        for rows, _ in self._upper():
-            self.second[rows.stop :, rows] = self.second[rows, rows.stop :].T
         total = torch.where(self.weight > 0, self.weight, 1.0).float()
-        return Moments(self.sum.div_(total).cpu(), self.second.div_(total).cpu())
+        channels = len(self.sum)
+        second = torch.empty(channels, channels)
+        for start in reversed(self._starts):
+            block = self._upper.pop().div_(total).cpu()
+            end = start + len(block)
+            second[start:end, end:], second[end:, start:end] = block[:, len(block) :], block[:, len(block) :].T
+            square = block[:, : len(block)].triu()  # the product itself is not symmetric to the bit
+            second[start:end, start:end] = square + square.triu(1).T
+        return Moments(self.sum.div_(total).cpu(), second)
 
 
 def draw(weights: torch.Tensor, keys: torch.Tensor, take: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,7 +3,8 @@ as nearly as it can.
 
 Heads and FFN neurons go, the residual stream stays. All see the same calibration rows, and all are scored in memory:
 
-- ours: Fisher over heads and neurons together, compensated (the defaults).
+- ours: Fisher over heads and neurons together, compensated (the defaults); also in small cuts, with statistics of the same rows
+  anew after each (the recipe's `cuts`).
 - plain: each of our criteria without compensation, over all layers.
 - torch-pruning: its Taylor, L2 and Hessian importance, ranked within each layer, or over all layers (`global_pruning`; with
   `isomorphic` the matched students are the same). Whole heads go (`prune_num_heads`), the share asked for; the FFN's ratio is
@@ -177,6 +178,17 @@ def textpruner_students(given: Subject, iterations: int, folder: str) -> Iterato
         yield f"TextPruner, unequal layers, {iterations} iterations", method(False, iterations)
 
 
+def in_cuts(given: Subject, keep: float, cuts: int) -> PreTrainedModel:
+    """Ours, with statistics anew after each of `cuts` equal parts of what is removed."""
+    student, left = given.model, 1.0
+    for number in range(1, cuts + 1):
+        share = 1 - (1 - keep) * number / cuts
+        statistics = collect_statistics(student, given.batches, hidden=False)
+        plan = plan_pruning(student, score(statistics, "fisher"), share / left)
+        student, left = prune(student, plan, statistics), share
+    return student
+
+
 def plain_students(given: Subject, statistics: Statistics) -> Iterator[tuple[str, Method]]:
     """Our criteria without compensation."""
     for criterion in PLAIN:
@@ -192,16 +204,20 @@ def plain_students(given: Subject, statistics: Statistics) -> Iterator[tuple[str
 def main() -> None:
     """Print the table and one JSON line."""
     parser = arguments(__doc__)
-    parser.add_argument("--iterations", type=int, default=4, help="of TextPruner's third row; 1 leaves it out")
+    parser.add_argument("--iterations", type=int, default=4, help="of TextPruner's third row, and our cuts; 1: neither")
     args = parser.parse_args()
     given = subject(args)
-    statistics = collect_statistics(given.model, given.batches)
+    statistics = collect_statistics(given.model, given.batches, hidden=False)
     importance = score(statistics, "fisher")
     ours = [prune(given.model, plan_pruning(given.model, importance, keep), statistics) for keep in args.keep]
     counts = [count_params(student)[1] for student in ours]
     dense = given.dev(given.model)
     rows = [{"score": given.dev(s), "layer_params": n} for s, n in zip(ours, counts, strict=True)]
     result: dict[str, list[dict[str, float]]] = {"ours: fisher, compensated": rows}
+    if args.iterations > 1:
+        cut = (in_cuts(given, keep, args.iterations) for keep in args.keep)
+        found = [{"score": given.dev(s), "layer_params": count_params(s)[1]} for s in cut]
+        result[f"ours: fisher, compensated, {args.iterations} cuts"] = found
     failed: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         sources: dict[str, Iterator[tuple[str, Method]]] = {

@@ -44,13 +44,13 @@ def test_many_tokens_pass_the_buffer_and_count_once(monkeypatch):
     torch.testing.assert_close(found.mean, (weights * x).sum(0) / weights.sum())
 
 
-def test_means_are_made_in_place_of_the_sums():
+def test_sums_are_freed_as_means_are_made_and_these_are_symmetric():
     total = MomentsSum(64, torch.device("cpu"))
     total.add(torch.randn(70, 64))
     known = total.tensors()
     with _LiveStorages(known) as live:
         found = total.finish()
-    assert live.peak < found.second.nbytes / 2 and torch.equal(found.second, found.second.T)
+    assert live.peak < 1.2 * found.second.nbytes and torch.equal(found.second, found.second.T)
 
 
 def test_all_tokens_are_taken_until_half_as_many_as_channels_then_one_in_four():
@@ -90,14 +90,15 @@ def test_tokens_without_weight_take_no_place_and_the_total_is_unbiased():
     few = MomentsSum(6, torch.device("cpu"), 0.25)
     few.add(x, weights, torch.rand(40, generator=generator))
     torch.testing.assert_close(few.finish().second, exact / weights.sum())
-    total, sums = 0.0, torch.zeros(6, 6)
+    total, sums = 0.0, torch.zeros(21)
     for _ in range(4000):
         half = MomentsSum(6, torch.device("cpu"), 0.125)  # five of the ten that count
         half.add(x, weights, torch.rand(40, generator=generator))
-        weight, _, second = half.tensors()
-        total, sums = total + float(weight) / 4000, sums + second / 4000
+        weight, _, *rows = half.tensors()  # from the diagonal on
+        total, sums = total + float(weight) / 4000, sums + torch.cat([row.flatten() for row in rows]) / 4000
     assert total == pytest.approx(float(weights.sum()), rel=0.02)
-    torch.testing.assert_close(sums.triu(), exact.triu(), rtol=0, atol=0.02 * float(exact.abs().max()))
+    upper = exact[tuple(torch.triu_indices(6, 6))]
+    torch.testing.assert_close(sums, upper, rtol=0, atol=0.02 * float(exact.abs().max()))
 
 
 def test_where_the_first_token_alone_has_a_gradient_all_first_tokens_are_taken():
