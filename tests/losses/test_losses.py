@@ -136,28 +136,29 @@ def test_hidden_distance_and_gradient_equal_float64_formulas(distance, dtype):
     torch.testing.assert_close(gradient.double(), wanted, **accuracy)
 
 
-def test_attention_kl_stays_exact_for_sharp_maps_and_one_visible_key():
-    student, teacher, valid = attention_case((3, 3))
+@pytest.mark.parametrize("length", [5, 20])  # rows shorter and longer than a vector register
+def test_attention_kl_stays_exact_for_sharp_maps_and_one_visible_key(length):
+    student, teacher, valid = attention_case((3, 3), length=length)
     student, teacher = student._replace(scaling=40.0), teacher._replace(scaling=35.0)
     value = attention_distance(student, teacher, valid)
     exact = [each._replace(query=each.query.double(), key=each.key.double()) for each in (student, teacher)]
     p, q = ((each.scaling * each.query @ each.key.mT + each.bias).log_softmax(-1) for each in exact[::-1])
     expected = ((p.exp() * (p - q)).sum(-1).mean(1) * valid).sum()
     torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=0)
-    alone = torch.full((2, 1, 1, 5), torch.finfo(torch.float32).min)
+    alone = torch.full((2, 1, 1, length), torch.finfo(torch.float32).min)
     alone[..., 0] = 0
     zero = attention_distance(student._replace(bias=alone), teacher._replace(bias=alone), valid)
     assert zero.item() == pytest.approx(0, abs=1e-4)
 
 
 def attention_case(
-    heads: tuple[int, int], dtype=torch.float32
+    heads: tuple[int, int], dtype=torch.float32, length=5
 ) -> tuple[AttentionInputs, AttentionInputs, torch.Tensor]:
-    valid = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
-    bias = torch.zeros(2, 1, 1, 5).masked_fill(valid[:, None, None, :] == 0, torch.finfo(torch.float32).min)
+    valid = torch.tensor([[1] * length, [1, 1, 1] + [0] * (length - 3)])
+    bias = torch.zeros(2, 1, 1, length).masked_fill(valid[:, None, None, :] == 0, torch.finfo(torch.float32).min)
 
     def inputs(seed: int, count: int, size: int) -> AttentionInputs:
-        query, key = random_logits(seed, 2, 2, count, 5, size).to(dtype)
+        query, key = random_logits(seed, 2, 2, count, length, size).to(dtype)
         return AttentionInputs(query.requires_grad_(), key.requires_grad_(), 0.7, bias)
 
     return inputs(0, heads[0], 4), inputs(1, heads[1], 6), valid
@@ -182,8 +183,9 @@ def plain_attention_distance(student, teacher, valid, distance):
 
 @pytest.mark.parametrize("distance", ["kl", "mse"])
 @pytest.mark.parametrize("heads", [(3, 3), (2, 3)])
-def test_attention_distance_and_gradients_equal_plain_autograd_without_padding(distance, heads):
-    student, teacher, valid = attention_case(heads)
+@pytest.mark.parametrize("length", [5, 20])
+def test_attention_distance_and_gradients_equal_plain_autograd_without_padding(distance, heads, length):
+    student, teacher, valid = attention_case(heads, length=length)
     value = attention_distance(student, teacher, valid, distance)
     gradients = torch.autograd.grad(3 * value, [student.query, student.key])
     expected = plain_attention_distance(student, teacher, valid, distance)
