@@ -7,23 +7,20 @@ nothing (`attention_mask`).
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from itertools import chain, islice
 
 import torch
 from transformers import PreTrainedModel
 
 from distill_llm.errors import InputError
-from distill_llm.losses.items import valid_tokens
-from distill_llm.pruning.calibration_loss import Loss, calibration_loss
+from distill_llm.pruning.calibration_loss import Loss
+from distill_llm.pruning.calibration_pass import CalibrationPass, first_of
 from distill_llm.pruning.families import family_of, layers_of, width_of
-from distill_llm.pruning.fast_backward import fast_backward
-from distill_llm.pruning.forwarding import checkpointed, frozen
 from distill_llm.pruning.moments import MomentsSum
-from distill_llm.pruning.sharding import process, sum_over_processes
+from distill_llm.pruning.sharding import sum_over_processes
 from distill_llm.pruning.statistics import Statistics
 from distill_llm.pruning.stream import seen, stream_norms, stream_tensors
 from distill_llm.pruning.structure import head_size_of, linear, sizes_of, weight_of
-from distill_llm.pruning.taps import CalibrationBatch, layer_hook, moments_hook, norm_hook, tap_hook
+from distill_llm.pruning.taps import layer_hook, moments_hook, norm_hook, tap_hook
 from distill_llm.pruning.unit_sums import UnitSums, stacked
 from distill_llm.pruning.weights import unit_weights
 
@@ -74,10 +71,9 @@ def collect_statistics(
     Raises:
         InputError: for another `loss` or share, or batches without labels where they are needed.
     """
-    if isinstance(loss, str) and loss not in ("labels", "kl"):
-        raise InputError("loss", loss, "labels, kl, a callable (outputs, batch) -> tensor, or None")
     if moment_share is not None and not 0 < moment_share <= 1:
         raise InputError("moment_share", moment_share, "above 0 and at most 1")
+    calibration = CalibrationPass(model, loss, teacher, exact, precision, checkpointing, seed, sharded)
     family, layers, head_size, device = family_of(model), layers_of(model), head_size_of(model), model.device
     taps = [linear(layer, path) for layer in layers for path in (family.attention_out, family.ffn_out)]
     sums: list[UnitSums] = []
@@ -88,53 +84,32 @@ def collect_statistics(
     layer_sums = [UnitSums(None, (1,), device) for _ in layers]
     channels = UnitSums(None, (1,), device, width_of(model)) if hidden else None
     similarity = torch.zeros(len(layers), device=device)
-    generator = torch.Generator(device=device)
-    state = CalibrationBatch(device, loss is not None)
-    batches = iter(dataloader)
-    shown = list(islice(batches, 1))  # on every process, whoever collects of this batch
-    found = stream_tensors(model, shown[0]) if hidden_moments and shown else []
+    shown, batches = first_of(dataloader)  # on every process, whoever collects of it
+    found = stream_tensors(model, shown) if hidden_moments and shown is not None else []
     stream = {tensor: MomentsSum(width_of(model), device, moment_share) for tensor in found}
-    rank, processes = process() if sharded else (0, 1)
-    examples = tokens = 0
+    state = calibration.batch()
+
+    def add_channels() -> None:
+        if channels is not None:
+            channels.add_gradients(state.channel_effects)
 
     with ExitStack() as stack:
-        stack.enter_context(frozen(model))
-        from_embeddings = loss is not None and (hidden or hidden_moments or checkpointing)
-        if from_embeddings:  # gradients of all channels, or of what every layer reads: back to the very embeddings
-            begin = model.get_input_embeddings().register_forward_hook(lambda m, a, o: o.detach().requires_grad_())
-            stack.callback(begin.remove)
+        # Gradients of all channels, or of what every layer reads, go back to the very embeddings.
+        from_embeddings = hidden or hidden_moments or checkpointing
+        stack.enter_context(calibration.prepared(from_embeddings))
         for i, module in enumerate(taps):
             first = i == 0 and loss is not None and not from_embeddings
             hook = tap_hook(state, sums[i], second[i] if second else None, first)
-            stack.callback(module.register_forward_pre_hook(hook).remove)
+            stack.enter_context(module.register_forward_pre_hook(hook, prepend=True))  # before fast_backward's
         if channels is not None:
             for norm in stream_norms(model).values():
-                stack.callback(norm.register_forward_hook(norm_hook(state, channels)).remove)
+                stack.enter_context(norm.register_forward_hook(norm_hook(state, channels)))
         for tensor, its in stream.items():
             stack.enter_context(seen(model, tensor, moments_hook(state, its)))
-        if loss is not None and not exact and precision is None:
-            stack.enter_context(fast_backward(layers))
-        if loss is not None and checkpointing:
-            stack.enter_context(checkpointed(layers))
         for i, layer in enumerate(layers):
-            hook = layer_hook(state, layer_sums[i], similarity, i)
-            stack.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
-        for number, batch in enumerate(chain(shown, batches)):
-            mask, before = valid_tokens(batch), tokens
-            examples, tokens = examples + len(mask), tokens + int(mask.sum())
-            if number % processes != rank:
-                continue
-            # A batch's own random numbers: they are the same whichever process sees it.
-            generator.manual_seed((seed + 1) * 1_000_003 + number)
-            state.set(mask, before, generator)
-            batch = {k: v.to(device) for k, v in batch.items()}
-            autocast = torch.autocast(device.type, precision, enabled=precision is not None)
-            with torch.set_grad_enabled(loss is not None), autocast:
-                total = calibration_loss(model, batch, loss, teacher, generator)
-            if total is not None:
-                total.backward()
-                if channels is not None:
-                    channels.add_gradients(state.channel_effects)
+            of_layer = layer_hook(state, layer_sums[i], similarity, i)
+            stack.enter_context(layer.register_forward_hook(of_layer, with_kwargs=True))
+        examples, tokens = calibration.over(batches, state, add_channels)
 
     if sharded:
         parts: list[UnitSums | MomentsSum] = [
