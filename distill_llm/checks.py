@@ -31,8 +31,9 @@ from distill_llm.opening import (
     resolve_model,
 )
 from distill_llm.outputs import nearest, usable_output
-from distill_llm.pruning.families import lineage_of
+from distill_llm.pruning.families import FAMILIES, lineage_of
 from distill_llm.pruning.modeling_pruned import pruned_class
+from distill_llm.pruning.structure import second_moment_bytes
 from distill_llm.pruning_checks import check_pruning
 from distill_llm.recipe import Recipe
 from distill_llm.recipe_sections import PruningSection
@@ -291,9 +292,12 @@ def _check_disk(recipe: Recipe, teacher: PreTrainedModel) -> None:
     """The run's checkpoints fit on the disk, by a generous estimate from the teacher's size."""
     weights = 4 * sum(p.numel() for p in teacher.parameters())
     trained = recipe.distillation is not None or recipe.teacher.train is not None
-    rounds = recipe.pruning.rounds if recipe.pruning else 0
     # A copy per round, the teacher, the student, and two Trainer checkpoints (weights and two moments each).
-    needed = weights * (rounds + 2 + (6 if trained else 0))
+    needed = weights * (2 + (6 if trained else 0))
+    if (section := recipe.pruning) is not None:
+        known = teacher.config.model_type in FAMILIES  # else it is a fault already
+        held = known and section.keep is not None and section.compensate and section.moment_layers is None
+        needed += section.rounds * (weights + (second_moment_bytes(teacher) if held else 0))
     free = shutil.disk_usage(nearest(recipe.output_dir)).free
     if free < needed:
         raise InputError(

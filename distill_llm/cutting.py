@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ from transformers import PreTrainedModel
 
 from distill_llm.losses.items import kind_of
 from distill_llm.progress import progress_bar
+from distill_llm.pruning.calibration_pass import CalibrationPass
 from distill_llm.pruning.choice import Limits
 from distill_llm.pruning.collecting import collect_statistics
 from distill_llm.pruning.criteria import score
 from distill_llm.pruning.cuts import compose_plans, cut_shares
 from distill_llm.pruning.latency import latency_costs, plan_for_latency
+from distill_llm.pruning.layer_moments import LayerMoments
 from distill_llm.pruning.leave_one_out import leave_one_out
 from distill_llm.pruning.names import NEEDS_GRADIENTS
 from distill_llm.pruning.plan import PruningPlan
@@ -77,7 +79,9 @@ class Cutter:
             statistics = self.statistics(model, number, None if number else file)
             chosen = from_main_process(self._plan(model, teacher, statistics, share) if self.is_main else None)
             plan = chosen if plan is None else compose_plans(student, plan, chosen)
-            model = prune(model, chosen, statistics if self.section.compensate else None)
+            model = prune(
+                model, chosen, self._with_moments(statistics, model, number) if self.section.compensate else None
+            )
         assert plan is not None and plan.kept is not None
         if self.section.cost == "latency":
             return Cut(plan, model, plan.kept)
@@ -154,7 +158,7 @@ class Cutter:
         found: Statistics | None = None
         if file is not None:
             identity = {"model": teacher_fingerprint(model), "rows": self._rows, "precision": section.precision}
-            identity |= {"moment_share": section.moment_share} if section.compensate else {}
+            identity |= {"moment_share": section.moment_share} if self._moments else {}
             usable = from_main_process(self._usable(file, identity, needs_gradients))
             found = Statistics.load(file) if usable else None
         if found is not None and (found.without is not None or not needs_without):
@@ -163,7 +167,7 @@ class Cutter:
             model,
             self._shown(number, "Calibrating"),
             loss if needs_gradients else None,
-            moments=section.compensate,
+            moments=self._moments,
             moment_share=section.moment_share,
             hidden_moments=self._hidden_moments,
             hidden=file is not None or "hidden" in section.units,
@@ -179,6 +183,30 @@ class Cutter:
             with_loss = needs_gradients or needs_without
             _keep(statistics, file, {**identity, "loss": loss if with_loss else None})
         return statistics
+
+    def _with_moments(self, statistics: Statistics, model: PreTrainedModel, number: int) -> Statistics:
+        """The statistics of a cut with the second moments that compensation needs."""
+        section = self.section
+        if section.moment_layers is None:
+            return statistics
+        loss = self.loss if section.criterion in NEEDS_GRADIENTS else None
+        calibration = CalibrationPass(
+            model,
+            loss,
+            precision=self._precision,
+            checkpointing=section.checkpointing,
+            seed=self.recipe.seed,
+            sharded=True,
+        )
+        batches = partial(self._shown, number, "Second moments")
+        return replace(
+            statistics, moments=LayerMoments(calibration, batches, section.moment_layers, section.moment_share)
+        )
+
+    @property
+    def _moments(self) -> bool:
+        """Whether the pass that measures importance collects the second moments of all layers."""
+        return self.section.compensate and self.section.moment_layers is None
 
     @property
     def _hidden_moments(self) -> bool:
@@ -205,7 +233,7 @@ class Cutter:
             return False
         if self._hidden_moments and not record.get("hidden_moments"):
             return False
-        return (record["gradients"] or not needs_gradients) and (record["moments"] or not self.section.compensate)
+        return (record["gradients"] or not needs_gradients) and (record["moments"] or not self._moments)
 
 
 def _record_of(file: Path) -> Path:

@@ -62,8 +62,8 @@ def prune_model(
         columns: names of `text`, `text_pair` and `label` in data that is not GLUE's.
         max_length: tokens an example is cut to.
         options: fields of the recipe's pruning section but `rounds` and `schedule`: units, criterion, loss, cost, cuts, scope,
-            round_to, uniform, min_heads, min_neurons, compensate, calibration_examples, moment_share, precision,
-            checkpointing, statistics.
+            round_to, uniform, min_heads, min_neurons, compensate, calibration_examples, moment_share,
+            moment_layers, precision, checkpointing, statistics.
 
     Returns:
         The folder of the pruned model, with tokenizer and plan.json.

@@ -159,6 +159,12 @@ class PruningSection(Section):
         description="share of the calibration tokens, drawn at random, that compensation is fitted to; left out: all until"
         " there are half as many as a layer has neurons, then one in four; 1 takes half a forward pass more",
     )
+    moment_layers: int | None = Field(
+        default=None,
+        ge=1,
+        description="layers whose second moments are held at a time, with a calibration pass for each so many, where those of all"
+        " do not fit: about 1 GB a layer of an 8B model; left out: all in the pass that measures importance, kept in its file",
+    )
     precision: Literal["bfloat16"] | None = Field(
         default=None, description="run the calibration passes under autocast in this precision; sums stay in float32"
     )

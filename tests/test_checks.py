@@ -8,9 +8,11 @@ import pytest
 import torch
 import yaml
 from causal_examples import causal_model, word_tokenizer
+from helpers import tiny_model
 from recipe_inputs import WORDS, recipe_with, write_model, write_recipe, write_rows
 from recipe_inputs import faults_at_the_door as faults
 
+from distill_llm import checks
 from distill_llm.checkpoint import load_pretrained
 from distill_llm.checks import check_data
 from distill_llm.errors import InputError
@@ -221,6 +223,15 @@ def test_a_full_disk_and_an_output_that_is_a_file_are_refused(folder, monkeypatc
         patch.setattr(shutil, "disk_usage", lambda path: usage)
         (line,) = faults(recipe_with(folder))
     assert line.startswith("output_dir: got ") and "GB free" in line
+    needed = []
+    for pruning in ({"moment_layers": 1}, {}):
+        recipe, model = recipe_with(folder, pruning={"keep": 0.5, "rounds": 3, **pruning}), tiny_model()
+        with monkeypatch.context() as patch, pytest.raises(InputError) as error:
+            patch.setattr(shutil, "disk_usage", lambda path: usage)
+            patch.setattr(checks, "second_moment_bytes", lambda model: 5 * 10**9)
+            checks._check_disk(recipe, model)
+        needed.append(float(error.value.accepted.split()[4]))
+    assert needed[1] - needed[0] == pytest.approx(15)
     (folder / "run").write_text("")
     (line,) = faults(recipe_with(folder))
     assert line.startswith("output_dir: got ") and "a new or empty folder" in line

@@ -126,6 +126,18 @@ def test_the_recipe_says_how_statistics_are_measured(model, tmp_path, monkeypatc
     assert len(asked) == 2, "what was measured otherwise is measured anew"
 
 
+@pytest.mark.parametrize("criterion", ["fisher", "activation"])
+def test_moments_of_a_few_layers_at_a_time_give_the_same_cut(model, tmp_path, criterion, monkeypatch):
+    file, batches, few = tmp_path / "statistics.safetensors", Counted(model), Counted(model)
+    whole = cutter(tmp_path, batches, criterion=criterion).cut(model, model, 0.5)
+    found = cutter(tmp_path, few, criterion=criterion, moment_layers=2).cut(model, model, 0.5, file)
+    assert found.plan == whole.plan and Statistics.load(file).moments == ()
+    for one, other in zip(found.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    monkeypatch.setattr(cutting, "collect_statistics", None)
+    assert cutter(tmp_path, few, criterion=criterion, moment_layers=4).cut(model, model, 0.3, file).kept <= 0.3
+
+
 def test_a_later_round_goes_on_from_what_the_student_has(model, tmp_path):
     first = cutter(tmp_path, Counted(model)).cut(model, model, 0.7)
     second = cutter(tmp_path, Counted(model), cuts=2).cut(first.model, model, 0.4)

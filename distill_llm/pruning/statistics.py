@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -54,7 +54,7 @@ class Statistics:
         similarity: per layer, the sum over tokens of the cosine between its input and output.
         without: per layer, the loss per example without it, less that of the whole model; None if it was not asked for.
         moments: per layer, weighted first and second moments of the inputs of the attention-output and FFN-down linears; empty if
-            they were not asked for.
+            they were not asked for. `LayerMoments` collects them when they are read.
         hidden_moments: the same of what the norms of the residual stream give out and linears read; empty if they were not asked
             for.
         examples, tokens: how many were seen, padding left out.
@@ -69,7 +69,7 @@ class Statistics:
     ffn: UnitStatistics
     hidden: UnitStatistics
     similarity: torch.Tensor
-    moments: tuple[tuple[Moments, Moments], ...]
+    moments: Sequence[tuple[Moments, Moments]]
     examples: int
     tokens: int
     has_gradients: bool

@@ -37,6 +37,13 @@ def weight_of(module: nn.Linear | Conv1D) -> torch.Tensor:
     return module.weight.T if isinstance(module, Conv1D) else module.weight
 
 
+def second_moment_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the second moments of all attention-output and FFN-down linears' inputs: fp32, inputs x inputs each."""
+    family = family_of(model)
+    paths = (family.attention_out, family.ffn_out)
+    return sum(4 * weight_of(linear(layer, path)).shape[1] ** 2 for layer in layers_of(model) for path in paths)
+
+
 def sizes_of(model: PreTrainedModel) -> list[Sizes]:
     """Query heads, groups and neurons of every layer, as they are now.
 

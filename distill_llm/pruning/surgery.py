@@ -156,9 +156,10 @@ def _repaired(
         for kind, (path, layout) in enumerate(((family.attention_out, "q"), (family.ffn_out, "n"))):
             module = linear(layers_of(model)[row.source], path)
             kept = kept_channels(layout, row, sizes[row.source], dims.head_size)
-            moments = _moments(statistics, row.source, kind, weight_of(module).shape[1])
-            if len(kept) == len(moments.mean):
+            width = weight_of(module).shape[1]
+            if len(kept) == width:
                 continue
+            moments = _moments(statistics, row.source, kind, width)
             weight, bias = compensate_linear(weight_of(module), module.bias, moments, kept)
             found[f"{prefix}{index}.{path}"] = weight[out], None if bias is None else bias[out]
     return found
