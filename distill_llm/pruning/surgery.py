@@ -88,6 +88,8 @@ def prune(model: PreTrainedModel, plan: PruningPlan, compensate: Statistics | No
     plan.check(model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise InputError("model", "weights that are not in memory (offloaded)", "a model loaded whole on one device")
+    if compensate is not None:
+        _check_statistics(model, compensate)
     lineage, hidden = compose_lineage(model, plan), _compose_hidden(model, plan)
     rows = [LayerLineage(row.source, row.heads, row.neurons, row.queries) for row in plan.layers]
     repaired = {} if compensate is None else _repaired(model, rows, plan, compensate)
@@ -156,21 +158,24 @@ def _repaired(
         for kind, (path, layout) in enumerate(((family.attention_out, "q"), (family.ffn_out, "n"))):
             module = linear(layers_of(model)[row.source], path)
             kept = kept_channels(layout, row, sizes[row.source], dims.head_size)
-            width = weight_of(module).shape[1]
-            if len(kept) == width:
+            if len(kept) == weight_of(module).shape[1]:
                 continue
-            moments = _moments(statistics, row.source, kind, width)
+            moments = _moments(statistics, row.source, kind)
             weight, bias = compensate_linear(weight_of(module), module.bias, moments, kept)
             found[f"{prefix}{index}.{path}"] = weight[out], None if bias is None else bias[out]
     return found
 
 
-def _moments(statistics: Statistics, layer: int, kind: int, width: int) -> Moments:
+def _moments(statistics: Statistics, layer: int, kind: int) -> Moments:
     if not statistics.moments:
         raise InputError("compensate", "statistics without moments", "statistics collected with moments=True")
-    if layer >= len(statistics.moments) or len(statistics.moments[layer][kind].mean) != width:
-        raise InputError("compensate", "statistics of a model of other sizes", "statistics of the model that is pruned")
     return statistics.moments[layer][kind]
+
+
+def _check_statistics(model: PreTrainedModel, statistics: Statistics) -> None:
+    found = [(len(of.taylor), len(its.taylor)) for of, its in zip(statistics.heads, statistics.neurons, strict=True)]
+    if found != [(size.groups, size.neurons) for size in sizes_of(model)]:
+        raise InputError("compensate", "statistics of a model of other sizes", "statistics of the model that is pruned")
 
 
 # What the config says.
