@@ -41,8 +41,7 @@ def test_fifty_tokens_an_item_teach_as_the_teacher_does(tmp_path, method, close)
         ends.append(divergence(model, teacher, data))
     assert ends[0] < 0.8 * divergence(student, teacher, data)
     assert ends[1] == pytest.approx(ends[0], rel=close)
-    if method == "topk":
-        assert logs[1] == pytest.approx(logs[0], rel=close)
+    assert logs[1] == pytest.approx(logs[0], rel=0.01)
 
 
 @pytest.mark.parametrize("head", ["masked-lm", "causal-lm"])

@@ -11,7 +11,7 @@ from distill_llm.errors import InputError
 from distill_llm.losses.head import Head
 from distill_llm.losses.head_kernels import Block, Kernel, kernel_of, softmax_into
 from distill_llm.losses.labels import IGNORED
-from distill_llm.losses.sparse import SparseTargets, entropy, value_and_grad
+from distill_llm.losses.sparse import SparseTargets, value_and_grad
 from distill_llm.losses.weight_gradient import WeightGradient
 
 CHUNK_BYTES = 5 * 2**26  # of the student's logits in the products' dtype, and half as much of the teacher's
@@ -183,7 +183,7 @@ class _Work:
         if targets is not None:
             cross_entropy, sparse_slope = value_and_grad(logits[:, : self.classes], targets)
             assert sparse_slope is not None
-            value = cross_entropy - entropy(targets)
+            value = cross_entropy - targets.entropy
             gradient[:, : self.classes].addcmul_(sparse_slope, self.logits_weight / self.unit)
         if self.student.softcap is not None:
             gradient.mul_(logits.div_(self.student.softcap).square_().neg_().add_(1))

@@ -2,7 +2,8 @@
 
 A `SparseTargets` comes either from the top k (the mass of every other token is explicit, as `rest`) or from random
 sampling (Anshumann et al., 2025: counts of tokens drawn from the teacher, `rest` is 0). Cross-entropy is linear in the
-targets, so with sampled ones the gradient is right in expectation, which a cut-off top k cannot be.
+targets, so with sampled ones it and its gradient are right in expectation, which those of a cut-off top k cannot be.
+Entropy is not linear: a sample has less than the teacher, whose own is therefore part of the targets.
 """
 
 from typing import Any, NamedTuple
@@ -17,11 +18,14 @@ class SparseTargets(NamedTuple):
     An entry of probability 0 is padding. The entries of an item are distinct; they and the rest sum to 1.
 
     ids: (items, k) int64. probabilities: (items, k) fp32. rest: (items,) fp32, the probability of all other tokens.
+    entropy: (items,) fp32, in nats, of the distribution that these stand for: for a top k `entropy_of` its parts, for a
+    sample the entropy of what it was drawn from.
     """
 
     ids: torch.Tensor
     probabilities: torch.Tensor
     rest: torch.Tensor
+    entropy: torch.Tensor
 
     def to(self, device: torch.device) -> "SparseTargets":
         """The same on a device, without waiting for it."""
@@ -42,22 +46,23 @@ def sparse_cross_entropy(student: torch.Tensor, targets: SparseTargets) -> torch
     Returns:
         (items,) in fp32 (fp64 for fp64 logits), in nats. The gradient is made in closed form along with the value.
     """
-    value: torch.Tensor = _SparseCrossEntropy.apply(student, *targets)
+    value: torch.Tensor = _SparseCrossEntropy.apply(student, targets)
     return value
 
 
 def sparse_forward_kl(student: torch.Tensor, targets: SparseTargets) -> torch.Tensor:
     """KL(teacher || student) of each item, over its tokens and the rest as one outcome; arguments as above.
 
-    At most the KL over the whole vocabulary, and equal to it where the targets hold all of it. With sampled targets the
-    value is that of the sample (too high by its noise); the gradient is unbiased.
+    With a top k at most the KL over the whole vocabulary, and equal to it where the targets hold all of it. With sampled
+    targets value and gradient are unbiased estimates of those over the whole vocabulary: of a single item the value may be
+    below 0.
     """
-    return sparse_cross_entropy(student, targets) - entropy(targets)
+    return sparse_cross_entropy(student, targets) - targets.entropy
 
 
-def entropy(targets: SparseTargets) -> torch.Tensor:
-    """(items,) entropy of the targets in nats, the rest as one outcome."""
-    return torch.special.entr(targets.probabilities).sum(-1) + torch.special.entr(targets.rest)
+def entropy_of(probabilities: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+    """(items,) entropy in nats of (items, k) probabilities and (items,) the rest as one outcome."""
+    return torch.special.entr(probabilities).sum(-1) + torch.special.entr(rest)
 
 
 def value_and_grad(
@@ -102,8 +107,8 @@ def value_and_grad(
 
 class _SparseCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, student: torch.Tensor, *targets: torch.Tensor) -> torch.Tensor:
-        value, gradient = value_and_grad(student, SparseTargets(*targets), ctx.needs_input_grad[0])
+    def forward(ctx: Any, student: torch.Tensor, targets: SparseTargets) -> torch.Tensor:
+        value, gradient = value_and_grad(student, targets, ctx.needs_input_grad[0])
         if gradient is not None:
             # Near convergence the slopes are too small for fp16.
             ctx.save_for_backward(gradient if student.dtype == torch.float16 else gradient.to(student.dtype))
@@ -114,4 +119,4 @@ class _SparseCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * upstream[:, None]).to(ctx.dtype), None, None, None
+        return (gradient * upstream[:, None]).to(ctx.dtype), None

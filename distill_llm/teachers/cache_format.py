@@ -14,7 +14,8 @@ examples), then
 
     full      the logits, fp32: where the classes are no more than k
     topk      per item the number of tokens held, uint8, and the mass of all others, uint16 in 1/65535; then the tokens
-    sampled   per item the number of tokens drawn, uint8; then the tokens
+    sampled   per item the number of tokens drawn, uint8, and the entropy of the whole distribution in nats, fp16; then the
+              tokens
 
 The tokens of an item go in the order of their ids, and each id is stored as its distance to the one before: the low bytes
 of all, then the next bytes, and so on. One byte a token follows: for `sampled` how often it was drawn, for `topk` how much
@@ -40,9 +41,9 @@ from safetensors.numpy import save
 
 from distill_llm.errors import InputError, one_of
 from distill_llm.losses.items import Kind
-from distill_llm.losses.sparse import SparseTargets
+from distill_llm.losses.sparse import SparseTargets, entropy_of
 
-FORMAT = 2
+FORMAT = 3
 INDEX_NAME = "index.json"
 KEY = np.dtype([("high", "<u8"), ("low", "<u8")])
 MIN_PROBABILITY = 2.0**-10  # what a top k holds besides the first token; less goes to the rest
@@ -147,10 +148,13 @@ def example_key(ids: np.ndarray) -> bytes:
 
 
 class Tokens(NamedTuple):
-    """The tokens that items hold: (items,) how many, (items,) mass of the others, and of each token gap and number."""
+    """The tokens that items hold: (items,) how many, (items,) a scalar of each item, and of each token gap and number.
+
+    The scalar is the mass of all other tokens (`topk`) or the entropy of the whole distribution in nats (`sampled`).
+    """
 
     widths: np.ndarray
-    rest: np.ndarray
+    scalars: np.ndarray
     gaps: np.ndarray
     numbers: np.ndarray
 
@@ -181,12 +185,11 @@ class ItemCoding:
             uniforms: (items,) random numbers in [0, 1) that decide the draws.
         """
         if self.method == "topk":
-            ids, numbers, held, rest = self._top(logits.float())
+            ids, numbers, held, scalars = self._top(logits.float())
         else:
-            ids, numbers, held = self._draws(logits.float(), torch.from_numpy(uniforms).to(logits.device))
-            rest = torch.zeros(len(logits))
+            ids, numbers, held, scalars = self._draws(logits.float(), torch.from_numpy(uniforms).to(logits.device))
         gaps = torch.diff(ids, dim=-1, prepend=torch.zeros_like(ids[:, :1]))
-        columns = (held.sum(-1).byte(), rest, gaps[held].int(), numbers[held].byte())
+        columns = (held.sum(-1).byte(), scalars, gaps[held].int(), numbers[held].byte())
         return Tokens(*(each.cpu().numpy() for each in columns))
 
     def _top(self, logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -204,7 +207,9 @@ class ItemCoding:
 
         A token is expected count = k p times, as with independent draws, but its count is off by less than one.
         """
-        probabilities = torch.nn.functional.pad(logits.softmax(-1), (0, -logits.shape[-1] % BLOCK))
+        p = logits.softmax(-1)
+        entropy = -torch.linalg.vecdot(p, logits.log_softmax(-1))
+        probabilities = torch.nn.functional.pad(p, (0, -logits.shape[-1] % BLOCK))
         blocks = probabilities.unflatten(-1, (-1, BLOCK))
         ends = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
         points = (uniforms[:, None] + torch.arange(self.k, device=logits.device)) / self.k
@@ -219,41 +224,43 @@ class ItemCoding:
         slots = torch.nn.functional.pad((drawn[:, 1:] != drawn[:, :-1]).long().cumsum(-1), (1, 0))
         ids = torch.zeros_like(drawn).scatter_(1, slots, drawn)
         counts = torch.zeros_like(drawn).scatter_add_(1, slots, torch.ones_like(drawn))
-        return ids, counts, counts > 0
+        return ids, counts, counts > 0, entropy.clamp(min=0)
 
     def join(self, tokens: Tokens) -> bytes:
         """Items as they lie in a block."""
-        rest = np.rint(tokens.rest * 65535).astype("<u2").tobytes() if self.method == "topk" else b""
+        topk = self.method == "topk"
+        scalars = np.rint(tokens.scalars * 65535).astype("<u2") if topk else tokens.scalars.astype("<f2")
         gaps = tokens.gaps.astype("<i4").view(np.uint8).reshape(-1, 4)[:, : self.planes].T
-        return tokens.widths.tobytes() + rest + gaps.tobytes() + tokens.numbers.tobytes()
+        return tokens.widths.tobytes() + scalars.tobytes() + gaps.tobytes() + tokens.numbers.tobytes()
 
     def split(self, block: np.ndarray, items: int) -> Tokens:
         """The items of a block (bytes,), its bits left out."""
-        start = items * (3 if self.method == "topk" else 1)
-        rest = (
-            block[items:start].view("<u2").astype(np.float32) / 65535 if start > items else np.zeros(items, np.float32)
-        )
-        columns = block[start:].reshape(self.planes + 1, -1)
+        scalars = block[items : 3 * items].view("<u2" if self.method == "topk" else "<f2").astype(np.float32)
+        if self.method == "topk":
+            scalars /= 65535
+        columns = block[3 * items :].reshape(self.planes + 1, -1)
         gaps = columns[0].astype(np.int32)
         for plane in range(1, self.planes):
             gaps |= columns[plane].astype(np.int32) << (8 * plane)
-        return Tokens(block[:items], rest, gaps, columns[-1])
+        return Tokens(block[:items], scalars, gaps, columns[-1])
 
     def decode(self, tokens: Tokens) -> SparseTargets:
         """The targets of items, k the largest number of tokens of an item, ids (int32) ascending."""
         if self.method == "topk":
             log_ratios = math.log(MIN_PROBABILITY) * np.square(np.arange(LEVELS + 1) / LEVELS)
-            weights = np.exp(log_ratios).astype(np.float32)[tokens.numbers]
+            weights, rest = np.exp(log_ratios).astype(np.float32)[tokens.numbers], tokens.scalars
         else:
-            weights = tokens.numbers.astype(np.float32)
+            weights, rest = tokens.numbers.astype(np.float32), np.zeros_like(tokens.scalars)
         held = np.arange(tokens.widths.max(initial=1)) < tokens.widths[:, None]
         ids = np.zeros(held.shape, dtype=np.int32)
         ids[held] = tokens.gaps
         np.cumsum(ids, axis=1, out=ids)
         p = np.zeros(held.shape, dtype=np.float32)
         p[held] = weights
-        p *= ((1 - tokens.rest) / p.sum(-1))[:, None]
-        return SparseTargets(torch.from_numpy(ids), torch.from_numpy(p), torch.from_numpy(tokens.rest))
+        p *= ((1 - rest) / p.sum(-1))[:, None]
+        held_p, others = torch.from_numpy(p), torch.from_numpy(rest)
+        entropy = entropy_of(held_p, others) if self.method == "topk" else torch.from_numpy(tokens.scalars)
+        return SparseTargets(torch.from_numpy(ids), held_p, others, entropy)
 
 
 # Files.

@@ -218,10 +218,10 @@ class _Batches:
         step = max(1, (CPU_ELEMENTS if logits.device.type == "cpu" else CHUNK_ELEMENTS) // classes)
         chunks = [slice(start, start + step) for start in range(0, len(logits), step)]
         tokens = [coding.encode(logits[chunk], points[chunk]) for chunk in chunks]
-        widths, rest, gaps, numbers = (np.concatenate(each) for each in zip(*tokens, strict=True))
+        widths, scalars, gaps, numbers = (np.concatenate(each) for each in zip(*tokens, strict=True))
         ends = np.cumsum(counts)
         token_ends = np.cumsum(widths, dtype=np.int64)[ends - 1]
-        by_item = [np.split(each, ends[:-1]) for each in (widths, rest)]
+        by_item = [np.split(each, ends[:-1]) for each in (widths, scalars)]
         by_token = [np.split(each, token_ends[:-1]) for each in (gaps, numbers)]
         for head, *own in zip(bits, *by_item, *by_token, strict=True):
             yield zlib.compress(head + coding.join(Tokens(*own)))

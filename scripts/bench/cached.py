@@ -7,8 +7,8 @@ A causal LM teaches its own first layers on rows of text:
 - online: the same from the teacher itself.
 
 An epoch's time is that between the ends of its first optimizer step and its last; the sides take turns. All train a copy
-of one student on the same rows in the same order, so the last line compares the perplexity of unseen rows after the same
-epoch.
+of one student on the same rows in the same order, so the last lines compare the losses that the log shows of the same epoch
+and the perplexity of unseen rows after it.
 
     python scripts/bench/cached.py --model DIR --text FILE      # DIR: made by scripts/data/smollm2.py; FILE: JSON lines
 """
@@ -87,8 +87,8 @@ class Bench:
         return CachedTeacher(folder, self.teacher, dataset=self.rows)
 
     def trainer(self, side: str, student: PreTrainedModel, folder: str) -> Trainer:
-        """Of one epoch."""
-        arguments = recovery.training(self.options, folder)
+        """Of one epoch, logged as a whole."""
+        arguments = {**recovery.training(self.options, folder), "logging_steps": self.steps}
         data: dict[str, Any] = {"train_dataset": self.rows, "data_collator": self.collate}
         if side == FLOOR:
             return Trainer(student, TrainingArguments(**arguments), **data)
@@ -105,12 +105,15 @@ class Bench:
 
         return seconds
 
-    def learned(self, side: str) -> float:
-        """Perplexity of unseen rows after an epoch."""
+    def learned(self, side: str) -> dict[str, float]:
+        """The losses logged of an epoch, and perplexity of unseen rows after it."""
         student = copy.deepcopy(self.student)
         with tempfile.TemporaryDirectory() as folder:
-            self.trainer(side, student, folder).train()
-        return recovery.perplexity(student, self.unseen, self.collate)
+            trainer = self.trainer(side, student, folder)
+            trainer.train()
+        (logged,) = (log for log in trainer.state.log_history if "loss" in log)
+        losses = {name: value for name, value in logged.items() if name.startswith("loss")}
+        return {**losses, "perplexity": recovery.perplexity(student, self.unseen, self.collate)}
 
 
 def main() -> None:
@@ -135,13 +138,14 @@ def main() -> None:
         sides = [FLOOR, *bench.sources]
         times = common.alternate({side: bench.measure(side) for side in sides}, options.rounds)
         common.print_table(f"An epoch of {options.rows} x {options.length} tokens", times, FLOOR)
-        perplexities = {side: bench.learned(side) for side in bench.sources}
-    print("perplexity of unseen text after the epoch:", perplexities)
+        learned = {side: bench.learned(side) for side in bench.sources}
+    for side, found in learned.items():
+        print(f"{side}: losses logged of the epoch, and perplexity of unseen text after it: {found}")
     results = {
         "over_fine_tuning": common.ratios(times, FLOOR),
         "seconds": {side: round(statistics.median(values), 1) for side, values in times.items()},
         "cache": bench.cost,
-        "perplexity": perplexities,
+        "learned": learned,
     }
     options.teacher, options.text = None, options.text.name
     common.print_json("cached", options, f"{options.rows * options.length} tokens of text", results)

@@ -9,7 +9,7 @@ from helpers import tiny_model
 from distill_llm.errors import InputError
 from distill_llm.losses.items import targets
 from distill_llm.losses.objective import parse_objective
-from distill_llm.losses.sparse import SparseTargets, sparse_forward_kl
+from distill_llm.losses.sparse import SparseTargets, sparse_cross_entropy, sparse_forward_kl
 from distill_llm.teachers.cache import CachedTeacher, SparseSignals
 from distill_llm.teachers.cache_format import ItemCoding
 from distill_llm.teachers.online import OnlineTeacher
@@ -70,8 +70,8 @@ def test_sampling_is_unbiased_in_probabilities_and_in_the_gradient(classes, k):
     p = logits.softmax(-1)[0]
     bound = 5 * (p * (1 - p) / k / seeds).sqrt() + 1e-6  # five standard errors of independent draws
     assert ((total - p).abs() <= bound.clamp(min=5 / k / seeds)).all()
-    mean = SparseTargets(torch.arange(classes)[None], total[None], torch.zeros(1))
-    (gradient,) = torch.autograd.grad(sparse_forward_kl(student, mean).sum(), student)
+    mean = SparseTargets(torch.arange(classes)[None], total[None], torch.zeros(1), torch.zeros(1))
+    (gradient,) = torch.autograd.grad(sparse_cross_entropy(student, mean).sum(), student)
     torch.testing.assert_close(gradient[0], student.detach().softmax(-1)[0] - p, atol=float(bound.max()), rtol=0)
 
 
@@ -148,7 +148,7 @@ def test_any_choice_of_positions_in_any_order(caches):
     everything = cached(batch, positions).targets
     chosen = torch.tensor([11, 3, 3, 20])
     some = cached(batch, positions[chosen]).targets
-    for name in ("ids", "probabilities", "rest"):
+    for name in SparseTargets._fields:
         assert torch.equal(getattr(some, name), getattr(everything, name)[chosen])
     assert len(cached(batch, positions[:0]).targets.rest) == 0
 
@@ -230,7 +230,8 @@ def test_a_student_on_the_cache_gets_the_gradient_of_the_online_teacher_within_i
     batch = pad(list(data))
     positions, _ = targets(batch, "next_token")
     teacher = OnlineTeacher(model, torch.device("cpu"))(batch, positions).logits
-    whole = SparseTargets(torch.arange(VOCABULARY).expand_as(teacher), teacher.softmax(-1), torch.zeros(len(teacher)))
+    p, none = teacher.softmax(-1), torch.zeros(len(teacher))
+    whole = SparseTargets(torch.arange(VOCABULARY).expand_as(teacher), p, none, torch.special.entr(p).sum(-1))
     gradients = []
     for signal in (whole, CachedTeacher(tmp_path / "cache")(batch, positions).targets):
         logits = student(**batch).logits.flatten(0, 1)[positions]

@@ -276,7 +276,7 @@ def test_a_shard_of_another_cache_is_refused(whole, copy, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"format": 2}', '{"format": 1}', '{"format": 2, "settings": {"k": 0}}']
+    "text", ["", "{", "[]", '{"format": 3}', '{"format": 2}', '{"format": 3, "settings": {"k": 0}}']
 )
 def test_a_bad_index_is_one_line(copy, text):
     (copy / "index.json").write_text(text)
@@ -285,6 +285,16 @@ def test_a_bad_index_is_one_line(copy, text):
     (copy / "index.json").unlink()
     with pytest.raises(InputError, match="^cache: .*index.json is missing"):
         CachedTeacher(copy)
+
+
+def test_a_cache_of_an_older_format_is_refused_by_reader_and_writer_in_one_line(whole, copy):
+    text = (copy / "index.json").read_text()
+    (copy / "index.json").write_text(text.replace('"format": 3', '"format": 2'))
+    refused = "^cache: got [^\n]*a folder with a teacher cache of format 3: write it again$"
+    with pytest.raises(InputError, match=refused):
+        CachedTeacher(copy)
+    with pytest.raises(InputError, match=refused):
+        write(copy, *whole[:2])
 
 
 # What cannot be stored.
@@ -376,5 +386,5 @@ def test_settings_are_checked(field, value):
 
 def test_the_index_is_plain_json(whole):
     index = json.loads((whole[2] / "index.json").read_text())
-    assert index["format"] == 2 and index["settings"]["k"] == 5 and index["classes"] == 97
+    assert index["format"] == 3 and index["settings"]["k"] == 5 and index["classes"] == 97
     assert sum(examples for examples, _ in index["shards"]) == len(whole[1])

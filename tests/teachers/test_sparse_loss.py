@@ -4,6 +4,7 @@ import torch
 from distill_llm.losses.logits import logits_divergence
 from distill_llm.losses.sparse import (
     SparseTargets,
+    entropy_of,
     sparse_cross_entropy,
     sparse_forward_kl,
     value_and_grad,
@@ -17,13 +18,14 @@ def random_logits(items=7, vocabulary=40, seed=0, dtype=torch.float32):
 
 def top_targets(teacher, k):
     p, ids = teacher.softmax(-1).topk(k)
-    return SparseTargets(ids, p, (1 - p.sum(-1)).clamp(min=0))
+    rest = (1 - p.sum(-1)).clamp(min=0)
+    return SparseTargets(ids, p, rest, entropy_of(p, rest))
 
 
 def dense_of(student, targets):
     """The same loss by brute force: loops over items and tokens, the rest as one probability."""
     values = []
-    for z, ids, p, rest in zip(student, *targets, strict=True):
+    for z, ids, p, rest, _ in zip(student, *targets, strict=True):
         q = z.softmax(-1)
         held = {int(i): float(v) for i, v in zip(ids, p, strict=True) if v > 0}
         outside = q[[j for j in range(len(q)) if j not in held]].sum()
@@ -80,6 +82,7 @@ def test_padding_counts_for_nothing_whatever_token_it_names(padding_id):
         torch.nn.functional.pad(targets.ids, (0, 3), value=padding_id),
         torch.nn.functional.pad(targets.probabilities, (0, 3)),
         targets.rest,
+        targets.entropy,
     )
     for ours, expected in zip(value_and_grad(student, padded), value_and_grad(student, targets), strict=True):
         torch.testing.assert_close(ours, expected)
@@ -119,6 +122,6 @@ def test_half_precision_logits_are_reduced_in_fp32():
 
 def test_no_items_give_no_values_and_a_gradient():
     student = torch.empty(0, 9, requires_grad=True)
-    targets = SparseTargets(torch.empty(0, 2, dtype=torch.long), torch.empty(0, 2), torch.empty(0))
+    targets = SparseTargets(torch.empty(0, 2, dtype=torch.long), torch.empty(0, 2), torch.empty(0), torch.empty(0))
     sparse_forward_kl(student, targets).sum().backward()
     assert student.grad.shape == (0, 9)
