@@ -3,7 +3,7 @@
 A `SparseTargets` comes either from the top k (the mass of every other token is explicit, as `rest`) or from random
 sampling (Anshumann et al., 2025: counts of tokens drawn from the teacher, `rest` is 0). Cross-entropy is linear in the
 targets, so with sampled ones it and its gradient are right in expectation, which those of a cut-off top k cannot be.
-Entropy is not linear: a sample has less than the teacher, whose own is therefore part of the targets.
+Entropy is not linear: a sample has less than the teacher, so what is subtracted for a KL is part of the targets.
 """
 
 from typing import Any, NamedTuple
@@ -18,14 +18,14 @@ class SparseTargets(NamedTuple):
     An entry of probability 0 is padding. The entries of an item are distinct; they and the rest sum to 1.
 
     ids: (items, k) int64. probabilities: (items, k) fp32. rest: (items,) fp32, the probability of all other tokens.
-    entropy: (items,) fp32, in nats, of the distribution that these stand for: for a top k `entropy_of` its parts, for a
-    sample the entropy of what it was drawn from.
+    least: (items,) fp32, in nats, the cross-entropy of these with the teacher itself: for a top k `entropy_of` its parts; for
+    a sample an estimate of the teacher's entropy, whose noise a student near the teacher shares.
     """
 
     ids: torch.Tensor
     probabilities: torch.Tensor
     rest: torch.Tensor
-    entropy: torch.Tensor
+    least: torch.Tensor
 
     def to(self, device: torch.device) -> "SparseTargets":
         """The same on a device, without waiting for it."""
@@ -54,10 +54,10 @@ def sparse_forward_kl(student: torch.Tensor, targets: SparseTargets) -> torch.Te
     """KL(teacher || student) of each item, over its tokens and the rest as one outcome; arguments as above.
 
     With a top k at most the KL over the whole vocabulary, and equal to it where the targets hold all of it. With sampled
-    targets value and gradient are unbiased estimates of those over the whole vocabulary: of a single item the value may be
-    below 0.
+    targets value and gradient are unbiased estimates of those over the whole vocabulary, without noise where the student
+    is the teacher; the value of a single item may be below 0.
     """
-    return sparse_cross_entropy(student, targets) - targets.entropy
+    return sparse_cross_entropy(student, targets) - targets.least
 
 
 def entropy_of(probabilities: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ examples), then
 
     full      the logits, fp32: where the classes are no more than k
     topk      per item the number of tokens held, uint8, and the mass of all others, uint16 in 1/65535; then the tokens
-    sampled   per item the number of tokens drawn, uint8, and the entropy of the whole distribution in nats, fp16; then the
+    sampled   per item the number of tokens drawn, uint8, and their cross-entropy with the teacher in nats, fp16; then the
               tokens
 
 The tokens of an item go in the order of their ids, and each id is stored as its distance to the one before: the low bytes
@@ -150,7 +150,7 @@ def example_key(ids: np.ndarray) -> bytes:
 class Tokens(NamedTuple):
     """The tokens that items hold: (items,) how many, (items,) a scalar of each item, and of each token gap and number.
 
-    The scalar is the mass of all other tokens (`topk`) or the entropy of the whole distribution in nats (`sampled`).
+    The scalar is the mass of all other tokens (`topk`) or the mean of -log p over the draws, in nats (`sampled`).
     """
 
     widths: np.ndarray
@@ -207,9 +207,7 @@ class ItemCoding:
 
         A token is expected count = k p times, as with independent draws, but its count is off by less than one.
         """
-        p = logits.softmax(-1)
-        entropy = -torch.linalg.vecdot(p, logits.log_softmax(-1))
-        probabilities = torch.nn.functional.pad(p, (0, -logits.shape[-1] % BLOCK))
+        probabilities = torch.nn.functional.pad(logits.softmax(-1), (0, -logits.shape[-1] % BLOCK))
         blocks = probabilities.unflatten(-1, (-1, BLOCK))
         ends = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
         points = (uniforms[:, None] + torch.arange(self.k, device=logits.device)) / self.k
@@ -224,7 +222,7 @@ class ItemCoding:
         slots = torch.nn.functional.pad((drawn[:, 1:] != drawn[:, :-1]).long().cumsum(-1), (1, 0))
         ids = torch.zeros_like(drawn).scatter_(1, slots, drawn)
         counts = torch.zeros_like(drawn).scatter_add_(1, slots, torch.ones_like(drawn))
-        return ids, counts, counts > 0, entropy.clamp(min=0)
+        return ids, counts, counts > 0, -probabilities.gather(1, drawn).log().mean(-1)
 
     def join(self, tokens: Tokens) -> bytes:
         """Items as they lie in a block."""
@@ -259,8 +257,8 @@ class ItemCoding:
         p[held] = weights
         p *= ((1 - rest) / p.sum(-1))[:, None]
         held_p, others = torch.from_numpy(p), torch.from_numpy(rest)
-        entropy = entropy_of(held_p, others) if self.method == "topk" else torch.from_numpy(tokens.scalars)
-        return SparseTargets(torch.from_numpy(ids), held_p, others, entropy)
+        least = entropy_of(held_p, others) if self.method == "topk" else torch.from_numpy(tokens.scalars)
+        return SparseTargets(torch.from_numpy(ids), held_p, others, least)
 
 
 # Files.

@@ -1,4 +1,4 @@
-"""Forward KL of a sample: cross-entropy less the stored entropy of what was sampled, as the whole vocabulary has it."""
+"""Forward KL of a sample: its cross-entropy with the student less the stored one with the teacher it was drawn from."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_the_mean_over_samples_is_the_kl_over_the_whole_vocabulary(distance):
     expanded = student.expand(SAMPLES, -1)
     found = sparse_forward_kl(expanded, drawn).double()
     error = found.std() / SAMPLES**0.5
-    expected, rounding = exact_kl(student, teacher), HALF * drawn.entropy[0]
+    expected, rounding = exact_kl(student, teacher), HALF * drawn.least.max()
     assert (found.mean() - expected).abs() < 4 * error + rounding
     of_samples = sparse_cross_entropy(expanded, drawn) - entropy_of(drawn.probabilities, drawn.rest)
     assert of_samples.mean() - expected > 5 * (4 * error + rounding), "the samples' own entropy is what is wrong"
@@ -56,40 +56,49 @@ def test_the_chunked_head_reports_the_same_values():
     torch.testing.assert_close(found, sparse_forward_kl(student.expand(SAMPLES, -1), drawn).sum())
 
 
-def test_the_entropy_is_without_effect_on_the_gradient():
+def test_a_student_that_is_the_teacher_has_no_divergence_whatever_was_drawn():
+    teacher, _ = models(0.0)
+    drawn = samples(teacher)
+    found = sparse_forward_kl(teacher.expand(SAMPLES, -1), drawn)
+    assert found.abs().max() <= HALF * drawn.least.max() + 1e-6
+
+
+def test_what_is_subtracted_is_without_effect_on_the_gradient():
     teacher, student = models(0.3)
     drawn, gradients = samples(teacher), []
-    for entropy in (drawn.entropy, torch.zeros(SAMPLES)):
+    for least in (drawn.least, torch.zeros(SAMPLES)):
         logits = student.repeat(SAMPLES, 1).requires_grad_()
-        sparse_forward_kl(logits, drawn._replace(entropy=entropy)).sum().backward()
+        sparse_forward_kl(logits, drawn._replace(least=least)).sum().backward()
         weight = student[:, None].clone().requires_grad_()
-        head_losses(Head(weight), torch.ones(SAMPLES, 1), targets=drawn._replace(entropy=entropy)).total.backward()
+        head_losses(Head(weight), torch.ones(SAMPLES, 1), targets=drawn._replace(least=least)).total.backward()
         gradients.append((logits.grad, weight.grad))
     for one, other in zip(*gradients, strict=True):
         assert torch.equal(one, other)
 
 
-def test_a_cache_holds_the_entropy_of_the_teachers_distribution(tmp_path):
+def test_a_cache_holds_the_cross_entropy_of_its_draws_with_the_teacher(tmp_path):
     model, data = causal_model(), sequences()
     write(tmp_path / "cache", model, data)
     batch = pad(list(data))
     positions, _ = targets(batch, "next_token")
     log_p = OnlineTeacher(model, torch.device("cpu"))(batch, positions).logits.double().log_softmax(-1)
     stored = CachedTeacher(tmp_path / "cache")(batch, positions).targets
-    torch.testing.assert_close(stored.entropy.double(), -(log_p.exp() * log_p).sum(-1), rtol=1.01 * HALF, atol=1e-6)
+    expected = -(stored.probabilities * log_p.gather(1, stored.ids)).sum(-1)
+    torch.testing.assert_close(stored.least.double(), expected, rtol=1.01 * HALF, atol=1e-6)
 
 
 @pytest.mark.parametrize("offset", [0.0, -1000.0])
 @pytest.mark.parametrize("classes", [7, 151_936])
-def test_entropies_of_all_sizes_come_back(classes, offset):
+def test_values_of_all_sizes_come_back(classes, offset):
     """One token has odds of e^gap to each other one: from no doubt at all to the largest entropy."""
     for gap in (0.0, 5.0, 12.0, 20.0, 200.0):
         logits = torch.zeros(classes, dtype=torch.float64)
         logits[3] = gap
         log_p = logits.log_softmax(-1)
-        entropy = samples(logits.float() + offset, count=1).entropy.double()
-        torch.testing.assert_close(entropy[0], -(log_p.exp() * log_p).sum(), rtol=1.1 * HALF, atol=2e-5)
-        assert entropy[0] >= 0
+        drawn = samples(logits.float() + offset, count=1)
+        expected = -(drawn.probabilities[0] * log_p[drawn.ids[0].long()]).sum()
+        torch.testing.assert_close(drawn.least[0].double(), expected, rtol=1.1 * HALF, atol=2e-5)
+        assert drawn.least[0] >= 0
 
 
 def test_a_top_k_keeps_the_entropy_of_its_own_outcomes():
@@ -97,4 +106,4 @@ def test_a_top_k_keeps_the_entropy_of_its_own_outcomes():
     coding = ItemCoding(CLASSES, K, "topk")
     stored: SparseTargets = coding.decode(coding.encode(teacher[None], None))
     p = torch.cat([stored.probabilities[0], stored.rest]).double()
-    torch.testing.assert_close(stored.entropy[0].double(), -torch.xlogy(p, p).sum(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(stored.least[0].double(), -torch.xlogy(p, p).sum(), rtol=1e-6, atol=1e-6)
