@@ -183,7 +183,7 @@ class _Work:
         if targets is not None:
             cross_entropy, sparse_slope = value_and_grad(logits[:, : self.classes], targets)
             assert sparse_slope is not None
-            value = cross_entropy - targets.least
+            value = cross_entropy - targets.teacher_nll
             gradient[:, : self.classes].addcmul_(sparse_slope, self.logits_weight / self.unit)
         if self.student.softcap is not None:
             gradient.mul_(logits.div_(self.student.softcap).square_().neg_().add_(1))

@@ -18,14 +18,14 @@ class SparseTargets(NamedTuple):
     An entry of probability 0 is padding. The entries of an item are distinct; they and the rest sum to 1.
 
     ids: (items, k) int64. probabilities: (items, k) fp32. rest: (items,) fp32, the probability of all other tokens.
-    least: (items,) fp32, in nats, the cross-entropy of these with the teacher itself: for a top k `entropy_of` its parts; for
-    a sample an estimate of the teacher's entropy, whose noise a student near the teacher shares.
+    teacher_nll: (items,) fp32, in nats, the cross-entropy of these with the teacher itself: for a top k `entropy_of` its
+    parts; for a sample an estimate of the teacher's entropy, whose noise a student near the teacher shares.
     """
 
     ids: torch.Tensor
     probabilities: torch.Tensor
     rest: torch.Tensor
-    least: torch.Tensor
+    teacher_nll: torch.Tensor
 
     def to(self, device: torch.device) -> "SparseTargets":
         """The same on a device, without waiting for it."""
@@ -57,7 +57,7 @@ def sparse_forward_kl(student: torch.Tensor, targets: SparseTargets) -> torch.Te
     targets value and gradient are unbiased estimates of those over the whole vocabulary, without noise where the student
     is the teacher; the value of a single item may be below 0.
     """
-    return sparse_cross_entropy(student, targets) - targets.least
+    return sparse_cross_entropy(student, targets) - targets.teacher_nll
 
 
 def entropy_of(probabilities: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:

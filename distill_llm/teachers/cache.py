@@ -104,7 +104,7 @@ class CachedTeacher:
 
         Returns:
             `cached_logits` (items, V); or the `cached_ids` (items, k) int32, `cached_probabilities` (items, k),
-            `cached_rest` (items,) and `cached_least` (items,) of SparseTargets.
+            `cached_rest` (items,) and `cached_teacher_nll` (items,) of SparseTargets.
 
         Raises:
             InputError: an example that is not in the cache, a position that has no signals, a damaged block.
@@ -142,7 +142,7 @@ class CachedTeacher:
     def _names(self) -> tuple[str, ...]:
         if self.index.coding == "full":
             return ("cached_logits",)
-        return ("cached_ids", "cached_probabilities", "cached_rest", "cached_least")
+        return ("cached_ids", "cached_probabilities", "cached_rest", "cached_teacher_nll")
 
     def _block(self, ids: np.ndarray) -> tuple[np.ndarray, int]:
         """The unpacked block of an example and its number of items."""

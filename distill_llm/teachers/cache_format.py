@@ -222,7 +222,8 @@ class ItemCoding:
         slots = torch.nn.functional.pad((drawn[:, 1:] != drawn[:, :-1]).long().cumsum(-1), (1, 0))
         ids = torch.zeros_like(drawn).scatter_(1, slots, drawn)
         counts = torch.zeros_like(drawn).scatter_add_(1, slots, torch.ones_like(drawn))
-        return ids, counts, counts > 0, -probabilities.gather(1, drawn).log().mean(-1)
+        p = probabilities.gather(1, drawn).clamp(min=torch.finfo(torch.float32).tiny)
+        return ids, counts, counts > 0, -p.log().mean(-1)
 
     def join(self, tokens: Tokens) -> bytes:
         """Items as they lie in a block."""
@@ -257,8 +258,8 @@ class ItemCoding:
         p[held] = weights
         p *= ((1 - rest) / p.sum(-1))[:, None]
         held_p, others = torch.from_numpy(p), torch.from_numpy(rest)
-        least = entropy_of(held_p, others) if self.method == "topk" else torch.from_numpy(tokens.scalars)
-        return SparseTargets(torch.from_numpy(ids), held_p, others, least)
+        nll = entropy_of(held_p, others) if self.method == "topk" else torch.from_numpy(tokens.scalars)
+        return SparseTargets(torch.from_numpy(ids), held_p, others, nll)
 
 
 # Files.

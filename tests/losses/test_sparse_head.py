@@ -23,22 +23,22 @@ def case(classes=VOCABULARY, dtype=torch.float64):
     masses /= masses.sum(-1, keepdim=True)
     labels = torch.randint(0, VOCABULARY, (ITEMS,), generator=generator)
     labels[::6] = -100
-    least = torch.rand(ITEMS, generator=generator)  # not what the masses have
-    targets = SparseTargets(ids, masses[:, :HELD], masses[:, HELD], least)
+    nll = torch.rand(ITEMS, generator=generator)  # not what the masses have
+    targets = SparseTargets(ids, masses[:, :HELD], masses[:, HELD], nll)
     return hidden.requires_grad_(), weight.requires_grad_(), targets, labels
 
 
 def dense(hidden, weight, targets, labels, classes, softcap):
-    """0.4 * cross-entropy + 1.7 * (cross-entropy with the held tokens and the rest as one - least), by the definitions."""
+    """0.4 * cross-entropy + 1.7 * (cross-entropy with the held tokens and the rest as one - nll), by the definitions."""
     logits = 0.7 * hidden @ weight.T
     logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap
     q, value = logits[:, :classes].softmax(-1), hidden.new_zeros(())
-    for row, (ids, masses, rest, least) in enumerate(zip(*targets, strict=True)):
+    for row, (ids, masses, rest, nll) in enumerate(zip(*targets, strict=True)):
         held = masses > 0
         p = torch.cat([masses[held], rest[None]]).double()
         own = q[row, ids[held]]
         own = torch.cat([own, 1 - own.sum(-1, keepdim=True)])
-        value = value - torch.xlogy(p, own).sum() - least
+        value = value - torch.xlogy(p, own).sum() - nll
     label_loss = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
     return 0.4 * label_loss + 1.7 * value, label_loss, value
 

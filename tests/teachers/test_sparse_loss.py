@@ -82,7 +82,7 @@ def test_padding_counts_for_nothing_whatever_token_it_names(padding_id):
         torch.nn.functional.pad(targets.ids, (0, 3), value=padding_id),
         torch.nn.functional.pad(targets.probabilities, (0, 3)),
         targets.rest,
-        targets.least,
+        targets.teacher_nll,
     )
     for ours, expected in zip(value_and_grad(student, padded), value_and_grad(student, targets), strict=True):
         torch.testing.assert_close(ours, expected)

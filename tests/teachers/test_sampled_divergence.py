@@ -43,7 +43,7 @@ def test_the_mean_over_samples_is_the_kl_over_the_whole_vocabulary(distance):
     expanded = student.expand(SAMPLES, -1)
     found = sparse_forward_kl(expanded, drawn).double()
     error = found.std() / SAMPLES**0.5
-    expected, rounding = exact_kl(student, teacher), HALF * drawn.least.max()
+    expected, rounding = exact_kl(student, teacher), HALF * drawn.teacher_nll.max()
     assert (found.mean() - expected).abs() < 4 * error + rounding
     of_samples = sparse_cross_entropy(expanded, drawn) - entropy_of(drawn.probabilities, drawn.rest)
     assert of_samples.mean() - expected > 5 * (4 * error + rounding), "the samples' own entropy is what is wrong"
@@ -60,17 +60,17 @@ def test_a_student_that_is_the_teacher_has_no_divergence_whatever_was_drawn():
     teacher, _ = models(0.0)
     drawn = samples(teacher)
     found = sparse_forward_kl(teacher.expand(SAMPLES, -1), drawn)
-    assert found.abs().max() <= HALF * drawn.least.max() + 1e-6
+    assert found.abs().max() <= HALF * drawn.teacher_nll.max() + 1e-6
 
 
 def test_what_is_subtracted_is_without_effect_on_the_gradient():
     teacher, student = models(0.3)
     drawn, gradients = samples(teacher), []
-    for least in (drawn.least, torch.zeros(SAMPLES)):
+    for nll in (drawn.teacher_nll, torch.zeros(SAMPLES)):
         logits = student.repeat(SAMPLES, 1).requires_grad_()
-        sparse_forward_kl(logits, drawn._replace(least=least)).sum().backward()
+        sparse_forward_kl(logits, drawn._replace(teacher_nll=nll)).sum().backward()
         weight = student[:, None].clone().requires_grad_()
-        head_losses(Head(weight), torch.ones(SAMPLES, 1), targets=drawn._replace(least=least)).total.backward()
+        head_losses(Head(weight), torch.ones(SAMPLES, 1), targets=drawn._replace(teacher_nll=nll)).total.backward()
         gradients.append((logits.grad, weight.grad))
     for one, other in zip(*gradients, strict=True):
         assert torch.equal(one, other)
@@ -84,7 +84,7 @@ def test_a_cache_holds_the_cross_entropy_of_its_draws_with_the_teacher(tmp_path)
     log_p = OnlineTeacher(model, torch.device("cpu"))(batch, positions).logits.double().log_softmax(-1)
     stored = CachedTeacher(tmp_path / "cache")(batch, positions).targets
     expected = -(stored.probabilities * log_p.gather(1, stored.ids)).sum(-1)
-    torch.testing.assert_close(stored.least.double(), expected, rtol=1.01 * HALF, atol=1e-6)
+    torch.testing.assert_close(stored.teacher_nll.double(), expected, rtol=1.01 * HALF, atol=1e-6)
 
 
 @pytest.mark.parametrize("offset", [0.0, -1000.0])
@@ -97,8 +97,8 @@ def test_values_of_all_sizes_come_back(classes, offset):
         log_p = logits.log_softmax(-1)
         drawn = samples(logits.float() + offset, count=1)
         expected = -(drawn.probabilities[0] * log_p[drawn.ids[0].long()]).sum()
-        torch.testing.assert_close(drawn.least[0].double(), expected, rtol=1.1 * HALF, atol=2e-5)
-        assert drawn.least[0] >= 0
+        torch.testing.assert_close(drawn.teacher_nll[0].double(), expected, rtol=1.1 * HALF, atol=2e-5)
+        assert drawn.teacher_nll[0] >= 0
 
 
 def test_a_top_k_keeps_the_entropy_of_its_own_outcomes():
@@ -106,4 +106,4 @@ def test_a_top_k_keeps_the_entropy_of_its_own_outcomes():
     coding = ItemCoding(CLASSES, K, "topk")
     stored: SparseTargets = coding.decode(coding.encode(teacher[None], None))
     p = torch.cat([stored.probabilities[0], stored.rest]).double()
-    torch.testing.assert_close(stored.least[0].double(), -torch.xlogy(p, p).sum(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(stored.teacher_nll[0].double(), -torch.xlogy(p, p).sum(), rtol=1e-6, atol=1e-6)
