@@ -196,9 +196,8 @@ class Cutter:
         """What the FFNs that stay take over of what a cut's plan removes whole; None where there is nothing to."""
         if not (self.section.compensate and outputs_taken_over(model, plan)):
             return None
-        options: dict[str, Any] = {"precision": self._precision, "seed": self.recipe.seed, "sharded": True}
         shown = self._shown(number, "Fitting bypasses")
-        return fit_bypasses(model, plan, shown, moment_share=self.section.moment_share, **options)
+        return fit_bypasses(model, plan, shown, precision=self._precision, sharded=True)
 
     @property
     def _hidden_moments(self) -> bool:

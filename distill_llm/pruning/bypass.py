@@ -4,11 +4,14 @@ Let z be the input of its FFN-down linear W and d what the removed attentions an
 added to the stream. The new weight is the least squares of W z + d on the neurons that are left: compensation of a linear
 whose inputs are z and d, with d removed. Nothing is added to the model. (ReplaceMe, Shopkhoev et al. 2025, fits a matrix
 after the FFN in place of removed layers; here each neuron's column is free, and neurons of the same FFN may go at once.)
+
+Where a norm closes every layer (BERT and its kin), a run of removed layers is taken over by the FFN just before it: d is by how
+much the sum before the last removed layer's closing norm is more than that before the FFN's own, whose place that norm takes.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
 
@@ -28,8 +31,8 @@ from distill_llm.pruning.sharding import process, sum_over_processes
 from distill_llm.pruning.structure import linear, sizes_of, weight_of
 from distill_llm.pruning.taps import CalibrationBatch
 
-# The attention-output or FFN-down linear of a layer: the layer, and the path in it.
-Output = tuple[int, str]
+# A module of a layer: the layer, and the path in it.
+Place = tuple[int, str]
 
 
 @dataclass(frozen=True)
@@ -38,14 +41,16 @@ class Bypasses:
 
     Attributes:
         plan: what is removed.
-        outputs: the linears whose outputs are taken over.
         moments: by the layer of the FFN that takes over, in the model before: over I + H channels, first the input of its
-            FFN-down linear (I), then the sum of the outputs it takes over (H).
+            FFN-down linear (I), then what it takes over (H).
+        outputs: the attention-output and FFN-down linears whose outputs are taken over.
+        norms: by the same layers, the norms that take the place of their closing ones.
     """
 
     plan: PruningPlan
-    outputs: frozenset[Output]
-    moments: Mapping[int, Moments]
+    moments: Mapping[int, Moments] = field(default_factory=dict)
+    outputs: frozenset[Place] = frozenset()
+    norms: Mapping[int, Place] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.moments)
@@ -66,13 +71,13 @@ class Bypasses:
         return compensate_linear(both, module.bias, moments, kept, float(ridge))
 
 
-def outputs_taken_over(model: PreTrainedModel, plan: PruningPlan) -> dict[int, list[Output]]:
+def outputs_taken_over(model: PreTrainedModel, plan: PruningPlan) -> dict[int, list[Place]]:
     """By layer, for every FFN that stays: what the plan removes whole after it and before the next FFN that stays.
 
     What is removed before the first such FFN has none to take it over.
     """
     family, rows = family_of(model), {row.source: row for row in plan.layers}
-    found: dict[int, list[Output]] = {}
+    found: dict[int, list[Place]] = {}
     last: int | None = None
     for layer, size in enumerate(sizes_of(model)):
         row = rows.get(layer)
@@ -86,125 +91,163 @@ def outputs_taken_over(model: PreTrainedModel, plan: PruningPlan) -> dict[int, l
     return found
 
 
+def runs_taken_over(model: PreTrainedModel, plan: PruningPlan) -> dict[int, int]:
+    """By layer, for every FFN that stays and has removed layers just after it: the last of these."""
+    ends = [row.source for row in plan.layers[1:]] + [len(layers_of(model))]
+    pairs = zip(plan.layers, ends, strict=True)
+    return {row.source: end - 1 for row, end in pairs if row.neurons and end > row.source + 1}
+
+
 @torch.no_grad()
 def fit_bypasses(
     model: PreTrainedModel,
     plan: PruningPlan,
     dataloader: Iterable[Mapping[str, torch.Tensor]],
     *,
-    moment_share: float | None = None,
     precision: torch.dtype | None = None,
-    seed: int = 0,
     sharded: bool = False,
 ) -> Bypasses:
     """One forward pass for what `prune(model, plan, ..., bypasses=)` needs; none where the plan removes nothing whole.
 
-    Where a norm comes between an FFN and the stream (BERT and its kin; Gemma 2 and 3, OLMo 2; OPT-350m) there is no bypass:
-    what is added there is not linear in the FFN's weights.
+    There is no bypass where an FFN's output has a norm of its own before it is added (Gemma 2 and 3, OLMo 2): what is added is
+    not linear in the FFN's weights. Where a norm closes every layer there is none for an attention or FFN that is removed
+    alone, nor with channels of the residual stream, which change that norm.
 
     Args:
         model: the model that is to be pruned; unchanged.
         plan: what stays of it.
         dataloader: batches as for `collect_statistics`; no labels are read.
-        moment_share, precision, seed, sharded: as for `collect_statistics`.
+        precision, sharded: as for `collect_statistics`.
 
     Returns:
-        The bypasses; (I + H)^2 fp32 numbers for each FFN that takes over.
+        The bypasses, of all tokens; (I + H)^2 fp32 numbers for each FFN that takes over.
 
     Raises:
-        InputError: if the plan does not fit the model, or for a share that is none.
+        InputError: if the plan does not fit the model.
     """
-    if moment_share is not None and not 0 < moment_share <= 1:
-        raise InputError("moment_share", moment_share, "above 0 and at most 1")
     plan.check(model)
-    taken = outputs_taken_over(model, plan)
+    taken, runs = outputs_taken_over(model, plan), runs_taken_over(model, plan)
     batches = iter(dataloader)
     shown = list(islice(batches, 1)) if taken else []
-    if not shown or not _adds_to_stream(model, min(taken), shown[0]):
-        return Bypasses(plan, frozenset(), {})
-    device, layers, family = model.device, layers_of(model), family_of(model)
-    state, whole = CalibrationBatch(device, False), set(range(len(layers))) - {row.source for row in plan.layers}
-    taps = {layer: _Tap(state, linear(layers[layer], family.ffn_out), moment_share) for layer in taken}
+    norm = _closing_norm(model, min(taken), shown[0]) if shown else None
+    if norm is None or (norm and (not runs or plan.hidden is not None)):
+        return Bypasses(plan)
+    device, layers, down = model.device, layers_of(model), family_of(model).ffn_out
+    state, generator = CalibrationBatch(device, False), torch.Generator(device=device)
+    taps = {i: _Tap(state, linear(layers[i], down)) for i in (runs if norm else taken)}
     rank, processes = process() if sharded else (0, 1)
-    generator, tokens = torch.Generator(device=device), 0
     with ExitStack() as stack:
         stack.enter_context(frozen(model))
-        for layer, tap in taps.items():
-            stack.callback(linear(layers[layer], family.ffn_out).register_forward_pre_hook(tap.see_input).remove)
-            for source, path in taken[layer]:
-                hook = tap.see_output(bias_stays=source not in whole)
-                stack.callback(linear(layers[source], path).register_forward_hook(hook).remove)
+        for i, tap in taps.items():
+            if norm:
+                tap.watch_norms(layers[i].get_submodule(norm), layers[runs[i]].get_submodule(norm))
+            else:
+                stay = {row.source for row in plan.layers}
+                tap.watch_outputs([(linear(layers[source], path), source in stay) for source, path in taken[i]])
+            stack.callback(tap.remove)
         for number, batch in enumerate(chain(shown, batches)):
-            mask, before = valid_tokens(batch), tokens
-            tokens += int(mask.sum())
             if number % processes != rank:
                 continue
-            generator.manual_seed((seed + 1) * 1_000_003 + number)  # the same whichever process sees the batch
-            state.set(mask, before, generator)
+            state.set(valid_tokens(batch), 0, generator)
             with torch.autocast(device.type, precision, enabled=precision is not None):
                 calibration_loss(model, {k: v.to(device) for k, v in batch.items()}, None, None, generator)
             for tap in taps.values():
                 tap.add()
     if sharded:
         sum_over_processes([tensor for tap in taps.values() for tensor in tap.moments.tensors()])
-    outputs = frozenset(output for each in taken.values() for output in each)
-    return Bypasses(plan, outputs, {layer: tap.moments.finish() for layer, tap in taps.items()})
+    moments = {i: tap.moments.finish() for i, tap in taps.items()}
+    if norm:
+        return Bypasses(plan, moments, norms={i: (last, norm) for i, last in runs.items()})
+    return Bypasses(plan, moments, frozenset(place for each in taken.values() for place in each))
 
 
 class _Tap:
-    """Of each batch the input of an FFN-down linear beside the sum of the outputs that it takes over."""
+    """Of each batch the input of an FFN-down linear beside what it takes over."""
 
-    def __init__(self, state: CalibrationBatch, down: nn.Linear | Conv1D, share: float | None):
+    def __init__(self, state: CalibrationBatch, down: nn.Linear | Conv1D):
         outputs, inputs = weight_of(down).shape
-        self.state, self.moments = state, MomentsSum(inputs + outputs, state.device, share)
+        self.state, self.moments = state, MomentsSum(inputs + outputs, state.device)
         self.input: torch.Tensor | None = None
-        self.added: torch.Tensor | None = None
+        self.added: torch.Tensor | float = 0.0
+        self.handles = [down.register_forward_pre_hook(self._see_input)]
 
-    def see_input(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    def _see_input(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         self.input = self.state.by_token(args[0])
 
-    def see_output(self, bias_stays: bool) -> Callable:
-        """A hook after a linear; the bias of what is removed from a layer that stays is still added there."""
+    def _take(self, value: torch.Tensor, sign: int = 1) -> None:
+        found = self.state.by_token(value)
+        assert found is not None
+        self.added = self.added + sign * found.float()
 
-        def hook(module: Any, args: tuple, output: torch.Tensor) -> None:
-            value = self.state.by_token(output if module.bias is None or not bias_stays else output - module.bias)
-            assert value is not None
-            self.added = value.float() if self.added is None else self.added + value
+    def watch_outputs(self, linears: Iterable[tuple[Any, bool]]) -> None:
+        """Take over the outputs of linears; but for the bias of one whose layer stays, where it is added as before."""
 
-        return hook
+        def hook_of(stays: bool) -> Callable:
+            return lambda module, args, output: self._take(
+                output - module.bias if stays and module.bias is not None else output
+            )
+
+        self.handles += [module.register_forward_hook(hook_of(stays)) for module, stays in linears]
+
+    def watch_norms(self, own: nn.Module, last: nn.Module) -> None:
+        """Take over what the input of the norm `last` is more than that of `own`."""
+        for norm, sign in ((own, -1), (last, 1)):
+            hook: Any = lambda module, args, sign=sign: self._take(args[0], sign)  # noqa: E731
+            self.handles.append(norm.register_forward_pre_hook(hook))
 
     def add(self) -> None:
         """The batch is over."""
-        assert self.input is not None and self.added is not None
-        self.state.add_moments(self.moments, torch.cat([self.input.float(), self.added], -1), None)
-        self.input = self.added = None
+        assert self.input is not None and isinstance(self.added, torch.Tensor)
+        self.moments.add(self.state.pack(torch.cat([self.input.float(), self.added], -1)))
+        self.input, self.added = None, 0.0
+
+    def remove(self) -> None:
+        """Watch no more."""
+        for handle in self.handles:
+            handle.remove()
 
 
-def _adds_to_stream(model: PreTrainedModel, layer: int, batch: Mapping[str, torch.Tensor]) -> bool:
-    """Whether what a layer's FFN gives out is added to its output as it is, or times a constant, with no norm after it.
+def _closing_norm(model: PreTrainedModel, layer: int, batch: Mapping[str, torch.Tensor]) -> str | None:
+    """The path in a layer of the norm that gives out what the layer does, "" where none does; None where what the FFN gives out
+    is not added before it (or to the layer's output) as it is, or times a constant.
 
-    Measured on a batch's first example: what is added to the FFN's output, in alternating sizes, comes out of the layer alike.
+    Measured on a batch's first example: what is added to the FFN's output, in alternating sizes, must come out there alike.
     """
-    seen: list[torch.Tensor] = []
+    block, first = layers_of(model)[layer], {k: v[:1].to(model.device) for k, v in batch.items()}
+    entering: dict[str, list[torch.Tensor]] = {}
+    made: dict[str, torch.Tensor] = {}
+    outputs: list[torch.Tensor] = []
     pushes: list[torch.Tensor] = []
 
     def push(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
-        if not seen:
+        if not outputs:
             return None
-        noise = torch.randn(seen[0].shape, generator=torch.Generator().manual_seed(0)).to(seen[0].device)
+        noise = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(0)).to(output.device)
         noise[::2] *= 4
-        pushes.append(noise * seen[0].std())
+        pushes.append(noise * outputs[0].std())
         return output + pushes[0].view_as(output).to(output.dtype)
 
     def see(module: nn.Module, args: tuple, output: Any) -> None:
-        seen.append((output[0] if isinstance(output, tuple) else output).flatten(0, -2).float())
+        outputs.append((output[0] if isinstance(output, tuple) else output).flatten(0, -2))
 
-    block, first = layers_of(model)[layer], {k: v[:1].to(model.device) for k, v in batch.items()}
+    def see_norm(path: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+            made.setdefault(path, output)
+            entering.setdefault(path, []).append(args[0].flatten(0, -2))
+
+        return hook
+
     with ExitStack() as stack:
         stack.enter_context(frozen(model))
         stack.callback(linear(block, family_of(model).ffn_out).register_forward_hook(push).remove)
         stack.callback(block.register_forward_hook(see).remove)
+        for path, module in block.named_modules():
+            if "Norm" in type(module).__name__:
+                stack.callback(module.register_forward_hook(see_norm(path)).remove)
         for _ in range(2):
             calibration_loss(model, first, None, None, torch.Generator())
-    change = (seen[1] - seen[0]).flatten()
-    return bool(nn.functional.cosine_similarity(change, pushes[0].flatten(), dim=0) > 0.99)
+    closing = [path for path, output in made.items() if output.data_ptr() == outputs[0].data_ptr()]
+    before, after = entering[closing[0]] if closing else outputs
+    change = (after.float() - before.float()).flatten()
+    alike = nn.functional.cosine_similarity(change, pushes[0].float().flatten(), dim=0) > 0.99
+    return (closing[0] if closing else "") if alike else None

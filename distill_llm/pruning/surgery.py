@@ -162,8 +162,8 @@ def _repaired(
     statistics: Statistics | None,
     bypasses: Bypasses | None,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
-    """Compensated weight (outputs, kept inputs) and bias of the attention-output and FFN-down linears that lose an input or
-    take over what others added, by the student's names."""
+    """By the student's names: compensated weight (outputs, kept inputs) and bias of the attention-output and FFN-down linears
+    that lose an input or take over what others added, and those of norms that take another's place."""
     family, dims, prefix, found = family_of(model), dims_of(model.config), layer_prefix(model), {}
     out = slice(None) if plan.hidden is None else torch.tensor(plan.hidden)
     sizes = sizes_of(model)
@@ -183,6 +183,14 @@ def _repaired(
             else:
                 continue
             found[f"{prefix}{index}.{path}"] = weight[out], None if bias is None else bias[out]
+        if bypasses is not None and row.source in bypasses.norms:
+            layer, path = bypasses.norms[row.source]
+            norm: Any = layers_of(model)[layer].get_submodule(path)
+            bias = getattr(norm, "bias", None)
+            found[f"{prefix}{index}.{path}"] = (
+                norm.weight.detach().clone(),
+                None if bias is None else bias.detach().clone(),
+            )
     return found
 
 

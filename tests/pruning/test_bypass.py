@@ -1,12 +1,11 @@
 """Bypasses of what is removed whole, against least squares by hand on what a model's residual stream says."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
 from family_examples import DECODERS, ENCODERS, HIDDEN, LAYERS, NEURONS, aligned, family_batch, family_model, outputs_of
-from transformers import AutoModelForCausalLM
+from pruning_examples import inputs_of, layers_in
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 from distill_llm.checkpoint import load_pretrained
@@ -17,9 +16,7 @@ from distill_llm.pruning.collecting import collect_statistics
 from distill_llm.pruning.plan import LayerPlan, PruningPlan, keep_layers
 from distill_llm.pruning.surgery import prune
 
-fit = partial(fit_bypasses, moment_share=1.0)
 DOWN = {"llama": "mlp.down_proj", "granite": "mlp.down_proj", "phi": "mlp.fc2", "gpt2": "mlp.c_proj", "opt": "fc2"}
-WITH_NORM_AFTER = [name for name in ENCODERS if name != "modernbert"] + ["gemma2", "gemma3_text", "olmo2"]
 
 
 def blocks(model):
@@ -92,7 +89,7 @@ def test_the_ffn_before_removed_layers_takes_over_what_they_added_to_the_stream(
     batches, kept = batches_of(model), keep_layers(model, [0, 1, 4])
     rows = [kept.layers[0], LayerPlan(1, kept.layers[1].heads, tuple(neurons)), kept.layers[2]]
     plan = PruningPlan(kept.model_type, tuple(rows))
-    student = prune(model, plan, bypasses=fit(model, plan, batches))
+    student = prune(model, plan, bypasses=fit_bypasses(model, plan, batches))
     states, z = stream(model, batches, 1)
     added = (states[4] - states[2]) / getattr(model.config, "residual_multiplier", 1.0)
     assert_solves(linear_of(student, 1), linear_of(model, 1), z, added, neurons)
@@ -103,7 +100,7 @@ def test_the_ffn_before_removed_layers_takes_over_what_they_added_to_the_stream(
 def test_what_is_removed_in_two_places_is_taken_over_by_two_ffns():
     model = family_model("llama")
     batches, plan = batches_of(model), keep_layers(model, [0, 2, 4])
-    student = prune(model, plan, bypasses=fit(model, plan, batches))
+    student = prune(model, plan, bypasses=fit_bypasses(model, plan, batches))
     for layer, place in ((0, 0), (2, 1)):
         states, z = stream(model, batches, layer)
         added = states[layer + 2] - states[layer + 1]
@@ -116,7 +113,7 @@ def test_an_attention_removed_alone_is_taken_over_but_for_its_bias_which_stays()
     rows[2] = LayerPlan(2, (), rows[2].neurons)
     plan = PruningPlan("gpt2", tuple(rows))
     statistics = collect_statistics(model, batches, loss=None)
-    student = prune(model, plan, statistics, bypasses=fit(model, plan, batches))
+    student = prune(model, plan, statistics, bypasses=fit_bypasses(model, plan, batches))
     seen = []
     hook = blocks(model)[2].attn.c_proj.register_forward_hook(lambda m, args, output: seen.append(output - m.bias))
     _, z = stream(model, batches, 1)
@@ -139,7 +136,7 @@ def test_what_is_linear_in_the_neurons_is_taken_over_without_loss(monkeypatch):
     second.post_attention_layernorm.load_state_dict(first.post_attention_layernorm.state_dict())
     monkeypatch.setattr(bypass, "RIDGE", 1e-8)
     batches, plan = batches_of(model, 40), keep_layers(model, [0, 1, 3, 4])
-    student = prune(model, plan, bypasses=fit(model, plan, batches))
+    student = prune(model, plan, bypasses=fit_bypasses(model, plan, batches))
     for batch in (batches[0], family_batch(model, seed=99)):
         dense = outputs_of(model, batch)
         torch.testing.assert_close(outputs_of(student, batch), dense, rtol=0, atol=2e-2)
@@ -149,31 +146,77 @@ def test_what_is_linear_in_the_neurons_is_taken_over_without_loss(monkeypatch):
 def test_what_comes_before_every_ffn_that_stays_has_none_to_take_it_over():
     model = family_model("llama")
     batches, plan = batches_of(model, 2), keep_layers(model, [2, 3, 4])
-    found = fit(model, plan, batches)
+    found = fit_bypasses(model, plan, batches)
     assert not found
     same = prune(model, plan, bypasses=found).state_dict()
     assert all(torch.equal(value, same[name]) for name, value in prune(model, plan).state_dict().items())
     rows = list(keep_layers(model, range(LAYERS)).layers)
     rows[0], rows[1] = LayerPlan(0, rows[0].heads, ()), LayerPlan(1, (), ())
-    assert not fit(model, PruningPlan("llama", tuple(rows)), batches)
+    assert not fit_bypasses(model, PruningPlan("llama", tuple(rows)), batches)
 
 
 def test_a_plan_that_removes_no_whole_reads_no_data():
     model = family_model("llama")
     rows = [LayerPlan(i, (0, 2), tuple(range(30))) for i in range(LAYERS)]
-    assert not fit(model, PruningPlan("llama", tuple(rows)), (1 / 0 for _ in range(1)))
+    assert not fit_bypasses(model, PruningPlan("llama", tuple(rows)), (1 / 0 for _ in range(1)))
 
 
-@pytest.mark.parametrize("name", [*DECODERS, "modernbert"])
-def test_there_is_a_bypass_where_the_ffn_is_added_to_the_stream_as_it_is(name):
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
+def test_every_family_has_a_bypass_but_those_whose_ffns_output_has_a_norm_of_its_own(name):
     model = family_model(name)
-    assert bool(fit(model, keep_layers(model, [0, 1, 4]), batches_of(model, 1))) == (name not in WITH_NORM_AFTER)
+    found = fit_bypasses(model, keep_layers(model, [0, 1, 4]), batches_of(model, 1))
+    assert bool(found) == (name not in ("gemma2", "gemma3_text", "olmo2"))
+    closed = name in ENCODERS and name != "modernbert"
+    assert bool(found.norms) == closed and bool(found.outputs) == (bool(found) and not closed)
 
 
-@pytest.mark.parametrize("name, more", [("bert", {}), ("distilbert", {}), ("opt", {"do_layer_norm_before": False})])
-def test_there_is_none_where_a_norm_comes_after_the_ffn(name, more):
-    model = family_model(name, **more)
-    assert not fit(model, keep_layers(model, [0, 1, 4]), batches_of(model, 1))
+# Closing norm, FFN-down linear.
+CLOSED = {
+    "bert": ("output.LayerNorm", "output.dense"),
+    "distilbert": ("output_layer_norm", "ffn.lin2"),
+    "opt": ("final_layer_norm", "fc2"),
+}
+
+
+def closed_model(name):
+    """A model with a norm at the end of every layer, and its layers."""
+    model = family_model(name, **({"do_layer_norm_before": False} if name == "opt" else {}))
+    return model, blocks(model) if name == "opt" else layers_in(model)
+
+
+@pytest.mark.parametrize("neurons", [range(NEURONS), range(5, 40)], ids=["every neuron", "fewer neurons"])
+@pytest.mark.parametrize("name", CLOSED)
+def test_with_norms_at_the_end_an_ffn_takes_over_the_sum_before_the_last_one_and_that_norm(name, neurons):
+    norm, down = CLOSED[name]
+    model, layers = closed_model(name)
+    batches, kept = batches_of(model), keep_layers(model, [0, 1, 4])
+    rows = (kept.layers[0], LayerPlan(1, kept.layers[1].heads, tuple(neurons)), kept.layers[2])
+    plan = PruningPlan(kept.model_type, rows)
+    student = prune(model, plan, bypasses=fit_bypasses(model, plan, batches))
+    watched = [layers[1].get_submodule(down), layers[1].get_submodule(norm), layers[3].get_submodule(norm)]
+    found = [[], [], []]
+    for batch in batches:
+        with inputs_of(watched) as seen, torch.no_grad():
+            model(**batch)
+        for place, parts in enumerate(found):
+            parts.append(
+                seen[place].reshape(batch["attention_mask"].numel(), -1)[batch["attention_mask"].bool().flatten()]
+            )
+    z, own, last = map(torch.cat, found)
+    made = (blocks(student) if name == "opt" else layers_in(student))[1]
+    assert_solves(made.get_submodule(down), watched[0], z, last - own, neurons)
+    for mine, its in zip(made.get_submodule(norm).parameters(), watched[2].parameters(), strict=True):
+        assert torch.equal(mine, its) and mine is not its
+
+
+def test_with_norms_at_the_end_only_layers_have_a_bypass_and_only_with_all_channels():
+    model = family_model("bert")
+    batches, rows = batches_of(model, 1), list(keep_layers(model, range(LAYERS)).layers)
+    rows[2] = LayerPlan(2, (), rows[2].neurons)
+    assert not fit_bypasses(model, PruningPlan("bert", tuple(rows)), batches)
+    whole = PruningPlan("bert", (*rows[:2], *rows[3:]))
+    assert set(fit_bypasses(model, whole, batches).norms.items()) == {(1, (2, "output.LayerNorm"))}
+    assert not fit_bypasses(model, PruningPlan("bert", whole.layers, hidden=tuple(range(9))), batches)
 
 
 @pytest.mark.parametrize("left", [False, True])
@@ -185,7 +228,7 @@ def test_padding_counts_in_nothing(left):
         {"input_ids": row[mask][None], "attention_mask": mask[mask][None].long()}
         for row, mask in zip(batch["input_ids"], lengths, strict=True)
     ]
-    together, apart = fit(model, plan, [batch]).moments[1], fit(model, plan, alone).moments[1]
+    together, apart = fit_bypasses(model, plan, [batch]).moments[1], fit_bypasses(model, plan, alone).moments[1]
     for mine, its in zip(together, apart, strict=True):
         torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-4 * float(its.abs().max()))
 
@@ -193,11 +236,11 @@ def test_padding_counts_in_nothing(left):
 def test_the_sums_of_two_processes_are_those_of_one(monkeypatch):
     model, parts = family_model("llama"), []
     plan, batches = keep_layers(model, [0, 1, 4]), batches_of(model, 5)
-    whole = fit(model, plan, batches).moments[1]
+    whole = fit_bypasses(model, plan, batches).moments[1]
     for rank in (0, 1):
         monkeypatch.setattr(bypass, "process", lambda rank=rank: (rank, 2))
         monkeypatch.setattr(bypass, "sum_over_processes", lambda sums: parts.append([s.clone() for s in sums]))
-        fit(model, plan, batches, sharded=True)
+        fit_bypasses(model, plan, batches, sharded=True)
     weight, mean, second = (a + b for a, b in zip(*parts, strict=True))
     torch.testing.assert_close(mean / weight, whole.mean.to(weight), rtol=1e-4, atol=1e-4, check_dtype=False)
     expected = whole.second.triu()
@@ -205,16 +248,16 @@ def test_the_sums_of_two_processes_are_those_of_one(monkeypatch):
 
 
 @pytest.mark.parametrize("neurons", [NEURONS, 40])
-def test_a_saved_student_is_reloaded_bit_equal(tmp_path, neurons):
-    model = family_model("llama")
+@pytest.mark.parametrize("name, auto", [("llama", AutoModelForCausalLM), ("bert", AutoModelForSequenceClassification)])
+def test_a_saved_student_is_reloaded_bit_equal(tmp_path, name, auto, neurons):
+    model = family_model(name)
     kept = keep_layers(model, [0, 1, 4])
     rows = (*kept.layers[:2], LayerPlan(4, kept.layers[2].heads, tuple(range(neurons))))
-    plan, batch = PruningPlan("llama", rows), family_batch(model)
-    student = prune(model, plan, bypasses=fit(model, plan, batches_of(model)))
+    plan, batch = PruningPlan(name, rows), family_batch(model)
+    student = prune(model, plan, bypasses=fit_bypasses(model, plan, batches_of(model)))
     student.save_pretrained(tmp_path)
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
     expected = outputs_of(student, batch)
-    for again in (load_pretrained(tmp_path), stock):
+    for again in (load_pretrained(tmp_path), auto.from_pretrained(tmp_path, trust_remote_code=True)):
         assert torch.equal(outputs_of(aligned(again).eval(), batch), expected)
 
 
@@ -223,7 +266,7 @@ def test_channels_of_the_stream_that_go_as_well_are_left_out_of_what_is_taken_ov
     batches, whole = batches_of(model), keep_layers(model, [0, 1, 4])
     channels = tuple(c for c in range(HIDDEN) if c % 4)
     plan = PruningPlan("llama", whole.layers, hidden=channels)
-    found = fit(model, plan, batches)
+    found = fit_bypasses(model, plan, batches)
     weights = [matrix(linear_of(prune(model, p, bypasses=found), 1)) for p in (whole, plan)]
     assert torch.equal(weights[1], weights[0][list(channels)])
 
@@ -232,11 +275,9 @@ def test_bypasses_of_another_plan_or_model_are_refused():
     model = family_model("llama")
     plans = [keep_layers(model, layers) for layers in ([0, 1, 4], [0, 1, 3, 4])]
     with pytest.raises(InputError, match="bypasses: got 'those of another plan'"):
-        prune(model, plans[0], bypasses=fit(model, plans[1], batches_of(model, 1)))
+        prune(model, plans[0], bypasses=fit_bypasses(model, plans[1], batches_of(model, 1)))
     other = family_model("llama", intermediate_size=NEURONS + 8)
     short = [LayerPlan(row.source, row.heads, row.neurons[:9]) for row in plans[0].layers]
     plan = PruningPlan("llama", tuple(short))
     with pytest.raises(InputError, match="what fit_bypasses found of this model"):
-        prune(other, plan, bypasses=fit(model, plan, batches_of(model, 1)))
-    with pytest.raises(InputError, match="moment_share"):
-        fit_bypasses(model, plan, [], moment_share=0.0)
+        prune(other, plan, bypasses=fit_bypasses(model, plan, batches_of(model, 1)))
