@@ -81,7 +81,7 @@ class Cutter:
             chosen = from_main_process(self._plan(model, teacher, statistics, share) if self.is_main else None)
             plan = chosen if plan is None else compose_plans(student, plan, chosen)
             bypasses = self._bypasses(model, chosen, number)
-            model = prune(model, chosen, statistics if self.section.compensate else None, bypasses=bypasses)
+            model = prune(model, chosen, statistics if self._folds else None, bypasses=bypasses)
         assert plan is not None and plan.kept is not None
         if self.section.cost == "latency":
             return Cut(plan, model, plan.kept, self.section.compensate)
@@ -166,7 +166,7 @@ class Cutter:
         found: Statistics | None = None
         if file is not None:
             identity = {"model": teacher_fingerprint(model), "rows": self._rows, "precision": section.precision}
-            identity |= {"moment_share": section.moment_share} if section.compensate else {}
+            identity |= {"moment_share": section.moment_share} if self._folds else {}
             usable = from_main_process(self._usable(file, identity, needs_gradients))
             found = Statistics.load(file) if usable else None
         if found is not None and (found.without is not None or not needs_without):
@@ -175,7 +175,7 @@ class Cutter:
             model,
             self._shown(number, "Calibrating"),
             loss if needs_gradients else None,
-            moments=section.compensate,
+            moments=self._folds,
             moment_share=section.moment_share,
             hidden_moments=self._hidden_moments,
             hidden=file is not None or "hidden" in section.units,
@@ -198,6 +198,11 @@ class Cutter:
             return None
         shown = self._shown(number, "Fitting bypasses")
         return fit_bypasses(model, plan, shown, precision=self._precision, sharded=True)
+
+    @property
+    def _folds(self) -> bool:
+        """Whether compensation needs second moments of every layer: whole layers alone leave nothing to fold into."""
+        return self.section.compensate and self.section.units != ["layers"]
 
     @property
     def _hidden_moments(self) -> bool:
@@ -224,7 +229,7 @@ class Cutter:
             return False
         if self._hidden_moments and not record.get("hidden_moments"):
             return False
-        return (record["gradients"] or not needs_gradients) and (record["moments"] or not self.section.compensate)
+        return (record["gradients"] or not needs_gradients) and (record["moments"] or not self._folds)
 
 
 def _record_of(file: Path) -> Path:
