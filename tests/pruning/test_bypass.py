@@ -242,6 +242,7 @@ def test_the_sums_of_two_processes_are_those_of_one(monkeypatch):
         monkeypatch.setattr(bypass, "sum_over_processes", lambda sums: parts.append([s.clone() for s in sums]))
         fit_bypasses(model, plan, batches, sharded=True)
     weight, mean, second = (a + b for a, b in zip(*parts, strict=True))
+    assert float(weight) == sum(int(batch["attention_mask"].sum()) for batch in batches), "each batch counts once"
     torch.testing.assert_close(mean / weight, whole.mean.to(weight), rtol=1e-4, atol=1e-4, check_dtype=False)
     expected = whole.second.triu()
     torch.testing.assert_close((second / weight).triu().float(), expected, rtol=1e-4, atol=1e-4 * float(expected.max()))
