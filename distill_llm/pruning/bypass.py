@@ -211,7 +211,7 @@ def _closing_norm(model: PreTrainedModel, layer: int, batch: Mapping[str, torch.
     """The path in a layer of the norm that gives out what the layer does, "" where none does; None where what the FFN gives out
     is not added before it (or to the layer's output) as it is, or times a constant.
 
-    Measured on a batch's first example: what is added to the FFN's output, in alternating sizes, must come out there alike.
+    Measured on a batch's first example: noise as large as the FFN's output, added to it, must come out there alike.
     """
     block, first = layers_of(model)[layer], {k: v[:1].to(model.device) for k, v in batch.items()}
     entering: dict[str, list[torch.Tensor]] = {}
@@ -223,8 +223,7 @@ def _closing_norm(model: PreTrainedModel, layer: int, batch: Mapping[str, torch.
         if not outputs:
             return None
         noise = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(0)).to(output.device)
-        noise[::2] *= 4
-        pushes.append(noise * outputs[0].std())
+        pushes.append(noise * torch.maximum(outputs[0].float().std(), output.float().std()))
         return output + pushes[0].view_as(output).to(output.dtype)
 
     def see(module: nn.Module, args: tuple, output: Any) -> None:

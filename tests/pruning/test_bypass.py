@@ -170,6 +170,16 @@ def test_every_family_has_a_bypass_but_those_whose_ffns_output_has_a_norm_of_its
     assert bool(found.norms) == closed and bool(found.outputs) == (bool(found) and not closed)
 
 
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_a_norm_of_the_ffns_output_is_seen_whatever_the_size_of_that_output(size):
+    model = family_model("gemma2")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.post_feedforward_layernorm.weight.zero_()  # a factor of 1 for every channel
+            layer.mlp.down_proj.weight.mul_(size)
+    assert not fit_bypasses(model, keep_layers(model, [0, 1, 4]), batches_of(model, 1))
+
+
 # Closing norm, FFN-down linear.
 CLOSED = {
     "bert": ("output.LayerNorm", "output.dense"),
