@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from distill_llm.errors import InputError
     from distill_llm.pipeline import RunResult, run
     from distill_llm.profiling import Comparison, Profile, compare, profile
+    from distill_llm.pruning.bypass import fit_bypasses
     from distill_llm.pruning.collecting import collect_statistics
     from distill_llm.pruning.criteria import Importance, score
     from distill_llm.pruning.masking import masked
@@ -38,6 +39,7 @@ _HOMES = {
     "keep_layers": "pruning.plan",
     "plan_pruning": "pruning.planning",
     "Statistics": "pruning.statistics",
+    "fit_bypasses": "pruning.bypass",
     "collect_statistics": "pruning.collecting",
     "prune": "pruning.surgery",
     "Recipe": "recipe",
@@ -61,6 +63,7 @@ __all__ = [
     "Statistics",
     "collect_statistics",
     "compare",
+    "fit_bypasses",
     "keep_layers",
     "load_pretrained",
     "load_recipe",

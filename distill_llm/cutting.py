@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from distill_llm.losses.items import kind_of
 from distill_llm.progress import progress_bar
+from distill_llm.pruning.bypass import Bypasses, fit_bypasses, outputs_taken_over
 from distill_llm.pruning.calibration_pass import CalibrationPass
 from distill_llm.pruning.choice import Limits
 from distill_llm.pruning.collecting import collect_statistics
@@ -22,7 +23,7 @@ from distill_llm.pruning.latency import latency_costs, plan_for_latency
 from distill_llm.pruning.layer_moments import LayerMoments
 from distill_llm.pruning.leave_one_out import leave_one_out
 from distill_llm.pruning.names import NEEDS_GRADIENTS
-from distill_llm.pruning.plan import PruningPlan
+from distill_llm.pruning.plan import PruningPlan, keep_layers
 from distill_llm.pruning.planning import plan_pruning
 from distill_llm.pruning.sharding import from_main_process, process
 from distill_llm.pruning.statistics import Statistics
@@ -45,11 +46,13 @@ class Cut:
         plan: for the model that was cut.
         model: what is left of it, compensated if that was asked for.
         kept: the share of the teacher's cost that is left.
+        compensated: whether anything took over what was removed.
     """
 
     plan: PruningPlan
     model: PreTrainedModel
     kept: float
+    compensated: bool
 
 
 class Cutter:
@@ -79,18 +82,26 @@ class Cutter:
             statistics = self.statistics(model, number, None if number else file)
             chosen = from_main_process(self._plan(model, teacher, statistics, share) if self.is_main else None)
             plan = chosen if plan is None else compose_plans(student, plan, chosen)
-            model = prune(
-                model, chosen, self._with_moments(statistics, model, number) if self.section.compensate else None
-            )
+            bypasses = self._bypasses(model, chosen, number)
+            folded = self._with_moments(statistics, model, number) if self._folds else None
+            model = prune(model, chosen, folded, bypasses=bypasses)
         assert plan is not None and plan.kept is not None
         if self.section.cost == "latency":
-            return Cut(plan, model, plan.kept)
+            return Cut(plan, model, plan.kept, self.section.compensate)
         kept, note = self.share(model, teacher), None
         if abs(kept - keep) > 0.01 * keep:
             note = f"kept {kept:.2%} of the layers' {self.section.cost} where {keep:.2%} was asked for: "
             note += "what may be removed comes in larger steps"
         own = share_of(model, student, self.section.cost, self.tokens(student))
-        return Cut(replace(plan, kept=own, note=note), model, kept)
+        return Cut(replace(plan, kept=own, note=note), model, kept, self.section.compensate)
+
+    def cut_layers(self, student: PreTrainedModel) -> Cut:
+        """Keep the layers that the section names."""
+        assert self.section.layers is not None
+        plan = keep_layers(student, self.section.layers)
+        bypasses = self._bypasses(student, plan, 0)
+        kept = plan.share(student, self.section.cost, self.tokens(student))
+        return Cut(plan, prune(student, plan, bypasses=bypasses), kept, bool(bypasses))
 
     def share(self, student: PreTrainedModel, teacher: PreTrainedModel) -> float:
         """The share of the teacher's cost that the student has."""
@@ -203,10 +214,22 @@ class Cutter:
             statistics, moments=LayerMoments(calibration, batches, section.moment_layers, section.moment_share)
         )
 
+    def _bypasses(self, model: PreTrainedModel, plan: PruningPlan, number: int) -> Bypasses | None:
+        """What the FFNs that stay take over of what a cut's plan removes whole; None where there is nothing to."""
+        if not (self.section.compensate and outputs_taken_over(model, plan)):
+            return None
+        shown = self._shown(number, "Fitting bypasses")
+        return fit_bypasses(model, plan, shown, precision=self._precision, sharded=True)
+
+    @property
+    def _folds(self) -> bool:
+        """Whether compensation needs second moments of every layer: whole layers alone leave nothing to fold into."""
+        return self.section.compensate and self.section.units != ["layers"]
+
     @property
     def _moments(self) -> bool:
-        """Whether the pass that measures importance collects the second moments of all layers."""
-        return self.section.compensate and self.section.moment_layers is None
+        """Whether the pass that measures importance collects these moments, of all layers at once."""
+        return self._folds and self.section.moment_layers is None
 
     @property
     def _hidden_moments(self) -> bool:

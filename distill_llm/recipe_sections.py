@@ -145,7 +145,11 @@ class PruningSection(Section):
     uniform: bool = Field(default=False, description="the same number of heads and of neurons in every layer")
     min_heads: int = Field(default=0, ge=0, description="heads (KV groups) that every remaining layer keeps at least")
     min_neurons: int = Field(default=0, ge=0, description="FFN neurons that every remaining layer keeps at least")
-    compensate: bool = Field(default=True, description="fold what removed units contributed into the kept columns")
+    compensate: bool = Field(
+        default=True,
+        description="fold what removed units contributed into the kept columns, and what removed layers added into the FFN"
+        " before them",
+    )
     calibration_examples: int = Field(
         default=1024,
         ge=1,

@@ -17,14 +17,14 @@ from transformers import AutoTokenizer, EvalPrediction, PreTrainedModel, PreTrai
 from distill_llm.adapters import merged, without_adapters
 from distill_llm.checkpoint import load_for_task, load_pretrained
 from distill_llm.checks import check_data
-from distill_llm.cutting import Cut, Cutter, share_of
+from distill_llm.cutting import Cutter, share_of
 from distill_llm.data.encoding import LENGTH, Collator, collator, encode
 from distill_llm.data.tasks import TaskData
 from distill_llm.errors import InputError
 from distill_llm.evaluation.evaluate import evaluate_model
 from distill_llm.evaluation.metrics import compute_metrics
 from distill_llm.opening import resolve_model
-from distill_llm.pruning.plan import PruningPlan, keep_layers
+from distill_llm.pruning.plan import PruningPlan
 from distill_llm.pruning.surgery import prune
 from distill_llm.recipe import Recipe
 from distill_llm.recipe_sections import PruningSection
@@ -105,9 +105,8 @@ class Stages:
         teacher = student if student_dir == teacher_dir else self.load(teacher_dir).eval()
         cutter = self.cutter(section)
         if section.layers is not None:
-            plan = keep_layers(student, section.layers)
-            keep = plan.share(student, section.cost, cutter.tokens(student))
-            cut = Cut(plan, prune(student, plan), keep)
+            cut = cutter.cut_layers(student)
+            keep = cut.kept
         else:
             assert section.keep is not None
             keep = kept_after(section.keep, number, section.rounds, section.schedule)
@@ -117,9 +116,8 @@ class Stages:
         if not self.processes.is_main_process:
             return {}
         self.show(cut.plan, student, folder, f"round {number}")
-        compensates = section.compensate and section.layers is None
-        pruned = self.evaluate(prune(student, cut.plan) if compensates else cut.model)
-        compensated = self.evaluate(cut.model) if compensates else None
+        pruned = self.evaluate(prune(student, cut.plan) if cut.compensated else cut.model)
+        compensated = self.evaluate(cut.model) if cut.compensated else None
         with written_whole(folder / "pruned", folder=True) as path:
             self.save(cut.model, path)
         return {

@@ -5,16 +5,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
-from family_examples import family_model
+from family_examples import family_batch, family_model
 from helpers import random_batch, tiny_model
 from recipe_inputs import recipe_for
 
 from distill_llm import cutting
 from distill_llm.cutting import Cutter, budget_tokens, least_share, share_of
+from distill_llm.pruning.bypass import fit_bypasses
 from distill_llm.pruning.collecting import collect_statistics
 from distill_llm.pruning.criteria import score
+from distill_llm.pruning.cuts import cut_shares
 from distill_llm.pruning.latency import fit_costs
-from distill_llm.pruning.plan import LayerPlan, PruningPlan
+from distill_llm.pruning.plan import LayerPlan, PruningPlan, keep_layers
 from distill_llm.pruning.planning import plan_pruning
 from distill_llm.pruning.statistics import Statistics
 from distill_llm.pruning.structure import sizes_of, unit_costs
@@ -84,6 +86,36 @@ def test_every_cut_has_rows_of_its_own(model, tmp_path):
         plan = plan_pruning(by_hand, score(statistics), share / share_of(by_hand, model, "params"))
         by_hand = prune(by_hand, plan, statistics)
     assert same(found.model, by_hand)
+
+
+@pytest.mark.parametrize("cuts", [1, 2])
+def test_ffns_take_over_what_the_layers_of_every_cut_added(tmp_path, cuts):
+    decoder = family_model("llama")
+    batches = [family_batch(decoder, seed=seed) for seed in range(4)]
+    options = {"units": ["layers"], "criterion": "block_influence", "keep": 0.6, "cuts": cuts}
+    found, by_hand = cutter(tmp_path, batches, **options).cut(decoder, decoder, 0.6), decoder
+    for share in cut_shares(1.0, 0.6, cuts):
+        statistics = collect_statistics(by_hand, batches, loss=None)
+        left = share / share_of(by_hand, decoder, "params")
+        plan = plan_pruning(by_hand, score(statistics, "block_influence"), left, units=["layers"])
+        by_hand = prune(by_hand, plan, bypasses=fit_bypasses(by_hand, plan, batches))
+    assert found.compensated and same(found.model, by_hand)
+    assert not same(by_hand, prune(decoder, found.plan))
+
+
+@pytest.mark.parametrize(
+    "family, compensate, compensated", [("llama", True, True), ("llama", False, False), ("gemma2", True, False)]
+)
+def test_layers_named_by_the_recipe_are_compensated_where_an_ffn_can_take_over(
+    tmp_path, family, compensate, compensated
+):
+    model = family_model(family)
+    batches = [family_batch(model, seed=seed) for seed in range(3)]
+    options = {"keep": None, "layers": [0, 1, 4], "compensate": compensate}
+    found, plan = cutter(tmp_path, batches, **options).cut_layers(model), keep_layers(model, [0, 1, 4])
+    bypasses = fit_bypasses(model, plan, batches) if compensated else None
+    assert (found.plan, found.kept, found.compensated) == (plan, pytest.approx(0.6), compensated)
+    assert same(found.model, prune(model, plan, bypasses=bypasses))
 
 
 def stages_with(lengths):

@@ -72,7 +72,7 @@ class CalibrationPass:
         Args:
             batches: `input_ids` and `attention_mask`, and labels where the loss needs them.
             looked_at: set to each batch before its forward.
-            after: called after each backward pass.
+            after: called when a batch has been seen, its backward pass included.
 
         Returns:
             the numbers of examples and of tokens, padding left out, of all processes.
@@ -94,7 +94,7 @@ class CalibrationPass:
                 total = calibration_loss(self.model, batch, self.loss, self.teacher, generator)
             if total is not None:
                 total.backward()
-                after()
+            after()
         return examples, tokens
 
 

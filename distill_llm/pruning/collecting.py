@@ -90,7 +90,7 @@ def collect_statistics(
     state = calibration.batch()
 
     def add_channels() -> None:
-        if channels is not None:
+        if channels is not None and loss is not None:
             channels.add_gradients(state.channel_effects)
 
     with ExitStack() as stack:

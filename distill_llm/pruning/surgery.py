@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from distill_llm.errors import InputError
+from distill_llm.pruning.bypass import Bypasses
 from distill_llm.pruning.families import (
     Family,
     LayerLineage,
@@ -71,7 +72,13 @@ def compose_lineage(model: PreTrainedModel, plan: PruningPlan) -> tuple[LayerLin
     return tuple(composed)
 
 
-def prune(model: PreTrainedModel, plan: PruningPlan, compensate: Statistics | None = None) -> PreTrainedModel:
+def prune(
+    model: PreTrainedModel,
+    plan: PruningPlan,
+    compensate: Statistics | None = None,
+    *,
+    bypasses: Bypasses | None = None,
+) -> PreTrainedModel:
     """A new model with only what the plan keeps; the input is untouched.
 
     The result is a plain transformers class where the stock config can say its sizes, else a `Pruned...` class that saves
@@ -80,19 +87,23 @@ def prune(model: PreTrainedModel, plan: PruningPlan, compensate: Statistics | No
     Args:
         compensate: statistics of this very model with second moments; fold what is removed into what stays (see
             `compensate_linear`): heads and neurons, and channels of the residual stream where they have `hidden_moments`.
+        bypasses: what `fit_bypasses` found for this very model and plan; the FFN before what is removed whole (layers,
+            attentions, FFNs) takes over what that added.
 
     Raises:
-        InputError: if the plan does not fit the model, the model is not in memory whole, or the statistics have no moments or
-            other sizes.
+        InputError: if the plan does not fit the model, the model is not in memory whole, the statistics have no moments or
+            other sizes, or the bypasses are of another plan.
     """
     plan.check(model)
+    if bypasses is not None and bypasses.plan.layers != plan.layers:
+        raise InputError("bypasses", "those of another plan", "what fit_bypasses found for the plan that is given")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise InputError("model", "weights that are not in memory (offloaded)", "a model loaded whole on one device")
     if compensate is not None:
         _check_statistics(model, compensate)
     lineage, hidden = compose_lineage(model, plan), _compose_hidden(model, plan)
     rows = [LayerLineage(row.source, row.heads, row.neurons, row.queries) for row in plan.layers]
-    repaired = {} if compensate is None else _repaired(model, rows, plan, compensate)
+    repaired = _repaired(model, rows, plan, compensate, bypasses)
     if compensate is not None and plan.hidden is not None:
         repaired |= repaired_stream(model, rows, torch.tensor(plan.hidden), compensate)
     stock = _stock_record(model.config)
@@ -147,22 +158,39 @@ def _compose_hidden(model: PreTrainedModel, plan: PruningPlan) -> tuple[int, ...
 
 
 def _repaired(
-    model: PreTrainedModel, rows: list[LayerLineage], plan: PruningPlan, statistics: Statistics
+    model: PreTrainedModel,
+    rows: list[LayerLineage],
+    plan: PruningPlan,
+    statistics: Statistics | None,
+    bypasses: Bypasses | None,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
-    """Compensated weight (outputs, kept inputs) and bias of the attention-output and FFN-down linears that lose an input, by
-    the student's names."""
+    """By the student's names: compensated weight (outputs, kept inputs) and bias of the attention-output and FFN-down linears
+    that lose an input or take over what others added, and those of norms that take another's place."""
     family, dims, prefix, found = family_of(model), dims_of(model.config), layer_prefix(model), {}
     out = slice(None) if plan.hidden is None else torch.tensor(plan.hidden)
     sizes = sizes_of(model)
     for index, row in enumerate(rows):
         for kind, (path, layout) in enumerate(((family.attention_out, "q"), (family.ffn_out, "n"))):
+            if bypasses is not None and (row.source, path) in bypasses.outputs:
+                continue  # all but its bias is another's
             module = linear(layers_of(model)[row.source], path)
             kept = kept_channels(layout, row, sizes[row.source], dims.head_size)
-            if len(kept) == weight_of(module).shape[1]:
+            if bypasses is not None and kind == 1 and row.source in bypasses.moments:
+                weight, bias = bypasses.folded(module, row.source, kept)
+            elif statistics is None or len(kept) == weight_of(module).shape[1]:
                 continue
-            moments = _moments(statistics, row.source, kind)
-            weight, bias = compensate_linear(weight_of(module), module.bias, moments, kept)
+            else:
+                moments = _moments(statistics, row.source, kind)
+                weight, bias = compensate_linear(weight_of(module), module.bias, moments, kept)
             found[f"{prefix}{index}.{path}"] = weight[out], None if bias is None else bias[out]
+        if bypasses is not None and row.source in bypasses.norms:
+            layer, path = bypasses.norms[row.source]
+            norm: Any = layers_of(model)[layer].get_submodule(path)
+            bias = getattr(norm, "bias", None)
+            found[f"{prefix}{index}.{path}"] = (
+                norm.weight.detach().clone(),
+                None if bias is None else bias.detach().clone(),
+            )
     return found
 
 
