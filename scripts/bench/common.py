@@ -29,7 +29,7 @@ from distill_llm.profiling import device_name
 
 MAX_LENGTH = 128
 SYNTHETIC_LENGTH = 64
-PACKAGES = ("distill_llm", "torch", "transformers", "accelerate", "textbrewer", "torch-pruning")
+PACKAGES = ("distill_llm", "torch", "transformers", "accelerate", "textbrewer", "torch-pruning", "trl", "liger-kernel")
 
 Rows = list[dict[str, Any]]
 
