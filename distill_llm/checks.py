@@ -295,9 +295,10 @@ def _check_disk(recipe: Recipe, teacher: PreTrainedModel) -> None:
     # A copy per round, the teacher, the student, and two Trainer checkpoints (weights and two moments each).
     needed = weights * (2 + (6 if trained else 0))
     if (section := recipe.pruning) is not None:
-        known = teacher.config.model_type in FAMILIES  # else it is a fault already
-        held = known and section.keep is not None and section.compensate and section.moment_layers is None
-        needed += section.rounds * (weights + (second_moment_bytes(teacher) if held else 0))
+        statistics = 0
+        if section.folds and teacher.config.model_type in FAMILIES:  # else it is a fault already
+            statistics = second_moment_bytes(teacher, section.holds_moments, "hidden" in section.units)
+        needed += section.rounds * (weights + statistics)
     free = shutil.disk_usage(nearest(recipe.output_dir)).free
     if free < needed:
         raise InputError(

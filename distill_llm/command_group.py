@@ -36,7 +36,8 @@ class CommandGroup(typer.core.TyperGroup):
 
 
 def _leave_processes() -> None:
-    """End what `accelerate launch` began: the threads of a group that is left open abort the process now and then."""
+    """End what `accelerate launch` began: the threads of a group that is left open abort the process now and then. Only
+    after success: to end it may wait for the other processes, which need not have met the same error."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from distill_llm.losses.items import kind_of
 from distill_llm.progress import progress_bar
-from distill_llm.pruning.bypass import Bypasses, fit_bypasses, outputs_taken_over
+from distill_llm.pruning.bypass import Bypasses, fit_bypasses
 from distill_llm.pruning.calibration_pass import CalibrationPass
 from distill_llm.pruning.choice import Limits
 from distill_llm.pruning.collecting import collect_statistics
@@ -77,23 +77,24 @@ class Cutter:
             keep: share of the cost of the teacher's layers; of its latency with cost latency.
             file: where the student's statistics are, or are to be kept.
         """
-        plan, model = None, student
+        plan, model, compensated = None, student, self.section.folds
         for number, share in enumerate(cut_shares(self.share(student, teacher), keep, self.section.cuts)):
             statistics = self.statistics(model, number, None if number else file)
             chosen = from_main_process(self._plan(model, teacher, statistics, share) if self.is_main else None)
             plan = chosen if plan is None else compose_plans(student, plan, chosen)
             bypasses = self._bypasses(model, chosen, number)
-            folded = self._with_moments(statistics, model, number) if self._folds else None
+            folded = self._with_moments(statistics, model, number) if self.section.folds else None
             model = prune(model, chosen, folded, bypasses=bypasses)
+            compensated |= bool(bypasses)
         assert plan is not None and plan.kept is not None
         if self.section.cost == "latency":
-            return Cut(plan, model, plan.kept, self.section.compensate)
+            return Cut(plan, model, plan.kept, compensated)
         kept, note = self.share(model, teacher), None
         if abs(kept - keep) > 0.01 * keep:
             note = f"kept {kept:.2%} of the layers' {self.section.cost} where {keep:.2%} was asked for: "
             note += "what may be removed comes in larger steps"
         own = share_of(model, student, self.section.cost, self.tokens(student))
-        return Cut(replace(plan, kept=own, note=note), model, kept, self.section.compensate)
+        return Cut(replace(plan, kept=own, note=note), model, kept, compensated)
 
     def cut_layers(self, student: PreTrainedModel) -> Cut:
         """Keep the layers that the section names."""
@@ -169,7 +170,7 @@ class Cutter:
         found: Statistics | None = None
         if file is not None:
             identity = {"model": teacher_fingerprint(model), "rows": self._rows, "precision": section.precision}
-            identity |= {"moment_share": section.moment_share} if self._moments else {}
+            identity |= {"moment_share": section.moment_share} if self.section.holds_moments else {}
             usable = from_main_process(self._usable(file, identity, needs_gradients))
             found = Statistics.load(file) if usable else None
         if found is not None and (found.without is not None or not needs_without):
@@ -178,7 +179,7 @@ class Cutter:
             model,
             self._shown(number, "Calibrating"),
             loss if needs_gradients else None,
-            moments=self._moments,
+            moments=self.section.holds_moments,
             moment_share=section.moment_share,
             hidden_moments=self._hidden_moments,
             hidden=file is not None or "hidden" in section.units,
@@ -198,7 +199,7 @@ class Cutter:
     def _with_moments(self, statistics: Statistics, model: PreTrainedModel, number: int) -> Statistics:
         """The statistics of a cut with the second moments that compensation needs."""
         section = self.section
-        if section.moment_layers is None:
+        if section.moment_layers is None or statistics.moments:
             return statistics
         loss = self.loss if section.criterion in NEEDS_GRADIENTS else None
         calibration = CalibrationPass(
@@ -215,21 +216,11 @@ class Cutter:
         )
 
     def _bypasses(self, model: PreTrainedModel, plan: PruningPlan, number: int) -> Bypasses | None:
-        """What the FFNs that stay take over of what a cut's plan removes whole; None where there is nothing to."""
-        if not (self.section.compensate and outputs_taken_over(model, plan)):
+        """What the FFNs that stay take over of what a cut's plan removes whole; None where nothing is compensated."""
+        if not self.section.compensate:
             return None
         shown = self._shown(number, "Fitting bypasses")
         return fit_bypasses(model, plan, shown, precision=self._precision, sharded=True)
-
-    @property
-    def _folds(self) -> bool:
-        """Whether compensation needs second moments of every layer: whole layers alone leave nothing to fold into."""
-        return self.section.compensate and self.section.units != ["layers"]
-
-    @property
-    def _moments(self) -> bool:
-        """Whether the pass that measures importance collects these moments, of all layers at once."""
-        return self._folds and self.section.moment_layers is None
 
     @property
     def _hidden_moments(self) -> bool:
@@ -256,7 +247,7 @@ class Cutter:
             return False
         if self._hidden_moments and not record.get("hidden_moments"):
             return False
-        return (record["gradients"] or not needs_gradients) and (record["moments"] or not self._moments)
+        return (record["gradients"] or not needs_gradients) and (record["moments"] or not self.section.holds_moments)
 
 
 def _record_of(file: Path) -> Path:

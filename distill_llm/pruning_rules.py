@@ -33,6 +33,9 @@ def pruning_faults(section: "PruningSection") -> list[InputError]:
         if value != default and not units & set(wanted):
             accepted = f"{_yaml(default)} where units has none of {', '.join(wanted)}"
             faults.append(InputError(name, value, accepted))
+    if section.moment_layers is not None and not section.folds:
+        accepted = "nothing without compensation of heads, neurons or channels"
+        faults.append(InputError("moment_layers", section.moment_layers, accepted))
     if section.scope == "local" and not units & {"heads", "neurons", "queries", *BLOCKS}:
         faults.append(InputError("scope", "local", "global where units is [hidden]: all layers share their channels"))
     return faults + competing_faults(units, section.criterion, section.scope, section.uniform)

@@ -160,14 +160,16 @@ class PruningSection(Section):
         default=None,
         gt=0,
         le=1,
-        description="share of the calibration tokens, drawn at random, that compensation is fitted to; left out: all until"
+        description="share of the calibration tokens, drawn at random, that compensation is fitted to (removed layers: always"
+        " all); left out: all until"
         " there are half as many as a layer has neurons, then one in four; 1 takes half a forward pass more",
     )
     moment_layers: int | None = Field(
         default=None,
         ge=1,
         description="layers whose second moments are held at a time, with a calibration pass for each so many, where those of all"
-        " do not fit: about 1 GB a layer of an 8B model; left out: all in the pass that measures importance, kept in its file",
+        " do not fit: about 1 GB a layer of an 8B model; left out: all in the pass that measures importance, kept in its file"
+        " (what takes over removed layers has moments of its own, as large, all at once)",
     )
     precision: Literal["bfloat16"] | None = Field(
         default=None, description="run the calibration passes under autocast in this precision; sums stay in float32"
@@ -187,6 +189,16 @@ class PruningSection(Section):
         min_length=1,
         description="indices of the layers to keep, in place of `keep`: nothing else is removed",
     )
+
+    @property
+    def folds(self) -> bool:
+        """Whether compensation needs statistics: whole layers alone leave nothing to fold into."""
+        return self.compensate and self.layers is None and self.units != ["layers"]
+
+    @property
+    def holds_moments(self) -> bool:
+        """Whether the pass that measures importance collects the second moments of heads and neurons, of all layers at once."""
+        return self.folds and self.moment_layers is None and not set(self.units) <= {"layers", "hidden"}
 
     @model_validator(mode="after")
     def _consistent(self) -> "PruningSection":

@@ -224,14 +224,14 @@ def test_a_full_disk_and_an_output_that_is_a_file_are_refused(folder, monkeypatc
         (line,) = faults(recipe_with(folder))
     assert line.startswith("output_dir: got ") and "GB free" in line
     needed = []
-    for pruning in ({"moment_layers": 1}, {}):
+    for pruning in ({"moment_layers": 1}, {"units": ["layers"]}, {}):
         recipe, model = recipe_with(folder, pruning={"keep": 0.5, "rounds": 3, **pruning}), tiny_model()
         with monkeypatch.context() as patch, pytest.raises(InputError) as error:
             patch.setattr(shutil, "disk_usage", lambda path: usage)
-            patch.setattr(checks, "second_moment_bytes", lambda model: 5 * 10**9)
+            patch.setattr(checks, "second_moment_bytes", lambda model, inner, hidden: 5 * 10**9 * inner)
             checks._check_disk(recipe, model)
         needed.append(float(error.value.accepted.split()[4]))
-    assert needed[1] - needed[0] == pytest.approx(15)
+    assert needed[0] == needed[1] == pytest.approx(needed[2] - 15)
     (folder / "run").write_text("")
     (line,) = faults(recipe_with(folder))
     assert line.startswith("output_dir: got ") and "a new or empty folder" in line

@@ -88,6 +88,28 @@ def test_every_cut_has_rows_of_its_own(model, tmp_path):
     assert same(found.model, by_hand)
 
 
+def test_what_compensates_a_cut_is_fitted_to_its_own_rows(tmp_path):
+    decoder = family_model("llama")
+    rows = [[family_batch(decoder, seed=seed)] for seed in (1, 2)]
+    pruning = {"units": ["layers", "neurons"], "keep": 0.4, "cuts": 2, "moment_layers": 2}
+    found = Cutter(parse_recipe(recipe_for(tmp_path, pruning=pruning)), rows.__getitem__).cut(decoder, decoder, 0.4)
+    by_hand = decoder
+    for share, batches in zip(cut_shares(1.0, 0.4, 2), rows, strict=True):
+        statistics = collect_statistics(by_hand, batches, loss="kl")
+        left = share / share_of(by_hand, decoder, "params")
+        plan = plan_pruning(by_hand, score(statistics), left, units=["layers", "neurons"])
+        by_hand = prune(by_hand, plan, statistics, bypasses=fit_bypasses(by_hand, plan, batches))
+    for one, other in zip(found.model.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("units, compensated", [(["layers"], False), (["layers", "neurons"], True)])
+def test_a_cut_says_whether_anything_took_over(tmp_path, units, compensated):
+    model = family_model("gemma2")  # which has no bypass
+    found = cutter(tmp_path, [family_batch(model)], units=units).cut(model, model, 0.6)
+    assert found.compensated == compensated
+
+
 @pytest.mark.parametrize("cuts", [1, 2])
 def test_ffns_take_over_what_the_layers_of_every_cut_added(tmp_path, cuts):
     decoder = family_model("llama")

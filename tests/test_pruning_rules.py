@@ -83,6 +83,8 @@ def test_units_criteria_and_costs_are_those_of_the_library():
             "pruning.cost: got 'latency'; accepted: params, flops or memory",
         ),
         ({"keep": None, "layers": [0], "statistics": "s"}, "pruning.statistics: got 's'; accepted: nothing where"),
+        ({"units": ["layers"], "moment_layers": 1}, "pruning.moment_layers: got 1; accepted: nothing without"),
+        ({"compensate": False, "moment_layers": 4}, "pruning.moment_layers: got 4; accepted: nothing without"),
         ({"cuts": 0}, "pruning.cuts: got 0; accepted: a whole number of at least 1"),
         ({"loss": "logits"}, "pruning.loss: got 'logits'; accepted: "),
     ],

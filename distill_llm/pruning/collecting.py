@@ -98,8 +98,7 @@ def collect_statistics(
         from_embeddings = hidden or hidden_moments or checkpointing
         stack.enter_context(calibration.prepared(from_embeddings))
         for i, module in enumerate(taps):
-            first = i == 0 and loss is not None and not from_embeddings
-            hook = tap_hook(state, sums[i], second[i] if second else None, first)
+            hook = tap_hook(state, sums[i], second[i] if second else None)
             stack.enter_context(module.register_forward_pre_hook(hook, prepend=True))  # before fast_backward's
         if channels is not None:
             for norm in stream_norms(model).values():

@@ -25,7 +25,7 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, entering: torch.Tensor, output: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(weight)
-        return output.view_as(output)
+        return output.data  # the same memory, but no view: Falcon adds to it in place
 
     @staticmethod
     @once_differentiable

@@ -12,7 +12,7 @@ from distill_llm.pruning.families import family_of, layers_of
 from distill_llm.pruning.moments import Moments, MomentsSum
 from distill_llm.pruning.sharding import sum_over_processes
 from distill_llm.pruning.structure import linear, weight_of
-from distill_llm.pruning.taps import moments_hook
+from distill_llm.pruning.taps import CalibrationBatch, begins_here, moments_hook
 
 
 class LayerMoments(Sequence[tuple[Moments, Moments]]):
@@ -60,8 +60,7 @@ class LayerMoments(Sequence[tuple[Moments, Moments]]):
         with ExitStack() as stack:
             stack.enter_context(calibration.prepared(from_embeddings=calibration.checkpointing))
             for tap, its in zip(taps, sums, strict=True):
-                begins = tap is taps[0] and calibration.loss is not None and not calibration.checkpointing
-                hook = _input_hook(moments_hook(batch, its), begins)
+                hook = _input_hook(batch, moments_hook(batch, its))
                 stack.enter_context(tap.register_forward_pre_hook(hook, prepend=True))  # before fast_backward's
             calibration.over(self.batches(), batch)
         if calibration.sharded:
@@ -71,11 +70,13 @@ class LayerMoments(Sequence[tuple[Moments, Moments]]):
         return dict(zip(layers, zip(collected[0::2], collected[1::2], strict=True), strict=True))
 
 
-def _input_hook(see: Callable[[torch.Tensor], None], begins: bool) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """Before a linear: what sees its input; the backward pass ends at the one where gradients begin."""
+def _input_hook(
+    batch: CalibrationBatch, see: Callable[[torch.Tensor], None]
+) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """Before a linear: what sees its input."""
 
     def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        entering = args[0].detach().requires_grad_() if begins else args[0]
+        entering = begins_here(args[0]) if batch.with_loss and not batch.skipped else args[0]
         see(entering)
         return (entering, *args[1:])
 

@@ -37,11 +37,18 @@ def weight_of(module: nn.Linear | Conv1D) -> torch.Tensor:
     return module.weight.T if isinstance(module, Conv1D) else module.weight
 
 
-def second_moment_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the second moments of all attention-output and FFN-down linears' inputs: fp32, inputs x inputs each."""
-    family = family_of(model)
-    paths = (family.attention_out, family.ffn_out)
-    return sum(4 * weight_of(linear(layer, path)).shape[1] ** 2 for layer in layers_of(model) for path in paths)
+def second_moment_bytes(model: PreTrainedModel, inner: bool = True, hidden: bool = False) -> int:
+    """About the bytes of a model's second moments: fp32, channels x channels for each tensor.
+
+    Args:
+        inner: of the inputs of all attention-output and FFN-down linears.
+        hidden: of what the norms of the residual stream give out, two in a layer.
+    """
+    family, layers = family_of(model), layers_of(model)
+    paths = (family.attention_out, family.ffn_out) if inner else ()
+    channels = [weight_of(linear(layer, path)).shape[1] for layer in layers for path in paths]
+    channels += [hidden_size(model)] * (2 * len(layers) + 1) if hidden else []
+    return sum(4 * count**2 for count in channels)
 
 
 def sizes_of(model: PreTrainedModel) -> list[Sizes]:

@@ -88,14 +88,14 @@ def prune(
         compensate: statistics of this very model with second moments; fold what is removed into what stays (see
             `compensate_linear`): heads and neurons, and channels of the residual stream where they have `hidden_moments`.
         bypasses: what `fit_bypasses` found for this very model and plan; the FFN before what is removed whole (layers,
-            attentions, FFNs) takes over what that added.
+            attentions, FFNs) takes over what that added. It is fitted to all tokens alike, its own removed neurons included.
 
     Raises:
         InputError: if the plan does not fit the model, the model is not in memory whole, the statistics have no moments or
             other sizes, or the bypasses are of another plan.
     """
     plan.check(model)
-    if bypasses is not None and bypasses.plan.layers != plan.layers:
+    if bypasses is not None and (bypasses.plan.layers != plan.layers or (bypasses.norms and plan.hidden is not None)):
         raise InputError("bypasses", "those of another plan", "what fit_bypasses found for the plan that is given")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise InputError("model", "weights that are not in memory (offloaded)", "a model loaded whole on one device")
@@ -180,8 +180,9 @@ def _repaired(
             elif statistics is None or len(kept) == weight_of(module).shape[1]:
                 continue
             else:
-                moments = _moments(statistics, row.source, kind)
-                weight, bias = compensate_linear(weight_of(module), module.bias, moments, kept)
+                weight, bias = compensate_linear(
+                    weight_of(module), module.bias, _moments(statistics, row.source, kind), kept
+                )
             found[f"{prefix}{index}.{path}"] = weight[out], None if bias is None else bias[out]
         if bypasses is not None and row.source in bypasses.norms:
             layer, path = bypasses.norms[row.source]

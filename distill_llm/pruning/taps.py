@@ -100,8 +100,14 @@ class CalibrationBatch:
             moments.add(self.pack(values), weights, self.keys, self.before)
 
 
-def tap_hook(batch: CalibrationBatch, sums: UnitSums, moments: MomentsSum | None, first: bool) -> Callable:
-    """Before a linear: statistics of its input. The backward pass ends at the `first`: nothing before it has a statistic."""
+def begins_here(entering: torch.Tensor) -> torch.Tensor:
+    """What a linear reads, as where the backward pass ends unless it goes on: nothing before the first linears has a
+    statistic. (Of layers whose attention and FFN are side by side, both linears of the first are such.)"""
+    return entering if entering.requires_grad or not entering.numel() else entering.detach().requires_grad_()
+
+
+def tap_hook(batch: CalibrationBatch, sums: UnitSums, moments: MomentsSum | None) -> Callable:
+    """Before a linear: statistics of its input."""
 
     def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         if batch.skipped:
@@ -114,9 +120,8 @@ def tap_hook(batch: CalibrationBatch, sums: UnitSums, moments: MomentsSum | None
             if not batch.with_loss:
                 batch.add_moments(moments, value, None)
                 return None
-        if first:
-            entering = entering.detach().requires_grad_()
-        elif not entering.requires_grad:  # attention without a head left: zeros of no width
+        entering = begins_here(entering)
+        if not entering.requires_grad:  # attention without a head left: zeros of no width
             return None
 
         def backward(gradient: torch.Tensor) -> None:

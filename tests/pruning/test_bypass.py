@@ -292,6 +292,11 @@ def test_bypasses_of_another_plan_or_model_are_refused():
     plans = [keep_layers(model, layers) for layers in ([0, 1, 4], [0, 1, 3, 4])]
     with pytest.raises(InputError, match="bypasses: got 'those of another plan'"):
         prune(model, plans[0], bypasses=fit_bypasses(model, plans[1], batches_of(model, 1)))
+    encoder = family_model("bert")
+    plan = keep_layers(encoder, [0, 1, 4])
+    narrow = PruningPlan("bert", plan.layers, hidden=tuple(range(HIDDEN // 2)))
+    with pytest.raises(InputError, match="bypasses: got 'those of another plan'"):
+        prune(encoder, narrow, bypasses=fit_bypasses(encoder, plan, batches_of(encoder, 1)))
     other = family_model("llama", intermediate_size=NEURONS + 8)
     short = [LayerPlan(row.source, row.heads, row.neurons[:9]) for row in plans[0].layers]
     plan = PruningPlan("llama", tuple(short))

@@ -7,6 +7,7 @@ import torch
 from causal_examples import causal_model
 from helpers import random_batch, tiny_model
 
+from distill_llm.pruning import calibration_pass, layer_moments
 from distill_llm.pruning.calibration_pass import CalibrationPass
 from distill_llm.pruning.collecting import collect_statistics
 from distill_llm.pruning.criteria import score
@@ -42,6 +43,25 @@ def test_moments_by_layer_equal_those_of_one_pass(at_once, settings):
             torch.testing.assert_close(left.mean, right.mean, rtol=1e-5, atol=1e-6)
     assert len(opened) == -(-3 // at_once) and len(moments._held) <= at_once
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_sums_of_two_processes_are_those_of_one(monkeypatch):
+    model, parts = tiny_model(layers=3), []
+    batches = batches_of(model)
+    whole = collect_statistics(model, batches, moment_share=1.0).moments[1]
+    for rank in (0, 1):
+        monkeypatch.setattr(calibration_pass, "process", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr(layer_moments, "sum_over_processes", lambda sums: parts.append([s.clone() for s in sums]))
+        LayerMoments(CalibrationPass(model, sharded=True), lambda: batches, 1, 1.0)[1]
+
+    def both(sums):
+        for mine, one, other in zip(sums, *parts, strict=True):
+            mine.copy_(one + other)
+
+    monkeypatch.setattr(layer_moments, "sum_over_processes", both)
+    found = LayerMoments(CalibrationPass(model, sharded=True), lambda: batches, 1, 1.0)[1]
+    for mine, its in zip(found, whole, strict=True):
+        torch.testing.assert_close(mine.second, its.second, rtol=1e-5, atol=1e-6)
 
 
 def test_a_model_pruned_with_moments_by_layer_is_the_one_of_one_pass():
