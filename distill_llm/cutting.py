@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from distill_llm.losses.items import kind_of
 from distill_llm.progress import progress_bar
-from distill_llm.pruning.bypass import Bypasses, fit_bypasses
+from distill_llm.pruning.bypass import Bypasses, fit_bypasses, outputs_taken_over
 from distill_llm.pruning.calibration_pass import CalibrationPass
 from distill_llm.pruning.choice import Limits
 from distill_llm.pruning.collecting import collect_statistics
@@ -216,8 +216,8 @@ class Cutter:
         )
 
     def _bypasses(self, model: PreTrainedModel, plan: PruningPlan, number: int) -> Bypasses | None:
-        """What the FFNs that stay take over of what a cut's plan removes whole; None where nothing is compensated."""
-        if not self.section.compensate:
+        """What the FFNs that stay take over of what a cut's plan removes whole; None where there is nothing to."""
+        if not (self.section.compensate and outputs_taken_over(model, plan)):
             return None
         shown = self._shown(number, "Fitting bypasses")
         return fit_bypasses(model, plan, shown, precision=self._precision, sharded=True)

@@ -99,7 +99,7 @@ def collect_statistics(
         stack.enter_context(calibration.prepared(from_embeddings))
         for i, module in enumerate(taps):
             hook = tap_hook(state, sums[i], second[i] if second else None)
-            stack.enter_context(module.register_forward_pre_hook(hook, prepend=True))  # before fast_backward's
+            stack.enter_context(module.register_forward_pre_hook(hook))
         if channels is not None:
             for norm in stream_norms(model).values():
                 stack.enter_context(norm.register_forward_hook(norm_hook(state, channels)))

@@ -1,7 +1,8 @@
 """Backward products of frozen linears in bf16: gradients for ranking units, at a fraction of the time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from distill_llm.pruning.forwarding import forward_as
 from distill_llm.pruning.structure import weight_of
 
 
@@ -41,14 +43,6 @@ def fast_backward(layers: nn.ModuleList) -> Iterator[None]:
     The forward pass is untouched. The weights must need no gradient: they get none. A gradient entry carries a relative
     rounding error of about 2^-9 for each linear it passes; the order of scores hardly moves (scripts/bench/RESULTS.md).
     """
-    entering: dict[nn.Module, torch.Tensor] = {}
-
-    def before(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        if not args[0].requires_grad:
-            return None
-        entering[module] = args[0]
-        return (args[0].detach(), *args[1:])
-
     with ExitStack() as stack:
         for module in layers.modules():
             if not isinstance(module, nn.Linear | Conv1D) or module.weight.dtype != torch.float32:
@@ -56,12 +50,12 @@ def fast_backward(layers: nn.ModuleList) -> Iterator[None]:
             if not module.weight.numel() or not fast_bf16(module.weight.device):
                 continue
             weight = weight_of(module).detach().to(torch.bfloat16)
-
-            def after(
-                module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor, weight: torch.Tensor = weight
-            ) -> torch.Tensor | None:
-                return _Backward.apply(entering.pop(module), output, weight) if module in entering else None
-
-            stack.callback(module.register_forward_pre_hook(before).remove)
-            stack.callback(module.register_forward_hook(after).remove)
+            stack.enter_context(forward_as(module, partial(_forward, module.forward, weight)))
         yield
+
+
+def _forward(forward: Callable[..., torch.Tensor], weight: torch.Tensor, entering: torch.Tensor) -> torch.Tensor:
+    if not entering.requires_grad:
+        return forward(entering)
+    output: torch.Tensor = _Backward.apply(entering, forward(entering.detach()), weight)
+    return output

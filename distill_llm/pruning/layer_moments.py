@@ -61,7 +61,7 @@ class LayerMoments(Sequence[tuple[Moments, Moments]]):
             stack.enter_context(calibration.prepared(from_embeddings=calibration.checkpointing))
             for tap, its in zip(taps, sums, strict=True):
                 hook = _input_hook(batch, moments_hook(batch, its))
-                stack.enter_context(tap.register_forward_pre_hook(hook, prepend=True))  # before fast_backward's
+                stack.enter_context(tap.register_forward_pre_hook(hook))
             calibration.over(self.batches(), batch)
         if calibration.sharded:
             sum_over_processes([tensor for its in sums for tensor in its.tensors()])

@@ -93,9 +93,7 @@ def seen(model: PreTrainedModel, tensor: StreamTensor, see: Callable[[torch.Tens
         handle = model.get_submodule(tensor.norm).register_forward_hook(after)
     else:
         before: Any = lambda module, args: see(args[0])  # noqa: E731
-        handle = model.get_submodule(tensor.readers[0]).register_forward_pre_hook(
-            before, prepend=True
-        )  # before fast_backward's
+        handle = model.get_submodule(tensor.readers[0]).register_forward_pre_hook(before)
     try:
         yield
     finally:
