@@ -1,6 +1,8 @@
 """Loading models, pruned or not, with a check that every weight came from the checkpoint."""
 
 import os
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,13 +17,17 @@ from transformers import (
     PreTrainedModel,
 )
 
-from distill_llm.data.tasks import Task
+from distill_llm.data.tasks import Task, label_names
 from distill_llm.errors import InputError
+from distill_llm.pruning.families import layers_of
 from distill_llm.pruning.modeling_pruned import STOCK_PREFIX, pruned_class
 
 
 def load_pretrained(model: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
     """Load a model with the head it was saved with, pruned or stock, and refuse it unless every weight was in the checkpoint.
+
+    A stock checkpoint may hold more: heads and poolers that its class has no place for, as many on the Hub do, but no
+    weights of layers that its config.json does not count. A pruned one holds its model and nothing else.
 
     Args:
         model: a local folder or a Hub id.
@@ -39,8 +45,10 @@ def load_pretrained(model: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
         raise InputError("model", name, "a class of the installed transformers, or a pruned one made here")
     model_class = pruned_class(stock) if name.startswith(STOCK_PREFIX) else stock
     loaded, info = _load(model_class, model, config=config, **kwargs)
+    stray = info["unexpected_keys"]
+    found = {**info, "unexpected_keys": stray if model_class is not stock else _of_layers(loaded, stray)}
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        keys = sorted(key if isinstance(key, str) else key[0] for key in info[kind])
+        keys = sorted(key if isinstance(key, str) else key[0] for key in found[kind])
         if keys:
             shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
             raise InputError(
@@ -60,22 +68,52 @@ def _load(model_class: type[PreTrainedModel], model: str | os.PathLike, **kwargs
         raise InputError("model", str(model), "a checkpoint with weights of the sizes in its config.json") from None
 
 
-def name_labels(config: PreTrainedConfig, task: Task) -> None:
-    """Give a config the task's labels, in place, unless its model has a head for as many with names of its own."""
-    trained = any("ForSequenceClassification" in name for name in config.architectures or ())
-    named = not any(str(name).startswith("LABEL_") for name in config.id2label.values())
-    if task.is_language_model or (config.num_labels == task.num_labels and trained and named):
-        return
-    names = task.label_names or ("value",)
+def _of_layers(model: PreTrainedModel, keys: Iterable[str]) -> list[str]:
+    """Those of a checkpoint's keys that belong to transformer layers, counted in the config or not."""
+    try:
+        layers = layers_of(model)
+    except (AttributeError, ValueError):  # no single list of layers, such as that of an encoder with a decoder
+        return []
+    path = next(name for name, module in model.base_model.named_modules() if module is layers)
+    return [key for key in keys if re.search(rf"(^|\.){re.escape(path)}\.\d+\.", key)]
+
+
+def name_labels(
+    config: PreTrainedConfig, task: Task, names: Sequence[str] | None = None, of_task: bool = False
+) -> bool:
+    """Name, in place, the classes of a model that is about to learn a task; whether a head that it has is for them.
+
+    A head fits that has as many outputs, under the same names (in capitals or not) or under none.
+
+    Args:
+        names: of the classes, in the task's order; None: the task's own.
+        of_task: a head with as many outputs is for the task already, whatever its names are: it keeps them.
+    """
+    if task.is_language_model:
+        return True
+    names = tuple(names or task.label_names or ("value",))
+    own = (
+        label_names(config) if any("ForSequenceClassification" in name for name in config.architectures or ()) else None
+    )
+    same_count = config.num_labels == task.num_labels
+    if same_count and of_task and own is not None:
+        return True
+    same_names = own is None or [name.casefold() for name in own] == [name.casefold() for name in names]
     config.num_labels = task.num_labels
     config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
     config.problem_type = "regression" if task.kind == "regression" else "single_label_classification"
+    return same_count and same_names
 
 
-def load_for_task(model: str | os.PathLike, task: Task) -> PreTrainedModel:
+def load_for_task(
+    model: str | os.PathLike, task: Task, names: Sequence[str] | None = None, of_task: bool = False
+) -> PreTrainedModel:
     """A model with a head for a task, for training, in fp32: the checkpoint's own head where it fits, else a new one.
 
     A causal LM always has the checkpoint's own head: nothing good comes of a new one.
+
+    Args:
+        names, of_task: of the classes (see `name_labels`).
 
     Raises:
         InputError: if weights below the head, or of a causal LM's head, are missing from the checkpoint, or the family has
@@ -88,14 +126,13 @@ def load_for_task(model: str | os.PathLike, task: Task) -> PreTrainedModel:
     stock: Any = auto._model_mapping.get(type(config), None)
     if stock is None:
         raise InputError("model", config.model_type, f"a family with a head for {task.kind}")
-    fits = task.is_language_model or config.num_labels == task.num_labels
-    name_labels(config, task)
+    fits = name_labels(config, task, names, of_task)
     is_pruned = any(name.startswith(STOCK_PREFIX) for name in config.architectures or ())
     model_class = pruned_class(stock) if is_pruned else stock
     if fits:
         loaded, info = _load(model_class, model, config=config, dtype=torch.float32)
         missing = info["missing_keys"]
-    else:  # a head of another size: take the weights below it, through the family's base model
+    else:  # a head for other classes: take the weights below it, through the family's base model
         base: Any = AutoModel._model_mapping[type(config)]
         below, info = _load(pruned_class(base) if is_pruned else base, model, dtype=torch.float32)
         missing = {f"{model_class.base_model_prefix}.{key}" for key in info["missing_keys"]}

@@ -10,13 +10,15 @@ from typing import Any, TypeVar
 
 import datasets
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from distill_llm.checkpoint import name_labels
+from distill_llm.data.encoding import most_tokens
 from distill_llm.data.loading import load_task
 from distill_llm.data.padding import LENGTH
 from distill_llm.data.special_tokens import check_tokenizer
-from distill_llm.data.tasks import Task, TaskData
+from distill_llm.data.tasks import Task, TaskData, label_names
 from distill_llm.errors import InputError
 from distill_llm.faults import faults_in, raise_all
 from distill_llm.hub import check_push
@@ -124,7 +126,7 @@ def _teacher_config(recipe: Recipe) -> PreTrainedConfig | None:
     """The teacher's config, which decides what some tasks are; None where it cannot be had, which `open_model` reports."""
     try:
         return AutoConfig.from_pretrained(resolve_model(recipe.teacher.model))
-    except (OSError, ValueError):
+    except (OSError, ValueError, StrictDataclassError):
         return None
 
 
@@ -148,17 +150,13 @@ def _check_student(recipe: Recipe, student: OpenModel, teacher: OpenModel, task:
     compared = recipe.distillation is not None and recipe.distillation.losses.needs_teacher
     if task.is_language_model or recipe.teacher.cache is not None or not compared:
         return
-    own, names = _labels(student, task, True), _labels(teacher, task, recipe.teacher.train is not None)
-    if own != names and not any(name.startswith("LABEL_") for name in (*own, *names)):
-        raise InputError(student.field, f"{student.name} with labels {own}", f"labels as the teacher has, {names}")
-
-
-def _labels(model: OpenModel, task: Task, trained: bool) -> list[str]:
-    """The names of a model's labels, as it is or as they are when it is loaded to be trained."""
-    config = copy.deepcopy(model.config)
-    if trained:
-        name_labels(config, task)
-    return [str(name) for _, name in sorted(config.id2label.items())]
+    names = task.label_names if recipe.teacher.train is not None else label_names(teacher.config)
+    config = copy.deepcopy(student.config)
+    name_labels(config, task, names, of_task=True)
+    own = label_names(config)
+    if names and own and own != names:
+        given = f"{student.name} with labels {list(own)}"
+        raise InputError(student.field, given, f"labels as the teacher has, {list(names)}")
 
 
 def _skeleton(model: OpenModel) -> PreTrainedModel:
@@ -180,6 +178,7 @@ def _check_lengths(recipe: Recipe, teacher: OpenModel) -> None:
 def _check_rows(recipe: Recipe, teacher: OpenModel, task: Task) -> None:
     """The tokenizer can make the task's rows, and the model has room for what it is to generate."""
     check_tokenizer(task, teacher.tokenizer, teacher.field)
+    most_tokens(task, teacher.tokenizer, recipe.data.max_length)
     longest, cut, new = longest_input(teacher.config), recipe.data.max_length, task.max_new_tokens
     if task.kind == "prompts" and task.metrics and longest is not None and cut < longest < cut + new:
         accepted = f"at most {longest - cut}: {teacher.name} takes {longest} tokens, data.max_length is {cut}"

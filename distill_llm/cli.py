@@ -177,9 +177,7 @@ def evaluate(
         str | None, typer.Option(metavar="perplexity|exact_match", help="For prompts; perplexity by default.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a response, for exact_match.")] = 64,
-    seed: Annotated[
-        int, typer.Option(min=0, max=2**32 - 1, help="Of the split of data that have no test rows, and of masks.")
-    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the masks of masked language modelling.")] = 0,
     output: Annotated[Path, typer.Option(help="File for the metrics.")] = Path("evaluation.json"),
 ) -> None:
     """Score a model on a task's test rows (GLUE: the development set); prints and saves the metrics."""
@@ -193,7 +191,7 @@ def evaluate(
     with as_options():
         opened = open_model("MODEL", model)
         given: Any = {"columns": names, "seed": seed, "metric": metric, "max_new_tokens": max_new_tokens}
-        rows = load_task(task, data, config=opened.config, **given)
+        rows = load_task(task, data, config=opened.config, training=False, **given)
         check_head(opened, rows.task)
         check_length(opened, "--max-length", max_length)
         encoded = encode(rows, opened.tokenizer, max_length)
@@ -210,6 +208,8 @@ def evaluate(
     for name, value in metrics.items():
         table.add_row(name, f"{value:.4f}")
     _say(table)
+    if data is not None and Path(data).is_file():
+        _say(f"{data} has no test rows of its own: a tenth of it was scored, the one that a run on it is scored on")
     _say(f"metrics: {output}")
 
 
@@ -224,7 +224,8 @@ def profile(
     from distill_llm import profiling
     from distill_llm.opening import check_length, open_model
 
-    opened = [open_model("MODEL", model), *([open_model("--against", against)] if against is not None else [])]
+    names = {"MODEL": model} | ({"--against": against} if against is not None else {})
+    opened = [open_model(field, name, tokenizer=False) for field, name in names.items()]
     for each in opened:
         check_length(each, "--sequence-length", sequence_length)
     models = [_load_model(each) for each in opened]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
@@ -19,7 +20,7 @@ from distill_llm.gguf import SUFFIX, plain_checkpoint
 HEAD_CLASSES = {
     "classification": ("ForSequenceClassification",),
     "regression": ("ForSequenceClassification",),
-    "masked_lm": ("ForMaskedLM", "ForPreTraining"),
+    "masked_lm": ("ForMaskedLM",),
     "causal_lm": ("ForCausalLM", "LMHeadModel"),
     "prompts": ("ForCausalLM", "LMHeadModel"),
 }
@@ -30,13 +31,13 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model that exists: the user's field and name for it, where it is, its config and tokenizer; no weights."""
+    """A model that exists: the user's field and name for it, where it is, its config and tokenizer (None: not asked for)."""
 
     field: str
     name: str
     path: str
     config: PreTrainedConfig
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase = None  # type: ignore[assignment]
 
 
 def resolve_model(name: str, field: str = "model") -> str:
@@ -45,8 +46,8 @@ def resolve_model(name: str, field: str = "model") -> str:
     return str(plain_checkpoint(path, field)) if path.endswith(SUFFIX) and Path(path).is_file() else path
 
 
-def open_model(field: str, name: str) -> OpenModel:
-    """Find a model by folder, Hub id, package:// path or GGUF file and read its config and tokenizer.
+def open_model(field: str, name: str, tokenizer: bool = True) -> OpenModel:
+    """Find a model by folder, Hub id, package:// path or GGUF file and read its config and, but without `tokenizer`, that.
 
     Raises:
         InputError: naming `field`, where the model, its config or its tokenizer is missing; or, of a folder, weights.
@@ -56,25 +57,25 @@ def open_model(field: str, name: str) -> OpenModel:
     if local.exists():
         if not (local / "config.json").is_file():
             raise InputError(field, name, "a folder with a config.json, as save_pretrained writes it")
-        if not any(any(local.glob(pattern)) for pattern in TOKENIZER_FILES):
+        if tokenizer and not any(any(local.glob(pattern)) for pattern in TOKENIZER_FILES):
             raise InputError(field, name, f"a folder with its tokenizer ({', '.join(TOKENIZER_FILES)})")
         _check_weights(field, name, local)
     elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path.startswith("."):
         raise InputError(field, name, "an existing folder, a Hub id, or package://PACKAGE/PATH")
     try:
         config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise InputError(field, name, _reason("a model that transformers can open", path, error)) from None
+    if not tokenizer:
+        return OpenModel(field, name, path, config)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        found = AutoTokenizer.from_pretrained(path)
     except Exception as error:
         raise InputError(field, name, _reason("a model with its tokenizer", path, error)) from None
     vocabulary = getattr(config, "vocab_size", None)
-    if vocabulary is not None and len(tokenizer) > vocabulary:
-        raise InputError(
-            field, name, f"a tokenizer of at most {vocabulary} tokens, the model's; it has {len(tokenizer)}"
-        )
-    return OpenModel(field, name, path, config, tokenizer)
+    if vocabulary is not None and len(found) > vocabulary:
+        raise InputError(field, name, f"a tokenizer of at most {vocabulary} tokens, the model's; it has {len(found)}")
+    return OpenModel(field, name, path, config, found)
 
 
 def _check_weights(field: str, name: str, folder: Path) -> None:

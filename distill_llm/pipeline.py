@@ -9,10 +9,12 @@ from typing import Any
 from rich.console import Console
 
 from distill_llm.checks import check_cached_rows, check_recipe
+from distill_llm.errors import InputError
+from distill_llm.faults import raise_all
 from distill_llm.opening import resolve_model
 from distill_llm.outputs import usable_output
 from distill_llm.recipe import Recipe, parse_recipe
-from distill_llm.run_folder import RunFolder, written_whole
+from distill_llm.run_folder import REPORT, RunFolder, written_whole
 from distill_llm.stages import Stages
 
 
@@ -81,6 +83,7 @@ def prune_recipe(recipe: Recipe) -> Path:
     """`prune_model` as a recipe's teacher, data, pruning and evaluation sections say."""
     target, section = recipe.output_dir, recipe.pruning
     usable_output(target)
+    raise_all(_unused(recipe))
     check_recipe(recipe)
     assert section is not None and section.keep is not None
     file = section.statistics.expanduser() if section.statistics is not None else None
@@ -99,6 +102,25 @@ def prune_recipe(recipe: Recipe) -> Path:
     return target
 
 
+def _unused(recipe: Recipe) -> list[InputError]:
+    """Faults of what a recipe says of a run's other stages, which pruning alone does not have."""
+    section = recipe.pruning
+    given = {
+        "teacher.train": recipe.teacher.train,
+        "teacher.cache": recipe.teacher.cache,
+        "student": recipe.student,
+        "distillation": recipe.distillation,
+        "hub": recipe.hub,
+        "pruning.layers": section.layers if section else None,
+        "pruning.rounds": section.rounds if section and section.rounds > 1 else None,
+    }
+    accepted = "nothing where a model is only pruned (a recipe for `distill-llm run` has it)"
+    faults = [InputError(name, value, accepted) for name, value in given.items() if value is not None]
+    if not faults and (section is None or section.keep is None):
+        faults = [InputError("pruning.keep", None, "a share above 0, at most 1")]
+    return faults
+
+
 class Run:
     """The stages of a recipe in order, those that are done read from the run folder.
 
@@ -107,14 +129,14 @@ class Run:
     """
 
     def __init__(self, recipe: Recipe):
-        self.recipe, self.stages = recipe, Stages(recipe)
+        self.recipe, self.stages = recipe, stages = recipe, Stages(recipe)
+        train = stages.data.train  # on all processes at once: reading it waits for process 0
+        check_cached_rows(recipe, stages.tokenizer, train)
         self.state = RunFolder(Path(recipe.output_dir), recipe.to_yaml())
 
     def result(self) -> RunResult:
         """All stages, then the report."""
         recipe, stages, state = self.recipe, self.stages, self.state
-        train = stages.data.train  # on all processes at once: reading it waits for process 0
-        check_cached_rows(recipe, stages.tokenizer, train)
         teacher = state.stage("teacher", stages.teacher, everyone=True)
         self._line("teacher", teacher)
         stages.clean(stages.folder / "teacher")
@@ -150,11 +172,9 @@ class Run:
                 row["seconds"]["recover"] = recovered["seconds"]
                 student_dir = folder / "student"
             rounds.append(row)
-        finished = state.stage(
-            "report", lambda: stages.report(teacher_dir, student_dir, teacher, rounds, state.seconds)
-        )
+        finished = state.stage(REPORT, lambda: stages.report(teacher_dir, student_dir, teacher, rounds, state.seconds))
         metrics = json.loads((stages.folder / "metrics.json").read_text())
-        self._line("report", finished)
+        self._line(REPORT, finished)
         if recipe.hub is not None:
             state.stage(f"push/{recipe.hub.repo_id}", stages.push)
         return RunResult(metrics, stages.folder / "student", stages.folder / "report.md")

@@ -41,7 +41,10 @@ class Recipe(Section):
     distillation: DistillationSection | None = Field(
         default=None, description="recovery; left out: no training of the student"
     )
-    final: dict[str, Any] = Field(default_factory=dict, description="TrainingArguments fields of the last recovery")
+    final: dict[str, Any] = Field(
+        default_factory=dict,
+        description="TrainingArguments fields of the last recovery, over those of distillation (whose max_steps holds too)",
+    )
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="scoring and profiling")
     hub: HubSection | None = Field(default=None, description="push the student at the end")
 

@@ -2,9 +2,9 @@
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.functional_validators import ModelWrapValidatorHandler
 
 from distill_llm.adapter_fields import check_adapter_fields
@@ -19,6 +19,18 @@ class Section(BaseModel):
     """A part of a recipe: unknown names are errors, and assignments are checked like input."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_word_for_a_number(cls, given: Any, field: ValidationInfo) -> Any:
+        """Pydantic takes true for 1; as a word it is refused like any other."""
+        types = _types(cls.model_fields[field.field_name or ""].annotation)
+        return str(given).lower() if isinstance(given, bool) and types & {int, float} and bool not in types else given
+
+
+def _types(annotation: Any) -> set[Any]:
+    """The types of an annotation and of its parts."""
+    return {annotation}.union(*map(_types, get_args(annotation)))
 
 
 def training_fields(fields: dict[str, Any] | None) -> dict[str, Any] | None:

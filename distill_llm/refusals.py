@@ -93,11 +93,6 @@ def check_arguments(args: TrainingArguments, objective: Objective, options: Mapp
             raise InputError(name, type(options[name]).__name__, accepted)
     if args.n_gpu > 1:
         raise InputError("args", f"{args.n_gpu} devices in one process", "a process per device: accelerate launch")
-    if args.save_only_model:
-        accepted = (
-            "false: without the optimizer a checkpoint cannot be resumed exactly; save_model() saves the student alone"
-        )
-        raise InputError("save_only_model", True, accepted)
     if (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
         for name in objective.terms():
             if name in ("attention", "relations"):

@@ -16,9 +16,9 @@ from transformers import TrainerCallback
 from distill_llm.errors import InputError
 from distill_llm.outputs import usable_output
 
-COMPLETE, RECIPE = "complete", "recipe.yaml"
+COMPLETE, RECIPE, REPORT = "complete", "recipe.yaml", "report"
 FREE = ("output_dir", "description", "hub")
-"""Sections of a recipe that may change while a run is not finished: a folder can be moved, and is pushed at the end."""
+"""Sections of a recipe that may change once a run has begun: a folder can be moved, and is pushed at the end."""
 
 
 @contextmanager
@@ -48,7 +48,8 @@ class RunFolder:
 
     Args:
         folder: made if it does not exist.
-        recipe_yaml: the resolved recipe, kept as `recipe.yaml`.
+        recipe_yaml: the resolved recipe, kept as `recipe.yaml`; where its evaluation is another than before, the report is
+            made anew.
 
     Raises:
         InputError: if the folder holds a run of another recipe, or files that are not a run's.
@@ -59,10 +60,13 @@ class RunFolder:
         self.processes = PartialState()
         own = folder / RECIPE
         usable_output(folder, begun=RECIPE)
-        if own.is_file():
-            _same_recipe(folder, own.read_text(), recipe_yaml)
+        before = own.read_text() if own.is_file() else None
+        if before is not None:
+            _same_recipe(folder, before, recipe_yaml)
         self.processes.wait_for_everyone()
-        if self.processes.is_main_process and not own.is_file():
+        if self.processes.is_main_process and before != recipe_yaml:
+            if before is not None and _evaluation(before) != _evaluation(recipe_yaml):
+                self._write({name: result for name, result in self.results.items() if name != REPORT})
             with written_whole(own) as path:
                 path.write_text(recipe_yaml)
         self.processes.wait_for_everyone()
@@ -92,14 +96,17 @@ class RunFolder:
         self.processes.wait_for_everyone()
         if self.processes.is_main_process:
             done[name] = {**(result or {}), "seconds": round(time.monotonic() - start, 2)}
-            with written_whole(self.folder / "state.json") as path:
-                path.write_text(json.dumps({"stages": done}, indent=2) + "\n")
+            self._write(done)
         self.processes.wait_for_everyone()
         return self.results[name]
 
+    def _write(self, results: Mapping[str, Any]) -> None:
+        with written_whole(self.folder / "state.json") as path:
+            path.write_text(json.dumps({"stages": results}, indent=2) + "\n")
+
 
 def _same_recipe(folder: Path, old: str, new: str) -> None:
-    """What decides the student must be as it was begun with; how it is scored and pushed may change."""
+    """What decides the student must be as it was begun with; how it is timed and pushed may change."""
     before, after = _deciding(yaml.safe_load(old)), _deciding(yaml.safe_load(new))
     differing = [key for key in after if before.get(key) != after[key]]
     if differing:
@@ -108,6 +115,10 @@ def _same_recipe(folder: Path, old: str, new: str) -> None:
             str(folder),
             f"another folder, or the recipe that this run was begun with: {', '.join(differing)} differ from its recipe.yaml",
         )
+
+
+def _evaluation(recipe_yaml: str) -> Any:
+    return yaml.safe_load(recipe_yaml).get("evaluation")
 
 
 def _deciding(recipe: Mapping[str, Any]) -> dict[str, Any]:

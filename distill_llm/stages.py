@@ -12,14 +12,14 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoConfig, AutoTokenizer, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from distill_llm.adapters import merged, without_adapters
 from distill_llm.checkpoint import load_for_task, load_pretrained
 from distill_llm.checks import check_data
 from distill_llm.cutting import Cutter, share_of
 from distill_llm.data.encoding import LENGTH, Collator, collator, encode
-from distill_llm.data.tasks import TaskData
+from distill_llm.data.tasks import TaskData, label_names
 from distill_llm.errors import InputError
 from distill_llm.evaluation.evaluate import evaluate_model
 from distill_llm.evaluation.metrics import compute_metrics
@@ -162,7 +162,8 @@ class Stages:
         if self.recipe.pruning is None:
             assert self.recipe.student is not None and self.recipe.student.model is not None
             set_seed(self.recipe.seed)
-            student = load_for_task(resolve_model(self.recipe.student.model), self.data.task)
+            names = label_names(AutoConfig.from_pretrained(teacher_dir))
+            student = load_for_task(resolve_model(self.recipe.student.model), self.data.task, names, of_task=True)
         else:
             student = load_pretrained(student_dir, dtype=torch.float32)
         losses = section.losses.model_dump(mode="json", exclude_none=True)

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import integration_utils as integrations
+from transformers.training_args import OptimizerNames
 
 from distill_llm.data.tasks import Task, TaskData
 from distill_llm.errors import InputError, one_of
@@ -39,6 +40,9 @@ OPTIMIZER_PACKAGES = (
     ("ademamix.*|lion_.*|paged_.*|rmsprop_bnb.*|.*_8bit", "bitsandbytes"),
 )
 """Patterns of names of optimizers with the package each needs, the first that fits; the others are torch's own."""
+
+OPTIMIZER_FIELDS = ("optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+SCHEDULE_FIELDS = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
 
 CONFIG_FILES = ("deepspeed", "fsdp_config", "accelerator_config")
 
@@ -84,11 +88,31 @@ def _check_stage(recipe: Recipe, stage: Stage, data: TaskData | None) -> None:
         args = DistillationConfig(output_dir=str(recipe.output_dir), losses=losses, **training)
     except Exception as error:  # each integration raises its own kinds
         raise _together(error, where, training, section) from None
+    for make, likely in ((_optimizer, OPTIMIZER_FIELDS), (_schedule, SCHEDULE_FIELDS)):
+        try:
+            make(args)
+        except Exception as error:
+            raise _together(error, where, training, section, likely) from None
     kwargs: Any = args.activation_checkpointing_kwargs or {}
     seen = next((term for term in ("attention", "relations") if term in losses), None)
     if seen is not None and kwargs.get("use_reentrant"):
         name = next(n for n in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs") if n in where)
         raise InputError(f"{where[name]}.{name}.use_reentrant", True, f"false with losses.{seen}")
+
+
+def _optimizer(args: TrainingArguments) -> None:
+    """Make the optimizer, of one parameter; those that are made of a whole model are left out."""
+    if re.search("galore|apollo|lomo", OptimizerNames(args.optim).value) or args.deepspeed:
+        return
+    make, settings = Trainer.get_optimizer_cls_and_kwargs(args)
+    settings.pop("optimizer_dict", None)
+    make([torch.nn.Parameter(torch.zeros(1))], **settings)
+
+
+def _schedule(args: TrainingArguments) -> None:
+    """Make the schedule of the rate."""
+    optimizer, settings = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), args.lr_scheduler_kwargs
+    get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(10), 10, settings)  # type: ignore[arg-type]
 
 
 def _given(recipe: Recipe, stage: Stage) -> dict[str, str]:
@@ -99,10 +123,17 @@ def _given(recipe: Recipe, stage: Stage) -> dict[str, str]:
     return {**dict.fromkeys(own, "distillation"), **dict.fromkeys(recipe.final if stage == "final" else {}, "final")}
 
 
-def _together(error: Exception, where: Mapping[str, str], training: Mapping[str, Any], section: str) -> InputError:
-    """The fault of fields that do not go together, at the ones that the error speaks of."""
+def _together(
+    error: Exception,
+    where: Mapping[str, str],
+    training: Mapping[str, Any],
+    section: str,
+    likely: tuple[str, ...] = (),
+) -> InputError:
+    """The fault of fields that do not go together, at the ones that the error speaks of, else the likely ones."""
     accepted = f"fields that TrainingArguments takes together ({first_line(error)})"
     named = [name for name in dict.fromkeys(re.findall(r"\w+", str(error))) if name in where]
+    named = named or [name for name in likely if name in where]
     if len(named) == 1:
         return InputError(f"{where[named[0]]}.{named[0]}", training[named[0]], accepted)
     return InputError(section, {name: training[name] for name in named} or "fields that contradict", accepted)

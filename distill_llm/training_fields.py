@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from functools import cache
 from importlib.util import find_spec
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ RESERVED = {
     "hub_private_repo": "hub.private",
     "hub_token": "the token of `hf auth login`, never one in a recipe",
     "local_rank": "nothing: `accelerate launch` sets it",
+    "ignore_data_skip": "nothing: a stopped run goes on with the rows that it had not seen",
     "save_only_model": "nothing: a stopped run goes on from the optimizer's state too",
 }
 """Fields that a recipe may not set where others of TrainingArguments stand, and what to use in their place."""
@@ -140,6 +142,8 @@ def _convert(name: str, value: Any, types: tuple[str, ...]) -> Any:
                 continue
         else:
             raise InputError(name, value, " or ".join(NOUNS[kind] for kind in types if kind in NOUNS))
+    if isinstance(value, float) and not isfinite(value):
+        raise InputError(name, given, "a finite number")
     low = MINIMUM.get(name)
     if low is not None and isinstance(value, (int, float)) and not value >= low:
         raise InputError(name, given, f"a number of at least {low}")

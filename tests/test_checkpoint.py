@@ -17,7 +17,7 @@ from checkpoint_examples import (
     student_of,
 )
 from helpers import FAMILIES, random_batch, tiny_model
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForPreTraining, PreTrainedModel
 
 from distill_llm.checkpoint import load_pretrained
 from distill_llm.errors import InputError
@@ -174,6 +174,23 @@ def test_a_checkpoint_with_a_wrong_tensor_is_refused_in_one_line(tmp_path, made,
     with pytest.raises(InputError, match=words[how]) as caught:
         load_pretrained(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_stock_checkpoint_may_hold_heads_that_its_class_has_not_but_no_layers(tmp_path):
+    """Those of bert-base on the Hub name BertForMaskedLM and hold the pooler and the head of BertForPreTraining too."""
+    torch.manual_seed(0)
+    whole = BertForPreTraining(tiny_model().config)
+    whole.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"architectures": ["BertForMaskedLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = load_pretrained(tmp_path)
+    batch = random_batch(loaded)
+    del batch["labels"]
+    expected = whole.eval()(**batch).prediction_logits
+    assert torch.equal(loaded.eval()(**batch).logits, expected)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] - 1}))
+    with pytest.raises(InputError, match=r"unexpected keys: bert\.encoder\.layer"):
+        load_pretrained(tmp_path)
 
 
 def test_a_checkpoint_that_names_no_known_class_is_refused(tmp_path):

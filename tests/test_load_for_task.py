@@ -45,6 +45,24 @@ def test_a_head_that_fits_the_task_is_kept(tmp_path):
     assert tuple(loaded.config.id2label.values()) == GLUE["sst2"].label_names
 
 
+@pytest.mark.parametrize(
+    ("names", "of_task", "kept", "then"),
+    [
+        (("NEGATIVE", "Positive"), False, True, ("negative", "positive")),
+        (("LABEL_0", "LABEL_1"), False, True, ("negative", "positive")),
+        (("positive", "negative"), False, False, ("negative", "positive")),  # trained so, it would say the opposite
+        (("entailment", "not_entailment"), False, False, ("negative", "positive")),
+        (("bad", "good"), True, True, ("bad", "good")),
+    ],
+)
+def test_a_head_for_other_classes_makes_way_for_a_fresh_one_with_the_tasks_names(tmp_path, names, of_task, kept, then):
+    model = tiny_model(id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
+    model.save_pretrained(tmp_path)
+    loaded = load_for_task(tmp_path, GLUE["sst2"], of_task=of_task)
+    assert torch.equal(loaded.classifier.weight, model.classifier.weight) is kept
+    assert tuple(loaded.config.id2label.values()) == then
+
+
 @pytest.mark.parametrize("how", ["missing", "mismatched"])
 @pytest.mark.parametrize("num_labels", [2, 5])
 def test_a_head_is_not_put_on_a_checkpoint_without_all_weights_below_it(tmp_path, how, num_labels):

@@ -24,7 +24,6 @@ from distill_llm.trainer import DistillationTrainer
         ({"student": {"problem_type": "multi_label_classification"}}, "problem_type: .*multi_label_classification"),
         ({"student": {"problem_type": "regression"}}, "num_labels: got 2; accepted: 1 for a regression"),
         ({"student": {"head": "token-classification", "num_labels": 1}}, "num_labels: got 1"),
-        ({"settings": {"save_only_model": True}}, "save_only_model: got True; accepted: false"),
         ({"settings": {"model_init": tiny_model}}, "model_init: "),
         ({"settings": {"compute_loss_func": print}}, "compute_loss_func: "),
         ({"losses": {"hidden": {}}}, "losses.hidden.layers.*uniform"),

@@ -47,6 +47,10 @@ BAD = [
     ({"eval_on_start": True}, "eval_on_start", "data.holdout_examples > 0"),
     ({"load_best_model_at_end": True}, "load_best_model_at_end", "data.holdout_examples > 0"),
     ({"save_strategy": "best"}, "save_strategy", "data.holdout_examples > 0"),
+    ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type", "min_lr"),
+    ({"lr_scheduler_kwargs": {"foo": 1}}, "lr_scheduler_kwargs", "'foo'"),
+    ({"adam_beta1": 5.0}, "adam_beta1", "Invalid beta parameter"),
+    ({"adam_epsilon": -1.0}, "adam_epsilon", "Invalid epsilon value"),
 ]  # fmt: skip
 
 

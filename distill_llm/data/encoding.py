@@ -42,11 +42,7 @@ def encode(data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int) 
     """
     task = data.task
     check_tokenizer(task, tokenizer)
-    special = tokenizer.num_special_tokens_to_add(pair=len(task.text_columns) == 2 and not task.is_language_model)
-    if not special < max_length <= tokenizer.model_max_length:
-        raise InputError(
-            "data.max_length", max_length, f"{special + 1} to {tokenizer.model_max_length} for this tokenizer"
-        )
+    most_tokens(task, tokenizer, max_length)
     work = _worker(task, tokenizer, max_length)
     identity = [tokenizer_state(tokenizer), task.kind, task.text_columns, max_length, CACHE_FORMAT]
 
@@ -65,6 +61,15 @@ def encode(data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int) 
         train = _mapped(train, sequence_packer(max_length), ["packing", max_length, CACHE_FORMAT], "Packing")
     validation = encoded(data.validation) if data.validation is not None else None
     return TaskData(task, train, validation, encoded(data.test))
+
+
+def most_tokens(task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    """Raise InputError where rows of at most `max_length` tokens leave no room for text, or are longer than the tokenizer's
+    model takes."""
+    special = tokenizer.num_special_tokens_to_add(pair=len(task.text_columns) == 2 and not task.is_language_model)
+    if not special < max_length <= tokenizer.model_max_length:
+        accepted = f"{special + 1} to {tokenizer.model_max_length} for this tokenizer"
+        raise InputError("data.max_length", max_length, accepted)
 
 
 def _mapped(rows: Dataset, work: Callable[[Rows], Rows], identity: list, title: str) -> Dataset:

@@ -42,13 +42,14 @@ LAYOUTS = {
 }
 
 
-def load_glue(name: str, path: str | None) -> Splits:
+def load_glue(name: str, path: str | None, training: bool = True) -> Splits:
     """`train` and `test` (the official development set; for MNLI the matched one) of a GLUE task.
 
     Args:
         name: a key of `GLUE`.
         path: a folder with `train.tsv` and `dev.tsv`, a Hub id or a folder laid out as its repository; None for the
             Hub's copy.
+        training: whether `train` is wanted; without it there is `test` alone.
 
     Raises:
         InputError: a missing folder, file or column, or a label that is not one of the task's.
@@ -56,15 +57,17 @@ def load_glue(name: str, path: str | None) -> Splits:
     task, layout = GLUE[name], LAYOUTS[name]
     folder = Path(path) if path else None
     if folder and folder.is_dir() and ((folder / "train.tsv").is_file() or (folder / layout.dev).is_file()):
-        return {"train": read_tsv(folder / "train.tsv", task), "test": read_tsv(folder / layout.dev, task)}
+        files = {"train": folder / "train.tsv", "test": folder / layout.dev}
+        return {split: read_tsv(file, task) for split, file in files.items() if training or split == "test"}
     if folder and folder.is_dir() and not any(folder.rglob("*.parquet")) and not (folder / "README.md").is_file():
         raise InputError("data.path", path, f"a folder with train.tsv and {layout.dev}")
     if folder and folder.is_file():
         raise InputError("data.path", path, f"a folder with train.tsv and {layout.dev}, or a Hub id")
-    found = read_splits(path or HUB_ID, name)
+    found = read_splits(path or HUB_ID, name, training=training)
     if "validation" not in found:
         raise InputError("data.path", path or HUB_ID, "GLUE data with a validation split")
-    return {"train": _from_hub(found["train"], task), "test": _from_hub(found["validation"], task)}
+    hub = {"train": "train", "test": "validation"}
+    return {split: _from_hub(found[own], task) for split, own in hub.items() if training or split == "test"}
 
 
 def read_tsv(file: Path, task: Task) -> Dataset:

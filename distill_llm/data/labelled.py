@@ -1,6 +1,6 @@
 """Any labelled data, and plain text, by file, folder or Hub id with named columns."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Any
 
@@ -15,7 +15,13 @@ TEST_SEED = 0
 COLUMNS = ("text", "text_pair", "label")
 
 
-def load_labelled(kind: str, path: str, columns: Mapping[str, str] | None) -> tuple[Task, Splits]:
+def load_labelled(
+    kind: str,
+    path: str,
+    columns: Mapping[str, str] | None,
+    training: bool = True,
+    known: Sequence[str] | None = None,
+) -> tuple[Task, Splits]:
     """A classification or regression task from data with a column (or two) of text and one of labels.
 
     Class names come from the data: a `ClassLabel` column's own, else the sorted values of the training rows. Where no
@@ -26,6 +32,8 @@ def load_labelled(kind: str, path: str, columns: Mapping[str, str] | None) -> tu
         kind: `classification` or `regression`.
         path: what `read_splits` takes.
         columns: the data's names of `text`, `text_pair` (optional) and `label`; by default the same words.
+        training: as of `read_splits`.
+        known: the classes of a model, in its order; data without training rows are told by these, where they have no others.
 
     Returns:
         The task and its splits `train`, `test` and perhaps `validation`, with columns `text`, `text_pair` if any,
@@ -36,25 +44,28 @@ def load_labelled(kind: str, path: str, columns: Mapping[str, str] | None) -> tu
             rows.
     """
     names = column_names(columns, ("text", "label"))
-    splits = read_splits(path)
+    splits = read_splits(path, training=training)
     for split, rows in splits.items():
         check_texts(rows, names, split)
-    if "test" in splits and all(label in (-1, None, "") for label in splits["test"][names["label"]]):
+    if (
+        len(splits) > 1
+        and "test" in splits
+        and all(label in (-1, None, "") for label in splits["test"][names["label"]])
+    ):
         del splits["test"]
     splits = with_test(splits)
     texts = tuple(column for column in COLUMNS[:2] if column in names)
     if kind == "regression":
         task, to_labels = regression("regression", texts), None
     else:
-        to_labels = _classes(splits["train"], names["label"])
-        metrics = ("accuracy", "f1")
-        task = classification(
-            "classification", texts, tuple(dict.fromkeys(_class_names(splits["train"], names["label"]))), metrics
-        )
+        class_names, to_labels = _task_classes(splits, names["label"], known)
+        task = classification("classification", texts, class_names, ("accuracy", "f1"))
     return task, {split: _labelled(rows, names, to_labels, split) for split, rows in splits.items()}
 
 
-def load_text(path: str, columns: Mapping[str, str] | None, causal: bool = False) -> tuple[Task, Splits]:
+def load_text(
+    path: str, columns: Mapping[str, str] | None, causal: bool = False, training: bool = True
+) -> tuple[Task, Splits]:
     """A language-modelling task from documents: `.txt` files, or any data with a column of text (`text` unless `columns`
     says otherwise).
 
@@ -66,7 +77,7 @@ def load_text(path: str, columns: Mapping[str, str] | None, causal: bool = False
     names = column_names(columns, ("text",))
     if extra := set(names) - {"text"}:
         raise InputError("data.columns", extra.pop(), "'text' (plain text has no other column)")
-    splits = read_splits(path)
+    splits = read_splits(path, training=training)
     for split, rows in splits.items():
         check_texts(rows, names, split)
     kept = {split: rows.select_columns([names["text"]]) for split, rows in with_test(splits).items()}
@@ -83,7 +94,7 @@ def with_test(splits: Splits) -> Splits:
     if "test" in splits:
         return splits
     if "validation" in splits:
-        return {"train": splits["train"], "test": splits["validation"]}
+        return {"test" if split == "validation" else split: rows for split, rows in splits.items()}
     rows = splits["train"]
     if len(rows) < 2:
         raise InputError(
@@ -136,6 +147,16 @@ def _class_values(rows: Dataset, column: str) -> list[Any]:
     if None in values or "" in values or any(isinstance(value, float) for value in values):
         raise InputError("data.columns.label", column, "a column with a class (a word or an integer) in every row")
     return sorted(values)
+
+
+def _task_classes(splits: Splits, column: str, known: Sequence[str] | None) -> tuple[tuple[str, ...], dict[Any, int]]:
+    """Names of the classes in the order of their ids, and the id of each value of the column."""
+    rows = splits.get("train", splits["test"])
+    if "train" not in splits and known and not isinstance(rows.features[column], ClassLabel):
+        values = [_whole(value) for value in rows.unique(column)]
+        if {str(value) for value in values} <= set(known):
+            return tuple(known), {value: known.index(str(value)) for value in values}
+    return tuple(dict.fromkeys(_class_names(rows, column))), _classes(rows, column)
 
 
 def _class_names(rows: Dataset, column: str) -> list[str]:

@@ -12,7 +12,7 @@ from distill_llm.data.glue import load_glue
 from distill_llm.data.labelled import load_labelled, load_text
 from distill_llm.data.prompts import load_prompts
 from distill_llm.data.sources import Splits, resolve_path
-from distill_llm.data.tasks import GLUE, Task, TaskData, prompts
+from distill_llm.data.tasks import GLUE, Task, TaskData, label_names, prompts
 from distill_llm.errors import InputError, one_of
 
 NAMED_COLUMNS = ("classification", "regression", "text", "prompts")
@@ -32,6 +32,7 @@ def load_task(
     metric: str | None = None,
     max_new_tokens: int = 64,
     packing: bool = False,
+    training: bool = True,
 ) -> TaskData:
     """The rows of a task, in the splits that training, choosing and reporting use.
 
@@ -52,6 +53,8 @@ def load_task(
         metric: for prompts, one of PROMPT_METRICS; None is perplexity.
         max_new_tokens: for prompts with a metric of generated text.
         packing: for prompts, whether short training sequences share rows.
+        training: False where a model is scored and nothing else: `train` is then `test` over again, and data need no
+            training rows.
 
     Raises:
         InputError: an unknown task, missing data, file or column, a label that does not fit, more rows asked for than
@@ -67,10 +70,12 @@ def load_task(
     if path is not None:
         path = resolve_path(path, "data.path")
     if task == "prompts":
-        names, splits = load_prompts(_needed(task, path), columns)
+        names, splits = load_prompts(_needed(task, path), columns, training)
         spec = prompts(names, metric or "perplexity", max_new_tokens, packing)
     else:
-        spec, splits = _load(task, path, columns, config is not None and is_decoder(config))
+        spec, splits = _load(task, path, columns, config, training)
+    if not training:
+        return TaskData(spec, splits["test"], None, splits["test"])
     train, validation = _hold_out(splits, holdout_examples, seed)
     if train_examples is not None:
         if not 1 <= train_examples <= len(train):
@@ -98,15 +103,20 @@ def _check_prompts(task: str, config: PreTrainedConfig | None, metric: str | Non
         raise InputError("data.packing", packing, accepted)
 
 
-def _load(task: str, path: str | None, columns: Mapping[str, str] | None, causal: bool) -> tuple[Task, Splits]:
+def _load(
+    task: str, path: str | None, columns: Mapping[str, str] | None, config: PreTrainedConfig | None, training: bool
+) -> tuple[Task, Splits]:
     if task in GLUE:
-        return GLUE[task], load_glue(task, path)
+        return GLUE[task], load_glue(task, path, training)
     if task == "embedded":
         if path is not None:
             raise InputError("data.path", path, "no path for 'embedded' (its data are in the quickstart extra)")
         return EMBEDDED, load_embedded()
     path = _needed(task, path)
-    return load_text(path, columns, causal) if task == "text" else load_labelled(task, path, columns)
+    if task == "text":
+        return load_text(path, columns, config is not None and is_decoder(config), training)
+    known = (label_names(config) or tuple(map(str, range(config.num_labels or 0)))) if config is not None else None
+    return load_labelled(task, path, columns, training, known)
 
 
 def _needed(task: str, path: str | None) -> str:

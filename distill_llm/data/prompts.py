@@ -18,7 +18,7 @@ PAIR = ("prompt", "response")
 CHAT = ("messages",)
 
 
-def load_prompts(path: str, columns: Mapping[str, str] | None) -> tuple[tuple[str, ...], Splits]:
+def load_prompts(path: str, columns: Mapping[str, str] | None, training: bool = True) -> tuple[tuple[str, ...], Splits]:
     """Rows with the columns `prompt` and `response`, or with `messages`.
 
     Chats are taken where `columns` names `messages`, or names nothing and the data have `messages` but no `prompt`. Splits
@@ -27,6 +27,7 @@ def load_prompts(path: str, columns: Mapping[str, str] | None) -> tuple[tuple[st
     Args:
         path: what `read_splits` takes.
         columns: the data's names of `prompt` and `response`, or of `messages`; by default the same words.
+        training: as of `read_splits`.
 
     Returns:
         The names of the columns that there are, and the splits.
@@ -34,8 +35,8 @@ def load_prompts(path: str, columns: Mapping[str, str] | None) -> tuple[tuple[st
     Raises:
         InputError: a column is missing or is not text, or a chat does not end with an answer of the assistant.
     """
-    splits = read_splits(path)
-    present = splits["train"].column_names
+    splits = read_splits(path, training=training)
+    present = next(iter(splits.values())).column_names
     chat = "messages" in (columns or ()) or (not columns and "messages" in present and "prompt" not in present)
     names = column_names(columns, CHAT if chat else PAIR, CHAT if chat else PAIR)
     for split, rows in splits.items():

@@ -47,7 +47,7 @@ def resolve_path(text: str, field: str = "path") -> str:
     raise InputError(field, text, f"a path inside the package {package!r} (it has no {inside!r})")
 
 
-def read_splits(path: str, config: str | None = None, field: str = "data.path") -> Splits:
+def read_splits(path: str, config: str | None = None, field: str = "data.path", training: bool = True) -> Splits:
     """All splits of a file, a folder or a Hub data set, under the names `train`, `validation` and `test`.
 
     A lone file is `train`. In a folder, files are told apart by their names (`train.csv`, `dev.jsonl`, ...); text files
@@ -58,9 +58,10 @@ def read_splits(path: str, config: str | None = None, field: str = "data.path") 
         path: file, folder, or Hub id, as `resolve_path` gives it.
         config: the configuration to load where the path does not name one.
         field: the name of the setting, for the error.
+        training: whether training rows are needed; without them any of the other splits will do.
 
     Raises:
-        InputError: nothing is there, or it cannot be read, or it has no training rows.
+        InputError: nothing is there, or it cannot be read, or the rows that are needed are missing.
     """
     name, _, given = path.partition(":")
     here = Path(path)
@@ -72,7 +73,7 @@ def read_splits(path: str, config: str | None = None, field: str = "data.path") 
         if not Path(name).is_dir() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
             raise InputError(field, path, "an existing file or folder, or the id of a data set on the Hub")
         splits = _load(name, given or config, path, field)
-    if "train" not in splits:
+    if not splits or (training and "train" not in splits):
         raise InputError(field, path, f"data with a train split (found: {', '.join(splits) or 'no data files'})")
     return splits
 

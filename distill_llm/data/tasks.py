@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from datasets import Dataset
+from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,12 @@ class TaskData:
     train: Dataset
     validation: Dataset | None
     test: Dataset
+
+
+def label_names(config: PreTrainedConfig) -> tuple[str, ...] | None:
+    """The names of a model's classes in order; None where it has none but transformers' LABEL_0, LABEL_1, ..."""
+    names = tuple(str(name) for _, name in sorted((config.id2label or {}).items()))
+    return None if any(name.startswith("LABEL_") for name in names) else names
 
 
 def classification(

@@ -10,7 +10,6 @@ from distill_llm.errors import InputError
 HEADS = {
     "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
     "ForMaskedLM": ("AutoModelForMaskedLM", "fill-mask"),
-    "ForPreTraining": ("AutoModelForMaskedLM", "fill-mask"),
     "ForTokenClassification": ("AutoModelForTokenClassification", "token-classification"),
     "ForQuestionAnswering": ("AutoModelForQuestionAnswering", "question-answering"),
     "ForMultipleChoice": ("AutoModelForMultipleChoice", "multiple-choice"),

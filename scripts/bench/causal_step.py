@@ -7,7 +7,11 @@ alternating one by one:
 - ours: `DistillationTrainer`'s loss with labels and forward KL in place of the cross-entropy; `ours, relations` and
   `ours, attention` with that term of the last layer beside.
 - dense: forward KL of whole logits, as most tools have it.
-- liger: Liger's chunked JSD loss of a teacher's and a student's last hidden states (not compiled), if it is installed.
+- liger: Liger's chunked JSD loss of a teacher's and a student's last hidden states (not compiled).
+- trl: the loss of TRL's `GKDTrainer` (JSD of whole logits); trl chunked: that of its `DistillationTrainer` (forward KL).
+  Neither has a label loss, so they do less.
+
+Peers that are not installed are left out.
 
 Peak memory is that of a process of its own, three steps, above what it held when the models were loaded.
 
@@ -21,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +42,7 @@ OURS = {
     "ours, relations": {"relations": {"heads": 3}},
     "ours, attention": {"attention": {"layers": "last"}},
 }
+PEERS = {"liger": "liger_kernel", "trl": "trl", "trl chunked": "trl"}
 Step = Callable[[], None]
 
 
@@ -107,18 +113,42 @@ def peer(
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
         function = LigerFusedLinearJSDLoss(weight_hard_loss=0.5, weight_soft_loss=0.5, compiled=False)
+        own, seen = last_states(batch)
+        cast = torch.bfloat16 if bf16 else torch.float32
+        with precision:
+            weight = student.lm_head.weight.to(cast)
+            found = function(
+                own.to(cast), weight, seen.to(cast), teacher.lm_head.weight, batch["labels"][:, 1:].flatten()
+            )
+        return found[0] if isinstance(found, tuple) else found
+
+    def trl(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        from trl.experimental.gkd import GKDTrainer
+
+        with torch.no_grad():
+            target = teacher(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
+        with precision:
+            logits = student(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
+            return GKDTrainer.generalized_jsd_loss(logits, target, batch["labels"][:, 1:], beta=0.5, temperature=0.9)
+
+    def trl_chunked(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+        own, seen = last_states(batch)
+        heads = (student.lm_head.weight, None), (teacher.lm_head.weight, None)
+        with precision:
+            values, _ = ChunkedDivergenceFunction.apply(own, *heads[0], seen, *heads[1], 0.0, 1.0)
+        return values.mean()
+
+    def last_states(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(tokens, hidden) of the student and of the teacher."""
         with torch.no_grad():
             seen = teacher.model(batch["input_ids"], use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
         with precision:
             own = student.model(batch["input_ids"], use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-            weight = student.lm_head.weight
-            cast = torch.bfloat16 if bf16 else torch.float32
-            found = function(
-                own.to(cast), weight.to(cast), seen.to(cast), teacher.lm_head.weight, batch["labels"][:, 1:].flatten()
-            )
-        return found[0] if isinstance(found, tuple) else found
+        return own, seen
 
-    return {FLOOR: floor, "dense": dense, "liger": liger}[side]
+    return {FLOOR: floor, "dense": dense, "liger": liger, "trl": trl, "trl chunked": trl_chunked}[side]
 
 
 def memory(side: str, options: argparse.Namespace) -> None:
@@ -147,7 +177,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--sides", nargs="+", default=[FLOOR, *OURS, "dense", "liger"])
+    parser.add_argument("--sides", nargs="+", default=[FLOOR, *OURS, "dense", *PEERS])
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -155,6 +185,7 @@ def main() -> None:
     if options.memory_of:
         memory(options.memory_of, options)
         return
+    options.sides = [side for side in options.sides if side not in PEERS or find_spec(PEERS[side])]
     teacher, student = models(options)
     steps = {side: step_of(side, teacher, student, options) for side in options.sides}
     for step in steps.values():
