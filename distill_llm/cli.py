@@ -209,7 +209,9 @@ def evaluate(
         table.add_row(name, f"{value:.4f}")
     _say(table)
     if data is not None and Path(data).is_file():
-        _say(f"{data} has no test rows of its own: a tenth of it was scored, the one that a run on it is scored on")
+        _say(
+            f"{data} has no test split: scored are {len(encoded.test)} of its rows, the tenth that a run on it is scored on"
+        )
     _say(f"metrics: {output}")
 
 

@@ -11,6 +11,7 @@ from causal_examples import causal_model, word_tokenizer
 from helpers import tiny_model
 from recipe_inputs import WORDS, recipe_with, write_model, write_recipe, write_rows
 from recipe_inputs import faults_at_the_door as faults
+from transformers import AutoTokenizer
 
 from distill_llm import checks
 from distill_llm.checkpoint import load_pretrained
@@ -78,6 +79,22 @@ def test_as_many_calibration_rows_as_there_are_by_default(folder):
         write_recipe(folder, yaml.safe_load(recipe_with(folder, pruning={"keep": 0.5}).to_yaml()))
     )
     assert faults(written_out) == []
+
+
+def test_a_tokenizer_for_shorter_rows_is_found_out_at_the_door(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder / "teacher")
+    tokenizer.model_max_length = 12
+    tokenizer.save_pretrained(folder / "teacher")
+    assert faults(recipe_with(folder, data__max_length=12)) == []
+    (line,) = faults(recipe_with(folder, data__max_length=16))
+    assert line == "data.max_length: got 16; accepted: 3 to 12 for this tokenizer"
+
+
+def test_a_config_with_a_word_for_a_number_gives_one_line(folder):
+    config = json.loads((folder / "teacher" / "config.json").read_text())
+    (folder / "teacher" / "config.json").write_text(json.dumps(config | {"hidden_size": "abc"}))
+    (line,) = faults(recipe_with(folder))
+    assert line.startswith("teacher.model: got") and "hidden_size" in line
 
 
 def test_a_push_needs_a_token(folder, monkeypatch):

@@ -265,6 +265,28 @@ def test_evaluate_refuses_what_it_cannot_write_and_a_metric_of_other_tasks(folde
     assert refused(*EVALUATE, "--metric", "exact_match")[0].startswith("--metric: got 'exact_match'")
 
 
+def test_evaluate_needs_no_training_rows_and_tells_classes_by_the_models_names(folder):
+    names = {"id2label": {0: "pos", 1: "neg"}, "label2id": {"pos": 0, "neg": 1}}
+    write_model(folder / "named", max_position_embeddings=160, **names)
+    for name, labels in (("some", ("neg",)), ("all", ("neg", "pos"))):
+        (folder / name).mkdir()
+        write_rows(folder / name / "test.csv", labels)
+        command = ["evaluate", "named", *EVALUATE[2:4], "--data", name, *EVALUATE[6:], "--output", f"{name}.json"]
+        result = call(*command)
+        assert result.exit_code == 0, result.output
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "named").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "named")
+    with torch.no_grad():
+        found = [model(**tokenizer(f"the film {i}", return_tensors="pt")).logits.argmax().item() for i in range(40)]
+    share = {name: json.loads((folder / f"{name}.json").read_text())["accuracy"] for name in ("some", "all")}
+    assert share["some"] == pytest.approx(sum(found) / 40)
+    assert share["all"] == pytest.approx(sum(label == (i + 1) % 2 for i, label in enumerate(found)) / 40)
+
+
+def test_evaluate_says_which_rows_of_a_lone_file_it_scored(folder):
+    assert "rows.csv has no test split: scored are 4 of its rows, the tenth" in call(*EVALUATE).stdout
+
+
 def test_quiet_shows_no_bar_and_no_warning(folder):
     loud, quiet = python("-m", "distill_llm", *EVALUATE), python("-m", "distill_llm", "--quiet", *EVALUATE)
     assert "Evaluating" in loud.stderr
@@ -278,6 +300,9 @@ def test_profile_prints_both_models(folder):
     assert result.exit_code == 0, result.output
     assert "smaller" in result.stdout and "teacher" in result.stdout and "latency" in result.stdout
     assert refused("profile", "smaller", "--against", "no/such/model")[0].startswith("--against: got ")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / "smaller" / file).unlink()
+    assert call("profile", "smaller", *args).exit_code == 0, "which reads no text"
 
 
 def test_profile_refuses_a_batch_too_long_for_a_model_before_it_loads_weights(folder, monkeypatch):

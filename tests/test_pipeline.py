@@ -20,8 +20,10 @@ import distill_llm
 from distill_llm import run_folder
 from distill_llm.cutting import Cutter, share_of
 from distill_llm.errors import InputError
-from distill_llm.pipeline import prune_model
+from distill_llm.faults import faults_in
+from distill_llm.pipeline import prune_model, prune_recipe
 from distill_llm.pruning.structure import unit_costs
+from distill_llm.recipe import parse_recipe
 from distill_llm.stages import kept_after
 from distill_llm.teachers.caching import cache_teacher
 from distill_llm.trainer import DistillationTrainer
@@ -257,6 +259,18 @@ def test_a_second_budget_reads_no_data_for_its_importance(inputs, tmp_path, monk
     assert kept == pytest.approx([0.7, 0.5], rel=0.02)
 
 
+def test_pruning_alone_refuses_what_it_would_leave_undone(inputs, tmp_path):
+    given = recipe(inputs, hub={"repo_id": "me/student"}, student={"peft": {"r": 2}})
+    with pytest.raises(InputError) as error:
+        prune_recipe(parse_recipe({**given, "output_dir": str(tmp_path / "out")}))
+    fields = [fault.field for fault in faults_in(error.value)]
+    assert fields == ["teacher.train", "student", "distillation", "hub", "pruning.rounds"]
+    alone = {"teacher": {"model": str(inputs / "teacher")}, "data": given["data"], "output_dir": str(tmp_path / "out")}
+    with pytest.raises(InputError, match="pruning.layers: got"):
+        prune_recipe(parse_recipe({**alone, "pruning": {"layers": [0]}}))
+    assert not (tmp_path / "out").exists()
+
+
 def test_prune_model_leaves_a_folder_with_files_alone(finished, inputs, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="output_dir"):
@@ -299,7 +313,10 @@ def test_how_a_student_is_scored_and_pushed_may_change_in_a_run_but_not_what_dec
         distill_llm.run({**given, "hub": {"repo_id": name}}, tmp_path / "run")
     assert pushed == ["me/first", "me/second"]
     scored = {"batch_size": 3, "latency": {"batch_size": 1, "sequence_length": 8}}
-    distill_llm.run({**given, "evaluation": scored, "description": "another"}, tmp_path / "run")
+    again = distill_llm.run({**given, "evaluation": scored, "description": "another"}, tmp_path / "run")
+    assert again.metrics["latency"] == scored["latency"], "measured anew"
+    written = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    assert written["evaluation"]["batch_size"] == 3 and written["description"] == "another"
     with pytest.raises(InputError, match="evaluation differ"):
         distill_llm.run({**given, "evaluation": {**scored, "max_new_tokens": 8}}, tmp_path / "run")
     by_flops = {**given, "pruning": {**given["pruning"], "cost": "flops"}}
@@ -324,7 +341,7 @@ def test_a_cache_of_other_rows_is_refused_before_any_stage(inputs, tmp_path):
     given = recipe(inputs, teacher=teacher, distillation={"losses": {"logits": {}}, "max_steps": 1})
     with pytest.raises(InputError, match="^teacher.cache: got .* another data"):
         distill_llm.run({**given, "data": {**given["data"], "max_length": 12}}, tmp_path / "other")
-    assert not (tmp_path / "other" / "state.json").exists()
+    assert not (tmp_path / "other").exists()
     assert distill_llm.run(given, tmp_path / "run").metrics["retention"] > 0
 
 

@@ -47,6 +47,14 @@ def write(folder: Path, name: str, rows: list[list[str]] | None = None) -> Path:
     return folder
 
 
+def test_scoring_alone_needs_no_training_rows(tmp_path: Path) -> None:
+    (write(tmp_path, "sst2") / "train.tsv").unlink()
+    data = load_task("sst2", str(tmp_path), training=False)
+    assert len(data.test) == 4 and data.validation is None
+    with pytest.raises(InputError, match=r"train\.tsv"):
+        load_task("sst2", str(tmp_path))
+
+
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_official_tsv_of_every_task_gives_its_texts_and_labels(name: str, tmp_path: Path) -> None:
     data = load_task(name, str(write(tmp_path, name)))
