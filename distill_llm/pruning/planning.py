@@ -29,7 +29,8 @@ def plan_pruning(
     scope: Literal["global", "local"] = "global",
     round_to: int = 1,
     uniform: bool = False,
-    sequence_length: int = 128,
+    batch_size: int = 32,
+    sequence_length: int = 64,
     limits: Limits = NO_LIMITS,
 ) -> PruningPlan:
     """Choose what stays so that `keep` of the layers' cost remains, never more, and as near below as the units allow.
@@ -42,11 +43,12 @@ def plan_pruning(
     Args:
         scores: from `score(...)`, for this very model.
         keep: share of the layers' cost, in (0, 1].
-        cost: parameters; FLOPs at `sequence_length` tokens; memory, with the keys and values of that many tokens; or costs that
-            were measured (`latency_costs`).
+        cost: parameters; FLOPs; memory, with the keys and values that are cached; or costs that were measured
+            (`latency_costs`).
         units: what may be removed: heads (KV groups), queries (equally many of every group), neurons, whole layers, the whole
             attention or FFN of a layer, hidden (channels of the residual stream).
         round_to: neurons of a layer, and channels of the residual stream, stay in multiples of this.
+        batch_size, sequence_length: of the batch (B, T) that FLOPs and memory are counted for.
         limits: what every remaining layer keeps at least, where it has that much.
 
     Raises:
@@ -67,7 +69,7 @@ def plan_pruning(
     scores.require(units)
     shapes = layer_shapes(model)
     scores.check(shapes)
-    costs = cost if isinstance(cost, Costs) else unit_costs(model, cost, sequence_length)
+    costs = cost if isinstance(cost, Costs) else unit_costs(model, cost, batch_size, sequence_length)
     rules = Rules(frozenset(units), limits, round_to, uniform)
     choice = Choice(scores, shapes, costs, keep * costs.of(shapes), rules)
     choice.reachable(choice.least_cost())

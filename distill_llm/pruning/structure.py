@@ -143,13 +143,14 @@ class Costs:
         return total
 
 
-def unit_costs(model: PreTrainedModel, cost: str = "params", sequence_length: int = 128) -> Costs:
+def unit_costs(model: PreTrainedModel, cost: str = "params", batch_size: int = 32, sequence_length: int = 64) -> Costs:
     """Cost of a head, a neuron and the rest of a layer.
 
     Args:
-        cost: "params"; "flops" (2 x multiply-adds, per token of a sequence of `sequence_length` tokens); or "memory" (bytes of
-            the weights, and of the keys and values cached for `sequence_length` tokens, in the model's precision; what is
-            cached is the mean over layers, some of which may hold a window only).
+        cost: "params"; "flops" (2 x multiply-adds, per token of the batch); or "memory" (bytes of the weights, and of the keys
+            and values cached for the batch, in the model's precision; what is cached is the mean over layers, some of which
+            may hold a window of every sequence only).
+        batch_size, sequence_length: of the batch (B, T).
 
     Raises:
         InputError: for another `cost`.
@@ -180,21 +181,21 @@ def unit_costs(model: PreTrainedModel, cost: str = "params", sequence_length: in
     each = {part: (a / hidden / max(units[part], 1), b / max(units[part], 1)) for part, (a, b) in totals.items()}
     query, group, neuron_, rest = ((slope * width, constant * width) for slope, constant in each.values())
     if cost == "memory":
-        group = group[0], group[1] + 2 * head_size * cached_tokens(model, sequence_length) * width
+        group = group[0], group[1] + 2 * head_size * cached_tokens(model, batch_size, sequence_length) * width
     return Costs("bytes" if cost == "memory" else "parameters", hidden, shared, query, group, neuron_, rest)
 
 
-def cached_tokens(model: PreTrainedModel, sequence_length: int) -> float:
-    """Tokens of a sequence whose keys and values a layer holds while the model generates, the mean over its layers.
+def cached_tokens(model: PreTrainedModel, batch_size: int, sequence_length: int) -> float:
+    """Tokens of a batch (B, T) whose keys and values a layer holds while the model generates, the mean over its layers.
 
-    None in encoders, and under heads that generate nothing; a layer that attends to a window holds no more than that.
+    None in encoders, and under heads that generate nothing; a layer that attends to a window holds no more of a sequence.
     """
     encoder = model.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     if encoder or not (model.can_generate() or model is model.base_model):
         return 0.0
     windows = [layer.get_max_length() for layer in DynamicCache(config=model.config).layers]  # -1: has none
     held = [min(window, sequence_length) if window > 0 else sequence_length for window in windows]
-    return sum(held) / len(held)
+    return batch_size * sum(held) / len(held)
 
 
 def head_size_of(model: PreTrainedModel) -> int:

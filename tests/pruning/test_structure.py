@@ -60,22 +60,24 @@ def test_memory_is_the_bytes_of_weights_and_of_the_cache_that_a_forward_pass_lea
     """Counted on the cache's own tensors, at a length below every window; a window holds no more, however long the text."""
     model, length = family_model(name), 6
     with torch.no_grad():
-        cache = model(torch.full((1, length), 5), use_cache=True).past_key_values
+        cache = model(torch.full((3, length), 5), use_cache=True).past_key_values
     held = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
-    of = unit_costs(model, "memory", sequence_length=length).of
+    of = unit_costs(model, "memory", 3, length).of
     assert of(layer_shapes(model)) == pytest.approx(4 * (params(model) + held))
     windows = {"gemma2": [8, 1000, 8, 1000, 8], "gemma3_text": [8] * 5, "mistral": [8] * 5}.get(name, [1000] * 5)
     expected = 4 * (params(model) + held * sum(windows) / (5 * length))
-    assert unit_costs(model, "memory", 1000).of(layer_shapes(model)) == pytest.approx(expected)
+    assert unit_costs(model, "memory", 3, 1000).of(layer_shapes(model)) == pytest.approx(expected)
     half, below = model.to(torch.bfloat16), family_model(name, "base")
-    assert unit_costs(half, "memory", 1000).of(layer_shapes(model)) == pytest.approx(expected / 2)
-    assert unit_costs(below, "memory", 1000).of(layer_shapes(model)) == pytest.approx(expected), "without its head too"
+    assert unit_costs(half, "memory", 3, 1000).of(layer_shapes(model)) == pytest.approx(expected / 2)
+    assert unit_costs(below, "memory", 3, 1000).of(layer_shapes(model)) == pytest.approx(expected), (
+        "without its head too"
+    )
 
 
 @pytest.mark.parametrize(("name", "head"), [*((name, None) for name in ENCODERS), ("llama", "sequence-classification")])
 def test_what_generates_nothing_has_no_cache_in_its_memory(name, head):
     model = family_model(name, head)
-    assert unit_costs(model, "memory", 1000).of(layer_shapes(model)) == pytest.approx(4 * params(model))
+    assert unit_costs(model, "memory", 3, 1000).of(layer_shapes(model)) == pytest.approx(4 * params(model))
 
 
 def test_sizes_of_a_pruned_model_are_its_own_and_the_head_size_stays():
