@@ -3,7 +3,7 @@
 import heapq
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -13,7 +13,7 @@ from distill_llm.pruning.choice import NO_LIMITS, Choice, Limits, Rules
 from distill_llm.pruning.criteria import Importance
 from distill_llm.pruning.names import BLOCKS, UNITS, Unit, competing_faults
 from distill_llm.pruning.plan import PruningPlan
-from distill_llm.pruning.structure import Costs, layer_shapes, unit_costs
+from distill_llm.pruning.structure import COSTS, Costs, layer_shapes, unit_costs
 
 NEAR = 0.99
 """The part of a budget that a plan should use at least."""
@@ -24,7 +24,7 @@ def plan_pruning(
     scores: Importance,
     keep: float,
     *,
-    cost: Literal["params", "flops", "memory"] | Costs = "params",
+    cost: Literal["params", "flops", "memory", "latency"] | Costs = "params",
     units: Sequence[Unit] = ("heads", "neurons"),
     scope: Literal["global", "local"] = "global",
     round_to: int = 1,
@@ -42,13 +42,13 @@ def plan_pruning(
 
     Args:
         scores: from `score(...)`, for this very model.
-        keep: share of the layers' cost, in (0, 1].
-        cost: parameters; FLOPs; memory, with the keys and values that are cached; or costs that were measured
-            (`latency_costs`).
+        keep: share of the layers' cost, in (0, 1]; with cost "latency" of the whole model's.
+        cost: parameters; FLOPs; memory, with the keys and values that are cached; latency, measured on the model's device (see
+            `plan_for_latency`, which has more to set); or what units were found to cost (`latency_costs`).
         units: what may be removed: heads (KV groups), queries (equally many of every group), neurons, whole layers, the whole
             attention or FFN of a layer, hidden (channels of the residual stream).
         round_to: neurons of a layer, and channels of the residual stream, stay in multiples of this.
-        batch_size, sequence_length: of the batch (B, T) that FLOPs and memory are counted for.
+        batch_size, sequence_length: of the batch (B, T) that FLOPs and memory are counted for, latency measured.
         limits: what every remaining layer keeps at least, where it has that much.
 
     Raises:
@@ -57,6 +57,8 @@ def plan_pruning(
     """
     if not 0 < keep <= 1:
         raise InputError("keep", keep, "a share above 0 and at most 1")
+    if isinstance(cost, str) and cost not in (*COSTS, "latency"):
+        raise InputError("cost", cost, one_of((*COSTS, "latency"), cost))
     if round_to < 1:
         raise InputError("round_to", round_to, "a whole number of at least 1")
     if scope not in ("global", "local"):
@@ -69,6 +71,12 @@ def plan_pruning(
     scores.require(units)
     shapes = layer_shapes(model)
     scores.check(shapes)
+    if cost == "latency":
+        from distill_llm.pruning.latency import plan_for_latency  # which calls this function with what it measured
+
+        options: dict[str, Any] = {"units": units, "scope": scope, "round_to": round_to, "uniform": uniform}
+        options |= {"limits": limits, "batch_size": batch_size, "sequence_length": sequence_length}
+        return plan_for_latency(model, scores, keep, **options)
     costs = cost if isinstance(cost, Costs) else unit_costs(model, cost, batch_size, sequence_length)
     rules = Rules(frozenset(units), limits, round_to, uniform)
     choice = Choice(scores, shapes, costs, keep * costs.of(shapes), rules)
