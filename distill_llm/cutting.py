@@ -27,7 +27,7 @@ from distill_llm.pruning.plan import PruningPlan, keep_layers
 from distill_llm.pruning.planning import plan_pruning
 from distill_llm.pruning.sharding import from_main_process, process
 from distill_llm.pruning.statistics import Statistics
-from distill_llm.pruning.structure import hidden_size, sizes_of, unit_costs
+from distill_llm.pruning.structure import hidden_size, sizes_of, sources_in, unit_costs
 from distill_llm.pruning.surgery import prune
 from distill_llm.pruning.timing import relative_latency
 from distill_llm.recipe import Recipe
@@ -275,7 +275,7 @@ def share_of(
     """The share of the teacher's layers' cost (see `unit_costs`) that the student's layers have."""
     costs = unit_costs(teacher, cost, batch_size, sequence_length)
     left, whole = ([(s.groups, s.neurons, s.queries) for s in sizes_of(model)] for model in (student, teacher))
-    return costs.of(left, hidden_size(student)) / costs.of(whole)
+    return costs.of(left, hidden_size(student), sources_in(student, teacher)) / costs.of(whole)
 
 
 def least_share(model: PreTrainedModel, section: PruningSection, batch_size: int, sequence_length: int) -> float:
@@ -290,5 +290,7 @@ def least_share(model: PreTrainedModel, section: PruningSection, batch_size: int
             neurons = min(neurons, section.min_neurons)
         rows.append((groups, neurons, groups * (1 if "queries" in units and each else each)))
     width = min(section.round_to, costs.hidden) if "hidden" in units else costs.hidden
-    left = min(costs.of([row], width) for row in rows) if "layers" in units else costs.of(rows, width)
+    left = costs.of(rows, width)
+    if "layers" in units:
+        left = min(costs.of([row], width, [i]) for i, row in enumerate(rows))
     return left / costs.of([(s.groups, s.neurons, s.queries) for s in sizes_of(model)])

@@ -305,6 +305,24 @@ def test_every_sequence_of_a_recipes_batch_has_a_window_of_its_own_in_memory(tmp
     assert found == pytest.approx((left + 2 * cached) / (whole + 4 * cached))
 
 
+def test_shares_of_memory_are_of_the_teachers_layers_that_the_students_were(tmp_path):
+    """Of five layers every second has no window: 1000 tokens in place of 8, 4 groups, 8 channels of keys and of values."""
+    model, windows = family_model("gemma2"), (8, 1000, 8, 1000, 8)
+    student = prune(model, keep_layers(model, [1, 2, 3]))
+    smaller = prune(student, keep_layers(student, [1, 2]))
+
+    def memory(model, layers):
+        weights = sum(p.numel() for p in model.model.layers.parameters())
+        return weights + 2 * 2 * 4 * 8 * sum(windows[i] for i in layers)
+
+    for one, its, other, others in (
+        (student, (1, 2, 3), model, range(5)),
+        (smaller, (2, 3), model, range(5)),
+        (smaller, (2, 3), student, (1, 2, 3)),
+    ):
+        assert share_of(one, other, "memory", 2, 1000) == pytest.approx(memory(one, its) / memory(other, others))
+
+
 def test_shares_count_channels_and_single_queries():
     model = family_model("llama")
     rows = tuple(LayerPlan(i, (0, 1, 2, 3), tuple(range(64)), (0, 2, 4, 6)) for i in range(5))

@@ -93,7 +93,8 @@ class PruningPlan:
             shared = (whole.queries or whole.heads) // whole.heads if whole.heads else 0
             queries = len(row.heads) * shared if row.queries is None else len(row.queries)
             kept.append((len(row.heads), len(row.neurons), queries))
-        return costs.of(kept, None if self.hidden is None else len(self.hidden)) / costs.of(shapes)
+        width, layers = None if self.hidden is None else len(self.hidden), [row.source for row in self.layers]
+        return costs.of(kept, width, layers) / costs.of(shapes)
 
 
 def _optional(indices: Sequence[int] | None) -> tuple[int, ...] | None:

@@ -98,10 +98,11 @@ def _together(choice: Choice) -> None:
     """Remove the least score per cost first until the budget holds.
 
     Costs only fall while units go, so a candidate's place can only move back: it is looked at again when it comes up. A unit
-    so large that the budget would be missed by more than 1% has to wait until nothing else can go. What heads take too much,
-    `_round_neurons` puts back.
+    so large that the budget would be missed by more than 1% has to wait until nothing else can go; heads and layers that have
+    room again once it went come back. What heads take too much, `_round_neurons` puts back.
     """
-    heap, steps, waiting, heads = [], _channel_steps(choice), [], []
+    heap, steps, waiting = [], _channel_steps(choice), []
+    gone: list[tuple[str, int, int]] = []  # what may come back: heads and layers
     for kind in choice.rules.units:
         for i, j, value in _candidates(choice, kind, steps):
             price = choice.price(kind, i)
@@ -116,10 +117,10 @@ def _together(choice: Choice) -> None:
         if not choice.remove(kind, i, j):
             return None
         left -= before
-        if kind == "heads":
-            heads.append((i, j))
+        if kind in ("heads", "layers"):
+            gone.append((kind, i, j))
         elif kind == "attention":
-            heads[:] = [head for head in heads if head[0] != i]
+            gone[:] = [unit for unit in gone if unit[:2] != ("heads", i)]
         if "hidden" in choice.rules.units:
             one = choice.rules.round_to * choice.costs.neuron_[0]
             channels = channels - one if kind == "neurons" else choice.price("hidden", 0)
@@ -149,9 +150,9 @@ def _together(choice: Choice) -> None:
         kind, i, j, _ = waiting.pop(min(there, key=lambda k: waiting[k][3]))
         if following := take(kind, i, j):
             waiting.append((kind, *following))
-    for i, j in reversed(heads):
-        if choice.alive[i] and choice.fits(choice.cost() + choice.price("heads", i)):
-            choice.put_back(i, j)
+    for kind, i, j in reversed(gone):
+        if (kind == "layers" or choice.alive[i]) and choice.fits(choice.cost() + choice.price(kind, i)):
+            choice.put_back(kind, i, j)
 
 
 def _made_up(choice: Choice, kind: str) -> float:

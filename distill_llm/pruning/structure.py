@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from distill_llm.errors import InputError, one_of
-from distill_llm.pruning.families import Family, dims_of, family_of, layers_of
+from distill_llm.pruning.families import Family, dims_of, family_of, layers_of, lineage_of
 from distill_llm.pruning.modeling_pruned import Sizes, hidden_dims, layer_axes, layer_prefix, layer_sizes, outputs_of
 
 COSTS = ("params", "flops", "memory")
@@ -92,7 +92,8 @@ class Costs:
     """What a query head, the key and value of a group, a neuron and the rest of a layer cost, each as (slope, constant).
 
     A cost is slope x channels of the residual stream + constant; `hidden` is their number in the model it was made for, and
-    `shared` how many queries share a group there.
+    `shared` how many queries share a group there. `cached` is what the keys and values of a group that are held cost beside
+    it, per layer of that model (layers may hold windows only); empty: nothing.
     """
 
     name: str
@@ -102,13 +103,14 @@ class Costs:
     group: tuple[float, float]
     neuron_: tuple[float, float]
     rest_: tuple[float, float]
+    cached: tuple[float, ...] = ()
 
     def _at(self, pair: tuple[float, float], hidden: int | None) -> float:
         return pair[0] * (self.hidden if hidden is None else hidden) + pair[1]
 
-    def group_at(self, hidden: int | None = None) -> float:
-        """Cost of a group's key and value."""
-        return self._at(self.group, hidden)
+    def group_at(self, hidden: int | None = None, layer: int = 0) -> float:
+        """Cost of a group's key and value in a layer of the model."""
+        return self._at(self.group, hidden) + (self.cached[layer] if self.cached else 0.0)
 
     def query_at(self, hidden: int | None = None) -> float:
         """Cost of a query head alone."""
@@ -120,7 +122,7 @@ class Costs:
 
     @property
     def head(self) -> float:
-        """Cost of a group with all its queries, at the model's own width."""
+        """Cost of a group with all its queries in the first layer, at the model's own width."""
         return self.group_at() + self.shared * self.query_at()
 
     @property
@@ -132,14 +134,14 @@ class Costs:
         """Cost of one channel of the residual stream through layers of (heads, neurons[, queries])."""
         return self.of(shapes_ := list(shapes), 1) - self.of(shapes_, 0)
 
-    def of(self, shapes: Iterable[tuple], hidden: int | None = None) -> float:
-        """Cost of layers of (heads, neurons[, queries])."""
-        query, group = self._at(self.query, hidden), self._at(self.group, hidden)
-        neuron, rest = self._at(self.neuron_, hidden), self._at(self.rest_, hidden)
-        total = 0.0
-        for heads, neurons, *more in shapes:
+    def of(self, shapes: Iterable[tuple], hidden: int | None = None, layers: Iterable[int] | None = None) -> float:
+        """Cost of layers of (heads, neurons[, queries]); `layers`: which of the model's, by default one after another."""
+        query, neuron, rest = (self._at(pair, hidden) for pair in (self.query, self.neuron_, self.rest_))
+        shapes = list(shapes)
+        places, total = range(len(shapes)) if layers is None else layers, 0.0
+        for (heads, neurons, *more), layer in zip(shapes, places, strict=True):
             queries = more[0] if more and more[0] is not None else heads * self.shared
-            total += queries * query + heads * group + neurons * neuron + rest
+            total += queries * query + heads * self.group_at(hidden, layer) + neurons * neuron + rest
         return total
 
 
@@ -148,8 +150,7 @@ def unit_costs(model: PreTrainedModel, cost: str = "params", batch_size: int = 3
 
     Args:
         cost: "params"; "flops" (2 x multiply-adds, per token of the batch); or "memory" (bytes of the weights, and of the keys
-            and values cached for the batch, in the model's precision; what is cached is the mean over layers, some of which
-            may hold a window of every sequence only).
+            and values cached for the batch, in the model's precision).
         batch_size, sequence_length: of the batch (B, T).
 
     Raises:
@@ -180,22 +181,31 @@ def unit_costs(model: PreTrainedModel, cost: str = "params", batch_size: int = 3
     width = torch.finfo(model.dtype).bits / 8 if cost == "memory" else 1.0
     each = {part: (a / hidden / max(units[part], 1), b / max(units[part], 1)) for part, (a, b) in totals.items()}
     query, group, neuron_, rest = ((slope * width, constant * width) for slope, constant in each.values())
-    if cost == "memory":
-        group = group[0], group[1] + 2 * head_size * cached_tokens(model, batch_size, sequence_length) * width
-    return Costs("bytes" if cost == "memory" else "parameters", hidden, shared, query, group, neuron_, rest)
+    if cost == "params":
+        return Costs("parameters", hidden, shared, query, group, neuron_, rest)
+    cached = tuple(2 * head_size * tokens * width for tokens in cached_tokens(model, batch_size, sequence_length))
+    return Costs("bytes", hidden, shared, query, group, neuron_, rest, cached)
 
 
-def cached_tokens(model: PreTrainedModel, batch_size: int, sequence_length: int) -> float:
-    """Tokens of a batch (B, T) whose keys and values a layer holds while the model generates, the mean over its layers.
+def cached_tokens(model: PreTrainedModel, batch_size: int, sequence_length: int) -> list[int]:
+    """Tokens of a batch (B, T) whose keys and values every layer holds while the model generates.
 
-    None in encoders, and under heads that generate nothing; a layer that attends to a window holds no more of a sequence.
+    Empty for encoders, and under heads that generate nothing; a layer that attends to a window holds no more of a sequence.
     """
     encoder = model.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     if encoder or not (model.can_generate() or model is model.base_model):
-        return 0.0
+        return []
     windows = [layer.get_max_length() for layer in DynamicCache(config=model.config).layers]  # -1: has none
-    held = [min(window, sequence_length) if window > 0 else sequence_length for window in windows]
-    return batch_size * sum(held) / len(held)
+    return [batch_size * (min(window, sequence_length) if window > 0 else sequence_length) for window in windows]
+
+
+def sources_in(student: PreTrainedModel, teacher: PreTrainedModel) -> list[int]:
+    """The layer of `teacher` (which may be pruned itself) that each layer of a student was pruned from."""
+    lineage, before = lineage_of(student), lineage_of(teacher)
+    if lineage is None:
+        return list(range(len(layers_of(student))))
+    place = {row.source: i for i, row in enumerate(before)} if before else None
+    return [row.source if place is None else place[row.source] for row in lineage]
 
 
 def head_size_of(model: PreTrainedModel) -> int:

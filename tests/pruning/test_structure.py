@@ -6,13 +6,14 @@ import pytest
 import torch
 from family_examples import ENCODERS, EVERY, HIDDEN, QUERIES, family_model, groups_of, neurons_of
 from helpers import FAMILIES, tiny_model
-from pruning_examples import UNEVEN, flops_of, plan_of, without
+from pruning_examples import UNEVEN, flops_of, plan_of, random_scores, without
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from distill_llm.errors import InputError
 from distill_llm.pruning.families import family_of, layers_of, pack_indices, unpack_indices
-from distill_llm.pruning.plan import full_plan
+from distill_llm.pruning.plan import full_plan, keep_layers
+from distill_llm.pruning.planning import plan_pruning
 from distill_llm.pruning.structure import head_size_of, layer_shapes, unit_costs
 from distill_llm.pruning.surgery import prune
 
@@ -72,6 +73,42 @@ def test_memory_is_the_bytes_of_weights_and_of_the_cache_that_a_forward_pass_lea
     assert unit_costs(below, "memory", 3, 1000).of(layer_shapes(model)) == pytest.approx(expected), (
         "without its head too"
     )
+
+
+WINDOWS = (8, 1000, 8, 1000, 8)
+
+
+def memory(model, windows) -> int:
+    """Bytes of a tiny Gemma2 in fp32: its layers' weights, and keys and values (8 channels of a group) of two sequences."""
+    groups = [layer.self_attn.o_proj.in_features // 16 for layer in layers_of(model)]  # of two queries each
+    return 4 * (params(model) + 2 * 2 * 8 * sum(g * w for g, w in zip(groups, windows, strict=True)))
+
+
+@pytest.mark.parametrize("kept", [(0, 2, 4), (0, 1, 3), (3,)], ids=str)
+def test_memory_is_of_each_layers_own_window(kept):
+    model = family_model("gemma2")
+    plan = keep_layers(model, kept)
+    student = prune(model, plan)
+    left, whole = memory(student, [WINDOWS[i] for i in kept]), memory(model, WINDOWS)
+    assert unit_costs(student, "memory", 2, 1000).of(layer_shapes(student)) == pytest.approx(left)
+    assert plan.share(model, "memory", 2, 1000) == pytest.approx(left / whole)
+
+
+def test_plans_for_memory_know_which_layers_hold_all_keys_and_values():
+    model = family_model("gemma2")
+    scores = replace(random_scores(layer_shapes(model)), layers=torch.tensor([1.0, 1.1, 1.2, 1.3, 1.4]))
+    budget = {"cost": "memory", "batch_size": 2, "sequence_length": 1000}
+    plan = plan_pruning(model, scores, 0.25, units=("layers",), **budget)
+    assert [row.source for row in plan.layers] == [0, 2, 4], "those with a window are worth most for what they cost"
+    for units, keep in ((("layers",), 0.6), (("heads", "neurons"), 0.5), (("attention", "neurons"), 0.5)):
+        plan = plan_pruning(model, scores if units[0] != "attention" else blocks(scores), keep, units=units, **budget)
+        student = prune(model, plan)
+        share = memory(student, [WINDOWS[row.source] for row in plan.layers]) / memory(model, WINDOWS)
+        assert plan.kept == pytest.approx(share) and share <= keep
+
+
+def blocks(scores):
+    return replace(scores, attention=torch.stack([row.sum() for row in scores.heads]))
 
 
 @pytest.mark.parametrize(("name", "head"), [*((name, None) for name in ENCODERS), ("llama", "sequence-classification")])
