@@ -161,9 +161,12 @@ def unit_costs(model: PreTrainedModel, cost: str = "params", batch_size: int = 3
     family, sizes, hidden, head_size = _family(model), sizes_of(model), hidden_size(model), head_size_of(model)
     shared = next((size.queries // size.groups for size in sizes if size.groups), 1)
     if cost == "flops":
-        scores = 4.0 * sequence_length * head_size
+        rows, products, projections = position_products(model)
+        scores = 4.0 * sequence_length * head_size + 2.0 * rows * products * head_size
         into, neuron = 2.0 * head_size, 2.0 + 2.0 * sum(layout.count("n") for layout in family.ffn_in.values())
-        return Costs("FLOPs", hidden, shared, (2 * into, scores), (2 * into, 0.0), (neuron, 0.0), (0.0, 0.0))
+        projected = rows * projections / (batch_size * sequence_length)  # once for all tokens
+        each_query = (2 + projected) * into, scores
+        return Costs("FLOPs", hidden, shared, each_query, (2 * into, 0.0), (neuron, 0.0), (0.0, 0.0))
     # Counted from the weights themselves, over all layers: biases are not everywhere. Apart: what the residual stream spans.
     totals = {"q": [0.0, 0.0], "kv": [0.0, 0.0], "n": [0.0, 0.0], "": [0.0, 0.0]}
     spans, prefix = hidden_dims(model), layer_prefix(model)
@@ -185,6 +188,17 @@ def unit_costs(model: PreTrainedModel, cost: str = "params", batch_size: int = 3
         return Costs("parameters", hidden, shared, query, group, neuron_, rest)
     cached = tuple(2 * head_size * tokens * width for tokens in cached_tokens(model, batch_size, sequence_length))
     return Costs("bytes", hidden, shared, query, group, neuron_, rest, cached)
+
+
+def position_products(model: PreTrainedModel) -> tuple[int, int, int]:
+    """Of attention with embeddings of relative positions (DeBERTa): how many there are; by how many projections of them each
+    query head multiplies its queries and keys (c2p, p2c); and how many it makes. Zeros for all other families."""
+    config = model.config
+    if not getattr(config, "relative_attention", False):
+        return 0, 0, 0
+    spans = getattr(config, "position_buckets", -1), config.max_relative_positions, config.max_position_embeddings
+    types = len({"c2p", "p2c"} & set(config.pos_att_type or ()))
+    return 2 * next(span for span in spans if span > 0), types, 2 if getattr(config, "share_att_key", False) else types
 
 
 def cached_tokens(model: PreTrainedModel, batch_size: int, sequence_length: int) -> list[int]:

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from family_examples import ENCODERS, EVERY, HIDDEN, QUERIES, family_model, groups_of, neurons_of
-from helpers import FAMILIES, tiny_model
-from pruning_examples import UNEVEN, flops_of, plan_of, random_scores, without
+from helpers import tiny_model
+from pruning_examples import UNEVEN, flops_of, plan_of, random_scores
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
@@ -46,14 +46,25 @@ def params(model) -> int:
     return sum(parameter.numel() for parameter in layers_of(model).parameters())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_unit_costs_the_flops_that_are_gone_without_it(family):
-    model = tiny_model(family, attn_implementation="eager")
-    costs, tokens = unit_costs(model, "flops", sequence_length=12), 12
-    whole = flops_of(model, tokens)
-    assert whole == tokens * costs.of(layer_shapes(model))
-    for kind, cost in (("heads", costs.head), ("neurons", costs.neuron)):
-        assert whole - flops_of(prune(model, without(model, 1, kind, 2)), tokens) == tokens * cost
+@pytest.mark.parametrize("name", EVERY)
+def test_a_unit_costs_the_flops_that_are_gone_without_it(name):
+    model, batch, tokens = family_model(name, attn_implementation="eager"), 3, 12
+    groups, neurons, shapes = groups_of(model), neurons_of(model), layer_shapes(model)
+    shared, costs, one = QUERIES // groups, unit_costs(model, "flops", batch, tokens), full_plan(model)
+
+    def flops(plan):
+        return flops_of(prune(model, plan), tokens, batch) / (batch * tokens)
+
+    def gone(**changed):
+        return whole - flops(replace(one, layers=(one.layers[0], replace(one.layers[1], **changed), *one.layers[2:])))
+
+    whole = flops(one)
+    assert whole == pytest.approx(costs.of(shapes))
+    assert gone(heads=tuple(range(1, groups))) == pytest.approx(costs.head)
+    assert gone(neurons=tuple(range(2, neurons))) == pytest.approx(2 * costs.neuron)
+    if shared > 1:
+        assert gone(queries=tuple(i for i in range(QUERIES) if i % shared)) == pytest.approx(groups * costs.query_at())
+    assert flops(replace(one, hidden=tuple(range(5, HIDDEN)))) == pytest.approx(costs.of(shapes, HIDDEN - 5))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "gemma3_text", "mistral", "olmo2", "falcon-multi-query"])
