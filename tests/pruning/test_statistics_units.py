@@ -278,6 +278,23 @@ def test_without_a_teacher_and_without_labels_questions_are_answered_by_the_mode
         collect_statistics(model, [batch])
 
 
+@pytest.mark.parametrize(
+    "labels", [torch.ones(3, 3), torch.ones(3, 3, dtype=torch.long), torch.ones(3)], ids=["shares", "classes", "floats"]
+)
+def test_several_labels_of_an_example_are_refused_in_one_line(labels):
+    model = family_model("bert", num_labels=3)
+    batch = {**family_batch(model), "labels": labels}
+    statistics = collect_statistics(model, [batch], loss=None)
+    for measure in (lambda: collect_statistics(model, [batch]), lambda: leave_one_out(model, [batch], statistics)):
+        with pytest.raises(
+            InputError, match="labels: got .* accepted: one whole number for each, of 3 classes"
+        ) as caught:
+            measure()
+        assert "\n" not in str(caught.value) and str(list(labels.shape)) in str(caught.value)
+    with pytest.raises(InputError, match="accepted: one value for each"):
+        collect_statistics(family_model("bert", num_labels=1), [{**batch, "labels": torch.ones(3, 3)}])
+
+
 @pytest.mark.parametrize("hidden", [True, False])
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
 def test_checkpointing_finds_the_same_and_holds_less(name, hidden):
