@@ -12,14 +12,18 @@ if TYPE_CHECKING:
     from distill_llm.pipeline import RunResult, run
     from distill_llm.profiling import Comparison, Profile, compare, profile
     from distill_llm.pruning.bypass import fit_bypasses
+    from distill_llm.pruning.choice import Limits
     from distill_llm.pruning.collecting import collect_statistics
     from distill_llm.pruning.criteria import Importance, score
+    from distill_llm.pruning.latency import latency_costs, plan_for_latency
+    from distill_llm.pruning.leave_one_out import leave_one_out
     from distill_llm.pruning.masking import masked
     from distill_llm.pruning.plan import LayerPlan, PruningPlan, keep_layers
     from distill_llm.pruning.planning import plan_pruning
     from distill_llm.pruning.statistics import Statistics
     from distill_llm.pruning.surgery import prune
     from distill_llm.recipe import Recipe, load_recipe
+    from distill_llm.report.plans import plan_figure, plan_table
     from distill_llm.trainer import DistillationConfig, DistillationTrainer
 
 _HOMES = {
@@ -31,8 +35,12 @@ _HOMES = {
     "Profile": "profiling",
     "compare": "profiling",
     "profile": "profiling",
+    "Limits": "pruning.choice",
     "Importance": "pruning.criteria",
     "score": "pruning.criteria",
+    "latency_costs": "pruning.latency",
+    "plan_for_latency": "pruning.latency",
+    "leave_one_out": "pruning.leave_one_out",
     "masked": "pruning.masking",
     "LayerPlan": "pruning.plan",
     "PruningPlan": "pruning.plan",
@@ -44,6 +52,8 @@ _HOMES = {
     "prune": "pruning.surgery",
     "Recipe": "recipe",
     "load_recipe": "recipe",
+    "plan_figure": "report.plans",
+    "plan_table": "report.plans",
     "DistillationConfig": "trainer",
     "DistillationTrainer": "trainer",
 }
@@ -56,6 +66,7 @@ __all__ = [
     "Importance",
     "InputError",
     "LayerPlan",
+    "Limits",
     "Profile",
     "PruningPlan",
     "Recipe",
@@ -65,10 +76,15 @@ __all__ = [
     "compare",
     "fit_bypasses",
     "keep_layers",
+    "latency_costs",
+    "leave_one_out",
     "load_pretrained",
     "load_recipe",
     "masked",
+    "plan_figure",
+    "plan_for_latency",
     "plan_pruning",
+    "plan_table",
     "profile",
     "prune",
     "run",

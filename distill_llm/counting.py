@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from distill_llm.errors import InputError
 from distill_llm.pruning.families import layers_of
+from distill_llm.pruning.forwarding import frozen
 
 
 def count_params(model: PreTrainedModel) -> tuple[int, int]:
@@ -36,7 +37,8 @@ def count_flops(model: PreTrainedModel, batch_size: int = 32, sequence_length: i
     kernels = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math_for_mps")
     formulas = {getattr(torch.ops.aten, kernel): _attention_flops for kernel in kernels}
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
-    with evaluating(model), torch.no_grad(), counter:
+    # The counter follows what requires gradients into modules, and stumbles over a parameter's view (DeBERTa's positions).
+    with frozen(model), torch.no_grad(), counter:
         model(**inputs)
     return counter.get_total_flops()
 

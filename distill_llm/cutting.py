@@ -27,7 +27,7 @@ from distill_llm.pruning.plan import PruningPlan, keep_layers
 from distill_llm.pruning.planning import plan_pruning
 from distill_llm.pruning.sharding import from_main_process, process
 from distill_llm.pruning.statistics import Statistics
-from distill_llm.pruning.structure import hidden_size, sizes_of, unit_costs
+from distill_llm.pruning.structure import hidden_size, sizes_of, sources_in, unit_costs
 from distill_llm.pruning.surgery import prune
 from distill_llm.pruning.timing import relative_latency
 from distill_llm.recipe import Recipe
@@ -93,7 +93,7 @@ class Cutter:
         if abs(kept - keep) > 0.01 * keep:
             note = f"kept {kept:.2%} of the layers' {self.section.cost} where {keep:.2%} was asked for: "
             note += "what may be removed comes in larger steps"
-        own = share_of(model, student, self.section.cost, self.tokens(student))
+        own = share_of(model, student, self.section.cost, *self.batch(student))
         return Cut(replace(plan, kept=own, note=note), model, kept, compensated)
 
     def cut_layers(self, student: PreTrainedModel) -> Cut:
@@ -101,7 +101,7 @@ class Cutter:
         assert self.section.layers is not None
         plan = keep_layers(student, self.section.layers)
         bypasses = self._bypasses(student, plan, 0)
-        kept = plan.share(student, self.section.cost, self.tokens(student))
+        kept = plan.share(student, self.section.cost, *self.batch(student))
         return Cut(plan, prune(student, plan, bypasses=bypasses), kept, bool(bypasses))
 
     def share(self, student: PreTrainedModel, teacher: PreTrainedModel) -> float:
@@ -109,17 +109,12 @@ class Cutter:
         if student is teacher:
             return 1.0
         if self.section.cost == "latency":
-            return from_main_process(relative_latency(student, teacher, *self._batch) if self.is_main else None)
-        return share_of(student, teacher, self.section.cost, self.tokens(teacher))
+            return from_main_process(relative_latency(student, teacher, *self.batch(teacher)) if self.is_main else None)
+        return share_of(student, teacher, self.section.cost, *self.batch(teacher))
 
-    def tokens(self, model: PreTrainedModel) -> int:
-        """Tokens that costs are counted for: those of a sequence, for memory those whose keys and values are held at once."""
-        return budget_tokens(self.recipe, kind_of(model) == "next_token")
-
-    @property
-    def _batch(self) -> tuple[int, int]:
-        latency = self.recipe.evaluation.latency
-        return latency.batch_size, latency.sequence_length
+    def batch(self, model: PreTrainedModel) -> tuple[int, int]:
+        """The batch (B, T) that costs are counted or measured for (see `budget_batch`)."""
+        return budget_batch(self.recipe, kind_of(model) == "next_token")
 
     def _plan(
         self, model: PreTrainedModel, teacher: PreTrainedModel, statistics: Statistics, share: float
@@ -133,13 +128,12 @@ class Cutter:
             "uniform": section.uniform,
             "limits": Limits(section.min_heads, section.min_neurons),
         }
+        options |= dict(zip(("batch_size", "sequence_length"), self.batch(model), strict=True))
         if section.cost == "latency":
-            batch_size, length = self._batch
-            costs = latency_costs(teacher, batch_size, length)
-            sizes: dict[str, Any] = {"batch_size": batch_size, "sequence_length": length, "costs": costs}
-            return plan_for_latency(model, scores, share, dense=teacher, **sizes, **options)
+            costs = latency_costs(teacher, *self.batch(teacher))
+            return plan_for_latency(model, scores, share, dense=teacher, costs=costs, **options)
         left = min(1.0, share / self.share(model, teacher))
-        return plan_pruning(model, scores, left, cost=section.cost, sequence_length=self.tokens(model), **options)
+        return plan_pruning(model, scores, left, cost=section.cost, **options)
 
     # Statistics.
 
@@ -268,24 +262,26 @@ def _keep(statistics: Statistics, file: Path, record: dict[str, Any]) -> None:
 # Costs.
 
 
-def budget_tokens(recipe: Recipe, decoder: bool) -> int:
-    """Tokens that costs are counted for: of a sequence; with cost memory, those whose keys and values a decoder holds at once."""
+def budget_batch(recipe: Recipe, decoder: bool) -> tuple[int, int]:
+    """The batch (B, T) that costs are counted or measured for; with cost memory it is empty unless a decoder holds its cache."""
     latency, cost = recipe.evaluation.latency, recipe.pruning.cost if recipe.pruning else "params"
-    if cost == "memory":
-        return latency.batch_size * latency.sequence_length if decoder else 0
-    return latency.sequence_length
+    held = decoder or cost != "memory"
+    return latency.batch_size if held else 0, latency.sequence_length
 
 
-def share_of(student: PreTrainedModel, teacher: PreTrainedModel, cost: str, tokens: int = 128) -> float:
-    """The share of the teacher's layers' cost that the student's layers have."""
-    costs = unit_costs(teacher, cost, tokens)
+def share_of(
+    student: PreTrainedModel, teacher: PreTrainedModel, cost: str, batch_size: int = 32, sequence_length: int = 64
+) -> float:
+    """The share of the teacher's layers' cost (see `unit_costs`) that the student's layers have."""
+    costs = unit_costs(teacher, cost, batch_size, sequence_length)
     left, whole = ([(s.groups, s.neurons, s.queries) for s in sizes_of(model)] for model in (student, teacher))
-    return costs.of(left, hidden_size(student)) / costs.of(whole)
+    return costs.of(left, hidden_size(student), sources_in(student, teacher)) / costs.of(whole)
 
 
-def least_share(model: PreTrainedModel, section: PruningSection, tokens: int) -> float:
+def least_share(model: PreTrainedModel, section: PruningSection, batch_size: int, sequence_length: int) -> float:
     """The share of the layers' cost that stays when all that a section lets go is removed; one layer always stays."""
-    units, costs, rows = set(section.units), unit_costs(model, section.cost, tokens), []
+    costs = unit_costs(model, section.cost, batch_size, sequence_length)
+    units, rows = set(section.units), []
     for size in sizes_of(model):
         groups, neurons, each = size.groups, size.neurons, size.queries // size.groups if size.groups else 0
         if units & {"heads", "attention"}:
@@ -294,5 +290,7 @@ def least_share(model: PreTrainedModel, section: PruningSection, tokens: int) ->
             neurons = min(neurons, section.min_neurons)
         rows.append((groups, neurons, groups * (1 if "queries" in units and each else each)))
     width = min(section.round_to, costs.hidden) if "hidden" in units else costs.hidden
-    left = min(costs.of([row], width) for row in rows) if "layers" in units else costs.of(rows, width)
+    left = costs.of(rows, width)
+    if "layers" in units:
+        left = min(costs.of([row], width, [i]) for i, row in enumerate(rows))
     return left / costs.of([(s.groups, s.neurons, s.queries) for s in sizes_of(model)])

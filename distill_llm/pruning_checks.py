@@ -4,7 +4,7 @@ import math
 
 from transformers import PreTrainedModel
 
-from distill_llm.cutting import budget_tokens, least_share
+from distill_llm.cutting import budget_batch, least_share
 from distill_llm.errors import InputError, one_of
 from distill_llm.opening import HEAD_CLASSES, OpenModel
 from distill_llm.outputs import usable_statistics
@@ -58,7 +58,7 @@ def check_pruning(recipe: Recipe, teacher: OpenModel, skeleton: PreTrainedModel)
             raise InputError(f"pruning.{name}", value, f"at most {most}, the {what} of a layer")
     if pruning.keep is not None and pruning.cost != "latency":
         decoder = any(name.endswith(HEAD_CLASSES["causal_lm"]) for name in config.architectures or ())
-        least = least_share(skeleton, pruning, budget_tokens(recipe, decoder))
+        least = least_share(skeleton, pruning, *budget_batch(recipe, decoder))
         if pruning.keep < least * (1 - 1e-9):
             shown = math.ceil(least * 1e4) / 1e4
             accepted = f"at least {shown:g}, the least that units [{', '.join(pruning.units)}] can leave"

@@ -270,7 +270,8 @@ def test_the_least_keep_that_passes_is_the_least_that_pruning_reaches(folder, un
         LayerPlan(i, () if "heads" in units else tuple(range(4)), () if "neurons" in units else tuple(range(64)))
         for i in range(3)
     ]
-    least = PruningPlan("bert", tuple(layers[:1] if units == ["layers"] else layers)).share(model, cost, 8)
+    smallest = PruningPlan("bert", tuple(layers[:1] if units == ["layers"] else layers))
+    least = smallest.share(model, cost, sequence_length=8)
     pruning = {"units": units, "cost": cost, "calibration_examples": 8}
     for keep in (least, 1.01 * least):
         assert keep == 0 or faults(recipe_with(folder, pruning={**pruning, "keep": keep})) == []

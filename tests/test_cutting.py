@@ -10,7 +10,7 @@ from helpers import random_batch, tiny_model
 from recipe_inputs import recipe_for
 
 from distill_llm import cutting
-from distill_llm.cutting import Cutter, budget_tokens, least_share, share_of
+from distill_llm.cutting import Cutter, budget_batch, least_share, share_of
 from distill_llm.pruning.bypass import fit_bypasses
 from distill_llm.pruning.collecting import collect_statistics
 from distill_llm.pruning.criteria import score
@@ -287,11 +287,40 @@ def test_latency_is_held_against_the_teacher_in_every_cut(model, tmp_path, monke
         assert later.kept == relative(later.model, model, 2, 8) == pytest.approx(0.4, rel=0.03)
 
 
-def test_memory_counts_the_keys_and_values_of_the_whole_batch_of_a_decoder(tmp_path):
+def test_memory_counts_the_keys_and_values_of_a_decoders_batch_and_of_nothing_else(tmp_path):
     recipe = parse_recipe(recipe_for(tmp_path, pruning={"keep": 0.5, "cost": "memory"}))
-    assert (budget_tokens(recipe, True), budget_tokens(recipe, False)) == (2 * 8, 0)
+    assert (budget_batch(recipe, True), budget_batch(recipe, False)) == ((2, 8), (0, 8))
     other = parse_recipe(recipe_for(tmp_path, pruning={"keep": 0.5, "cost": "flops"}))
-    assert budget_tokens(other, True) == budget_tokens(other, False) == 8
+    assert budget_batch(other, True) == budget_batch(other, False) == (2, 8)
+
+
+def test_every_sequence_of_a_recipes_batch_has_a_window_of_its_own_in_memory(tmp_path):
+    """Half of the groups gone; keys and values of 5 layers hold 6 sequences, 8 of 24 tokens of each, 4 channels of a group."""
+    model, batch = family_model("mistral"), {"latency": {"batch_size": 6, "sequence_length": 24}}
+    recipe = parse_recipe(recipe_for(tmp_path, pruning={"keep": 0.8, "cost": "memory"}, evaluation=batch))
+    rows = tuple(LayerPlan(i, (0, 1), tuple(range(64))) for i in range(5))
+    student, cached = prune(model, PruningPlan("mistral", rows)), 2 * 5 * 6 * 8 * 4
+    left, whole = (sum(p.numel() for p in m.model.layers.parameters()) for m in (student, model))
+    found = Cutter(recipe, lambda cut: []).share(student, model)
+    assert found == pytest.approx((left + 2 * cached) / (whole + 4 * cached))
+
+
+def test_shares_of_memory_are_of_the_teachers_layers_that_the_students_were(tmp_path):
+    """Of five layers every second has no window: 1000 tokens in place of 8, 4 groups, 8 channels of keys and of values."""
+    model, windows = family_model("gemma2"), (8, 1000, 8, 1000, 8)
+    student = prune(model, keep_layers(model, [1, 2, 3]))
+    smaller = prune(student, keep_layers(student, [1, 2]))
+
+    def memory(model, layers):
+        weights = sum(p.numel() for p in model.model.layers.parameters())
+        return weights + 2 * 2 * 4 * 8 * sum(windows[i] for i in layers)
+
+    for one, its, other, others in (
+        (student, (1, 2, 3), model, range(5)),
+        (smaller, (2, 3), model, range(5)),
+        (smaller, (2, 3), student, (1, 2, 3)),
+    ):
+        assert share_of(one, other, "memory", 2, 1000) == pytest.approx(memory(one, its) / memory(other, others))
 
 
 def test_shares_count_channels_and_single_queries():
@@ -317,7 +346,7 @@ def test_shares_count_channels_and_single_queries():
 def test_no_plan_leaves_less_than_the_least_share_and_one_leaves_that(tmp_path, pruning):
     model = family_model("llama")
     section = parse_recipe(recipe_for(tmp_path, pruning={"keep": 0.5, **pruning})).pruning
-    least = least_share(model, section, 8)
+    least = least_share(model, section, 2, 8)
     statistics = collect_statistics(model, [random_batch(model, labels=False)], "kl")
     work = cutter(tmp_path, [], **pruning)
     plan = work._plan(model, model, statistics, least * 1.0001)

@@ -71,6 +71,21 @@ def test_flops_under_sdpa_equal_what_torch_counts_for_eager_attention(family: st
     assert count_flops(tiny_model(family, attn_implementation="sdpa"), B, T) == reference.get_total_flops()
 
 
+@pytest.mark.parametrize("norm", ["none", "layer_norm"])
+def test_flops_of_relative_positions_are_counted_too(norm: str) -> None:
+    """DeBERTa: queries and keys by 16 projected positions each, which are projected once for the batch."""
+    positions = {
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_buckets": 8,
+        "type_vocab_size": 0,
+    }
+    model = tiny_model("deberta-v2", layers=LAYERS, hidden=HIDDEN, intermediate=FFN, norm_rel_ebd=norm, **positions)
+    relative = 2 * (2 * B * T * 16 * HIDDEN + 2 * 16 * HIDDEN * HIDDEN)
+    assert count_flops(model, B, T) == LAYERS * (layer_flops(B, T) + relative) + head_flops(B)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_flops_of_grouped_queries_under_sdpa_equal_eager() -> None:
     config = LlamaConfig(
         vocab_size=VOCAB,

@@ -23,7 +23,7 @@ def calibration_loss(
     """One forward; the sum over examples of their losses (see `collect_statistics`), fp32; None without a loss.
 
     Raises:
-        InputError: a batch without the labels it needs.
+        InputError: a batch without the labels it needs, or with several for an example.
     """
     if loss is None or callable(loss):
         outputs = model(**_inputs(model, batch))
@@ -51,7 +51,7 @@ def items_of(model: PreTrainedModel, batch: Batch, labelled: bool) -> tuple[torc
     the example's tokens, those of padding left out.
 
     Raises:
-        InputError: a batch without labels where they are asked for.
+        InputError: a batch without labels where they are asked for, or with other labels than one for each item.
     """
     kind, spans = kind_of(model), type(model).__name__.endswith("ForQuestionAnswering")
     names = SPAN if spans else ("labels",)
@@ -65,13 +65,26 @@ def items_of(model: PreTrainedModel, batch: Batch, labelled: bool) -> tuple[torc
     with packed(model, positions):
         outputs = model(**_inputs(model, batch))
     if not spans:
-        return item_logits(outputs.logits, positions).float(), labels
+        logits = item_logits(outputs.logits, positions).float()
+        if labels is not None:
+            _check_labels(logits, labels, batch["labels"])
+        return logits, labels
     padding = ~valid_tokens(batch)
     logits = torch.cat([each.float().masked_fill(padding, torch.finfo(torch.float32).min) for each in outputs[:2]])
     if labels is None:
         return logits, None
     inside = (labels >= 0) & (labels < padding.shape[-1])  # an answer that was cut off has no label
     return logits[inside], labels[inside]
+
+
+def _check_labels(logits: torch.Tensor, labels: torch.Tensor, given: torch.Tensor) -> None:
+    """Refuse flattened labels that are not one for each item: several classes of an example, or their shares."""
+    classes = logits.shape[-1]
+    if len(labels) != len(logits) or (classes > 1 and labels.is_floating_point()):
+        accepted = (
+            "one value for each" if classes == 1 else f"one whole number for each, of {classes} classes, or loss='kl'"
+        )
+        raise InputError("labels", f"{given.dtype} of shape {list(given.shape)}", accepted)
 
 
 def label_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -68,16 +68,17 @@ class Choice:
         self.neuron_count = [s.neurons for s in shapes]
         self.width = costs.hidden
         self.least = rules.least(shapes)
-        self._least_costs = [costs.of([row], rules.least_width(costs.hidden)) for row in self.least]
+        least_width = rules.least_width(costs.hidden)
+        self._least_costs = [costs.of([row], least_width, [i]) for i, row in enumerate(self.least)]
 
     def shape(self, i: int) -> LayerShape:
         return LayerShape(self.head_count[i], self.neuron_count[i], self.head_count[i] * self.slots[i])
 
-    def living(self) -> list[LayerShape]:
-        return [self.shape(i) for i, alive in enumerate(self.alive) if alive]
+    def living(self) -> list[int]:
+        return [i for i, alive in enumerate(self.alive) if alive]
 
     def cost(self) -> float:
-        return self.costs.of(self.living(), self.width)
+        return self.costs.of(map(self.shape, self.living()), self.width, self.living())
 
     def least_cost(self) -> float:
         """What is left when all goes that may go; one layer always stays."""
@@ -88,7 +89,7 @@ class Choice:
 
     def price(self, kind: str, i: int) -> float:
         """What goes with the next unit of a kind; of channels, with the next step of them."""
-        head = self.costs.group_at(self.width) + self.slots[i] * self.costs.query_at(self.width)
+        head = self.costs.group_at(self.width, i) + self.slots[i] * self.costs.query_at(self.width)
         neuron = self.costs.neuron_at(self.width)
         if kind == "heads":
             return head
@@ -97,9 +98,9 @@ class Choice:
         if kind == "neurons":
             return neuron
         if kind == "hidden":
-            return self.rules.round_to * self.costs.channel(self.living())
+            return self.rules.round_to * self.costs.channel(map(self.shape, self.living()))
         parts = {"attention": self.head_count[i] * head, "ffn": self.neuron_count[i] * neuron}
-        return parts[kind] if kind in parts else self.costs.of([self.shape(i)], self.width)
+        return parts[kind] if kind in parts else self.costs.of([self.shape(i)], self.width, [i])
 
     def remove(self, kind: str, i: int, j: int) -> bool:
         """Remove a unit; False where it is gone already or must stay."""
@@ -131,10 +132,13 @@ class Choice:
             gone[:] = False
         return True
 
-    def put_back(self, i: int, j: int) -> None:
-        """Take a head back."""
-        self.heads[i][j] = True
-        self.head_count[i] += 1
+    def put_back(self, kind: str, i: int, j: int) -> None:
+        """Take a head or a layer back."""
+        if kind == "layers":
+            self.alive[i] = True
+        else:
+            self.heads[i][j] = True
+            self.head_count[i] += 1
 
     def keep(self, kind: str, i: int, count: int) -> None:
         """Let the best heads or neurons of a layer stay, this many."""

@@ -18,7 +18,7 @@ from distill_llm.pruning.families import family_of, layers_of, width_of
 from distill_llm.pruning.moments import MomentsSum
 from distill_llm.pruning.sharding import sum_over_processes
 from distill_llm.pruning.statistics import Statistics
-from distill_llm.pruning.stream import seen, stream_norms, stream_tensors
+from distill_llm.pruning.stream import seen, stream_norms, stream_readers, stream_tensors
 from distill_llm.pruning.structure import head_size_of, linear, sizes_of, weight_of
 from distill_llm.pruning.taps import layer_hook, moments_hook, norm_hook, tap_hook
 from distill_llm.pruning.unit_sums import UnitSums, stacked
@@ -79,10 +79,11 @@ def collect_statistics(
     sums: list[UnitSums] = []
     for size, out, down in zip(sizes_of(model), taps[0::2], taps[1::2], strict=True):
         shared = size.queries // size.groups if size.groups else 1
-        sums += [UnitSums(out, (head_size, head_size * shared)), UnitSums(down, (1,))]
+        sums += [UnitSums([out], (head_size, head_size * shared)), UnitSums([down], (1,))]
     second = [MomentsSum(weight_of(module).shape[1], device, moment_share) for module in taps] if moments else []
-    layer_sums = [UnitSums(None, (1,), device) for _ in layers]
-    channels = UnitSums(None, (1,), device, width_of(model)) if hidden else None
+    layer_sums = [UnitSums([], (1,), device) for _ in layers]
+    readers = list(stream_readers(model).values())
+    channels = UnitSums(readers, (1,), device, width_of(model)) if hidden else None
     similarity = torch.zeros(len(layers), device=device)
     shown, batches = first_of(dataloader)  # on every process, whoever collects of it
     found = stream_tensors(model, shown) if hidden_moments and shown is not None else []
@@ -131,7 +132,7 @@ def collect_statistics(
         layers=stacked([s.finish(0, *w) for s, w in zip(layer_sums, whole, strict=True)]),
         attention=stacked([s.block(*w["heads"]) for s, _, w in pairs]),
         ffn=stacked([s.block(*w["neurons"]) for _, s, w in pairs]),
-        hidden=(channels or UnitSums(None, (1,), device, 0)).finish(0, *weights.hidden),
+        hidden=(channels or UnitSums([], (1,), device, 0)).finish(0, *weights.hidden),
         similarity=similarity.cpu(),
         moments=tuple(zip(collected[0::2], collected[1::2], strict=True)),
         examples=examples,

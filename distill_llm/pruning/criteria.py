@@ -110,8 +110,9 @@ def score(statistics: Statistics, criterion: str = "fisher", seed: int = 0) -> I
     - block_influence: for layers, 1 - mean cosine of a layer's input and output (Men et al. 2024, equation 1).
     - leave_one_out: for layers, the loss without the layer less the loss with it (see `leave_one_out`).
 
-    For layers, a is what the layer adds to its input and g the gradient at its output; for channels of the residual stream a is
-    what its norms give out, summed over the norms within an example; their mean where the stream itself goes from norm to norm.
+    For layers, a is what the layer adds to its input and g the gradient at its output; no weights of its own read it, so that
+    wanda is activation there. For channels of the residual stream a is what its norms give out, summed over the norms within an
+    example; their mean where the stream itself goes from norm to norm; read by every linear on the stream.
 
     Raises:
         InputError: for another criterion, or statistics without what it needs.

@@ -83,15 +83,18 @@ class PruningPlan:
             if not self.hidden:
                 raise InputError("plan.hidden", [], "at least one channel that stays")
 
-    def share(self, model: PreTrainedModel, cost: str = "params", sequence_length: int = 128) -> float:
-        """The share of the layers' cost that the plan keeps of `model`."""
-        costs, shapes, kept = unit_costs(model, cost, sequence_length), layer_shapes(model), []
+    def share(
+        self, model: PreTrainedModel, cost: str = "params", batch_size: int = 32, sequence_length: int = 64
+    ) -> float:
+        """The share of the layers' cost (see `unit_costs`) that the plan keeps of `model`."""
+        costs, shapes, kept = unit_costs(model, cost, batch_size, sequence_length), layer_shapes(model), []
         for row in self.layers:
             whole = shapes[row.source]
             shared = (whole.queries or whole.heads) // whole.heads if whole.heads else 0
             queries = len(row.heads) * shared if row.queries is None else len(row.queries)
             kept.append((len(row.heads), len(row.neurons), queries))
-        return costs.of(kept, None if self.hidden is None else len(self.hidden)) / costs.of(shapes)
+        width, layers = None if self.hidden is None else len(self.hidden), [row.source for row in self.layers]
+        return costs.of(kept, width, layers) / costs.of(shapes)
 
 
 def _optional(indices: Sequence[int] | None) -> tuple[int, ...] | None:

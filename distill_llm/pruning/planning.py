@@ -3,7 +3,7 @@
 import heapq
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -13,7 +13,7 @@ from distill_llm.pruning.choice import NO_LIMITS, Choice, Limits, Rules
 from distill_llm.pruning.criteria import Importance
 from distill_llm.pruning.names import BLOCKS, UNITS, Unit, competing_faults
 from distill_llm.pruning.plan import PruningPlan
-from distill_llm.pruning.structure import Costs, layer_shapes, unit_costs
+from distill_llm.pruning.structure import COSTS, Costs, layer_shapes, unit_costs
 
 NEAR = 0.99
 """The part of a budget that a plan should use at least."""
@@ -24,12 +24,13 @@ def plan_pruning(
     scores: Importance,
     keep: float,
     *,
-    cost: Literal["params", "flops", "memory"] | Costs = "params",
+    cost: Literal["params", "flops", "memory", "latency"] | Costs = "params",
     units: Sequence[Unit] = ("heads", "neurons"),
     scope: Literal["global", "local"] = "global",
     round_to: int = 1,
     uniform: bool = False,
-    sequence_length: int = 128,
+    batch_size: int = 32,
+    sequence_length: int = 64,
     limits: Limits = NO_LIMITS,
 ) -> PruningPlan:
     """Choose what stays so that `keep` of the layers' cost remains, never more, and as near below as the units allow.
@@ -41,12 +42,13 @@ def plan_pruning(
 
     Args:
         scores: from `score(...)`, for this very model.
-        keep: share of the layers' cost, in (0, 1].
-        cost: parameters; FLOPs at `sequence_length` tokens; memory, with the keys and values of that many tokens; or costs that
-            were measured (`latency_costs`).
+        keep: share of the layers' cost, in (0, 1]; with cost "latency" of the whole model's.
+        cost: parameters; FLOPs; memory, with the keys and values that are cached; latency, measured on the model's device (see
+            `plan_for_latency`, which has more to set); or what units were found to cost (`latency_costs`).
         units: what may be removed: heads (KV groups), queries (equally many of every group), neurons, whole layers, the whole
             attention or FFN of a layer, hidden (channels of the residual stream).
         round_to: neurons of a layer, and channels of the residual stream, stay in multiples of this.
+        batch_size, sequence_length: of the batch (B, T) that FLOPs and memory are counted for, latency measured.
         limits: what every remaining layer keeps at least, where it has that much.
 
     Raises:
@@ -55,6 +57,8 @@ def plan_pruning(
     """
     if not 0 < keep <= 1:
         raise InputError("keep", keep, "a share above 0 and at most 1")
+    if isinstance(cost, str) and cost not in (*COSTS, "latency"):
+        raise InputError("cost", cost, one_of((*COSTS, "latency"), cost))
     if round_to < 1:
         raise InputError("round_to", round_to, "a whole number of at least 1")
     if scope not in ("global", "local"):
@@ -67,7 +71,13 @@ def plan_pruning(
     scores.require(units)
     shapes = layer_shapes(model)
     scores.check(shapes)
-    costs = cost if isinstance(cost, Costs) else unit_costs(model, cost, sequence_length)
+    if cost == "latency":
+        from distill_llm.pruning.latency import plan_for_latency  # which calls this function with what it measured
+
+        options: dict[str, Any] = {"units": units, "scope": scope, "round_to": round_to, "uniform": uniform}
+        options |= {"limits": limits, "batch_size": batch_size, "sequence_length": sequence_length}
+        return plan_for_latency(model, scores, keep, **options)
+    costs = cost if isinstance(cost, Costs) else unit_costs(model, cost, batch_size, sequence_length)
     rules = Rules(frozenset(units), limits, round_to, uniform)
     choice = Choice(scores, shapes, costs, keep * costs.of(shapes), rules)
     choice.reachable(choice.least_cost())
@@ -88,10 +98,11 @@ def _together(choice: Choice) -> None:
     """Remove the least score per cost first until the budget holds.
 
     Costs only fall while units go, so a candidate's place can only move back: it is looked at again when it comes up. A unit
-    so large that the budget would be missed by more than 1% has to wait until nothing else can go. What heads take too much,
-    `_round_neurons` puts back.
+    so large that the budget would be missed by more than 1% has to wait until nothing else can go; heads and layers that have
+    room again once it went come back. What heads take too much, `_round_neurons` puts back.
     """
-    heap, steps, waiting, heads = [], _channel_steps(choice), [], []
+    heap, steps, waiting = [], _channel_steps(choice), []
+    gone: list[tuple[str, int, int]] = []  # what may come back: heads and layers
     for kind in choice.rules.units:
         for i, j, value in _candidates(choice, kind, steps):
             price = choice.price(kind, i)
@@ -106,10 +117,10 @@ def _together(choice: Choice) -> None:
         if not choice.remove(kind, i, j):
             return None
         left -= before
-        if kind == "heads":
-            heads.append((i, j))
+        if kind in ("heads", "layers"):
+            gone.append((kind, i, j))
         elif kind == "attention":
-            heads[:] = [head for head in heads if head[0] != i]
+            gone[:] = [unit for unit in gone if unit[:2] != ("heads", i)]
         if "hidden" in choice.rules.units:
             one = choice.rules.round_to * choice.costs.neuron_[0]
             channels = channels - one if kind == "neurons" else choice.price("hidden", 0)
@@ -139,9 +150,9 @@ def _together(choice: Choice) -> None:
         kind, i, j, _ = waiting.pop(min(there, key=lambda k: waiting[k][3]))
         if following := take(kind, i, j):
             waiting.append((kind, *following))
-    for i, j in reversed(heads):
-        if choice.alive[i] and choice.fits(choice.cost() + choice.price("heads", i)):
-            choice.put_back(i, j)
+    for kind, i, j in reversed(gone):
+        if (kind == "layers" or choice.alive[i]) and choice.fits(choice.cost() + choice.price(kind, i)):
+            choice.put_back(kind, i, j)
 
 
 def _made_up(choice: Choice, kind: str) -> float:

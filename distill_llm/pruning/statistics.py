@@ -25,7 +25,8 @@ class UnitStatistics:
         taylor: over examples, |sum over tokens of a g|.
         fisher: over examples, (sum over tokens of a g)^2.
         activation: over tokens, a^2.
-        wanda: over the unit's channels, the norm over tokens of the channel times the L1 norm of the weights that read it.
+        wanda: over the unit's channels, the norm over tokens of the channel times the L1 norm of the weights that read it; of
+            whole layers, which none reads, the norm alone.
         magnitude: squared weights (no data).
         magnitude_l1: absolute weights (no data).
     """

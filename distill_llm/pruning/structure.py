@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from distill_llm.errors import InputError, one_of
-from distill_llm.pruning.families import Family, dims_of, family_of, layers_of
+from distill_llm.pruning.families import Family, dims_of, family_of, layers_of, lineage_of
 from distill_llm.pruning.modeling_pruned import Sizes, hidden_dims, layer_axes, layer_prefix, layer_sizes, outputs_of
 
 COSTS = ("params", "flops", "memory")
@@ -92,7 +92,8 @@ class Costs:
     """What a query head, the key and value of a group, a neuron and the rest of a layer cost, each as (slope, constant).
 
     A cost is slope x channels of the residual stream + constant; `hidden` is their number in the model it was made for, and
-    `shared` how many queries share a group there.
+    `shared` how many queries share a group there. `cached` is what the keys and values of a group that are held cost beside
+    it, per layer of that model (layers may hold windows only); empty: nothing.
     """
 
     name: str
@@ -102,13 +103,14 @@ class Costs:
     group: tuple[float, float]
     neuron_: tuple[float, float]
     rest_: tuple[float, float]
+    cached: tuple[float, ...] = ()
 
     def _at(self, pair: tuple[float, float], hidden: int | None) -> float:
         return pair[0] * (self.hidden if hidden is None else hidden) + pair[1]
 
-    def group_at(self, hidden: int | None = None) -> float:
-        """Cost of a group's key and value."""
-        return self._at(self.group, hidden)
+    def group_at(self, hidden: int | None = None, layer: int = 0) -> float:
+        """Cost of a group's key and value in a layer of the model."""
+        return self._at(self.group, hidden) + (self.cached[layer] if self.cached else 0.0)
 
     def query_at(self, hidden: int | None = None) -> float:
         """Cost of a query head alone."""
@@ -120,7 +122,7 @@ class Costs:
 
     @property
     def head(self) -> float:
-        """Cost of a group with all its queries, at the model's own width."""
+        """Cost of a group with all its queries in the first layer, at the model's own width."""
         return self.group_at() + self.shared * self.query_at()
 
     @property
@@ -132,24 +134,24 @@ class Costs:
         """Cost of one channel of the residual stream through layers of (heads, neurons[, queries])."""
         return self.of(shapes_ := list(shapes), 1) - self.of(shapes_, 0)
 
-    def of(self, shapes: Iterable[tuple], hidden: int | None = None) -> float:
-        """Cost of layers of (heads, neurons[, queries])."""
-        query, group = self._at(self.query, hidden), self._at(self.group, hidden)
-        neuron, rest = self._at(self.neuron_, hidden), self._at(self.rest_, hidden)
-        total = 0.0
-        for heads, neurons, *more in shapes:
+    def of(self, shapes: Iterable[tuple], hidden: int | None = None, layers: Iterable[int] | None = None) -> float:
+        """Cost of layers of (heads, neurons[, queries]); `layers`: which of the model's, by default one after another."""
+        query, neuron, rest = (self._at(pair, hidden) for pair in (self.query, self.neuron_, self.rest_))
+        shapes = list(shapes)
+        places, total = range(len(shapes)) if layers is None else layers, 0.0
+        for (heads, neurons, *more), layer in zip(shapes, places, strict=True):
             queries = more[0] if more and more[0] is not None else heads * self.shared
-            total += queries * query + heads * group + neurons * neuron + rest
+            total += queries * query + heads * self.group_at(hidden, layer) + neurons * neuron + rest
         return total
 
 
-def unit_costs(model: PreTrainedModel, cost: str = "params", sequence_length: int = 128) -> Costs:
+def unit_costs(model: PreTrainedModel, cost: str = "params", batch_size: int = 32, sequence_length: int = 64) -> Costs:
     """Cost of a head, a neuron and the rest of a layer.
 
     Args:
-        cost: "params"; "flops" (2 x multiply-adds, per token of a sequence of `sequence_length` tokens); or "memory" (bytes of
-            the weights, and of the keys and values cached for `sequence_length` tokens, in the model's precision; what is
-            cached is the mean over layers, some of which may hold a window only).
+        cost: "params"; "flops" (2 x multiply-adds, per token of the batch); or "memory" (bytes of the weights, and of the keys
+            and values cached for the batch, in the model's precision).
+        batch_size, sequence_length: of the batch (B, T).
 
     Raises:
         InputError: for another `cost`.
@@ -159,9 +161,12 @@ def unit_costs(model: PreTrainedModel, cost: str = "params", sequence_length: in
     family, sizes, hidden, head_size = _family(model), sizes_of(model), hidden_size(model), head_size_of(model)
     shared = next((size.queries // size.groups for size in sizes if size.groups), 1)
     if cost == "flops":
-        scores = 4.0 * sequence_length * head_size
+        rows, products, projections = position_products(model)
+        scores = 4.0 * sequence_length * head_size + 2.0 * rows * products * head_size
         into, neuron = 2.0 * head_size, 2.0 + 2.0 * sum(layout.count("n") for layout in family.ffn_in.values())
-        return Costs("FLOPs", hidden, shared, (2 * into, scores), (2 * into, 0.0), (neuron, 0.0), (0.0, 0.0))
+        projected = rows * projections / (batch_size * sequence_length)  # once for all tokens
+        each_query = (2 + projected) * into, scores
+        return Costs("FLOPs", hidden, shared, each_query, (2 * into, 0.0), (neuron, 0.0), (0.0, 0.0))
     # Counted from the weights themselves, over all layers: biases are not everywhere. Apart: what the residual stream spans.
     totals = {"q": [0.0, 0.0], "kv": [0.0, 0.0], "n": [0.0, 0.0], "": [0.0, 0.0]}
     spans, prefix = hidden_dims(model), layer_prefix(model)
@@ -179,22 +184,42 @@ def unit_costs(model: PreTrainedModel, cost: str = "params", sequence_length: in
     width = torch.finfo(model.dtype).bits / 8 if cost == "memory" else 1.0
     each = {part: (a / hidden / max(units[part], 1), b / max(units[part], 1)) for part, (a, b) in totals.items()}
     query, group, neuron_, rest = ((slope * width, constant * width) for slope, constant in each.values())
-    if cost == "memory":
-        group = group[0], group[1] + 2 * head_size * cached_tokens(model, sequence_length) * width
-    return Costs("bytes" if cost == "memory" else "parameters", hidden, shared, query, group, neuron_, rest)
+    if cost == "params":
+        return Costs("parameters", hidden, shared, query, group, neuron_, rest)
+    cached = tuple(2 * head_size * tokens * width for tokens in cached_tokens(model, batch_size, sequence_length))
+    return Costs("bytes", hidden, shared, query, group, neuron_, rest, cached)
 
 
-def cached_tokens(model: PreTrainedModel, sequence_length: int) -> float:
-    """Tokens of a sequence whose keys and values a layer holds while the model generates, the mean over its layers.
+def position_products(model: PreTrainedModel) -> tuple[int, int, int]:
+    """Of attention with embeddings of relative positions (DeBERTa): how many there are; by how many projections of them each
+    query head multiplies its queries and keys (c2p, p2c); and how many it makes. Zeros for all other families."""
+    config = model.config
+    if not getattr(config, "relative_attention", False):
+        return 0, 0, 0
+    spans = getattr(config, "position_buckets", -1), config.max_relative_positions, config.max_position_embeddings
+    types = len({"c2p", "p2c"} & set(config.pos_att_type or ()))
+    return 2 * next(span for span in spans if span > 0), types, 2 if getattr(config, "share_att_key", False) else types
 
-    None in encoders, and under heads that generate nothing; a layer that attends to a window holds no more than that.
+
+def cached_tokens(model: PreTrainedModel, batch_size: int, sequence_length: int) -> list[int]:
+    """Tokens of a batch (B, T) whose keys and values every layer holds while the model generates.
+
+    Empty for encoders, and under heads that generate nothing; a layer that attends to a window holds no more of a sequence.
     """
     encoder = model.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     if encoder or not (model.can_generate() or model is model.base_model):
-        return 0.0
+        return []
     windows = [layer.get_max_length() for layer in DynamicCache(config=model.config).layers]  # -1: has none
-    held = [min(window, sequence_length) if window > 0 else sequence_length for window in windows]
-    return sum(held) / len(held)
+    return [batch_size * (min(window, sequence_length) if window > 0 else sequence_length) for window in windows]
+
+
+def sources_in(student: PreTrainedModel, teacher: PreTrainedModel) -> list[int]:
+    """The layer of `teacher` (which may be pruned itself) that each layer of a student was pruned from."""
+    lineage, before = lineage_of(student), lineage_of(teacher)
+    if lineage is None:
+        return list(range(len(layers_of(student))))
+    place = {row.source: i for i, row in enumerate(before)} if before else None
+    return [row.source if place is None else place[row.source] for row in lineage]
 
 
 def head_size_of(model: PreTrainedModel) -> int:

@@ -1,7 +1,10 @@
 """Running sums of a calibration pass, and the statistics of units that they become."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from distill_llm.pruning.statistics import UnitStatistics
 from distill_llm.pruning.structure import weight_of
@@ -11,19 +14,19 @@ class UnitSums:
     """Running sums of one tap: the input of a linear (C channels), what a layer adds to its input (one value), or channels.
 
     Args:
-        reader: the linear that reads the tap, if it is one.
+        readers: the linears that read the tap, if any.
         sizes: channels of a unit, for each kind of units of this tap.
     """
 
     def __init__(
         self,
-        reader: nn.Module | None,
+        readers: Sequence[nn.Linear | Conv1D],
         sizes: tuple[int, ...],
         device: torch.device | None = None,
         channels: int = 1,
     ):
-        columns = None if reader is None else weight_of(reader).detach().float()  # type: ignore[arg-type]
-        self.read = torch.ones(channels, device=device) if columns is None else columns.abs().sum(0)
+        norms = [weight_of(reader).detach().float().abs().sum(0) for reader in readers]
+        self.read = sum(norms[1:], norms[0]) if norms else torch.ones(channels, device=device)
         self.sizes = sizes
         self.activation = torch.zeros_like(self.read)
         self.sums = [torch.zeros(2, len(self.read) // size, device=self.read.device) for size in sizes]

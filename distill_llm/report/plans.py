@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from distill_llm.pruning.families import lineage_of
 from distill_llm.pruning.modeling_pruned import Sizes
 from distill_llm.pruning.plan import PruningPlan
-from distill_llm.pruning.structure import hidden_size, sizes_of, unit_costs
+from distill_llm.pruning.structure import hidden_size, sizes_of, sources_in, unit_costs
 from distill_llm.report.figures import kept_figure
 from distill_llm.report.tables import MISSING, percent
 
@@ -32,13 +32,10 @@ def kept_of(student: PreTrainedModel, teacher: PreTrainedModel) -> tuple[list[di
 
     The channels of the residual stream as `kept` and `of`. ([], None) where the student was not pruned.
     """
-    lineage, before = lineage_of(student), lineage_of(teacher)
-    if lineage is None or student.config.model_type != teacher.config.model_type:
+    if lineage_of(student) is None or student.config.model_type != teacher.config.model_type:
         return [], None
-    place = {row.source: i for i, row in enumerate(before)} if before else None
-    sources = [row.source if place is None else place[row.source] for row in lineage]
     channels = {"kept": hidden_size(student), "of": hidden_size(teacher)}
-    kept = _counts(zip(sources, sizes_of(student), strict=True), sizes_of(teacher))
+    kept = _counts(zip(sources_in(student, teacher), sizes_of(student), strict=True), sizes_of(teacher))
     return kept, channels if channels["kept"] < channels["of"] else None
 
 

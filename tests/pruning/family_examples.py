@@ -51,7 +51,13 @@ DECODERS: dict[str, dict[str, Any]] = {
     "granite": GROUPED | {"logits_scaling": 2.0, "residual_multiplier": 0.5, "embedding_multiplier": 3.0},
     "olmo2": GROUPED,
     "cohere": GROUPED | {"use_qk_norm": True},
-    "stablelm": GROUPED | {"qk_layernorm": True, "use_qkv_bias": True},
+    # Two of a head's four channels rotate: by default it would be one, which has no pair.
+    "stablelm": GROUPED
+    | {
+        "qk_layernorm": True,
+        "use_qkv_bias": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5},
+    },
     "starcoder2": GROUPED,
     "phi": GROUPED,
     "phi3": GROUPED,

@@ -83,14 +83,15 @@ def layer_params(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in layers_in(model).parameters())
 
 
-def flops_of(model, tokens: int) -> int:
-    """Multiply-adds x 2 of the layers, counted by torch while the model runs."""
-    inputs = torch.full((1, tokens), 5)
+def flops_of(model, tokens: int, batch: int = 1) -> int:
+    """Multiply-adds x 2 of the layers, counted by torch while the model runs with frozen weights."""
+    inputs, count = torch.full((batch, tokens), 5), model.config.num_hidden_layers
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(input_ids=inputs)
+        model.requires_grad_(False)(input_ids=inputs)
     counts = counter.get_flop_counts()
-    names = {id(module): name for name, module in model.named_modules()}
-    return sum(sum(counts.get(f"{type(model).__name__}.{names[id(layer)]}", {}).values()) for layer in layers_in(model))
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    layers = f"{type(model).__name__}.{next(name for name, module in lists if len(module) == count)}"
+    return sum(sum(counts.get(f"{layers}.{i}", {}).values()) for i in range(count))
 
 
 @contextmanager

@@ -8,9 +8,11 @@ from family_examples import family_model
 from helpers import tiny_model
 from pruning_examples import layer_params, random_scores
 
+import distill_llm
 from distill_llm.errors import InputError
 from distill_llm.profiling import compare
-from distill_llm.pruning import timing
+from distill_llm.pruning import latency, timing
+from distill_llm.pruning.choice import Limits
 from distill_llm.pruning.latency import costs_for, latency_costs, plan_for_latency
 from distill_llm.pruning.plan import LayerPlan, PruningPlan, full_plan
 from distill_llm.pruning.planning import plan_pruning
@@ -178,6 +180,37 @@ def test_costs_of_a_dense_model_hold_for_a_narrower_student_with_fewer_queries()
     shape = (4, 64, 4)
     assert (own.hidden, own.shared) == (24, 1)
     assert own.of([shape]) == pytest.approx(dense.of([shape], 24)) == pytest.approx(own.of([(4, 64)]))
+
+
+def test_a_plan_of_cost_latency_is_the_one_that_plan_for_latency_makes_of_what_it_measures(model, monkeypatch):
+    watch, asked = Stopwatch(), []
+
+    def costs(dense, *batch):
+        asked.append(batch)
+        return unit_costs(dense)
+
+    def relative(pruned, dense, *batch):
+        asked.append(batch)
+        return watch(pruned, dense)
+
+    monkeypatch.setattr(latency, "latency_costs", costs)
+    monkeypatch.setattr(latency, "relative_latency", relative)
+    scores, options = random_scores(layer_shapes(model)), {"round_to": 4, "limits": Limits(heads=1)}
+    plan = plan_pruning(model, scores, 0.6, cost="latency", **BATCH, **options)
+    assert plan == planned(model, 0.6, watch, scores=scores, **options)
+    assert plan.kept == pytest.approx(0.6, rel=0.03)
+    assert set(asked) == {(2, 8)} and len(asked) > 1
+
+
+def test_an_unknown_cost_of_a_plan_is_refused_with_all_that_there_are(model):
+    with pytest.raises(InputError, match="cost: got 'time'; accepted: one of params, flops, memory, latency"):
+        plan_pruning(model, random_scores(layer_shapes(model)), 0.6, cost="time")
+
+
+def test_what_plans_are_made_and_shown_with_is_public():
+    for name in ("plan_for_latency", "latency_costs", "leave_one_out", "Limits", "plan_table", "plan_figure"):
+        assert name in distill_llm.__all__ and callable(getattr(distill_llm, name))
+    assert sorted(distill_llm._HOMES) == sorted(distill_llm.__all__), "each name has a home"
 
 
 @pytest.mark.slow

@@ -275,4 +275,4 @@ def test_share_is_what_is_left_when_counted():
     model = tiny_model(layers=5, attn_implementation="eager")
     plan = plan_of(model, UNEVEN)
     assert plan.share(model) == pytest.approx(counted(model, plan))
-    assert plan.share(model, "flops", TOKENS) == pytest.approx(counted(model, plan, "flops"))
+    assert plan.share(model, "flops", sequence_length=TOKENS) == pytest.approx(counted(model, plan, "flops"))

@@ -123,6 +123,27 @@ def test_wanda_is_the_norm_of_a_channel_times_the_weights_that_read_it(case):
         torch.testing.assert_close(getattr(statistics, kind)[1].wanda, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_wanda_of_a_channel_of_the_stream_counts_the_weights_of_all_that_read_it(case):
+    model, batch, names, _ = case
+    statistics, layers, seen = collect_statistics(model, [batch], loss=None), model.get_submodule(names["layers"]), []
+    norms = [layer.get_submodule(name) for layer in layers for name in names["norms"]]
+    for norm in (*norms, model.get_submodule(names["last"])):
+        norm.register_forward_hook(lambda m, a, out: seen.append(out))
+    with torch.no_grad():
+        model(**{k: v for k, v in batch.items() if k != "labels"})
+    valid = batch["attention_mask"].bool()
+    norm_of_channel = torch.cat([out[valid] for out in seen]).norm(dim=0)
+    if names is GPT2:  # weights are (inputs, outputs); the head is tied to the embeddings
+        weights = [w for layer in layers for w in (layer.attn.c_attn.weight.T, layer.mlp.c_fc.weight.T)]
+    else:
+        paths = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+        weights = [layer.get_submodule(path).weight for layer in layers for path in paths] + [model.lm_head.weight]
+    expected = norm_of_channel * torch.cat(weights).abs().sum(0)
+    torch.testing.assert_close(statistics.hidden.wanda, expected, rtol=1e-4, atol=1e-4)
+    scores = score(statistics, "wanda").hidden.argsort().tolist()
+    assert scores != score(statistics, "activation").hidden.argsort().tolist()
+
+
 def test_leave_one_out_is_the_loss_of_the_model_that_was_pruned_of_the_layer(case):
     model, batch, _names, groups = case
     inputs = {k: v for k, v in batch.items() if k != "labels"}
@@ -255,6 +276,23 @@ def test_without_a_teacher_and_without_labels_questions_are_answered_by_the_mode
     assert (collect_statistics(model, [batch], "kl").neurons[0].fisher > 0).all()
     with pytest.raises(InputError, match="batches with start_positions and end_positions, or loss='kl'"):
         collect_statistics(model, [batch])
+
+
+@pytest.mark.parametrize(
+    "labels", [torch.ones(3, 3), torch.ones(3, 3, dtype=torch.long), torch.ones(3)], ids=["shares", "classes", "floats"]
+)
+def test_several_labels_of_an_example_are_refused_in_one_line(labels):
+    model = family_model("bert", num_labels=3)
+    batch = {**family_batch(model), "labels": labels}
+    statistics = collect_statistics(model, [batch], loss=None)
+    for measure in (lambda: collect_statistics(model, [batch]), lambda: leave_one_out(model, [batch], statistics)):
+        with pytest.raises(
+            InputError, match="labels: got .* accepted: one whole number for each, of 3 classes"
+        ) as caught:
+            measure()
+        assert "\n" not in str(caught.value) and str(list(labels.shape)) in str(caught.value)
+    with pytest.raises(InputError, match="accepted: one value for each"):
+        collect_statistics(family_model("bert", num_labels=1), [{**batch, "labels": torch.ones(3, 3)}])
 
 
 @pytest.mark.parametrize("hidden", [True, False])

@@ -5,14 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 from family_examples import ENCODERS, EVERY, HIDDEN, QUERIES, family_model, groups_of, neurons_of
-from helpers import FAMILIES, tiny_model
-from pruning_examples import UNEVEN, flops_of, plan_of, without
+from helpers import tiny_model
+from pruning_examples import UNEVEN, flops_of, plan_of, random_scores
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from distill_llm.errors import InputError
 from distill_llm.pruning.families import family_of, layers_of, pack_indices, unpack_indices
-from distill_llm.pruning.plan import full_plan
+from distill_llm.pruning.plan import full_plan, keep_layers
+from distill_llm.pruning.planning import plan_pruning
 from distill_llm.pruning.structure import head_size_of, layer_shapes, unit_costs
 from distill_llm.pruning.surgery import prune
 
@@ -45,14 +46,25 @@ def params(model) -> int:
     return sum(parameter.numel() for parameter in layers_of(model).parameters())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_unit_costs_the_flops_that_are_gone_without_it(family):
-    model = tiny_model(family, attn_implementation="eager")
-    costs, tokens = unit_costs(model, "flops", sequence_length=12), 12
-    whole = flops_of(model, tokens)
-    assert whole == tokens * costs.of(layer_shapes(model))
-    for kind, cost in (("heads", costs.head), ("neurons", costs.neuron)):
-        assert whole - flops_of(prune(model, without(model, 1, kind, 2)), tokens) == tokens * cost
+@pytest.mark.parametrize("name", EVERY)
+def test_a_unit_costs_the_flops_that_are_gone_without_it(name):
+    model, batch, tokens = family_model(name, attn_implementation="eager"), 3, 12
+    groups, neurons, shapes = groups_of(model), neurons_of(model), layer_shapes(model)
+    shared, costs, one = QUERIES // groups, unit_costs(model, "flops", batch, tokens), full_plan(model)
+
+    def flops(plan):
+        return flops_of(prune(model, plan), tokens, batch) / (batch * tokens)
+
+    def gone(**changed):
+        return whole - flops(replace(one, layers=(one.layers[0], replace(one.layers[1], **changed), *one.layers[2:])))
+
+    whole = flops(one)
+    assert whole == pytest.approx(costs.of(shapes))
+    assert gone(heads=tuple(range(1, groups))) == pytest.approx(costs.head)
+    assert gone(neurons=tuple(range(2, neurons))) == pytest.approx(2 * costs.neuron)
+    if shared > 1:
+        assert gone(queries=tuple(i for i in range(QUERIES) if i % shared)) == pytest.approx(groups * costs.query_at())
+    assert flops(replace(one, hidden=tuple(range(5, HIDDEN)))) == pytest.approx(costs.of(shapes, HIDDEN - 5))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "gemma3_text", "mistral", "olmo2", "falcon-multi-query"])
@@ -60,22 +72,60 @@ def test_memory_is_the_bytes_of_weights_and_of_the_cache_that_a_forward_pass_lea
     """Counted on the cache's own tensors, at a length below every window; a window holds no more, however long the text."""
     model, length = family_model(name), 6
     with torch.no_grad():
-        cache = model(torch.full((1, length), 5), use_cache=True).past_key_values
+        cache = model(torch.full((3, length), 5), use_cache=True).past_key_values
     held = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
-    of = unit_costs(model, "memory", sequence_length=length).of
+    of = unit_costs(model, "memory", 3, length).of
     assert of(layer_shapes(model)) == pytest.approx(4 * (params(model) + held))
     windows = {"gemma2": [8, 1000, 8, 1000, 8], "gemma3_text": [8] * 5, "mistral": [8] * 5}.get(name, [1000] * 5)
     expected = 4 * (params(model) + held * sum(windows) / (5 * length))
-    assert unit_costs(model, "memory", 1000).of(layer_shapes(model)) == pytest.approx(expected)
+    assert unit_costs(model, "memory", 3, 1000).of(layer_shapes(model)) == pytest.approx(expected)
     half, below = model.to(torch.bfloat16), family_model(name, "base")
-    assert unit_costs(half, "memory", 1000).of(layer_shapes(model)) == pytest.approx(expected / 2)
-    assert unit_costs(below, "memory", 1000).of(layer_shapes(model)) == pytest.approx(expected), "without its head too"
+    assert unit_costs(half, "memory", 3, 1000).of(layer_shapes(model)) == pytest.approx(expected / 2)
+    assert unit_costs(below, "memory", 3, 1000).of(layer_shapes(model)) == pytest.approx(expected), (
+        "without its head too"
+    )
+
+
+WINDOWS = (8, 1000, 8, 1000, 8)
+
+
+def memory(model, windows) -> int:
+    """Bytes of a tiny Gemma2 in fp32: its layers' weights, and keys and values (8 channels of a group) of two sequences."""
+    groups = [layer.self_attn.o_proj.in_features // 16 for layer in layers_of(model)]  # of two queries each
+    return 4 * (params(model) + 2 * 2 * 8 * sum(g * w for g, w in zip(groups, windows, strict=True)))
+
+
+@pytest.mark.parametrize("kept", [(0, 2, 4), (0, 1, 3), (3,)], ids=str)
+def test_memory_is_of_each_layers_own_window(kept):
+    model = family_model("gemma2")
+    plan = keep_layers(model, kept)
+    student = prune(model, plan)
+    left, whole = memory(student, [WINDOWS[i] for i in kept]), memory(model, WINDOWS)
+    assert unit_costs(student, "memory", 2, 1000).of(layer_shapes(student)) == pytest.approx(left)
+    assert plan.share(model, "memory", 2, 1000) == pytest.approx(left / whole)
+
+
+def test_plans_for_memory_know_which_layers_hold_all_keys_and_values():
+    model = family_model("gemma2")
+    scores = replace(random_scores(layer_shapes(model)), layers=torch.tensor([1.0, 1.1, 1.2, 1.3, 1.4]))
+    budget = {"cost": "memory", "batch_size": 2, "sequence_length": 1000}
+    plan = plan_pruning(model, scores, 0.25, units=("layers",), **budget)
+    assert [row.source for row in plan.layers] == [0, 2, 4], "those with a window are worth most for what they cost"
+    for units, keep in ((("layers",), 0.6), (("heads", "neurons"), 0.5), (("attention", "neurons"), 0.5)):
+        plan = plan_pruning(model, scores if units[0] != "attention" else blocks(scores), keep, units=units, **budget)
+        student = prune(model, plan)
+        share = memory(student, [WINDOWS[row.source] for row in plan.layers]) / memory(model, WINDOWS)
+        assert plan.kept == pytest.approx(share) and share <= keep
+
+
+def blocks(scores):
+    return replace(scores, attention=torch.stack([row.sum() for row in scores.heads]))
 
 
 @pytest.mark.parametrize(("name", "head"), [*((name, None) for name in ENCODERS), ("llama", "sequence-classification")])
 def test_what_generates_nothing_has_no_cache_in_its_memory(name, head):
     model = family_model(name, head)
-    assert unit_costs(model, "memory", 1000).of(layer_shapes(model)) == pytest.approx(4 * params(model))
+    assert unit_costs(model, "memory", 3, 1000).of(layer_shapes(model)) == pytest.approx(4 * params(model))
 
 
 def test_sizes_of_a_pruned_model_are_its_own_and_the_head_size_stays():
