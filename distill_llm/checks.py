@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -80,11 +81,12 @@ def check_recipe(recipe: Recipe) -> None:
         found.run(_check_student, recipe, student, teacher, task)
     skeleton = found.run(_skeleton, teacher)
     found.run(check_pruning, recipe, teacher, skeleton)
-    found.run(_check_lengths, recipe, teacher)
-    found.run(_check_rows, recipe, teacher, task)
+    shorter = _shorter(teacher, student)
+    found.run(_check_lengths, recipe, shorter)
+    found.run(_check_rows, recipe, teacher, shorter, task)
     found.run(_check_losses, recipe, task)
     found.run(_check_cache, recipe, teacher)
-    found.run(_check_responses, recipe, task, teacher)
+    found.run(_check_responses, recipe, task, shorter)
     found.run(_check_adapters, recipe, skeleton)
     if teacher is not None and (student is not None or name is None):
         found.run(_check_layer_pairs, recipe, teacher.config, student.config if student else teacher.config)
@@ -168,20 +170,26 @@ def _skeleton(model: OpenModel) -> PreTrainedModel:
         return pruned_class(stock)(model.config)
 
 
-def _check_lengths(recipe: Recipe, teacher: OpenModel) -> None:
+def _shorter(*models: OpenModel | None) -> OpenModel | None:
+    """Of the models that there are, the one that takes the fewest tokens at once: teacher and student see the same rows."""
+    there = [model for model in models if model is not None]
+    return min(there, key=lambda model: longest_input(model.config) or math.inf, default=None)
+
+
+def _check_lengths(recipe: Recipe, shorter: OpenModel) -> None:
     found = _Collector()
-    found.run(check_length, teacher, "data.max_length", recipe.data.max_length)
-    found.run(check_length, teacher, "evaluation.latency.sequence_length", recipe.evaluation.latency.sequence_length)
+    found.run(check_length, shorter, "data.max_length", recipe.data.max_length)
+    found.run(check_length, shorter, "evaluation.latency.sequence_length", recipe.evaluation.latency.sequence_length)
     raise_all(found.faults)
 
 
-def _check_rows(recipe: Recipe, teacher: OpenModel, task: Task) -> None:
-    """The tokenizer can make the task's rows, and the model has room for what it is to generate."""
+def _check_rows(recipe: Recipe, teacher: OpenModel, shorter: OpenModel, task: Task) -> None:
+    """The tokenizer can make the task's rows, and the models have room for what they are to generate."""
     check_tokenizer(task, teacher.tokenizer, teacher.field)
     most_tokens(task, teacher.tokenizer, recipe.data.max_length)
-    longest, cut, new = longest_input(teacher.config), recipe.data.max_length, task.max_new_tokens
+    longest, cut, new = longest_input(shorter.config), recipe.data.max_length, task.max_new_tokens
     if task.kind == "prompts" and task.metrics and longest is not None and cut < longest < cut + new:
-        accepted = f"at most {longest - cut}: {teacher.name} takes {longest} tokens, data.max_length is {cut}"
+        accepted = f"at most {longest - cut}: {shorter.name} takes {longest} tokens, data.max_length is {cut}"
         raise InputError("evaluation.max_new_tokens", new, accepted)
 
 
@@ -249,7 +257,7 @@ def check_cached_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train:
         raise InputError("teacher.cache", str(recipe.teacher.cache), f"{error.accepted} ({error.given})") from None
 
 
-def _check_responses(recipe: Recipe, task: Task, teacher: OpenModel) -> None:
+def _check_responses(recipe: Recipe, task: Task, shorter: OpenModel) -> None:
     """Whether the student can answer prompts while it learns; and whether a quantised teacher can be had."""
     if recipe.teacher.quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
         accepted = "nothing without the package bitsandbytes (pip install distill_llm[quantization])"
@@ -265,7 +273,7 @@ def _check_responses(recipe: Recipe, task: Task, teacher: OpenModel) -> None:
     if recipe.data.packing:
         raise InputError("data.packing", True, f"false with {field}: prompts must be rows of their own")
     check_length(
-        teacher, f"data.max_length + {field}.max_new_tokens", recipe.data.max_length + responses.max_new_tokens
+        shorter, f"data.max_length + {field}.max_new_tokens", recipe.data.max_length + responses.max_new_tokens
     )
 
 
