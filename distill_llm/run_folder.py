@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 from accelerate import PartialState
+from accelerate.utils.memory import clear_device_cache
 from transformers import TrainerCallback
 
 from distill_llm.errors import InputError
@@ -93,6 +94,7 @@ class RunFolder:
             return done[name]
         start = time.monotonic()
         result = work() if everyone or self.processes.is_main_process else None
+        clear_device_cache(garbage_collection=True)  # the models of a stage make room for those of the next
         self.processes.wait_for_everyone()
         if self.processes.is_main_process:
             done[name] = {**(result or {}), "seconds": round(time.monotonic() - start, 2)}
