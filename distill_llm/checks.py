@@ -227,7 +227,7 @@ def _check_layer_pairs(recipe: Recipe, teacher: PreTrainedConfig, student: PreTr
 
 
 def _check_cache(recipe: Recipe, teacher: OpenModel) -> None:
-    """The cache is whole, of this teacher and tokenizer, and has what the losses need; its rows are compared later."""
+    """The cache is whole, of this teacher, precision and tokenizer, and has what the losses need; its rows are compared later."""
     if recipe.teacher.cache is None or recipe.distillation is None:
         return
     from distill_llm.teachers.cache import CachedTeacher
@@ -238,6 +238,9 @@ def _check_cache(recipe: Recipe, teacher: OpenModel) -> None:
         cache = CachedTeacher(recipe.teacher.cache, identity_of(teacher.path) if local else None, teacher.tokenizer)
     except InputError as error:
         raise InputError("teacher.cache", str(recipe.teacher.cache), f"{error.accepted} ({error.field})") from None
+    given, own = recipe.teacher.dtype, cache.index.settings.dtype
+    if given is not None and own not in (None, given):
+        raise InputError("teacher.dtype", given, f"{own}, which the teacher of teacher.cache ran in, or nothing")
     try:
         cache.check_objective(recipe.distillation.losses)
     except InputError as error:

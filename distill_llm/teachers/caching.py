@@ -32,7 +32,8 @@ def cache_recipe(
 
     Args:
         recipe: with `teacher.cache`.
-        k, method, batch_size, dtype: as of `cache_teacher`; dtype None: the recipe's `teacher.dtype` first.
+        k, method, batch_size, dtype: as of `cache_teacher`; dtype None: the recipe's `teacher.dtype`, where it has one,
+            which another must not contradict.
 
     Returns, raises:
         As `cache_teacher`; an InputError for losses that no such cache serves, too.
@@ -47,6 +48,8 @@ def cache_recipe(
     opened = open_model("teacher.model", section.model)
     settings = CacheSettings(k=k, method=method, seed=recipe.seed)  # type: ignore[arg-type]
     length = ("data.max_length", recipe.data.max_length)
+    if dtype is not None and section.dtype not in (None, dtype):
+        raise InputError("dtype", dtype, f"{section.dtype}, the recipe's teacher.dtype, or nothing")
     dtype = dtype or section.dtype
     return _write(opened, lambda: check_data(recipe), section.cache, length, settings, batch_size, dtype, losses)
 
@@ -72,7 +75,8 @@ def cache_teacher(
         teacher: Hub id, folder, GGUF file or package:// path.
         data: arguments of `load_task`: task, path, columns, packing, train_examples, holdout_examples, seed, ...
         k, method: see `CacheSettings`.
-        dtype: of the teacher's weights; None: bfloat16 on CUDA, else float32.
+        dtype: of the teacher's weights; None: bfloat16 on CUDA, else float32. A cache is of one: where it is gone on with on
+            another kind of device, say which.
 
     Returns:
         The numbers of outputs and of bytes in the cache.
@@ -126,7 +130,7 @@ def _write(
         OnlineTeacher(model, processes.device),
         train,
         collator(rows.task, opened.tokenizer),
-        replace(settings, kind=kind_of(model), classes=cut),
+        replace(settings, kind=kind_of(model), classes=cut, dtype=chosen),
         identity=identity_of(opened.path),
         tokenizer=opened.tokenizer,
         batch_size=batch_size,
