@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache
 from rich.console import Console
 from torch.utils.data import DataLoader
@@ -25,6 +24,7 @@ from distill_llm.errors import InputError
 from distill_llm.evaluation.evaluate import evaluate_model
 from distill_llm.evaluation.metrics import compute_metrics
 from distill_llm.opening import resolve_model
+from distill_llm.processes import open_processes
 from distill_llm.pruning.plan import PruningPlan
 from distill_llm.pruning.surgery import prune
 from distill_llm.recipe import Recipe
@@ -49,7 +49,7 @@ class Stages:
 
     def __init__(self, recipe: Recipe):
         self.recipe, self.folder = recipe, Path(recipe.output_dir)
-        self.processes = PartialState()
+        self.processes = open_processes()
         self.teacher_path = resolve_model(recipe.teacher.model)
 
     @cached_property

@@ -18,6 +18,7 @@ from distill_llm.data.tasks import Task, TaskData
 from distill_llm.errors import InputError, one_of
 from distill_llm.faults import faults_in, raise_all
 from distill_llm.opening import first_line
+from distill_llm.processes import open_processes
 from distill_llm.recipe import Recipe
 from distill_llm.trainer import DistillationConfig
 
@@ -85,6 +86,7 @@ def _check_stage(recipe: Recipe, stage: Stage, data: TaskData | None) -> None:
     if stage != "teacher" and recipe.distillation is not None:
         losses = recipe.distillation.losses.model_dump(mode="json", exclude_none=True)
     try:
+        open_processes(training["use_cpu"], training.get("ddp_backend"), training["ddp_timeout"])
         args = DistillationConfig(output_dir=str(recipe.output_dir), losses=losses, **training)
     except Exception as error:  # each integration raises its own kinds
         raise _together(error, where, training, section) from None

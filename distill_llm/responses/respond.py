@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -25,6 +24,7 @@ from distill_llm.data.special_tokens import check_tokenizer
 from distill_llm.data.tasks import prompts as prompts_task
 from distill_llm.errors import InputError
 from distill_llm.opening import OpenModel, check_head, chosen_dtype, longest_input, open_model
+from distill_llm.processes import open_processes
 from distill_llm.progress import progress_bar
 from distill_llm.responses.decoding import Decoder
 from distill_llm.responses.folder import Counts, ResponseFolder, kept_rows
@@ -88,7 +88,7 @@ def respond(
         if number is not None and number < 1:
             raise InputError(name, number, "a whole number of at least 1")
     opened = _opened(teacher, tokenizer)
-    processes = PartialState()
+    processes = open_processes()
     dtype = _dtype(teacher, dtype, processes.device)
     contents = read_contents(prompts, prompt_column, max_prompts)
     is_chat = chat or not isinstance(contents[0], str)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 from distill_llm.checkpoint import load_pretrained
 from distill_llm.checks import check_data
@@ -18,6 +17,7 @@ from distill_llm.losses.items import kind_of
 from distill_llm.losses.objective import Objective
 from distill_llm.opening import OpenModel, check_head, check_length, chosen_dtype, open_model
 from distill_llm.outputs import usable_output
+from distill_llm.processes import open_processes
 from distill_llm.recipe import Recipe
 from distill_llm.teachers.cache import CachedTeacher, check_objective
 from distill_llm.teachers.cache_format import INDEX_NAME, CacheIndex, CacheSettings, read_index
@@ -108,7 +108,7 @@ def _write(
     """The work of both; `length` is the most tokens of a row and the field that says so."""
     if (folder / INDEX_NAME).is_file():
         read_index(folder)  # of a cache, or of something else
-    processes = PartialState()
+    processes = open_processes()
     chosen = chosen_dtype(dtype, processes.device)
     with processes.main_process_first():
         rows = load()
