@@ -34,7 +34,7 @@ from distill_llm.opening import (
     resolve_model,
 )
 from distill_llm.outputs import nearest, usable_output
-from distill_llm.pruning.families import FAMILIES, lineage_of
+from distill_llm.pruning.families import FAMILIES, hidden_lineage, lineage_of
 from distill_llm.pruning.modeling_pruned import pruned_class
 from distill_llm.pruning.structure import second_moment_bytes
 from distill_llm.pruning_checks import check_pruning
@@ -90,7 +90,7 @@ def check_recipe(recipe: Recipe) -> None:
     found.run(_check_adapters, recipe, skeleton)
     if teacher is not None and (student is not None or name is None):
         found.run(_check_layer_pairs, recipe, teacher.config, student.config if student else teacher.config)
-    found.run(lambda: check_training(recipe, data))
+    found.run(lambda: check_training(recipe, data, _projected(student, teacher)))
     found.run(usable_output, recipe.output_dir, "output_dir", RECIPE)
     found.run(_check_hub, recipe)
     found.run(_check_disk, recipe, skeleton)
@@ -201,6 +201,14 @@ def _check_losses(recipe: Recipe, task: Task) -> None:
         raise InputError(
             "distillation.losses.logits.divergence", logits.divergence, "mse where the task is a regression"
         )
+
+
+def _projected(student: OpenModel | None, teacher: OpenModel | None) -> tuple[int, int] | None:
+    """The widths of a given student and its teacher, where it does not say which of the teacher's channels are its own."""
+    if student is None or teacher is None or hidden_lineage(student.config) is not None:
+        return None
+    widths = student.config.hidden_size, teacher.config.hidden_size
+    return widths if widths[0] != widths[1] else None
 
 
 def _check_layer_pairs(recipe: Recipe, teacher: PreTrainedConfig, student: PreTrainedConfig) -> None:

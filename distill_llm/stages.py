@@ -14,13 +14,12 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoTokenizer, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from distill_llm.adapters import merged, without_adapters
+from distill_llm.adapters import merged
 from distill_llm.checkpoint import load_for_task, load_pretrained
 from distill_llm.checks import check_data
 from distill_llm.cutting import Cutter, share_of
 from distill_llm.data.encoding import LENGTH, Collator, collator, encode
 from distill_llm.data.tasks import TaskData, label_names
-from distill_llm.errors import InputError
 from distill_llm.evaluation.evaluate import evaluate_model
 from distill_llm.evaluation.metrics import compute_metrics
 from distill_llm.opening import resolve_model
@@ -235,8 +234,6 @@ class Stages:
             callbacks=[MarkComplete()],
         )
         sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-        if sharded and without_adapters(model) is not model:
-            raise InputError("student.peft", "FSDP or DeepSpeed", "a copy of the student in each process (DDP)")
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(work))
         weights = trainer.accelerator.get_state_dict(trainer.model) if sharded else None
         if self.processes.is_main_process:
