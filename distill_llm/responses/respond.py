@@ -33,8 +33,6 @@ from distill_llm.responses.sampling import Sampling
 from distill_llm.responses.work import Work
 from distill_llm.teachers.cache_contents import teacher_fingerprint, tokenizer_fingerprint
 
-WAIT = 0.2  # seconds between looks for the shards of other processes
-
 
 def respond(
     teacher: str | PreTrainedModel,
@@ -121,8 +119,7 @@ def respond(
             teacher = load_pretrained(opened.path, dtype=getattr(torch, dtype))
             teacher.to(processes.device)  # type: ignore[arg-type]
         _generate(work, own, Decoder(teacher, CausalCollator(opened.tokenizer), sampling, "teacher"), folder, shown)
-    while not all(folder.has_shard(number) for number in missing):
-        time.sleep(WAIT)  # rather than at a barrier, which gives up after minutes
+    processes.wait_for_everyone()
 
     kept, counts = kept_rows(work.by_prompt(folder), len(contents), keep_truncated)
     if not kept:
