@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ from distill_llm.opening import (
     resolve_model,
 )
 from distill_llm.outputs import nearest, usable_output
-from distill_llm.pruning.families import FAMILIES, lineage_of
+from distill_llm.pruning.families import FAMILIES, hidden_lineage, lineage_of
 from distill_llm.pruning.modeling_pruned import pruned_class
 from distill_llm.pruning.structure import second_moment_bytes
 from distill_llm.pruning_checks import check_pruning
@@ -80,15 +81,16 @@ def check_recipe(recipe: Recipe) -> None:
         found.run(_check_student, recipe, student, teacher, task)
     skeleton = found.run(_skeleton, teacher)
     found.run(check_pruning, recipe, teacher, skeleton)
-    found.run(_check_lengths, recipe, teacher)
-    found.run(_check_rows, recipe, teacher, task)
+    shorter = _shorter(teacher, student)
+    found.run(_check_lengths, recipe, shorter)
+    found.run(_check_rows, recipe, teacher, shorter, task)
     found.run(_check_losses, recipe, task)
     found.run(_check_cache, recipe, teacher)
-    found.run(_check_responses, recipe, task, teacher)
+    found.run(_check_responses, recipe, task, shorter)
     found.run(_check_adapters, recipe, skeleton)
     if teacher is not None and (student is not None or name is None):
         found.run(_check_layer_pairs, recipe, teacher.config, student.config if student else teacher.config)
-    found.run(lambda: check_training(recipe, data))
+    found.run(lambda: check_training(recipe, data, _projected(student, teacher)))
     found.run(usable_output, recipe.output_dir, "output_dir", RECIPE)
     found.run(_check_hub, recipe)
     found.run(_check_disk, recipe, skeleton)
@@ -168,20 +170,26 @@ def _skeleton(model: OpenModel) -> PreTrainedModel:
         return pruned_class(stock)(model.config)
 
 
-def _check_lengths(recipe: Recipe, teacher: OpenModel) -> None:
+def _shorter(*models: OpenModel | None) -> OpenModel | None:
+    """Of the models that there are, the one that takes the fewest tokens at once: teacher and student see the same rows."""
+    there = [model for model in models if model is not None]
+    return min(there, key=lambda model: longest_input(model.config) or math.inf, default=None)
+
+
+def _check_lengths(recipe: Recipe, shorter: OpenModel) -> None:
     found = _Collector()
-    found.run(check_length, teacher, "data.max_length", recipe.data.max_length)
-    found.run(check_length, teacher, "evaluation.latency.sequence_length", recipe.evaluation.latency.sequence_length)
+    found.run(check_length, shorter, "data.max_length", recipe.data.max_length)
+    found.run(check_length, shorter, "evaluation.latency.sequence_length", recipe.evaluation.latency.sequence_length)
     raise_all(found.faults)
 
 
-def _check_rows(recipe: Recipe, teacher: OpenModel, task: Task) -> None:
-    """The tokenizer can make the task's rows, and the model has room for what it is to generate."""
+def _check_rows(recipe: Recipe, teacher: OpenModel, shorter: OpenModel, task: Task) -> None:
+    """The tokenizer can make the task's rows, and the models have room for what they are to generate."""
     check_tokenizer(task, teacher.tokenizer, teacher.field)
     most_tokens(task, teacher.tokenizer, recipe.data.max_length)
-    longest, cut, new = longest_input(teacher.config), recipe.data.max_length, task.max_new_tokens
+    longest, cut, new = longest_input(shorter.config), recipe.data.max_length, task.max_new_tokens
     if task.kind == "prompts" and task.metrics and longest is not None and cut < longest < cut + new:
-        accepted = f"at most {longest - cut}: {teacher.name} takes {longest} tokens, data.max_length is {cut}"
+        accepted = f"at most {longest - cut}: {shorter.name} takes {longest} tokens, data.max_length is {cut}"
         raise InputError("evaluation.max_new_tokens", new, accepted)
 
 
@@ -193,6 +201,14 @@ def _check_losses(recipe: Recipe, task: Task) -> None:
         raise InputError(
             "distillation.losses.logits.divergence", logits.divergence, "mse where the task is a regression"
         )
+
+
+def _projected(student: OpenModel | None, teacher: OpenModel | None) -> tuple[int, int] | None:
+    """The widths of a given student and its teacher, where it does not say which of the teacher's channels are its own."""
+    if student is None or teacher is None or hidden_lineage(student.config) is not None:
+        return None
+    widths = student.config.hidden_size, teacher.config.hidden_size
+    return widths if widths[0] != widths[1] else None
 
 
 def _check_layer_pairs(recipe: Recipe, teacher: PreTrainedConfig, student: PreTrainedConfig) -> None:
@@ -219,7 +235,7 @@ def _check_layer_pairs(recipe: Recipe, teacher: PreTrainedConfig, student: PreTr
 
 
 def _check_cache(recipe: Recipe, teacher: OpenModel) -> None:
-    """The cache is whole, of this teacher and tokenizer, and has what the losses need; its rows are compared later."""
+    """The cache is whole, of this teacher, precision and tokenizer, and has what the losses need; its rows are compared later."""
     if recipe.teacher.cache is None or recipe.distillation is None:
         return
     from distill_llm.teachers.cache import CachedTeacher
@@ -230,6 +246,9 @@ def _check_cache(recipe: Recipe, teacher: OpenModel) -> None:
         cache = CachedTeacher(recipe.teacher.cache, identity_of(teacher.path) if local else None, teacher.tokenizer)
     except InputError as error:
         raise InputError("teacher.cache", str(recipe.teacher.cache), f"{error.accepted} ({error.field})") from None
+    given, own = recipe.teacher.dtype, cache.index.settings.dtype
+    if given is not None and own not in (None, given):
+        raise InputError("teacher.dtype", given, f"{own}, which the teacher of teacher.cache ran in, or nothing")
     try:
         cache.check_objective(recipe.distillation.losses)
     except InputError as error:
@@ -249,7 +268,7 @@ def check_cached_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train:
         raise InputError("teacher.cache", str(recipe.teacher.cache), f"{error.accepted} ({error.given})") from None
 
 
-def _check_responses(recipe: Recipe, task: Task, teacher: OpenModel) -> None:
+def _check_responses(recipe: Recipe, task: Task, shorter: OpenModel) -> None:
     """Whether the student can answer prompts while it learns; and whether a quantised teacher can be had."""
     if recipe.teacher.quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
         accepted = "nothing without the package bitsandbytes (pip install distill_llm[quantization])"
@@ -265,7 +284,7 @@ def _check_responses(recipe: Recipe, task: Task, teacher: OpenModel) -> None:
     if recipe.data.packing:
         raise InputError("data.packing", True, f"false with {field}: prompts must be rows of their own")
     check_length(
-        teacher, f"data.max_length + {field}.max_new_tokens", recipe.data.max_length + responses.max_new_tokens
+        shorter, f"data.max_length + {field}.max_new_tokens", recipe.data.max_length + responses.max_new_tokens
     )
 
 

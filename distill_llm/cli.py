@@ -174,9 +174,10 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Examples at once.")] = 64,
     max_length: Annotated[int, typer.Option(min=8, help="Tokens an example is cut to.")] = 128,
     metric: Annotated[
-        str | None, typer.Option(metavar="perplexity|exact_match", help="For prompts; perplexity by default.")
+        str | None,
+        typer.Option(metavar="perplexity|exact_match|final_answer", help="For prompts; perplexity by default."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a response, for exact_match.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a generated response.")] = 64,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the masks of masked language modelling.")] = 0,
     output: Annotated[Path, typer.Option(help="File for the metrics.")] = Path("evaluation.json"),
 ) -> None:

@@ -8,11 +8,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from huggingface_hub import constants
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from distill_llm.errors import InputError
+from distill_llm.processes import open_processes
 
 SUFFIX = ".gguf"
 
@@ -35,7 +35,7 @@ def plain_checkpoint(file: str | os.PathLike, field: str = "model") -> Path:
             field, str(file), "a GGUF file with the package gguf installed (pip install distill_llm[gguf])"
         )
     folder = Path(constants.HF_HOME) / "distill_llm" / "gguf" / f"{file.stem}-{_digest(file)}"
-    with PartialState().main_process_first():
+    with open_processes().main_process_first():
         if not folder.is_dir():
             folder.parent.mkdir(parents=True, exist_ok=True)
             with TemporaryDirectory(dir=folder.parent) as own:  # of this process: another one may be at it too

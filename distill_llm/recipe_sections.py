@@ -260,10 +260,12 @@ class EvaluationSection(Section):
     """How models are scored and profiled."""
 
     batch_size: int = Field(default=64, ge=1, description="examples at once when scoring")
-    metric: Literal["perplexity", "exact_match"] | None = Field(
-        default=None, description="for prompts; default: perplexity"
+    metric: Literal["perplexity", "exact_match", "final_answer"] | None = Field(
+        default=None,
+        description="for prompts: of the data's responses, or of generated ones: the whole text equal, or its final answer"
+        " (behind the last ####, else the last number); default: perplexity",
     )
-    max_new_tokens: int = Field(default=64, ge=1, description="tokens to generate for a response, for exact_match")
+    max_new_tokens: int = Field(default=64, ge=1, description="most tokens of a generated response")
     latency: LatencySection = Field(default_factory=LatencySection, description="the batch that is timed")
 
 

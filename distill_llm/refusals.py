@@ -91,8 +91,6 @@ def check_arguments(args: TrainingArguments, objective: Objective, options: Mapp
     for name, accepted in UNUSED.items():
         if options.get(name) is not None:
             raise InputError(name, type(options[name]).__name__, accepted)
-    if args.n_gpu > 1:
-        raise InputError("args", f"{args.n_gpu} devices in one process", "a process per device: accelerate launch")
     if (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
         for name in objective.terms():
             if name in ("attention", "relations"):

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from accelerate import PartialState
+from accelerate.utils.memory import clear_device_cache
 from transformers import TrainerCallback
 
 from distill_llm.errors import InputError
 from distill_llm.outputs import usable_output
+from distill_llm.processes import open_processes
 
 COMPLETE, RECIPE, REPORT = "complete", "recipe.yaml", "report"
 FREE = ("output_dir", "description", "hub")
@@ -57,7 +58,7 @@ class RunFolder:
 
     def __init__(self, folder: Path, recipe_yaml: str):
         self.folder = folder
-        self.processes = PartialState()
+        self.processes = open_processes()
         own = folder / RECIPE
         usable_output(folder, begun=RECIPE)
         before = own.read_text() if own.is_file() else None
@@ -93,6 +94,7 @@ class RunFolder:
             return done[name]
         start = time.monotonic()
         result = work() if everyone or self.processes.is_main_process else None
+        clear_device_cache(garbage_collection=True)  # the models of a stage make room for those of the next
         self.processes.wait_for_everyone()
         if self.processes.is_main_process:
             done[name] = {**(result or {}), "seconds": round(time.monotonic() - start, 2)}
@@ -137,7 +139,7 @@ class MarkComplete(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After the checkpoint of the current step was saved."""
-        processes = PartialState()
+        processes = open_processes()
         processes.wait_for_everyone()
         if processes.is_main_process:
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
@@ -145,7 +147,7 @@ class MarkComplete(TrainerCallback):
 
 def last_complete_checkpoint(folder: Path) -> str | None:
     """The newest whole checkpoint of a Trainer's folder; process 0 removes those that were cut off."""
-    processes = PartialState()
+    processes = open_processes()
     if processes.is_main_process:
         for checkpoint in folder.glob("checkpoint-*"):
             if not (checkpoint / COMPLETE).is_file():

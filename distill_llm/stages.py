@@ -9,21 +9,21 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from accelerate import PartialState
+from accelerate.utils.memory import clear_device_cache
 from rich.console import Console
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoTokenizer, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from distill_llm.adapters import merged, without_adapters
+from distill_llm.adapters import merged
 from distill_llm.checkpoint import load_for_task, load_pretrained
 from distill_llm.checks import check_data
 from distill_llm.cutting import Cutter, share_of
 from distill_llm.data.encoding import LENGTH, Collator, collator, encode
 from distill_llm.data.tasks import TaskData, label_names
-from distill_llm.errors import InputError
 from distill_llm.evaluation.evaluate import evaluate_model
 from distill_llm.evaluation.metrics import compute_metrics
 from distill_llm.opening import resolve_model
+from distill_llm.processes import open_processes
 from distill_llm.pruning.plan import PruningPlan
 from distill_llm.pruning.surgery import prune
 from distill_llm.recipe import Recipe
@@ -48,7 +48,7 @@ class Stages:
 
     def __init__(self, recipe: Recipe):
         self.recipe, self.folder = recipe, Path(recipe.output_dir)
-        self.processes = PartialState()
+        self.processes = open_processes()
         self.teacher_path = resolve_model(recipe.teacher.model)
 
     @cached_property
@@ -89,12 +89,18 @@ class Stages:
         """Fine-tune the teacher, where the recipe says so, and score it."""
         section = self.recipe.teacher
         if section.train is None:
-            model = self.load(self.teacher_path)
-        else:
-            set_seed(self.recipe.seed)
-            model = load_for_task(self.teacher_path, self.data.task)
-            model = self._train(model, None, self.folder / "teacher", "teacher", {"labels": {}})
-        metrics = self.evaluate(model) if self.processes.is_main_process else {"score": 0.0}
+            return self._scored(self.teacher_path)
+        set_seed(self.recipe.seed)
+        target = self.folder / "teacher"
+        self._train(load_for_task(self.teacher_path, self.data.task), None, target, "teacher", {"labels": {}})
+        return self._scored(target)
+
+    def _scored(self, path: str | Path) -> dict[str, Any]:
+        """The result of a stage, from process 0: what its finished model scores. Whatever trained that is freed before."""
+        clear_device_cache(garbage_collection=True)  # cycles in a Trainer hold the weights, the moments and the teacher
+        if not self.processes.is_main_process:
+            return {}
+        metrics = self.evaluate(self.load(path))
         return {"score": metrics["score"], "metrics": metrics}
 
     def prune(self, folder: Path, student_dir: Path, teacher_dir: Path, number: int) -> dict[str, Any]:
@@ -116,20 +122,21 @@ class Stages:
         if not self.processes.is_main_process:
             return {}
         self.show(cut.plan, student, folder, f"round {number}")
-        pruned = self.evaluate(prune(student, cut.plan) if cut.compensated else cut.model)
-        compensated = self.evaluate(cut.model) if cut.compensated else None
         with written_whole(folder / "pruned", folder=True) as path:
             self.save(cut.model, path)
-        return {
+        plan = cut.plan
+        result = {
             "keep": keep,
             "kept": cut.kept,
             "layer_params_kept": share_of(cut.model, teacher, "params"),
-            "note": f"round {number} {cut.plan.note}" if cut.plan.note else None,
-            "score_pruned": pruned["score"],
-            "score_compensated": compensated["score"] if compensated else None,
-            "pruned": pruned,
-            "compensated": compensated,
+            "note": f"round {number} {plan.note}" if plan.note else None,
         }
+        del teacher  # two models at a time
+        scores = self.evaluate(cut.model)
+        if not cut.compensated:
+            return {**result, **_both(scores, None)}
+        del cut
+        return {**result, **_both(self.evaluate(prune(student, plan)), scores)}
 
     def cutter(self, section: PruningSection) -> Cutter:
         """What cuts models as the recipe says, on its calibration rows."""
@@ -159,19 +166,24 @@ class Stages:
         """Distil the teacher into the pruned student, or into the one that was given."""
         section = self.recipe.distillation
         assert section is not None
-        if self.recipe.pruning is None:
-            assert self.recipe.student is not None and self.recipe.student.model is not None
-            set_seed(self.recipe.seed)
-            names = label_names(AutoConfig.from_pretrained(teacher_dir))
-            student = load_for_task(resolve_model(self.recipe.student.model), self.data.task, names, of_task=True)
-        else:
-            student = load_pretrained(student_dir, dtype=torch.float32)
-        losses = section.losses.model_dump(mode="json", exclude_none=True)
         stage: Literal["recovery", "final"] = "final" if last else "recovery"
-        teacher = self._recovery_teacher(teacher_dir, stage) if section.losses.needs_teacher else None
-        student = self._train(self._with_adapters(student), teacher, folder / "student", stage, losses)
-        metrics = self.evaluate(student) if self.processes.is_main_process else {"score": 0.0}
-        return {"score": metrics["score"], "metrics": metrics}
+        self._train(  # no name here holds the models, so that they go when it returns
+            self._with_adapters(self._student(student_dir, teacher_dir)),
+            self._recovery_teacher(teacher_dir, stage) if section.losses.needs_teacher else None,
+            folder / "student",
+            stage,
+            section.losses.model_dump(mode="json", exclude_none=True),
+        )
+        return self._scored(folder / "student")
+
+    def _student(self, path: Path, teacher_dir: Path) -> PreTrainedModel:
+        """The pruned student of a folder, or the one that was given, with a head for the task."""
+        if self.recipe.pruning is not None:
+            return load_pretrained(path, dtype=torch.float32)
+        assert self.recipe.student is not None and self.recipe.student.model is not None
+        set_seed(self.recipe.seed)
+        names = label_names(AutoConfig.from_pretrained(teacher_dir))
+        return load_for_task(resolve_model(self.recipe.student.model), self.data.task, names, of_task=True)
 
     def _recovery_teacher(self, path: Path, stage: Literal["recovery", "final"]) -> PreTrainedModel | CachedTeacher:
         """What the student learns from: the teacher, its weights in fewer bits, or what it said once."""
@@ -201,7 +213,7 @@ class Stages:
         target: Path,
         stage: str,
         losses: dict[str, Any],
-    ) -> PreTrainedModel:
+    ) -> None:
         """Train from the last whole checkpoint of this stage and save to `target`."""
         work = _checkpoints(target)
         args = DistillationConfig(
@@ -222,15 +234,12 @@ class Stages:
             callbacks=[MarkComplete()],
         )
         sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-        if sharded and without_adapters(model) is not model:
-            raise InputError("student.peft", "FSDP or DeepSpeed", "a copy of the student in each process (DDP)")
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(work))
         weights = trainer.accelerator.get_state_dict(trainer.model) if sharded else None
         if self.processes.is_main_process:
             with written_whole(target, folder=True) as path:
                 self.save(merged(trainer.accelerator.unwrap_model(trainer.model)), path, weights)
-        self.processes.wait_for_everyone()
-        return self.load(target)
+        trainer.accelerator.free_memory()  # ends DeepSpeed's engine, which nothing else does
 
     def _compute_metrics(self, given: EvalPrediction) -> dict[str, float]:
         """The task's metrics on held-out rows, for the Trainer's own evaluation."""
@@ -280,6 +289,16 @@ class Stages:
 
         assert self.recipe.hub is not None
         return {"url": push(self.folder / "student", self.recipe.hub.repo_id, private=self.recipe.hub.private)}
+
+
+def _both(pruned: dict[str, float], compensated: dict[str, float] | None) -> dict[str, Any]:
+    """The part of a result with the metrics before and after compensation; None: nothing was compensated."""
+    return {
+        "score_pruned": pruned["score"],
+        "score_compensated": compensated["score"] if compensated else None,
+        "pruned": pruned,
+        "compensated": compensated,
+    }
 
 
 def _checkpoints(target: Path) -> Path:

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
+from transformers.utils import logging
 
 from distill_llm import projections
 from distill_llm.adapters import without_adapters
@@ -29,6 +30,8 @@ from distill_llm.teachers.cache import CachedTeacher
 from distill_llm.teachers.online import OnlineTeacher
 from distill_llm.training_batches import EpochBegins, TrainingCollator
 from distill_llm.training_loss import TrainingLoss
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -57,6 +60,11 @@ class DistillationConfig(TrainingArguments):
     def __post_init__(self) -> None:
         self.losses = parse_objective(self.losses).model_dump(mode="json", exclude_none=True)
         super().__post_init__()
+        if self.n_gpu > 1:  # the Trainer's answer is DataParallel, which divides no sum of items rightly
+            logger.warning_once(
+                f"Training on one of {self.n_gpu} devices; `accelerate launch` in front of the command uses them all."
+            )
+            self._n_gpu = 1
 
 
 class DistillationTrainer(Trainer):

@@ -1,6 +1,7 @@
 """Training fields checked at the door: against the task, the rows, the device, what is installed, and each other."""
 
 import enum
+import os
 import re
 import typing
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import DistributedType, parse_flag_from_env
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import integration_utils as integrations
 from transformers.training_args import OptimizerNames
@@ -18,6 +20,7 @@ from distill_llm.data.tasks import Task, TaskData
 from distill_llm.errors import InputError, one_of
 from distill_llm.faults import faults_in, raise_all
 from distill_llm.opening import first_line
+from distill_llm.processes import open_processes
 from distill_llm.recipe import Recipe
 from distill_llm.trainer import DistillationConfig
 
@@ -47,11 +50,12 @@ SCHEDULE_FIELDS = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
 CONFIG_FILES = ("deepspeed", "fsdp_config", "accelerator_config")
 
 
-def check_training(recipe: Recipe, data: TaskData | None) -> None:
+def check_training(recipe: Recipe, data: TaskData | None, widths: tuple[int, int] | None = None) -> None:
     """Check the fields of every stage that is trained, by making its very `DistillationConfig`.
 
     Args:
         data: the task's rows; None, where they could not be read, leaves out what depends on them.
+        widths: of the hidden states of student and teacher, where projections are to make up for the difference.
 
     Raises:
         InputError: one line per fault, under the section where the field is given.
@@ -63,13 +67,45 @@ def check_training(recipe: Recipe, data: TaskData | None) -> None:
     faults: dict[str, InputError] = {}
     for stage in stages:
         try:
-            _check_stage(recipe, stage, data)
+            args = _check_stage(recipe, stage, data)
+            if stage != "teacher":
+                _check_sharding(recipe, sharding_of(args), widths)
         except InputError as error:
             faults |= {str(fault): fault for fault in faults_in(error)}
     raise_all(list(faults.values()))
 
 
-def _check_stage(recipe: Recipe, stage: Stage, data: TaskData | None) -> None:
+def sharding_of(args: TrainingArguments) -> Literal["DeepSpeed", "FSDP1", "FSDP2"] | None:
+    """What divides a model that is trained among the processes, as `accelerate launch` or the arguments say; None: nothing."""
+    if args.deepspeed_plugin is not None:
+        return "DeepSpeed"
+    given, launched = args.fsdp_plugin_args, parse_flag_from_env("ACCELERATE_USE_FSDP")
+    whole = args.distributed_state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU)
+    if whole or not (given or launched):
+        return None
+    version = given["fsdp_version"] if given else int(os.environ.get("FSDP_VERSION", 1))
+    return "FSDP1" if version == 1 else "FSDP2"
+
+
+def _check_sharding(recipe: Recipe, sharding: str | None, widths: tuple[int, int] | None) -> None:
+    """Nothing is to learn that cannot be divided among processes in that way."""
+    if sharding is None or recipe.distillation is None:
+        return
+    losses, faults = recipe.distillation.losses, []
+    if recipe.student is not None and recipe.student.peft is not None:
+        faults.append(InputError("student.peft", sharding, "a copy of the student in each process (DDP)"))
+    if losses.responses is not None and sharding != "FSDP2":
+        accepted = "FSDP2 (fsdp_version 2), or DDP"
+        faults.append(InputError("distillation.losses.responses", f"a student sharded by {sharding}", accepted))
+    for name in ("hidden", "embeddings"):
+        if widths is not None and sharding == "DeepSpeed" and getattr(losses, name) is not None:
+            given = f"states of {widths[0]} and {widths[1]} channels under DeepSpeed"
+            accepted = "a student as wide as its teacher, or DDP or FSDP in the place of DeepSpeed"
+            faults.append(InputError(f"distillation.losses.{name}", given, accepted))
+    raise_all(faults)
+
+
+def _check_stage(recipe: Recipe, stage: Stage, data: TaskData | None) -> DistillationConfig:
     where, training = _given(recipe, stage), recipe.training(stage)
     faults = _choices(training)
     if not faults:
@@ -85,6 +121,7 @@ def _check_stage(recipe: Recipe, stage: Stage, data: TaskData | None) -> None:
     if stage != "teacher" and recipe.distillation is not None:
         losses = recipe.distillation.losses.model_dump(mode="json", exclude_none=True)
     try:
+        open_processes(training["use_cpu"], training.get("ddp_backend"), training["ddp_timeout"])
         args = DistillationConfig(output_dir=str(recipe.output_dir), losses=losses, **training)
     except Exception as error:  # each integration raises its own kinds
         raise _together(error, where, training, section) from None
@@ -98,6 +135,7 @@ def _check_stage(recipe: Recipe, stage: Stage, data: TaskData | None) -> None:
     if seen is not None and kwargs.get("use_reentrant"):
         name = next(n for n in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs") if n in where)
         raise InputError(f"{where[name]}.{name}.use_reentrant", True, f"false with losses.{seen}")
+    return args
 
 
 def _optimizer(args: TrainingArguments) -> None:

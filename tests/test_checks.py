@@ -360,6 +360,35 @@ def test_the_last_token_that_fits_and_packing_are_accepted(folder):
     assert faults(causal_recipe(folder, "prompts", data__packing=True, **exact)) == []
 
 
+@pytest.mark.parametrize("shorter", ["teacher", "student"])
+def test_lengths_are_those_of_the_model_that_takes_fewer_tokens(folder, shorter):
+    for name in ("teacher", "student"):
+        write_decoder(folder / name, max_position_embeddings=48 if name == shorter else 64)
+    named = {"student__model": str(folder / "student"), "evaluation__metric": "exact_match"}
+    responses = "distillation__losses__responses"
+    fits = {
+        "evaluation__max_new_tokens": 32,
+        "evaluation__latency__sequence_length": 48,
+        responses: {"max_new_tokens": 32},
+    }
+    assert faults(causal_recipe(folder, "prompts", **named, **fits)) == []
+    room = f"at most 32: {folder / shorter} takes 48 tokens"
+    longest = f"at most 48, the longest input of {folder / shorter}"
+    for change, field, words in (
+        ({"evaluation__max_new_tokens": 33}, "evaluation.max_new_tokens", room),
+        ({"evaluation__latency__sequence_length": 49}, "evaluation.latency.sequence_length", longest),
+        (
+            {responses: {"max_new_tokens": 33}},
+            "data.max_length + distillation.losses.responses.max_new_tokens",
+            longest,
+        ),
+    ):
+        (line,) = faults(causal_recipe(folder, "prompts", **named, **{**fits, **change}))
+        assert line.startswith(f"{field}: got ") and words in line
+    (line,) = faults(causal_recipe(folder, "prompts", student__model=named["student__model"], data__max_length=49))
+    assert line.startswith("data.max_length: got 49") and longest in line
+
+
 def test_an_encoder_with_prompts_is_refused_in_one_line_trained_or_not(folder):
     for head, train in (("masked-lm", None), ("base", {"num_train_epochs": 1})):
         write_model(folder / "teacher", head=head)

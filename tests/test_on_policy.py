@@ -204,13 +204,20 @@ def test_what_cannot_answer_is_refused(tmp_path):
         StudentResponses(Responses(), pad, 0)(teacher, {**batch, "position_ids": batch["input_ids"]}, 0)
 
 
-def test_the_recipe_teaches_a_smaller_model_on_its_own_answers(tmp_path):
+def test_the_recipe_teaches_a_smaller_model_on_its_own_answers_and_scores_their_final_ones(tmp_path):
     for name, layers in (("teacher", 3), ("student", 2)):
-        causal_model(num_hidden_layers=layers, max_position_embeddings=64).save_pretrained(tmp_path / name)
+        model = causal_model(num_hidden_layers=layers, max_position_embeddings=64)
+        model.save_pretrained(tmp_path / name)
         TOKENIZER.save_pretrained(tmp_path / name)
+        if name == "teacher":  # an answer of its own in three of four rows, behind words that it does not say
+            said = [
+                TOKENIZER.decode(greedy(model, TOKENIZER(p)["input_ids"], 4), skip_special_tokens=True) for p in PROMPTS
+            ]
+            assert all("w" in text for text in said)
+            answers = [words(89) if row % 4 == 0 else f"{words(1, 2)} {text}" for row, text in enumerate(said)]
     (tmp_path / "data").mkdir()
     for split in ("train", "test"):
-        lines = [json.dumps({"question": p, "answer": a}) for p, a in zip(PROMPTS, ANSWERS, strict=True)]
+        lines = [json.dumps({"question": p, "answer": a}) for p, a in zip(PROMPTS, answers, strict=True)]
         (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
     local = [
         f"teacher.model={tmp_path / 'teacher'}",
@@ -221,11 +228,11 @@ def test_the_recipe_teaches_a_smaller_model_on_its_own_answers(tmp_path):
     local += [
         "evaluation.max_new_tokens=4",
         "evaluation.latency={batch_size: 2, sequence_length: 8}",
-        "evaluation.metric=perplexity",
     ]
     local += ["distillation.per_device_train_batch_size=4", "distillation.learning_rate=0.01"]
     metrics = distill_llm.run(load_recipe("qwen_on_policy", local), tmp_path / "run").metrics
-    assert metrics["metric"] == "perplexity" and metrics["retention"] > 0
+    assert metrics["metric"] == "final_answer" and metrics["teacher"]["score"] == 0.75
+    assert metrics["retention"] == metrics["student"]["score"] / 0.75
 
 
 def test_rows_of_a_padded_vocabulary_are_never_drawn():

@@ -1,5 +1,6 @@
 """The whole loop on a tiny model: what it leaves behind, going on after a stop, several processes."""
 
+import gc
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import torch
 import yaml
 from recipe_inputs import WORDS, recipe_for, write_model, write_recipe
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 import distill_llm
 from distill_llm import run_folder
@@ -24,7 +25,7 @@ from distill_llm.faults import faults_in
 from distill_llm.pipeline import prune_model, prune_recipe
 from distill_llm.pruning.structure import unit_costs
 from distill_llm.recipe import parse_recipe
-from distill_llm.stages import kept_after
+from distill_llm.stages import Stages, kept_after
 from distill_llm.teachers.caching import cache_teacher
 from distill_llm.trainer import DistillationTrainer
 
@@ -332,6 +333,30 @@ def test_round_1_cuts_the_teacher_itself_whose_share_is_no_matter_of_a_clock(inp
     given = {**recipe(inputs), "teacher": {"model": str(inputs / "teacher")}, "distillation": None}
     distill_llm.run(given, tmp_path / "run")
     assert seen == [True, False]
+
+
+def test_nothing_that_trained_or_was_pruned_lives_on_when_a_model_is_scored(inputs, tmp_path, monkeypatch):
+    kinds, bodies, found = (PreTrainedModel, torch.optim.Optimizer), ("BertModel", "PrunedBertModel"), []
+    gc.collect()
+    before = [each for each in gc.get_objects() if issubclass(type(each), kinds)]
+    known = {id(each) for each in before}
+
+    def names() -> list[str]:
+        alive = [each for each in gc.get_objects() if issubclass(type(each), kinds) and id(each) not in known]
+        return sorted(name for each in alive if (name := type(each).__name__) not in bodies)
+
+    evaluate = Stages.evaluate
+    monkeypatch.setattr(Stages, "evaluate", lambda self, model: (found.append(names()), evaluate(self, model))[1])
+    teacher, pruned = "BertForSequenceClassification", "PrunedBertForSequenceClassification"
+    gc.disable()  # what is freed is freed on purpose
+    try:
+        distill_llm.run(recipe(inputs), tmp_path / "run")
+        assert names() == []
+    finally:
+        gc.enable()
+    first, second = [[teacher, pruned]] * 2, [[pruned, pruned]] * 2
+    assert found[1:3] == first and found[4:6] == second, found
+    assert [found[0], found[3], found[6]] == [[teacher], [pruned], [pruned]]
 
 
 def test_a_cache_of_other_rows_is_refused_before_any_stage(inputs, tmp_path):

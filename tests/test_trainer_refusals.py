@@ -95,3 +95,21 @@ def test_floats_as_labels_of_several_classes_are_refused_at_the_first_batch(tmp_
     data = [{**row, "labels": torch.tensor([1.0, 0.0])} for row in rows(student)]
     with pytest.raises(InputError, match="labels: .*class ids"):
         trainer_of(tmp_path, student, None, data, {"labels": {}}).train()
+
+
+def test_a_process_that_sees_several_devices_trains_on_the_first_and_says_so_once(tmp_path, monkeypatch, caplog):
+    teacher, student = tiny_model(), tiny_model(layers=2, seed=1)
+    data, settings = rows(teacher), {"use_cpu": False, "per_device_train_batch_size": 4, "num_train_epochs": 1}
+    losses = {"labels": {}, "logits": {}}
+    expected = trainer_of(tmp_path, copy.deepcopy(student), teacher, data, losses, **{**settings, "use_cpu": True})
+    expected.train()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # here the first one is the CPU
+    for _ in range(2):
+        trainer = trainer_of(tmp_path, copy.deepcopy(student), teacher, data, losses, **settings)
+    assert trainer.args.n_gpu == 1 and trainer.args.train_batch_size == 4
+    said = [record.getMessage() for record in caplog.records if "accelerate launch" in record.getMessage()]
+    assert said == ["Training on one of 2 devices; `accelerate launch` in front of the command uses them all."]
+    trainer.train()
+    assert not isinstance(trainer.model_wrapped, torch.nn.DataParallel)
+    for name, parameter in expected.model.named_parameters():
+        torch.testing.assert_close(trainer.model.get_parameter(name), parameter, rtol=0, atol=0)

@@ -1,13 +1,20 @@
 """Training fields that would fail, or do nothing, long after the start: refused at the door with one line each."""
 
 import importlib.util
+import json
 import re
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
+import accelerate.utils
 import pytest
+from accelerate.utils import DistributedType
+from causal_examples import causal_model, word_tokenizer
 from recipe_inputs import faults_at_the_door as faults
 from recipe_inputs import recipe_with, write_model, write_rows
 from transformers.training_args import OptimizerNames
 
+from distill_llm import training_checks
 from distill_llm.trainer import DistillationConfig
 from distill_llm.training_checks import OPTIMIZER_PACKAGES, check_training
 
@@ -136,3 +143,58 @@ def test_a_fault_of_both_recoveries_is_one_line_and_an_overridden_one_is_none(fo
     (line,) = faults(recipe_with(folder, **two, pruning__rounds=2))
     assert line.startswith("distillation.optim: ")
     assert faults(recipe_with(folder, **two)) == []
+
+
+def sharded_faults(folder, monkeypatch, sharding, **changes):
+    monkeypatch.setattr(training_checks, "sharding_of", lambda args: sharding)
+    return faults(recipe_with(folder, **changes))
+
+
+@pytest.mark.parametrize("sharding", [None, "FSDP1", "FSDP2", "DeepSpeed"])
+def test_what_cannot_learn_while_it_is_divided_among_processes_is_refused_at_the_door(folder, monkeypatch, sharding):
+    write_model(folder / "narrow", hidden=24)
+    lora = {"student__peft": {"r": 2, "target_modules": ["query"]}}
+    given = {"student__model": str(folder / "narrow"), "pruning": None, "distillation__losses": {"embeddings": {}}}
+    pruned = {"distillation__losses": {"hidden": {}}, "pruning__units": ["hidden", "neurons"]}
+    found = [sharded_faults(folder, monkeypatch, sharding, **changes) for changes in (lora, given, pruned)]
+    adapters = f"student.peft: got {sharding!r}; accepted: a copy of the student in each process (DDP)"
+    projections = "distillation.losses.embeddings: got 'states of 24 and 32 channels under DeepSpeed'"
+    assert found[0] == ([adapters] if sharding else [])
+    assert [line.startswith(projections) for line in found[1]] == [True] * (sharding == "DeepSpeed")
+    assert found[2] == []
+
+
+@pytest.mark.parametrize("sharding", [None, "FSDP1", "FSDP2", "DeepSpeed"])
+def test_a_students_own_answers_need_its_whole_weights(tmp_path, monkeypatch, sharding):
+    for part in (causal_model(), word_tokenizer()):
+        part.save_pretrained(tmp_path / "teacher")
+    rows = [json.dumps({"prompt": f"w{i}", "response": f"w{i + 1}"}) for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    data = {"task": "prompts", "path": str(tmp_path / "rows.jsonl"), "max_length": 16}
+    losses = {"logits": {}, "responses": {"max_new_tokens": 8}}
+    found = sharded_faults(tmp_path, monkeypatch, sharding, data=data, distillation__losses=losses)
+    line = f"distillation.losses.responses: got 'a student sharded by {sharding}'; accepted: FSDP2"
+    assert [each.startswith(line) for each in found] == [True] * (sharding in ("FSDP1", "DeepSpeed"))
+
+
+@pytest.mark.parametrize(
+    ("launched", "given", "wanted"),
+    [
+        ({}, {}, None),
+        ({"ACCELERATE_USE_FSDP": "true"}, {}, "FSDP1"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, {}, "FSDP2"),
+        ({}, {"fsdp": True}, "FSDP2"),
+        ({}, {"fsdp": True, "fsdp_config": {"version": 1}}, "FSDP1"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "DeepSpeed"),
+    ],
+)
+def test_sharding_is_known_from_the_launch_or_the_fields(tmp_path, monkeypatch, launched, given, wanted):
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    if wanted == "DeepSpeed":  # which is not installed
+        monkeypatch.setattr(accelerate.utils, "DeepSpeedPlugin", MagicMock())
+    args = DistillationConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True, **given)
+    if wanted != "DeepSpeed":
+        assert training_checks.sharding_of(args) is None, "accelerate shards on no CPU"
+    args.distributed_state = SimpleNamespace(distributed_type=DistributedType.MULTI_GPU)
+    assert training_checks.sharding_of(args) == wanted

@@ -17,7 +17,7 @@ from distill_llm.errors import InputError, one_of
 
 NAMED_COLUMNS = ("classification", "regression", "text", "prompts")
 TASKS = (*GLUE, "embedded", *NAMED_COLUMNS)
-PROMPT_METRICS = ("perplexity", "exact_match")
+PROMPT_METRICS = ("perplexity", "exact_match", "final_answer")
 
 
 def load_task(

@@ -105,7 +105,7 @@ def prompts(
 
     Args:
         columns: `("prompt", "response")` or `("messages",)`.
-        metric: `perplexity`, or a metric of texts such as `exact_match`.
+        metric: `perplexity`, or a metric of texts, `exact_match` or `final_answer`.
     """
     judged = () if metric == "perplexity" else (metric,)
     return Task("prompts", "prompts", columns, None, judged, metric, bool(judged), max_new_tokens, packing)

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -25,6 +24,7 @@ from distill_llm.data.special_tokens import check_tokenizer
 from distill_llm.data.tasks import prompts as prompts_task
 from distill_llm.errors import InputError
 from distill_llm.opening import OpenModel, check_head, chosen_dtype, longest_input, open_model
+from distill_llm.processes import open_processes
 from distill_llm.progress import progress_bar
 from distill_llm.responses.decoding import Decoder
 from distill_llm.responses.folder import Counts, ResponseFolder, kept_rows
@@ -32,8 +32,6 @@ from distill_llm.responses.prompts import Prompt, Source, encode_prompts, read_c
 from distill_llm.responses.sampling import Sampling
 from distill_llm.responses.work import Work
 from distill_llm.teachers.cache_contents import teacher_fingerprint, tokenizer_fingerprint
-
-WAIT = 0.2  # seconds between looks for the shards of other processes
 
 
 def respond(
@@ -88,7 +86,7 @@ def respond(
         if number is not None and number < 1:
             raise InputError(name, number, "a whole number of at least 1")
     opened = _opened(teacher, tokenizer)
-    processes = PartialState()
+    processes = open_processes()
     dtype = _dtype(teacher, dtype, processes.device)
     contents = read_contents(prompts, prompt_column, max_prompts)
     is_chat = chat or not isinstance(contents[0], str)
@@ -121,8 +119,7 @@ def respond(
             teacher = load_pretrained(opened.path, dtype=getattr(torch, dtype))
             teacher.to(processes.device)  # type: ignore[arg-type]
         _generate(work, own, Decoder(teacher, CausalCollator(opened.tokenizer), sampling, "teacher"), folder, shown)
-    while not all(folder.has_shard(number) for number in missing):
-        time.sleep(WAIT)  # rather than at a barrier, which gives up after minutes
+    processes.wait_for_everyone()
 
     kept, counts = kept_rows(work.by_prompt(folder), len(contents), keep_truncated)
     if not kept:

@@ -43,7 +43,7 @@ from distill_llm.errors import InputError, one_of
 from distill_llm.losses.items import Kind
 from distill_llm.losses.sparse import SparseTargets, entropy_of
 
-FORMAT = 3
+FORMAT = 4
 INDEX_NAME = "index.json"
 KEY = np.dtype([("high", "<u8"), ("low", "<u8")])
 MIN_PROBABILITY = 2.0**-10  # what a top k holds besides the first token; less goes to the rest
@@ -67,6 +67,7 @@ class CacheSettings:
         unlabelled: store outputs without a label too (see `losses.items.counted`, which says what an item is).
         classes: only the first logits (vocabularies padded to different sizes); None: all.
         seed: of the draws.
+        dtype: precision of the teacher's weights; None: not said, as of a teacher that is no folder.
 
     Raises:
         InputError: names the field.
@@ -78,6 +79,7 @@ class CacheSettings:
     unlabelled: bool = False
     classes: int | None = None
     seed: int = 0
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.k <= 255:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 from distill_llm.checkpoint import load_pretrained
 from distill_llm.checks import check_data
@@ -18,6 +17,7 @@ from distill_llm.losses.items import kind_of
 from distill_llm.losses.objective import Objective
 from distill_llm.opening import OpenModel, check_head, check_length, chosen_dtype, open_model
 from distill_llm.outputs import usable_output
+from distill_llm.processes import open_processes
 from distill_llm.recipe import Recipe
 from distill_llm.teachers.cache import CachedTeacher, check_objective
 from distill_llm.teachers.cache_format import INDEX_NAME, CacheIndex, CacheSettings, read_index
@@ -32,7 +32,8 @@ def cache_recipe(
 
     Args:
         recipe: with `teacher.cache`.
-        k, method, batch_size, dtype: as of `cache_teacher`; dtype None: the recipe's `teacher.dtype` first.
+        k, method, batch_size, dtype: as of `cache_teacher`; dtype None: the recipe's `teacher.dtype`, where it has one,
+            which another must not contradict.
 
     Returns, raises:
         As `cache_teacher`; an InputError for losses that no such cache serves, too.
@@ -47,6 +48,8 @@ def cache_recipe(
     opened = open_model("teacher.model", section.model)
     settings = CacheSettings(k=k, method=method, seed=recipe.seed)  # type: ignore[arg-type]
     length = ("data.max_length", recipe.data.max_length)
+    if dtype is not None and section.dtype not in (None, dtype):
+        raise InputError("dtype", dtype, f"{section.dtype}, the recipe's teacher.dtype, or nothing")
     dtype = dtype or section.dtype
     return _write(opened, lambda: check_data(recipe), section.cache, length, settings, batch_size, dtype, losses)
 
@@ -72,7 +75,8 @@ def cache_teacher(
         teacher: Hub id, folder, GGUF file or package:// path.
         data: arguments of `load_task`: task, path, columns, packing, train_examples, holdout_examples, seed, ...
         k, method: see `CacheSettings`.
-        dtype: of the teacher's weights; None: bfloat16 on CUDA, else float32.
+        dtype: of the teacher's weights; None: bfloat16 on CUDA, else float32. A cache is of one: where it is gone on with on
+            another kind of device, say which.
 
     Returns:
         The numbers of outputs and of bytes in the cache.
@@ -104,7 +108,7 @@ def _write(
     """The work of both; `length` is the most tokens of a row and the field that says so."""
     if (folder / INDEX_NAME).is_file():
         read_index(folder)  # of a cache, or of something else
-    processes = PartialState()
+    processes = open_processes()
     chosen = chosen_dtype(dtype, processes.device)
     with processes.main_process_first():
         rows = load()
@@ -126,7 +130,7 @@ def _write(
         OnlineTeacher(model, processes.device),
         train,
         collator(rows.task, opened.tokenizer),
-        replace(settings, kind=kind_of(model), classes=cut),
+        replace(settings, kind=kind_of(model), classes=cut, dtype=chosen),
         identity=identity_of(opened.path),
         tokenizer=opened.tokenizer,
         batch_size=batch_size,

@@ -27,7 +27,7 @@ def test_modules_load_without_network_or_stray_files(monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     load_metric.cache_clear()
     for name in METRICS:
-        kind = str if name == "exact_match" else int
+        kind = str if name in ("exact_match", "final_answer") else int
         predictions, references = ([kind(value) for value in values] for values in ([0, 1, 1], [0, 1, 0]))
         assert name in load_metric(name).compute(predictions=predictions, references=references)
     assert not list(tmp_path.iterdir())
@@ -61,6 +61,47 @@ def test_exact_match_counts_equal_texts_but_for_white_space_at_their_ends() -> N
     predictions, references = ["a b", " a b\n", "a  b", "A b", ""], ["a b"] * 4 + [" "]
     got = load_metric("exact_match").compute(predictions=predictions, references=references)
     assert got == {"exact_match": pytest.approx(3 / 5)}
+
+
+RATIONALE = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nIn all she sold 48+24 = <<48+24=72>>72 clips.\n#### 72"
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "same"),
+    [
+        ("48 / 2 is 24, so she sold 72 clips.", RATIONALE, True),
+        ("48 / 2 is 24, so she sold 70 clips.", RATIONALE, False),
+        ("She sold 72.0\n#### 72.00 clips, 24 of them in May", RATIONALE, True),
+        ("#### 71\nNo: #### 72\nQuestion: what are 2 and 2?", RATIONALE, True),
+        ("72 clips #### 24", RATIONALE, False),
+        ("The answer is \\boxed{72}.", RATIONALE, True),
+        ("72 is what she sold in 2 months", RATIONALE, False),  # nothing marks it: the last number
+        ("seventy-two", RATIONALE, False),
+        ("", RATIONALE, False),
+        ("", "", True),
+        ("It costs $1,250.50", "#### 1250.5", True),
+        ("It costs $1,250,5", "#### 1250.5", False),
+        ("1, 2, 1000", "#### 1,000", True),
+        ("It falls by 12-5 = 7", "#### 7", True),
+        ("from 12 to 12-5", "#### 5", True),
+        ("it is -$5", "#### -5", True),
+        ("it is 5", "#### -5", False),
+        ("half: .5", "#### 0.50", True),
+        ("#### Yes.", "They do.\n#### yes", True),
+        (" yes\n", "#### yes", True),
+        ("They do, yes", "#### yes", False),
+        ("72 ####", "####", True),
+    ],
+)
+def test_final_answers_are_the_same_number_or_words(prediction: str, reference: str, same: bool) -> None:
+    got = load_metric("final_answer").compute(predictions=[prediction], references=[reference])
+    assert got == {"final_answer": float(same)}
+
+
+def test_final_answer_is_the_share_of_texts() -> None:
+    predictions = ["it is 1", "it is 2", "it is 3", "it is 5"]
+    references = [f"#### {number}" for number in range(1, 5)]
+    assert load_metric("final_answer").compute(predictions=predictions, references=references)["final_answer"] == 0.75
 
 
 @pytest.mark.parametrize("decimals", [6, 0], ids=["distinct", "with ties"])

@@ -289,8 +289,8 @@ def test_a_bad_index_is_one_line(copy, text):
 
 def test_a_cache_of_an_older_format_is_refused_by_reader_and_writer_in_one_line(whole, copy):
     text = (copy / "index.json").read_text()
-    (copy / "index.json").write_text(text.replace('"format": 3', '"format": 2'))
-    refused = "^cache: got [^\n]*a folder with a teacher cache of format 3: write it again$"
+    (copy / "index.json").write_text(text.replace('"format": 4', '"format": 3'))
+    refused = "^cache: got [^\n]*a folder with a teacher cache of format 4: write it again$"
     with pytest.raises(InputError, match=refused):
         CachedTeacher(copy)
     with pytest.raises(InputError, match=refused):
@@ -386,5 +386,5 @@ def test_settings_are_checked(field, value):
 
 def test_the_index_is_plain_json(whole):
     index = json.loads((whole[2] / "index.json").read_text())
-    assert index["format"] == 3 and index["settings"]["k"] == 5 and index["classes"] == 97
+    assert index["format"] == 4 and index["settings"]["k"] == 5 and index["classes"] == 97
     assert sum(examples for examples, _ in index["shards"]) == len(whole[1])

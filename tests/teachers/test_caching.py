@@ -9,8 +9,10 @@ from causal_examples import causal_model, word_tokenizer
 from typer.testing import CliRunner
 
 import distill_llm
+from distill_llm.checks import check_recipe
 from distill_llm.cli import app
 from distill_llm.errors import InputError
+from distill_llm.recipe import parse_recipe
 from distill_llm.teachers import CachedTeacher
 
 RUNNER = CliRunner()
@@ -126,6 +128,25 @@ def test_a_recipe_and_options_that_it_says_itself_do_not_go_together(files):
     for more, message in ((["--set", "seed=1"], "--set: got 'seed=1'"), ([], "--task: got None")):
         result = RUNNER.invoke(app, [*arguments, *more])
         assert result.exit_code == 2 and message in result.output
+
+
+def test_a_cache_is_of_one_precision_which_the_recipe_may_name(files):
+    assert command(files, "--k", "20", "--dtype", "bfloat16").exit_code == 0
+    assert CachedTeacher(files / "cache").index.settings.dtype == "bfloat16"
+    next((files / "cache").glob("shard-*")).unlink()  # as if it had been stopped
+    result = command(files, "--k", "20")  # on the CPU float32
+    assert result.exit_code == 2 and "made with another dtype (bfloat16, not float32)" in result.output
+    assert command(files, "--k", "20", "--dtype", "bfloat16").exit_code == 0
+    named = recipe(files)
+    named["teacher"]["dtype"] = "float32"
+    with pytest.raises(InputError, match="^teacher.dtype: got 'float32'; accepted: bfloat16, which the teacher"):
+        distill_llm.run(named, files / "run")
+    assert not (files / "run").exists()
+    named["teacher"]["dtype"] = "bfloat16"
+    assert check_recipe(parse_recipe(named)) is None
+    result = cached_recipe(files, named, "--k", "20", "--dtype", "float32")
+    assert result.exit_code == 2 and "--dtype: got 'float32'; accepted: bfloat16, the recipe's" in result.output
+    assert cached_recipe(files, named, "--k", "20").exit_code == 0, "the recipe's"
 
 
 @pytest.mark.parametrize(

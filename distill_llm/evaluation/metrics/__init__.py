@@ -11,7 +11,7 @@ from distill_llm.errors import InputError, one_of
 if TYPE_CHECKING:
     from evaluate import EvaluationModule
 
-METRICS = ("accuracy", "f1", "matthews_correlation", "pearsonr", "spearmanr", "exact_match")
+METRICS = ("accuracy", "f1", "matthews_correlation", "pearsonr", "spearmanr", "exact_match", "final_answer")
 
 
 @cache

@@ -1,0 +1,26 @@
+"""The processes of a run, and how long they wait for one another."""
+
+from datetime import timedelta
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+
+from distill_llm.training_fields import TRAINING_DEFAULTS
+
+
+def open_processes(
+    cpu: bool = False, backend: str | None = None, seconds: int = TRAINING_DEFAULTS["ddp_timeout"]
+) -> PartialState:
+    """The processes that `accelerate launch` started, or the only one; the first call brings them together.
+
+    While process 0 prunes or scores, the others stand at a barrier, which gives up after 10 minutes (NCCL) or 30 (gloo)
+    unless it was made with another limit, and TrainingArguments set theirs on a GPU alone. So this is asked first everywhere.
+
+    Args:
+        cpu: talk on the CPU; as is done, too, where torch finds no accelerator or `accelerate launch --cpu` says so.
+        backend: as of TrainingArguments' `ddp_backend`.
+        seconds: most that a process waits; like the others it counts in the first call only.
+    """
+    cpu = cpu or not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    return PartialState(cpu=cpu, backend=backend, timeout=timedelta(seconds=seconds))
