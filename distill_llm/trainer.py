@@ -140,7 +140,8 @@ class DistillationTrainer(Trainer):
         if self.responses is None or not answered:
             return batches, counts
         student = self.accelerator.unwrap_model(self.model)
-        with self.compute_loss_context_manager(), whole(student):
+        # Mixed precision begins and ends around all tokens: within it a weight is converted once, not for each of them.
+        with self.accelerator.autocast(), whole(student):
             batches = [self.responses(student, batch, step) for batch in batches]
         return batches, self._get_num_items_in_batch(batches, device)  # counted anew: the labels are others now
 
