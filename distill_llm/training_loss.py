@@ -13,7 +13,7 @@ from distill_llm.adapters import without_adapters
 from distill_llm.capture import Recorder, Signals, item_logits, packed
 from distill_llm.head_terms import HeadTerms
 from distill_llm.losses.chunked_head import head_losses
-from distill_llm.losses.items import aligned_labels, sequence_numbers, targets, valid_tokens
+from distill_llm.losses.items import aligned_labels, first_rows, sequence_numbers, targets, valid_tokens
 from distill_llm.losses.labels import label_loss
 from distill_llm.losses.objective import Objective
 from distill_llm.output_head import output_head
@@ -134,18 +134,18 @@ class TrainingLoss:
             return self.teacher.below_head(inputs, positions)
         return self.teacher(inputs, positions)
 
-    def of_labels(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
-        """The sum of the loss against the labels without smoothing, and the outputs with all of their logits."""
+    def of_labels(self, model: nn.Module, inputs: dict[str, Any], rows: int) -> tuple[torch.Tensor, Any]:
+        """The sum over the first `rows` of a batch of the loss against the labels without smoothing, and all outputs."""
         outputs = model(**forward_inputs(self.student, inputs))
-        labels = aligned_labels(inputs, self.terms.kind).flatten()
-        return label_loss(outputs.logits.flatten(0, -2), labels).sum(), outputs
+        labels = aligned_labels(inputs, self.terms.kind)[:rows].flatten()
+        return label_loss(outputs.logits[:rows].flatten(0, -2), labels).sum(), outputs
 
-    def of_labels_alone(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    def of_labels_alone(self, model: nn.Module, inputs: dict[str, Any], rows: int) -> torch.Tensor:
         """The same sum without gradient, and without logits where the head can do without them."""
         head, sums = self.head, []
         if head is None:
-            return self.of_labels(model, inputs)[0]
-        positions, labels = targets(inputs, self.terms.kind)
+            return self.of_labels(model, inputs, rows)[0]
+        positions, labels = targets(first_rows(inputs, rows), self.terms.kind)
 
         def receive(hidden: torch.Tensor) -> None:
             sums.append(head_losses(head.head, hidden, labels).labels)

@@ -148,6 +148,26 @@ def test_the_loss_of_an_evaluation_is_that_of_whole_logits(tmp_path, head):
     assert alone == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize("metrics", [False, True])
+@pytest.mark.parametrize("head", ["sequence-classification", "masked-lm", "causal-lm"])
+def test_the_loss_of_an_evaluation_is_the_mean_over_labels_of_batches_of_any_size(tmp_path, head, metrics):
+    student = model_of(head, layers=2)
+    data = rows(student, count=8)
+    for row in data[:3]:
+        row["labels"] = row["labels"].clone().fill_(-100)
+    for row in data[3:5] if head != "sequence-classification" else ():
+        row["labels"][3:] = -100
+    batch = {name: torch.stack([row[name] for row in data]) for name in data[0]}
+    with torch.no_grad():
+        expected = student(**batch).loss.item()
+    for size in (8, 3, 1):
+        trainer = trainer_of(tmp_path, student, None, data, {"labels": {}}, per_device_eval_batch_size=size)
+        if metrics:
+            trainer.compute_metrics = lambda prediction: {}
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+        assert trainer.predict(data).metrics["test_loss"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_resumed_training_of_a_causal_lm_ends_with_the_weights_of_an_uninterrupted_run(tmp_path):
     teacher, student = causal_model(), causal_model(layers=2, seed=1, attention_dropout=0.1)
     data, ends = rows(teacher, count=12), []
