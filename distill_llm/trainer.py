@@ -186,11 +186,11 @@ class DistillationTrainer(Trainer):
         self._logged_terms += torch.stack([sums[name].detach() * shares[name] for name in shares])
         return (loss, outputs) if return_outputs else loss
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As `Trainer.evaluation_loop`, with the mean loss over labels in the place of that over batches."""
         self._evaluated = EvaluationLoss(self.accelerator, self.terms.kind)
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if output.metrics is not None and (name := f"{metric_key_prefix}_loss") in output.metrics:
+        output, name = super().evaluation_loop(*args, **kwargs), f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
+        if output.metrics is not None and name in output.metrics:
             output.metrics[name] = self._evaluated.mean()
         return output
 
