@@ -118,9 +118,11 @@ class TrainingLoss:
             outputs = model(**forward_inputs(self.student, inputs))
         batch = replace(batch, student=recording.with_logits(item_logits(outputs.logits, positions)))
         rest = self.terms(batch, without=sums)
-        parts = [factors[name] * value for name, value in rest.items()]
+        parts = [factors[name] * value for name, value in {**sums, **rest}.items()]
         if self.head_terms is not None:
-            parts.append(outputs.loss)
+            parts.append(
+                outputs.loss - outputs.loss.detach()
+            )  # for its gradient: FSDP2 rounds outputs to the precision
         elif not self.terms.needs_outputs:
             parts.append(0.0 * outputs.logits.float().sum())  # DDP waits for a gradient of every parameter
         return torch.stack(parts).sum(), {**sums, **rest}, outputs
