@@ -54,6 +54,7 @@ for head, width, names in {cases!r}:
         trainer.train()
         history = [log for log in trainer.state.log_history if "loss" in log]
         logs = [{{k: v for k, v in log.items() if k.startswith("loss")}} for log in history]
+        trainer.loss = loss
         logs[-1]["eval_loss"] = trainer.evaluate()["eval_loss"]
         weights = {{**student.state_dict(), **trainer.terms.projections.state_dict(prefix="projection.")}}
         found[head + " " + name] = (weights, logs, seen)
