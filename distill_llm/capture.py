@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import is_flash_attention_requested
 
 from distill_llm.errors import InputError
 from distill_llm.losses.attention import AttentionInputs
@@ -76,13 +77,9 @@ class Recording:
         """Keep what an attention function was called with; the first call of a layer counts (self-attention)."""
         if index in self.attention:
             return
-        for unknown in ("softcap", "position_bias"):
-            if settings.get(unknown) is not None:
-                raise InputError(
-                    "losses.attention",
-                    f"{type(module).__name__} with {unknown}",
-                    "a model with plain softmax attention",
-                )
+        if (beyond := _beyond_the_mask(module, query.shape[2], settings)) is not None:
+            accepted = "a model with plain softmax attention (windows and packed rows: with attn_implementation sdpa)"
+            raise InputError("losses.attention", f"{type(module).__name__} with {beyond}", accepted)
         if key.shape[1] != query.shape[1]:
             key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         scaling, causal = settings.get("scaling"), settings.get("is_causal")
@@ -217,9 +214,10 @@ def _register(kernel: str) -> str:
             attention_mask: torch.Tensor | None,
             **kwargs: Any,
         ) -> tuple[torch.Tensor, torch.Tensor | None]:
-            if (keep := _listeners.get(module)) is not None:
-                keep(module, Vectors(query, key, value), attention_mask, kwargs)
-            return _kernel(kernel, module)(module, query, key, value, attention_mask, **kwargs)
+            with _named(module.config, kernel):
+                if (keep := _listeners.get(module)) is not None:
+                    keep(module, Vectors(query, key, value), attention_mask, kwargs)
+                return _kernel(kernel, module)(module, query, key, value, attention_mask, **kwargs)
 
         AttentionInterface.register(name, attention)
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[kernel])
@@ -231,6 +229,33 @@ def _kernel(name: str, module: nn.Module) -> Callable[..., Any]:
         return ALL_ATTENTION_FUNCTIONS[name]
     own: Callable[..., Any] = inspect.unwrap(type(module).forward).__globals__["eager_attention_forward"]
     return own
+
+
+@contextmanager
+def _named(config: Any, kernel: str) -> Iterator[None]:
+    """A layer's config names the kernel itself: that of flash attention loads what it is named there."""
+    ours = config._attn_implementation
+    config._attn_implementation = kernel
+    try:
+        yield
+    finally:
+        config._attn_implementation = ours
+
+
+def _beyond_the_mask(module: nn.Module, length: int, settings: dict[str, Any]) -> str | None:
+    """What changes attention probabilities and is not in the mask that the kernel was given; None: nothing does."""
+    for name in ("softcap", "position_bias", "s_aux"):
+        if settings.get(name) is not None:
+            return name
+    if not is_flash_attention_requested(getattr(module, "config", None)):
+        return None
+    # The mask of flash attention is of padding alone.
+    window, positions = settings.get("sliding_window"), settings.get("position_ids")
+    if window is not None and length > window:
+        return f"a sliding window of {window} under flash attention"
+    if positions is not None and len(positions) == 1 and bool((positions.diff(dim=-1) != 1).any()):
+        return "packed rows under flash attention"
+    return None
 
 
 def additive_bias(mask: torch.Tensor | None, causal: bool, query: torch.Tensor) -> torch.Tensor | None:

@@ -23,6 +23,7 @@ from distill_llm.data.tasks import Task, TaskData, label_names
 from distill_llm.errors import InputError
 from distill_llm.faults import faults_in, raise_all
 from distill_llm.hub import check_push
+from distill_llm.losses.mapping import cut_from
 from distill_llm.opening import (
     HEAD_CLASSES,
     OpenModel,
@@ -224,8 +225,9 @@ def _check_layer_pairs(recipe: Recipe, teacher: PreTrainedConfig, student: PreTr
         if term is None:
             continue
         field = f"distillation.losses.{name}.layers"
-        if term.layers == "lineage" and recipe.pruning is None and lineage_of(student) is None:
-            faults.append(InputError(field, "lineage", "uniform, last or pairs where the student was not pruned here"))
+        if term.layers == "lineage" and recipe.pruning is None and not cut_from(student, teacher):
+            accepted = "uniform, last or pairs where the student was not pruned from this teacher"
+            faults.append(InputError(field, "lineage", accepted))
         if not isinstance(term.layers, str):
             bad = [list(pair) for pair in term.layers if not (0 <= pair[0] < students and 0 <= pair[1] < teachers)]
             if bad:

@@ -14,12 +14,12 @@ from distill_llm.losses.hidden import hidden_distance
 from distill_llm.losses.items import Kind, Unit, kind_of
 from distill_llm.losses.labels import label_loss
 from distill_llm.losses.logits import logits_divergence
-from distill_llm.losses.mapping import LayerPair, attention_pairs, hidden_pairs, query_heads, relative_lineage
+from distill_llm.losses.mapping import LayerPair, attention_pairs, cut_from, hidden_pairs, query_heads, relative_lineage
 from distill_llm.losses.objective import Objective
 from distill_llm.losses.relations import check_heads, relation_distance
 from distill_llm.losses.schedules import value_at
 from distill_llm.losses.sparse import sparse_forward_kl
-from distill_llm.pruning.families import FAMILIES, dims_of, hidden_lineage, layers_of, lineage_of
+from distill_llm.pruning.families import FAMILIES, dims_of, hidden_lineage, layers_of, lineage_of, width_of
 
 LOGITS_UNITS: dict[Kind, Unit] = {"example": "examples", "token": "tokens", "next_token": "labels"}
 
@@ -88,8 +88,8 @@ class Terms:
         kind: what an output of the models is about.
         pairs: by term, the layer pairs that are compared.
         projections: learned bias-free maps from the student's width to the teacher's, by layer pair; empty where the
-            widths agree, and where the student keeps known channels of the teacher's. They belong to the loss, not to
-            the student.
+            widths agree, and where the student was cut from the teacher and keeps known channels of it. They belong to
+            the loss, not to the student.
 
     Raises:
         InputError: layers that do not exist, a lineage that is missing, relation heads that do not divide the widths.
@@ -117,13 +117,12 @@ class Terms:
             self._match_widths(student, teacher, seed)
 
     def _pair_layers(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-        objective, lineage, original = self.objective, lineage_of(student), lineage_of(teacher)
-        group_size = 1
-        if lineage is not None:
+        objective, own, original = self.objective, lineage_of(student), lineage_of(teacher)
+        lineage, group_size = None, 1
+        if own is not None and cut_from(student.config, teacher.config):
             dims = dims_of(student.config)
             group_size = dims.queries // dims.groups
-            if original is not None:
-                lineage = relative_lineage(lineage, original, group_size)
+            lineage = own if original is None else relative_lineage(own, original, group_size)
         counts = len(layers_of(student)), len(layers_of(teacher))
         if objective.embeddings:
             self.pairs["embeddings"] = [LayerPair(EMBEDDINGS, EMBEDDINGS)]
@@ -132,6 +131,7 @@ class Terms:
         for name in ("attention", "relations"):
             if section := getattr(objective, name):
                 pairs = attention_pairs(section.layers, *counts, lineage, f"losses.{name}.layers", group_size)
+                pairs = [pair for pair in pairs if own is None or own[pair.student].heads]
                 self.pairs[name] = [pair for pair in pairs if original is None or original[pair.teacher].heads]
         for pair in self.pairs["relations"]:
             widths = {*_widths(student, pair.student), *_widths(teacher, pair.teacher)}
@@ -139,15 +139,16 @@ class Terms:
                 check_heads(objective.relations.heads, widths)
 
     def _match_widths(self, student: PreTrainedModel, teacher: PreTrainedModel, seed: int) -> None:
-        """Compare the channels that a pruned student kept with where they are in the teacher; project any other width."""
-        kept, there = hidden_lineage(student.config), hidden_lineage(teacher.config)
+        """Compare the channels that a student kept of this teacher with where they are in it; project any other width."""
+        related = cut_from(student.config, teacher.config)
+        kept, there = hidden_lineage(student.config) if related else None, hidden_lineage(teacher.config)
         if kept is not None and there is not None:
             if not set(kept) <= set(there):
                 accepted = "a teacher that has all channels of the student"
                 raise InputError("teacher", f"a model without {len(set(kept) - set(there))} of them", accepted)
             kept = tuple(map(there.index, kept))
         self._channels = kept
-        widths = student.config.hidden_size, teacher.config.hidden_size
+        widths = width_of(student), width_of(teacher)
         if kept is not None or widths[0] == widths[1]:
             return
         generator = torch.Generator().manual_seed(seed)

@@ -12,13 +12,14 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import EvalLoopOutput, has_length
 from transformers.utils import logging
 
 from distill_llm import projections
 from distill_llm.adapters import without_adapters
 from distill_llm.data.epochs import Epoch
 from distill_llm.errors import InputError
+from distill_llm.evaluation_loss import EvaluationLoss
 from distill_llm.losses.items import UNITS, count_items
 from distill_llm.losses.objective import Objective, parse_objective
 from distill_llm.on_policy import MARK, StudentResponses
@@ -72,7 +73,8 @@ class DistillationTrainer(Trainer):
 
     Each term is a sum over its items (labelled examples or tokens, examples, or valid tokens) divided by the number of
     such items in the whole accumulated batch of all processes, so a step does not depend on how the batch was split.
-    The log has the terms unweighted under `loss/<term>`. `eval_loss` is the loss against the labels alone.
+    The log has the terms unweighted under `loss/<term>`. `eval_loss` is the loss against the labels alone, a
+    mean over all labels of the data.
 
     Args:
         model: the student, with a head for sequence or token classification, for regression with one value, for
@@ -131,6 +133,7 @@ class DistillationTrainer(Trainer):
             unfit = self.is_deepspeed_enabled or (fsdp is not None and fsdp.fsdp_version == 1)
             check_responses(teacher, self.loss.terms.kind, gathered=not unfit)
             self.responses = StudentResponses(objective.responses, self.data_collator, args.seed)
+        self._evaluated = EvaluationLoss(self.accelerator, self.terms.kind)
         self._logged_terms = torch.zeros(len(objective.terms()), device=args.device)
         self._logged_steps = dict.fromkeys(objective.terms(), 0)  # that a term counted in
 
@@ -148,7 +151,8 @@ class DistillationTrainer(Trainer):
         if self.responses is None or not answered:
             return batches, counts
         student = self.accelerator.unwrap_model(self.model)
-        with self.compute_loss_context_manager(), whole(student):
+        # Mixed precision begins and ends around all tokens: within it a weight is converted once, not for each of them.
+        with self.accelerator.autocast(), whole(student):
             batches = [self.responses(student, batch, step) for batch in batches]
         return batches, self._get_num_items_in_batch(batches, device)  # counted anew: the labels are others now
 
@@ -173,7 +177,8 @@ class DistillationTrainer(Trainer):
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
         share = self.accelerator.num_processes / num_items_in_batch
         if not model.training:
-            total, outputs = self.loss.of_labels(model, inputs)
+            total, outputs = self.loss.of_labels(model, inputs, self._evaluated.rows(inputs))
+            self._evaluated.add(total, inputs)
             loss = total * share[UNITS.index("labels")]
             return (loss, outputs) if return_outputs else loss
         answered = inputs.pop(MARK, None) is not None
@@ -189,6 +194,14 @@ class DistillationTrainer(Trainer):
         self._logged_terms += torch.stack([sums[name].detach() * shares[name] for name in shares])
         return (loss, outputs) if return_outputs else loss
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As `Trainer.evaluation_loop`, with the mean loss over labels in the place of that over batches."""
+        self._evaluated = EvaluationLoss(self.accelerator, self.terms.kind)
+        output, name = super().evaluation_loop(*args, **kwargs), f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
+        if output.metrics is not None and name in output.metrics:
+            output.metrics[name] = self._evaluated.mean()
+        return output
+
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Any, Any, Any]:
@@ -196,11 +209,9 @@ class DistillationTrainer(Trainer):
         if not prediction_loss_only or inputs.get("labels") is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
-        items = self._get_num_items_in_batch([inputs], self.args.device)
-        assert items is not None
         with torch.no_grad(), self.compute_loss_context_manager():
-            total = self.loss.of_labels_alone(model, inputs)
-        return total * self.accelerator.num_processes / items[UNITS.index("labels")], None, None
+            total = self.loss.of_labels_alone(model, inputs, self._evaluated.rows(inputs))
+        return total / self._evaluated.add(total, inputs).clamp(min=1), None, None
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As `Trainer.training_step`; averages the projections' gradients over processes, as DDP does the student's."""

@@ -13,7 +13,7 @@ from distill_llm.adapters import without_adapters
 from distill_llm.capture import Recorder, Signals, item_logits, packed
 from distill_llm.head_terms import HeadTerms
 from distill_llm.losses.chunked_head import head_losses
-from distill_llm.losses.items import aligned_labels, sequence_numbers, targets, valid_tokens
+from distill_llm.losses.items import aligned_labels, first_rows, sequence_numbers, targets, valid_tokens
 from distill_llm.losses.labels import label_loss
 from distill_llm.losses.objective import Objective
 from distill_llm.output_head import output_head
@@ -118,9 +118,11 @@ class TrainingLoss:
             outputs = model(**forward_inputs(self.student, inputs))
         batch = replace(batch, student=recording.with_logits(item_logits(outputs.logits, positions)))
         rest = self.terms(batch, without=sums)
-        parts = [factors[name] * value for name, value in rest.items()]
+        parts = [factors[name] * value for name, value in {**sums, **rest}.items()]
         if self.head_terms is not None:
-            parts.append(outputs.loss)
+            parts.append(
+                outputs.loss - outputs.loss.detach()
+            )  # for its gradient: FSDP2 rounds outputs to the precision
         elif not self.terms.needs_outputs:
             parts.append(0.0 * outputs.logits.float().sum())  # DDP waits for a gradient of every parameter
         return torch.stack(parts).sum(), {**sums, **rest}, outputs
@@ -134,18 +136,18 @@ class TrainingLoss:
             return self.teacher.below_head(inputs, positions)
         return self.teacher(inputs, positions)
 
-    def of_labels(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
-        """The sum of the loss against the labels without smoothing, and the outputs with all of their logits."""
+    def of_labels(self, model: nn.Module, inputs: dict[str, Any], rows: int) -> tuple[torch.Tensor, Any]:
+        """The sum over the first `rows` of a batch of the loss against the labels without smoothing, and all outputs."""
         outputs = model(**forward_inputs(self.student, inputs))
-        labels = aligned_labels(inputs, self.terms.kind).flatten()
-        return label_loss(outputs.logits.flatten(0, -2), labels).sum(), outputs
+        labels = aligned_labels(inputs, self.terms.kind)[:rows].flatten()
+        return label_loss(outputs.logits[:rows].flatten(0, -2), labels).sum(), outputs
 
-    def of_labels_alone(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    def of_labels_alone(self, model: nn.Module, inputs: dict[str, Any], rows: int) -> torch.Tensor:
         """The same sum without gradient, and without logits where the head can do without them."""
         head, sums = self.head, []
         if head is None:
-            return self.of_labels(model, inputs)[0]
-        positions, labels = targets(inputs, self.terms.kind)
+            return self.of_labels(model, inputs, rows)[0]
+        positions, labels = targets(first_rows(inputs, rows), self.terms.kind)
 
         def receive(hidden: torch.Tensor) -> None:
             sums.append(head_losses(head.head, hidden, labels).labels)

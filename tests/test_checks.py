@@ -203,6 +203,19 @@ def test_a_student_needs_the_teachers_tokenizer_and_explicit_layers(folder):
     assert line.startswith("student.model: got ") and "tokenizer" in line
 
 
+def test_lineage_needs_the_teacher_that_the_student_was_pruned_from(folder):
+    losses = {"logits": {}, "hidden": {"layers": "lineage"}}
+    student = {"student__model": str(folder / "student"), "pruning": None, "distillation__losses": losses}
+    teacher = load_pretrained(folder / "teacher")
+    plan = PruningPlan("bert", tuple(LayerPlan(i, (0, 2), tuple(range(9))) for i in (0, 2)))
+    shutil.copytree(folder / "teacher", folder / "student")
+    prune(teacher, plan).save_pretrained(folder / "student")
+    assert faults(recipe_with(folder, **student)) == []
+    write_model(folder / "teacher", layers=5)
+    (line,) = faults(recipe_with(folder, **student))
+    assert line.startswith("distillation.losses.hidden.layers: got 'lineage'; accepted: uniform, last or pairs")
+
+
 def test_a_student_with_other_label_names_is_refused_as_the_trainer_would(folder):
     def named(name, *labels):
         names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}

@@ -2,11 +2,14 @@
 
 import copy
 import json
+from collections import Counter
 
 import pytest
 import torch
 from causal_examples import causal_model, data_of, word_tokenizer, words
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from trainer_examples import with_lora
 
 import distill_llm
 from distill_llm import DistillationConfig, DistillationTrainer
@@ -185,6 +188,46 @@ def test_a_stopped_training_goes_on_with_the_same_draws(tmp_path):
         for each in (unbroken, trainer)
     ]
     assert logs[0] == logs[1] and any("loss/labels" in log for log in logs[0])
+
+
+class Conversions(TorchDispatchMode):
+    """Counts how often each tensor is converted to bfloat16, by its address."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") is torch.bfloat16:
+            self.counts[args[0].data_ptr()] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_answers_are_generated_in_mixed_precision_with_weights_converted_once_for_all_tokens(
+    tmp_path, monkeypatch, adapted
+):
+    rows, teacher, plain = data(), causal_model(num_hidden_layers=3), causal_model()
+    student = with_lora(plain) if adapted else plain
+    losses = {"logits": {}, "responses": {"share": 1.0, "temperature": 0, "max_new_tokens": 6}}
+    trainer = trainer_of(tmp_path, student, teacher, rows, losses, bf16=True, optim="sgd", learning_rate=1.0)
+    conversions, dtypes, answer = Conversions(), [], StudentResponses.__call__
+
+    def watched(self, *args):
+        hook = plain.model.layers[0].mlp.down_proj.register_forward_hook(lambda m, a, out: dtypes.append(out.dtype))
+        with conversions:
+            made = answer(self, *args)
+        hook.remove()
+        return made
+
+    monkeypatch.setattr(StudentResponses, "__call__", watched)
+    learned = {name: p for name, p in student.named_parameters() if p.requires_grad and p.dim() == 2}
+    before = {name: p.detach().clone() for name, p in learned.items()}
+    trainer.train()
+    assert len(dtypes) == 6 and set(dtypes) == {torch.bfloat16}
+    converted = {name: conversions.counts[p.data_ptr()] for name, p in learned.items() if "embed_tokens" not in name}
+    assert set(converted.values()) == {1}, converted
+    assert not any(torch.equal(p, before[name]) for name, p in learned.items())
 
 
 @pytest.mark.parametrize("kind, teacher, gathered", [("token", None, True), ("next_token", None, False)])

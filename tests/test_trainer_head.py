@@ -15,7 +15,9 @@ from trainer_examples import NO_DROPOUT, TERMS, causal_model, model_of, rows, st
 from distill_llm import output_head as output_head_module
 from distill_llm import training_loss
 from distill_llm.losses import chunked_head, divergences
+from distill_llm.losses.objective import parse_objective
 from distill_llm.output_head import output_head
+from distill_llm.training_loss import TrainingLoss
 
 SCALED = {
     "gemma2": {"final_logit_softcapping": 2.0},
@@ -146,6 +148,43 @@ def test_the_loss_of_an_evaluation_is_that_of_whole_logits(tmp_path, head):
     alone = trainer.evaluate()["eval_loss"]
     trainer.compute_metrics = lambda prediction: {}
     assert alone == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("metrics", [False, True])
+@pytest.mark.parametrize("head", ["sequence-classification", "masked-lm", "causal-lm"])
+def test_the_loss_of_an_evaluation_is_the_mean_over_labels_of_batches_of_any_size(tmp_path, head, metrics):
+    student = model_of(head, layers=2)
+    data = rows(student, count=8)
+    for row in data[:3]:
+        row["labels"] = row["labels"].clone().fill_(-100)
+    for row in data[3:5] if head != "sequence-classification" else ():
+        row["labels"][3:] = -100
+    batch = {name: torch.stack([row[name] for row in data]) for name in data[0]}
+    with torch.no_grad():
+        expected = student(**batch).loss.item()
+    for size in (8, 3, 1):
+        trainer = trainer_of(tmp_path, student, None, data, {"labels": {}}, per_device_eval_batch_size=size)
+        if metrics:
+            trainer.compute_metrics = lambda prediction: {}
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+        assert trainer.predict(data).metrics["test_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["labels", "all"])
+def test_a_wrapper_that_rounds_the_outputs_changes_no_loss_and_leaves_its_gradient(name):
+    teacher, student = causal_model(), causal_model(layers=2, seed=1)
+    batch = {key: torch.stack([row[key] for row in rows(teacher)]) for key in ("input_ids", "attention_mask", "labels")}
+    loss = TrainingLoss(parse_objective(TERMS[name]), student, teacher, None, torch.device("cpu"))
+    factors = {term: torch.tensor(0.01) for term in loss.objective.terms()}
+    found = []
+    for _ in range(2):
+        student.zero_grad()
+        value = loss(student, batch, factors, 0, 1)[0]
+        value.backward()
+        found.append((value.item(), student.lm_head.weight.grad.clone()))
+        student.register_forward_hook(lambda module, args, outputs: setattr(outputs, "loss", outputs.loss.bfloat16()))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-6)
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-6, atol=0.0)
 
 
 def test_resumed_training_of_a_causal_lm_ends_with_the_weights_of_an_uninterrupted_run(tmp_path):

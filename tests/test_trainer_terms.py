@@ -114,6 +114,46 @@ def test_a_student_that_keeps_known_channels_is_compared_with_these_and_needs_no
     assert log["loss/hidden"] == pytest.approx(sum(distances[1:]) / 2, rel=1e-5)
 
 
+def test_a_pruned_student_of_another_model_than_its_teacher_is_projected_as_any_student_of_another_width(tmp_path):
+    original, teacher = causal_model(layers=4), causal_model(layers=6, hidden_size=64, seed=1)
+    lineage = [LayerLineage(i, (0, 1), tuple(range(64))) for i in (1, 3)]
+    student = student_of_rows(original, lineage, hidden=tuple(range(0, 32, 2)))
+    data, losses = rows(teacher), {"hidden": {"layers": "uniform"}, "embeddings": {}}
+    trainer = trainer_of(tmp_path, student, teacher, data, losses, learning_rate=0.0)
+    trainer.train()
+    batch = stacked(data, "input_ids", "attention_mask")
+    valid = batch["attention_mask"].bool()
+    own, target = (
+        outputs_of(model, ["model.embed_tokens", *(f"model.layers.{index}" for index in layers)], batch)
+        for model, layers in ((student, (0, 1)), (teacher, (2, 5)))
+    )
+    distances = []
+    for name, state, goal in zip(("embeddings", "0-2", "1-5"), own, target, strict=True):
+        weight = trainer.terms.projections[name].weight.detach()
+        assert weight.shape == (64, 16)
+        distances.append((state @ weight.T - goal)[valid].square().mean().item())
+    log = trainer.state.log_history[0]
+    assert log["loss/embeddings"] == pytest.approx(distances[0], rel=1e-5)
+    assert log["loss/hidden"] == pytest.approx(sum(distances[1:]) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("other", [{"layers": 6}, {"hidden_size": 64}, {"num_key_value_heads": 4}, {"pruned": True}])
+@pytest.mark.parametrize("term", ["hidden", "attention", "relations"])
+def test_lineage_is_refused_of_a_teacher_that_the_student_was_not_cut_from(tmp_path, term, other):
+    def cut(model, *layers):
+        return student_of_rows(model, [LayerLineage(i, (0, 1), tuple(range(64))) for i in layers])
+
+    pruned = "pruned" in other
+    sizes = {"layers": 6} if pruned else {"layers": 4, **other}
+    student, teacher = cut(causal_model(layers=4), 1, 3), causal_model(seed=1, **sizes)
+    losses = {term: {"layers": "lineage", **({"heads": 4} if term == "relations" else {})}}
+    accepted = f"losses.{term}.layers: got 'lineage'; accepted: uniform, last .*not pruned from this teacher$"
+    with pytest.raises(InputError, match=accepted):
+        trainer_of(tmp_path, student, cut(teacher, 0, 1, 3, 5) if pruned else teacher, [], losses)
+    original = causal_model(layers=4, seed=2)
+    trainer_of(tmp_path, student, cut(original, 0, 1, 3) if pruned else original, [], losses)
+
+
 def test_lineage_of_a_grouped_query_model_compares_all_queries_of_the_kept_groups(tmp_path):
     teacher = causal_model(layers=4, attn_implementation="eager")
     student = student_of_rows(teacher, [LayerLineage(i, (1,), tuple(range(64))) for i in (1, 3)])

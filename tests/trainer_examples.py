@@ -35,6 +35,7 @@ TERMS = {
     },
 }
 OPTIONS = ("processing_class", "optimizers", "model_init", "compute_loss_func")  # of the trainer, not of its arguments
+SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
@@ -48,7 +49,7 @@ def student_of_rows(
     ]
     config.pruning = {
         "layers": [{"source": row.source, **own} for row, own in zip(rows, packed, strict=True)],
-        "stock": {"num_hidden_layers": config.num_hidden_layers},
+        "stock": {name: getattr(config, name) for name in SIZES if hasattr(config, name)},
     }
     if hidden is not None:
         config.pruning["hidden"] = pack_indices(hidden)

@@ -58,6 +58,11 @@ def counted(batch: Mapping[str, Any], kind: Kind, unlabelled: bool = False) -> t
     return torch.ones_like(labels, dtype=torch.bool) if labels.is_floating_point() else labels != IGNORED
 
 
+def first_rows(batch: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """What says which items count, of the first `rows` of a batch."""
+    return {name: batch[name][:rows] for name in ("input_ids", "attention_mask", "labels") if name in batch}
+
+
 def targets(batch: Mapping[str, Any], kind: Kind, unlabelled: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The outputs per token that count, to be picked from (B * T) flattened ones; waits for the device.
 

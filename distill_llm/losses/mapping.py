@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from math import ceil
 from typing import NamedTuple
 
+from transformers import PreTrainedConfig
+
 from distill_llm.errors import InputError
-from distill_llm.pruning.families import LayerLineage
+from distill_llm.pruning.families import LayerLineage, stock_values
 
 
 class LayerPair(NamedTuple):
@@ -14,6 +16,19 @@ class LayerPair(NamedTuple):
     student: int
     teacher: int
     heads: tuple[int, ...] | None = None
+
+
+def cut_from(student: PreTrainedConfig, teacher: PreTrainedConfig) -> bool:
+    """Whether the lineage of a student counts in a teacher: a model with the sizes of the student's original.
+
+    Of a teacher that is pruned too it is the original that must agree.
+    """
+    record = getattr(student, "pruning", None)
+    if record is None or student.model_type != teacher.model_type:
+        return False
+    sizes = {name: value for name, value in record.get("stock", {}).items() if isinstance(value, int)}
+    with stock_values(teacher):
+        return all(getattr(teacher, name, None) == value for name, value in sizes.items())
 
 
 def relative_lineage(
@@ -64,7 +79,7 @@ def hidden_pairs(
     Args:
         layers: lineage, uniform, last or explicit pairs.
         student_layers, teacher_layers: numbers of layers.
-        lineage: of the student, counted in the teacher, or None.
+        lineage: of the student, counted in the teacher; None: the student was not cut from this teacher.
         field: what the setting is called in error messages.
 
     Raises:
@@ -87,24 +102,20 @@ def attention_pairs(
 ) -> list[LayerPair]:
     """The layers, and by `lineage` the heads, whose attention is compared: each with the one it was copied from.
 
-    Arguments and errors as in `hidden_pairs`; `group_size` as in `query_heads`. Student layers that have no head left are
-    left out.
+    Arguments and errors as in `hidden_pairs`; `group_size` as in `query_heads`. With `lineage`, student layers that have no
+    head left are left out.
     """
     if layers == "lineage":
         rows = _need_lineage(lineage, teacher_layers, field)
         heads = [query_heads(row, group_size) for row in rows]
         return [LayerPair(index, row.source, heads[index]) for index, row in enumerate(rows) if row.heads]
-    pairs = _plain_pairs(layers, student_layers, teacher_layers, field)
-    if lineage is not None:
-        pairs = [pair for pair in pairs if lineage[pair.student].heads]
-    return pairs
+    return _plain_pairs(layers, student_layers, teacher_layers, field)
 
 
 def _need_lineage(lineage: Sequence[LayerLineage] | None, teacher_layers: int, field: str) -> Sequence[LayerLineage]:
     if lineage is None:
-        raise InputError(
-            field, "lineage", "uniform, last or [[student, teacher], ...]: this student was not pruned here"
-        )
+        accepted = "uniform, last or [[student, teacher], ...]: this student was not pruned from this teacher"
+        raise InputError(field, "lineage", accepted)
     if max(layer.source for layer in lineage) >= teacher_layers:
         accepted = "the teacher that the student was pruned from: its layers are too few"
         raise InputError("teacher", f"{teacher_layers} layers", accepted)

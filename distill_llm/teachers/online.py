@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils.generic import is_flash_attention_requested
 
 from distill_llm.adapters import is_quantized
 from distill_llm.capture import Recorder, Signals, Wanted, item_logits, packed
 from distill_llm.data.decoders import without_packed_mask
+from distill_llm.errors import InputError
 from distill_llm.losses.head import Head
 from distill_llm.output_head import OutputHead, output_head
 
@@ -21,7 +23,14 @@ def forward_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any
     """The inputs, without labels, that the model's forward names, all of them where it names none; and no cache.
 
     A packed batch goes without its attention mask (see `distill_llm.data.decoders.without_packed_mask`).
+
+    Raises:
+        InputError: several packed rows under flash attention, which keeps sequences apart in a batch of one row only.
     """
+    rows = len(inputs.get("position_ids", ()))
+    if rows > 1 and is_flash_attention_requested(getattr(model, "config", None)):
+        given = f"{rows} packed rows in a batch under flash attention"
+        raise InputError("data.packing", given, "batches of one row, or the attn_implementation sdpa")
     names, inputs = inspect.signature(model.forward).parameters, without_packed_mask(inputs)
     everything = "input_ids" not in names
     chosen = {name: value for name, value in inputs.items() if name != "labels" and (everything or name in names)}

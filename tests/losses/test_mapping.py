@@ -24,7 +24,7 @@ def test_uniform_mapping_is_that_of_tinybert():
 
 def test_last_and_explicit_pairs():
     assert hidden_pairs("last", 3, 6, LINEAGE) == [(2, 5, None)]
-    assert attention_pairs([(0, 5), (1, 2)], 3, 6, LINEAGE) == [(0, 5, None)]
+    assert attention_pairs([(0, 5), (1, 2)], 3, 6, LINEAGE) == [(0, 5, None), (1, 2, None)]
 
 
 def test_lineage_in_a_pruned_teacher_is_counted_in_its_own_layers_and_heads():
