@@ -101,8 +101,9 @@ class CalibrationBatch:
 
 
 def begins_here(entering: torch.Tensor) -> torch.Tensor:
-    """What a linear reads, as where the backward pass ends unless it goes on: nothing before the first linears has a
-    statistic. (Of layers whose attention and FFN are side by side, both linears of the first are such.)"""
+    """What a linear reads, or a layer without any gives out, as where the backward pass ends unless it goes on: nothing before
+    the first linears has a statistic. (Of layers whose attention and FFN are side by side, both linears of the first are such.)
+    """
     return entering if entering.requires_grad or not entering.numel() else entering.detach().requires_grad_()
 
 
@@ -185,11 +186,11 @@ def _add_within(batch: CalibrationBatch, moments: MomentsSum, value: torch.Tenso
 def layer_hook(batch: CalibrationBatch, sums: UnitSums, similarity: torch.Tensor, index: int) -> Callable:
     """After a layer, with kwargs: statistics of what it adds to its input, and the sum of their cosines at `index`."""
 
-    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         out = output[0] if isinstance(output, tuple) else output
         batch.in_series |= batch.last_norm is not None and out.data_ptr() == batch.last_norm.data_ptr()
         if batch.skipped:
-            return
+            return output
         before = (args[0] if args else kwargs["hidden_states"]).detach()
         after = out.detach()
         with batch.fp32():
@@ -202,7 +203,9 @@ def layer_hook(batch: CalibrationBatch, sums: UnitSums, similarity: torch.Tensor
                 sums.add_gradients(batch.per_example(after - before, gradient).sum(1, keepdim=True))
 
         if batch.with_loss:
+            out = begins_here(out)  # of a first layer without heads and neurons: its biases have an effect, too
             out.register_hook(backward)
+        return (out, *output[1:]) if isinstance(output, tuple) else out
 
     return hook
 
