@@ -220,9 +220,19 @@ def family_of(model: PreTrainedModel | PreTrainedConfig) -> Family:
             raise ValueError(
                 f"model: got {config.model_type!r} with {part}; accepted: one without, whose layers are alike"
             )
-    row = FAMILIES[config.model_type]
-    if config.model_type == "falcon" and config.multi_query and not config.new_decoder_architecture:
-        row = replace(row, attention_in={"self_attention.query_key_value": "q kv kv"})
+    row = row_of(config)
+    assert row is not None
+    return row
+
+
+def row_of(config: PreTrainedConfig) -> Family | None:
+    """The row of a config's family as this config has it, None of one without a row; whether it can be pruned is not asked."""
+    row = FAMILIES.get(config.model_type)
+    if row is not None and config.model_type == "falcon":
+        if config.multi_query and not config.new_decoder_architecture:
+            row = replace(row, attention_in={"self_attention.query_key_value": "q kv kv"})
+    elif row is not None and config.model_type == "deberta-v2" and not config.legacy:
+        row = replace(row, mlm_head="lm_predictions")
     return row
 
 
