@@ -128,16 +128,16 @@ def fit_bypasses(
         The bypasses, of all tokens; (I + H)^2 fp32 numbers for each FFN that takes over.
 
     Raises:
-        InputError: if the plan does not fit the model.
+        InputError: if the plan does not fit the model, or the model is offloaded or spread over devices.
     """
     plan.check(model)
+    calibration = CalibrationPass(model, None, precision=precision, sharded=sharded)
     taken, runs = outputs_taken_over(model, plan), runs_taken_over(model, plan)
     shown, batches = first_of(dataloader) if taken else (None, [])
     norm = None if shown is None else _closing_norm(model, min(taken), shown)
     if norm is None or (norm and (not runs or plan.hidden is not None)):
         return Bypasses(plan)
     layers, down = layers_of(model), family_of(model).ffn_out
-    calibration = CalibrationPass(model, None, precision=precision, sharded=sharded)
     state = calibration.batch()
     taps = {i: _Tap(state, linear(layers[i], down)) for i in (runs if norm else taken)}
 

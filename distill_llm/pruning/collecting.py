@@ -70,7 +70,8 @@ def collect_statistics(
             the sums of all processes: each ends with what one process alone would find, but for rounding.
 
     Raises:
-        InputError: for another `loss` or share, or batches without labels where they are needed.
+        InputError: for another `loss` or share, a model that is offloaded or spread over devices, or batches without labels
+            where they are needed.
     """
     if moment_share is not None and not 0 < moment_share <= 1:
         raise InputError("moment_share", moment_share, "above 0 and at most 1")
