@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 import pytest
 import torch
 from family_examples import HIDDEN, NEURONS, QUERIES, family_batch, family_model
+from pruning_examples import processor_with_bf16
 from torch.nn import functional as F
 
 from distill_llm.counting import _LiveStorages
@@ -289,6 +290,18 @@ def test_checkpointing_finds_the_same_and_holds_less(name, hidden):
             collect_statistics(model, [long], moments=False, exact=True, hidden=hidden, checkpointing=each)
         bytes_held.append(live.peak)
     assert bytes_held[1] < 0.6 * bytes_held[0]
+
+
+def test_quick_products_hold_a_copy_of_one_weight_at_a_time(monkeypatch):
+    processor_with_bf16(monkeypatch, True)
+    model = family_model("llama", num_hidden_layers=12, hidden_size=64, intermediate_size=256)
+    batch, peaks = family_batch(model, batch=2, length=4), []
+    for exact in (True, False):
+        with Held([*model.parameters(), *batch.values()]) as live:
+            collect_statistics(model, [batch], "kl", moments=False, exact=exact)
+        peaks.append(live.peak)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.model.layers.parameters())
+    assert peaks[1] - peaks[0] < 0.05 * weights
 
 
 class Held(_LiveStorages):
