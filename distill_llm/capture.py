@@ -23,7 +23,7 @@ from distill_llm.errors import InputError
 from distill_llm.losses.attention import AttentionInputs
 from distill_llm.losses.items import kind_of
 from distill_llm.losses.sparse import SparseTargets
-from distill_llm.pruning.families import FAMILIES, layers_of
+from distill_llm.pruning.families import layers_of, row_of
 
 PREFIX = "distill_"
 EMBEDDINGS = -1  # the layer before the first: its output is what the first reads
@@ -308,5 +308,5 @@ def _language_model_head(model: PreTrainedModel) -> nn.Module | None:
         return model.get_output_embeddings()
     if not type(model).__name__.endswith("ForMaskedLM"):
         return None
-    row = FAMILIES.get(model.config.model_type)
+    row = row_of(model.config)
     return model.get_output_embeddings() if row is None else model.get_submodule(row.mlm_head)

@@ -151,15 +151,22 @@ def test_a_family_whose_attention_cannot_be_seen_is_refused_in_one_line(term, wa
 
 CAUSAL = ["bloom", "cohere", "gemma2", "gpt2", "gpt_neox", "granite", "llama", "mamba", "opt", "phi3", "qwen3"]
 
+MASKED = {
+    **{family: (family, {}) for family in FAMILIES},
+    "modernbert": ("modernbert", {"cls_token_id": 1, "sep_token_id": 2}),
+    "deberta-v2": ("deberta-v2", {}),
+    "deberta-v2, its own head": ("deberta-v2", {"legacy": False}),
+}
 
-@pytest.mark.parametrize("family", [*FAMILIES, "modernbert", *CAUSAL])
+
+@pytest.mark.parametrize("family", [*MASKED, *CAUSAL])
 def test_a_packed_language_model_head_gives_the_logits_of_the_chosen_tokens_scaled_and_capped_as_ever(family):
     if family in CAUSAL:
         scales = {"final_logit_softcapping": 0.5, "logit_scale": 0.1, "logits_scaling": 7.0}
         model = causal_model(family, **{k: v for k, v in scales.items() if hasattr(AutoConfig.for_model(family), k)})
     else:
-        own = {"cls_token_id": 1, "sep_token_id": 2} if family == "modernbert" else {}
-        model = tiny_model(family, head="masked-lm", **own)
+        name, own = MASKED[family]
+        model = tiny_model(name, head="masked-lm", **own)
     batch = random_batch(model, labels=False)
     positions = batch["attention_mask"].flatten().nonzero().squeeze(-1)
     with torch.no_grad():

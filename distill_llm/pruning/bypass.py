@@ -5,6 +5,9 @@ added to the stream. The new weight is the least squares of W z + d on the neuro
 whose inputs are z and d, with d removed. Nothing is added to the model. (ReplaceMe, Shopkhoev et al. 2025, fits a matrix
 after the FFN in place of removed layers; here each neuron's column is free, and neurons of the same FFN may go at once.)
 
+Where attention and FFN are in parallel, the FFN of its own layer takes over a removed attention: it does not read what that
+added, and the FFN before would hand it on to both.
+
 Where a norm closes every layer (BERT and its kin), a run of removed layers is taken over by the FFN just before it: d is by how
 much the sum before the last removed layer's closing norm is more than that before the FFN's own, whose place that norm takes.
 """
@@ -73,13 +76,16 @@ class Bypasses:
 def outputs_taken_over(model: PreTrainedModel, plan: PruningPlan) -> dict[int, list[Place]]:
     """By layer, for every FFN that stays: what the plan removes whole after it and before the next FFN that stays.
 
-    What is removed before the first such FFN has none to take it over.
+    An attention in parallel with an FFN that stays belongs to this. What is removed before the first FFN that stays has none to
+    take it over.
     """
     family, rows = family_of(model), {row.source: row for row in plan.layers}
     found: dict[int, list[Place]] = {}
     last: int | None = None
     for layer, size in enumerate(sizes_of(model)):
         row = rows.get(layer)
+        if family.parallel and row is not None and row.neurons:
+            last = layer
         gone = [(layer, family.attention_out)] if row is None or (size.queries and not row.heads) else []
         if row is None or (size.neurons and not row.neurons):
             gone.append((layer, family.ffn_out))
@@ -122,16 +128,16 @@ def fit_bypasses(
         The bypasses, of all tokens; (I + H)^2 fp32 numbers for each FFN that takes over.
 
     Raises:
-        InputError: if the plan does not fit the model.
+        InputError: if the plan does not fit the model, or the model is offloaded or spread over devices.
     """
     plan.check(model)
+    calibration = CalibrationPass(model, None, precision=precision, sharded=sharded)
     taken, runs = outputs_taken_over(model, plan), runs_taken_over(model, plan)
     shown, batches = first_of(dataloader) if taken else (None, [])
     norm = None if shown is None else _closing_norm(model, min(taken), shown)
     if norm is None or (norm and (not runs or plan.hidden is not None)):
         return Bypasses(plan)
     layers, down = layers_of(model), family_of(model).ffn_out
-    calibration = CalibrationPass(model, None, precision=precision, sharded=sharded)
     state = calibration.batch()
     taps = {i: _Tap(state, linear(layers[i], down)) for i in (runs if norm else taken)}
 

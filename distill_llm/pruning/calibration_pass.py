@@ -13,7 +13,7 @@ from distill_llm.losses.items import valid_tokens
 from distill_llm.pruning.calibration_loss import Loss, calibration_loss
 from distill_llm.pruning.families import layers_of
 from distill_llm.pruning.fast_backward import fast_backward
-from distill_llm.pruning.forwarding import checkpointed, frozen
+from distill_llm.pruning.forwarding import check_in_memory, checkpointed, frozen
 from distill_llm.pruning.sharding import process
 from distill_llm.pruning.taps import CalibrationBatch
 
@@ -25,7 +25,7 @@ class CalibrationPass:
     """How a model sees calibration data; the fields are those of `collect_statistics`.
 
     Raises:
-        InputError: for another loss.
+        InputError: for another loss, or a model that is offloaded or spread over devices.
     """
 
     model: PreTrainedModel
@@ -40,6 +40,7 @@ class CalibrationPass:
     def __post_init__(self) -> None:
         if isinstance(self.loss, str) and self.loss not in ("labels", "kl"):
             raise InputError("loss", self.loss, "labels, kl, a callable (outputs, batch) -> tensor, or None")
+        check_in_memory(self.model, one_device=True)
 
     def batch(self) -> CalibrationBatch:
         """What hooks look at."""

@@ -1,12 +1,13 @@
 """One pass over calibration data that collects every statistic of every unit.
 
 Weights are frozen; hooks on the attention-output and FFN-down linears see their inputs a and, through the backward pass, the
-gradients g of the loss there; hooks on the norms of the residual stream do the same for its channels. Padding counts in
-nothing (`attention_mask`).
+gradients g of the loss there; hooks on the linears that read the residual stream, and on its last norm, do the same for its
+channels. Padding counts in nothing (`attention_mask`).
 """
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
@@ -18,9 +19,9 @@ from distill_llm.pruning.families import family_of, layers_of, width_of
 from distill_llm.pruning.moments import MomentsSum
 from distill_llm.pruning.sharding import sum_over_processes
 from distill_llm.pruning.statistics import Statistics
-from distill_llm.pruning.stream import seen, stream_norms, stream_readers, stream_tensors
+from distill_llm.pruning.stream import channel_readers, seen, stream_readers, stream_tensors
 from distill_llm.pruning.structure import head_size_of, linear, sizes_of, weight_of
-from distill_llm.pruning.taps import layer_hook, moments_hook, norm_hook, tap_hook
+from distill_llm.pruning.taps import layer_hook, moments_hook, reader_hook, see_channels, tap_hook
 from distill_llm.pruning.unit_sums import UnitSums, stacked
 from distill_llm.pruning.weights import unit_weights
 
@@ -69,7 +70,8 @@ def collect_statistics(
             the sums of all processes: each ends with what one process alone would find, but for rounding.
 
     Raises:
-        InputError: for another `loss` or share, or batches without labels where they are needed.
+        InputError: for another `loss` or share, a model that is offloaded or spread over devices, or batches without labels
+            where they are needed.
     """
     if moment_share is not None and not 0 < moment_share <= 1:
         raise InputError("moment_share", moment_share, "above 0 and at most 1")
@@ -87,12 +89,13 @@ def collect_statistics(
     similarity = torch.zeros(len(layers), device=device)
     shown, batches = first_of(dataloader)  # on every process, whoever collects of it
     found = stream_tensors(model, shown) if hidden_moments and shown is not None else []
+    inside, after = channel_readers(model, shown) if hidden and shown is not None else ([], [])
     stream = {tensor: MomentsSum(width_of(model), device, moment_share) for tensor in found}
     state = calibration.batch()
 
     def add_channels() -> None:
         if channels is not None and loss is not None:
-            channels.add_gradients(state.channel_effects)
+            channels.add_gradients(state.channels)
 
     with ExitStack() as stack:
         # Gradients of all channels, or of what every layer reads, go back to the very embeddings.
@@ -102,8 +105,11 @@ def collect_statistics(
             hook = tap_hook(state, sums[i], second[i] if second else None)
             stack.enter_context(module.register_forward_pre_hook(hook))
         if channels is not None:
-            for norm in stream_norms(model).values():
-                stack.enter_context(norm.register_forward_hook(norm_hook(state, channels)))
+            before = reader_hook(state, channels)
+            for reader in inside:
+                stack.enter_context(reader.register_forward_pre_hook(before))
+            for tensor in after:
+                stack.enter_context(seen(model, tensor, partial(see_channels, state, channels)))
         for tensor, its in stream.items():
             stack.enter_context(seen(model, tensor, moments_hook(state, its)))
         for i, layer in enumerate(layers):

@@ -111,8 +111,8 @@ def score(statistics: Statistics, criterion: str = "fisher", seed: int = 0) -> I
     - leave_one_out: for layers, the loss without the layer less the loss with it (see `leave_one_out`).
 
     For layers, a is what the layer adds to its input and g the gradient at its output; no weights of its own read it, so that
-    wanda is activation there. For channels of the residual stream a is what its norms give out, summed over the norms within an
-    example; their mean where the stream itself goes from norm to norm; read by every linear on the stream.
+    wanda is activation there. For channels of the residual stream a is what linears read of it, summed over these tensors within
+    an example (see `channel_readers`).
 
     Raises:
         InputError: for another criterion, or statistics without what it needs.

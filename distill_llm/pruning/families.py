@@ -32,7 +32,8 @@ class Family:
     `ffn_config` is the config's name for the FFN width, `hidden_fields` its names for the width of the residual stream,
     `attention_widths` the attention module's own names for its width. `per_head_inputs` names what the model hands to every
     attention for all the original's heads (position biases). `reads_config`: attention takes its head count from the config.
-    `adds_residual`: attention adds its second argument to its output. `mlm_head` is the first module of the masked-LM head.
+    `adds_residual`: attention adds its second argument to its output. `parallel`: attention and FFN of a layer read the same, and
+    are added up. `mlm_head` is the first module of the masked-LM head.
     `stock` names the units that the family's own config can say fewer of, where every layer has the same number.
     """
 
@@ -48,6 +49,7 @@ class Family:
     per_head_inputs: tuple[str, ...] = ()
     reads_config: bool = False
     adds_residual: bool = False
+    parallel: bool = False
     mlm_head: str = "cls"
     stock: tuple[str, ...] = ("neurons", "layers")
 
@@ -141,14 +143,16 @@ FAMILIES: dict[str, Family] = {
     "granite": _LLAMA,
     # Norms of queries and keys span all heads, have a row or a module per head; those of Qwen3 and Gemma3 serve every head.
     "olmo2": replace(_LLAMA, attention_in=_projections("q_proj k_proj v_proj", q_norm="q", k_norm="kv")),
-    "cohere": replace(_LLAMA, attention_in=_projections("q_proj k_proj v_proj", q_norm="q/", k_norm="kv/")),
+    "cohere": replace(
+        _LLAMA, attention_in=_projections("q_proj k_proj v_proj", q_norm="q/", k_norm="kv/"), parallel=True
+    ),
     "stablelm": replace(
         _LLAMA,
         attention_in=_projections("q_proj k_proj v_proj", q_layernorm__norms="q[]", k_layernorm__norms="kv[]"),
         stock=("neurons", "layers"),
     ),
     "starcoder2": replace(_LLAMA, ffn_in={"mlp.c_fc": "n"}, ffn_out="mlp.c_proj"),
-    "phi": replace(_LLAMA, attention_out="self_attn.dense", ffn_in={"mlp.fc1": "n"}, ffn_out="mlp.fc2"),
+    "phi": replace(_LLAMA, attention_out="self_attn.dense", ffn_in={"mlp.fc1": "n"}, ffn_out="mlp.fc2", parallel=True),
     "phi3": replace(
         _LLAMA,
         attention_in={"self_attn.qkv_proj": "q kv kv"},
@@ -181,6 +185,9 @@ FAMILIES: dict[str, Family] = {
     "bloom": replace(_BLOOM, ffn_config="", per_head_inputs=("alibi",), adds_residual=True, stock=("layers",)),
     "falcon": replace(_BLOOM, ffn_config="ffn_hidden_size", per_head_inputs=("alibi", "attention_mask")),
 }
+
+# What configs call it that attention and FFN are in parallel, where a family can have them either way.
+_PARALLEL = ("use_parallel_residual", "parallel_attn", "new_decoder_architecture")
 
 
 class Dims(NamedTuple):
@@ -220,10 +227,21 @@ def family_of(model: PreTrainedModel | PreTrainedConfig) -> Family:
             raise ValueError(
                 f"model: got {config.model_type!r} with {part}; accepted: one without, whose layers are alike"
             )
-    row = FAMILIES[config.model_type]
+    row = row_of(config)
+    assert row is not None
+    return row
+
+
+def row_of(config: PreTrainedConfig) -> Family | None:
+    """The row of a config's family as this config has it, None of one without a row; whether it can be pruned is not asked."""
+    row = FAMILIES.get(config.model_type)
+    if row is None:
+        return None
     if config.model_type == "falcon" and config.multi_query and not config.new_decoder_architecture:
         row = replace(row, attention_in={"self_attention.query_key_value": "q kv kv"})
-    return row
+    if config.model_type == "deberta-v2" and not config.legacy:
+        row = replace(row, mlm_head="lm_predictions")
+    return replace(row, parallel=row.parallel or any(getattr(config, name, False) for name in _PARALLEL))
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:

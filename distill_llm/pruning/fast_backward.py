@@ -33,15 +33,17 @@ class _Backward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        return (gradient.to(weight.dtype) @ weight).to(gradient.dtype), None, None
+        product = gradient.to(torch.bfloat16) @ weight.to(torch.bfloat16)  # one copy at a time
+        return product.to(gradient.dtype), None, None
 
 
 @contextmanager
 def fast_backward(layers: nn.ModuleList) -> Iterator[None]:
     """Within the context, gradients pass the fp32 linears of `layers` in bf16, where the device multiplies faster in it.
 
-    The forward pass is untouched. The weights must need no gradient: they get none. A gradient entry carries a relative
-    rounding error of about 2^-9 for each linear it passes; the order of scores hardly moves (scripts/bench/RESULTS.md).
+    The forward pass is untouched. The weights must need no gradient: they get none. They are rounded as they are needed, so one
+    copy is held at a time. A gradient entry carries a relative rounding error of about 2^-9 for each linear it passes; the
+    order of scores hardly moves (scripts/bench/RESULTS.md).
     """
     with ExitStack() as stack:
         for module in layers.modules():
@@ -49,7 +51,7 @@ def fast_backward(layers: nn.ModuleList) -> Iterator[None]:
                 continue
             if not module.weight.numel() or not fast_bf16(module.weight.device):
                 continue
-            weight = weight_of(module).detach().to(torch.bfloat16)
+            weight = weight_of(module).detach()
             stack.enter_context(forward_as(module, partial(_forward, module.forward, weight)))
         yield
 

@@ -1,4 +1,4 @@
-"""A model held still, and layers whose forward is another for a while."""
+"""A model that is here whole, held still, and layers whose forward is another for a while."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -7,6 +7,20 @@ from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from distill_llm.errors import InputError
+
+
+def check_in_memory(model: nn.Module, one_device: bool = False) -> None:
+    """Raise InputError if weights are not in memory (offloaded), or, with `one_device`, are spread over several devices."""
+    devices, accepted = (
+        sorted({str(parameter.device) for parameter in model.parameters()}),
+        "a model loaded whole on one device",
+    )
+    if "meta" in devices:
+        raise InputError("model", "weights that are not in memory (offloaded)", accepted)
+    if one_device and len(devices) > 1:
+        raise InputError("model", f"weights on {' and '.join(devices)}", accepted)
 
 
 @contextmanager

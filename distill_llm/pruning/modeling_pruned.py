@@ -136,13 +136,15 @@ def hidden_dims(model: PreTrainedModel, sources: Sequence[int] | None = None) ->
     if sources is None:
         sources = [row.source for row in lineage_of(model) or ()]
     axes, prefix, found = _hidden_axes(model), layer_prefix(model), {}
-    for name, _ in model.named_parameters(remove_duplicate=False):
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         original = name
         if sources and name.startswith(prefix):
             index, _, rest = name.removeprefix(prefix).partition(".")
             original = f"{prefix}{sources[int(index)]}.{rest}"
         if original in axes:
             found[name] = axes[original]
+            if parameter.dim() == 2 and not parameter.numel():  # an EmptyLinear's, whatever the original has
+                found[name] = (int(not len(parameter)),)
     return found
 
 
@@ -218,11 +220,11 @@ class NoHeads(nn.Module):
         return (output + args[0] if self.adds_residual else output), None
 
 
-class EmptyConv1D(Conv1D):
-    """A Conv1D with no input left: its bias."""
+class EmptyLinear(nn.Linear):
+    """A linear with no input or no output left, in place of an `nn.Linear` or a Conv1D: bitsandbytes leaves it as it is.
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.weight + self.bias
+    (It takes every Conv1D and what is an `nn.Linear` itself, and cannot quantize a weight without entries.)
+    """
 
 
 class LayerConfig:
@@ -292,12 +294,14 @@ def _cut(root: nn.Module, name: str, dim: int, kept: torch.Tensor, values: bool)
 
 def _note_sizes(module: Any) -> None:
     """Bring a module's own records of its weight's size up to date."""
+    if isinstance(module, nn.Linear | Conv1D) and not module.weight.numel():
+        if isinstance(module, Conv1D):
+            module.weight = nn.Parameter(module.weight.detach().T, requires_grad=module.weight.requires_grad)
+        module.__class__ = EmptyLinear
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, Conv1D):
         module.nx, module.nf = module.weight.shape
-        if not module.nx:  # its forward cannot reshape what has no entries
-            module.__class__ = EmptyConv1D
     elif isinstance(module, nn.LayerNorm):
         module.normalized_shape = tuple(module.weight.shape)
     elif isinstance(module, nn.Embedding):

@@ -80,6 +80,23 @@ def stream_tensors(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) ->
     return [StreamTensor(norm_of.get(memory, ""), tuple(names)) for memory, names in readers_of.items()]
 
 
+def channel_readers(
+    model: PreTrainedModel, batch: Mapping[str, torch.Tensor]
+) -> tuple[list[nn.Linear | Conv1D], list[StreamTensor]]:
+    """Where the residual stream's channels are read: by which linears in layers, and as which tensors after them.
+
+    These are what the last norm below the head gives out and, of heads that give one answer, what else their linears read. Of
+    the channels that a language model's head makes for itself, which masks at chosen tokens would tell of, nothing is said.
+    """
+    prefix, base, tensors = layer_prefix(model), set(model.base_model.modules()), stream_tensors(model, batch)
+    inside = [name for tensor in tensors for name in tensor.readers if name.startswith(prefix)]
+    last = [tensor for tensor in tensors if tensor.norm and model.get_submodule(tensor.norm) in base][-1]
+    after = [last]
+    if model.get_output_embeddings() is None:
+        after += [each for each in tensors if each.readers and not {*each.readers} & {*inside} and each != last]
+    return [model.get_submodule(name) for name in inside], after  # type: ignore[misc]
+
+
 def _memory(tensor: torch.Tensor) -> int:
     """The same for a tensor and the parts of it that heads read (a first token, a slice)."""
     return tensor.untyped_storage().data_ptr()

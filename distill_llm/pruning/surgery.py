@@ -21,6 +21,7 @@ from distill_llm.pruning.families import (
     lineage_of,
     pack_indices,
 )
+from distill_llm.pruning.forwarding import check_in_memory
 from distill_llm.pruning.modeling_pruned import (
     all_queries,
     kept_channels,
@@ -97,8 +98,7 @@ def prune(
     plan.check(model)
     if bypasses is not None and (bypasses.plan.layers != plan.layers or (bypasses.norms and plan.hidden is not None)):
         raise InputError("bypasses", "those of another plan", "what fit_bypasses found for the plan that is given")
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise InputError("model", "weights that are not in memory (offloaded)", "a model loaded whole on one device")
+    check_in_memory(model)
     if compensate is not None:
         _check_statistics(model, compensate)
     lineage, hidden = compose_lineage(model, plan), _compose_hidden(model, plan)

@@ -1,4 +1,4 @@
-"""Hooks of a calibration pass: what they see at a linear's input, at a norm of the residual stream and around a layer.
+"""Hooks of a calibration pass: what they see at a linear's input, of the residual stream's channels and around a layer.
 
 Their arithmetic is in fp32 whatever the model computes in. Padding counts in nothing.
 """
@@ -21,10 +21,7 @@ class CalibrationBatch:
         valid: flat indices of these tokens; None where no token is padding.
         before: valid tokens of all batches before this one.
         keys: (valid tokens,) random numbers in [0, 1) that second moments choose tokens by.
-        channels: (B, C), sums over the norms so far of the effects of the residual stream's channels; 0 before the first.
-        norms: how many these are.
-        last_norm: what the last norm gave out; None before the first.
-        in_series: whether a layer gave out what a norm did: the residual stream goes from norm to norm.
+        channels: (B, C), the effects of the residual stream's channels, summed over what was seen of them so far; 0 before.
         with_loss: whether there is a backward pass.
     """
 
@@ -33,9 +30,6 @@ class CalibrationBatch:
     before: int
     keys: torch.Tensor
     channels: torch.Tensor
-    norms: int
-    last_norm: torch.Tensor | None
-    in_series: bool
 
     def __init__(self, device: torch.device, with_loss: bool):
         self.device, self.with_loss = device, with_loss
@@ -49,17 +43,7 @@ class CalibrationBatch:
         self.mask = rows.to(self.device, torch.float32)
         self.keys = torch.rand(len(places), generator=generator, device=self.device)
         self.channels = torch.zeros((), device=self.device)
-        self.norms, self.last_norm, self.in_series = 0, None, False
         return len(places)
-
-    @property
-    def channel_effects(self) -> torch.Tensor:
-        """(B, C): the effect of each channel of the residual stream, once it is known of all norms.
-
-        Norms that read the stream side by side add up. In series each has the effect of all that follow in its own: there a
-        channel that is taken out at all of n norms would count about n times, and the mean is what it does.
-        """
-        return self.channels / self.norms if self.in_series and self.norms else self.channels
 
     @property
     def skipped(self) -> bool:
@@ -77,13 +61,17 @@ class CalibrationBatch:
         return values.unflatten(0, self.mask.shape) if values.shape[:-1] == (self.mask.numel(),) else None
 
     def pack(self, values: torch.Tensor) -> torch.Tensor:
-        """(R, T, C) -> (valid tokens, C)."""
+        """(R, T, C) -> (valid tokens, C); (R, C) as it is."""
+        if values.dim() == 2:
+            return values
         flat = values.flatten(0, 1)
         return flat if self.valid is None else flat[self.valid]
 
     def per_example(self, values: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
-        """Sum over valid tokens of values x gradients: (R, T, C), (R, T, C) -> (B, C), fp32."""
-        rows = torch.bmm(self.mask.unsqueeze(1), values.float() * gradients.float()).squeeze(1)
+        """Sum over valid tokens of values x gradients: both (R, T, C), or (R, C) -> (B, C), fp32."""
+        rows = values.float() * gradients.float()
+        if rows.dim() == 3:
+            rows = torch.bmm(self.mask.unsqueeze(1), rows).squeeze(1)
         return rows if len(rows) == self.examples else rows.unflatten(0, (self.examples, -1)).sum(1)
 
     def token_weights(self, gradients: torch.Tensor) -> torch.Tensor:
@@ -101,8 +89,9 @@ class CalibrationBatch:
 
 
 def begins_here(entering: torch.Tensor) -> torch.Tensor:
-    """What a linear reads, as where the backward pass ends unless it goes on: nothing before the first linears has a
-    statistic. (Of layers whose attention and FFN are side by side, both linears of the first are such.)"""
+    """What a linear reads, or a layer without any gives out, as where the backward pass ends unless it goes on: nothing before
+    the first linears has a statistic. (Of layers whose attention and FFN are side by side, both linears of the first are such.)
+    """
     return entering if entering.requires_grad or not entering.numel() else entering.detach().requires_grad_()
 
 
@@ -136,26 +125,41 @@ def tap_hook(batch: CalibrationBatch, sums: UnitSums, moments: MomentsSum | None
     return hook
 
 
-def norm_hook(batch: CalibrationBatch, channels: UnitSums) -> Callable:
-    """After a norm of the residual stream: statistics of its output's channels."""
+def reader_hook(batch: CalibrationBatch, channels: UnitSums) -> Callable:
+    """Before every linear that reads the residual stream: statistics of its channels as they are read, of each tensor once.
 
-    def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        batch.last_norm = output.detach()
-        value = batch.by_token(batch.last_norm)
-        if batch.skipped or value is None:  # a head on chosen tokens: not the stream itself
-            return
-        with batch.fp32():
-            channels.activation += _squares(batch.pack(value))
+    Linears read a branch of the tensor: the gradient there is of what they make of it alone. In the tensor's own is that of all
+    that comes after, where it is the residual stream itself (BERT, OLMo 2).
+    """
+    last: list[torch.Tensor] = []  # what was read last, and its branch
 
-        def backward(gradient: torch.Tensor) -> None:
-            with batch.fp32():
-                batch.channels = batch.channels + batch.per_example(value, gradient.view_as(value))
-                batch.norms += 1
-
-        if batch.with_loss and output.requires_grad:
-            output.register_hook(backward)
+    def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        if not last or last[0] is not args[0]:
+            branch = args[0].view_as(args[0])
+            see_channels(batch, channels, branch)
+            last[:] = args[0], branch
+        return (last[1], *args[1:])
 
     return hook
+
+
+def see_channels(batch: CalibrationBatch, channels: UnitSums, tensor: torch.Tensor) -> None:
+    """Statistics of the residual stream's channels in a tensor (R, T, C), (R T, C), or (R, C) of a token of every row."""
+    value = batch.by_token(tensor.detach())
+    if value is None and tensor.shape[:-1] == batch.mask.shape[:1]:
+        value = tensor.detach()
+    of_tokens = tensor.requires_grad == batch.with_loss  # not of positions (DeBERTa)
+    if batch.skipped or value is None or not of_tokens:
+        return
+    with batch.fp32():
+        channels.activation += _squares(batch.pack(value))
+
+    def backward(gradient: torch.Tensor) -> None:
+        with batch.fp32():
+            batch.channels = batch.channels + batch.per_example(value, gradient.view_as(value))
+
+    if batch.with_loss:
+        tensor.register_hook(backward)
 
 
 def moments_hook(batch: CalibrationBatch, moments: MomentsSum) -> Callable:
@@ -185,11 +189,10 @@ def _add_within(batch: CalibrationBatch, moments: MomentsSum, value: torch.Tenso
 def layer_hook(batch: CalibrationBatch, sums: UnitSums, similarity: torch.Tensor, index: int) -> Callable:
     """After a layer, with kwargs: statistics of what it adds to its input, and the sum of their cosines at `index`."""
 
-    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         out = output[0] if isinstance(output, tuple) else output
-        batch.in_series |= batch.last_norm is not None and out.data_ptr() == batch.last_norm.data_ptr()
         if batch.skipped:
-            return
+            return output
         before = (args[0] if args else kwargs["hidden_states"]).detach()
         after = out.detach()
         with batch.fp32():
@@ -202,7 +205,9 @@ def layer_hook(batch: CalibrationBatch, sums: UnitSums, similarity: torch.Tensor
                 sums.add_gradients(batch.per_example(after - before, gradient).sum(1, keepdim=True))
 
         if batch.with_loss:
+            out = begins_here(out)  # of a first layer without heads and neurons: its biases have an effect, too
             out.register_hook(backward)
+        return (out, *output[1:]) if isinstance(output, tuple) else out
 
     return hook
 

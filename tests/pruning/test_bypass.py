@@ -3,7 +3,18 @@
 import numpy as np
 import pytest
 import torch
-from family_examples import DECODERS, ENCODERS, HIDDEN, LAYERS, NEURONS, aligned, family_batch, family_model, outputs_of
+from family_examples import (
+    DECODERS,
+    ENCODERS,
+    EVERY,
+    HIDDEN,
+    LAYERS,
+    NEURONS,
+    aligned,
+    family_batch,
+    family_model,
+    outputs_of,
+)
 from pruning_examples import inputs_of, layers_in
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
@@ -11,9 +22,10 @@ from transformers.pytorch_utils import Conv1D
 from distill_llm.checkpoint import load_pretrained
 from distill_llm.errors import InputError
 from distill_llm.pruning import bypass, calibration_pass
-from distill_llm.pruning.bypass import fit_bypasses
+from distill_llm.pruning.bypass import fit_bypasses, outputs_taken_over
 from distill_llm.pruning.collecting import collect_statistics
-from distill_llm.pruning.plan import LayerPlan, PruningPlan, keep_layers
+from distill_llm.pruning.families import family_of, layers_of
+from distill_llm.pruning.plan import LayerPlan, PruningPlan, full_plan, keep_layers
 from distill_llm.pruning.surgery import prune
 
 DOWN = {"llama": "mlp.down_proj", "granite": "mlp.down_proj", "phi": "mlp.fc2", "gpt2": "mlp.c_proj", "opt": "fc2"}
@@ -122,6 +134,45 @@ def test_an_attention_removed_alone_is_taken_over_but_for_its_bias_which_stays()
     assert_solves(linear_of(student, 1), linear_of(model, 1), z, added, range(NEURONS))
     assert torch.equal(blocks(student)[2].attn.c_proj.bias, blocks(model)[2].attn.c_proj.bias)
     assert torch.equal(matrix(linear_of(student, 2)), matrix(linear_of(model, 2)))
+
+
+def test_in_parallel_with_an_ffn_an_attention_removed_alone_is_taken_over_by_it():
+    model = family_model("phi")
+    batches, rows, seen = batches_of(model), list(keep_layers(model, range(LAYERS)).layers), []
+    rows[2] = LayerPlan(2, (), rows[2].neurons)
+    plan = PruningPlan("phi", tuple(rows))
+    student = prune(model, plan, bypasses=fit_bypasses(model, plan, batches))
+    out = blocks(model)[2].self_attn.dense
+    hook = out.register_forward_hook(lambda m, args, output: seen.append(output - m.bias))
+    _, z = stream(model, batches, 2)
+    hook.remove()
+    added = torch.cat([s[b["attention_mask"].bool()] for s, b in zip(seen, batches, strict=True)]).detach()
+    assert_solves(linear_of(student, 2), linear_of(model, 2), z, added, range(NEURONS))
+    assert torch.equal(matrix(linear_of(student, 1)), matrix(linear_of(model, 1)))
+
+
+PARALLEL = (
+    *("phi", "cohere", "gpt_neox", "stablelm-parallel"),
+    *("falcon", "falcon-grouped", "falcon-multi-query", "falcon-alibi"),
+)
+SWITCHED = {"stablelm-parallel": {"use_parallel_residual": True}, "falcon-in-series": {"parallel_attn": False}}
+
+
+@pytest.mark.parametrize("name", [*EVERY, *SWITCHED])
+def test_an_attention_belongs_to_the_last_ffn_that_does_not_read_what_it_adds(name):
+    """Measured: whether what goes into the FFN-down linear of its own layer is another without it."""
+    model = family_model(name.partition("-")[0] if name in SWITCHED else name, **SWITCHED.get(name, {}))
+    family, layer, rows = family_of(model), layers_of(model)[2], list(full_plan(model).layers)
+    out, seen = layer.get_submodule(family.attention_out), []
+    layer.get_submodule(family.ffn_out).register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    outputs_of(model, family_batch(model))
+    out.register_forward_hook(lambda m, args, output: torch.zeros_like(output))
+    outputs_of(model, family_batch(model))
+    rows[2] = LayerPlan(2, (), rows[2].neurons)
+    plan = PruningPlan(model.config.model_type, tuple(rows))
+    last = 2 if torch.equal(*seen) else 1
+    assert outputs_taken_over(model, plan) == {last: [(2, family.attention_out)]}
+    assert (last == 2) == (name in PARALLEL)
 
 
 def test_what_is_linear_in_the_neurons_is_taken_over_without_loss(monkeypatch):

@@ -163,12 +163,15 @@ WITH_EVERY_HEAD = ("bert", "electra", "llama", "gpt2")
 
 
 @pytest.mark.parametrize(
-    ("family", "head"),
-    [(family, head) for family in WITH_EVERY_HEAD for head in heads_of(family)]
-    + [(family, heads_of(family)[1]) for family in FAMILIES if family not in WITH_EVERY_HEAD],
+    ("family", "head", "own"),
+    [
+        *((family, head, {}) for family in WITH_EVERY_HEAD for head in heads_of(family)),
+        *((family, heads_of(family)[1], {}) for family in FAMILIES if family not in WITH_EVERY_HEAD),
+        ("deberta-v2", "masked-lm", {"legacy": False}),
+    ],
 )
-def test_every_head_of_a_narrower_student_is_the_masked_one(family, head):
-    model = family_model(family, head, num_labels=2)
+def test_every_head_of_a_narrower_student_is_the_masked_one(family, head, own):
+    model = family_model(family, head, num_labels=2, **own)
     batch, plan = family_batch(model), uneven_plan(model, hidden=True)
     with masked(model, plan):
         expected = outputs_of(model, batch)

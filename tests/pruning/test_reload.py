@@ -1,12 +1,16 @@
 """Checkpoints of every family: reloaded bit-equal with this package, and by plain transformers where it is not installed."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from checkpoint_examples import WITHOUT_PACKAGE, run_elsewhere, save_all
-from family_examples import EVERY, family_batch, family_model, uneven_plan, uniform_plan
+from family_examples import EVERY, QUERIES, family_batch, family_model, outputs_of, uneven_plan, uniform_plan
+from transformers import BitsAndBytesConfig
 
 from distill_llm.checkpoint import load_pretrained
 from distill_llm.pruning.families import lineage_of
+from distill_llm.pruning.plan import PruningPlan, full_plan
 from distill_llm.pruning.surgery import prune, stock_expressible
 
 TIED = {
@@ -70,3 +74,22 @@ def test_load_pretrained_gives_the_same_model(students, saved, name):
 def test_tied_weights_stay_tied_after_cutting_the_width_and_after_reload(students, saved, name):
     for model in (students[f"tied-{name}"], load_pretrained(saved[0] / f"tied-{name}")):
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("name, head", [("llama", "causal-lm"), ("gpt2", "causal-lm"), ("bert", "masked-lm")])
+def test_students_without_some_attentions_and_ffns_can_be_quantized(tmp_path, name, head, bits):
+    """What has no entry left cannot be, and stays as it is; the rest is rounded, and outputs with it."""
+    pytest.importorskip("bitsandbytes", reason="quantization needs bitsandbytes")
+    model = family_model(name, head, hidden_size=64, num_key_value_heads=QUERIES)  # widths that it has kernels for
+    rows = list(full_plan(model).layers)
+    rows[1], rows[3] = replace(rows[1], heads=()), replace(rows[3], neurons=())
+    student = prune(model, PruningPlan(name, tuple(rows)))
+    student.save_pretrained(tmp_path)
+    settings = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    loaded = load_pretrained(tmp_path, quantization_config=settings, device_map="cpu")
+    kinds = {type(module).__name__ for module in loaded.modules()}
+    assert kinds & {"Linear4bit", "Linear8bitLt"} and "EmptyLinear" in kinds
+    batch = family_batch(model)
+    expected, found = outputs_of(student, batch), outputs_of(loaded, batch).float()
+    assert torch.corrcoef(torch.stack([found, expected]))[0, 1] > (0.5 if bits == 4 else 0.9)

@@ -9,9 +9,11 @@ import pytest
 import torch
 from helpers import random_batch, tiny_model
 from pruning_examples import UNEVEN, inputs_of, layers_in, linears_in, plan_of, processor_with_bf16
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from distill_llm.errors import InputError
+from distill_llm.pruning.bypass import fit_bypasses
 from distill_llm.pruning.collecting import collect_statistics
 from distill_llm.pruning.statistics import Statistics, UnitStatistics
 from distill_llm.pruning.surgery import prune
@@ -301,3 +303,19 @@ def test_an_unknown_loss_and_missing_labels_are_refused():
         collect(model, [batch], "label")
     with pytest.raises(InputError, match="dataloader.*batches with labels"):
         collect(model, [batch])
+
+
+@pytest.mark.parametrize(
+    "device, given", [("meta", r"not in memory \(offloaded\)"), ("cuda", "weights on cpu and cuda:0")]
+)
+def test_a_model_that_is_offloaded_or_spread_over_devices_is_refused_in_one_line(device, given):
+    """Of a weight that only says it is on a device: none is needed."""
+    model = tiny_model()
+    batch, (_, down) = random_batch(model), linears_in(model)[1]
+    with FakeTensorMode():
+        down.weight = torch.nn.Parameter(torch.empty(down.weight.shape, device=device))
+    plan = plan_of(model, [(i, range(4), range(64)) for i in (0, 2)])
+    for use in (lambda: collect(model, [batch]), lambda: fit_bypasses(model, plan, [batch])):
+        with pytest.raises(InputError, match=f"model: got .*{given}.*; accepted: .*whole on one device") as error:
+            use()
+        assert "\n" not in str(error.value)

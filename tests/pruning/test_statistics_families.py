@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from family_examples import EVERY, family_batch, family_model
+from family_examples import EVERY, LAYERS, family_batch, family_model
 
 from distill_llm.pruning import fast_backward
 from distill_llm.pruning.calibration_pass import CalibrationPass
 from distill_llm.pruning.collecting import collect_statistics
 from distill_llm.pruning.layer_moments import LayerMoments
+from distill_llm.pruning.plan import LayerPlan, PruningPlan, keep_layers
+from distill_llm.pruning.surgery import prune
 
 
 def near(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
@@ -36,3 +38,22 @@ def test_every_way_of_collecting_finds_the_same_of_every_family(name, monkeypatc
         LayerMoments(CalibrationPass(model, "kl"), lambda: batches, 2, 1.0), inner.moments, strict=True
     ):
         assert all(near(a.second, b.second, 1e-4) for a, b in zip(mine, its, strict=True))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "opt", "bloom", "falcon"])
+def test_a_first_layer_without_heads_and_neurons_has_the_effect_of_what_it_still_adds(name, checkpointing):
+    """Gradients from the embeddings on, which are taken for channels, are the reference."""
+    model = family_model(name)
+    rows = keep_layers(model, range(LAYERS)).layers
+    student = prune(model, PruningPlan(model.config.model_type, (LayerPlan(0, (), ()), *rows[1:])))
+    batches = [family_batch(student)]
+    whole, inner = (
+        collect_statistics(student, batches, "kl", hidden=hidden, exact=True, checkpointing=checkpointing)
+        for hidden in (True, False)
+    )
+    assert (float(whole.layers.fisher[0]) > 0) == (name not in ("llama", "falcon")), "these add nothing"
+    for kind in ("layers", "attention", "ffn"):
+        torch.testing.assert_close(getattr(inner, kind).fisher, getattr(whole, kind).fisher)
+    for mine, its in zip((*inner.heads, *inner.neurons), (*whole.heads, *whole.neurons), strict=True):
+        torch.testing.assert_close(mine.taylor, its.taylor)

@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 import pytest
 import torch
 from family_examples import HIDDEN, NEURONS, QUERIES, family_batch, family_model
+from pruning_examples import processor_with_bf16
 from torch.nn import functional as F
 
 from distill_llm.counting import _LiveStorages
@@ -19,39 +20,44 @@ HEAD_SIZE = HIDDEN // QUERIES
 LLAMA = {
     "out": "self_attn.o_proj",
     "down": "mlp.down_proj",
-    "norms": ["input_layernorm", "post_attention_layernorm"],
+    "readers": [*(f"self_attn.{x}_proj" for x in "qkv"), "mlp.gate_proj", "mlp.up_proj"],
     "last": "model.norm",
     "layers": "model.layers",
 }
 GPT2 = {
     "out": "attn.c_proj",
     "down": "mlp.c_proj",
-    "norms": ["ln_1", "ln_2"],
+    "readers": ["attn.c_attn", "mlp.c_fc"],
     "last": "transformer.ln_f",
     "layers": "transformer.h",
 }
 FAMILIES = {
     "llama": LLAMA,
-    "olmo2": {**LLAMA, "norms": ["post_attention_layernorm", "post_feedforward_layernorm"]},
+    "olmo2": LLAMA,
     "gpt2": GPT2,
 }
 
 
 @contextmanager
 def masks(model, names):
-    """Within the context, vectors of ones that multiply head channels and neurons of each layer, and norm outputs."""
+    """Within the context, vectors of ones that multiply head channels and neurons of each layer, and channels as they are read.
+
+    That is: by linears of layers, after the last norm, and of one answer by the classifier.
+    """
     layers = model.get_submodule(names["layers"])
     heads = [torch.ones(HIDDEN, requires_grad=True) for _ in layers]
     neurons = [torch.ones(NEURONS, requires_grad=True) for _ in layers]
     channels = torch.ones(HIDDEN, requires_grad=True)
-    norms = [layer.get_submodule(name) for layer in layers for name in names["norms"]]
+    readers = [layer.get_submodule(name) for layer in layers for name in names["readers"]]
+    readers += [model.classifier] if hasattr(model, "classifier") else []
     with ExitStack() as stack:
         for layer, head, neuron in zip(layers, heads, neurons, strict=True):
             for path, mask in ((names["out"], head), (names["down"], neuron)):
                 hook = layer.get_submodule(path).register_forward_pre_hook(lambda m, a, mask=mask: (a[0] * mask,))
                 stack.callback(hook.remove)
-        for norm in (*norms, model.get_submodule(names["last"])):
-            stack.callback(norm.register_forward_hook(lambda m, a, o: o * channels).remove)
+        for reader in readers:
+            stack.callback(reader.register_forward_pre_hook(lambda m, a: (a[0] * channels,)).remove)
+        stack.callback(model.get_submodule(names["last"]).register_forward_hook(lambda m, a, o: o * channels).remove)
         yield heads, neurons, channels
 
 
@@ -207,8 +213,8 @@ def test_under_autocast_sums_are_not_rounded_to_it(case):
 BERT = {
     "out": "attention.output.dense",
     "down": "output.dense",
-    "norms": ["attention.output.LayerNorm", "output.LayerNorm"],
-    "last": "bert.embeddings.LayerNorm",
+    "readers": [*(f"attention.self.{x}" for x in ("query", "key", "value")), "intermediate.dense"],
+    "last": "bert.encoder.layer.4.output.LayerNorm",
     "layers": "bert.encoder.layer",
 }
 
@@ -259,7 +265,6 @@ def test_heads_of_questions_have_the_gradients_of_masks(head, loss):
         model, [given], loss, teacher if loss == "kl" else None, exact=True, moment_share=1.0
     )
     heads, neurons, channels = (torch.stack(values) for values in found.values())
-    channels = channels / 11  # the norms of the stream are in series: each has what those after it have
     for i in range(5):
         for values, row in ((heads, statistics.heads[i]), (neurons, statistics.neurons[i])):
             torch.testing.assert_close(row.fisher, values[:, i].square().sum(0), rtol=1e-3, atol=1e-6)
@@ -323,6 +328,18 @@ def test_checkpointing_finds_the_same_and_holds_less(name, hidden):
             collect_statistics(model, [long], moments=False, exact=True, hidden=hidden, checkpointing=each)
         bytes_held.append(live.peak)
     assert bytes_held[1] < 0.6 * bytes_held[0]
+
+
+def test_quick_products_hold_a_copy_of_one_weight_at_a_time(monkeypatch):
+    processor_with_bf16(monkeypatch, True)
+    model = family_model("llama", num_hidden_layers=12, hidden_size=64, intermediate_size=256)
+    batch, peaks = family_batch(model, batch=2, length=4), []
+    for exact in (True, False):
+        with Held([*model.parameters(), *batch.values()]) as live:
+            collect_statistics(model, [batch], "kl", moments=False, exact=exact)
+        peaks.append(live.peak)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.model.layers.parameters())
+    assert peaks[1] - peaks[0] < 0.05 * weights
 
 
 class Held(_LiveStorages):
