@@ -132,9 +132,10 @@ def test_wanda_is_the_norm_of_a_channel_times_the_weights_that_read_it(case):
 def test_wanda_of_a_channel_of_the_stream_counts_the_weights_of_all_that_read_it(case):
     model, batch, names, _ = case
     statistics, layers, seen = collect_statistics(model, [batch], loss=None), model.get_submodule(names["layers"]), []
-    norms = [layer.get_submodule(name) for layer in layers for name in names["norms"]]
-    for norm in (*norms, model.get_submodule(names["last"])):
-        norm.register_forward_hook(lambda m, a, out: seen.append(out))
+    paths = ("attn.c_attn", "mlp.c_fc") if names is GPT2 else ("self_attn.q_proj", "mlp.gate_proj")  # each tensor once
+    for reader in (layer.get_submodule(path) for layer in layers for path in paths):
+        reader.register_forward_pre_hook(lambda m, a: seen.append(a[0]))
+    model.get_submodule(names["last"]).register_forward_hook(lambda m, a, out: seen.append(out))
     with torch.no_grad():
         model(**{k: v for k, v in batch.items() if k != "labels"})
     valid = batch["attention_mask"].bool()
