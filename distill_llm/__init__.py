@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distill_llm.checkpoint import load_pretrained
+    from distill_llm.distillation_config import DistillationConfig
     from distill_llm.errors import InputError
     from distill_llm.pipeline import RunResult, run
     from distill_llm.profiling import Comparison, Profile, compare, profile
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from distill_llm.pruning.surgery import prune
     from distill_llm.recipe import Recipe, load_recipe
     from distill_llm.report.plans import plan_figure, plan_table
-    from distill_llm.trainer import DistillationConfig, DistillationTrainer
+    from distill_llm.trainer import DistillationTrainer
 
 _HOMES = {
     "load_pretrained": "checkpoint",
@@ -54,7 +55,7 @@ _HOMES = {
     "load_recipe": "recipe",
     "plan_figure": "report.plans",
     "plan_table": "report.plans",
-    "DistillationConfig": "trainer",
+    "DistillationConfig": "distillation_config",
     "DistillationTrainer": "trainer",
 }
 

@@ -20,6 +20,7 @@ from distill_llm.checks import check_data
 from distill_llm.cutting import Cutter, share_of
 from distill_llm.data.encoding import LENGTH, Collator, collator, encode
 from distill_llm.data.tasks import TaskData, label_names
+from distill_llm.distillation_config import DistillationConfig
 from distill_llm.evaluation.evaluate import evaluate_model
 from distill_llm.evaluation.metrics import compute_metrics
 from distill_llm.opening import resolve_model
@@ -33,7 +34,7 @@ from distill_llm.run_folder import MarkComplete, last_complete_checkpoint, writt
 from distill_llm.teachers.cache import CachedTeacher
 from distill_llm.teachers.caching import cached_teacher
 from distill_llm.teachers.quantized import load_teacher
-from distill_llm.trainer import DistillationConfig, DistillationTrainer
+from distill_llm.trainer import DistillationTrainer
 
 # At most, of a batch: its activations and a language model's logits are held.
 CALIBRATION_BATCH, CALIBRATION_TOKENS = 32, 2048

@@ -3,7 +3,6 @@
 import inspect
 import os
 import shutil
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,13 +10,13 @@ from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput, has_length
-from transformers.utils import logging
 
 from distill_llm import projections
 from distill_llm.adapters import without_adapters
 from distill_llm.data.epochs import Epoch
+from distill_llm.distillation_config import DistillationConfig
 from distill_llm.errors import InputError
 from distill_llm.evaluation_loss import EvaluationLoss
 from distill_llm.losses.items import UNITS, count_items
@@ -31,41 +30,6 @@ from distill_llm.teachers.cache import CachedTeacher
 from distill_llm.teachers.online import OnlineTeacher
 from distill_llm.training_batches import EpochBegins, TrainingCollator
 from distill_llm.training_loss import TrainingLoss
-
-logger = logging.get_logger(__name__)
-
-
-@dataclass
-class DistillationConfig(TrainingArguments):
-    """TrainingArguments and the objective.
-
-    Args:
-        losses: term name -> settings, e.g. `{"labels": {"weight": 0.5}, "logits": {"temperature": 2.0}}`; the terms and
-            settings are those of `distill_llm.losses.Objective`.
-        teacher_dtype: float32, bfloat16 or float16, what the teacher's weights are held in; None: as the student is trained.
-        logging_nan_inf_filter: off, since looking at every loss makes the device wait at every micro-batch.
-
-    Raises:
-        InputError: names the field of the objective that is wrong.
-    """
-
-    losses: dict[str, Any] = field(
-        default_factory=lambda: {"labels": {"weight": 0.5}, "logits": {"weight": 0.5}},
-        metadata={"help": "The objective: term name -> settings."},
-    )
-    teacher_dtype: str | None = field(default=None, metadata={"help": "Precision of the teacher's weights."})
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Replace NaN losses in the log (synchronises)."}
-    )
-
-    def __post_init__(self) -> None:
-        self.losses = parse_objective(self.losses).model_dump(mode="json", exclude_none=True)
-        super().__post_init__()
-        if self.n_gpu > 1:  # the Trainer's answer is DataParallel, which divides no sum of items rightly
-            logger.warning_once(
-                f"Training on one of {self.n_gpu} devices; `accelerate launch` in front of the command uses them all."
-            )
-            self._n_gpu = 1
 
 
 class DistillationTrainer(Trainer):

@@ -17,12 +17,12 @@ from transformers.integrations import integration_utils as integrations
 from transformers.training_args import OptimizerNames
 
 from distill_llm.data.tasks import Task, TaskData
+from distill_llm.distillation_config import DistillationConfig
 from distill_llm.errors import InputError, one_of
 from distill_llm.faults import faults_in, raise_all
 from distill_llm.opening import first_line
 from distill_llm.processes import open_processes
 from distill_llm.recipe import Recipe
-from distill_llm.trainer import DistillationConfig
 
 Stage = Literal["teacher", "recovery", "final"]
 
