@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from distill_llm.data.tasks import Task, label_names
+from distill_llm.data.tasks import Task, label_names, same_names
 from distill_llm.errors import InputError
 from distill_llm.pruning.families import layers_of
 from distill_llm.pruning.modeling_pruned import STOCK_PREFIX, pruned_class
@@ -98,11 +98,11 @@ def name_labels(
     same_count = config.num_labels == task.num_labels
     if same_count and of_task and own is not None:
         return True
-    same_names = own is None or [name.casefold() for name in own] == [name.casefold() for name in names]
+    fits = same_count and (own is None or same_names(own, names))
     config.num_labels = task.num_labels
     config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
     config.problem_type = "regression" if task.kind == "regression" else "single_label_classification"
-    return same_count and same_names
+    return fits
 
 
 def load_for_task(

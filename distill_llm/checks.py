@@ -19,7 +19,7 @@ from distill_llm.data.encoding import most_tokens
 from distill_llm.data.loading import load_task
 from distill_llm.data.padding import LENGTH
 from distill_llm.data.special_tokens import check_tokenizer
-from distill_llm.data.tasks import Task, TaskData, label_names
+from distill_llm.data.tasks import Task, TaskData, label_names, same_names
 from distill_llm.errors import InputError
 from distill_llm.faults import faults_in, raise_all
 from distill_llm.hub import check_push
@@ -35,7 +35,7 @@ from distill_llm.opening import (
     resolve_model,
 )
 from distill_llm.outputs import nearest, usable_output
-from distill_llm.pruning.families import FAMILIES, hidden_lineage, lineage_of
+from distill_llm.pruning.families import FAMILIES, hidden_lineage, lineage_of, width_of
 from distill_llm.pruning.modeling_pruned import pruned_class
 from distill_llm.pruning.structure import second_moment_bytes
 from distill_llm.pruning_checks import check_pruning
@@ -157,7 +157,7 @@ def _check_student(recipe: Recipe, student: OpenModel, teacher: OpenModel, task:
     config = copy.deepcopy(student.config)
     name_labels(config, task, names, of_task=True)
     own = label_names(config)
-    if names and own and own != names:
+    if names and own and task.kind != "regression" and not same_names(own, names):
         given = f"{student.name} with labels {list(own)}"
         raise InputError(student.field, given, f"labels as the teacher has, {list(names)}")
 
@@ -205,10 +205,12 @@ def _check_losses(recipe: Recipe, task: Task) -> None:
 
 
 def _projected(student: OpenModel | None, teacher: OpenModel | None) -> tuple[int, int] | None:
-    """The widths of a given student and its teacher, where it does not say which of the teacher's channels are its own."""
-    if student is None or teacher is None or hidden_lineage(student.config) is not None:
+    """The widths of a given student and its teacher, where its states must be projected to be compared (see `Terms`)."""
+    if student is None or teacher is None:
         return None
-    widths = student.config.hidden_size, teacher.config.hidden_size
+    if hidden_lineage(student.config) is not None and cut_from(student.config, teacher.config):
+        return None
+    widths = width_of(student.config), width_of(teacher.config)
     return widths if widths[0] != widths[1] else None
 
 

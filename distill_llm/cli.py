@@ -185,6 +185,7 @@ def evaluate(
     usable_file(output, "--output")
     from distill_llm.data.encoding import collator, encode
     from distill_llm.data.loading import load_task
+    from distill_llm.data.sources import resolve_path
     from distill_llm.evaluation.evaluate import evaluate_model
     from distill_llm.opening import check_head, check_length, open_model
 
@@ -209,9 +210,9 @@ def evaluate(
     for name, value in metrics.items():
         table.add_row(name, f"{value:.4f}")
     _say(table)
-    if data is not None and Path(data).is_file():
+    if data is not None and Path(resolve_path(data)).is_file():
         _say(
-            f"{data} has no test split: scored are {len(encoded.test)} of its rows, the tenth that a run on it is scored on"
+            f"{data} has no test split: scored are {len(rows.test)} of its rows, the tenth that a run on it is scored on"
         )
     _say(f"metrics: {output}")
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from distill_llm.data.sources import resolve_path
-from distill_llm.data.tasks import Task
+from distill_llm.data.tasks import Task, label_names, same_names
 from distill_llm.errors import InputError, one_of
 from distill_llm.gguf import SUFFIX, plain_checkpoint
 
@@ -136,10 +136,11 @@ def check_head(model: OpenModel, task: Task) -> None:
             f"{model.name} with {model.config.num_labels} labels",
             f"{task.num_labels} labels, {task.name}'s{hint}",
         )
-    own = [str(name).casefold() for _, name in sorted((model.config.id2label or {}).items())]
-    names = [name.casefold() for name in task.label_names or ()]
-    if sorted(own) == sorted(names) and own != names:
-        raise InputError(model.field, f"{model.name} with labels {own}", f"labels in the task's order, {names}{hint}")
+    own, names = label_names(model.config) or (), task.label_names or ()
+    if same_names(sorted(own, key=str.casefold), sorted(names, key=str.casefold)) and not same_names(own, names):
+        raise InputError(
+            model.field, f"{model.name} with labels {list(own)}", f"labels in the task's order, {list(names)}{hint}"
+        )
 
 
 def longest_input(config: PreTrainedConfig) -> int | None:

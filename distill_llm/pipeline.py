@@ -14,7 +14,7 @@ from distill_llm.faults import raise_all
 from distill_llm.opening import resolve_model
 from distill_llm.outputs import usable_output
 from distill_llm.recipe import Recipe, parse_recipe
-from distill_llm.run_folder import REPORT, RunFolder, written_whole
+from distill_llm.run_folder import PUSH, REPORT, RunFolder, written_whole
 from distill_llm.stages import Stages
 
 
@@ -176,7 +176,7 @@ class Run:
         metrics = json.loads((stages.folder / "metrics.json").read_text())
         self._line(REPORT, finished)
         if recipe.hub is not None:
-            state.stage(f"push/{recipe.hub.repo_id}", stages.push)
+            state.stage(PUSH + recipe.hub.repo_id, stages.push)
         return RunResult(metrics, stages.folder / "student", stages.folder / "report.md")
 
     def _line(self, stage: str, result: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from distill_llm.errors import InputError
 from distill_llm.outputs import usable_output
 from distill_llm.processes import open_processes
 
-COMPLETE, RECIPE, REPORT = "complete", "recipe.yaml", "report"
+COMPLETE, RECIPE, REPORT, PUSH = "complete", "recipe.yaml", "report", "push/"
 FREE = ("output_dir", "description", "hub")
 """Sections of a recipe that may change once a run has begun: a folder can be moved, and is pushed at the end."""
 
@@ -50,7 +50,7 @@ class RunFolder:
     Args:
         folder: made if it does not exist.
         recipe_yaml: the resolved recipe, kept as `recipe.yaml`; where its evaluation is another than before, the report is
-            made anew.
+            made, and pushed, anew.
 
     Raises:
         InputError: if the folder holds a run of another recipe, or files that are not a run's.
@@ -67,7 +67,7 @@ class RunFolder:
         self.processes.wait_for_everyone()
         if self.processes.is_main_process and before != recipe_yaml:
             if before is not None and _evaluation(before) != _evaluation(recipe_yaml):
-                self._write({name: result for name, result in self.results.items() if name != REPORT})
+                self._write({k: v for k, v in self.results.items() if k != REPORT and not k.startswith(PUSH)})
             with written_whole(own) as path:
                 path.write_text(recipe_yaml)
         self.processes.wait_for_everyone()

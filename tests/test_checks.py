@@ -123,7 +123,7 @@ def test_label_names_in_another_order_are_refused(folder):
     config |= {"id2label": {"0": "POS", "1": "NEG"}, "label2id": {"POS": 0, "NEG": 1}}
     (folder / "teacher" / "config.json").write_text(json.dumps(config))
     (line,) = faults(recipe_with(folder))
-    assert "order" in line and "['pos', 'neg']" in line
+    assert "order" in line and "['POS', 'NEG']" in line
 
 
 def test_a_trained_head_with_as_many_labels_passes_whatever_its_names_are(folder):
@@ -423,3 +423,10 @@ def test_a_decoder_without_its_head_a_template_or_any_special_token_is_refused(f
     (folder / "talk.jsonl").write_text("\n".join([json.dumps({"messages": chat})] * 40))
     (line,) = faults(causal_recipe(folder, "prompts", data__path=str(folder / "talk.jsonl")))
     assert line.startswith("teacher.model: got ") and "chat template" in line
+
+
+def test_names_in_capitals_are_the_same_names(folder):
+    names = {"id2label": {0: "NEG", 1: "POS"}, "label2id": {"NEG": 0, "POS": 1}}
+    write_model(folder / "student", layers=2, **names)
+    trained = {"student__model": str(folder / "student"), "pruning": None, "teacher__train": {"max_steps": 1}}
+    assert faults(recipe_with(folder, **trained)) == []

@@ -283,6 +283,15 @@ def test_evaluate_needs_no_training_rows_and_tells_classes_by_the_models_names(f
     assert share["all"] == pytest.approx(sum(label == (i + 1) % 2 for i, label in enumerate(found)) / 40)
 
 
+def test_evaluate_takes_class_ids_for_the_models_classes_where_some_are_missing(folder):
+    names = {"id2label": {0: "bad", 1: "so", 2: "good"}, "label2id": {"bad": 0, "so": 1, "good": 2}}
+    write_model(folder / "three", max_position_embeddings=160, num_labels=3, **names)
+    (folder / "ids").mkdir()
+    write_rows(folder / "ids" / "test.csv", ("0", "2"))
+    result = call("evaluate", "three", *EVALUATE[2:4], "--data", "ids", *EVALUATE[6:], "--output", "ids.json")
+    assert result.exit_code == 0, result.output
+
+
 def test_evaluate_says_which_rows_of_a_lone_file_it_scored(folder):
     assert "rows.csv has no test split: scored are 4 of its rows, the tenth" in call(*EVALUATE).stdout
 

@@ -156,6 +156,8 @@ def _task_classes(splits: Splits, column: str, known: Sequence[str] | None) -> t
         values = [_whole(value) for value in rows.unique(column)]
         if {str(value) for value in values} <= set(known):
             return tuple(known), {value: known.index(str(value)) for value in values}
+        if all(type(value) is int and 0 <= value < len(known) for value in values):
+            return tuple(known), {value: value for value in values}
     return tuple(dict.fromkeys(_class_names(rows, column))), _classes(rows, column)
 
 

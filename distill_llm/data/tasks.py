@@ -1,5 +1,6 @@
 """What a task is: its text columns, its labels and the metrics it is judged by; the nine GLUE tasks as a table."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from datasets import Dataset
@@ -67,6 +68,11 @@ def label_names(config: PreTrainedConfig) -> tuple[str, ...] | None:
     """The names of a model's classes in order; None where it has none but transformers' LABEL_0, LABEL_1, ..."""
     names = tuple(str(name) for _, name in sorted((config.id2label or {}).items()))
     return None if any(name.startswith("LABEL_") for name in names) else names
+
+
+def same_names(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether two models call their classes the same, in the same order, in capitals or not."""
+    return [name.casefold() for name in one] == [name.casefold() for name in other]
 
 
 def classification(

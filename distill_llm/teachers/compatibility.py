@@ -4,6 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from distill_llm.data.tasks import label_names, same_names
 from distill_llm.errors import InputError
 from distill_llm.losses.items import kind_of
 from distill_llm.teachers.cache import CachedTeacher
@@ -61,12 +62,9 @@ def shared_classes(student: PreTrainedModel, teacher: PreTrainedModel, tokenizer
     if student.config.num_labels != teacher.config.num_labels:
         accepted = f"a teacher with the student's number of labels ({student.config.num_labels})"
         raise InputError("teacher", f"{teacher.config.num_labels} labels", accepted)
-    names = [model.config.id2label for model in (student, teacher)]
-    named = all(not str(label).startswith("LABEL_") for ids in names for label in ids.values())
-    if named and names[0] != names[1]:
-        raise InputError(
-            "teacher", f"labels {list(names[1].values())}", f"a teacher with labels {list(names[0].values())}"
-        )
+    own, names = label_names(student.config), label_names(teacher.config)
+    if own and names and len(own) > 1 and not same_names(own, names):
+        raise InputError("teacher", f"labels {list(names)}", f"a teacher with labels {list(own)}")
     return None
 
 
