@@ -120,7 +120,7 @@ class Cutter:
         self, model: PreTrainedModel, teacher: PreTrainedModel, statistics: Statistics, share: float
     ) -> PruningPlan:
         section = self.section
-        scores = score(statistics, section.criterion, self.recipe.seed)
+        scores = score(statistics, section.criterion, self.recipe.seed, section.layer_criterion)
         options: dict[str, Any] = {
             "units": section.units,
             "scope": section.scope,
@@ -159,7 +159,7 @@ class Cutter:
         On several processes each sees a part of the batches, and all end with the same sums.
         """
         section, loss = self.section, self.loss
-        needs_gradients, needs_without = section.criterion in NEEDS_GRADIENTS, section.criterion == "leave_one_out"
+        needs_gradients, needs_without = self._needs_gradients, "leave_one_out" in section.criteria
         identity: dict[str, Any] = {}
         found: Statistics | None = None
         if file is not None:
@@ -195,7 +195,7 @@ class Cutter:
         section = self.section
         if section.moment_layers is None or statistics.moments:
             return statistics
-        loss = self.loss if section.criterion in NEEDS_GRADIENTS else None
+        loss = self.loss if self._needs_gradients else None
         calibration = CalibrationPass(
             model,
             loss,
@@ -217,6 +217,10 @@ class Cutter:
         return fit_bypasses(model, plan, shown, precision=self._precision, sharded=True)
 
     @property
+    def _needs_gradients(self) -> bool:
+        return bool(self.section.criteria & set(NEEDS_GRADIENTS))
+
+    @property
     def _hidden_moments(self) -> bool:
         """Whether compensation needs second moments of the residual stream."""
         return self.section.compensate and "hidden" in self.section.units
@@ -236,7 +240,7 @@ class Cutter:
             return False
         if not file.is_file() or {name: record.get(name) for name in identity} != identity:
             return False
-        needs_loss = needs_gradients or self.section.criterion == "leave_one_out"
+        needs_loss = needs_gradients or "leave_one_out" in self.section.criteria
         if needs_loss and record.get("loss") not in (self.loss, *([] if needs_gradients else [None])):
             return False
         if self._hidden_moments and not record.get("hidden_moments"):

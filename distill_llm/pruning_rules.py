@@ -18,11 +18,14 @@ def pruning_faults(section: "PruningSection") -> list[InputError]:
     if len(units) != len(section.units):
         faults.append(InputError("units", section.units, "each unit at most once"))
     if section.criterion in RANKS_LAYERS and section.units != ["layers"]:
-        faults.append(InputError("units", section.units, f"[layers] with criterion {section.criterion}"))
-    if section.loss is not None and section.criterion not in (*NEEDS_GRADIENTS, "leave_one_out"):
-        faults.append(
-            InputError("loss", section.loss, f"nothing with criterion {section.criterion}, which reads no loss")
-        )
+        accepted = f"[layers] with criterion {section.criterion} (beside other units: `layer_criterion`)"
+        faults.append(InputError("units", section.units, accepted))
+    if section.layer_criterion is not None and ("layers" not in units or units == {"layers"}):
+        accepted = "nothing where units does not have layers beside others"
+        faults.append(InputError("layer_criterion", section.layer_criterion, accepted))
+    if section.loss is not None and not section.criteria & {*NEEDS_GRADIENTS, "leave_one_out"}:
+        named = " and ".join(sorted(section.criteria))
+        faults.append(InputError("loss", section.loss, f"nothing with criterion {named}, which reads no loss"))
     for name, default, wanted in (
         ("round_to", 1, ("neurons", "hidden")),
         ("uniform", False, ("heads", "neurons", "queries")),
@@ -38,7 +41,9 @@ def pruning_faults(section: "PruningSection") -> list[InputError]:
         faults.append(InputError("moment_layers", section.moment_layers, accepted))
     if section.scope == "local" and not units & {"heads", "neurons", "queries", *BLOCKS}:
         faults.append(InputError("scope", "local", "global where units is [hidden]: all layers share their channels"))
-    return faults + competing_faults(units, section.criterion, section.scope, section.uniform)
+    return faults + competing_faults(
+        units, section.criterion, section.scope, section.uniform, section.layer_criterion
+    )
 
 
 def _explicit_layers(section: "PruningSection") -> list[InputError]:

@@ -138,6 +138,10 @@ class PruningSection(Section):
         " or ffn of a layer, hidden (channels of the residual stream)",
     )
     criterion: Criterion = Field(default="fisher", description="how the importance of a unit is measured")
+    layer_criterion: Criterion | None = Field(
+        default=None,
+        description="how that of whole layers is measured, where `units` has them beside others; left out: by `criterion`",
+    )
     loss: Literal["labels", "kl"] | None = Field(
         default=None,
         description="what gradients are taken of: the task's labels, or kl, the model's own predictions; left out: labels"
@@ -201,6 +205,11 @@ class PruningSection(Section):
         min_length=1,
         description="indices of the layers to keep, in place of `keep`: nothing else is removed",
     )
+
+    @property
+    def criteria(self) -> set[str]:
+        """Every criterion that is asked for."""
+        return {self.criterion, self.layer_criterion or self.criterion}
 
     @property
     def folds(self) -> bool:

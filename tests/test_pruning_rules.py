@@ -77,6 +77,18 @@ def test_units_criteria_and_costs_are_those_of_the_library():
             {"criterion": "magnitude", "loss": "kl"},
             "pruning.loss: got 'kl'; accepted: nothing with criterion magnitude",
         ),
+        (
+            {"units": ["layers"], "layer_criterion": "block_influence"},
+            "pruning.layer_criterion: got 'block_influence'; accepted: nothing where units does not have layers beside",
+        ),
+        (
+            {"criterion": "activation", "layer_criterion": "wanda"},
+            "pruning.layer_criterion: got 'wanda'; accepted: nothing where units does not have layers beside",
+        ),
+        (
+            {"units": ["layers", "ffn"], "layer_criterion": "block_influence"},
+            "pruning.layer_criterion: got 'block_influence'; accepted: nothing where units has layers and ffn together",
+        ),
         ({"keep": None, "layers": [0], "cuts": 2}, "pruning.cuts: got 2; accepted: 1 where `layers`"),
         (
             {"keep": None, "layers": [0], "cost": "latency"},
@@ -101,6 +113,13 @@ def test_what_goes_together_passes(tmp_path):
         {"units": ["attention", "ffn", "neurons"], "cuts": 4, "loss": "kl", "cost": "latency"},
         {"units": ["layers"], "criterion": "leave_one_out", "loss": "labels", "cost": "memory"},
         {"units": ["queries"], "uniform": True, "criterion": "magnitude_l1"},
+        {
+            "units": ["layers", "heads", "neurons", "hidden"],
+            "uniform": True,
+            "criterion": "activation",
+            "layer_criterion": "leave_one_out",
+            "loss": "kl",
+        },
         {"min_heads": 1, "min_neurons": 16, "statistics": "~/statistics.safetensors"},
     ):
         assert faults(tmp_path, **pruning) == []

@@ -84,6 +84,10 @@ class Choice:
         """What is left when all goes that may go; one layer always stays."""
         return min(self._least_costs) if "layers" in self.rules.units else sum(self._least_costs)
 
+    def least_of(self, layers: Sequence[int]) -> float:
+        """What is left of these layers when all goes of them that may go."""
+        return sum(self._least_costs[i] for i in layers)
+
     def fits(self, cost: float) -> bool:
         return cost <= self.budget * (1 + 1e-9)
 

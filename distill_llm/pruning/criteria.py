@@ -4,8 +4,8 @@ A score says how much is lost when the unit is removed; the lowest go first.
 """
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class Importance:
         queries: per layer, a vector with a score per query head; empty where there are none.
         attention, ffn: a score per layer for the whole of its attention, of its FFN; None where there are none.
         hidden: a score per channel of the residual stream; None where there are none.
+        layer_criterion: what ranked the layers, where it was not `criterion`.
     """
 
     criterion: str
@@ -49,11 +50,11 @@ class Importance:
     attention: torch.Tensor | None = None
     ffn: torch.Tensor | None = None
     hidden: torch.Tensor | None = None
+    layer_criterion: str | None = None
 
-    @property
-    def comparable(self) -> bool:
-        """Whether scores of different kinds of units may be ranked together (they are in the same unit, squared loss)."""
-        return self.criterion in COMPARABLE
+    def comparable(self, units: Collection[str]) -> bool:
+        """Whether scores of these kinds of units may be ranked together (they are in the same unit, squared loss)."""
+        return self.criterion in COMPARABLE and ("layers" not in units or self.layer_criterion is None)
 
     def require(self, units: Sequence[str]) -> None:
         """Raise InputError if there are no scores for one of the units."""
@@ -80,7 +81,9 @@ class Importance:
         tensors = {kind: getattr(self, kind) for kind in WHOLE if getattr(self, kind) is not None}
         for kind in BY_LAYER:
             tensors.update({f"{kind}.{i}": row for i, row in enumerate(getattr(self, kind))})
-        save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata={"criterion": self.criterion})
+        names = {"criterion": self.criterion, "layer_criterion": self.layer_criterion}
+        metadata = {name: value for name, value in names.items() if value is not None}
+        save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Importance":
@@ -91,11 +94,13 @@ class Importance:
             for kind in BY_LAYER:
                 count = sum(key.startswith(f"{kind}.") for key in keys)
                 found[kind] = tuple(file.get_tensor(f"{kind}.{i}") for i in range(count))
-            return cls(file.metadata()["criterion"], **found)
+            return cls(**file.metadata(), **found)
 
 
-def score(statistics: Statistics, criterion: str = "fisher", seed: int = 0) -> Importance:
-    """Scores of all units.
+def score(
+    statistics: Statistics, criterion: str = "fisher", seed: int = 0, layer_criterion: str | None = None
+) -> Importance:
+    """Scores of all units; those of whole layers by a criterion of their own, where `layer_criterion` names one.
 
     With a the input of the attention-output or FFN-down linear, g the loss's gradient there, and sums over a unit's channels:
 
@@ -117,6 +122,9 @@ def score(statistics: Statistics, criterion: str = "fisher", seed: int = 0) -> I
     Raises:
         InputError: for another criterion, or statistics without what it needs.
     """
+    if layer_criterion is not None:
+        layers = score(statistics, layer_criterion, seed).layers
+        return replace(score(statistics, criterion, seed), layers=layers, layer_criterion=layer_criterion)
     if criterion not in CRITERIA:
         raise InputError("criterion", criterion, one_of(CRITERIA, criterion))
     if criterion in NEEDS_GRADIENTS and not statistics.has_gradients:

@@ -36,9 +36,11 @@ def plan_pruning(
     """Choose what stays so that `keep` of the layers' cost remains, never more, and as near below as the units allow.
 
     With scope "global" units compete over all layers; where the criterion's scores are comparable between kinds of units
-    (Fisher) all kinds compete by score per cost, at what a unit costs in what is left; else each kind keeps the same share.
-    With scope "local" every layer keeps the same share of its heads and of its neurons, but for its limits. `uniform` gives
-    every layer the same numbers, which many stock configs can say: none keeps more than the smallest layer has.
+    (Fisher) all kinds compete by score per cost, at what a unit costs in what is left; else each kind keeps the same share, layers
+    as nearly as their number allows. With scope "local" every layer keeps the same share of its heads and of its neurons, but
+    for its limits. `uniform` gives every layer the same numbers, which many stock configs can say: none keeps more than the
+    smallest layer has. (Layers by block influence and uniform widths by activation are Minitron's plan, Muralidharan et al.
+    2024, section 2.)
 
     Args:
         scores: from `score(...)`, for this very model.
@@ -66,7 +68,7 @@ def plan_pruning(
     wrong = [unit for unit in units if unit not in UNITS]
     if wrong or not units:
         raise InputError("units", list(units), "one or more of " + ", ".join(UNITS))
-    for fault in competing_faults(units, scores.criterion, scope, uniform):
+    for fault in competing_faults(units, scores.criterion, scope, uniform, scores.layer_criterion):
         raise fault
     scores.require(units)
     shapes = layer_shapes(model)
@@ -84,7 +86,7 @@ def plan_pruning(
     if "hidden" in units and choice.width > round_to:
         choice.narrow(choice.width // round_to * round_to)
     alone = len(units) == 1 and units[0] in BLOCKS
-    if alone or (scope == "global" and not uniform and scores.comparable):
+    if alone or (scope == "global" and not uniform and scores.comparable(units)):
         _together(choice)
     else:
         _per_kind(choice, local=scope == "local" or uniform)
@@ -191,6 +193,7 @@ def _candidates(choice: Choice, kind: str, steps: Sequence[float]) -> list[tuple
 
 
 Rounding = Callable[[float], float]
+Counts = Callable[[float, Rounding], list[float]]
 
 
 def _exact(count: float) -> float:
@@ -210,14 +213,10 @@ def _per_kind(choice: Choice, *, local: bool) -> None:
 
     Other units are dear: their nearest numbers stay, if the neurons can make up for the difference.
     """
-    heads, queries, neurons = (_counts(choice, kind, local) for kind in ("heads", "queries", "neurons"))
-
-    def cost(coarse: float, fine: float, width: int | None = None, rounding: Rounding = _exact) -> float:
-        """With a share of the heads and queries, and one of the neurons."""
-        columns = heads(coarse, rounding), queries(coarse, rounding), neurons(fine, _exact)
-        rows = [(h, n, h * q) for h, q, n in zip(*columns, strict=True)]
-        return choice.costs.of(rows, choice.width if width is None else width)
-
+    if "layers" in choice.rules.units:
+        _choose_layers(choice, local)
+    counts = _kinds(choice, local)
+    cost = _cost_of_shares(choice, counts)
     if "hidden" in choice.rules.units:
         wanted = choice.width * _largest(choice, lambda share: cost(share, share, round(share * choice.width)))
         step = choice.rules.round_to
@@ -230,12 +229,49 @@ def _per_kind(choice: Choice, *, local: bool) -> None:
         if choice.fits(cost(share, 0, rounding=rounding)) and cost(share, 1, rounding=rounding) >= NEAR * choice.budget:
             break
     fine = _largest(choice, lambda fine: cost(share, fine, rounding=rounding))
-    for i, (h, q, n) in enumerate(
-        zip(heads(share, rounding), queries(share, rounding), neurons(fine, _down), strict=True)
-    ):
+    heads, queries, neurons = counts
+    found = zip(heads(share, rounding), queries(share, rounding), neurons(fine, _down), strict=True)
+    for i, (h, q, n) in zip(choice.living(), found, strict=True):
         choice.keep("heads", i, int(h))
         choice.slots[i] = int(q)
         choice.keep("neurons", i, int(n))
+
+
+def _choose_layers(choice: Choice, local: bool) -> None:
+    """Remove as many layers, the least first, as bring the share of layers that stay nearest to that of all else that stays."""
+    order, count = choice.scores.layers.argsort().tolist(), len(choice.shapes)
+    narrowing = "hidden" in choice.rules.units
+    found: list[tuple[float, int]] = []
+    for gone in range(count):
+        choice.alive = [i not in order[:gone] for i in range(count)]
+        if not choice.fits(choice.least_of(choice.living())):
+            continue
+        cost = _cost_of_shares(choice, _kinds(choice, local))
+        share = _largest(choice, lambda s, cost=cost: cost(s, s, round(s * choice.width) if narrowing else None))
+        found.append((abs(1 - gone / count - share), gone))
+    if not found:  # not even of the best layer alone
+        choice.reachable(choice.least_of(order[-1:]))
+    gone = min(found)[1]
+    choice.alive = [i not in order[:gone] for i in range(count)]
+
+
+def _kinds(choice: Choice, local: bool) -> tuple[Counts, Counts, Counts]:
+    """How many heads, queries of a group and neurons every layer that is left keeps of a share."""
+    heads, queries, neurons = (_counts(choice, kind, local) for kind in ("heads", "queries", "neurons"))
+    return heads, queries, neurons
+
+
+def _cost_of_shares(choice: Choice, counts: tuple[Counts, Counts, Counts]) -> Callable[..., float]:
+    """What is left costs with a share of the heads and queries (coarse), and one of the neurons (fine)."""
+    heads, queries, neurons = counts
+    living = choice.living()
+
+    def cost(coarse: float, fine: float, width: int | None = None, rounding: Rounding = _exact) -> float:
+        columns = heads(coarse, rounding), queries(coarse, rounding), neurons(fine, _exact)
+        rows = [(h, n, h * q) for h, q, n in zip(*columns, strict=True)]
+        return choice.costs.of(rows, choice.width if width is None else width, living)
+
+    return cost
 
 
 def _largest(choice: Choice, cost: Callable[[float], float]) -> float:
@@ -249,18 +285,22 @@ def _largest(choice: Choice, cost: Callable[[float], float]) -> float:
     return low
 
 
-def _counts(choice: Choice, kind: str, local: bool) -> Callable[[float, Rounding], list[float]]:
-    """How many units of a kind every layer keeps, given the share that stays."""
-    least = [1] * len(choice.shapes) if kind == "queries" else [getattr(row, kind) for row in choice.least]
-    has = choice.shared if kind == "queries" else [getattr(shape, kind) for shape in choice.shapes]
+def _counts(choice: Choice, kind: str, local: bool) -> Counts:
+    """How many units of a kind every layer that is left keeps, given the share that stays."""
+    living = choice.living()
+    shapes = [choice.shapes[i] for i in living]
+    if kind == "queries":
+        has, least = [choice.shared[i] for i in living], [1] * len(living)
+    else:
+        has, least = [getattr(shape, kind) for shape in shapes], [getattr(choice.least[i], kind) for i in living]
     if kind not in choice.rules.units:
         return lambda share, rounding: list(has)
     if local or kind == "queries":
-        there = [count for count, shape in zip(has, choice.shapes, strict=True) if kind != "queries" or shape.heads]
+        there = [count for count, shape in zip(has, shapes, strict=True) if kind != "queries" or shape.heads]
         most = [min(there, default=0)] * len(has) if choice.rules.uniform else has
         return lambda share, rounding: [max(rounding(share * m), at) for m, at in zip(most, least, strict=True)]
     # What a layer keeps at least comes first, whatever it is worth.
-    rows: Sequence[torch.Tensor] = getattr(choice.scores, kind)
+    rows: Sequence[torch.Tensor] = [getattr(choice.scores, kind)[i] for i in living]
     beyond = [row.sort(descending=True).values[at:] for row, at in zip(rows, least, strict=True)]
     layer = torch.repeat_interleave(torch.tensor([len(row) for row in beyond]))
     order = layer[torch.cat(beyond).argsort(descending=True)]

@@ -4,8 +4,8 @@ SmolLM2-135M teaches its own first 20 layers on 2 x 512 tokens, fused AdamW, SDP
 alternating one by one:
 
 - floor: teacher forward (no_grad, weights in the precision) and the student's cross-entropy step.
-- ours: `DistillationTrainer`'s loss with labels and forward KL in place of the cross-entropy; `ours, relations` and
-  `ours, attention` with that term of the last layer beside.
+- ours: `DistillationTrainer`'s loss with labels and forward KL in place of the cross-entropy; `ours, relations`,
+  `ours, attention` and `ours, both` with these terms of the last layer beside.
 - dense: forward KL of whole logits, as most tools have it.
 - liger: Liger's chunked JSD loss of a teacher's and a student's last hidden states (not compiled).
 - trl: the loss of TRL's `GKDTrainer` (JSD of whole logits); trl chunked: that of its `DistillationTrainer` (forward KL).
@@ -41,6 +41,7 @@ OURS = {
     "ours": {},
     "ours, relations": {"relations": {"heads": 3}},
     "ours, attention": {"attention": {"layers": "last"}},
+    "ours, both": {"relations": {"heads": 3}, "attention": {"layers": "last"}},
 }
 PEERS = {"liger": "liger_kernel", "trl": "trl", "trl chunked": "trl"}
 Step = Callable[[], None]
@@ -196,6 +197,10 @@ def main() -> None:
     title = f"Step of {options.batch_size} x {options.length} tokens, {options.precision}"
     common.print_table(title, times, FLOOR)
     results: dict[str, Any] = {"over_floor": common.ratios(times, FLOOR)}
+    extras = {side: seconds for side, seconds in times.items() if side in OURS}
+    if len(extras) > 1:
+        common.print_table("The terms beside labels and logits", extras, "ours")
+        results["over_ours"] = common.ratios(extras, "ours")
     if not options.no_memory:
         results["peak_mb"] = {side: peak_of(side) for side in options.sides}
         print("peak memory above the loaded models, MB:", results["peak_mb"])

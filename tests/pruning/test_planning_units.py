@@ -213,20 +213,25 @@ def test_whole_layers_go_by_score_per_cost_where_layers_are_uneven(uneven):
             {"uniform": True},
             "uniform: got True; accepted: false where units has queries",
         ),
-        (("layers", "neurons"), {"scope": "local"}, "scope: got 'local'; accepted: global where units has layers"),
         (
             ("layers", "attention"),
             {"scope": "local"},
             "scope: got 'local'; accepted: global where units has layers and",
         ),
         (("queries", "hidden"), {"scope": "local"}, "scope: got 'local'; accepted: global where units has queries"),
+        (
+            ("layers", "ffn"),
+            {"layer_criterion": "block_influence"},
+            "layer_criterion: got 'block_influence'; accepted: nothing where units has layers and ffn",
+        ),
     ],
     ids=str,
 )
 def test_units_that_settings_would_leave_alone_are_refused(uneven, units, options, line):
     model, statistics = uneven
     options = dict(options)
-    scores = score(statistics, options.pop("criterion", "fisher"))
+    names = {name: options.pop(name) for name in ("criterion", "layer_criterion") if name in options}
+    scores = score(statistics, **names)
     with pytest.raises(InputError) as caught:
         plan_pruning(model, scores, 0.7, units=units, **options)
     assert str(caught.value).startswith(line) and "\n" not in str(caught.value)
@@ -298,3 +303,64 @@ def test_units_without_scores_are_refused():
     with pytest.raises(InputError, match="keep: got 0.1"):
         plan_pruning(model, scores, 0.1, units=("attention",))
     assert torch.is_tensor(scores.attention)
+
+
+@pytest.mark.parametrize(
+    ("keep", "units", "options"),
+    [
+        (0.5, ("layers", "heads", "neurons"), {"uniform": True}),
+        (0.6, ("layers", "neurons"), {"uniform": True, "round_to": 4}),
+        (0.5, ("layers", "heads", "neurons", "hidden"), {"uniform": True}),
+        (0.5, ("layers", "heads", "neurons"), {"scope": "local"}),
+        (0.7, ("layers", "heads", "neurons"), {"criterion": "taylor", "layer_criterion": None}),
+    ],
+    ids=str,
+)
+def test_depth_and_width_go_in_one_plan_layers_by_a_criterion_of_their_own(deep, keep, units, options):
+    model, statistics = deep
+    options = {"criterion": "activation", "layer_criterion": "block_influence"} | options
+    names = {name: options.pop(name) for name in ("criterion", "layer_criterion")}
+    scores = score(statistics, **names)
+    plan = plan_pruning(model, scores, keep, units=units, **options)
+    student = prune(model, plan)
+    count, total = len(layers_of(student)), len(layers_of(model))
+    share = layer_params(student) / layer_params(model)
+    assert share == pytest.approx(plan.kept, abs=1e-6) and share <= keep + 1e-9
+    by_layers = score(statistics, names["layer_criterion"] or names["criterion"]).layers
+    best = by_layers.argsort(descending=True)[:count].sort().values.tolist()
+    assert [row.source for row in plan.layers] == best, "the layers that stay are the best"
+    assert count < total
+    widths = {kind: [len(getattr(row, kind)) for row in plan.layers] for kind in ("heads", "neurons")}
+    assert sum(widths["neurons"]) < count * sizes_of(model)[0].neurons, "width goes too"
+    if options.get("uniform"):
+        assert all(len(set(values)) == 1 for values in widths.values())
+        assert hidden_size(student) < HIDDEN or "hidden" not in units
+
+    def apart(layers: int) -> float:
+        """How far the share of layers is from the share that these layers would keep of everything else."""
+
+        def cost(part: float) -> float:
+            heads = part if "heads" in units else 1.0
+            row = (heads * size.groups, part * size.neurons, heads * size.queries)
+            return costs.of([row] * layers, round(part * HIDDEN) if "hidden" in units else HIDDEN)
+
+        costs, size = unit_costs(model), sizes_of(model)[0]
+        parts = [k / 1000 for k in range(1001) if cost(k / 1000) <= keep * layer_params(model)]
+        return abs(layers / total - max(parts, default=9.0))
+
+    if options:  # a layer's share of all is its own
+        assert apart(count) == pytest.approx(min(map(apart, range(1, total + 1))), abs=2e-3)
+
+
+def test_depth_and_width_that_no_layer_fits_is_refused(deep):
+    model, statistics = deep
+    scores = score(statistics, "activation", layer_criterion="block_influence")
+    with pytest.raises(InputError, match="keep: got 0.001; accepted: at least"):
+        plan_pruning(model, scores, 0.001, units=("layers", "heads"), uniform=True)
+
+
+@pytest.fixture(scope="module")
+def deep():
+    """A decoder of eight layers."""
+    model = family_model("llama", num_hidden_layers=8)
+    return model, collect_statistics(model, [family_batch(model)], "kl")
