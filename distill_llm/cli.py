@@ -38,7 +38,9 @@ OutputDir = Annotated[Path | None, typer.Option(help="The run folder, in place o
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a field; may be repeated.")
 ]
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, or package://PACKAGE/PATH.")]
+ModelName = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Hub id, folder, GGUF file, or package://PACKAGE/PATH.")
+]
 TaskName = Annotated[str, typer.Option(help="A GLUE task, embedded, text, prompts, classification or regression.")]
 Columns = Annotated[
     str | None,
@@ -163,16 +165,19 @@ def prune(
 
         folder = prune_recipe(recipe)
     _say(f"pruned model: {folder}")
+    _say_loading(folder)
 
 
-@app.command(epilog="Example: distill-llm evaluate runs/quickstart/student --task embedded")
+@app.command(epilog="Example: distill-llm evaluate runs/quickstart/student --task embedded --max-length 64")
 def evaluate(
     model: ModelName,
     task: TaskName,
     data: DataPath = None,
     columns: Columns = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples at once.")] = 64,
-    max_length: Annotated[int, typer.Option(min=8, help="Tokens an example is cut to.")] = 128,
+    max_length: Annotated[
+        int, typer.Option(min=8, help="Tokens an example is cut to: the recipe's data.max_length, or scores differ.")
+    ] = 128,
     metric: Annotated[
         str | None,
         typer.Option(metavar="perplexity|exact_match|final_answer", help="For prompts; perplexity by default."),

@@ -45,10 +45,11 @@ def training_fields(fields: dict[str, Any] | None) -> dict[str, Any] | None:
 class TeacherSection(Section):
     """The model to learn from."""
 
-    model: str = Field(min_length=1, description="Hub id, folder, or package://PACKAGE/PATH")
+    model: str = Field(min_length=1, description="Hub id, folder, GGUF file, or package://PACKAGE/PATH")
     train: dict[str, Any] | None = Field(
         default=None,
-        description="TrainingArguments fields; given, the teacher is first fine-tuned on the task with a fresh head",
+        description="TrainingArguments fields; given, the teacher is first fine-tuned on the task: with its own head where that"
+        " has the task's classes, else with a new one",
     )
     dtype: Literal["float32", "bfloat16"] | None = Field(
         default=None,
@@ -75,7 +76,7 @@ class StudentSection(Section):
     model: str | None = Field(
         default=None,
         min_length=1,
-        description="Hub id, folder, or package://PACKAGE/PATH; left out: the pruned teacher",
+        description="Hub id, folder, GGUF file, or package://PACKAGE/PATH; left out: the pruned teacher",
     )
     peft: dict[str, Any] | None = Field(
         default=None, description="fields of peft's LoraConfig: only adapters learn, merged into the weights when saved"
