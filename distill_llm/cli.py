@@ -292,6 +292,14 @@ def _run(recipe: Recipe) -> None:
     result = pipeline.run(recipe, recipe.output_dir)
     _say(f"student: {result.student_dir}")
     _say(f"report:  {result.report}")
+    _say_loading(result.student_dir)
+
+
+def _say_loading(student: Path) -> None:
+    from distill_llm.report.usage import loading
+
+    if is_main_process():
+        _say(f"loads as {loading(student)}")
 
 
 def _quiet_weights() -> None:

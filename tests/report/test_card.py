@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from distill_llm.errors import InputError
 from distill_llm.report import write_card
+from distill_llm.report.usage import loading
 
 RECIPE = "teacher:\n  model: owner/teacher-model\n"
 
@@ -65,8 +66,7 @@ def test_card_holds_table_recipe_and_results_file(tmp_path: Path) -> None:
     ("architecture", "loader", "tag"),
     [
         ("PrunedBertForMaskedLM", "AutoModelForMaskedLM", "fill-mask"),
-        ("BertForTokenClassification", "AutoModelForTokenClassification", "token-classification"),
-        ("DistilBertModel", "AutoModel", "feature-extraction"),
+        ("DistilBertForSequenceClassification", "AutoModelForSequenceClassification", "text-classification"),
         ("PrunedGPT2LMHeadModel", "AutoModelForCausalLM", "text-generation"),
     ],
 )
@@ -92,7 +92,14 @@ def test_trust_remote_code_only_where_the_checkpoint_has_code(tmp_path: Path) ->
     assert "from_pretrained(model_id, trust_remote_code=True)" in write_card(pruned, metrics(), RECIPE).read_text()
 
 
-@pytest.mark.parametrize("head", ["sequence-classification", "masked-lm", "token-classification", "base", "gpt2"])
+def test_one_line_says_how_a_student_loads(tmp_path: Path) -> None:
+    stock = loading(student_folder(tmp_path / "a", "BertForMaskedLM"))
+    assert stock == f'AutoModelForMaskedLM.from_pretrained("{tmp_path / "a"}"): a stock transformers model'
+    own = loading(student_folder(tmp_path / "b", "PrunedGPT2LMHeadModel", auto_map={"AutoModel": "x.PrunedGPT2Model"}))
+    assert f'AutoModelForCausalLM.from_pretrained("{tmp_path / "b"}", trust_remote_code=True): ' in own
+
+
+@pytest.mark.parametrize("head", ["sequence-classification", "masked-lm", "gpt2"])
 def test_the_code_of_the_card_runs(tmp_path: Path, head: str, capsys: pytest.CaptureFixture[str]) -> None:
     model = causal_model("gpt2", eos_token_id=None) if head == "gpt2" else tiny_model(head=head)
     model.save_pretrained(tmp_path)
