@@ -247,8 +247,11 @@ def _choose_layers(choice: Choice, local: bool) -> None:
         if not choice.fits(choice.least_of(choice.living())):
             continue
         cost = _cost_of_shares(choice, _kinds(choice, local))
-        share = _largest(choice, lambda s, cost=cost: cost(s, s, round(s * choice.width) if narrowing else None))
-        found.append((abs(1 - gone / count - share), gone))
+
+        def of_all(share: float, cost: Callable[..., float] = cost) -> float:
+            return cost(share, share, round(share * choice.width) if narrowing else None)
+
+        found.append((abs(1 - gone / count - _largest(choice, of_all)), gone))
     if not found:  # not even of the best layer alone
         choice.reachable(choice.least_of(order[-1:]))
     gone = min(found)[1]
