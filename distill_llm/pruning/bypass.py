@@ -200,7 +200,7 @@ class _Tap:
     def add(self) -> None:
         """The batch is over."""
         assert self.input is not None and isinstance(self.added, torch.Tensor)
-        self.moments.add(self.state.pack(torch.cat([self.input.float(), self.added], -1)))
+        self.moments.add(torch.cat([self.input.float(), self.added], -1).flatten(0, 1), valid=self.state.valid)
         self.input, self.added = None, 0.0
 
     def remove(self) -> None:
