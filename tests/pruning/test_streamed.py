@@ -1,4 +1,4 @@
-"""Models that compute on another device, the weights of one layer there at a time. Here both are the processor, under two names."""
+"""Models that compute on another device, the weights of one layer there at a time. Here both are the processor."""
 
 import pytest
 import torch
