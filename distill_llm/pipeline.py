@@ -67,12 +67,15 @@ def prune_recipe(recipe: Recipe) -> Path:
     cut = stages.cutter(section).cut(teacher, teacher, section.keep, file)
     if not stages.processes.is_main_process:
         return target
+    plan, student = cut.plan, stages.as_written(cut.model)
+    del cut  # two models at a time
     with written_whole(target, folder=True) as folder:
-        stages.save(cut.model, folder)
-        stages.show(cut.plan, teacher, folder, "plan")
-    scores = [stages.evaluate(m)["score"] for m in (teacher, cut.model)]
+        stages.save(student, folder)
+        stages.show(plan, teacher, folder, "plan")
+    teacher = stages.as_written(teacher)
+    scores = [stages.evaluate(model)["score"] for model in (teacher, student)]
     of = "the latency" if section.cost == "latency" else f"the layers' {section.cost}"
-    share = f"{cut.plan.kept:.1%} of {of} kept" + (f" ({cut.plan.note})" if cut.plan.note else "")
+    share = f"{plan.kept:.1%} of {of} kept" + (f" ({plan.note})" if plan.note else "")
     _say(stages, f"prune: {share}, {stages.data.task.main_metric} {scores[0]:.4f} -> {scores[1]:.4f}")
     return target
 
