@@ -16,7 +16,7 @@ from distill_llm.command_group import CommandGroup, is_main_process
 from distill_llm.errors import InputError
 from distill_llm.faults import faults_in
 from distill_llm.options import as_options, read_columns
-from distill_llm.outputs import usable_file, usable_output
+from distill_llm.outputs import usable_file
 from distill_llm.recipe import Recipe, load_recipe, parse_recipe, recipe_descriptions, recipe_folder
 from distill_llm.recipe_sections import PruningSection
 from distill_llm.responses import command as responses
@@ -159,7 +159,6 @@ def prune(
         override(given, text)
     with as_options():
         recipe = parse_recipe(given)
-        usable_output(recipe.output_dir)
         _quiet_weights()
         from distill_llm.pipeline import prune_recipe
 

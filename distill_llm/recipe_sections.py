@@ -53,10 +53,13 @@ class TeacherSection(Section):
     )
     dtype: Literal["float32", "bfloat16"] | None = Field(
         default=None,
-        description="precision of the teacher's weights while a student learns; left out: as the student is trained",
+        description="precision of the teacher's weights while a student learns; left out: as the student is trained. It is"
+        " scored and measured in the dtype of its checkpoint whatever this says",
     )
     quantization: Literal["8bit", "4bit"] | None = Field(
-        default=None, description="hold the teacher's weights in fewer bits while a student learns (bitsandbytes)"
+        default=None,
+        description="hold the teacher's weights in fewer bits while a student learns (bitsandbytes); pruned, scored and"
+        " measured is the checkpoint itself",
     )
     cache: Path | None = Field(
         default=None, description="folder that `distill-llm cache` wrote: learn from it, with no teacher in memory"

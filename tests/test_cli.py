@@ -20,6 +20,7 @@ from distill_llm.cli import app
 from distill_llm.data import load_task
 from distill_llm.errors import InputError
 from distill_llm.faults import InputErrors
+from distill_llm.outputs import usable_output
 from distill_llm.pruning.families import FAMILIES
 from distill_llm.recipe import Recipe, load_recipe, recipe_names
 
@@ -58,7 +59,7 @@ def calls(tmp_path, monkeypatch):
     fake = types.ModuleType("distill_llm.pipeline")
     result = types.SimpleNamespace(metrics={}, student_dir=Path("student"), report=Path("report.md"))
     fake.run = lambda recipe, output_dir: check_recipe(recipe) or seen.append((recipe, output_dir)) or result
-    fake.prune_recipe = lambda recipe: seen.append(recipe) or Path("pruned")
+    fake.prune_recipe = lambda recipe: usable_output(recipe.output_dir) or seen.append(recipe) or Path("pruned")
     monkeypatch.setitem(sys.modules, "distill_llm.pipeline", fake)
     monkeypatch.setattr(sys.modules["distill_llm"], "pipeline", fake, raising=False)
     return seen

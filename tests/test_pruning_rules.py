@@ -170,6 +170,6 @@ def test_every_combination_that_passes_is_planned_within_its_budget_and_ignores_
         allowed |= {"heads"} if "attention" in units else set()
         allowed |= {"neurons"} if "ffn" in units else set()
         assert gone <= allowed, (units, scope, uniform)
-        if criterion == "taylor":
-            assert set(units) <= gone, (units, scope, uniform)
+        if criterion == "taylor":  # a few whole layers may be all that has to go
+            assert set(units) <= gone or "layers" in {*units} & gone, (units, scope, uniform)
     assert planned == 2 if criterion == "leave_one_out" else planned > 20

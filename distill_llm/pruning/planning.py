@@ -36,11 +36,11 @@ def plan_pruning(
     """Choose what stays so that `keep` of the layers' cost remains, never more, and as near below as the units allow.
 
     With scope "global" units compete over all layers; where the criterion's scores are comparable between kinds of units
-    (Fisher) all kinds compete by score per cost, at what a unit costs in what is left; else each kind keeps the same share, layers
-    as nearly as their number allows. With scope "local" every layer keeps the same share of its heads and of its neurons, but
-    for its limits. `uniform` gives every layer the same numbers, which many stock configs can say: none keeps more than the
-    smallest layer has. (Layers by block influence and uniform widths by activation are Minitron's plan, Muralidharan et al.
-    2024, section 2.)
+    (Fisher) all kinds compete by score per cost, at what a unit costs in what is left; else each kind keeps the same share,
+    layers as nearly as their number allows. With scope "local" every layer keeps the same share of its heads and of its
+    neurons, but for its limits. `uniform` gives every layer the same numbers, which many stock configs can say: none keeps
+    more than the smallest layer has. (Layers by block influence and uniform widths by activation are Minitron's plan,
+    Muralidharan et al. 2024, section 2.)
 
     Args:
         scores: from `score(...)`, for this very model.
@@ -247,8 +247,11 @@ def _choose_layers(choice: Choice, local: bool) -> None:
         if not choice.fits(choice.least_of(choice.living())):
             continue
         cost = _cost_of_shares(choice, _kinds(choice, local))
-        share = _largest(choice, lambda s, cost=cost: cost(s, s, round(s * choice.width) if narrowing else None))
-        found.append((abs(1 - gone / count - share), gone))
+
+        def of_all(share: float, cost: Callable[..., float] = cost) -> float:
+            return cost(share, share, round(share * choice.width) if narrowing else None)
+
+        found.append((abs(1 - gone / count - _largest(choice, of_all)), gone))
     if not found:  # not even of the best layer alone
         choice.reachable(choice.least_of(order[-1:]))
     gone = min(found)[1]
