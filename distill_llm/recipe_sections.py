@@ -194,6 +194,11 @@ class PruningSection(Section):
     precision: Literal["bfloat16"] | None = Field(
         default=None, description="run the calibration passes under autocast in this precision; sums stay in float32"
     )
+    offload: bool = Field(
+        default=False,
+        description="hold what is pruned in main memory and bring one layer at a time to the GPU for calibration, for models of"
+        " which not even the float32 weights fit there; goes with checkpointing",
+    )
     checkpointing: bool = Field(
         default=False,
         description="hold one layer's activations at a time in calibration, for models of which all do not fit, for about"

@@ -80,13 +80,17 @@ class Stages:
         given = self.recipe.student.model if self.recipe.student else None
         return self.teacher_dtype if given is None else _dtype_of(resolve_model(given))
 
-    def load(self, path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-        """A finished model of this run on this process's device; in fp32 where its weights are worked on."""
-        return load_pretrained(path, dtype=dtype).to(self.processes.device)  # type: ignore[arg-type]
+    def load(
+        self, path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    ) -> PreTrainedModel:
+        """A finished model of this run, by default on this process's device; in fp32 where its weights are worked on."""
+        return load_pretrained(path, dtype=dtype).to(device or self.processes.device)  # type: ignore[arg-type]
 
     def as_written(self, model: PreTrainedModel) -> PreTrainedModel:
-        """A model in the dtype of a finished student: itself where it is in that, else a copy."""
-        return model if model.dtype == self.student_dtype else converted(model, self.student_dtype, model.device)
+        """A model in the dtype of a finished student on this process's device: itself where it is that, else a copy."""
+        device = self.processes.device
+        here = model.dtype == self.student_dtype and model.device.type == device.type
+        return model if here else converted(model, self.student_dtype, device)
 
     def save(self, model: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
         """Model and tokenizer; `weights` where the model's own are divided among processes."""
@@ -124,8 +128,9 @@ class Stages:
         """Statistics, plan, pruned and compensated model, both scored. All processes collect; process 0 writes."""
         section = self.recipe.pruning
         assert section is not None
-        student = self.load(student_dir).eval()
-        teacher = student if student_dir == teacher_dir else self.load(teacher_dir).eval()
+        where = torch.device("cpu") if section.offload else self.processes.device
+        student = self.load(student_dir, device=where).eval()
+        teacher = student if student_dir == teacher_dir else self.load(teacher_dir, device=where).eval()
         cutter = self.cutter(section)
         if section.layers is not None:
             cut = cutter.cut_layers(student)
@@ -158,7 +163,8 @@ class Stages:
 
     def cutter(self, section: PruningSection) -> Cutter:
         """What cuts models as the recipe says, on its calibration rows."""
-        return Cutter(self.recipe, partial(self.calibration, section.calibration_examples))
+        device = self.processes.device if section.offload else None
+        return Cutter(self.recipe, partial(self.calibration, section.calibration_examples), device)
 
     def show(self, plan: PruningPlan, model: PreTrainedModel, folder: Path, title: str) -> None:
         """Save a plan and its picture, and print its table."""
