@@ -5,7 +5,7 @@ A share of all parameters goes. All sides see the same calibration rows, and per
 
 - ours: Fisher over KV groups and FFN neurons together, compensated; also in small cuts, with statistics of the same rows anew
   after each, and FFN neurons alone.
-- plain: our criteria without compensation, KV groups and FFN neurons, over all layers.
+- plain: our criteria without compensation, KV groups and FFN neurons, ranked over all layers or the same share of each.
 - layers: block influence (ShortGPT's criterion), the FFN before a removed layer taking it over, or not.
 - torch-pruning: Taylor importance of FFN neurons, ranked within each layer or over all (heads that share keys: looking for
   their groups does not come to an end).
@@ -24,7 +24,7 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +67,12 @@ def ours(model: PreTrainedModel, batches: Batches, keep: float, statistics: Stat
 
 def plain(model: PreTrainedModel, batches: Batches, keep: float, statistics: Statistics) -> Iterator[tuple[str, Any]]:
     """Criteria without compensation, and whole layers."""
-    for name in PLAIN:
+    for name, scope in product(PLAIN, ("global", "local")):
         yield (
-            f"plain {name}",
-            lambda name=name: prune(model, plan_pruning(model, score(statistics, name), keep)),
+            f"plain {name}, {scope}",
+            lambda name=name, scope=scope: prune(
+                model, plan_pruning(model, score(statistics, name), keep, scope=scope)
+            ),
         )
     layers = plan_pruning(model, score(statistics, "block_influence"), keep, units=("layers",))
     yield "layers by block influence", lambda: prune(model, layers)
@@ -162,6 +164,7 @@ def main() -> None:
     parser.add_argument("--removed", type=float, default=0.2, help="share of all parameters")
     parser.add_argument("--rows", type=int, default=80, help="of calibration")
     parser.add_argument("--length", type=int, default=256, help="tokens of a row of calibration")
+    parser.add_argument("--only", default="", help="sides whose names begin so")
     parser.add_argument("--evaluation-rows", type=int, default=16, help="of twice as many tokens")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -191,6 +194,8 @@ def main() -> None:
     for source, students in sources.items():
         try:
             for name, make in students():
+                if not name.startswith(options.only):
+                    continue
                 student = make()
                 found = perplexity(student, unseen, collate)
                 result[name] = {"perplexity": found, "over_dense": found / dense, "params": count_params(student)[0]}
