@@ -1,21 +1,23 @@
 """Prompts with their responses, or chats: from files to token ids in which only the response has labels."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from distill_llm.data.causal import as_rows
+from distill_llm.data.chats import answered, is_chat
 from distill_llm.data.labelled import check_texts, column_names, with_test
 from distill_llm.data.padding import Rows
 from distill_llm.data.sources import Splits, read_splits
 from distill_llm.data.special_tokens import document_end, special_ends
+from distill_llm.data.tasks import TaskData
 from distill_llm.errors import InputError, one_of
 from distill_llm.losses.labels import IGNORED
 
 PAIR = ("prompt", "response")
 CHAT = ("messages",)
+FIRST = 100  # rows of a split that are tried in the template before any work
 
 
 def load_prompts(path: str, columns: Mapping[str, str] | None, training: bool = True) -> tuple[tuple[str, ...], Splits]:
@@ -62,12 +64,13 @@ def _check_chats(rows: Dataset, column: str, split: str) -> None:
             raise InputError(field, column, accepted)
 
 
-def is_chat(turns: Any) -> bool:
-    """Whether a value is a list of turns, one or more, each with a role and a content that are text."""
-    try:
-        return bool(turns) and all(isinstance(turn[key], str) for turn in turns for key in ("role", "content"))
-    except (TypeError, KeyError):
-        return False
+def check_chats(data: TaskData, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise InputError where the tokenizer's chat template, if it has one, refuses one of the first chats of a split."""
+    if data.task.text_columns != CHAT or not tokenizer.chat_template:
+        return
+    for rows in (data.train, data.test):
+        for chat in rows.select(range(min(FIRST, len(rows))))["messages"]:
+            answered(chat, tokenizer, "data.path")
 
 
 def prompt_encoder(
@@ -83,13 +86,16 @@ def prompt_encoder(
         columns: `("prompt", "response")` or `("messages",)`.
         tokenizer: with an EOS or BOS token, and for chats a template.
         max_length: most tokens in a row.
+
+    Raises:
+        InputError: by the function, where the template refuses a chat.
     """
     (begin, _), end = special_ends(tokenizer), document_end(tokenizer)
     assert end is not None, "checked by check_tokenizer"
 
     def work(rows: Rows) -> Rows:
         if columns == CHAT:
-            pairs = [_chat(tokenizer, chat) for chat in rows["messages"]]
+            pairs = [answered(chat, tokenizer, "data.path") for chat in rows["messages"]]
             prompts, responses, first = [p for p, _ in pairs], [r for _, r in pairs], []
         else:
             prompts, responses, first = rows["prompt"], rows["response"], begin
@@ -106,15 +112,3 @@ def prompt_encoder(
         return as_rows(ids, labels)
 
     return work
-
-
-def _chat(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]]) -> tuple[str, str]:
-    """Prompt and response of a chat as text; what the template puts behind the turn's EOS is left out."""
-    turns = [{key: value for key, value in turn.items() if value is not None} for turn in chat]
-    whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    prompt = str(tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True))
-    if not whole.startswith(prompt):
-        accepted = "a chat template that only adds the answer to its prompt"
-        raise InputError("data.columns.messages", tokenizer.name_or_path, accepted)
-    response = whole[len(prompt) :].rstrip()
-    return prompt, response
