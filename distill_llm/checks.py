@@ -116,6 +116,8 @@ def check_data(recipe: Recipe) -> TaskData:
             metric=recipe.evaluation.metric,
             max_new_tokens=recipe.evaluation.max_new_tokens,
             packing=section.packing,
+            chat=section.chat,
+            chat_template_kwargs=section.chat_template_kwargs,
         )
     calibration = recipe.pruning.calibration_examples if recipe.pruning and recipe.pruning.keep else 0
     if calibration == PruningSection.model_fields["calibration_examples"].default:

@@ -4,7 +4,16 @@ import os
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.functional_validators import ModelWrapValidatorHandler
 
 from distill_llm.adapter_fields import check_adapter_fields
@@ -108,6 +117,13 @@ class DataSection(Section):
     columns: ColumnsSection | None = Field(default=None, description="column names of the user's own data")
     max_length: int = Field(default=128, ge=8, description="tokens an example is cut to")
     packing: bool = Field(default=False, description="prompts: short training examples share rows of max_length")
+    chat: bool = Field(
+        default=False,
+        description="prompts: ask and answer in the words of the tokenizer's chat template, as a user asks",
+    )
+    chat_template_kwargs: dict[str, JsonValue] = Field(
+        default={}, description="what the chat template is given beside the chats, such as {enable_thinking: false}"
+    )
     train_examples: int | None = Field(default=None, ge=1, description="training rows to use; all where left out")
     holdout_examples: int = Field(default=0, ge=0, description="training rows kept aside for choices, never trained on")
 

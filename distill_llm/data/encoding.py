@@ -1,5 +1,6 @@
 """Rows to token ids (cached on disk by `datasets`), and token ids to padded batches."""
 
+import json
 import logging
 import os
 from collections.abc import Callable
@@ -44,7 +45,8 @@ def encode(data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int) 
     check_tokenizer(task, tokenizer)
     most_tokens(task, tokenizer, max_length)
     work = _worker(task, tokenizer, max_length)
-    identity = [tokenizer_state(tokenizer), task.kind, task.text_columns, max_length, CACHE_FORMAT]
+    given = json.dumps(task.chat_template_kwargs, sort_keys=True)
+    identity = [tokenizer_state(tokenizer), task.kind, task.text_columns, given, max_length, CACHE_FORMAT]
 
     def encoded(rows: Dataset) -> Dataset:
         result = _mapped(rows, work, identity, "Tokenizing")
@@ -117,7 +119,7 @@ def collator(task: Task, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> C
 def _worker(task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Callable[[Rows], Rows]:
     column = task.text_columns[0]
     if task.kind == "prompts":
-        return prompt_encoder(task.text_columns, tokenizer, max_length)
+        return prompt_encoder(task, tokenizer, max_length)
     if task.kind == "causal_lm":
         return document_packer(column, tokenizer, max_length)
     if task.kind == "masked_lm":

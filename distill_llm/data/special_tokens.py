@@ -6,6 +6,7 @@ from typing import Any
 import transformers
 from transformers import PreTrainedTokenizerBase
 
+from distill_llm.data.chats import check_template_kwargs
 from distill_llm.data.tasks import Task
 from distill_llm.errors import InputError
 
@@ -27,7 +28,7 @@ def check_tokenizer(task: Task, tokenizer: PreTrainedTokenizerBase, field: str =
     """Whether a tokenizer has the special tokens and the template that a task's rows are made with.
 
     Raises:
-        InputError: naming `field`, the setting that gave the tokenizer.
+        InputError: naming `field`, the setting that gave the tokenizer, or what the template is given and does not read.
     """
     missing = None
     if task.kind in ("causal_lm", "prompts"):
@@ -41,6 +42,7 @@ def check_tokenizer(task: Task, tokenizer: PreTrainedTokenizerBase, field: str =
         missing = "a mask token"
     if missing is not None:
         raise InputError(field, tokenizer.name_or_path, f"a model whose tokenizer has {missing}")
+    check_template_kwargs(task.chat_template_kwargs, tokenizer, "data.chat_template_kwargs")
 
 
 def token_rules(tokenizer: Any) -> str:

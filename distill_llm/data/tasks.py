@@ -1,7 +1,8 @@
 """What a task is: its text columns, its labels and the metrics it is judged by; the nine GLUE tasks as a table."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedConfig
@@ -22,6 +23,7 @@ class Task:
         higher_is_better: whether a larger main metric is better.
         max_new_tokens: most tokens to generate for a response, where `metrics` judge them.
         packing: whether short training sequences share rows.
+        chat_template_kwargs: what the chat template is given beside the chats that `messages` holds; plain JSON.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Task:
     higher_is_better: bool = True
     max_new_tokens: int = 64
     packing: bool = False
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def is_language_model(self) -> bool:
@@ -106,6 +109,7 @@ def prompts(
     metric: str = "perplexity",
     max_new_tokens: int = 64,
     packing: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Task:
     """Responses to prompts, scored by their perplexity or by a metric of generated ones.
 
@@ -114,7 +118,8 @@ def prompts(
         metric: `perplexity`, or a metric of texts, `exact_match` or `final_answer`.
     """
     judged = () if metric == "perplexity" else (metric,)
-    return Task("prompts", "prompts", columns, None, judged, metric, bool(judged), max_new_tokens, packing)
+    generated = (judged, metric, bool(judged), max_new_tokens)
+    return Task("prompts", "prompts", columns, None, *generated, packing, chat_template_kwargs or {})
 
 
 _PAIR = ("sentence1", "sentence2")

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from datasets import Dataset, Value
 from transformers import PreTrainedTokenizerBase
 
-from distill_llm.data.chats import Chat, answered, asked, is_chat
+from distill_llm.data.chats import Chat, answered, as_turn, asked, is_chat
 from distill_llm.data.sources import read_splits, resolve_path
 from distill_llm.data.special_tokens import special_ends
 from distill_llm.errors import InputError, one_of
@@ -30,7 +30,7 @@ class Prompt:
         """A row of the task `prompts`: `prompt` and `response`, or `messages` that end with the response."""
         if isinstance(self.content, str):
             return {"prompt": self.content, "response": response}
-        return {"messages": [*self.content, {"role": "assistant", "content": response}]}
+        return {"messages": [*self.content, as_turn("assistant", response)]}
 
     def is_asked_in(self, row: Mapping[str, Any]) -> bool:
         """Whether a row is an answer to this prompt."""
@@ -92,7 +92,10 @@ def _without_answer(chat: Any, place: int, column: str) -> Chat:
 
 
 def encode_prompts(
-    contents: Sequence[str] | Sequence[Chat], tokenizer: PreTrainedTokenizerBase, chat: bool = False
+    contents: Sequence[str] | Sequence[Chat],
+    tokenizer: PreTrainedTokenizerBase,
+    chat: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Prompt]:
     """The different prompts among `contents`, in the order of their first occurrence.
 
@@ -103,11 +106,13 @@ def encode_prompts(
         contents: of `read_contents`.
         tokenizer: with a chat template where there are chats.
         chat: make each text the user's turn of a chat.
+        chat_template_kwargs: what the template is given beside the chats.
 
     Raises:
         InputError: the template refuses a chat, or does not only add the answer to its prompt; a prompt has no tokens.
     """
-    chats = [[{"role": "user", "content": each}] if chat and isinstance(each, str) else each for each in contents]
+    given = chat_template_kwargs or {}
+    chats = [[as_turn("user", each)] if chat and isinstance(each, str) else each for each in contents]
     unique = {_key(each): each for each in reversed(chats)}
     keys = list(dict.fromkeys(map(_key, chats)))
     kept = [unique[key] for key in keys]
@@ -115,7 +120,7 @@ def encode_prompts(
     prompts: list[Prompt] = []
     for start in range(0, len(kept), CHUNK):
         some = kept[start : start + CHUNK]
-        texts = [each if isinstance(each, str) else asked(each, tokenizer, "data") for each in some]
+        texts = [each if isinstance(each, str) else asked(each, tokenizer, given, "data") for each in some]
         encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         for place, (content, ids) in enumerate(zip(some, encoded, strict=True), start):
             ids = [*(begin if isinstance(content, str) else []), *ids]
@@ -123,7 +128,7 @@ def encode_prompts(
                 raise InputError("data", content, "prompts with a token that the tokenizer knows, or more")
             prompts.append(Prompt(content, ids, keys[place]))
     if not isinstance(kept[0], str):
-        answered([*kept[0], {"role": "assistant", "content": "x"}], tokenizer, "data")
+        answered([*kept[0], as_turn("assistant", "x")], tokenizer, given, "data")
     return prompts
 
 
