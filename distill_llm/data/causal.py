@@ -1,6 +1,7 @@
 """Rows and batches of causal language modelling: documents cut into rows, short sequences packed, padding."""
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from distill_llm.data.padding import LENGTH, Features, PaddingCollator, Rows
 from distill_llm.data.sources import split_documents
-from distill_llm.data.special_tokens import document_end, special_ends
+from distill_llm.data.special_tokens import document_end, special_ends, token_count
 from distill_llm.losses.labels import IGNORED
 
 
@@ -93,6 +94,11 @@ class CausalCollator(PaddingCollator):
         assert pad is not None, "checked by check_tokenizer"
         self.pad = int(pad)
         self.left, self.values = False, {"input_ids": self.pad, "labels": IGNORED}
+
+    @cached_property
+    def tokens(self) -> int:
+        """See `token_count`."""
+        return token_count(self.tokenizer)
 
     def prompts(self, features: Features) -> dict[str, Tensor]:
         """The prompts of rows of the task `prompts`, padded on the left, for generation.

@@ -24,6 +24,14 @@ def document_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
 
 
+def token_count(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest id of a token: the leading rows of a vocabulary that mean something, its padding not.
+
+    There may be fewer tokens, where ids have gaps. The vocabulary is listed for it: call it once, not for every batch.
+    """
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def check_tokenizer(task: Task, tokenizer: PreTrainedTokenizerBase, field: str = "teacher.model") -> None:
     """Whether a tokenizer has the special tokens and the template that a task's rows are made with.
 

@@ -66,7 +66,7 @@ class Decoder:
         batch = {name: values.to(self.model.device) for name, values in self.collator.prompts(rows).items()}
         width = batch["input_ids"].shape[1]
         draw = Draw(None if uniforms is None else torch.from_numpy(uniforms).to(self.model.device), width)
-        processors = LogitsProcessorList([Known(len(self.collator.tokenizer)), *self.sampling.warpers(), draw])
+        processors = LogitsProcessorList([Known(self.collator.tokens), *self.sampling.warpers(), draw])
         output = self.model.generate(**batch, logits_processor=processors)[:, width:].tolist()  # type: ignore[operator]
         if draw.broken is not None and draw.broken.item():
             given = f"{self.model.config.model_type} in {self.model.dtype} with logits that are not numbers"

@@ -1,9 +1,13 @@
 """Responses of batches are those of prompts asked alone; draws have the right probabilities."""
 
+import json
+
 import pytest
 import torch
 from causal_examples import word_tokenizer
 from response_examples import PROMPTS, alone, teacher
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from distill_llm.data.causal import CausalCollator
 from distill_llm.errors import InputError
@@ -87,6 +91,20 @@ def test_logits_that_are_not_numbers_name_the_model() -> None:
     decoder = Decoder(model, CausalCollator(tokenizer), Sampling(temperature=0, max_new_tokens=2), "student")
     with decoder.ready(), pytest.raises(InputError, match="student: got .*not numbers"):
         decoder([[1, 2]])
+
+
+def test_a_token_behind_a_gap_of_the_ids_can_be_an_answer() -> None:
+    state = json.loads(word_tokenizer().backend_tokenizer.to_str())
+    state["model"]["vocab"]["a"] = 110
+    names = {"eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), **names)
+    model = teacher(vocab_size=128)
+    sampling = Sampling(max_new_tokens=2, temperature=0)
+    hidden = model.model(torch.tensor([[1, 2, 3]])).last_hidden_state[0, -1]
+    model.lm_head.weight.data[110] = hidden.detach() * 10
+    decoder = Decoder(model, CausalCollator(tokenizer), sampling)
+    with decoder.ready():
+        assert decoder([[1, 2, 3]])[0][0] == 110 > len(tokenizer)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 5.0])
