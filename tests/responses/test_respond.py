@@ -138,6 +138,18 @@ def test_other_settings_in_a_begun_folder_are_refused_by_name(change: dict, fiel
     assert files_of(tmp_path) == before
 
 
+def test_a_run_that_made_nothing_goes_on_with_a_smaller_batch(tmp_path: Path) -> None:
+    options = {**SMALL, "temperature": 0.9, "keep_truncated": True}
+    counting(stopped := teacher(), last=0)
+    with pytest.raises(Stopped):
+        respond(stopped, PROMPTS, tmp_path / "smaller", **{**options, "batch_size": 8})
+    with pytest.raises(InputError, match=r"temperature: got 0\.8"):
+        respond(teacher(), PROMPTS, tmp_path / "smaller", **{**options, "temperature": 0.8})
+    respond(teacher(), PROMPTS, tmp_path / "smaller", **options)
+    respond(teacher(), PROMPTS, tmp_path / "whole", **options)
+    assert files_of(tmp_path / "smaller") == files_of(tmp_path / "whole")
+
+
 def test_a_folder_with_other_files_and_damaged_shards_are_refused(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").touch()
