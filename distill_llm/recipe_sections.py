@@ -285,10 +285,12 @@ class EvaluationSection(Section):
     """How models are scored and profiled."""
 
     batch_size: int = Field(default=64, ge=1, description="examples at once when scoring")
-    metric: Literal["perplexity", "exact_match", "final_answer"] | None = Field(
+    metric: str | None = Field(
         default=None,
-        description="for prompts: of the data's responses, or of generated ones: the whole text equal, or its final answer"
-        " (behind the last ####, else the last number); default: perplexity",
+        min_length=1,
+        description="for prompts: perplexity of the data's responses; or of generated ones exact_match, final_answer (behind the"
+        " last ####, else the last number), or NAME or NAME:VALUE of a metric of evaluate, such as rouge:rougeL, which brings"
+        " packages of its own; default: perplexity",
     )
     max_new_tokens: int = Field(default=64, ge=1, description="most tokens of a generated response")
     latency: LatencySection = Field(default_factory=LatencySection, description="the batch that is timed")

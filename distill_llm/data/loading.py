@@ -13,12 +13,11 @@ from distill_llm.data.glue import load_glue
 from distill_llm.data.labelled import load_labelled, load_text
 from distill_llm.data.prompts import CHAT, load_prompts
 from distill_llm.data.sources import Splits, resolve_path
-from distill_llm.data.tasks import GLUE, Task, TaskData, label_names, prompts
+from distill_llm.data.tasks import GLUE, PROMPT_METRICS, Task, TaskData, label_names, prompts
 from distill_llm.errors import InputError, one_of
 
 NAMED_COLUMNS = ("classification", "regression", "text", "prompts")
 TASKS = (*GLUE, "embedded", *NAMED_COLUMNS)
-PROMPT_METRICS = ("perplexity", "exact_match", "final_answer")
 
 
 def load_task(
@@ -53,7 +52,7 @@ def load_task(
         holdout_examples: how many training rows become `validation`, drawn with `seed` and removed from `train`. Where
             the data bring their own validation split, how many of its rows to use (0 for all).
         seed: of the draws. The rows that `validation` gets do not depend on `train_examples`.
-        metric: for prompts, one of PROMPT_METRICS; None is perplexity.
+        metric: for prompts, one of PROMPT_METRICS, or a metric of `evaluate` for texts (`rouge:rougeL`); None is perplexity.
         max_new_tokens: for prompts with a metric of generated text.
         packing: for prompts, whether short training sequences share rows.
         chat: for prompts, whether to make chats of them, in the words of the tokenizer's chat template.
@@ -75,8 +74,12 @@ def load_task(
     if path is not None:
         path = resolve_path(path, "data.path")
     if task == "prompts":
+        from distill_llm.evaluation.metrics import prefers_higher  # imports this package
+
+        metric = metric or PROMPT_METRICS[0]
+        higher = metric in PROMPT_METRICS or prefers_higher(metric)
         names, splits = load_prompts(_needed(task, path), columns, training, chat)
-        spec = prompts(names, metric or "perplexity", max_new_tokens, packing, chat_template_kwargs)
+        spec = prompts(names, metric, max_new_tokens, packing, chat_template_kwargs, higher)
     else:
         spec, splits = _load(task, path, columns, config, training)
     if chat_template_kwargs and spec.text_columns != CHAT:
@@ -102,8 +105,6 @@ def _check_prompts(
             if value:
                 raise InputError(f"data.{name}", value, f"false for {task}: it is for prompts")
         return
-    if metric is not None and metric not in PROMPT_METRICS:
-        raise InputError("evaluation.metric", metric, one_of(PROMPT_METRICS, metric))
     if config is None:
         return
     if not is_decoder(config):
