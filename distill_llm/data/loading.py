@@ -103,7 +103,7 @@ def _check_prompts(
             raise InputError("evaluation.metric", metric, f"nothing for {task}, whose metrics are its own")
         for name, value in settings.items():
             if value:
-                raise InputError(f"data.{name}", value, f"false for {task}: it is for prompts")
+                raise InputError(f"data.{name}", value, f"false for {task}: only rows of prompts take it")
         return
     if config is None:
         return

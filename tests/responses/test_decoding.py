@@ -11,9 +11,11 @@ from transformers import PreTrainedTokenizerFast
 
 from distill_llm.data.causal import CausalCollator
 from distill_llm.errors import InputError
+from distill_llm.processes import exact_device
 from distill_llm.responses.decoding import Decoder
 from distill_llm.responses.prompts import encode_prompts
 from distill_llm.responses.sampling import Draw, Sampling
+from distill_llm.teachers.cache_format import ItemCoding
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt_neox", "qwen3"])
@@ -59,6 +61,30 @@ def test_tokens_are_drawn_as_often_as_they_are_probable() -> None:
     assert (chosen.isfinite().sum(-1) == 1).all()
     shares = chosen.argmax(-1).bincount(minlength=50) / 20_000
     torch.testing.assert_close(shares, scores[0].softmax(-1), atol=1.01 / 20_000, rtol=0)
+
+
+class WithoutDoubles(torch.Tensor):
+    """As a tensor on a device without fp64; `to` brings it to the CPU."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        out = super().__torch_function__(function, types, args, kwargs or {})
+        if function is torch.Tensor.to:
+            return out.as_subclass(torch.Tensor)
+        assert not (isinstance(out, cls) and out.dtype == torch.float64), "no fp64 here"
+        return out
+
+
+@pytest.mark.parametrize("method", ["topk", "sampled"])
+def test_fp64_is_left_to_the_cpu_where_a_device_has_none(method: str) -> None:
+    scores = torch.randn(4, 300, generator=torch.Generator().manual_seed(0))
+    points = torch.rand(4, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    drawn = [Draw(points, 1)(torch.zeros(4, 1), each) for each in (scores, scores.as_subclass(WithoutDoubles))]
+    assert torch.equal(drawn[0], drawn[1].as_subclass(torch.Tensor))
+    coding = ItemCoding(300, 5, method)
+    coded = [coding.encode(each, points[:, 0].numpy()) for each in (scores, scores.as_subclass(WithoutDoubles))]
+    assert all((one == other).all() for one, other in zip(*coded, strict=True))
+    assert [exact_device(torch.device(name)).type for name in ("mps", "cuda", "cpu")] == ["cpu", "cuda", "cpu"]
 
 
 def test_temperature_top_k_and_top_p_cut_as_defined() -> None:
