@@ -115,6 +115,7 @@ def check_data(recipe: Recipe) -> TaskData:
             config=_teacher_config(recipe),
             metric=recipe.evaluation.metric,
             max_new_tokens=recipe.evaluation.max_new_tokens,
+            join_rows=section.join_rows,
             packing=section.packing,
             chat=section.chat,
             chat_template_kwargs=section.chat_template_kwargs,

@@ -116,6 +116,11 @@ class DataSection(Section):
     )
     columns: ColumnsSection | None = Field(default=None, description="column names of the user's own data")
     max_length: int = Field(default=128, ge=8, description="tokens an example is cut to")
+    join_rows: bool = Field(
+        default=False,
+        description="text: rows are lines of longer documents, as WikiText's are: 1,000 at a time are joined by blank lines,"
+        " else each is a document, which begins and ends with special tokens",
+    )
     packing: bool = Field(default=False, description="prompts: short training examples share rows of max_length")
     chat: bool = Field(
         default=False,

@@ -1,6 +1,7 @@
 """One door to all data: a task's name and a path in, rows in splits out."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from datasets import Dataset
@@ -31,6 +32,7 @@ def load_task(
     seed: int = 0,
     metric: str | None = None,
     max_new_tokens: int = 64,
+    join_rows: bool = False,
     packing: bool = False,
     chat: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -54,6 +56,7 @@ def load_task(
         seed: of the draws. The rows that `validation` gets do not depend on `train_examples`.
         metric: for prompts, one of PROMPT_METRICS, or a metric of `evaluate` for texts (`rouge:rougeL`); None is perplexity.
         max_new_tokens: for prompts with a metric of generated text.
+        join_rows: for text, whether rows are lines of longer documents.
         packing: for prompts, whether short training sequences share rows.
         chat: for prompts, whether to make chats of them, in the words of the tokenizer's chat template.
         chat_template_kwargs: for chats, what the template is given beside them, such as `enable_thinking`.
@@ -71,6 +74,8 @@ def load_task(
             "data.columns", dict(columns), f"nothing for {task} (only {', '.join(NAMED_COLUMNS)} take columns)"
         )
     _check_prompts(task, config, metric, {"packing": packing, "chat": chat})
+    if join_rows and task != "text":
+        raise InputError("data.join_rows", join_rows, f"false for {task}: only rows of text are joined")
     if path is not None:
         path = resolve_path(path, "data.path")
     if task == "prompts":
@@ -82,6 +87,7 @@ def load_task(
         spec = prompts(names, metric, max_new_tokens, packing, chat_template_kwargs, higher)
     else:
         spec, splits = _load(task, path, columns, config, training)
+        spec = replace(spec, join_rows=join_rows)
     if chat_template_kwargs and spec.text_columns != CHAT:
         accepted = "nothing where data are no chats (chat: true makes chats of prompts)"
         raise InputError("data.chat_template_kwargs", dict(chat_template_kwargs), accepted)

@@ -25,6 +25,7 @@ class Task:
         higher_is_better: whether a larger main metric is better.
         max_new_tokens: most tokens to generate for a response, where `metrics` judge them.
         packing: whether short training sequences share rows.
+        join_rows: whether rows of language modelling are lines of longer documents, rather than documents.
         chat_template_kwargs: what the chat template is given beside the chats that `messages` holds; plain JSON.
     """
 
@@ -37,6 +38,7 @@ class Task:
     higher_is_better: bool = True
     max_new_tokens: int = 64
     packing: bool = False
+    join_rows: bool = False
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
@@ -123,7 +125,9 @@ def prompts(
     """
     judged = () if metric == "perplexity" else (metric,)
     generated = (judged, metric.rpartition("/")[2], bool(judged) and higher_is_better, max_new_tokens)
-    return Task("prompts", "prompts", columns, None, *generated, packing, chat_template_kwargs or {})
+    return Task(
+        "prompts", "prompts", columns, None, *generated, packing, chat_template_kwargs=chat_template_kwargs or {}
+    )
 
 
 _PAIR = ("sentence1", "sentence2")
