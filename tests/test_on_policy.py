@@ -27,9 +27,7 @@ ANSWERS = [words(*range(40 + i, 42 + i)) for i in range(12)]
 
 
 def data():
-    return encode(
-        data_of(prompts_task("prompts", ("prompt", "response")), prompt=PROMPTS, response=ANSWERS), TOKENIZER, 32
-    )
+    return encode(data_of(prompts_task(), prompt=PROMPTS, response=ANSWERS), TOKENIZER, 32)
 
 
 def batch_of(rows):
