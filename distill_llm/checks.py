@@ -18,6 +18,7 @@ from distill_llm.checkpoint import name_labels
 from distill_llm.data.encoding import most_tokens
 from distill_llm.data.loading import load_task
 from distill_llm.data.padding import LENGTH
+from distill_llm.data.prompts import check_chats
 from distill_llm.data.special_tokens import check_tokenizer
 from distill_llm.data.tasks import Task, TaskData, label_names, same_names
 from distill_llm.errors import InputError
@@ -85,6 +86,7 @@ def check_recipe(recipe: Recipe) -> None:
     shorter = _shorter(teacher, student)
     found.run(_check_lengths, recipe, shorter)
     found.run(_check_rows, recipe, teacher, shorter, task)
+    found.run(check_chats, data, teacher.tokenizer if teacher else None)
     found.run(_check_losses, recipe, task)
     found.run(_check_cache, recipe, teacher)
     found.run(_check_responses, recipe, task, shorter)
@@ -113,7 +115,10 @@ def check_data(recipe: Recipe) -> TaskData:
             config=_teacher_config(recipe),
             metric=recipe.evaluation.metric,
             max_new_tokens=recipe.evaluation.max_new_tokens,
+            join_rows=section.join_rows,
             packing=section.packing,
+            chat=section.chat,
+            chat_template_kwargs=section.chat_template_kwargs,
         )
     calibration = recipe.pruning.calibration_examples if recipe.pruning and recipe.pruning.keep else 0
     if calibration == PruningSection.model_fields["calibration_examples"].default:

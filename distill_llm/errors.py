@@ -24,3 +24,8 @@ def one_of(names: Iterable[str], given: str = "") -> str:
     names = list(names)
     near = get_close_matches(given, names, n=1)
     return (f"{near[0]!r} (the nearest), or " if near else "") + "one of " + ", ".join(names)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, short enough for one line of output."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -14,7 +14,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 
 from distill_llm.data.sources import resolve_path
 from distill_llm.data.tasks import Task, label_names, same_names
-from distill_llm.errors import InputError, one_of
+from distill_llm.errors import InputError, first_line, one_of
 from distill_llm.gguf import SUFFIX, plain_checkpoint
 
 HEAD_CLASSES = {
@@ -108,11 +108,6 @@ def _reason(wanted: str, path: str, error: Exception) -> str:
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         return "an existing folder, or a Hub id in the local cache: the Hub is off (HF_HUB_OFFLINE is set)"
     return f"an existing folder, or a Hub id that can be reached ({first_line(error)})"
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, short enough for one line of output."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def check_head(model: OpenModel, task: Task) -> None:

@@ -1,4 +1,4 @@
-"""The processes of a run, and how long they wait for one another."""
+"""The processes of a run, how long they wait for one another, and what their devices lack."""
 
 from datetime import timedelta
 
@@ -24,3 +24,8 @@ def open_processes(
     """
     cpu = cpu or not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     return PartialState(cpu=cpu, backend=backend, timeout=timedelta(seconds=seconds))
+
+
+def exact_device(device: torch.device) -> torch.device:
+    """Where to compute in fp64 for a device: there, or on the CPU for Apple's, which has none."""
+    return torch.device("cpu") if device.type == "mps" else device

@@ -4,7 +4,16 @@ import os
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.functional_validators import ModelWrapValidatorHandler
 
 from distill_llm.adapter_fields import check_adapter_fields
@@ -111,7 +120,19 @@ class DataSection(Section):
     )
     columns: ColumnsSection | None = Field(default=None, description="column names of the user's own data")
     max_length: int = Field(default=128, ge=8, description="tokens an example is cut to")
+    join_rows: bool = Field(
+        default=False,
+        description="text: rows are lines of longer documents, as WikiText's are: 1,000 at a time are joined by blank lines,"
+        " else each is a document, which begins and ends with special tokens",
+    )
     packing: bool = Field(default=False, description="prompts: short training examples share rows of max_length")
+    chat: bool = Field(
+        default=False,
+        description="prompts: ask and answer in the words of the tokenizer's chat template, as a user asks",
+    )
+    chat_template_kwargs: dict[str, JsonValue] = Field(
+        default={}, description="what the chat template is given beside the chats, such as {enable_thinking: false}"
+    )
     train_examples: int | None = Field(default=None, ge=1, description="training rows to use; all where left out")
     holdout_examples: int = Field(default=0, ge=0, description="training rows kept aside for choices, never trained on")
 
@@ -278,10 +299,12 @@ class EvaluationSection(Section):
     """How models are scored and profiled."""
 
     batch_size: int = Field(default=64, ge=1, description="examples at once when scoring")
-    metric: Literal["perplexity", "exact_match", "final_answer"] | None = Field(
+    metric: str | None = Field(
         default=None,
-        description="for prompts: of the data's responses, or of generated ones: the whole text equal, or its final answer"
-        " (behind the last ####, else the last number); default: perplexity",
+        min_length=1,
+        description="for prompts: perplexity of the data's responses; or of generated ones exact_match, final_answer (behind the"
+        " last ####, else the last number), or NAME or NAME:VALUE of a metric of evaluate, such as rouge:rougeL, which brings"
+        " packages of its own; default: perplexity",
     )
     max_new_tokens: int = Field(default=64, ge=1, description="most tokens of a generated response")
     latency: LatencySection = Field(default_factory=LatencySection, description="the batch that is timed")

@@ -56,6 +56,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return given
 
 
+def read_mapping(text: str | None, field: str) -> dict[str, Any]:
+    """The mapping of names that an option holds as YAML, empty for None; InputError naming `field` where it is none."""
+    given = {} if text is None else _parse(text, field)
+    if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
+        raise InputError(field, text, "a mapping of names to values: '{NAME: VALUE}'")
+    return given
+
+
 def override(given: dict[str, Any], text: str) -> None:
     """Set a value in a nested mapping, in place, from `a.b=c` (c is YAML); missing mappings are made."""
     path, equals, value = text.partition("=")

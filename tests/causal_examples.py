@@ -16,6 +16,13 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
 )
 
+# As Qwen3's: the last answer begins with a thought, an empty one here, which belongs to the prompt where thinking is off.
+THINKING_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ' ' }}{% if loop.last and m['role'] == 'assistant' %}{{ 'w80 w81 ' }}{% endif %}"
+    "{{ m['content'] + ' </s> ' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant ' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ 'w80 w81 ' }}{% endif %}{% endif %}"
+)
+
 
 def word_tokenizer(begins: bool = False, pad: bool = False, **special: str | None) -> PreTrainedTokenizerFast:
     """Word `wN` has id 4 + N, `user` 94 and `assistant` 95; BOS begins a text where `begins`; no padding token unless `pad`."""

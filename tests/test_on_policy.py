@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from causal_examples import causal_model, data_of, word_tokenizer, words
+from causal_examples import THINKING_TEMPLATE, causal_model, data_of, word_tokenizer, words
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from trainer_examples import with_lora
@@ -27,9 +27,7 @@ ANSWERS = [words(*range(40 + i, 42 + i)) for i in range(12)]
 
 
 def data():
-    return encode(
-        data_of(prompts_task("prompts", ("prompt", "response")), prompt=PROMPTS, response=ANSWERS), TOKENIZER, 32
-    )
+    return encode(data_of(prompts_task(), prompt=PROMPTS, response=ANSWERS), TOKENIZER, 32)
 
 
 def batch_of(rows):
@@ -247,15 +245,19 @@ def test_what_cannot_answer_is_refused(tmp_path):
         StudentResponses(Responses(), pad, 0)(teacher, {**batch, "position_ids": batch["input_ids"]}, 0)
 
 
-def test_the_recipe_teaches_a_smaller_model_on_its_own_answers_and_scores_their_final_ones(tmp_path):
+def test_the_recipe_teaches_a_smaller_model_on_its_own_answers_in_a_chat_and_scores_their_final_ones(tmp_path):
+    tokenizer = word_tokenizer(chat_template=THINKING_TEMPLATE)
+
+    def said_by(model, prompt):
+        asked = tokenizer(f"user {prompt} </s> assistant w80 w81")["input_ids"]
+        return tokenizer.decode(greedy(model, asked, 4), skip_special_tokens=True)
+
     for name, layers in (("teacher", 3), ("student", 2)):
         model = causal_model(num_hidden_layers=layers, max_position_embeddings=64)
         model.save_pretrained(tmp_path / name)
-        TOKENIZER.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
         if name == "teacher":  # an answer of its own in three of four rows, behind words that it does not say
-            said = [
-                TOKENIZER.decode(greedy(model, TOKENIZER(p)["input_ids"], 4), skip_special_tokens=True) for p in PROMPTS
-            ]
+            said = [said_by(model, prompt) for prompt in PROMPTS]
             assert all("w" in text for text in said)
             answers = [words(89) if row % 4 == 0 else f"{words(1, 2)} {text}" for row, text in enumerate(said)]
     (tmp_path / "data").mkdir()

@@ -8,6 +8,7 @@ from helpers import tiny_model
 from trainer_examples import (
     NO_DROPOUT,
     TERMS,
+    Vocabulary,
     causal_model,
     model_of,
     pruned_student,
@@ -285,7 +286,7 @@ def test_random_padding_of_both_vocabularies_leaves_the_divergence_of_an_identic
     torch.testing.assert_close(logits[0][..., :words], logits[1][..., :words])
     for divergence in ("forward_kl", "reverse_kl", "jsd", "mse"):
         losses = {"logits": {"divergence": divergence}}
-        trainer = trainer_of(tmp_path, student, teacher, data, losses, processing_class=range(words))
+        trainer = trainer_of(tmp_path, student, teacher, data, losses, processing_class=Vocabulary(words))
         loss = trainer.compute_loss(student.train(), {k: torch.stack([r[k] for r in data]) for k in data[0]})
         assert loss.item() == pytest.approx(0, abs=1e-5)
 

@@ -6,7 +6,17 @@ import pytest
 import torch
 from helpers import tiny_model
 from test_trainer_head import assert_same_step, both_ways
-from trainer_examples import NO_DROPOUT, TERMS, cached, causal_model, model_of, rows, step_gradient, trainer_of
+from trainer_examples import (
+    NO_DROPOUT,
+    TERMS,
+    Vocabulary,
+    cached,
+    causal_model,
+    model_of,
+    rows,
+    step_gradient,
+    trainer_of,
+)
 
 from distill_llm.errors import InputError
 
@@ -70,7 +80,19 @@ def test_the_vocabularys_padding_is_left_out_of_a_cache_of_the_tokens_in_use(tmp
     teacher, student = sharp("causal-lm", vocab_size=128), causal_model(layers=2, seed=1)
     data = rows(student)
     source = cached(tmp_path / "cache", teacher, data, k=20, method="topk", classes=90)
-    assert_same_step(both_ways(monkeypatch, tmp_path, student, source, data, BOTH, processing_class=range(90)))
+    assert_same_step(both_ways(monkeypatch, tmp_path, student, source, data, BOTH, processing_class=Vocabulary(90)))
+
+
+@pytest.mark.parametrize("padded", [100, 128])
+def test_a_teacher_in_memory_leaves_out_the_padding_that_its_cache_leaves_out(tmp_path, padded):
+    teacher, student = causal_model(vocab_size=padded), causal_model(layers=2, seed=1)
+    data = rows(student)
+    source = cached(tmp_path / "cache", teacher, data, k=90, classes=90)  # all logits of the tokens
+    found = [
+        step_gradient(tmp_path, student, each, data, BOTH, processing_class=Vocabulary(90))
+        for each in (source, teacher)
+    ]
+    assert_same_step(found)
 
 
 @pytest.mark.parametrize(

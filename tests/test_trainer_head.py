@@ -10,7 +10,7 @@ import torch
 from helpers import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from trainer_examples import NO_DROPOUT, TERMS, causal_model, model_of, rows, step_gradient, trainer_of
+from trainer_examples import NO_DROPOUT, TERMS, Vocabulary, causal_model, model_of, rows, step_gradient, trainer_of
 
 from distill_llm import output_head as output_head_module
 from distill_llm import training_loss
@@ -72,10 +72,11 @@ def test_no_setting_tells_chunks_from_whole_logits(tmp_path, monkeypatch, head, 
     assert_same_step(found, **({"rtol": 3e-2, "atol": 3e-3} if "bf16" in settings else {}))
 
 
-def test_padded_vocabularies_are_compared_over_the_tokens_of_the_tokenizer(tmp_path, monkeypatch):
-    teacher, student = causal_model(vocab_size=128), causal_model(layers=2, seed=1)
+@pytest.mark.parametrize("rows_of_teacher", [128, 100], ids=["to other sizes", "alike"])
+def test_padded_vocabularies_are_compared_over_the_tokens_of_the_tokenizer(tmp_path, monkeypatch, rows_of_teacher):
+    teacher, student = causal_model(vocab_size=rows_of_teacher), causal_model(layers=2, seed=1)
     data = rows(student)
-    found = both_ways(monkeypatch, tmp_path, student, teacher, data, BOTH, processing_class=range(90))
+    found = both_ways(monkeypatch, tmp_path, student, teacher, data, BOTH, processing_class=Vocabulary(90))
     assert_same_step(found)
     batch = {name: torch.stack([row[name] for row in data]) for name in data[0]}
     labelled, labels = batch["labels"][:, 1:] != -100, batch.pop("labels")[:, 1:]

@@ -1,6 +1,7 @@
 """Rows and batches of causal language modelling: documents cut into rows, short sequences packed, padding."""
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from distill_llm.data.padding import LENGTH, Features, PaddingCollator, Rows
 from distill_llm.data.sources import split_documents
-from distill_llm.data.special_tokens import document_end, special_ends
+from distill_llm.data.special_tokens import document_end, special_ends, token_count
 from distill_llm.losses.labels import IGNORED
 
 
@@ -37,6 +38,18 @@ def document_packer(column: str, tokenizer: PreTrainedTokenizerBase, max_length:
         pieces = [[*begin, *tokens[start : start + room]] for start in range(0, len(tokens), room)]
         pieces = [piece for piece in pieces if len(piece) > 1]
         return as_rows(pieces, pieces)
+
+    return work
+
+
+def row_joiner(column: str, pack: Callable[[Rows], Rows]) -> Callable[[Rows], Rows]:
+    """A packer for data whose rows are lines of longer documents: those that it gets at once are one document.
+
+    A blank line parts them, as where perplexities on WikiText are published (GPTQ, Frantar et al., 2023, and after it).
+    """
+
+    def work(rows: Rows) -> Rows:
+        return pack({column: ["\n\n".join(rows[column])]})
 
     return work
 
@@ -93,6 +106,11 @@ class CausalCollator(PaddingCollator):
         assert pad is not None, "checked by check_tokenizer"
         self.pad = int(pad)
         self.left, self.values = False, {"input_ids": self.pad, "labels": IGNORED}
+
+    @cached_property
+    def tokens(self) -> int:
+        """See `token_count`."""
+        return token_count(self.tokenizer)
 
     def prompts(self, features: Features) -> dict[str, Tensor]:
         """The prompts of rows of the task `prompts`, padded on the left, for generation.

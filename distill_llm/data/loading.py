@@ -1,6 +1,8 @@
 """One door to all data: a task's name and a path in, rows in splits out."""
 
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedConfig
@@ -10,14 +12,13 @@ from distill_llm.data.embedded import TASK as EMBEDDED
 from distill_llm.data.embedded import load_embedded
 from distill_llm.data.glue import load_glue
 from distill_llm.data.labelled import load_labelled, load_text
-from distill_llm.data.prompts import load_prompts
+from distill_llm.data.prompts import CHAT, load_prompts
 from distill_llm.data.sources import Splits, resolve_path
-from distill_llm.data.tasks import GLUE, Task, TaskData, label_names, prompts
+from distill_llm.data.tasks import GLUE, PROMPT_METRICS, Task, TaskData, label_names, prompts
 from distill_llm.errors import InputError, one_of
 
 NAMED_COLUMNS = ("classification", "regression", "text", "prompts")
 TASKS = (*GLUE, "embedded", *NAMED_COLUMNS)
-PROMPT_METRICS = ("perplexity", "exact_match", "final_answer")
 
 
 def load_task(
@@ -31,7 +32,10 @@ def load_task(
     seed: int = 0,
     metric: str | None = None,
     max_new_tokens: int = 64,
+    join_rows: bool = False,
     packing: bool = False,
+    chat: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     training: bool = True,
 ) -> TaskData:
     """The rows of a task, in the splits that training, choosing and reporting use.
@@ -50,9 +54,12 @@ def load_task(
         holdout_examples: how many training rows become `validation`, drawn with `seed` and removed from `train`. Where
             the data bring their own validation split, how many of its rows to use (0 for all).
         seed: of the draws. The rows that `validation` gets do not depend on `train_examples`.
-        metric: for prompts, one of PROMPT_METRICS; None is perplexity.
+        metric: for prompts, one of PROMPT_METRICS, or a metric of `evaluate` for texts (`rouge:rougeL`); None is perplexity.
         max_new_tokens: for prompts with a metric of generated text.
+        join_rows: for text, whether rows are lines of longer documents.
         packing: for prompts, whether short training sequences share rows.
+        chat: for prompts, whether to make chats of them, in the words of the tokenizer's chat template.
+        chat_template_kwargs: for chats, what the template is given beside them, such as `enable_thinking`.
         training: False where a model is scored and nothing else: `train` is then `test` over again, and data need no
             training rows.
 
@@ -66,14 +73,24 @@ def load_task(
         raise InputError(
             "data.columns", dict(columns), f"nothing for {task} (only {', '.join(NAMED_COLUMNS)} take columns)"
         )
-    _check_prompts(task, config, metric, packing)
+    _check_prompts(task, config, metric, {"packing": packing, "chat": chat})
+    if join_rows and task != "text":
+        raise InputError("data.join_rows", join_rows, f"false for {task}: only rows of text are joined")
     if path is not None:
         path = resolve_path(path, "data.path")
     if task == "prompts":
-        names, splits = load_prompts(_needed(task, path), columns, training)
-        spec = prompts(names, metric or "perplexity", max_new_tokens, packing)
+        from distill_llm.evaluation.metrics import prefers_higher  # imports this package
+
+        metric = metric or PROMPT_METRICS[0]
+        higher = metric in PROMPT_METRICS or prefers_higher(metric)
+        names, splits = load_prompts(_needed(task, path), columns, training, chat)
+        spec = prompts(names, metric, max_new_tokens, packing, chat_template_kwargs, higher)
     else:
         spec, splits = _load(task, path, columns, config, training)
+        spec = replace(spec, join_rows=join_rows)
+    if chat_template_kwargs and spec.text_columns != CHAT:
+        accepted = "nothing where data are no chats (chat: true makes chats of prompts)"
+        raise InputError("data.chat_template_kwargs", dict(chat_template_kwargs), accepted)
     if not training:
         return TaskData(spec, splits["test"], None, splits["test"])
     train, validation = _hold_out(splits, holdout_examples, seed)
@@ -84,23 +101,24 @@ def load_task(
     return TaskData(spec, train, validation, splits["test"])
 
 
-def _check_prompts(task: str, config: PreTrainedConfig | None, metric: str | None, packing: bool) -> None:
+def _check_prompts(
+    task: str, config: PreTrainedConfig | None, metric: str | None, settings: Mapping[str, bool]
+) -> None:
     if task != "prompts":
         if metric is not None:
             raise InputError("evaluation.metric", metric, f"nothing for {task}, whose metrics are its own")
-        if packing:
-            raise InputError("data.packing", packing, f"false for {task}: only rows of prompts are packed")
+        for name, value in settings.items():
+            if value:
+                raise InputError(f"data.{name}", value, f"false for {task}: only rows of prompts take it")
         return
-    if metric is not None and metric not in PROMPT_METRICS:
-        raise InputError("evaluation.metric", metric, one_of(PROMPT_METRICS, metric))
     if config is None:
         return
     if not is_decoder(config):
         accepted = f"a task for encoders, such as text or classification: a {config.model_type} answers no prompts"
         raise InputError("data.task", task, accepted)
-    if packing and config.model_type not in PACKED_FAMILIES:
+    if settings["packing"] and config.model_type not in PACKED_FAMILIES:
         accepted = f"false for {config.model_type} (these keep packed rows apart: {', '.join(PACKED_FAMILIES)})"
-        raise InputError("data.packing", packing, accepted)
+        raise InputError("data.packing", True, accepted)
 
 
 def _load(

@@ -1,24 +1,28 @@
 """Prompts with their responses, or chats: from files to token ids in which only the response has labels."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from distill_llm.data.causal import as_rows
+from distill_llm.data.chats import answered, as_chats, is_chat
 from distill_llm.data.labelled import check_texts, column_names, with_test
 from distill_llm.data.padding import Rows
 from distill_llm.data.sources import Splits, read_splits
 from distill_llm.data.special_tokens import document_end, special_ends
+from distill_llm.data.tasks import Task, TaskData
 from distill_llm.errors import InputError, one_of
 from distill_llm.losses.labels import IGNORED
 
 PAIR = ("prompt", "response")
 CHAT = ("messages",)
+FIRST = 100  # rows of a split that are tried in the template before any work
 
 
-def load_prompts(path: str, columns: Mapping[str, str] | None, training: bool = True) -> tuple[tuple[str, ...], Splits]:
+def load_prompts(
+    path: str, columns: Mapping[str, str] | None, training: bool = True, chat: bool = False
+) -> tuple[tuple[str, ...], Splits]:
     """Rows with the columns `prompt` and `response`, or with `messages`.
 
     Chats are taken where `columns` names `messages`, or names nothing and the data have `messages` but no `prompt`. Splits
@@ -28,6 +32,7 @@ def load_prompts(path: str, columns: Mapping[str, str] | None, training: bool = 
         path: what `read_splits` takes.
         columns: the data's names of `prompt` and `response`, or of `messages`; by default the same words.
         training: as of `read_splits`.
+        chat: make chats of prompts and responses: the user asks, the assistant answers.
 
     Returns:
         The names of the columns that there are, and the splits.
@@ -37,10 +42,10 @@ def load_prompts(path: str, columns: Mapping[str, str] | None, training: bool = 
     """
     splits = read_splits(path, training=training)
     present = next(iter(splits.values())).column_names
-    chat = "messages" in (columns or ()) or (not columns and "messages" in present and "prompt" not in present)
-    names = column_names(columns, CHAT if chat else PAIR, CHAT if chat else PAIR)
+    chats = "messages" in (columns or ()) or (not columns and "messages" in present and "prompt" not in present)
+    names = column_names(columns, CHAT if chats else PAIR, CHAT if chats else PAIR)
     for split, rows in splits.items():
-        if chat:
+        if chats:
             _check_chats(rows, names["messages"], split)
         else:
             check_texts(rows, names, split)
@@ -49,7 +54,10 @@ def load_prompts(path: str, columns: Mapping[str, str] | None, training: bool = 
         split: rows.select_columns(list(names.values())).rename_columns(standard)
         for split, rows in with_test(splits).items()
     }
-    return tuple(names), kept
+    if chats or not chat:
+        return tuple(names), kept
+    asked = {"batched": True, "remove_columns": list(PAIR), "desc": "Making chats"}
+    return CHAT, {split: rows.map(as_chats, **asked) for split, rows in kept.items()}
 
 
 def _check_chats(rows: Dataset, column: str, split: str) -> None:
@@ -62,17 +70,16 @@ def _check_chats(rows: Dataset, column: str, split: str) -> None:
             raise InputError(field, column, accepted)
 
 
-def is_chat(turns: Any) -> bool:
-    """Whether a value is a list of turns, one or more, each with a role and a content that are text."""
-    try:
-        return bool(turns) and all(isinstance(turn[key], str) for turn in turns for key in ("role", "content"))
-    except (TypeError, KeyError):
-        return False
+def check_chats(data: TaskData, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise InputError where the tokenizer's chat template, if it has one, refuses one of the first chats of a split."""
+    if data.task.text_columns != CHAT or not tokenizer.chat_template:
+        return
+    for rows in (data.train, data.test):
+        for chat in rows.select(range(min(FIRST, len(rows))))["messages"]:
+            answered(chat, tokenizer, data.task.chat_template_kwargs, "data.path")
 
 
-def prompt_encoder(
-    columns: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> Callable[[Rows], Rows]:
+def prompt_encoder(task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Callable[[Rows], Rows]:
     """A function from raw rows to token ids with labels at the response and at the EOS that ends it.
 
     Prompt and response are tokenized apart, as a model meets them when it generates. A response is cut where the row
@@ -80,16 +87,20 @@ def prompt_encoder(
     of the tokenizer's chat template.
 
     Args:
-        columns: `("prompt", "response")` or `("messages",)`.
+        task: `prompts`, with the text columns `("prompt", "response")` or `("messages",)`.
         tokenizer: with an EOS or BOS token, and for chats a template.
         max_length: most tokens in a row.
+
+    Raises:
+        InputError: by the function, where the template refuses a chat.
     """
     (begin, _), end = special_ends(tokenizer), document_end(tokenizer)
     assert end is not None, "checked by check_tokenizer"
 
     def work(rows: Rows) -> Rows:
-        if columns == CHAT:
-            pairs = [_chat(tokenizer, chat) for chat in rows["messages"]]
+        if task.text_columns == CHAT:
+            given = task.chat_template_kwargs
+            pairs = [answered(chat, tokenizer, given, "data.path") for chat in rows["messages"]]
             prompts, responses, first = [p for p, _ in pairs], [r for _, r in pairs], []
         else:
             prompts, responses, first = rows["prompt"], rows["response"], begin
@@ -106,15 +117,3 @@ def prompt_encoder(
         return as_rows(ids, labels)
 
     return work
-
-
-def _chat(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]]) -> tuple[str, str]:
-    """Prompt and response of a chat as text; what the template puts behind the turn's EOS is left out."""
-    turns = [{key: value for key, value in turn.items() if value is not None} for turn in chat]
-    whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    prompt = str(tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True))
-    if not whole.startswith(prompt):
-        accepted = "a chat template that only adds the answer to its prompt"
-        raise InputError("data.columns.messages", tokenizer.name_or_path, accepted)
-    response = whole[len(prompt) :].rstrip()
-    return prompt, response

@@ -6,6 +6,7 @@ from typing import Any
 import transformers
 from transformers import PreTrainedTokenizerBase
 
+from distill_llm.data.chats import check_template_kwargs
 from distill_llm.data.tasks import Task
 from distill_llm.errors import InputError
 
@@ -23,11 +24,19 @@ def document_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
 
 
+def token_count(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest id of a token: the leading rows of a vocabulary that mean something, its padding not.
+
+    There may be fewer tokens, where ids have gaps. The vocabulary is listed for it: call it once, not for every batch.
+    """
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def check_tokenizer(task: Task, tokenizer: PreTrainedTokenizerBase, field: str = "teacher.model") -> None:
     """Whether a tokenizer has the special tokens and the template that a task's rows are made with.
 
     Raises:
-        InputError: naming `field`, the setting that gave the tokenizer.
+        InputError: naming `field`, the setting that gave the tokenizer, or what the template is given and does not read.
     """
     missing = None
     if task.kind in ("causal_lm", "prompts"):
@@ -41,6 +50,7 @@ def check_tokenizer(task: Task, tokenizer: PreTrainedTokenizerBase, field: str =
         missing = "a mask token"
     if missing is not None:
         raise InputError(field, tokenizer.name_or_path, f"a model whose tokenizer has {missing}")
+    check_template_kwargs(task.chat_template_kwargs, tokenizer, "data.chat_template_kwargs")
 
 
 def token_rules(tokenizer: Any) -> str:

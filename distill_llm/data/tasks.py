@@ -1,10 +1,13 @@
 """What a task is: its text columns, its labels and the metrics it is judged by; the nine GLUE tasks as a table."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedConfig
+
+PROMPT_METRICS = ("perplexity", "exact_match", "final_answer")
 
 
 @dataclass(frozen=True)
@@ -17,11 +20,13 @@ class Task:
         text_columns: the one or two columns that are tokenized, in order.
         label_names: the class names, in the order of the class ids; None where there are no classes.
         metrics: names of the metric modules in `distill_llm.evaluation.metrics`; of language models, those that judge
-            generated text.
+            generated text, which may be of `evaluate`.
         main_metric: the metric that a score, a retention or a choice refers to.
         higher_is_better: whether a larger main metric is better.
         max_new_tokens: most tokens to generate for a response, where `metrics` judge them.
         packing: whether short training sequences share rows.
+        join_rows: whether rows of language modelling are lines of longer documents, rather than documents.
+        chat_template_kwargs: what the chat template is given beside the chats that `messages` holds; plain JSON.
     """
 
     name: str
@@ -33,6 +38,8 @@ class Task:
     higher_is_better: bool = True
     max_new_tokens: int = 64
     packing: bool = False
+    join_rows: bool = False
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def is_language_model(self) -> bool:
@@ -106,15 +113,21 @@ def prompts(
     metric: str = "perplexity",
     max_new_tokens: int = 64,
     packing: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    higher_is_better: bool = True,
 ) -> Task:
     """Responses to prompts, scored by their perplexity or by a metric of generated ones.
 
     Args:
         columns: `("prompt", "response")` or `("messages",)`.
-        metric: `perplexity`, or a metric of texts, `exact_match` or `final_answer`.
+        metric: one of PROMPT_METRICS, or another of `evaluate` (see `distill_llm.evaluation.metrics.text_score`).
+        higher_is_better: by that other one.
     """
     judged = () if metric == "perplexity" else (metric,)
-    return Task("prompts", "prompts", columns, None, judged, metric, bool(judged), max_new_tokens, packing)
+    generated = (judged, metric.rpartition("/")[2], bool(judged) and higher_is_better, max_new_tokens)
+    return Task(
+        "prompts", "prompts", columns, None, *generated, packing, chat_template_kwargs=chat_template_kwargs or {}
+    )
 
 
 _PAIR = ("sentence1", "sentence2")

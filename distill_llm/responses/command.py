@@ -8,6 +8,7 @@ import typer
 from distill_llm.command_group import is_main_process
 from distill_llm.errors import InputError
 from distill_llm.faults import InputErrors, faults_in
+from distill_llm.yaml_input import read_mapping
 
 EXAMPLE = (
     "Example: distill-llm respond HuggingFaceTB/SmolLM2-1.7B-Instruct --data prompts.jsonl --chat --output-dir answers"
@@ -31,6 +32,10 @@ def respond(
         str | None, typer.Option(help="Column of texts or of chats; by default prompt, else messages.")
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Ask texts in the words of the chat template.")] = False,
+    chat_template_kwargs: Annotated[
+        str | None,
+        typer.Option(metavar="YAML", help="What the template is given beside the chats: '{enable_thinking: false}'."),
+    ] = None,
     max_prompts: Annotated[int | None, typer.Option(help="Only the first rows.")] = None,
     dtype: Annotated[
         str | None,
@@ -62,6 +67,7 @@ def respond(
             batch_size=batch_size,
             prompt_column=prompt_column,
             chat=chat,
+            chat_template_kwargs=read_mapping(chat_template_kwargs, "chat_template_kwargs"),
             max_prompts=max_prompts,
             dtype=dtype,
             keep_truncated=keep_truncated,

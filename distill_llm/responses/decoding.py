@@ -11,6 +11,7 @@ from distill_llm.data.causal import CausalCollator
 from distill_llm.data.special_tokens import document_end
 from distill_llm.errors import InputError
 from distill_llm.losses.labels import IGNORED
+from distill_llm.processes import exact_device
 from distill_llm.responses.sampling import Draw, Known, Sampling
 
 
@@ -65,8 +66,9 @@ class Decoder:
         rows = [{"input_ids": ids, "labels": [IGNORED] * len(ids)} for ids in prompts]
         batch = {name: values.to(self.model.device) for name, values in self.collator.prompts(rows).items()}
         width = batch["input_ids"].shape[1]
-        draw = Draw(None if uniforms is None else torch.from_numpy(uniforms).to(self.model.device), width)
-        processors = LogitsProcessorList([Known(len(self.collator.tokenizer)), *self.sampling.warpers(), draw])
+        points = None if uniforms is None else torch.from_numpy(uniforms).to(exact_device(self.model.device))
+        draw = Draw(points, width)
+        processors = LogitsProcessorList([Known(self.collator.tokens), *self.sampling.warpers(), draw])
         output = self.model.generate(**batch, logits_processor=processors)[:, width:].tolist()  # type: ignore[operator]
         if draw.broken is not None and draw.broken.item():
             given = f"{self.model.config.model_type} in {self.model.dtype} with logits that are not numbers"

@@ -21,6 +21,7 @@ from distill_llm.run_folder import written_whole
 Row: TypeAlias = dict[str, Any]
 ABOUT, SHARDS, KEPT = "responses.json", "generated", "train.jsonl"
 FINGERPRINTS = ("teacher", "tokenizer", "data")
+CUT = ("batch_size", "shard_responses")  # settings that decide which responses share a shard, and nothing else
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class ResponseFolder:
         fingerprints: of FINGERPRINTS.
 
     Raises:
-        InputError: for other files in the folder; for a folder begun otherwise, a line per setting that differs.
+        InputError: for other files in the folder; for a folder begun otherwise, a line per setting that differs. While there
+            is no shard, the batch size may: too large a one makes none.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], fingerprints: Mapping[str, str]):
@@ -64,10 +66,11 @@ class ResponseFolder:
 
     def _check_begun(self, about: Mapping[str, Any]) -> None:
         old, new = about["settings"], self.begun["settings"]
+        free = () if any((self.folder / SHARDS).glob("*.jsonl")) else CUT
         faults = [
             InputError(name, new[name], f"{old.get(name)!r}, as {self.folder} was begun with, or another output folder")
             for name in new
-            if old.get(name) != new[name]
+            if old.get(name) != new[name] and name not in free
         ]
         faults += [
             InputError(name, "another one", f"the {name} that {self.folder} was begun with, or another output folder")

@@ -7,16 +7,13 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from datasets import Dataset, Value
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from distill_llm.data.prompts import is_chat
+from distill_llm.data.chats import Chat, answered, as_turn, asked, is_chat
 from distill_llm.data.sources import read_splits, resolve_path
 from distill_llm.data.special_tokens import special_ends
 from distill_llm.errors import InputError, one_of
-from distill_llm.opening import first_line
 
-Chat: TypeAlias = list[dict[str, Any]]
 Source: TypeAlias = str | Dataset | Sequence[str] | Sequence[Chat]
 CHUNK = 1000  # prompts tokenized at once
 
@@ -33,7 +30,7 @@ class Prompt:
         """A row of the task `prompts`: `prompt` and `response`, or `messages` that end with the response."""
         if isinstance(self.content, str):
             return {"prompt": self.content, "response": response}
-        return {"messages": [*self.content, {"role": "assistant", "content": response}]}
+        return {"messages": [*self.content, as_turn("assistant", response)]}
 
     def is_asked_in(self, row: Mapping[str, Any]) -> bool:
         """Whether a row is an answer to this prompt."""
@@ -84,18 +81,21 @@ def _without_answer(chat: Any, place: int, column: str) -> Chat:
     accepted = "a column of texts, or of chats: lists of turns with role and content, one or more before the answer"
     try:
         turns = [{name: value for name, value in turn.items() if value is not None} for turn in chat]
-        asked = turns[:-1] if turns[-1]["role"] == "assistant" else turns
+        question = turns[:-1] if turns[-1]["role"] == "assistant" else turns
     except (TypeError, KeyError, IndexError, AttributeError):
-        asked = []
-    if not is_chat(asked):
+        question = []
+    if not is_chat(question):
         raise InputError("prompt_column", f"{column} (row {place})", accepted)
-    if not asked[-1]["content"].strip():
+    if not question[-1]["content"].strip():
         raise InputError("data", f"an empty prompt in row {place} of {column!r}", "a text in every row")
-    return asked
+    return question
 
 
 def encode_prompts(
-    contents: Sequence[str] | Sequence[Chat], tokenizer: PreTrainedTokenizerBase, chat: bool = False
+    contents: Sequence[str] | Sequence[Chat],
+    tokenizer: PreTrainedTokenizerBase,
+    chat: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Prompt]:
     """The different prompts among `contents`, in the order of their first occurrence.
 
@@ -106,11 +106,13 @@ def encode_prompts(
         contents: of `read_contents`.
         tokenizer: with a chat template where there are chats.
         chat: make each text the user's turn of a chat.
+        chat_template_kwargs: what the template is given beside the chats.
 
     Raises:
         InputError: the template refuses a chat, or does not only add the answer to its prompt; a prompt has no tokens.
     """
-    chats = [[{"role": "user", "content": each}] if chat and isinstance(each, str) else each for each in contents]
+    given = chat_template_kwargs or {}
+    chats = [[as_turn("user", each)] if chat and isinstance(each, str) else each for each in contents]
     unique = {_key(each): each for each in reversed(chats)}
     keys = list(dict.fromkeys(map(_key, chats)))
     kept = [unique[key] for key in keys]
@@ -118,7 +120,7 @@ def encode_prompts(
     prompts: list[Prompt] = []
     for start in range(0, len(kept), CHUNK):
         some = kept[start : start + CHUNK]
-        texts = [each if isinstance(each, str) else _in_template(each, tokenizer) for each in some]
+        texts = [each if isinstance(each, str) else asked(each, tokenizer, given, "data") for each in some]
         encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         for place, (content, ids) in enumerate(zip(some, encoded, strict=True), start):
             ids = [*(begin if isinstance(content, str) else []), *ids]
@@ -126,20 +128,9 @@ def encode_prompts(
                 raise InputError("data", content, "prompts with a token that the tokenizer knows, or more")
             prompts.append(Prompt(content, ids, keys[place]))
     if not isinstance(kept[0], str):
-        answered = [*kept[0], {"role": "assistant", "content": "x"}]
-        whole = str(tokenizer.apply_chat_template(answered, tokenize=False))
-        if not whole.startswith(_in_template(kept[0], tokenizer)):
-            raise InputError("chat", tokenizer.name_or_path, "a chat template that only adds the answer to its prompt")
+        answered([*kept[0], as_turn("assistant", "x")], tokenizer, given, "data")
     return prompts
 
 
 def _key(content: str | Chat) -> bytes:
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).digest()
-
-
-def _in_template(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
-    try:
-        return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
-    except TemplateError as error:
-        roles = ", ".join(turn["role"] for turn in chat)
-        raise InputError("data", f"a chat of {roles}", f"chats that the template takes ({first_line(error)})") from None

@@ -7,10 +7,11 @@ the same kind of device. Other batches change only the rounding of logits.
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import distill_llm
 from distill_llm.checkpoint import load_pretrained
 from distill_llm.data.causal import CausalCollator
+from distill_llm.data.chats import check_template_kwargs
 from distill_llm.data.special_tokens import check_tokenizer
 from distill_llm.data.tasks import prompts as prompts_task
 from distill_llm.errors import InputError
@@ -49,6 +51,7 @@ def respond(
     batch_size: int = 8,
     prompt_column: str | None = None,
     chat: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     max_prompts: int | None = None,
     dtype: str | None = None,
     keep_truncated: bool = False,
@@ -69,6 +72,7 @@ def respond(
         batch_size: responses at once.
         prompt_column: by default `prompt`, else `messages`.
         chat: ask texts in the words of the chat template; rows are then chats.
+        chat_template_kwargs: what the template is given beside the chats, such as `enable_thinking`.
         max_prompts: only the first rows.
         dtype: of a teacher given by name: float32, bfloat16 or float16; by default bfloat16 on CUDA, else float32.
         keep_truncated: keep responses that reached `max_new_tokens`; may be changed later without generating again.
@@ -91,11 +95,16 @@ def respond(
     contents = read_contents(prompts, prompt_column, max_prompts)
     is_chat = chat or not isinstance(contents[0], str)
     check_tokenizer(prompts_task(("messages",) if is_chat else ("prompt", "response")), opened.tokenizer, "teacher")
-    encoded = encode_prompts(contents, opened.tokenizer, chat)
+    if chat_template_kwargs:
+        if not is_chat:
+            raise InputError("chat_template_kwargs", dict(chat_template_kwargs), "nothing for texts without chat")
+        check_template_kwargs(chat_template_kwargs, opened.tokenizer, "chat_template_kwargs")
+    encoded = encode_prompts(contents, opened.tokenizer, chat, chat_template_kwargs)
     _check_lengths(encoded, opened, max_new_tokens)
 
     work = Work(encoded, samples, batch_size, max_new_tokens, seed)
     settings = {**asdict(sampling), "batch_size": batch_size, "prompt_column": prompt_column, "chat": chat}
+    settings["chat_template_kwargs"] = dict(chat_template_kwargs) if chat_template_kwargs else None
     settings |= {"max_prompts": max_prompts, "dtype": dtype, "shard_responses": work.shard_responses}
     template = [str(opened.tokenizer.chat_template)] if is_chat else []
     fingerprints = {

@@ -91,7 +91,7 @@ class Draw(LogitsProcessor):
     the number lies within the rounding of an edge.
 
     Args:
-        uniforms: (B, steps) fp64 in [0, 1); None leaves the scores as they are.
+        uniforms: (B, steps) fp64 in [0, 1), on the `exact_device` of the scores; None leaves the scores as they are.
         prompt_tokens: width of the prompts, padding included.
     """
 
@@ -105,7 +105,8 @@ class Draw(LogitsProcessor):
         self.broken = broken if self.broken is None else self.broken | broken
         if self.uniforms is None:
             return scores
-        cumulative = scores.softmax(-1, dtype=torch.float64).cumsum(-1)
+        exact = scores.to(self.uniforms.device)
+        cumulative = exact.softmax(-1, dtype=torch.float64).cumsum(-1)
         points = self.uniforms[:, input_ids.shape[1] - self.prompt_tokens, None] * cumulative[:, -1:]
         drawn = torch.searchsorted(cumulative, points, right=True).clamp_(max=scores.shape[1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn.to(scores.device), 0.0)

@@ -42,6 +42,7 @@ from safetensors.numpy import save
 from distill_llm.errors import InputError, one_of
 from distill_llm.losses.items import Kind
 from distill_llm.losses.sparse import SparseTargets, entropy_of
+from distill_llm.processes import exact_device
 
 FORMAT = 4
 INDEX_NAME = "index.json"
@@ -186,6 +187,7 @@ class ItemCoding:
             logits: (items, classes), finite.
             uniforms: (items,) random numbers in [0, 1) that decide the draws.
         """
+        logits = logits.to(exact_device(logits.device))
         if self.method == "topk":
             ids, numbers, held, scalars = self._top(logits.float())
         else:

@@ -11,6 +11,7 @@ from distill_llm.checkpoint import load_pretrained
 from distill_llm.checks import check_data
 from distill_llm.data.encoding import LENGTH, collator, encode
 from distill_llm.data.loading import load_task
+from distill_llm.data.special_tokens import token_count
 from distill_llm.data.tasks import TaskData
 from distill_llm.errors import InputError
 from distill_llm.losses.items import kind_of
@@ -118,7 +119,7 @@ def _write(
         check_head(opened, rows.task)
         check_length(opened, *length)
         train = encode(rows, opened.tokenizer, length[1]).train
-    cut = max(opened.tokenizer.get_vocab().values()) + 1 if rows.task.is_language_model else None
+    cut = token_count(opened.tokenizer) if rows.task.is_language_model else None
     if objective is not None:
         try:
             check_objective(objective, CacheIndex(settings, cut or rows.task.num_labels, {}, ()))

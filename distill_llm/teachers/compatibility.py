@@ -4,6 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from distill_llm.data.special_tokens import token_count
 from distill_llm.data.tasks import label_names, same_names
 from distill_llm.errors import InputError
 from distill_llm.losses.items import kind_of
@@ -26,7 +27,8 @@ def cached_classes(student: PreTrainedModel, teacher: CachedTeacher, tokenizer: 
     own = student.config.num_labels
     if type(student).__name__.endswith("ForMaskedLM") or kind == "next_token":
         own = student.config.get_text_config().vocab_size
-        if hasattr(tokenizer, "__len__") and len(tokenizer) <= teacher.index.classes <= own:
+        used = _used(tokenizer)
+        if used is not None and used <= teacher.index.classes <= own:
             return None if teacher.index.classes == own else teacher.index.classes
     if teacher.index.classes != own:
         accepted = f"one of {own}, the student's (cut a padded vocabulary with CacheSettings.classes)"
@@ -37,11 +39,12 @@ def cached_classes(student: PreTrainedModel, teacher: CachedTeacher, tokenizer: 
 def shared_classes(student: PreTrainedModel, teacher: PreTrainedModel, tokenizer: Any = None) -> int | None:
     """How many leading logits of two models mean the same; None: all of them.
 
-    Vocabularies of one tokenizer may be padded to different sizes; the padding is then left out of the comparison.
+    Vocabularies of one tokenizer are padded, to different sizes or to the same. What they are padded with is left out of the
+    comparison, as a cache leaves it out: it was never trained, and takes part in every softmax.
 
     Args:
         student, teacher: models with the same kind of head.
-        tokenizer: the tokenizer of the data, needed where the vocabularies differ in size.
+        tokenizer: the tokenizer of the data, needed where the vocabularies differ in size; without it all of equal ones count.
 
     Raises:
         InputError: the models differ in head, classes or vocabulary, or are one object.
@@ -53,12 +56,12 @@ def shared_classes(student: PreTrainedModel, teacher: PreTrainedModel, tokenizer
             "teacher", type(teacher).__name__, f"a model with the same kind of head as {type(student).__name__}"
         )
     sizes = student.config.get_text_config().vocab_size, teacher.config.get_text_config().vocab_size
-    used = len(tokenizer) if hasattr(tokenizer, "__len__") else None
+    used = _used(tokenizer)
     if sizes[0] != sizes[1] and (used is None or used > min(sizes)):
         accepted = f"a teacher with the student's tokenizer and vocabulary ({sizes[0]} entries)"
         raise InputError("teacher", f"a vocabulary of {sizes[1]} entries", accepted)
     if _head(student) in ("MaskedLM", "next_token"):
-        return None if sizes[0] == sizes[1] else used
+        return used if used is not None and used < max(sizes) else None
     if student.config.num_labels != teacher.config.num_labels:
         accepted = f"a teacher with the student's number of labels ({student.config.num_labels})"
         raise InputError("teacher", f"{teacher.config.num_labels} labels", accepted)
@@ -66,6 +69,10 @@ def shared_classes(student: PreTrainedModel, teacher: PreTrainedModel, tokenizer
     if own and names and len(own) > 1 and not same_names(own, names):
         raise InputError("teacher", f"labels {list(names)}", f"a teacher with labels {list(own)}")
     return None
+
+
+def _used(tokenizer: Any) -> int | None:
+    return token_count(tokenizer) if hasattr(tokenizer, "get_vocab") else None
 
 
 def _head(model: PreTrainedModel) -> str:

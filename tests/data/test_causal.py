@@ -1,5 +1,7 @@
 """Causal language modelling: which models it is for, its rows and its batches."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,27 @@ def test_documents_are_ended_and_cut_into_rows_with_their_tokens_as_labels() -> 
     stream = [*ids(1, 2, 3), EOS, *ids(4, 5), EOS, *ids(6, 7), EOS]
     assert rows["input_ids"][:] == rows["labels"][:] == [stream[:4], stream[4:8], stream[8:]]
     assert rows["length"][:] == [4, 4, 2] and rows["attention_mask"][:] == [[1] * 4, [1] * 4, [1] * 2]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_rows_that_are_lines_are_one_document(causal: bool, tmp_path: Path) -> None:
+    lines = ["", f" = {words(1)} = \n", "", words(2, 3), words(4)]
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines * 2))
+    config = AutoConfig.for_model("llama" if causal else "bert")
+    tokenizer = word_tokenizer(begins=True, pad=True, mask_token="w89")
+    data = load_task("text", str(file), config=config, join_rows=True)
+    whole = data_of(data.task, text=lines)
+    (row,) = encode(whole, tokenizer, 32).train["input_ids"]
+    text = tokenizer("\n\n".join(lines))["input_ids"]
+    assert row == ([*text, EOS] if causal else text)
+    apart = encode(data_of(replace(data.task, join_rows=False), text=lines), tokenizer, 32).train["input_ids"]
+    assert sum(ids.count(BOS) for ids in apart) == (3 if causal else 1)  # an encoder's texts share a row
+
+
+def test_only_text_is_joined(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"data\.join_rows: got True; accepted: false for prompts"):
+        load_task("prompts", str(tmp_path), join_rows=True)
 
 
 def test_where_the_tokenizer_begins_texts_so_do_documents_and_rows() -> None:

@@ -1,12 +1,14 @@
 """Metric modules against scikit-learn and scipy."""
 
 import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 from sklearn import metrics
 
+from distill_llm.data import load_task
 from distill_llm.data.tasks import GLUE, classification
 from distill_llm.errors import InputError
 from distill_llm.evaluation import METRICS, compute_metrics, load_metric
@@ -130,3 +132,70 @@ def test_f1_of_more_than_two_classes_is_the_mean_over_classes() -> None:
     task = classification("three", ("text",), ("a", "b", "c"), ("accuracy", "f1"))
     got = compute_metrics(task, [0, 1, 2, 2], [0, 1, 1, 2])
     assert got["f1"] == pytest.approx((1 + 2 / 3 + 2 / 3) / 3) and got["score"] == 0.75
+
+
+SCRIPT = """
+import datasets
+import evaluate
+
+class {name}(evaluate.Metric):
+    def _info(self):
+        features = datasets.Features({{each: datasets.Value("string") for each in ("predictions", "references")}})
+        return evaluate.MetricInfo(description="", citation="", inputs_description="", features=features)
+
+    def _compute(self, predictions, references):
+        pairs = [(set(p.split()), set(r.split())) for p, r in zip(predictions, references)]
+        shares = [len(p & r) / len(r) for p, r in pairs]
+        return {returned}
+"""
+
+
+def script(folder: Path, name: str, returned: str) -> str:
+    """A metric module of one's own: shares of the reference's words."""
+    (folder / f"{name}.py").write_text(SCRIPT.format(name=name.title(), returned=returned))
+    return str(folder / f"{name}.py")
+
+
+@pytest.mark.parametrize(
+    ("name", "returned", "wanted", "score", "higher"),
+    [
+        ("overlap", "{'overlap': sum(shares) / len(shares), 'least': min(shares), 'rows': shares}", "", 0.75, True),
+        ("lowest", "{'overlap': sum(shares) / len(shares), 'least': min(shares), 'rows': shares}", ":least", 0.5, True),
+        ("single", "{'score': sum(shares) / len(shares), 'rows': shares}", "", 0.75, True),
+        ("misses", "1 - sum(shares) / len(shares)", "", 0.25, False),
+    ],
+)
+def test_any_metric_of_evaluate_scores_generated_texts(name, returned, wanted, score, higher, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "x", "response": "y"}\n' * 4)
+    metric = script(tmp_path, name, returned) + wanted
+    task = load_task("prompts", str(tmp_path / "a.jsonl"), metric=metric).task
+    assert (task.main_metric, task.higher_is_better) == (f"{name}.py{wanted}", higher)
+    got = compute_metrics(task, ["a b", "c e"], ["a b", "c d"])
+    assert got == {f"{name}.py{wanted}": pytest.approx(score), "score": pytest.approx(score)}
+
+
+@pytest.mark.parametrize(
+    ("name", "returned", "wanted", "words"),
+    [
+        ("broken", "1 / 0", "", "or a metric of evaluate for texts (division by zero)"),
+        ("several", "{'one': 1.0, 'least': min(shares)}", "", "several.py:one"),
+        ("named", "{'one': 1.0, 'least': min(shares)}", ":lest", "named.py:least' (the nearest)"),
+        ("constant", "{'one': 1.0}", "", "a metric that tells equal texts from others"),
+    ],
+)
+def test_a_metric_that_cannot_score_texts_is_one_line_before_any_row_is_read(
+    name: str, returned: str, wanted: str, words: str, tmp_path: Path
+) -> None:
+    metric = script(tmp_path, name, returned) + wanted
+    with pytest.raises(InputError) as caught:
+        load_task("prompts", str(tmp_path / "missing"), metric=metric)
+    line = str(caught.value)
+    assert line.startswith("evaluation.metric: got") and words in line and "\n" not in line
+
+
+def test_a_module_that_is_not_there_is_one_line_with_the_nearest_of_ours(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        load_task("prompts", str(tmp_path), metric="exact_mach")
+    line = str(caught.value)
+    assert "'exact_match' (the nearest), or one of perplexity" in line and "Couldn't find a module" in line
+    assert "\n" not in line

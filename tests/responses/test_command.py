@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from causal_examples import CHAT_TEMPLATE
+from causal_examples import CHAT_TEMPLATE, THINKING_TEMPLATE
 from helpers import tiny_model
 from response_examples import PROMPTS, rows_of, save_teacher, write_prompts
 from typer.testing import CliRunner
@@ -65,6 +65,9 @@ def test_it_says_what_is_ahead_and_what_was_kept(folder: Path) -> None:
         (["--max-prompts", "0"], "--max-prompts: got 0"),
         (["--dtype", "int8"], "--dtype: got 'int8'; accepted: one of float32, bfloat16, float16"),
         (["--prompt-column", "promt"], "--prompt-column: got 'promt'; accepted: 'prompt' (the nearest)"),
+        (["--chat-template-kwargs", "{a: 1}"], "--chat-template-kwargs: got {'a': 1}; accepted: nothing for texts"),
+        (["--chat-template-kwargs", "a=1"], "--chat-template-kwargs: got 'a=1'; accepted: a mapping"),
+        (["--chat-template-kwargs", "{a: ["], "--chat-template-kwargs: got '{a: ['; accepted: valid YAML"),
         (["--chat"], "TEACHER: got 'teacher'; accepted: a model whose tokenizer has a chat template"),
     ],
 )
@@ -88,6 +91,18 @@ def test_encoders_missing_files_and_other_settings_are_one_line(folder: Path, mo
     monkeypatch.setattr(module, "load_pretrained", None)
     line = fault(call("--max-new-tokens", "20", "--top-p", "0.5"))
     assert line == "--top-p: got 0.5; accepted: 1.0, as out was begun with, or another output folder"
+
+
+def test_what_the_template_is_given_is_read_checked_and_kept(folder: Path) -> None:
+    save_teacher(folder / "teacher", chat_template=THINKING_TEMPLATE)
+    options = ["--chat", "--max-new-tokens", "20", "--chat-template-kwargs"]
+    line = fault(call(*options, "{enable_thinkin: false}"))
+    assert line.startswith("--chat-template-kwargs: got 'enable_thinkin'") and "'enable_thinking' (the nearest)" in line
+    assert "(a date in quotes)" in fault(call(*options, "{enable_thinking: 2024-07-26}"))
+    assert call(*options, "{enable_thinking: false}").exit_code == 0
+    line = fault(call(*options, "{enable_thinking: true}"))
+    assert "{'enable_thinking': False}, as out was begun with" in line
+    assert fault(call(*options[:-1])).startswith("--chat-template-kwargs: got None")
 
 
 def test_two_processes_answer_as_one_and_together(folder: Path) -> None:

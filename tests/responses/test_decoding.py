@@ -1,15 +1,21 @@
 """Responses of batches are those of prompts asked alone; draws have the right probabilities."""
 
+import json
+
 import pytest
 import torch
 from causal_examples import word_tokenizer
 from response_examples import PROMPTS, alone, teacher
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from distill_llm.data.causal import CausalCollator
 from distill_llm.errors import InputError
+from distill_llm.processes import exact_device
 from distill_llm.responses.decoding import Decoder
 from distill_llm.responses.prompts import encode_prompts
 from distill_llm.responses.sampling import Draw, Sampling
+from distill_llm.teachers.cache_format import ItemCoding
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt_neox", "qwen3"])
@@ -57,6 +63,30 @@ def test_tokens_are_drawn_as_often_as_they_are_probable() -> None:
     torch.testing.assert_close(shares, scores[0].softmax(-1), atol=1.01 / 20_000, rtol=0)
 
 
+class WithoutDoubles(torch.Tensor):
+    """As a tensor on a device without fp64; `to` brings it to the CPU."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        out = super().__torch_function__(function, types, args, kwargs or {})
+        if function is torch.Tensor.to:
+            return out.as_subclass(torch.Tensor)
+        assert not (isinstance(out, cls) and out.dtype == torch.float64), "no fp64 here"
+        return out
+
+
+@pytest.mark.parametrize("method", ["topk", "sampled"])
+def test_fp64_is_left_to_the_cpu_where_a_device_has_none(method: str) -> None:
+    scores = torch.randn(4, 300, generator=torch.Generator().manual_seed(0))
+    points = torch.rand(4, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    drawn = [Draw(points, 1)(torch.zeros(4, 1), each) for each in (scores, scores.as_subclass(WithoutDoubles))]
+    assert torch.equal(drawn[0], drawn[1].as_subclass(torch.Tensor))
+    coding = ItemCoding(300, 5, method)
+    coded = [coding.encode(each, points[:, 0].numpy()) for each in (scores, scores.as_subclass(WithoutDoubles))]
+    assert all((one == other).all() for one, other in zip(*coded, strict=True))
+    assert [exact_device(torch.device(name)).type for name in ("mps", "cuda", "cpu")] == ["cpu", "cuda", "cpu"]
+
+
 def test_temperature_top_k_and_top_p_cut_as_defined() -> None:
     scores = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
 
@@ -87,6 +117,20 @@ def test_logits_that_are_not_numbers_name_the_model() -> None:
     decoder = Decoder(model, CausalCollator(tokenizer), Sampling(temperature=0, max_new_tokens=2), "student")
     with decoder.ready(), pytest.raises(InputError, match="student: got .*not numbers"):
         decoder([[1, 2]])
+
+
+def test_a_token_behind_a_gap_of_the_ids_can_be_an_answer() -> None:
+    state = json.loads(word_tokenizer().backend_tokenizer.to_str())
+    state["model"]["vocab"]["a"] = 110
+    names = {"eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), **names)
+    model = teacher(vocab_size=128)
+    sampling = Sampling(max_new_tokens=2, temperature=0)
+    hidden = model.model(torch.tensor([[1, 2, 3]])).last_hidden_state[0, -1]
+    model.lm_head.weight.data[110] = hidden.detach() * 10
+    decoder = Decoder(model, CausalCollator(tokenizer), sampling)
+    with decoder.ready():
+        assert decoder([[1, 2, 3]])[0][0] == 110 > len(tokenizer)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 5.0])

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from causal_examples import CHAT_TEMPLATE, EOS, word_tokenizer, words
+from causal_examples import EOS, THINKING_TEMPLATE, ids, word_tokenizer, words
 from response_examples import PROMPTS, alone, rows_of, save_teacher, teacher
 from transformers import AutoConfig, PreTrainedModel
 
@@ -75,19 +75,23 @@ def test_the_folder_holds_the_greedy_answer_to_each_prompt_in_their_order(tmp_pa
 
 def test_the_folder_is_read_as_data_of_the_task_prompts_with_the_tokens_that_were_generated(tmp_path: Path) -> None:
     model, tokenizer = teacher(), word_tokenizer(begins=True)
-    tokenizer.chat_template = CHAT_TEMPLATE
-    for chat in (False, True):
-        folder = tmp_path / str(chat)
+    tokenizer.chat_template = THINKING_TEMPLATE
+    off = {"enable_thinking": False}
+    for chat, kwargs in ((False, None), (True, None), (True, off)):
+        folder = tmp_path / f"{chat} {kwargs}"
         options = {**SMALL, "tokenizer": tokenizer, "chat": chat, "keep_truncated": True}
+        options["chat_template_kwargs"] = kwargs
         respond(model, PROMPTS, folder, temperature=0, **options)
-        data = load_task("prompts", str(folder), config=AutoConfig.for_model("llama"))
+        data = load_task("prompts", str(folder), config=AutoConfig.for_model("llama"), chat_template_kwargs=kwargs)
         assert data.task.text_columns == (("messages",) if chat else ("prompt", "response"))
         encoded = encode(data, tokenizer, 64)
         found = [row["input_ids"] for rows in (encoded.train, encoded.test) for row in rows]
-        prompts = [prompt.ids for prompt in encode_prompts(PROMPTS, tokenizer, chat)]
+        prompts = [prompt.ids for prompt in encode_prompts(PROMPTS, tokenizer, chat, kwargs)]
+        thought = tokenizer("w80 w81", add_special_tokens=False)["input_ids"] if chat and not kwargs else []
+        assert all(each[-2:] == ids(80, 81) for each in prompts) == (kwargs is not None)
         texts = [alone(model, tokenizer, each, 10)[0] for each in prompts]
         assert sorted(found) == sorted(
-            [*each, *tokenizer(text, add_special_tokens=False)["input_ids"], EOS]
+            [*each, *thought, *tokenizer(text, add_special_tokens=False)["input_ids"], EOS]
             for each, text in zip(prompts, texts, strict=True)
         )
 
@@ -132,6 +136,18 @@ def test_other_settings_in_a_begun_folder_are_refused_by_name(change: dict, fiel
         respond(**{**given, **change}, keep_truncated=True)
     assert str(caught.value).startswith(f"{field}: got")
     assert files_of(tmp_path) == before
+
+
+def test_a_run_that_made_nothing_goes_on_with_a_smaller_batch(tmp_path: Path) -> None:
+    options = {**SMALL, "temperature": 0.9, "keep_truncated": True}
+    counting(stopped := teacher(), last=0)
+    with pytest.raises(Stopped):
+        respond(stopped, PROMPTS, tmp_path / "smaller", **{**options, "batch_size": 8})
+    with pytest.raises(InputError, match=r"temperature: got 0\.8"):
+        respond(teacher(), PROMPTS, tmp_path / "smaller", **{**options, "temperature": 0.8})
+    respond(teacher(), PROMPTS, tmp_path / "smaller", **options)
+    respond(teacher(), PROMPTS, tmp_path / "whole", **options)
+    assert files_of(tmp_path / "smaller") == files_of(tmp_path / "whole")
 
 
 def test_a_folder_with_other_files_and_damaged_shards_are_refused(tmp_path: Path) -> None:
