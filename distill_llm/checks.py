@@ -3,16 +3,14 @@
 import copy
 import importlib.util
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
-import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from distill_llm.checkpoint import name_labels
 from distill_llm.data.encoding import most_tokens
@@ -24,20 +22,18 @@ from distill_llm.errors import InputError
 from distill_llm.faults import faults_in, raise_all
 from distill_llm.hub import check_push
 from distill_llm.losses.mapping import cut_from
+from distill_llm.model_checks import adapted, check_disk, skeleton
 from distill_llm.opening import (
     HEAD_CLASSES,
     OpenModel,
     check_head,
     check_length,
-    first_line,
     longest_input,
     open_model,
     resolve_model,
 )
-from distill_llm.outputs import nearest, usable_output
-from distill_llm.pruning.families import FAMILIES, hidden_lineage, lineage_of, width_of
-from distill_llm.pruning.modeling_pruned import pruned_class
-from distill_llm.pruning.structure import second_moment_bytes
+from distill_llm.outputs import usable_output
+from distill_llm.pruning.families import hidden_lineage, width_of
 from distill_llm.pruning_checks import check_pruning
 from distill_llm.recipe import Recipe
 from distill_llm.recipe_sections import PruningSection
@@ -80,21 +76,21 @@ def check_recipe(recipe: Recipe) -> None:
         found.run(check_head, teacher, task)
     if name is not None:
         found.run(_check_student, recipe, student, teacher, task)
-    skeleton = found.run(_skeleton, teacher)
-    found.run(check_pruning, recipe, teacher, skeleton)
+    found.run(check_pruning, recipe, teacher, found.run(skeleton, teacher))
     shorter = _shorter(teacher, student)
     found.run(_check_lengths, recipe, shorter)
     found.run(_check_rows, recipe, teacher, shorter, task)
     found.run(_check_losses, recipe, task)
     found.run(_check_cache, recipe, teacher)
     found.run(_check_responses, recipe, task, shorter)
-    found.run(_check_adapters, recipe, skeleton)
     if teacher is not None and (student is not None or name is None):
         found.run(_check_layer_pairs, recipe, teacher.config, student.config if student else teacher.config)
     found.run(lambda: check_training(recipe, data, _projected(student, teacher)))
     found.run(usable_output, recipe.output_dir, "output_dir", RECIPE)
     found.run(_check_hub, recipe)
-    found.run(_check_disk, recipe, skeleton)
+    whole = found.run(skeleton, teacher, task)
+    learner = whole if name is None else found.run(skeleton, student, task)
+    found.run(check_disk, recipe, whole, found.run(adapted, recipe, learner))
     raise_all(found.faults)
 
 
@@ -160,15 +156,6 @@ def _check_student(recipe: Recipe, student: OpenModel, teacher: OpenModel, task:
     if names and own and task.kind != "regression" and not same_names(own, names):
         given = f"{student.name} with labels {list(own)}"
         raise InputError(student.field, given, f"labels as the teacher has, {list(names)}")
-
-
-def _skeleton(model: OpenModel) -> PreTrainedModel:
-    """The model below its head, on the meta device: modules and sizes, no weights."""
-    with torch.device("meta"):
-        if lineage_of(model.config) is None:
-            return AutoModel.from_config(model.config)
-        stock: Any = AutoModel._model_mapping[type(model.config)]
-        return pruned_class(stock)(model.config)
 
 
 def _shorter(*models: OpenModel | None) -> OpenModel | None:
@@ -292,39 +279,6 @@ def _check_responses(recipe: Recipe, task: Task, shorter: OpenModel) -> None:
     )
 
 
-def _check_adapters(recipe: Recipe, skeleton: PreTrainedModel) -> None:
-    """Adapters fit the model: tried on a copy without memory."""
-    fields = recipe.student.peft if recipe.student else None
-    if fields is None:
-        return
-    from peft import LoraConfig, get_peft_model
-
-    try:
-        get_peft_model(copy.deepcopy(skeleton), LoraConfig(**fields))
-    except Exception as error:
-        raise InputError("student.peft", fields, f"adapters that fit the model ({first_line(error)})") from None
-
-
 def _check_hub(recipe: Recipe) -> None:
     if recipe.hub is not None:
         check_push(recipe.hub.repo_id, "hub.repo_id")
-
-
-def _check_disk(recipe: Recipe, teacher: PreTrainedModel) -> None:
-    """The run's checkpoints fit on the disk, by a generous estimate from the teacher's size."""
-    weights = 4 * sum(p.numel() for p in teacher.parameters())
-    trained = recipe.distillation is not None or recipe.teacher.train is not None
-    # A copy per round, the teacher, the student, and two Trainer checkpoints (weights and two moments each).
-    needed = weights * (2 + (6 if trained else 0))
-    if (section := recipe.pruning) is not None:
-        statistics = 0
-        if section.folds and teacher.config.model_type in FAMILIES:  # else it is a fault already
-            statistics = second_moment_bytes(teacher, section.holds_moments, "hidden" in section.units)
-        needed += section.rounds * (weights + statistics)
-    free = shutil.disk_usage(nearest(recipe.output_dir)).free
-    if free < needed:
-        raise InputError(
-            "output_dir",
-            f"{recipe.output_dir} with {free / 1e9:.1f} GB free",
-            f"a disk with about {needed / 1e9:.1f} GB free",
-        )

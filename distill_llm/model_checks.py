@@ -1,0 +1,107 @@
+"""Checks that try models without memory: adapters around the student, the signals that losses compare, room on the disk."""
+
+import copy
+import shutil
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+
+from distill_llm.adapters import without_adapters
+from distill_llm.data.tasks import Task
+from distill_llm.errors import InputError
+from distill_llm.opening import OpenModel, first_line
+from distill_llm.outputs import nearest
+from distill_llm.pruning.families import FAMILIES, lineage_of
+from distill_llm.pruning.modeling_pruned import pruned_class
+from distill_llm.pruning.structure import second_moment_bytes
+from distill_llm.recipe import Recipe
+
+HEADS: dict[str, Any] = {
+    "masked_lm": AutoModelForMaskedLM,
+    "causal_lm": AutoModelForCausalLM,
+    "prompts": AutoModelForCausalLM,
+}
+"""The classes of models by kind of task; of all others: AutoModelForSequenceClassification."""
+
+
+def skeleton(model: OpenModel, task: Task | None = None) -> PreTrainedModel:
+    """The model with its head for a task, or without one, on the meta device: modules and sizes, no weights.
+
+    Raises:
+        InputError: the family has no such head.
+    """
+    auto: Any = AutoModel if task is None else HEADS.get(task.kind, AutoModelForSequenceClassification)
+    stock: Any = auto._model_mapping.get(type(model.config), None)
+    if stock is None:
+        kind = "transformers" if task is None else task.kind
+        raise InputError(model.field, f"{model.name} ({model.config.model_type})", f"a family with a model for {kind}")
+    with torch.device("meta"):
+        if lineage_of(model.config) is None:
+            return auto.from_config(model.config)  # type: ignore[no-any-return]
+        return pruned_class(stock)(model.config)
+
+
+def adapted(recipe: Recipe, student: PreTrainedModel) -> nn.Module:
+    """The student as it learns: a copy with adapters around it where only they are to learn.
+
+    Raises:
+        InputError: adapters that do not fit the student.
+    """
+    fields = recipe.student.peft if recipe.student else None
+    if fields is None:
+        return student
+    from peft import LoraConfig, get_peft_model
+
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return get_peft_model(copy.deepcopy(student), LoraConfig(**fields))
+    except Exception as error:
+        raise InputError("student.peft", fields, f"adapters that fit the model ({first_line(error)})") from None
+
+
+def check_disk(recipe: Recipe, teacher: PreTrainedModel, student: nn.Module) -> None:
+    """The run's models and checkpoints fit on the disk, by a generous estimate: a pruned student is as large as its teacher.
+
+    Args:
+        student: as it learns; without weights, as the teacher.
+
+    Raises:
+        InputError: they do not.
+    """
+    own, learned = _size(without_adapters(student)), _size(student, learned=True)
+    training = []  # what a Trainer checkpoint holds: weights that learn, and two moments of each
+    needed = own  # the student of the run folder
+    rounds = recipe.pruning.rounds if recipe.pruning is not None else 1
+    if recipe.teacher.train is not None:
+        needed += _size(teacher)
+        training.append(3 * _size(teacher))
+    if recipe.distillation is not None:
+        needed += rounds * own
+        training.append(3 * learned)
+    if (section := recipe.pruning) is not None:
+        statistics = 0
+        if section.folds and teacher.config.model_type in FAMILIES:  # else it is a fault already
+            statistics = second_moment_bytes(teacher, section.holds_moments, "hidden" in section.units)
+        needed += rounds * (own + statistics)
+    needed += 2 * max(training, default=0)
+    free = shutil.disk_usage(nearest(recipe.output_dir)).free
+    if free < needed:
+        raise InputError(
+            "output_dir",
+            f"{recipe.output_dir} with {free / 1e9:.1f} GB free",
+            f"a disk with about {needed / 1e9:.1f} GB free",
+        )
+
+
+def _size(model: nn.Module, learned: bool = False) -> int:
+    """Bytes of a model's weights, or of those that learn, in fp32."""
+    return 4 * sum(each.numel() for each in model.parameters() if each.requires_grad or not learned)

@@ -1,0 +1,110 @@
+"""What is tried at the door on models without memory: adapters, signals and room on the disk, of the model that learns."""
+
+import shutil
+from collections import namedtuple
+from contextlib import contextmanager
+
+import pytest
+from recipe_inputs import faults_at_the_door as faults
+from recipe_inputs import recipe_with, write_model, write_rows
+from test_checks import causal_recipe, write_decoder
+
+from distill_llm.checkpoint import load_pretrained
+from distill_llm.pruning.plan import LayerPlan, PruningPlan
+from distill_llm.pruning.surgery import prune
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with a teacher and rows that fit the recipe of `recipe_for`."""
+    write_model(tmp_path / "teacher")
+    write_rows(tmp_path / "rows.csv")
+    return tmp_path
+
+
+@contextmanager
+def free_bytes(monkeypatch, count):
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "total used free")(0, 0, count))
+        yield
+
+
+def bytes_of(folder):
+    return sum(4 * parameter.numel() for parameter in load_pretrained(folder).parameters())
+
+
+def fits_in(monkeypatch, recipe, count):
+    """Whether a recipe passes with so many bytes free; what it wants otherwise is room on the disk."""
+    with free_bytes(monkeypatch, count):
+        found = faults(recipe)
+    assert all(line.startswith("output_dir: got ") and "GB free" in line for line in found)
+    return not found
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "changes", "copies"),
+    [  # copies of teacher and student: those that stay, and two checkpoints with weights and two moments each
+        (20, 1, {}, (0, 2 + 6)),
+        (1, 3, {}, (0, 2 + 6)),
+        (3, 1, {"teacher__train": {"num_train_epochs": 1}}, (1 + 6, 2)),
+        (2, None, {"pruning": {"keep": 0.5, "compensate": False, "rounds": 3}}, (7 + 6, 0)),
+        (2, None, {"pruning": {"keep": 0.5, "compensate": False}, "distillation": None}, (2, 0)),
+    ],
+)
+def test_the_disk_has_room_for_what_the_run_itself_writes(folder, monkeypatch, teacher, student, changes, copies):
+    write_model(folder / "teacher", layers=teacher)
+    if student is not None:
+        write_model(folder / "student", layers=student)
+        changes = {"student__model": str(folder / "student"), "pruning": None, **changes}
+    recipe = recipe_with(folder, **changes)
+    sizes = [bytes_of(folder / name) for name in ("teacher", "student") if (folder / name).exists()]
+    needed = sum(count * size for count, size in zip(copies, sizes, strict=False))
+    assert fits_in(monkeypatch, recipe, needed)
+    assert not fits_in(monkeypatch, recipe, needed - 1)
+
+
+def test_checkpoints_of_adapters_hold_adapters(folder, monkeypatch):
+    student = {"model": str(folder / "teacher"), "peft": {"r": 2, "target_modules": ["query"]}}
+    recipe = recipe_with(folder, student=student, pruning=None)
+    adapters = 4 * 3 * 2 * (32 + 32)
+    needed = 2 * (bytes_of(folder / "teacher") + adapters) + 6 * adapters
+    assert fits_in(monkeypatch, recipe, needed) and not fits_in(monkeypatch, recipe, needed - 1)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"},
+        {"target_modules": ["lm_head"]},
+        {"target_modules": r"model\.layers\.\d+\.self_attn\.[qv]_proj"},
+        {"target_modules": "all-linear", "task_type": "CAUSAL_LM"},
+    ],
+)
+def test_adapters_are_tried_on_the_model_with_its_head(folder, fields):
+    write_decoder(folder / "teacher")
+    assert faults(causal_recipe(folder, student__peft=fields)) == []
+    pruned = {"pruning": {"keep": 0.5}, "student__model": None}
+    assert faults(causal_recipe(folder, **pruned, student__peft=fields)) == []
+    (line,) = faults(causal_recipe(folder, student__peft={**fields, "target_modules": ["query"]}))
+    assert line.startswith("student.peft: got ") and "query" in line
+
+
+def test_adapters_are_tried_on_the_student_that_learns(folder):
+    write_model(folder / "student", family="distilbert", layers=2)
+    for own, others in (("student", "teacher"), ("teacher", "student")):
+        changes = {"teacher__model": str(folder / others), "student__model": str(folder / own), "pruning": None}
+        linear = "q_lin" if own == "student" else "query"
+        fields = {"target_modules": [linear], "task_type": "SEQ_CLS", "modules_to_save": ["classifier"]}
+        assert faults(recipe_with(folder, **changes, student__peft=fields)) == []
+        fields["target_modules"] = ["query" if own == "student" else "q_lin"]
+        (line,) = faults(recipe_with(folder, **changes, student__peft=fields))
+        assert line.startswith("student.peft: got ")
+
+
+def test_adapters_fit_a_student_that_was_pruned_before(folder):
+    write_decoder(folder / "teacher")
+    shutil.copytree(folder / "teacher", folder / "student")
+    plan = PruningPlan("llama", tuple(LayerPlan(i, (1,), tuple(range(9))) for i in range(2)))
+    prune(load_pretrained(folder / "teacher"), plan).save_pretrained(folder / "student")
+    fields = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    assert faults(causal_recipe(folder, student__model=str(folder / "student"), student__peft=fields)) == []
