@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from distill_llm.adapters import without_adapters
+from distill_llm.adapters import UNTIED, tied_adapters, without_adapters
 from distill_llm.data.tasks import Task
 from distill_llm.errors import InputError
 from distill_llm.opening import OpenModel, first_line
@@ -54,7 +54,7 @@ def adapted(recipe: Recipe, student: PreTrainedModel) -> nn.Module:
     """The student as it learns: a copy with adapters around it where only they are to learn.
 
     Raises:
-        InputError: adapters that do not fit the student.
+        InputError: adapters that do not fit the student, or are on weights that it has twice.
     """
     fields = recipe.student.peft if recipe.student else None
     if fields is None:
@@ -63,9 +63,12 @@ def adapted(recipe: Recipe, student: PreTrainedModel) -> nn.Module:
 
     try:
         with warnings.catch_warnings(action="ignore"):
-            return get_peft_model(copy.deepcopy(student), LoraConfig(**fields))
+            model = get_peft_model(copy.deepcopy(student), LoraConfig(**fields))
     except Exception as error:
         raise InputError("student.peft", fields, f"adapters that fit the model ({first_line(error)})") from None
+    if tied := tied_adapters(model):
+        raise InputError("student.peft.target_modules", ", ".join(tied), UNTIED)
+    return model
 
 
 def check_disk(recipe: Recipe, teacher: PreTrainedModel, student: nn.Module) -> None:

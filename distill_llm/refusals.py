@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, TrainingArguments
 
-from distill_llm.adapters import is_quantized, without_adapters
+from distill_llm.adapters import UNTIED, is_quantized, tied_adapters, without_adapters
 from distill_llm.errors import InputError
 from distill_llm.losses.items import kind_of
 from distill_llm.losses.objective import Objective
@@ -26,11 +26,13 @@ def check_model(model: Any) -> None:
 
     Raises:
         InputError: another head than those of HEADS, labels that are neither one class nor one value per item, adapters
-            that lengthen the input, or quantised weights with nothing to train.
+            that lengthen the input or are on tied weights, or quantised weights with nothing to train.
     """
     adapted = without_adapters(model) is not model
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise InputError("model", type(model.active_peft_config).__name__, "LoRA or another adapter inside of layers")
+    if tied := tied_adapters(model):
+        raise InputError("model", f"adapters on {', '.join(tied)}", UNTIED)
     model = without_adapters(model)
     name = type(model).__name__
     if not (isinstance(model, PreTrainedModel) and name.endswith(HEADS)):

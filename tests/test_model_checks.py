@@ -108,3 +108,16 @@ def test_adapters_fit_a_student_that_was_pruned_before(folder):
     prune(load_pretrained(folder / "teacher"), plan).save_pretrained(folder / "student")
     fields = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
     assert faults(causal_recipe(folder, student__model=str(folder / "student"), student__peft=fields)) == []
+
+
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+def test_adapters_on_tied_weights_are_refused_and_copies_to_save_are_not(folder, module):
+    write_decoder(folder / "teacher", tie_word_embeddings=True)
+    fields = {"target_modules": ["q_proj", module], "task_type": "CAUSAL_LM"}
+    (line,) = faults(causal_recipe(folder, student__peft=fields))
+    assert line.startswith(f"student.peft.target_modules: got '{module}'; accepted: ") and "modules_to_save" in line
+    saved = {"target_modules": ["q_proj"], "modules_to_save": [module]}
+    assert faults(causal_recipe(folder, student__peft=saved)) == []
+    assert faults(causal_recipe(folder, student__peft={"target_modules": ["q_proj"]})) == []
+    write_decoder(folder / "teacher", tie_word_embeddings=False)
+    assert faults(causal_recipe(folder, student__peft=fields)) == []
