@@ -22,7 +22,7 @@ from distill_llm.errors import InputError
 from distill_llm.faults import faults_in, raise_all
 from distill_llm.hub import check_push
 from distill_llm.losses.mapping import cut_from
-from distill_llm.model_checks import adapted, check_disk, skeleton
+from distill_llm.model_checks import adapted, check_disk, check_signals, skeleton
 from distill_llm.opening import (
     HEAD_CLASSES,
     OpenModel,
@@ -83,13 +83,14 @@ def check_recipe(recipe: Recipe) -> None:
     found.run(_check_losses, recipe, task)
     found.run(_check_cache, recipe, teacher)
     found.run(_check_responses, recipe, task, shorter)
-    if teacher is not None and (student is not None or name is None):
-        found.run(_check_layer_pairs, recipe, teacher.config, student.config if student else teacher.config)
+    paired = found.run(_check_layer_pairs, recipe, teacher, teacher if name is None else student)
     found.run(lambda: check_training(recipe, data, _projected(student, teacher)))
     found.run(usable_output, recipe.output_dir, "output_dir", RECIPE)
     found.run(_check_hub, recipe)
     whole = found.run(skeleton, teacher, task)
     learner = whole if name is None else found.run(skeleton, student, task)
+    if paired:
+        found.run(check_signals, recipe, whole, learner)
     found.run(check_disk, recipe, whole, found.run(adapted, recipe, learner))
     raise_all(found.faults)
 
@@ -201,12 +202,12 @@ def _projected(student: OpenModel | None, teacher: OpenModel | None) -> tuple[in
     return widths if widths[0] != widths[1] else None
 
 
-def _check_layer_pairs(recipe: Recipe, teacher: PreTrainedConfig, student: PreTrainedConfig) -> None:
-    """Layers named by the loss terms exist; `student` is the teacher's config where it is pruned from it."""
+def _check_layer_pairs(recipe: Recipe, teacher: OpenModel, student: OpenModel) -> bool:
+    """Layers named by the loss terms exist; `student` is the teacher where it is pruned from it."""
     if recipe.distillation is None:
-        return
+        return True
     faults = []
-    teachers, students = teacher.num_hidden_layers, student.num_hidden_layers
+    teachers, students = teacher.config.num_hidden_layers, student.config.num_hidden_layers
     if recipe.pruning is not None and recipe.pruning.layers is not None:
         students = len(recipe.pruning.layers)
     for name in ("hidden", "attention", "relations"):
@@ -214,7 +215,7 @@ def _check_layer_pairs(recipe: Recipe, teacher: PreTrainedConfig, student: PreTr
         if term is None:
             continue
         field = f"distillation.losses.{name}.layers"
-        if term.layers == "lineage" and recipe.pruning is None and not cut_from(student, teacher):
+        if term.layers == "lineage" and recipe.pruning is None and not cut_from(student.config, teacher.config):
             accepted = "uniform, last or pairs where the student was not pruned from this teacher"
             faults.append(InputError(field, "lineage", accepted))
         if not isinstance(term.layers, str):
@@ -223,6 +224,7 @@ def _check_layer_pairs(recipe: Recipe, teacher: PreTrainedConfig, student: PreTr
                 accepted = f"[student, teacher] pairs below [{students}, {teachers}], counted from 0"
                 faults.append(InputError(field, bad, accepted))
     raise_all(faults)
+    return True
 
 
 def _check_cache(recipe: Recipe, teacher: OpenModel) -> None:

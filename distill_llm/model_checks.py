@@ -16,14 +16,17 @@ from transformers import (
 )
 
 from distill_llm.adapters import UNTIED, tied_adapters, without_adapters
+from distill_llm.capture import Recorder, Wanted
 from distill_llm.data.tasks import Task
 from distill_llm.errors import InputError
+from distill_llm.losses.relations import relation_heads
 from distill_llm.opening import OpenModel, first_line
 from distill_llm.outputs import nearest
-from distill_llm.pruning.families import FAMILIES, lineage_of
+from distill_llm.pruning.families import FAMILIES, dims_of, layers_of, lineage_of
 from distill_llm.pruning.modeling_pruned import pruned_class
 from distill_llm.pruning.structure import second_moment_bytes
 from distill_llm.recipe import Recipe
+from distill_llm.terms import Terms
 
 HEADS: dict[str, Any] = {
     "masked_lm": AutoModelForMaskedLM,
@@ -69,6 +72,67 @@ def adapted(recipe: Recipe, student: PreTrainedModel) -> nn.Module:
     if tied := tied_adapters(model):
         raise InputError("student.peft.target_modules", ", ".join(tied), UNTIED)
     return model
+
+
+def check_signals(recipe: Recipe, teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+    """What the losses compare of attention can be seen in both models, and divided into relation heads.
+
+    Args:
+        student: the one that was given; not looked at where pruning makes one of the teacher.
+
+    Raises:
+        InputError: as the first step of the training would.
+    """
+    losses = recipe.distillation.losses if recipe.distillation else None
+    if losses is None or (losses.attention is None and losses.relations is None):
+        return
+    relations, given = losses.relations, recipe.pruning is None
+    models = {"student": student, "teacher": teacher} if given else {"teacher": teacher}
+    try:
+        if given:
+            terms = Terms(losses.model_copy(update={"hidden": None, "embeddings": None}), student, teacher)
+            wanted = {side: terms.wanted(side) for side in models}
+        else:
+            rows = lineage_of(teacher)
+            layers = tuple(i for i in range(len(layers_of(teacher))) if rows is None or rows[i].heads)
+            wanted = {"teacher": Wanted((), layers if losses.attention else (), layers if relations else ())}
+        seen = {side: _widths(model, wanted[side]) for side, model in models.items()}
+        if relations is None or relations.heads is None:
+            return
+        if given:
+            for pair in terms.pairs["relations"]:
+                both = seen["student"].get(pair.student, set()) | seen["teacher"].get(pair.teacher, set())
+                relation_heads(relations.heads, both)
+        else:
+            _check_heads_left(recipe, relations.heads, seen["teacher"], dims_of(teacher.config).head_size)
+    except InputError as error:
+        raise InputError(f"distillation.{error.field}", error.given, error.accepted) from None
+
+
+def _widths(model: PreTrainedModel, wanted: Wanted) -> dict[int, set[int]]:
+    """The widths of all heads' queries and keys by layer, in a forward without numbers; of a family that has none such, nothing.
+
+    Raises:
+        InputError: a layer's attention cannot be seen, or not its probabilities.
+    """
+    tokens = torch.zeros(1, 2, dtype=torch.long, device="meta")
+    try:
+        with torch.no_grad(), Recorder(model, wanted).recording() as found:
+            model.base_model(inputs_embeds=model.get_input_embeddings()(tokens))
+    except InputError:
+        raise
+    except Exception:  # a forward that looks at numbers: the first step of the training tells
+        return {}
+    return {index: {each.shape[1] * each.shape[3] for each in vectors[:2]} for index, vectors in found.vectors.items()}
+
+
+def _check_heads_left(recipe: Recipe, heads: int, widths: dict[int, set[int]], head_size: int) -> None:
+    """A number of relation heads that is given divides the layers, whichever heads pruning leaves them."""
+    relation_heads(heads, set().union(*widths.values()))
+    assert recipe.pruning is not None
+    if head_size % heads and recipe.pruning.keep is not None and {"heads", "queries"} & set(recipe.pruning.units):
+        accepted = f"nothing, or a divisor of {head_size}, the size of a head: pruning chooses how many heads stay"
+        raise InputError("losses.relations.heads", heads, accepted)
 
 
 def check_disk(recipe: Recipe, teacher: PreTrainedModel, student: nn.Module) -> None:

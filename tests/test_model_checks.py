@@ -1,5 +1,6 @@
 """What is tried at the door on models without memory: adapters, signals and room on the disk, of the model that learns."""
 
+import re
 import shutil
 from collections import namedtuple
 from contextlib import contextmanager
@@ -121,3 +122,49 @@ def test_adapters_on_tied_weights_are_refused_and_copies_to_save_are_not(folder,
     assert faults(causal_recipe(folder, student__peft={"target_modules": ["q_proj"]})) == []
     write_decoder(folder / "teacher", tie_word_embeddings=False)
     assert faults(causal_recipe(folder, student__peft=fields)) == []
+
+
+@pytest.mark.parametrize("side", ["teacher", "student", "pruned"])
+@pytest.mark.parametrize("family", ["gemma2", "bloom", "mpnet", "deberta-v2", "llama", "gpt2", "distilbert"])
+def test_attention_that_cannot_be_seen_is_refused_before_anything_is_pruned_or_trained(folder, family, side):
+    other, encoder = ("bert", True) if family in ("mpnet", "deberta-v2", "distilbert") else ("llama", False)
+    for name in ("teacher", "student"):
+        chosen = family if name == side or side == "pruned" else other
+        write_model(folder / name, family=chosen) if encoder else write_decoder(folder / name, chosen)
+    changes = {"pruning": {"keep": 0.9}} if side == "pruned" else {"pruning": None}
+    changes |= {"student__model": None if side == "pruned" else str(folder / "student")}
+    make = recipe_with if encoder else causal_recipe
+    for term in ("attention", "relations"):
+        found = faults(make(folder, **changes, distillation__losses={term: {"layers": "last"}}))
+        seen = family in ("llama", "gpt2", "distilbert") or (family == "gemma2" and term == "relations")
+        words = "softcap" if family == "gemma2" else "not seen"
+        assert (found == []) == seen, found
+        assert seen or (found[0].startswith(f"distillation.losses.{term}: got ") and words in found[0])
+        assert len(found) <= 1
+
+
+def test_relation_heads_are_checked_against_both_models_and_left_out_they_are_those_that_fit(folder):
+    write_decoder(folder / "teacher")
+    write_decoder(folder / "student", hidden_size=24, head_dim=6)
+    given = {"student__model": str(folder / "student")}
+    field = "distillation.losses.relations.heads"
+    for heads, accepted in ((None, None), (4, None), (8, "12, 16, 24, 32: 1, 2, 4$"), (5, "12, 16, 24, 32: 1, 2, 4$")):
+        found = faults(causal_recipe(folder, **given, distillation__losses={"relations": {"heads": heads}}))
+        assert len(found) == (accepted is not None)
+        assert not found or re.match(rf"{field}: got {heads}; accepted: a divisor of the widths {accepted}", found[0])
+    pruned = {"student__model": None, "distillation__losses": {"relations": {"heads": 16}}}
+    assert faults(causal_recipe(folder, **pruned, pruning={"keep": 0.9, "units": ["neurons"]})) == []
+    (line,) = faults(causal_recipe(folder, **pruned, pruning={"keep": 0.9}))
+    assert line.startswith(f"{field}: got 16; accepted: nothing, or a divisor of 8, the size of a head")
+    pruned["distillation__losses"] = {"relations": {"heads": 12}}
+    (line,) = faults(causal_recipe(folder, **pruned, pruning={"layers": [0]}))
+    assert line.startswith(f"{field}: got 12; accepted: a divisor of the widths 16, 32: ")
+
+
+def test_a_pruned_teacher_with_a_layer_without_heads_can_be_pruned_again(folder):
+    write_decoder(folder / "teacher")
+    rows = tuple(LayerPlan(i, (0,) if i else (), tuple(range(64))) for i in range(2))
+    prune(load_pretrained(folder / "teacher"), PruningPlan("llama", rows)).save_pretrained(folder / "teacher")
+    changes = {"student__model": None, "pruning": {"keep": 0.9}}
+    for term in ("attention", "relations"):
+        assert faults(causal_recipe(folder, **changes, distillation__losses={term: {"layers": "lineage"}})) == []
