@@ -1,5 +1,6 @@
 """What `DistillationTrainer` refuses, each in one line, before anything is set up."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ UNUSED = {
     "model_init": "None: the student is given as a model, made once",
     "compute_loss_func": "None: the loss is the objective of DistillationConfig",
 }
+COMPILING = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 
 
 def check_model(model: Any) -> None:
@@ -90,6 +92,8 @@ def check_arguments(args: TrainingArguments, objective: Objective, options: Mapp
     Raises:
         InputError: names the argument.
     """
+    for fault in compiling(vars(args)):
+        raise fault
     for name, accepted in UNUSED.items():
         if options.get(name) is not None:
             raise InputError(name, type(options[name]).__name__, accepted)
@@ -97,6 +101,16 @@ def check_arguments(args: TrainingArguments, objective: Objective, options: Mapp
         for name in objective.terms():
             if name in ("attention", "relations"):
                 raise InputError("activation_checkpointing_kwargs.use_reentrant", True, f"false with losses.{name}")
+
+
+def compiling(training: Mapping[str, Any]) -> list[InputError]:
+    """The fault of fields, or of an `accelerate launch`, that would compile the student: the first alone."""
+    given = [(name, training[name]) for name in COMPILING if training.get(name)]
+    launched = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if not given and launched.lower() != "no":
+        given = [("torch_compile", f"{launched} (ACCELERATE_DYNAMO_BACKEND)")]
+    accepted = "nothing: losses look into the student's forward, which compiled code would pass by"
+    return [InputError(name, value, accepted) for name, value in given[:1]]
 
 
 def check_responses(teacher: Any, kind: str, gathered: bool) -> None:
