@@ -6,7 +6,7 @@ model uses anyway. The model's configuration names that function during the reco
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -128,10 +128,7 @@ class Recorder:
     def __init__(self, model: PreTrainedModel, wanted: Wanted):
         self.layers, self.wanted = layers_of(model), wanted
         self.name = type(model).__name__
-        configs = [getattr(module, "config", None) for module in model.modules()]
-        self.configs = list(
-            {id(config): config for config in configs if hasattr(config, "_attn_implementation")}.values()
-        )
+        self.configs = attention_configs(model)
 
     @contextmanager
     def recording(self) -> Iterator[Recording]:
@@ -165,16 +162,31 @@ class Recorder:
         }
         for module, index in modules.items():
             _listeners[module] = _keep_vectors(result, index, self.wanted)
-        previous = [config._attn_implementation for config in self.configs]
         try:
-            for config, kernel in zip(self.configs, previous, strict=True):
-                config._attn_implementation = _register(kernel or "eager")
-            yield
+            with kernels_named(self.configs, _register):
+                yield
         finally:
-            for config, kernel in zip(self.configs, previous, strict=True):
-                config._attn_implementation = kernel
             for module in modules:
                 _listeners.pop(module, None)
+
+
+def attention_configs(model: PreTrainedModel) -> list[Any]:
+    """The configs in a model that name an attention kernel."""
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    return list({id(config): config for config in configs if hasattr(config, "_attn_implementation")}.values())
+
+
+@contextmanager
+def kernels_named(configs: Sequence[Any], name: Callable[[str], str]) -> Iterator[None]:
+    """Within the context configs name another attention kernel, made of the name of their own."""
+    previous = [config._attn_implementation for config in configs]
+    try:
+        for config, kernel in zip(configs, previous, strict=True):
+            config._attn_implementation = name(kernel or "eager")
+        yield
+    finally:
+        for config, kernel in zip(configs, previous, strict=True):
+            config._attn_implementation = kernel
 
 
 def _keep_output(result: Recording, index: int) -> Callable[..., None]:
