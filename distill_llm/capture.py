@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_mask
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -270,9 +271,12 @@ def _beyond_the_mask(module: nn.Module, length: int, settings: dict[str, Any]) -
     return None
 
 
-def additive_bias(mask: torch.Tensor | None, causal: bool, query: torch.Tensor) -> torch.Tensor | None:
+def additive_bias(mask: torch.Tensor | BlockMask | None, causal: bool, query: torch.Tensor) -> torch.Tensor | None:
     """Any kernel's mask as an additive fp32 one, -3.4e38 (never minus infinity) where a key is hidden."""
     length, lowest = query.shape[2], torch.finfo(torch.float32).min
+    if isinstance(mask, BlockMask):  # of flex attention, a rule for pairs of tokens
+        batch, heads = mask.shape[:2]
+        mask = create_mask(mask.mask_mod, batch, heads, length, length, device=query.device)
     if mask is None:
         if not causal or length == 1:
             return None
