@@ -1,16 +1,40 @@
 """Models with adapters of peft around them: the model inside, and one plain model out of both."""
 
 import copy
+from collections import Counter
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+
+UNTIED = "modules with a weight of their own: merged, these change another module too (modules_to_save takes tied ones)"
 
 
 def without_adapters(model: Any) -> Any:
     """The transformers model inside a PeftModel, its layers adapted all the same; any other model as it is."""
     inside = getattr(model, "get_base_model", None)
     return model if inside is None else inside()
+
+
+def tied_adapters(model: Any) -> list[str]:
+    """Names of adapted modules whose weight is another module's too: merged, an adapter would change both.
+
+    An output map that is tied to the embeddings is one. A copy of the module in `modules_to_save` ends its tie, and is none.
+    """
+    if without_adapters(model) is model:
+        return []
+    from peft.tuners.trainable_tokens import TrainableTokensLayer  # keeps tied modules together
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    modules = dict(model.named_modules())
+    uses = Counter(id(each) for module in modules.values() for each in module.parameters(recurse=False))
+    layers = {
+        name: module.get_base_layer()
+        for name, module in modules.items()
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, TrainableTokensLayer)
+    }
+    tied = [name for name, base in layers.items() if any(uses[id(each)] > 1 for each in base.parameters(recurse=False))]
+    return [name.rpartition(".")[2] for name in tied]
 
 
 def is_quantized(model: nn.Module) -> bool:

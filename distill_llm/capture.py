@@ -6,7 +6,7 @@ model uses anyway. The model's configuration names that function during the reco
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_mask
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -128,10 +129,7 @@ class Recorder:
     def __init__(self, model: PreTrainedModel, wanted: Wanted):
         self.layers, self.wanted = layers_of(model), wanted
         self.name = type(model).__name__
-        configs = [getattr(module, "config", None) for module in model.modules()]
-        self.configs = list(
-            {id(config): config for config in configs if hasattr(config, "_attn_implementation")}.values()
-        )
+        self.configs = attention_configs(model)
 
     @contextmanager
     def recording(self) -> Iterator[Recording]:
@@ -165,16 +163,31 @@ class Recorder:
         }
         for module, index in modules.items():
             _listeners[module] = _keep_vectors(result, index, self.wanted)
-        previous = [config._attn_implementation for config in self.configs]
         try:
-            for config, kernel in zip(self.configs, previous, strict=True):
-                config._attn_implementation = _register(kernel or "eager")
-            yield
+            with kernels_named(self.configs, _register):
+                yield
         finally:
-            for config, kernel in zip(self.configs, previous, strict=True):
-                config._attn_implementation = kernel
             for module in modules:
                 _listeners.pop(module, None)
+
+
+def attention_configs(model: PreTrainedModel) -> list[Any]:
+    """The configs in a model that name an attention kernel."""
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    return list({id(config): config for config in configs if hasattr(config, "_attn_implementation")}.values())
+
+
+@contextmanager
+def kernels_named(configs: Sequence[Any], name: Callable[[str], str]) -> Iterator[None]:
+    """Within the context configs name another attention kernel, made of the name of their own."""
+    previous = [config._attn_implementation for config in configs]
+    try:
+        for config, kernel in zip(configs, previous, strict=True):
+            config._attn_implementation = name(kernel or "eager")
+        yield
+    finally:
+        for config, kernel in zip(configs, previous, strict=True):
+            config._attn_implementation = kernel
 
 
 def _keep_output(result: Recording, index: int) -> Callable[..., None]:
@@ -258,9 +271,12 @@ def _beyond_the_mask(module: nn.Module, length: int, settings: dict[str, Any]) -
     return None
 
 
-def additive_bias(mask: torch.Tensor | None, causal: bool, query: torch.Tensor) -> torch.Tensor | None:
+def additive_bias(mask: torch.Tensor | BlockMask | None, causal: bool, query: torch.Tensor) -> torch.Tensor | None:
     """Any kernel's mask as an additive fp32 one, -3.4e38 (never minus infinity) where a key is hidden."""
     length, lowest = query.shape[2], torch.finfo(torch.float32).min
+    if isinstance(mask, BlockMask):  # of flex attention, a rule for pairs of tokens
+        batch, heads = mask.shape[:2]
+        mask = create_mask(mask.mask_mod, batch, heads, length, length, device=query.device)
     if mask is None:
         if not causal or length == 1:
             return None

@@ -3,16 +3,14 @@
 import copy
 import importlib.util
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
-import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from distill_llm.checkpoint import name_labels
 from distill_llm.data.encoding import most_tokens
@@ -25,20 +23,18 @@ from distill_llm.errors import InputError
 from distill_llm.faults import faults_in, raise_all
 from distill_llm.hub import check_push
 from distill_llm.losses.mapping import cut_from
+from distill_llm.model_checks import adapted, check_disk, check_signals, skeleton
 from distill_llm.opening import (
     HEAD_CLASSES,
     OpenModel,
     check_head,
     check_length,
-    first_line,
     longest_input,
     open_model,
     resolve_model,
 )
-from distill_llm.outputs import nearest, usable_output
-from distill_llm.pruning.families import FAMILIES, hidden_lineage, lineage_of, width_of
-from distill_llm.pruning.modeling_pruned import pruned_class
-from distill_llm.pruning.structure import second_moment_bytes
+from distill_llm.outputs import usable_output
+from distill_llm.pruning.families import hidden_lineage, width_of
 from distill_llm.pruning_checks import check_pruning
 from distill_llm.recipe import Recipe
 from distill_llm.recipe_sections import PruningSection
@@ -81,8 +77,7 @@ def check_recipe(recipe: Recipe) -> None:
         found.run(check_head, teacher, task)
     if name is not None:
         found.run(_check_student, recipe, student, teacher, task)
-    skeleton = found.run(_skeleton, teacher)
-    found.run(check_pruning, recipe, teacher, skeleton)
+    found.run(check_pruning, recipe, teacher, found.run(skeleton, teacher))
     shorter = _shorter(teacher, student)
     found.run(_check_lengths, recipe, shorter)
     found.run(_check_rows, recipe, teacher, shorter, task)
@@ -90,13 +85,15 @@ def check_recipe(recipe: Recipe) -> None:
     found.run(_check_losses, recipe, task)
     found.run(_check_cache, recipe, teacher)
     found.run(_check_responses, recipe, task, shorter)
-    found.run(_check_adapters, recipe, skeleton)
-    if teacher is not None and (student is not None or name is None):
-        found.run(_check_layer_pairs, recipe, teacher.config, student.config if student else teacher.config)
+    paired = found.run(_check_layer_pairs, recipe, teacher, teacher if name is None else student)
     found.run(lambda: check_training(recipe, data, _projected(student, teacher)))
     found.run(usable_output, recipe.output_dir, "output_dir", RECIPE)
     found.run(_check_hub, recipe)
-    found.run(_check_disk, recipe, skeleton)
+    whole = found.run(skeleton, teacher, task)
+    learner = whole if name is None else found.run(skeleton, student, task)
+    if paired:
+        found.run(check_signals, recipe, whole, learner)
+    found.run(check_disk, recipe, whole, found.run(adapted, recipe, learner))
     raise_all(found.faults)
 
 
@@ -167,15 +164,6 @@ def _check_student(recipe: Recipe, student: OpenModel, teacher: OpenModel, task:
         raise InputError(student.field, given, f"labels as the teacher has, {list(names)}")
 
 
-def _skeleton(model: OpenModel) -> PreTrainedModel:
-    """The model below its head, on the meta device: modules and sizes, no weights."""
-    with torch.device("meta"):
-        if lineage_of(model.config) is None:
-            return AutoModel.from_config(model.config)
-        stock: Any = AutoModel._model_mapping[type(model.config)]
-        return pruned_class(stock)(model.config)
-
-
 def _shorter(*models: OpenModel | None) -> OpenModel | None:
     """Of the models that there are, the one that takes the fewest tokens at once: teacher and student see the same rows."""
     there = [model for model in models if model is not None]
@@ -219,12 +207,12 @@ def _projected(student: OpenModel | None, teacher: OpenModel | None) -> tuple[in
     return widths if widths[0] != widths[1] else None
 
 
-def _check_layer_pairs(recipe: Recipe, teacher: PreTrainedConfig, student: PreTrainedConfig) -> None:
-    """Layers named by the loss terms exist; `student` is the teacher's config where it is pruned from it."""
+def _check_layer_pairs(recipe: Recipe, teacher: OpenModel, student: OpenModel) -> bool:
+    """Layers named by the loss terms exist; `student` is the teacher where it is pruned from it."""
     if recipe.distillation is None:
-        return
+        return True
     faults = []
-    teachers, students = teacher.num_hidden_layers, student.num_hidden_layers
+    teachers, students = teacher.config.num_hidden_layers, student.config.num_hidden_layers
     if recipe.pruning is not None and recipe.pruning.layers is not None:
         students = len(recipe.pruning.layers)
     for name in ("hidden", "attention", "relations"):
@@ -232,7 +220,7 @@ def _check_layer_pairs(recipe: Recipe, teacher: PreTrainedConfig, student: PreTr
         if term is None:
             continue
         field = f"distillation.losses.{name}.layers"
-        if term.layers == "lineage" and recipe.pruning is None and not cut_from(student, teacher):
+        if term.layers == "lineage" and recipe.pruning is None and not cut_from(student.config, teacher.config):
             accepted = "uniform, last or pairs where the student was not pruned from this teacher"
             faults.append(InputError(field, "lineage", accepted))
         if not isinstance(term.layers, str):
@@ -241,6 +229,7 @@ def _check_layer_pairs(recipe: Recipe, teacher: PreTrainedConfig, student: PreTr
                 accepted = f"[student, teacher] pairs below [{students}, {teachers}], counted from 0"
                 faults.append(InputError(field, bad, accepted))
     raise_all(faults)
+    return True
 
 
 def _check_cache(recipe: Recipe, teacher: OpenModel) -> None:
@@ -297,39 +286,6 @@ def _check_responses(recipe: Recipe, task: Task, shorter: OpenModel) -> None:
     )
 
 
-def _check_adapters(recipe: Recipe, skeleton: PreTrainedModel) -> None:
-    """Adapters fit the model: tried on a copy without memory."""
-    fields = recipe.student.peft if recipe.student else None
-    if fields is None:
-        return
-    from peft import LoraConfig, get_peft_model
-
-    try:
-        get_peft_model(copy.deepcopy(skeleton), LoraConfig(**fields))
-    except Exception as error:
-        raise InputError("student.peft", fields, f"adapters that fit the model ({first_line(error)})") from None
-
-
 def _check_hub(recipe: Recipe) -> None:
     if recipe.hub is not None:
         check_push(recipe.hub.repo_id, "hub.repo_id")
-
-
-def _check_disk(recipe: Recipe, teacher: PreTrainedModel) -> None:
-    """The run's checkpoints fit on the disk, by a generous estimate from the teacher's size."""
-    weights = 4 * sum(p.numel() for p in teacher.parameters())
-    trained = recipe.distillation is not None or recipe.teacher.train is not None
-    # A copy per round, the teacher, the student, and two Trainer checkpoints (weights and two moments each).
-    needed = weights * (2 + (6 if trained else 0))
-    if (section := recipe.pruning) is not None:
-        statistics = 0
-        if section.folds and teacher.config.model_type in FAMILIES:  # else it is a fault already
-            statistics = second_moment_bytes(teacher, section.holds_moments, "hidden" in section.units)
-        needed += section.rounds * (weights + statistics)
-    free = shutil.disk_usage(nearest(recipe.output_dir)).free
-    if free < needed:
-        raise InputError(
-            "output_dir",
-            f"{recipe.output_dir} with {free / 1e9:.1f} GB free",
-            f"a disk with about {needed / 1e9:.1f} GB free",
-        )

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.generic import is_flash_attention_requested
 
+from distill_llm.capture import attention_configs, kernels_named
 from distill_llm.errors import InputError
 from distill_llm.losses.head import Head
 
@@ -110,9 +111,12 @@ def _finishes_as_said(model: PreTrainedModel, head: OutputHead) -> bool:
     device = torch.device("cpu") if head.linear.weight.is_meta else head.linear.weight.device
     products = torch.linspace(-PROBE, PROBE, head.linear.out_features, device=device).view(1, 1, -1)
     devices = [model.device] if model.device.type == "cuda" else []
-    # Flash attention takes no fp32, which weights are in that train in mixed precision.
+    # Kernels of flash attention run on no CPU, where a model may still be, and take no fp32, which weights are in that train
+    # in mixed precision; a few families (Falcon, GPT-J, GPT-Neo) keep the kernel that they were made with.
     half = torch.autocast(model.device.type, torch.bfloat16, enabled=is_flash_attention_requested(model.config))
-    with torch.no_grad(), half, torch.random.fork_rng(devices), _forward_of(head.linear, lambda hidden: products):
+    eager = kernels_named(attention_configs(model), lambda kernel: "eager")
+    fixed = _forward_of(head.linear, lambda hidden: products)
+    with torch.no_grad(), half, eager, fixed, torch.random.fork_rng(devices):
         logits = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device)).logits
     expected = products * head.scale
     if head.softcap is not None:

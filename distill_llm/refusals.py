@@ -1,11 +1,12 @@
 """What `DistillationTrainer` refuses, each in one line, before anything is set up."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedModel, TrainingArguments
 
-from distill_llm.adapters import is_quantized, without_adapters
+from distill_llm.adapters import UNTIED, is_quantized, tied_adapters, without_adapters
 from distill_llm.errors import InputError
 from distill_llm.losses.items import kind_of
 from distill_llm.losses.objective import Objective
@@ -16,6 +17,7 @@ UNUSED = {
     "model_init": "None: the student is given as a model, made once",
     "compute_loss_func": "None: the loss is the objective of DistillationConfig",
 }
+COMPILING = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 
 
 def check_model(model: Any) -> None:
@@ -26,11 +28,13 @@ def check_model(model: Any) -> None:
 
     Raises:
         InputError: another head than those of HEADS, labels that are neither one class nor one value per item, adapters
-            that lengthen the input, or quantised weights with nothing to train.
+            that lengthen the input or are on tied weights, or quantised weights with nothing to train.
     """
     adapted = without_adapters(model) is not model
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise InputError("model", type(model.active_peft_config).__name__, "LoRA or another adapter inside of layers")
+    if tied := tied_adapters(model):
+        raise InputError("model", f"adapters on {', '.join(tied)}", UNTIED)
     model = without_adapters(model)
     name = type(model).__name__
     if not (isinstance(model, PreTrainedModel) and name.endswith(HEADS)):
@@ -88,6 +92,8 @@ def check_arguments(args: TrainingArguments, objective: Objective, options: Mapp
     Raises:
         InputError: names the argument.
     """
+    for fault in compiling(vars(args)):
+        raise fault
     for name, accepted in UNUSED.items():
         if options.get(name) is not None:
             raise InputError(name, type(options[name]).__name__, accepted)
@@ -95,6 +101,16 @@ def check_arguments(args: TrainingArguments, objective: Objective, options: Mapp
         for name in objective.terms():
             if name in ("attention", "relations"):
                 raise InputError("activation_checkpointing_kwargs.use_reentrant", True, f"false with losses.{name}")
+
+
+def compiling(training: Mapping[str, Any]) -> list[InputError]:
+    """The fault of fields, or of an `accelerate launch`, that would compile the student: the first alone."""
+    given = [(name, training[name]) for name in COMPILING if training.get(name)]
+    launched = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if not given and launched.lower() != "no":
+        given = [("torch_compile", f"{launched} (ACCELERATE_DYNAMO_BACKEND)")]
+    accepted = "nothing: losses look into the student's forward, which compiled code would pass by"
+    return [InputError(name, value, accepted) for name, value in given[:1]]
 
 
 def check_responses(teacher: Any, kind: str, gathered: bool) -> None:

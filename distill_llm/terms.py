@@ -16,7 +16,7 @@ from distill_llm.losses.labels import label_loss
 from distill_llm.losses.logits import logits_divergence
 from distill_llm.losses.mapping import LayerPair, attention_pairs, cut_from, hidden_pairs, query_heads, relative_lineage
 from distill_llm.losses.objective import Objective
-from distill_llm.losses.relations import check_heads, relation_distance
+from distill_llm.losses.relations import relation_distance, relation_heads
 from distill_llm.losses.schedules import value_at
 from distill_llm.losses.sparse import sparse_forward_kl
 from distill_llm.pruning.families import FAMILIES, dims_of, hidden_lineage, layers_of, lineage_of, width_of
@@ -136,7 +136,7 @@ class Terms:
         for pair in self.pairs["relations"]:
             widths = {*_widths(student, pair.student), *_widths(teacher, pair.teacher)}
             if widths and objective.relations:
-                check_heads(objective.relations.heads, widths)
+                relation_heads(objective.relations.heads, widths)
 
     def _match_widths(self, student: PreTrainedModel, teacher: PreTrainedModel, seed: int) -> None:
         """Compare the channels that a student kept of this teacher with where they are in it; project any other width."""

@@ -23,6 +23,7 @@ from distill_llm.faults import faults_in, raise_all
 from distill_llm.opening import first_line
 from distill_llm.processes import open_processes
 from distill_llm.recipe import Recipe
+from distill_llm.refusals import compiling
 
 Stage = Literal["teacher", "recovery", "final"]
 
@@ -107,7 +108,7 @@ def _check_sharding(recipe: Recipe, sharding: str | None, widths: tuple[int, int
 
 def _check_stage(recipe: Recipe, stage: Stage, data: TaskData | None) -> DistillationConfig:
     where, training = _given(recipe, stage), recipe.training(stage)
-    faults = _choices(training)
+    faults = _choices(training) + compiling(training)
     if not faults:
         faults += _installed(training) + ([] if data is None else _evaluation(training, data)) + _precision(training)
     for name in CONFIG_FILES:

@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 from helpers import FAMILIES, random_batch, tiny_model
+from torch.nn.attention.flex_attention import flex_attention
 from trainer_examples import causal_model
 from transformers import AutoConfig, AutoModel
+from transformers.integrations import flex_attention as integration
 
 from distill_llm.capture import EMBEDDINGS, Recorder, Wanted, _listeners, packed
 from distill_llm.errors import InputError
@@ -56,6 +58,27 @@ def test_causal_grouped_and_sliding_attention_is_seen_too(family):
                 found = recording.attention[index].scores().softmax(-1)
                 torch.testing.assert_close(found[0], probabilities[0])
                 torch.testing.assert_close(found[1, :, : 9 - padding], probabilities[1, :, : 9 - padding])
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_the_mask_of_flex_attention_is_a_rule_that_is_followed(monkeypatch, window):
+    def uncompiled(query, key, value, score_mod=None, block_mask=None, **settings):
+        """The kernel in the place of its compiled form, which takes long to make."""
+        chosen = ("scale", "enable_gqa", "return_aux")
+        return flex_attention(query, key, value, score_mod, block_mask, **{name: settings.get(name) for name in chosen})
+
+    monkeypatch.setattr(integration, "compile_friendly_flex_attention", uncompiled)
+    model = causal_model("mistral", sliding_window=window)
+    batch, seen = random_batch(model, labels=False), []
+    for kernel in ("eager", "flex_attention"):
+        model.set_attn_implementation(kernel)
+        with torch.no_grad(), Recorder(model, Wanted(attention=(0, 2))).recording() as recording:
+            logits = model(**batch).logits
+        seen.append([logits, *(recording.attention[index].scores().softmax(-1) for index in (0, 2))])
+    valid = batch["attention_mask"].bool()
+    torch.testing.assert_close(seen[1][0][valid], seen[0][0][valid])
+    for found, expected in zip(seen[1][1:], seen[0][1:], strict=True):
+        torch.testing.assert_close(found.transpose(1, 2)[valid], expected.transpose(1, 2)[valid])
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -13,7 +13,7 @@ from recipe_inputs import WORDS, recipe_with, write_model, write_recipe, write_r
 from recipe_inputs import faults_at_the_door as faults
 from transformers import AutoTokenizer
 
-from distill_llm import checks
+from distill_llm import model_checks
 from distill_llm.checkpoint import load_pretrained
 from distill_llm.checks import check_data
 from distill_llm.errors import InputError
@@ -269,8 +269,8 @@ def test_a_full_disk_and_an_output_that_is_a_file_are_refused(folder, monkeypatc
         recipe, model = recipe_with(folder, pruning={"keep": 0.5, "rounds": 3, **pruning}), tiny_model()
         with monkeypatch.context() as patch, pytest.raises(InputError) as error:
             patch.setattr(shutil, "disk_usage", lambda path: usage)
-            patch.setattr(checks, "second_moment_bytes", lambda model, inner, hidden: 5 * 10**9 * inner)
-            checks._check_disk(recipe, model)
+            patch.setattr(model_checks, "second_moment_bytes", lambda model, inner, hidden: 5 * 10**9 * inner)
+            model_checks.check_disk(recipe, model, model)
         needed.append(float(error.value.accepted.split()[4]))
     assert needed[0] == needed[1] == pytest.approx(needed[2] - 15)
     (folder / "run").write_text("")

@@ -109,6 +109,29 @@ def test_an_adapter_on_the_output_map_leaves_the_logits_to_the_model(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "head, modules", [("causal-lm", ["embed_tokens", "lm_head"]), ("masked-lm", ["word_embeddings"])]
+)
+def test_adapters_are_refused_where_merging_them_would_change_another_module_too(tmp_path, head, modules):
+    peft, tied = pytest.importorskip("peft"), {"tie_word_embeddings": True}
+    for module in modules:
+        model = model_of(head, layers=2, **tied)
+        before, batch = copy.deepcopy(model), stacked(rows(model))
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=[module]))
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "lora_" in name:
+                    parameter.normal_(0, 0.2)
+        adapted.eval()
+        assert not torch.allclose(merged(adapted)(**batch).logits, adapted(**batch).logits, atol=0.1), "now it is right"
+        with pytest.raises(InputError, match=f"model: got 'adapters on {module}'; .*modules_to_save") as error:
+            trainer_of(tmp_path, adapted, None, [], {"labels": {}})
+        assert "\n" not in str(error.value)
+        saved = peft.get_peft_model(before, peft.LoraConfig(r=4, target_modules="all-linear", modules_to_save=[module]))
+        trainer_of(tmp_path, saved, None, rows(model), {"labels": {}}, max_steps=2).train()
+        torch.testing.assert_close(merged(saved.eval())(**batch).logits, saved(**batch).logits, rtol=1e-4, atol=1e-5)
+
+
 def test_adapters_that_lengthen_the_input_are_refused_in_one_line(tmp_path):
     peft = pytest.importorskip("peft")
     settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from flash_stand_in import with_flash
 from trainer_examples import causal_model, model_of, rows, step_gradient, trainer_of
+from transformers.integrations import flash_attention
 
 from distill_llm.capture import Recorder, Recording, Wanted
 from distill_llm.errors import InputError
@@ -47,6 +48,21 @@ def test_the_output_map_of_weights_in_fp32_is_found(monkeypatch):
     assert output_head(student) is not None
     student.set_attn_implementation("sdpa")
     assert output_head(student) is not None
+
+
+@pytest.mark.parametrize("head", ["causal-lm", "masked-lm"])
+def test_the_output_map_of_a_model_that_is_still_on_a_cpu_is_found(monkeypatch, head):
+    """Where sharding is to place it, or evaluation in bf16, Trainer leaves a model where it was loaded."""
+    student = with_flash(model_of(head, layers=2), monkeypatch)
+
+    def on_cpu(*args, **settings):
+        raise NotImplementedError("no kernel for the CPU")
+
+    monkeypatch.setattr(flash_attention, "_flash_attention_forward", on_cpu)
+    with pytest.raises(NotImplementedError):
+        student(input_ids=torch.zeros(1, 1, dtype=torch.long))
+    assert output_head(student) is not None
+    assert student.config._attn_implementation == "flash_attention_2"
 
 
 def test_packed_rows_are_taken_one_in_a_batch_and_refused_together(tmp_path, monkeypatch):

@@ -56,6 +56,8 @@ BAD = [
     ({"save_strategy": "best"}, "save_strategy", "data.holdout_examples > 0"),
     ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type", "min_lr"),
     ({"lr_scheduler_kwargs": {"foo": 1}}, "lr_scheduler_kwargs", "'foo'"),
+    ({"torch_compile": True}, "torch_compile", "losses look into the student's forward"),
+    ({"torch_compile_mode": "default"}, "torch_compile_mode", "losses look into the student's forward"),
     ({"adam_beta1": 5.0}, "adam_beta1", "Invalid beta parameter"),
     ({"adam_epsilon": -1.0}, "adam_epsilon", "Invalid epsilon value"),
 ]  # fmt: skip
@@ -80,6 +82,14 @@ def test_one_thing_wrong_gives_one_line_at_its_field(folder, section, given, nam
     (line,) = faults(recipe_with(folder, **changes))
     assert line.startswith(f"{section}.{name}: got ")
     assert words in line.split("; accepted: ")[1] and "\n" not in line and "seed" not in line
+
+
+def test_a_launch_that_compiles_is_refused_too(folder, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    assert faults(recipe_with(folder)) == []
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    (line,) = faults(recipe_with(folder))
+    assert line.startswith("distillation.torch_compile: got 'INDUCTOR (ACCELERATE_DYNAMO_BACKEND)'")
 
 
 def test_a_fault_of_several_fields_shows_those_and_no_other(folder):

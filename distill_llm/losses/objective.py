@@ -107,8 +107,10 @@ class RelationsLoss(_Section):
 
     layers: Layers = "last"
     pairs: list[Literal["qq", "kk", "vv"]] = Field(default=["qq", "kk", "vv"], min_length=1, description="qq, kk or vv")
-    heads: int = Field(
-        default=12, ge=1, description="Relation heads, which the widths of both models are divided into."
+    heads: int | None = Field(
+        default=None,
+        ge=1,
+        description="Relation heads, which the widths of both models are divided into; left out: the most up to 12.",
     )
 
 

@@ -7,12 +7,14 @@ import torch
 from distill_llm.errors import InputError
 from distill_llm.losses.attention import AttentionInputs, attention_distance
 
+MOST_HEADS = 12  # where no number is given; that of a BERT base
+
 
 def relation_distance(
     student: torch.Tensor,
     teacher: torch.Tensor,
     valid: torch.Tensor,
-    heads: int,
+    heads: int | None = None,
     field: str = "losses.relations.heads",
     sequences: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -26,7 +28,7 @@ def relation_distance(
         student: (B, N, T, D) queries, keys or values of a layer.
         teacher: (B, N', T, D') the same of the mapped layer, no gradient.
         valid: (B, T), 1 at valid tokens and 0 at padding.
-        heads: divides N * D and N' * D'.
+        heads: divides N * D and N' * D'; None: the most that do, up to MOST_HEADS.
         field: what the number of heads is called in error messages.
         sequences: (B, T) of packed rows, the number of each token's sequence; None: a sequence per row.
 
@@ -36,7 +38,7 @@ def relation_distance(
     Raises:
         InputError: the widths cannot be divided.
     """
-    check_heads(heads, {each.shape[1] * each.shape[3] for each in (student, teacher)}, field)
+    heads = relation_heads(heads, {each.shape[1] * each.shape[3] for each in (student, teacher)}, field)
     lowest = torch.finfo(torch.float32).min
     hidden = (valid == 0)[:, None, None, :]
     if sequences is not None:
@@ -50,14 +52,17 @@ def relation_distance(
     return attention_distance(relation(student), relation(teacher), valid)
 
 
-def check_heads(heads: int, widths: set[int], field: str = "losses.relations.heads") -> None:
-    """Whether layers of these widths can be divided into relation heads.
+def relation_heads(given: int | None, widths: set[int], field: str = "losses.relations.heads") -> int:
+    """The number of relation heads that layers of these widths are divided into: as given, else the most up to MOST_HEADS.
 
     Raises:
-        InputError: names the numbers that can.
+        InputError: the given one divides not all widths; names the numbers that do.
     """
     common = math.gcd(*widths)
-    if common % heads:
+    if given is None:
+        return max(number for number in range(1, MOST_HEADS + 1) if common % number == 0)
+    if common % given:
         divisors = [str(number) for number in range(1, common + 1) if common % number == 0]
         accepted = f"a divisor of the widths {', '.join(map(str, sorted(widths)))}: {', '.join(divisors)}"
-        raise InputError(field, heads, accepted)
+        raise InputError(field, given, accepted)
+    return given

@@ -56,3 +56,9 @@ def test_bf16_vectors_give_a_value_close_to_fp32():
 def test_heads_that_do_not_divide_the_widths_are_refused_with_those_that_do():
     with pytest.raises(InputError, match=r"losses.relations.heads: got 5; .*widths 24, 36: 1, 2, 3, 4, 6, 12$"):
         relation_distance(vectors(0, 3, 8), vectors(1, 4, 9), VALID, 5)
+
+
+@pytest.mark.parametrize(("sizes", "heads"), [(((3, 8), (4, 9)), 12), (((4, 16), (2, 16)), 8), (((1, 7), (2, 7)), 7)])
+def test_left_out_heads_are_the_most_up_to_twelve_that_divide_both_widths(sizes, heads):
+    student, teacher = vectors(0, *sizes[0]), vectors(1, *sizes[1]).detach()
+    torch.testing.assert_close(relation_distance(student, teacher, VALID), by_loops(student, teacher, heads))
