@@ -20,7 +20,7 @@ from distill_llm.outputs import usable_file
 from distill_llm.recipe import Recipe, load_recipe, parse_recipe, recipe_descriptions, recipe_folder
 from distill_llm.recipe_sections import PruningSection
 from distill_llm.responses import command as responses
-from distill_llm.yaml_input import override
+from distill_llm.yaml_input import override, read_mapping
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -179,7 +179,15 @@ def evaluate(
     ] = 128,
     metric: Annotated[
         str | None,
-        typer.Option(metavar="perplexity|exact_match|final_answer", help="For prompts; perplexity by default."),
+        typer.Option(
+            metavar="perplexity|exact_match|final_answer|NAME[:VALUE]",
+            help="For prompts; perplexity by default; NAME of a metric of evaluate (rouge:rougeL).",
+        ),
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask prompts in the words of the chat template.")] = False,
+    chat_template_kwargs: Annotated[
+        str | None,
+        typer.Option(metavar="YAML", help="What the template is given beside the chats: '{enable_thinking: false}'."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a generated response.")] = 64,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the masks of masked language modelling.")] = 0,
@@ -189,6 +197,7 @@ def evaluate(
     usable_file(output, "--output")
     from distill_llm.data.encoding import collator, encode
     from distill_llm.data.loading import load_task
+    from distill_llm.data.prompts import check_chats
     from distill_llm.data.sources import resolve_path
     from distill_llm.evaluation.evaluate import evaluate_model
     from distill_llm.opening import check_head, check_length, open_model
@@ -197,9 +206,12 @@ def evaluate(
     with as_options():
         opened = open_model("MODEL", model)
         given: Any = {"columns": names, "seed": seed, "metric": metric, "max_new_tokens": max_new_tokens}
+        template = read_mapping(chat_template_kwargs, "--chat-template-kwargs")
+        given |= {"chat": chat, "chat_template_kwargs": template}
         rows = load_task(task, data, config=opened.config, training=False, **given)
         check_head(opened, rows.task)
         check_length(opened, "--max-length", max_length)
+        check_chats(rows, opened.tokenizer)
         encoded = encode(rows, opened.tokenizer, max_length)
         metrics = evaluate_model(
             _load_model(opened),

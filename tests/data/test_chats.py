@@ -16,11 +16,14 @@ from causal_examples import (
     word_tokenizer,
 )
 from recipe_inputs import faults_at_the_door
+from typer.testing import CliRunner
 
 import distill_llm
+from distill_llm.cli import app
 from distill_llm.data import collator, encode, load_task
 from distill_llm.data.tasks import prompts
 from distill_llm.errors import InputError
+from distill_llm.evaluation.evaluate import evaluate_model
 from distill_llm.evaluation.generation import respond
 from distill_llm.losses.objective import Responses
 from distill_llm.on_policy import StudentResponses
@@ -182,3 +185,22 @@ def test_a_run_or_a_cache_of_another_template_is_not_gone_on_with(tmp_path: Path
         RunFolder(tmp_path / "run", other.to_yaml())
     with pytest.raises(InputError, match=r"teacher\.cache.*another data"):
         distill_llm.run(other, tmp_path / "other")
+
+
+def test_the_command_line_scores_prompts_as_chats(tmp_path: Path) -> None:
+    file, folder, scores = tmp_path / "a.jsonl", tmp_path / "model", tmp_path / "scores.json"
+    file.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    tokenizer, model = word_tokenizer(chat_template=THINKING_TEMPLATE), causal_model()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    command = ["evaluate", str(folder), "--task", "prompts", "--data", str(file), "--columns", "prompt=q,response=a"]
+    command += ["--max-length", "32", "--output", str(scores)]
+    given = ["--chat", "--chat-template-kwargs", "{enable_thinking: false}"]
+    result = CliRunner().invoke(app, command + given)
+    assert result.exit_code == 0, result.output
+    data = load_task("prompts", str(file), **NAMED, chat_template_kwargs=OFF, training=False)
+    rows = encode(data, tokenizer, 32)
+    wanted = evaluate_model(model, rows.test, data.task, collator(data.task, tokenizer), batch_size=64)
+    assert json.loads(scores.read_text())["perplexity"] == pytest.approx(wanted["perplexity"], rel=1e-5)
+    (line,) = CliRunner().invoke(app, command + given[1:]).stderr.splitlines()
+    assert line.startswith("error: data.chat_template_kwargs: got ")
