@@ -3,8 +3,8 @@ as nearly as it can.
 
 Heads and FFN neurons go, the residual stream stays. All see the same calibration rows, and all are scored in memory:
 
-- ours: Fisher over heads and neurons together, compensated (the defaults); also in small cuts, with statistics of the same rows
-  anew after each (the recipe's `cuts`).
+- ours: Fisher over heads and neurons together (the default), or Taylor with the same share of each, compensated; also in small
+  cuts, with statistics of the same rows anew after each (the recipe's `cuts`).
 - plain: each of our criteria without compensation, over all layers.
 - torch-pruning: its Taylor, L2 and Hessian importance, ranked within each layer, or over all layers (`global_pruning`; with
   `isomorphic` the matched students are the same). Whole heads go (`prune_num_heads`), the share asked for; the FFN's ratio is
@@ -21,7 +21,7 @@ import copy
 import gc
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -178,13 +178,13 @@ def textpruner_students(given: Subject, iterations: int, folder: str) -> Iterato
         yield f"TextPruner, unequal layers, {iterations} iterations", method(False, iterations)
 
 
-def in_cuts(given: Subject, keep: float, cuts: int) -> PreTrainedModel:
+def in_cuts(given: Subject, keep: float, cuts: int, criterion: str) -> PreTrainedModel:
     """Ours, with statistics anew after each of `cuts` equal parts of what is removed."""
     student, left = given.model, 1.0
     for number in range(1, cuts + 1):
         share = 1 - (1 - keep) * number / cuts
         statistics = collect_statistics(student, given.batches, hidden=False)
-        plan = plan_pruning(student, score(statistics, "fisher"), share / left)
+        plan = plan_pruning(student, score(statistics, criterion), share / left)
         student, left = prune(student, plan, statistics), share
     return student
 
@@ -201,23 +201,29 @@ def plain_students(given: Subject, statistics: Statistics) -> Iterator[tuple[str
         yield f"plain {criterion}", method
 
 
+def scored(given: Subject, students: Iterable[PreTrainedModel]) -> list[dict[str, float]]:
+    """What the table has of each student."""
+    return [{"score": given.dev(student), "layer_params": count_params(student)[1]} for student in students]
+
+
 def main() -> None:
     """Print the table and one JSON line."""
     parser = arguments(__doc__)
+    parser.add_argument("--ours-alone", action="store_true", help="leave out plain criteria and other toolkits")
     parser.add_argument("--iterations", type=int, default=4, help="of TextPruner's third row, and our cuts; 1: neither")
     args = parser.parse_args()
     given = subject(args)
     statistics = collect_statistics(given.model, given.batches, hidden=False)
-    importance = score(statistics, "fisher")
-    ours = [prune(given.model, plan_pruning(given.model, importance, keep), statistics) for keep in args.keep]
-    counts = [count_params(student)[1] for student in ours]
     dense = given.dev(given.model)
-    rows = [{"score": given.dev(s), "layer_params": n} for s, n in zip(ours, counts, strict=True)]
-    result: dict[str, list[dict[str, float]]] = {"ours: fisher, compensated": rows}
-    if args.iterations > 1:
-        cut = (in_cuts(given, keep, args.iterations) for keep in args.keep)
-        found = [{"score": given.dev(s), "layer_params": count_params(s)[1]} for s in cut]
-        result[f"ours: fisher, compensated, {args.iterations} cuts"] = found
+    result: dict[str, list[dict[str, float]]] = {}
+    for criterion in ("fisher", "taylor"):
+        importance = score(statistics, criterion)
+        at_once = (prune(given.model, plan_pruning(given.model, importance, keep), statistics) for keep in args.keep)
+        result[f"ours: {criterion}, compensated"] = scored(given, at_once)
+        if args.iterations > 1:
+            in_parts = (in_cuts(given, keep, args.iterations, criterion) for keep in args.keep)
+            result[f"ours: {criterion}, compensated, {args.iterations} cuts"] = scored(given, in_parts)
+    counts = [int(row["layer_params"]) for row in result["ours: fisher, compensated"]]
     failed: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         sources: dict[str, Iterator[tuple[str, Method]]] = {
@@ -225,7 +231,7 @@ def main() -> None:
             "torch-pruning": torch_pruning_students(given),
             "TextPruner": textpruner_students(given, args.iterations, folder),
         }
-        for source, students in sources.items():
+        for source, students in () if args.ours_alone else sources.items():
             try:
                 for name, method in students:
                     found = (method(given, keep, count) for keep, count in zip(args.keep, counts, strict=True))
