@@ -15,7 +15,7 @@ from distill_llm.losses.items import kind_of
 from distill_llm.progress import progress_bar
 from distill_llm.pruning.bypass import Bypasses, fit_bypasses, outputs_taken_over
 from distill_llm.pruning.calibration_pass import CalibrationPass
-from distill_llm.pruning.choice import Limits
+from distill_llm.pruning.choice import Limits, Rules
 from distill_llm.pruning.collecting import collect_statistics
 from distill_llm.pruning.criteria import score
 from distill_llm.pruning.cuts import compose_plans, cut_shares
@@ -27,7 +27,7 @@ from distill_llm.pruning.plan import PruningPlan, keep_layers
 from distill_llm.pruning.planning import plan_pruning
 from distill_llm.pruning.sharding import from_main_process, process
 from distill_llm.pruning.statistics import Statistics
-from distill_llm.pruning.structure import hidden_size, sizes_of, sources_in, unit_costs
+from distill_llm.pruning.structure import hidden_size, layer_shapes, sizes_of, sources_in, unit_costs
 from distill_llm.pruning.surgery import prune
 from distill_llm.pruning.timing import relative_latency
 from distill_llm.recipe import Recipe
@@ -284,17 +284,11 @@ def share_of(
 
 def least_share(model: PreTrainedModel, section: PruningSection, batch_size: int, sequence_length: int) -> float:
     """The share of the layers' cost that stays when all that a section lets go is removed; one layer always stays."""
-    costs = unit_costs(model, section.cost, batch_size, sequence_length)
-    units, rows = set(section.units), []
-    for size in sizes_of(model):
-        groups, neurons, each = size.groups, size.neurons, size.queries // size.groups if size.groups else 0
-        if units & {"heads", "attention"}:
-            groups = min(groups, section.min_heads)
-        if units & {"neurons", "ffn"}:
-            neurons = min(neurons, section.min_neurons)
-        rows.append((groups, neurons, groups * (1 if "queries" in units and each else each)))
-    width = min(section.round_to, costs.hidden) if "hidden" in units else costs.hidden
+    costs, shapes = unit_costs(model, section.cost, batch_size, sequence_length), layer_shapes(model)
+    limits, local = Limits(section.min_heads, section.min_neurons), section.uniform or section.scope == "local"
+    rules = Rules(frozenset(section.units), limits, section.round_to, section.uniform, local)
+    rows, width = rules.least(shapes), rules.least_width(costs.hidden)
     left = costs.of(rows, width)
-    if "layers" in units:
+    if "layers" in section.units:
         left = min(costs.of([row], width, [i]) for i, row in enumerate(rows))
-    return left / costs.of([(s.groups, s.neurons, s.queries) for s in sizes_of(model)])
+    return left / costs.of(shapes)

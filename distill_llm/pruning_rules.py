@@ -41,9 +41,7 @@ def pruning_faults(section: "PruningSection") -> list[InputError]:
         faults.append(InputError("moment_layers", section.moment_layers, accepted))
     if section.scope == "local" and not units & {"heads", "neurons", "queries", *BLOCKS}:
         faults.append(InputError("scope", "local", "global where units is [hidden]: all layers share their channels"))
-    return faults + competing_faults(
-        units, section.criterion, section.scope, section.uniform, section.layer_criterion
-    )
+    return faults + competing_faults(units, section.criterion, section.scope, section.uniform, section.layer_criterion)
 
 
 def _explicit_layers(section: "PruningSection") -> list[InputError]:

@@ -340,6 +340,9 @@ def test_shares_count_channels_and_single_queries():
         {"units": ["layers", "heads"]},
         {"units": ["heads", "neurons"], "min_heads": 1, "min_neurons": 5},
         {"units": ["ffn"], "cost": "flops"},
+        {"units": ["neurons"], "min_neurons": 5, "round_to": 4},
+        {"units": ["heads"], "scope": "local"},
+        {"units": ["heads", "neurons"], "uniform": True},
     ],
     ids=str,
 )

@@ -1,6 +1,6 @@
 """What stays of a model and what it costs, while a plan is being made."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,9 @@ from distill_llm.pruning.criteria import Importance
 from distill_llm.pruning.names import UNITS
 from distill_llm.pruning.plan import LayerPlan, PruningPlan
 from distill_llm.pruning.structure import Costs, LayerShape
+
+NEAR = 0.99
+"""The part of a budget that a plan should use at least."""
 
 
 @dataclass(frozen=True)
@@ -25,23 +28,29 @@ NO_LIMITS = Limits()
 
 @dataclass(frozen=True)
 class Rules:
-    """What may be removed: `units`, down to `limits`, neurons and channels in steps of `round_to`, alike in all layers or not."""
+    """What may be removed: `units`, down to `limits`, neurons and channels in steps of `round_to`.
+
+    `uniform`: as many in every layer that has any. `local`: every layer keeps the same share of its own, which leaves a head to
+    each that has one.
+    """
 
     units: frozenset[str]
     limits: Limits = NO_LIMITS
     round_to: int = 1
     uniform: bool = False
+    local: bool = False
 
     def least(self, shapes: Sequence[LayerShape]) -> list[LayerShape]:
         """What has to stay of every layer as long as the layer stays."""
         rows, limits, multiple = [], self.limits, -(-self.limits.neurons // self.round_to) * self.round_to
+        least_heads = max(limits.heads, int(self.local and "heads" in self.units))
         for shape in shapes:
             heads, neurons = shape.heads, shape.neurons
             queries = (shape.queries or heads) // heads if heads else 0
             if "heads" in self.units or ("attention" in self.units and not limits.heads):
-                heads = min(limits.heads, *(s.heads for s in shapes)) if self.uniform else min(limits.heads, heads)
+                heads = min(least_heads, heads, fewest(s.heads for s in shapes) if self.uniform else heads)
             if "neurons" in self.units or ("ffn" in self.units and not limits.neurons):
-                has = min(s.neurons for s in shapes) if self.uniform else neurons
+                has = min(neurons, fewest(s.neurons for s in shapes)) if self.uniform else neurons
                 neurons = multiple if multiple <= has else has
             rows.append(LayerShape(heads, neurons, heads * (min(queries, 1) if "queries" in self.units else queries)))
         return rows
@@ -49,6 +58,11 @@ class Rules:
     def least_width(self, hidden: int) -> int:
         """The fewest channels of the residual stream that have to stay."""
         return min(self.round_to, hidden) if "hidden" in self.units else hidden
+
+
+def fewest(counts: Iterable[int]) -> int:
+    """The smallest number of units that a layer has which has any."""
+    return min((count for count in counts if count), default=0)
 
 
 class Choice:
@@ -180,7 +194,8 @@ class Choice:
         share, note = self.cost() / self.costs.of(self.shapes), None
         if abs(share - keep) > 0.01 * keep:
             note = f"kept {share:.4f} of the layers' {self.costs.name} where {keep} was asked for: "
-            uneven = self.rules.uniform and len(set(self.shapes)) > 1
+            sizes = [{shape[k] for shape in self.shapes} - {0} for k in (0, 1)]
+            uneven = self.rules.uniform and max(map(len, sizes)) > 1
             note += "these units come in larger steps" + (
                 ", and no layer keeps more than the smallest" if uneven else ""
             )

@@ -77,6 +77,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False}),
     "opt-projected": ("opt", {"word_embed_proj_dim": 16, "ffn_dim": NEURONS}),
     "llama-many-heads": ("llama", {"num_key_value_heads": QUERIES, "attention_bias": True, "mlp_bias": True}),
+    "llama-one-group": ("llama", {"num_key_value_heads": 1}),
     "llama-tied": ("llama", {**GROUPED, "tie_word_embeddings": True}),
 }
 EVERY = [*ENCODERS, *DECODERS, *VARIANTS]

@@ -105,9 +105,11 @@ def test_pruned_models_can_be_planned_again(uneven):
 
 def test_heads_never_take_more_than_the_budget_where_few_neurons_could_make_up_for_them():
     model = tiny_model(intermediate=8)
-    for keep in (0.5, 0.4, 0.3, 0.2):
+    for keep in (0.5, 0.4, 0.3):
         plan = plan_pruning(model, scores_of(model), keep, scope="local")
         assert counted(model, plan) <= keep
+    with pytest.raises(InputError, match="keep: got 0.2; accepted: at least 0.2"):  # a head of four in each layer
+        plan_pruning(model, scores_of(model), 0.2, scope="local")
 
 
 def greedy(model, scores, keep):
@@ -242,8 +244,8 @@ def test_scores_that_do_not_fit_are_refused(model):
         plan_pruning(model, blocks, 0.5)
     with pytest.raises(InputError, match="scores of this model"):
         plan_pruning(model, scores_of(tiny_model()), 0.5)
-    with pytest.raises(InputError, match="criterion: got 'taylor'; accepted: fisher where units has layers"):
-        plan_pruning(model, scores_of(model, "taylor"), 0.5, units=("heads", "layers"))
+    with pytest.raises(InputError, match="criterion: got 'taylor'; accepted: fisher where units has ffn"):
+        plan_pruning(model, scores_of(model, "taylor"), 0.5, units=("heads", "ffn"))
 
 
 def test_named_layers_stay_whole(model):

@@ -194,6 +194,38 @@ def test_uniform_plans_of_uneven_layers_keep_all_that_the_smallest_layer_has(une
     )
 
 
+@pytest.mark.parametrize("keep", [0.45, 0.3])
+@pytest.mark.parametrize("criterion", ["fisher", "taylor"])
+@pytest.mark.parametrize("options", [{"scope": "local"}, {"uniform": True}], ids=str)
+def test_equal_shares_leave_a_head_to_every_layer_that_has_one(one_group, options, criterion, keep):
+    """One group, half of which would be none: neurons make up for it."""
+    model, statistics = one_group
+    plan = plan_pruning(model, score(statistics, criterion), keep, **options)
+    assert {len(row.heads) for row in plan.layers} == {1}
+    assert plan.note is None and 0.99 * keep <= layer_params(prune(model, plan)) / layer_params(model) <= keep
+    with pytest.raises(InputError, match="at least 1.0000 when only heads"):
+        plan_pruning(model, score(statistics, criterion), 0.9, units=("heads",), **options)
+
+
+@pytest.mark.parametrize("options", [{"scope": "local"}, {"uniform": True}], ids=str)
+def test_equal_shares_go_around_layers_without_attention_or_ffn(options):
+    rows = [LayerPlan(i, tuple(range(4 * (i != 1))), tuple(range(256 * (i != 3)))) for i in range(5)]
+    model = prune(family_model("llama", intermediate_size=256), PruningPlan("llama", tuple(rows)))
+    scores = score(collect_statistics(model, [family_batch(model)], "kl"))
+    plan = plan_pruning(model, scores, 0.7, **options)
+    assert plan.note is None and 0.99 * 0.7 <= layer_params(prune(model, plan)) / layer_params(model) <= 0.7
+    heads, neurons = [len(row.heads) for row in plan.layers], [len(row.neurons) for row in plan.layers]
+    assert heads == [heads[0], 0, *[heads[0]] * 3] and heads[0] > 0
+    assert neurons.pop(3) == 0 and max(neurons) - min(neurons) <= 4 * ("scope" in options)
+
+
+@pytest.fixture(scope="module")
+def one_group():
+    """A decoder whose eight queries share one key."""
+    model = family_model("llama-one-group", intermediate_size=256)
+    return model, collect_statistics(model, [family_batch(model)], "kl")
+
+
 def test_whole_layers_go_by_score_per_cost_where_layers_are_uneven(uneven):
     model, statistics = uneven
     prices = torch.tensor([sum(p.numel() for p in layer.parameters()) for layer in layers_of(model)])
