@@ -146,8 +146,9 @@ def check_head(model: OpenModel, task: Task) -> None:
 def longest_input(config: PreTrainedConfig) -> int | None:
     """The most tokens a model takes at once; None where its config sets no bound."""
     positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and config.model_type in ("roberta", "xlm-roberta", "camembert"):
-        positions -= (config.pad_token_id or 0) + 1  # their positions are counted from behind the padding's
+    # Positions of these are counted from behind the padding's, MPNet's whatever its config says.
+    if positions is not None and config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
+        positions -= 2 if config.model_type == "mpnet" else (config.pad_token_id or 0) + 1
     return positions
 
 

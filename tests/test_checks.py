@@ -17,6 +17,7 @@ from distill_llm import checks
 from distill_llm.checkpoint import load_pretrained
 from distill_llm.checks import check_data
 from distill_llm.errors import InputError
+from distill_llm.opening import longest_input
 from distill_llm.pruning.criteria import Importance
 from distill_llm.pruning.plan import LayerPlan, PruningPlan
 from distill_llm.pruning.planning import plan_pruning
@@ -371,6 +372,16 @@ def test_the_last_token_that_fits_and_packing_are_accepted(folder):
     write_decoder(folder / "teacher")
     exact = {"evaluation__metric": "exact_match", "evaluation__max_new_tokens": 48}
     assert faults(causal_recipe(folder, "prompts", data__packing=True, **exact)) == []
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "xlm-roberta", "camembert", "mpnet"])
+@pytest.mark.parametrize("pad", [0, 1])
+def test_the_longest_input_is_the_longest_that_the_model_reads(family, pad):
+    model = tiny_model(family, pad_token_id=pad, max_position_embeddings=20)
+    longest = longest_input(model.config)
+    model(input_ids=torch.full((1, longest), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, longest + 1), 5))
 
 
 @pytest.mark.parametrize("shorter", ["teacher", "student"])

@@ -17,7 +17,7 @@ from distill_llm.pruning.names import BLOCKS, UNITS, Unit, competing_faults
 from distill_llm.pruning.plan import PruningPlan
 from distill_llm.pruning.shares import keep_shares
 from distill_llm.pruning.stock import stock_accepts
-from distill_llm.pruning.structure import COSTS, Costs, layer_shapes, unit_costs
+from distill_llm.pruning.structure import COSTS, Costs, hidden_size, layer_shapes, unit_costs
 
 
 def plan_pruning(
@@ -74,7 +74,7 @@ def plan_pruning(
         raise fault
     scores.require(units)
     shapes = layer_shapes(model)
-    scores.check(shapes)
+    scores.check(shapes, hidden_size(model))
     if cost == "latency":
         from distill_llm.pruning.latency import plan_for_latency  # which calls this function with what it measured
 

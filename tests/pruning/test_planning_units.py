@@ -384,6 +384,21 @@ def test_depth_and_width_go_in_one_plan_layers_by_a_criterion_of_their_own(deep,
         assert apart(count) == pytest.approx(min(map(apart, range(1, total + 1))), abs=2e-3)
 
 
+@pytest.mark.parametrize(
+    "other", [{"hidden_size": 64, "head_dim": 4}, {"num_attention_heads": 16, "head_dim": 4}], ids=str
+)
+def test_scores_of_a_model_of_another_width_or_with_other_queries_are_refused(other):
+    """As many layers, groups and neurons."""
+    model, wider = family_model("llama", head_dim=4), family_model("llama", **other)
+    scores = score(collect_statistics(wider, [family_batch(wider)], "kl"))
+    assert [len(row) for row in scores.heads + scores.neurons] == [
+        s for k in (1, 2) for s in [z[k] for z in sizes_of(model)]
+    ]
+    with pytest.raises(InputError, match="scores: got '5 layers .*; accepted: scores of this model") as caught:
+        plan_pruning(model, scores, 0.7)
+    assert "\n" not in str(caught.value)
+
+
 def test_depth_and_width_that_no_layer_fits_is_refused(deep):
     model, statistics = deep
     scores = score(statistics, "activation", layer_criterion="block_influence")
