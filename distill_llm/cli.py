@@ -187,7 +187,7 @@ def evaluate(
     from distill_llm.data.loading import load_task
     from distill_llm.data.sources import resolve_path
     from distill_llm.evaluation.evaluate import evaluate_model
-    from distill_llm.opening import check_head, check_length, open_model
+    from distill_llm.opening import check_head, check_length, check_tokens, open_model
 
     names = read_columns(columns)
     with as_options():
@@ -196,7 +196,7 @@ def evaluate(
         rows = load_task(task, data, config=opened.config, training=False, **given)
         check_head(opened, rows.task)
         check_length(opened, "--max-length", max_length)
-        encoded = encode(rows, opened.tokenizer, max_length)
+        encoded = check_tokens(encode(rows, opened.tokenizer, max_length), opened.tokenizer, opened.path)
         metrics = evaluate_model(
             _load_model(opened),
             encoded.test,

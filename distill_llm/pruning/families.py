@@ -186,6 +186,8 @@ FAMILIES: dict[str, Family] = {
     "falcon": replace(_BLOOM, ffn_config="ffn_hidden_size", per_head_inputs=("alibi", "attention_mask")),
 }
 
+TEXT_ALONE = "its text model, saved alone (six lines in docs/families.md)"
+
 # What configs call it that attention and FFN are in parallel, where a family can have them either way.
 _PARALLEL = ("use_parallel_residual", "parallel_attn", "new_decoder_architecture")
 
@@ -218,6 +220,8 @@ def family_of(model: PreTrainedModel | PreTrainedConfig) -> Family:
     """
     config = model if isinstance(model, PreTrainedConfig) else model.config
     if config.model_type not in FAMILIES:
+        if (text := config.get_text_config().model_type) in FAMILIES:
+            raise ValueError(f"model: got family {config.model_type!r}; accepted: {text}, {TEXT_ALONE}")
         raise ValueError(
             f"model: got family {config.model_type!r}; accepted: one of {', '.join(FAMILIES)}. To add a family, add a row "
             "with the names of its modules to FAMILIES in distill_llm/pruning/families.py, and its name to the tests"

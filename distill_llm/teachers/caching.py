@@ -15,7 +15,7 @@ from distill_llm.data.tasks import TaskData
 from distill_llm.errors import InputError
 from distill_llm.losses.items import kind_of
 from distill_llm.losses.objective import Objective
-from distill_llm.opening import OpenModel, check_head, check_length, chosen_dtype, open_model
+from distill_llm.opening import OpenModel, check_head, check_length, check_tokens, chosen_dtype, open_model
 from distill_llm.outputs import usable_output
 from distill_llm.processes import open_processes
 from distill_llm.recipe import Recipe
@@ -117,7 +117,7 @@ def _write(
             raise InputError("task", rows.task.name, accepted)
         check_head(opened, rows.task)
         check_length(opened, *length)
-        train = encode(rows, opened.tokenizer, length[1]).train
+        train = check_tokens(encode(rows, opened.tokenizer, length[1]), opened.tokenizer, opened.path).train
     cut = max(opened.tokenizer.get_vocab().values()) + 1 if rows.task.is_language_model else None
     if objective is not None:
         try:
