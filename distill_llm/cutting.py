@@ -154,12 +154,15 @@ class Cutter:
 
     def statistics(self, model: PreTrainedModel, number: int = 0, file: Path | None = None) -> Statistics:
         """Of the model on a cut's calibration data: from the file where it has all that is needed, else in one pass, and kept
-        there. Without a file only what this section needs is collected.
+        there. Without a file only what this section needs is collected; with one of the user's also the loss's gradients, so that
+        the next criterion finds them.
 
         On several processes each sees a part of the batches, and all end with the same sums.
         """
         section, loss = self.section, self.loss
         needs_gradients, needs_without = self._needs_gradients, "leave_one_out" in section.criteria
+        users = file is not None and section.statistics is not None and file == section.statistics.expanduser()
+        with_loss = needs_gradients or users
         identity: dict[str, Any] = {}
         found: Statistics | None = None
         if file is not None:
@@ -172,7 +175,7 @@ class Cutter:
         statistics = found or collect_statistics(
             model,
             self._shown(number, "Calibrating"),
-            loss if needs_gradients else None,
+            loss if with_loss else None,
             moments=self.section.holds_moments,
             moment_share=section.moment_share,
             hidden_moments=self._hidden_moments,
@@ -186,8 +189,7 @@ class Cutter:
             shown, precision = self._shown(number, "Leaving layers out"), self._precision
             statistics = leave_one_out(model, shown, statistics, loss, precision=precision, sharded=True)
         if file is not None and self.is_main:
-            with_loss = needs_gradients or needs_without
-            _keep(statistics, file, {**identity, "loss": loss if with_loss else None})
+            _keep(statistics, file, {**identity, "loss": loss if with_loss or needs_without else None})
         return statistics
 
     def _with_moments(self, statistics: Statistics, model: PreTrainedModel, number: int) -> Statistics:
