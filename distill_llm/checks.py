@@ -275,7 +275,7 @@ def check_cached_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train:
 def _check_responses(recipe: Recipe, task: Task, shorter: OpenModel) -> None:
     """Whether the student can answer prompts while it learns; and whether a quantised teacher can be had."""
     if recipe.teacher.quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
-        accepted = "nothing without the package bitsandbytes (pip install distill_llm[quantization])"
+        accepted = "nothing without the package bitsandbytes (pip install bitsandbytes)"
         raise InputError("teacher.quantization", recipe.teacher.quantization, accepted)
     responses = recipe.distillation.losses.responses if recipe.distillation else None
     if responses is None:

@@ -16,7 +16,7 @@ from distill_llm.command_group import CommandGroup, is_main_process
 from distill_llm.errors import InputError
 from distill_llm.faults import faults_in
 from distill_llm.options import as_options, read_columns
-from distill_llm.outputs import usable_file, usable_output
+from distill_llm.outputs import usable_file
 from distill_llm.recipe import Recipe, load_recipe, parse_recipe, recipe_descriptions, recipe_folder
 from distill_llm.recipe_sections import PruningSection
 from distill_llm.responses import command as responses
@@ -38,7 +38,9 @@ OutputDir = Annotated[Path | None, typer.Option(help="The run folder, in place o
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a field; may be repeated.")
 ]
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, or package://PACKAGE/PATH.")]
+ModelName = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Hub id, folder, GGUF file, or package://PACKAGE/PATH.")
+]
 TaskName = Annotated[str, typer.Option(help="A GLUE task, embedded, text, prompts, classification or regression.")]
 Columns = Annotated[
     str | None,
@@ -157,22 +159,24 @@ def prune(
         override(given, text)
     with as_options():
         recipe = parse_recipe(given)
-        usable_output(recipe.output_dir)
         _quiet_weights()
         from distill_llm.pipeline import prune_recipe
 
         folder = prune_recipe(recipe)
     _say(f"pruned model: {folder}")
+    _say_loading(folder)
 
 
-@app.command(epilog="Example: distill-llm evaluate runs/quickstart/student --task embedded")
+@app.command(epilog="Example: distill-llm evaluate runs/quickstart/student --task embedded --max-length 64")
 def evaluate(
     model: ModelName,
     task: TaskName,
     data: DataPath = None,
     columns: Columns = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples at once.")] = 64,
-    max_length: Annotated[int, typer.Option(min=8, help="Tokens an example is cut to.")] = 128,
+    max_length: Annotated[
+        int, typer.Option(min=8, help="Tokens an example is cut to: the recipe's data.max_length, or scores differ.")
+    ] = 128,
     metric: Annotated[
         str | None,
         typer.Option(metavar="perplexity|exact_match|final_answer", help="For prompts; perplexity by default."),
@@ -287,6 +291,14 @@ def _run(recipe: Recipe) -> None:
     result = pipeline.run(recipe, recipe.output_dir)
     _say(f"student: {result.student_dir}")
     _say(f"report:  {result.report}")
+    _say_loading(result.student_dir)
+
+
+def _say_loading(student: Path) -> None:
+    from distill_llm.report.usage import loading
+
+    if is_main_process():
+        _say(f"loads as {loading(student)}")
 
 
 def _quiet_weights() -> None:

@@ -61,11 +61,12 @@ class Cutter:
     Args:
         recipe: checked already, with a pruning section.
         batches: the calibration data of a cut, counted from 0 in every round; the same on every process and at every reading.
+        device: computes a layer at a time what models elsewhere do with these data; None: they are where they compute.
     """
 
-    def __init__(self, recipe: Recipe, batches: Callable[[int], Batches]):
+    def __init__(self, recipe: Recipe, batches: Callable[[int], Batches], device: torch.device | None = None):
         assert recipe.pruning is not None
-        self.recipe, self.section, self.batches = recipe, recipe.pruning, batches
+        self.recipe, self.section, self.batches, self.device = recipe, recipe.pruning, batches, device
         self.is_main = process()[0] == 0
 
     def cut(self, student: PreTrainedModel, teacher: PreTrainedModel, keep: float, file: Path | None = None) -> Cut:
@@ -184,10 +185,13 @@ class Cutter:
             checkpointing=section.checkpointing,
             seed=self.recipe.seed,
             sharded=True,
+            device=self.device,
         )
         if needs_without:
             shown, precision = self._shown(number, "Leaving layers out"), self._precision
-            statistics = leave_one_out(model, shown, statistics, loss, precision=precision, sharded=True)
+            statistics = leave_one_out(
+                model, shown, statistics, loss, precision=precision, sharded=True, device=self.device
+            )
         if file is not None and self.is_main:
             _keep(statistics, file, {**identity, "loss": loss if with_loss or needs_without else None})
         return statistics
@@ -205,6 +209,7 @@ class Cutter:
             checkpointing=section.checkpointing,
             seed=self.recipe.seed,
             sharded=True,
+            device=self.device,
         )
         batches = partial(self._shown, number, "Second moments")
         return replace(
@@ -216,7 +221,7 @@ class Cutter:
         if not (self.section.compensate and outputs_taken_over(model, plan)):
             return None
         shown = self._shown(number, "Fitting bypasses")
-        return fit_bypasses(model, plan, shown, precision=self._precision, sharded=True)
+        return fit_bypasses(model, plan, shown, precision=self._precision, sharded=True, device=self.device)
 
     @property
     def _needs_gradients(self) -> bool:

@@ -31,9 +31,7 @@ def plain_checkpoint(file: str | os.PathLike, field: str = "model") -> Path:
     """
     file = Path(file)
     if importlib.util.find_spec("gguf") is None:
-        raise InputError(
-            field, str(file), "a GGUF file with the package gguf installed (pip install distill_llm[gguf])"
-        )
+        raise InputError(field, str(file), "no GGUF file without the package gguf (pip install gguf)")
     folder = Path(constants.HF_HOME) / "distill_llm" / "gguf" / f"{file.stem}-{_digest(file)}"
     with open_processes().main_process_first():
         if not folder.is_dir():

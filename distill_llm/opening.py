@@ -62,7 +62,7 @@ def open_model(field: str, name: str, tokenizer: bool = True) -> OpenModel:
             raise InputError(field, name, f"a folder with its tokenizer ({', '.join(TOKENIZER_FILES)})")
         _check_weights(field, name, local)
     elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path.startswith("."):
-        raise InputError(field, name, "an existing folder, a Hub id, or package://PACKAGE/PATH")
+        raise InputError(field, name, "an existing folder or GGUF file, a Hub id, or package://PACKAGE/PATH")
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, StrictDataclassError) as error:

@@ -44,43 +44,18 @@ def run(recipe: Recipe | Mapping[str, Any], output_dir: str | Path | None = None
     return Run(recipe).result()
 
 
-def prune_model(
-    model: str,
-    task: str,
-    keep: float,
-    output_dir: str | Path,
-    *,
-    data: str | None = None,
-    columns: Mapping[str, str] | None = None,
-    max_length: int = 128,
-    **options: Any,
-) -> Path:
+def prune_recipe(recipe: Recipe) -> Path:
     """Importance, plan, prune, compensate, save; no training.
 
     Args:
-        model: folder, Hub id or package:// path of a model fine-tuned on the task.
-        keep: share of the layers' cost that remains.
-        data: where the task's rows are; a GLUE task's default is the Hub.
-        columns: names of `text`, `text_pair` and `label` in data that is not GLUE's.
-        max_length: tokens an example is cut to.
-        options: fields of the recipe's pruning section but `rounds` and `schedule`: units, criterion, loss, cost, cuts, scope,
-            round_to, uniform, min_heads, min_neurons, compensate, calibration_examples, moment_share,
-            moment_layers, precision, checkpointing, statistics.
+        recipe: a teacher fine-tuned on the task, its data, how to prune it, and how to score and time both.
 
     Returns:
-        The folder of the pruned model, with tokenizer and plan.json.
+        The folder of the pruned model, in the dtype of the teacher's checkpoint, with tokenizer and plan.json.
+
+    Raises:
+        InputError: for anything wrong in the recipe, also what pruning alone would leave undone, before any work.
     """
-    given = {
-        "teacher": {"model": model},
-        "data": {"task": task, "path": data, "columns": dict(columns) if columns else None, "max_length": max_length},
-        "pruning": {**options, "keep": keep},
-        "output_dir": str(output_dir),
-    }
-    return prune_recipe(parse_recipe(given))
-
-
-def prune_recipe(recipe: Recipe) -> Path:
-    """`prune_model` as a recipe's teacher, data, pruning and evaluation sections say."""
     target, section = recipe.output_dir, recipe.pruning
     usable_output(target)
     raise_all(_unused(recipe))
@@ -92,12 +67,15 @@ def prune_recipe(recipe: Recipe) -> Path:
     cut = stages.cutter(section).cut(teacher, teacher, section.keep, file)
     if not stages.processes.is_main_process:
         return target
+    plan, student = cut.plan, stages.as_written(cut.model)
+    del cut  # two models at a time
     with written_whole(target, folder=True) as folder:
-        stages.save(cut.model, folder)
-        stages.show(cut.plan, teacher, folder, "plan")
-    scores = [stages.evaluate(m)["score"] for m in (teacher, cut.model)]
+        stages.save(student, folder)
+        stages.show(plan, teacher, folder, "plan")
+    teacher = stages.as_written(teacher)
+    scores = [stages.evaluate(model)["score"] for model in (teacher, student)]
     of = "the latency" if section.cost == "latency" else f"the layers' {section.cost}"
-    share = f"{cut.plan.kept:.1%} of {of} kept" + (f" ({cut.plan.note})" if cut.plan.note else "")
+    share = f"{plan.kept:.1%} of {of} kept" + (f" ({plan.note})" if plan.note else "")
     _say(stages, f"prune: {share}, {stages.data.task.main_metric} {scores[0]:.4f} -> {scores[1]:.4f}")
     return target
 

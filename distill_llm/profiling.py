@@ -154,7 +154,7 @@ def profile_table(result: Profile | Comparison, names: tuple[str, str] = ("model
         names: headings of the columns, in the order of the fields of `Comparison`.
     """
     model, other = (result.model, result.other) if isinstance(result, Comparison) else (result, None)
-    title = f"{model.device}, {model.dtype}, batch {model.batch_size} x {model.sequence_length} tokens"
+    title = f"{model.device}, batch {model.batch_size} x {model.sequence_length} tokens"
     if other is not None and other.device != model.device:
         title += f" (against {other.device})"
     table = Table(title=title, title_justify="left")
@@ -163,6 +163,7 @@ def profile_table(result: Profile | Comparison, names: tuple[str, str] = ("model
         table.add_column(name, justify="right")
     if other:
         table.add_column("ratio", justify="right")
+    table.add_row("dtype of the weights", model.dtype, *([other.dtype, ""] if other else []))
     mine, theirs = _cells(model), _cells(other) if other else {}
     for row, (value, text) in mine.items():
         against = [theirs[row][1], f"{value / theirs[row][0]:.3f}" if theirs[row][0] else "–"] if other else []

@@ -40,6 +40,12 @@ def pruning_faults(section: "PruningSection") -> list[InputError]:
     if section.moment_layers is not None and not section.folds:
         accepted = "nothing without compensation of heads, neurons or channels"
         faults.append(InputError("moment_layers", section.moment_layers, accepted))
+    if section.offload and not section.checkpointing:
+        faults.append(InputError("checkpointing", False, "true with offload"))
+    if section.offload and section.cost == "latency":
+        faults.append(
+            InputError("cost", "latency", "params, flops or memory with offload: latency is measured on the device")
+        )
     if section.scope == "local" and not units & {"heads", "neurons", "queries", *BLOCKS}:
         faults.append(InputError("scope", "local", "global where units is [hidden]: all layers share their channels"))
     return faults + competing_faults(units, section.criterion, section.scope, section.uniform, section.layer_criterion)

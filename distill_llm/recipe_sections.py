@@ -45,17 +45,21 @@ def training_fields(fields: dict[str, Any] | None) -> dict[str, Any] | None:
 class TeacherSection(Section):
     """The model to learn from."""
 
-    model: str = Field(min_length=1, description="Hub id, folder, or package://PACKAGE/PATH")
+    model: str = Field(min_length=1, description="Hub id, folder, GGUF file, or package://PACKAGE/PATH")
     train: dict[str, Any] | None = Field(
         default=None,
-        description="TrainingArguments fields; given, the teacher is first fine-tuned on the task with a fresh head",
+        description="TrainingArguments fields; given, the teacher is first fine-tuned on the task: with its own head where that"
+        " has the task's classes, else with a new one",
     )
     dtype: Literal["float32", "bfloat16"] | None = Field(
         default=None,
-        description="precision of the teacher's weights while a student learns; left out: as the student is trained",
+        description="precision of the teacher's weights while a student learns; left out: as the student is trained. It is"
+        " scored and measured in the dtype of its checkpoint whatever this says",
     )
     quantization: Literal["8bit", "4bit"] | None = Field(
-        default=None, description="hold the teacher's weights in fewer bits while a student learns (bitsandbytes)"
+        default=None,
+        description="hold the teacher's weights in fewer bits while a student learns (bitsandbytes); pruned, scored and"
+        " measured is the checkpoint itself",
     )
     cache: Path | None = Field(
         default=None, description="folder that `distill-llm cache` wrote: learn from it, with no teacher in memory"
@@ -75,7 +79,7 @@ class StudentSection(Section):
     model: str | None = Field(
         default=None,
         min_length=1,
-        description="Hub id, folder, or package://PACKAGE/PATH; left out: the pruned teacher",
+        description="Hub id, folder, GGUF file, or package://PACKAGE/PATH; left out: the pruned teacher",
     )
     peft: dict[str, Any] | None = Field(
         default=None, description="fields of peft's LoraConfig: only adapters learn, merged into the weights when saved"
@@ -189,6 +193,11 @@ class PruningSection(Section):
     )
     precision: Literal["bfloat16"] | None = Field(
         default=None, description="run the calibration passes under autocast in this precision; sums stay in float32"
+    )
+    offload: bool = Field(
+        default=False,
+        description="hold what is pruned in main memory and bring one layer at a time to the GPU for calibration, for models of"
+        " which not even the float32 weights fit there; goes with checkpointing",
     )
     checkpointing: bool = Field(
         default=False,

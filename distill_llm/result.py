@@ -64,6 +64,7 @@ def _source(recipe: Recipe) -> str | None:
 def _side(model: PreTrainedModel, profile: Profile, scores: Mapping[str, float]) -> dict[str, Any]:
     return {
         "layers": model.config.num_hidden_layers,
+        "dtype": profile.dtype,
         "score": scores["score"],
         "metrics": dict(scores),
         "params": profile.params,

@@ -33,6 +33,7 @@ from distill_llm.result import collect_metrics
 from distill_llm.run_folder import MarkComplete, last_complete_checkpoint, written_whole
 from distill_llm.teachers.cache import CachedTeacher
 from distill_llm.teachers.caching import cached_teacher
+from distill_llm.teachers.online import converted
 from distill_llm.teachers.quantized import load_teacher
 from distill_llm.trainer import DistillationTrainer
 
@@ -69,9 +70,28 @@ class Stages:
         """Pads batches of this task."""
         return collator(self.data.task, self.tokenizer, self.recipe.seed)
 
-    def load(self, path: str | Path) -> PreTrainedModel:
-        """A finished model of this run, in fp32, on this process's device."""
-        return load_pretrained(path, dtype=torch.float32).to(self.processes.device)  # type: ignore[arg-type]
+    @cached_property
+    def teacher_dtype(self) -> torch.dtype:
+        """What the teacher is scored and measured in: its checkpoint's, also where it is fine-tuned here, in fp32."""
+        return _dtype_of(self.teacher_path)
+
+    @cached_property
+    def student_dtype(self) -> torch.dtype:
+        """What students are scored in and the finished one is written in: that of the checkpoint they are made from."""
+        given = self.recipe.student.model if self.recipe.student else None
+        return self.teacher_dtype if given is None else _dtype_of(resolve_model(given))
+
+    def load(
+        self, path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    ) -> PreTrainedModel:
+        """A finished model of this run, by default on this process's device; in fp32 where its weights are worked on."""
+        return load_pretrained(path, dtype=dtype).to(device or self.processes.device)  # type: ignore[arg-type]
+
+    def as_written(self, model: PreTrainedModel) -> PreTrainedModel:
+        """A model in the dtype of a finished student on this process's device: itself where it is that, else a copy."""
+        device = self.processes.device
+        here = model.dtype == self.student_dtype and model.device.type == device.type
+        return model if here else converted(model, self.student_dtype, device)
 
     def save(self, model: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
         """Model and tokenizer; `weights` where the model's own are divided among processes."""
@@ -91,26 +111,27 @@ class Stages:
         """Fine-tune the teacher, where the recipe says so, and score it."""
         section = self.recipe.teacher
         if section.train is None:
-            return self._scored(self.teacher_path)
+            return self._scored(self.teacher_path, self.teacher_dtype)
         set_seed(self.recipe.seed)
         target = self.folder / "teacher"
         self._train(load_for_task(self.teacher_path, self.data.task), None, target, "teacher", {"labels": {}})
-        return self._scored(target)
+        return self._scored(target, self.teacher_dtype)
 
-    def _scored(self, path: str | Path) -> dict[str, Any]:
+    def _scored(self, path: str | Path, dtype: torch.dtype) -> dict[str, Any]:
         """The result of a stage, from process 0: what its finished model scores. Whatever trained that is freed before."""
         clear_device_cache(garbage_collection=True)  # cycles in a Trainer hold the weights, the moments and the teacher
         if not self.processes.is_main_process:
             return {}
-        metrics = self.evaluate(self.load(path))
+        metrics = self.evaluate(self.load(path, dtype))
         return {"score": metrics["score"], "metrics": metrics}
 
     def prune(self, folder: Path, student_dir: Path, teacher_dir: Path, number: int) -> dict[str, Any]:
         """Statistics, plan, pruned and compensated model, both scored. All processes collect; process 0 writes."""
         section = self.recipe.pruning
         assert section is not None
-        student = self.load(student_dir).eval()
-        teacher = student if student_dir == teacher_dir else self.load(teacher_dir).eval()
+        where = torch.device("cpu") if section.offload else self.processes.device
+        student = self.load(student_dir, device=where).eval()
+        teacher = student if student_dir == teacher_dir else self.load(teacher_dir, device=where).eval()
         cutter = self.cutter(section)
         if section.layers is not None:
             cut = cutter.cut_layers(student)
@@ -126,23 +147,25 @@ class Stages:
         self.show(cut.plan, student, folder, f"round {number}")
         with written_whole(folder / "pruned", folder=True) as path:
             self.save(cut.model, path)
-        plan = cut.plan
+        plan, compensated = cut.plan, cut.compensated
         result = {
             "keep": keep,
             "kept": cut.kept,
             "layer_params_kept": share_of(cut.model, teacher, "params"),
             "note": f"round {number} {plan.note}" if plan.note else None,
         }
-        del teacher  # two models at a time
-        scores = self.evaluate(cut.model)
-        if not cut.compensated:
+        model = self.as_written(cut.model)
+        del teacher, cut  # two models at a time
+        scores = self.evaluate(model)
+        if not compensated:
             return {**result, **_both(scores, None)}
-        del cut
-        return {**result, **_both(self.evaluate(prune(student, plan)), scores)}
+        del model
+        return {**result, **_both(self.evaluate(self.as_written(prune(student, plan))), scores)}
 
     def cutter(self, section: PruningSection) -> Cutter:
         """What cuts models as the recipe says, on its calibration rows."""
-        return Cutter(self.recipe, partial(self.calibration, section.calibration_examples))
+        device = self.processes.device if section.offload else None
+        return Cutter(self.recipe, partial(self.calibration, section.calibration_examples), device)
 
     def show(self, plan: PruningPlan, model: PreTrainedModel, folder: Path, title: str) -> None:
         """Save a plan and its picture, and print its table."""
@@ -176,7 +199,7 @@ class Stages:
             stage,
             section.losses.model_dump(mode="json", exclude_none=True),
         )
-        return self._scored(folder / "student")
+        return self._scored(folder / "student", self.student_dtype)
 
     def _student(self, path: Path, teacher_dir: Path) -> PreTrainedModel:
         """The pruned student of a folder, or the one that was given, with a head for the task."""
@@ -266,13 +289,14 @@ class Stages:
         from distill_llm.report import write_card, write_report  # matplotlib is slow to import
         from distill_llm.report.tables import percent
 
+        student = self.load(student_dir, self.student_dtype)
         with written_whole(self.folder / "student", folder=True) as path:
-            shutil.copytree(student_dir, path, ignore=shutil.ignore_patterns("training_args.bin"))
+            self.save(student, path)
         metrics = collect_metrics(
             self.recipe,
             self.data.task,
-            self.load(teacher_dir),
-            self.load(student_dir),
+            self.load(teacher_dir, self.teacher_dtype),
+            student,
             teacher,
             rounds,
             seconds,
@@ -301,6 +325,11 @@ def _both(pruned: dict[str, float], compensated: dict[str, float] | None) -> dic
         "pruned": pruned,
         "compensated": compensated,
     }
+
+
+def _dtype_of(path: str | Path) -> torch.dtype:
+    """The dtype that a checkpoint's config.json gives its weights; fp32 where it gives none."""
+    return AutoConfig.from_pretrained(path).dtype or torch.float32
 
 
 def _checkpoints(target: Path) -> Path:

@@ -25,8 +25,9 @@ def minilm() -> str:
 
 @pytest.fixture(scope="session")
 def glue_dir() -> Path:
-    """Folder with GLUE tasks in the official TSV layout, beside the project."""
-    folder = Path(__file__).parents[2] / "shared" / "data" / "glue"
+    """Folder with GLUE tasks in the official TSV layout: of DISTILL_LLM_GLUE, else beside the project."""
+    beside = Path(__file__).parents[2] / "shared" / "data" / "glue"
+    folder = Path(os.environ.get("DISTILL_LLM_GLUE") or beside)
     if not folder.is_dir():
-        pytest.skip("no GLUE data beside the project (../shared/data/glue)")
+        pytest.skip("no GLUE data: set DISTILL_LLM_GLUE to a folder with CoLA, MRPC, SST-2 and STS-B as TSV files")
     return folder

@@ -119,12 +119,23 @@ def test_labels_must_match_the_teachers_unless_it_is_trained(folder):
     assert faults(recipe_with(folder, teacher__train={"num_train_epochs": 1})) == []
 
 
-def test_label_names_in_another_order_are_refused(folder):
-    config = json.loads((folder / "teacher" / "config.json").read_text())
-    config |= {"id2label": {"0": "POS", "1": "NEG"}, "label2id": {"POS": 0, "NEG": 1}}
-    (folder / "teacher" / "config.json").write_text(json.dumps(config))
-    (line,) = faults(recipe_with(folder))
-    assert "order" in line and "['POS', 'NEG']" in line
+def test_label_names_in_another_order_are_the_order_of_ones_own_data_and_refused_of_a_task_with_its_own(folder):
+    def named(name, *labels):
+        names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+        write_model(folder / name, layers=2, **names)
+
+    named("teacher", "POS", "NEG")
+    assert faults(recipe_with(folder)) == []
+    assert check_data(recipe_with(folder)).task.label_names == ("POS", "NEG")
+    student = {"student__model": str(folder / "student"), "pruning": None}
+    named("student", "neg", "pos")
+    (line,) = faults(recipe_with(folder, **student))
+    assert line.startswith("student.model: got ") and "order" in line and "['POS', 'NEG']" in line
+    named("teacher", "positive", "negative")
+    for split in ("train", "dev"):
+        (folder / f"{split}.tsv").write_text("sentence\tlabel\n" + "the film\t1\n" * 20)
+    (line,) = faults(recipe_with(folder, data={"task": "sst2", "path": str(folder), "max_length": 16}))
+    assert line.startswith("teacher.model: got ") and "order" in line and "['negative', 'positive']" in line
 
 
 def test_a_trained_head_with_as_many_labels_passes_whatever_its_names_are(folder):

@@ -17,8 +17,10 @@ from typer.testing import CliRunner
 
 from distill_llm.checks import check_recipe
 from distill_llm.cli import app
+from distill_llm.data import load_task
 from distill_llm.errors import InputError
 from distill_llm.faults import InputErrors
+from distill_llm.outputs import usable_output
 from distill_llm.pruning.families import FAMILIES
 from distill_llm.recipe import Recipe, load_recipe, recipe_names
 
@@ -47,13 +49,17 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def calls(monkeypatch):
+def calls(tmp_path, monkeypatch):
     """Calls of a pipeline that only checks its recipe, in the place of the real one."""
+    for name, code in (("student", {}), ("pruned", {"auto_map": {"AutoModel": "modeling_pruned.PrunedBertModel"}})):
+        (tmp_path / name).mkdir()
+        config = {"architectures": ["BertForSequenceClassification"], **code}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
     seen: list = []
     fake = types.ModuleType("distill_llm.pipeline")
     result = types.SimpleNamespace(metrics={}, student_dir=Path("student"), report=Path("report.md"))
     fake.run = lambda recipe, output_dir: check_recipe(recipe) or seen.append((recipe, output_dir)) or result
-    fake.prune_recipe = lambda recipe: seen.append(recipe) or Path("pruned")
+    fake.prune_recipe = lambda recipe: usable_output(recipe.output_dir) or seen.append(recipe) or Path("pruned")
     monkeypatch.setitem(sys.modules, "distill_llm.pipeline", fake)
     monkeypatch.setattr(sys.modules["distill_llm"], "pipeline", fake, raising=False)
     return seen
@@ -141,6 +147,7 @@ def test_run_hands_the_recipe_with_overrides_to_the_pipeline(folder, calls):
     assert isinstance(recipe, Recipe) and recipe.pruning.keep == 0.25
     assert output_dir == recipe.output_dir == Path("elsewhere")
     assert "report.md" in result.stdout
+    assert result.stdout.endswith('from_pretrained("student"): a stock transformers model\n')
 
 
 def test_distill_leaves_pruning_out_and_takes_the_student(folder, calls):
@@ -170,6 +177,7 @@ def test_prune_checks_its_options_under_their_own_names(folder, calls, glue_dir)
     section = recipe.pruning
     assert (section.keep, section.units, section.compensate, section.round_to) == (0.5, ["neurons"], False, 1)
     assert recipe.data.columns is None and recipe.data.max_length == 128
+    assert 'from_pretrained("pruned", trust_remote_code=True): ' in result.stdout
 
 
 def test_prune_takes_every_other_field_of_a_recipe_by_set(folder, calls):
@@ -281,6 +289,21 @@ def test_evaluate_needs_no_training_rows_and_tells_classes_by_the_models_names(f
     share = {name: json.loads((folder / f"{name}.json").read_text())["accuracy"] for name in ("some", "all")}
     assert share["some"] == pytest.approx(sum(found) / 40)
     assert share["all"] == pytest.approx(sum(label == (i + 1) % 2 for i, label in enumerate(found)) / 40)
+
+
+def test_evaluate_takes_a_models_own_order_of_the_classes_from_a_file_with_training_rows(folder):
+    names = {"id2label": {0: "POS", 1: "NEG"}, "label2id": {"POS": 0, "NEG": 1}}
+    write_model(folder / "named", max_position_embeddings=160, **names)
+    result = call("evaluate", "named", *EVALUATE[2:], "--output", "named.json")
+    assert result.exit_code == 0, result.output
+    test = load_task("classification", "rows.csv", columns={"text": "review", "label": "mood"}).test
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "named").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "named")
+    with torch.no_grad():
+        found = [model(**tokenizer(text, return_tensors="pt")).logits.argmax().item() for text in test["text"]]
+    moods = dict(line.split(",") for line in (folder / "rows.csv").read_text().splitlines()[1:])
+    right = sum(("pos", "neg")[label] == moods[text] for label, text in zip(found, test["text"], strict=True))
+    assert json.loads((folder / "named.json").read_text())["accuracy"] == pytest.approx(right / len(test))
 
 
 def test_evaluate_takes_class_ids_for_the_models_classes_where_some_are_missing(folder):

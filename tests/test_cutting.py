@@ -103,6 +103,36 @@ def test_what_compensates_a_cut_is_fitted_to_its_own_rows(tmp_path):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "pruning",
+    [
+        {"units": ["layers", "neurons", "hidden"], "cuts": 2},
+        {"units": ["heads", "neurons"], "moment_layers": 2},
+        {"units": ["layers"], "criterion": "leave_one_out", "loss": "kl"},
+        {
+            "units": ["layers", "neurons"],
+            "criterion": "activation",
+            "layer_criterion": "block_influence",
+            "uniform": True,
+        },
+    ],
+    ids=str,
+)
+def test_models_that_are_offloaded_are_cut_alike(tmp_path, pruning):
+    decoder = family_model("llama", num_hidden_layers=6)
+    batches = [family_batch(decoder, seed=seed) for seed in (1, 2)]
+    recipe = parse_recipe(
+        recipe_for(tmp_path, pruning={"keep": 0.6, "offload": True, "checkpointing": True, **pruning})
+    )
+    here, there = (
+        Cutter(recipe, lambda cut: batches, device).cut(decoder, decoder, 0.6)
+        for device in (None, torch.device("cpu:0"))
+    )
+    assert there.plan == here.plan
+    for one, other in zip(there.model.parameters(), here.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("units, compensated", [(["layers"], False), (["layers", "neurons"], True)])
 def test_a_cut_says_whether_anything_took_over(tmp_path, units, compensated):
     model = family_model("gemma2")  # which has no bypass

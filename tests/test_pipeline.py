@@ -22,7 +22,7 @@ from distill_llm import run_folder
 from distill_llm.cutting import Cutter, share_of
 from distill_llm.errors import InputError
 from distill_llm.faults import faults_in
-from distill_llm.pipeline import prune_model, prune_recipe
+from distill_llm.pipeline import prune_recipe
 from distill_llm.pruning.structure import unit_costs
 from distill_llm.recipe import parse_recipe
 from distill_llm.stages import Stages, kept_after
@@ -83,6 +83,18 @@ def inputs(tmp_path_factory) -> Path:
 def finished(inputs) -> distill_llm.RunResult:
     """An uninterrupted run."""
     return distill_llm.run(recipe(inputs), inputs / "uninterrupted")
+
+
+def pruned_alone(model: Path, out: Path, data: dict, **pruning) -> Path:
+    """What `distill-llm prune` makes of a model."""
+    given = {"teacher": {"model": str(model)}, "data": data, "pruning": pruning, "output_dir": str(out)}
+    return prune_recipe(parse_recipe(given))
+
+
+def rows_of(inputs: Path) -> dict:
+    """The data section for the rows of `inputs`."""
+    columns = {"text": "review", "label": "mood"}
+    return {"task": "classification", "path": str(inputs / "rows.csv"), "columns": columns, "max_length": 16}
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -203,14 +215,14 @@ def test_distillation_alone_trains_a_given_student(finished, inputs):
     assert not same(weights(result.student_dir), weights(inputs / "uninterrupted" / "round-1" / "pruned"))
 
 
-def test_prune_model_saves_a_smaller_model_and_its_plan_without_training(finished, inputs, glue_dir):
+def test_pruning_alone_saves_a_smaller_model_and_its_plan_without_training(finished, inputs, glue_dir):
     folder = inputs / "sst2"
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "the", "of", "film", "good", "bad", "not"]
     write_model(
         folder / "model", words, id2label={0: "negative", 1: "positive"}, label2id={"negative": 0, "positive": 1}
     )
-    options = {"calibration_examples": 16, "max_length": 32}
-    out = prune_model(str(folder / "model"), "sst2", 0.5, folder / "out", data=str(glue_dir / "SST-2"), **options)
+    data = {"task": "sst2", "path": str(glue_dir / "SST-2"), "max_length": 32}
+    out = pruned_alone(folder / "model", folder / "out", data, keep=0.5, calibration_examples=16)
     plan = distill_llm.PruningPlan.load(out / "plan.json")
     kept = distill_llm.load_pretrained(out)
     assert sum(p.numel() for n, p in kept.named_parameters() if ".encoder.layer." in n) == pytest.approx(
@@ -229,17 +241,16 @@ def test_prune_model_saves_a_smaller_model_and_its_plan_without_training(finishe
     ],
     ids=str,
 )
-def test_prune_model_takes_every_field_of_the_pruning_section(inputs, tmp_path, capsys, monkeypatch, options):
+def test_pruning_alone_takes_every_field_of_the_pruning_section(inputs, tmp_path, capsys, monkeypatch, options):
     # Of a model this small the clock says little: its layers' parameters stand for time.
     times = lambda model, other, *batch: share_of(model, other, "params")  # noqa: E731
     for module in ("cutting", "pruning.latency"):
         monkeypatch.setattr(f"distill_llm.{module}.relative_latency", times)
     monkeypatch.setattr("distill_llm.cutting.latency_costs", lambda model, *batch: unit_costs(model))
-    source = {"data": str(inputs / "rows.csv"), "columns": {"text": "review", "label": "mood"}, "max_length": 16}
-    rows, model = {"calibration_examples": 8}, inputs / "labelled"
+    model = inputs / "labelled"
     names = {"id2label": {0: "neg", 1: "pos"}, "label2id": {"neg": 0, "pos": 1}}
     write_model(model, max_position_embeddings=64, **names)
-    out = prune_model(str(model), "classification", 0.7, tmp_path / "out", **source, **rows, **options)
+    out = pruned_alone(model, tmp_path / "out", rows_of(inputs), keep=0.7, calibration_examples=8, **options)
     plan = distill_llm.PruningPlan.load(out / "plan.json")
     assert 0.4 < plan.kept <= 0.7 * 1.03 and (out / "plan.png").is_file()
     assert distill_llm.load_pretrained(out).num_parameters() < distill_llm.load_pretrained(model).num_parameters()
@@ -248,14 +259,14 @@ def test_prune_model_takes_every_field_of_the_pruning_section(inputs, tmp_path, 
 
 
 def test_a_second_budget_reads_no_data_for_its_importance(inputs, tmp_path, monkeypatch):
-    source = {"data": str(inputs / "rows.csv"), "columns": {"text": "review", "label": "mood"}, "max_length": 16}
-    options = {**source, "calibration_examples": 8, "statistics": str(tmp_path / "all" / "statistics.safetensors")}
+    data, file = rows_of(inputs), str(tmp_path / "all" / "statistics.safetensors")
+    options = {"calibration_examples": 8, "statistics": file}
     model = inputs / "labelled-too"
     names = {"id2label": {0: "neg", 1: "pos"}, "label2id": {"neg": 0, "pos": 1}}
     write_model(model, max_position_embeddings=64, **names)
-    prune_model(str(model), "classification", 0.7, tmp_path / "first", **options)
+    pruned_alone(model, tmp_path / "first", data, keep=0.7, **options)
     monkeypatch.setattr("distill_llm.cutting.collect_statistics", None)
-    prune_model(str(model), "classification", 0.5, tmp_path / "second", criterion="taylor", **options)
+    pruned_alone(model, tmp_path / "second", data, keep=0.5, criterion="taylor", **options)
     kept = [distill_llm.PruningPlan.load(tmp_path / name / "plan.json").kept for name in ("first", "second")]
     assert kept == pytest.approx([0.7, 0.5], rel=0.02)
 
@@ -272,11 +283,14 @@ def test_pruning_alone_refuses_what_it_would_leave_undone(inputs, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_prune_model_leaves_a_folder_with_files_alone(finished, inputs, tmp_path):
+def test_pruning_alone_leaves_a_folder_with_files_alone(finished, inputs, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="output_dir"):
-        prune_model(str(inputs / "teacher"), "sst2", 0.5, tmp_path)
+        pruned_alone(inputs / "teacher", tmp_path, rows_of(inputs), keep=0.5)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
+    with pytest.raises(InputError, match="output_dir"):
+        pruned_alone(inputs / "teacher", inputs / "uninterrupted", rows_of(inputs), keep=0.5)
+    assert (inputs / "uninterrupted" / "state.json").is_file(), "a run's folder"
 
 
 def test_the_best_checkpoint_is_chosen_by_the_task_metric_on_held_out_rows(tmp_path, monkeypatch):

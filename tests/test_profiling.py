@@ -255,8 +255,11 @@ def test_table_shows_one_model_or_two_side_by_side() -> None:
 
     one = text(profile_table(profile(tiny_model(), B, T, repeats=2), ("tiny", "unused")))
     assert "tiny" in one and "unused" not in one and f"{LAYERS * layer_params():,}" in one and "4 x 10 tokens" in one
-    two = text(profile_table(compare(tiny_model(layers=1), tiny_model(), B, T, repeats=2), ("student", "teacher")))
+    student = tiny_model(layers=1).to(torch.bfloat16)
+    two = text(profile_table(compare(student, tiny_model(), B, T, repeats=2), ("student", "teacher")))
     assert "student" in two and "teacher" in two and "speed-up" in two and "0.333" in two
+    (line,) = [line.split() for line in two.splitlines() if "dtype" in line]
+    assert line.index("bfloat16") < line.index("float32"), "each side's"
 
 
 @pytest.mark.parametrize(

@@ -119,8 +119,8 @@ def test_every_fault_is_reported_a_line_each(tmp_path):
         ({"keep": 0.5, "units": ["heads"], "round_to": 16}, "pruning.round_to"),
         ({"keep": 0.5, "units": ["layers"], "uniform": True}, "pruning.uniform"),
         ({"keep": 0.5, "criterion": "block_influence"}, "pruning.units"),
-        ({"keep": 0.5, "units": ["heads", "layers"], "criterion": "taylor"}, "pruning.criterion"),
-        ({"keep": 0.5, "units": ["heads", "layers"], "scope": "local"}, "pruning.scope"),
+        ({"keep": 0.5, "units": ["heads", "ffn"], "criterion": "taylor"}, "pruning.criterion"),
+        ({"keep": 0.5, "units": ["heads", "ffn"], "scope": "local"}, "pruning.scope"),
         ({"rounds": 2}, "pruning.keep"),
     ],
 )

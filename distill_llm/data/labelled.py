@@ -24,16 +24,16 @@ def load_labelled(
 ) -> tuple[Task, Splits]:
     """A classification or regression task from data with a column (or two) of text and one of labels.
 
-    Class names come from the data: a `ClassLabel` column's own, else the sorted values of the training rows. Where no
-    labelled test split exists, the validation split takes its place; where there is neither, a fixed tenth of the
-    training rows.
+    Classes are in the order of the model that the data are for, where it has the same ones by name. Else they come from the
+    data: a `ClassLabel` column's own, else the sorted values of the training rows. Where no labelled test split exists, the
+    validation split takes its place; where there is neither, a fixed tenth of the training rows.
 
     Args:
         kind: `classification` or `regression`.
         path: what `read_splits` takes.
         columns: the data's names of `text`, `text_pair` (optional) and `label`; by default the same words.
         training: as of `read_splits`.
-        known: the classes of a model, in its order; data without training rows are told by these, where they have no others.
+        known: the classes of a model, in its order; data without training rows may have some of them only, by name or number.
 
     Returns:
         The task and its splits `train`, `test` and perhaps `validation`, with columns `text`, `text_pair` if any,
@@ -149,29 +149,34 @@ def _class_values(rows: Dataset, column: str) -> list[Any]:
     return sorted(values)
 
 
+def _class_names(rows: Dataset, column: str) -> dict[Any, str]:
+    """What each value of the column is called: by its ClassLabel, else by itself."""
+    feature = rows.features[column]
+    if isinstance(feature, ClassLabel):
+        return dict(enumerate(feature.names))
+    return {value: str(value) for value in _class_values(rows, column)}
+
+
 def _task_classes(splits: Splits, column: str, known: Sequence[str] | None) -> tuple[tuple[str, ...], dict[Any, int]]:
     """Names of the classes in the order of their ids, and the id of each value of the column."""
-    rows = splits.get("train", splits["test"])
-    if "train" not in splits and known and not isinstance(rows.features[column], ClassLabel):
-        values = [_whole(value) for value in rows.unique(column)]
-        if {str(value) for value in values} <= set(known):
-            return tuple(known), {value: known.index(str(value)) for value in values}
-        if all(type(value) is int and 0 <= value < len(known) for value in values):
-            return tuple(known), {value: value for value in values}
-    return tuple(dict.fromkeys(_class_names(rows, column))), _classes(rows, column)
-
-
-def _class_names(rows: Dataset, column: str) -> list[str]:
-    feature = rows.features[column]
-    return feature.names if isinstance(feature, ClassLabel) else [str(value) for value in _class_values(rows, column)]
-
-
-def _classes(rows: Dataset, column: str) -> dict[Any, int]:
-    feature = rows.features[column]
-    values = range(len(feature.names)) if isinstance(feature, ClassLabel) else _class_values(rows, column)
-    if len(values) < 2:
+    rows, known = splits.get("train", splits["test"]), tuple(known or ())
+    names = _class_names(rows, column)
+    ids, some = _ids_by_name(names, known), "train" not in splits and not isinstance(rows.features[column], ClassLabel)
+    if known and ids is not None and (some or len(ids) == len(known) > 1):
+        return known, ids
+    if known and some and all(type(value) is int and 0 <= value < len(known) for value in names):
+        return known, {value: value for value in names}
+    if len(names) < 2:
         raise InputError("data.columns.label", column, "a column with at least two classes")
-    return {value: number for number, value in enumerate(values)}
+    return tuple(dict.fromkeys(names.values())), {value: number for number, value in enumerate(names)}
+
+
+def _ids_by_name(names: Mapping[Any, str], known: Sequence[str]) -> dict[Any, int] | None:
+    """The id of each value in a model that has a class of that name, in capitals or not; None where one has none."""
+    order, given = ([name.casefold() for name in each] for each in (known, names.values()))
+    if not {*given} <= {*order} or any(len({*each}) < len(each) for each in (order, given)):
+        return None
+    return {value: order.index(name) for value, name in zip(names, given, strict=True)}
 
 
 def _labelled(rows: Dataset, names: Mapping[str, str], classes: dict[Any, int] | None, split: str) -> Dataset:

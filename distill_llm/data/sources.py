@@ -3,11 +3,11 @@
 import importlib.util
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, load_dataset, load_from_disk
 
 from distill_llm.errors import InputError
 
@@ -51,8 +51,9 @@ def read_splits(path: str, config: str | None = None, field: str = "data.path", 
     """All splits of a file, a folder or a Hub data set, under the names `train`, `validation` and `test`.
 
     A lone file is `train`. In a folder, files are told apart by their names (`train.csv`, `dev.jsonl`, ...); text files
-    with other names make up `train` together. Anything else goes through `datasets.load_dataset`: a folder laid out as
-    a Hub repository, or a Hub id, with the configuration after a colon (`Salesforce/wikitext:wikitext-2-raw-v1`).
+    with other names make up `train` together. What `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote is read back
+    (a lone one is `train`). Anything else goes through `datasets.load_dataset`: a folder laid out as a Hub repository, or a
+    Hub id, with the configuration after a colon (`Salesforce/wikitext:wikitext-2-raw-v1`).
 
     Args:
         path: file, folder, or Hub id, as `resolve_path` gives it.
@@ -67,23 +68,38 @@ def read_splits(path: str, config: str | None = None, field: str = "data.path", 
     here = Path(path)
     if here.is_file():
         return {"train": _read_files([here], field)}
-    if here.is_dir() and (files := _split_files(here)):
+    if is_saved(here):
+        splits = _load(lambda: _saved(path), path, field)
+    elif here.is_dir() and (files := _split_files(here)):
         splits = {split: _read_files(found, field) for split, found in files.items()}
     else:
         if not Path(name).is_dir() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
             raise InputError(field, path, "an existing file or folder, or the id of a data set on the Hub")
-        splits = _load(name, given or config, path, field)
+        splits = _load(lambda: load_dataset(name, given or config), path, field)
     if not splits or (training and "train" not in splits):
         raise InputError(field, path, f"data with a train split (found: {', '.join(splits) or 'no data files'})")
     return splits
 
 
-def _load(name: str, config: str | None, path: str, field: str) -> Splits:
+def is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` of `datasets` wrote the folder."""
+    files = ((folder / name).is_file() for name in ("state.json", "dataset_info.json"))
+    return (folder / "dataset_dict.json").is_file() or all(files)
+
+
+def _saved(folder: str) -> Any:
+    """What `save_to_disk` wrote, as plain values. `datasets` keeps the order of shuffled rows beside it, where it can."""
+    return load_from_disk(folder, keep_in_memory=not os.access(folder, os.W_OK)).with_format(None)
+
+
+def _load(load: Callable[[], Any], path: str, field: str) -> Splits:
     try:
-        loaded = load_dataset(name, config)
+        loaded = load()
     except Exception as error:  # `datasets` raises many kinds
         accepted = f"an existing file or folder, or the id of a data set on the Hub ({_one_line(error)})"
         raise InputError(field, path, accepted) from error
+    if isinstance(loaded, Dataset):
+        return {"train": loaded}
     known = {alias: split for split, aliases in SPLIT_NAMES.items() for alias in (*aliases, f"{aliases[0]}_matched")}
     return {known[split]: rows for split, rows in loaded.items() if split in known}
 

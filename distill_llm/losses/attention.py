@@ -1,10 +1,15 @@
 """Distances between attention probabilities, from queries and keys: attention itself stays on its fast kernel."""
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
+
+BLOCK = {"cpu": 2**20}
+OTHER_BLOCK = 2**25
+"""Attention probabilities made at a time: few enough for a processor's cache, many enough to keep another device busy."""
 
 
 class AttentionInputs(NamedTuple):
@@ -22,6 +27,22 @@ class AttentionInputs(NamedTuple):
         """(B, N, T, T) in fp32; the product runs in the dtype of the queries."""
         scores = (self.query @ self.key.transpose(-1, -2)).float().mul_(self.scaling)
         return scores if self.bias is None else scores.add_(self.bias)
+
+    def part(self, examples: slice, heads: slice) -> "AttentionInputs":
+        """The same for some examples and heads, as views."""
+        bias = self.bias
+        if bias is not None:
+            bias = bias[examples if len(bias) > 1 else slice(None), heads if bias.shape[1] > 1 else slice(None)]
+        return AttentionInputs(self.query[examples, heads], self.key[examples, heads], self.scaling, bias)
+
+    def blocks(self) -> Iterator[tuple[slice, slice]]:
+        """Examples and heads whose probabilities are made together."""
+        examples, heads, queries, _ = self.query.shape
+        most = max(1, BLOCK.get(self.query.device.type, OTHER_BLOCK) // max(1, queries * self.key.shape[2]))
+        rows, columns = max(1, most // heads), min(heads, most)
+        for row in range(0, examples, rows):
+            for column in range(0, heads, columns):
+                yield slice(row, row + rows), slice(column, column + columns)
 
     def select(self, heads: torch.Tensor) -> "AttentionInputs":
         """The same for a choice of heads, in the given order, with tokens outside of heads in memory as models do."""
@@ -83,7 +104,8 @@ class _AttentionKL(torch.autograd.Function):
     """Weighted sum of KL(teacher || student) over all rows and heads.
 
     Its gradient by the student's scores is (student probabilities - teacher probabilities), so the gradients by queries
-    and keys are made while the probabilities are at hand and nothing of size T x T is kept for the backward pass.
+    and keys are made while the probabilities are at hand, a block of them at a time, and nothing of size T x T is kept for
+    the backward pass.
     """
 
     @staticmethod
@@ -95,16 +117,24 @@ class _AttentionKL(torch.autograd.Function):
         teacher: AttentionInputs,
         weight: torch.Tensor,
     ) -> torch.Tensor:
-        teacher_scores, student_scores = teacher.scores(), student.scores()
-        (p, log_z_teacher), (q, log_z_student) = _softmax(teacher_scores), _softmax(student_scores)
-        # KL = sum of p (s - s') - log Z + log Z'
-        rows = torch.linalg.vecdot(p, teacher_scores.sub_(student_scores)).add_(log_z_student.sub_(log_z_teacher))
-        total = (rows * weight).sum()
-        if any(ctx.needs_input_grad[:2]):
-            # Near convergence the slopes are too small for fp16, which a loss scale applied later cannot mend.
-            dtype = torch.float32 if query.dtype == torch.float16 else query.dtype
-            slope = q.sub_(p).mul_(weight.unsqueeze(-1) * student.scaling).to(dtype)
-            ctx.save_for_backward(slope @ key.to(dtype), slope.transpose(-1, -2) @ query.to(dtype))
+        total = torch.zeros((), device=query.device)
+        with_slope = any(ctx.needs_input_grad[:2])
+        # Near convergence the slopes are too small for fp16, which a loss scale applied later cannot mend.
+        dtype = torch.float32 if query.dtype == torch.float16 else query.dtype
+        by_query, by_key = (torch.empty_like(each, dtype=dtype) if with_slope else None for each in (query, key))
+        for block in student.blocks():
+            own, source, weights = student.part(*block), teacher.part(*block), weight[block[0]]
+            target_scores, scores = source.scores(), own.scores()
+            (p, log_z_target), (q, log_z) = _softmax(target_scores), _softmax(scores)
+            # KL = sum of p (s - s') - log Z + log Z'
+            rows = torch.linalg.vecdot(p, target_scores.sub_(scores)).add_(log_z.sub_(log_z_target))
+            total += (rows * weights).sum()
+            if by_query is not None and by_key is not None:
+                slope = q.sub_(p).mul_(weights.unsqueeze(-1) * student.scaling).to(dtype)
+                by_query[block] = slope @ own.key.to(dtype)
+                by_key[block] = slope.transpose(-1, -2) @ own.query.to(dtype)
+        if with_slope:
+            ctx.save_for_backward(by_query, by_key)
             ctx.dtype = query.dtype
         return total
 

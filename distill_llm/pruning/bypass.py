@@ -111,6 +111,7 @@ def fit_bypasses(
     *,
     precision: torch.dtype | None = None,
     sharded: bool = False,
+    device: torch.device | str | None = None,
 ) -> Bypasses:
     """One forward pass for what `prune(model, plan, ..., bypasses=)` needs; none where the plan removes nothing whole.
 
@@ -122,7 +123,7 @@ def fit_bypasses(
         model: the model that is to be pruned; unchanged.
         plan: what stays of it.
         dataloader: batches as for `collect_statistics`; no labels are read.
-        precision, sharded: as for `collect_statistics`.
+        precision, sharded, device: as for `collect_statistics`.
 
     Returns:
         The bypasses, of all tokens; (I + H)^2 fp32 numbers for each FFN that takes over.
@@ -131,7 +132,8 @@ def fit_bypasses(
         InputError: if the plan does not fit the model, or the model is offloaded or spread over devices.
     """
     plan.check(model)
-    calibration = CalibrationPass(model, None, precision=precision, sharded=sharded)
+    at = None if device is None else torch.device(device)
+    calibration = CalibrationPass(model, None, precision=precision, sharded=sharded, device=at)
     taken, runs = outputs_taken_over(model, plan), runs_taken_over(model, plan)
     shown, batches = first_of(dataloader) if taken else (None, [])
     norm = None if shown is None else _closing_norm(model, min(taken), shown)
@@ -200,7 +202,7 @@ class _Tap:
     def add(self) -> None:
         """The batch is over."""
         assert self.input is not None and isinstance(self.added, torch.Tensor)
-        self.moments.add(self.state.pack(torch.cat([self.input.float(), self.added], -1)))
+        self.moments.add(torch.cat([self.input.float(), self.added], -1).flatten(0, 1), valid=self.state.valid)
         self.input, self.added = None, 0.0
 
     def remove(self) -> None:

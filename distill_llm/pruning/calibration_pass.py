@@ -13,7 +13,7 @@ from distill_llm.losses.items import valid_tokens
 from distill_llm.pruning.calibration_loss import Loss, calibration_loss
 from distill_llm.pruning.families import layers_of
 from distill_llm.pruning.fast_backward import fast_backward
-from distill_llm.pruning.forwarding import check_in_memory, checkpointed, frozen
+from distill_llm.pruning.forwarding import check_in_memory, checkpointed, frozen, streamed
 from distill_llm.pruning.sharding import process
 from distill_llm.pruning.taps import CalibrationBatch
 
@@ -36,15 +36,25 @@ class CalibrationPass:
     checkpointing: bool = False
     seed: int = 0
     sharded: bool = False
+    device: torch.device | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.loss, str) and self.loss not in ("labels", "kl"):
             raise InputError("loss", self.loss, "labels, kl, a callable (outputs, batch) -> tensor, or None")
+        if self.device is not None and self.loss is not None and not self.checkpointing:
+            raise InputError(
+                "checkpointing", False, "true where gradients are taken a layer at a time on another device"
+            )
         check_in_memory(self.model, one_device=True)
+
+    @property
+    def at(self) -> torch.device:
+        """Where the model computes."""
+        return self.device or self.model.device
 
     def batch(self) -> CalibrationBatch:
         """What hooks look at."""
-        return CalibrationBatch(self.model.device, self.loss is not None)
+        return CalibrationBatch(self.at, self.loss is not None)
 
     @contextmanager
     def prepared(self, from_embeddings: bool) -> Iterator[None]:
@@ -55,12 +65,14 @@ class CalibrationPass:
         """
         with ExitStack() as stack:
             stack.enter_context(frozen(self.model))
+            if self.at != self.model.device:
+                stack.enter_context(streamed(self.model, layers_of(self.model), self.at))
             if self.loss is not None:
                 if from_embeddings:
                     embeddings = self.model.get_input_embeddings()
                     stack.enter_context(embeddings.register_forward_hook(lambda m, a, o: o.detach().requires_grad_()))
                 if not self.exact and self.precision is None:
-                    stack.enter_context(fast_backward(layers_of(self.model)))
+                    stack.enter_context(fast_backward(layers_of(self.model), self.at))
                 if self.checkpointing:
                     stack.enter_context(checkpointed(layers_of(self.model)))
             yield
@@ -78,7 +90,7 @@ class CalibrationPass:
         Returns:
             the numbers of examples and of tokens, padding left out, of all processes.
         """
-        device, generator = self.model.device, torch.Generator(device=self.model.device)
+        device, generator = self.at, torch.Generator(device=self.at)
         rank, processes = process() if self.sharded else (0, 1)
         autocast = torch.autocast(device.type, self.precision, enabled=self.precision is not None)
         examples = tokens = 0

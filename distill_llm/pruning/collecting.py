@@ -41,6 +41,7 @@ def collect_statistics(
     checkpointing: bool = False,
     seed: int = 0,
     sharded: bool = False,
+    device: torch.device | str | None = None,
 ) -> Statistics:
     """One pass over the data; the model is unchanged, its mode and flags are restored.
 
@@ -66,6 +67,8 @@ def collect_statistics(
         checkpointing: hold the activations of one layer at a time, for models of which all do not fit. The layers' forward runs
             twice: about one more forward pass in time. Without a loss nothing is held anyway.
         seed: of the labels drawn for loss "kl", and of the tokens drawn for second moments.
+        device: compute there with the weights of one layer at a time, while the model stays where it is: for models that do not
+            fit there once. With a loss it needs `checkpointing`. None: where the model is.
         sharded: on several processes, take this process's part of the batches (each gives all, in the same order) and add up
             the sums of all processes: each ends with what one process alone would find, but for rounding.
 
@@ -75,13 +78,14 @@ def collect_statistics(
     """
     if moment_share is not None and not 0 < moment_share <= 1:
         raise InputError("moment_share", moment_share, "above 0 and at most 1")
-    calibration = CalibrationPass(model, loss, teacher, exact, precision, checkpointing, seed, sharded)
-    family, layers, head_size, device = family_of(model), layers_of(model), head_size_of(model), model.device
+    at = None if device is None else torch.device(device)
+    calibration = CalibrationPass(model, loss, teacher, exact, precision, checkpointing, seed, sharded, at)
+    family, layers, head_size, device = family_of(model), layers_of(model), head_size_of(model), calibration.at
     taps = [linear(layer, path) for layer in layers for path in (family.attention_out, family.ffn_out)]
     sums: list[UnitSums] = []
     for size, out, down in zip(sizes_of(model), taps[0::2], taps[1::2], strict=True):
         shared = size.queries // size.groups if size.groups else 1
-        sums += [UnitSums([out], (head_size, head_size * shared)), UnitSums([down], (1,))]
+        sums += [UnitSums([out], (head_size, head_size * shared), device), UnitSums([down], (1,), device)]
     second = [MomentsSum(weight_of(module).shape[1], device, moment_share) for module in taps] if moments else []
     layer_sums = [UnitSums([], (1,), device) for _ in layers]
     readers = list(stream_readers(model).values())

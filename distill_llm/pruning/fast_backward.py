@@ -38,26 +38,24 @@ class _Backward(torch.autograd.Function):
 
 
 @contextmanager
-def fast_backward(layers: nn.ModuleList) -> Iterator[None]:
-    """Within the context, gradients pass the fp32 linears of `layers` in bf16, where the device multiplies faster in it.
+def fast_backward(layers: nn.ModuleList, device: torch.device) -> Iterator[None]:
+    """Within the context, gradients pass the fp32 linears of `layers` in bf16, where `device` multiplies faster in it.
 
     The forward pass is untouched. The weights must need no gradient: they get none. They are rounded as they are needed, so one
     copy is held at a time. A gradient entry carries a relative rounding error of about 2^-9 for each linear it passes; the
     order of scores hardly moves (scripts/bench/RESULTS.md).
     """
     with ExitStack() as stack:
-        for module in layers.modules():
+        for module in layers.modules() if fast_bf16(device) else ():
             if not isinstance(module, nn.Linear | Conv1D) or module.weight.dtype != torch.float32:
                 continue
-            if not module.weight.numel() or not fast_bf16(module.weight.device):
-                continue
-            weight = weight_of(module).detach()
-            stack.enter_context(forward_as(module, partial(_forward, module.forward, weight)))
+            if module.weight.numel():
+                stack.enter_context(forward_as(module, partial(_forward, module, module.forward)))
         yield
 
 
-def _forward(forward: Callable[..., torch.Tensor], weight: torch.Tensor, entering: torch.Tensor) -> torch.Tensor:
+def _forward(module: nn.Linear | Conv1D, forward: Callable[..., torch.Tensor], entering: torch.Tensor) -> torch.Tensor:
     if not entering.requires_grad:
         return forward(entering)
-    output: torch.Tensor = _Backward.apply(entering, forward(entering.detach()), weight)
+    output: torch.Tensor = _Backward.apply(entering, forward(entering.detach()), weight_of(module).detach())
     return output

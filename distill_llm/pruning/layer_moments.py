@@ -55,7 +55,7 @@ class LayerMoments(Sequence[tuple[Moments, Moments]]):
         calibration, family = self.calibration, family_of(self.calibration.model)
         every = list(layers_of(calibration.model))
         taps = [linear(every[i], path) for i in layers for path in (family.attention_out, family.ffn_out)]
-        sums = [MomentsSum(weight_of(tap).shape[1], calibration.model.device, self.share) for tap in taps]
+        sums = [MomentsSum(weight_of(tap).shape[1], calibration.at, self.share) for tap in taps]
         batch = calibration.batch()
         with ExitStack() as stack:
             stack.enter_context(calibration.prepared(from_embeddings=calibration.checkpointing))

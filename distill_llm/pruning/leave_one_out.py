@@ -1,7 +1,7 @@
 """What the loss becomes without each layer, measured by leaving it out."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from distill_llm.errors import InputError, one_of
 from distill_llm.pruning.calibration_loss import divergence, items_of, label_loss
 from distill_llm.pruning.families import layers_of
-from distill_llm.pruning.forwarding import forward_as, frozen
+from distill_llm.pruning.forwarding import forward_as, frozen, streamed
 from distill_llm.pruning.sharding import process, sum_over_processes
 from distill_llm.pruning.statistics import Statistics
 
@@ -26,6 +26,7 @@ def leave_one_out(
     *,
     precision: torch.dtype | None = None,
     sharded: bool = False,
+    device: torch.device | str | None = None,
 ) -> Statistics:
     """The statistics completed with `without`, for criterion leave_one_out.
 
@@ -38,6 +39,7 @@ def leave_one_out(
         loss: "labels" for the task's loss (for a language model, log of the perplexity; Kim et al. 2024, section 3.2),
             "kl" for the divergence of the whole model's outputs from those without the layer.
         precision: run the forward passes under autocast in this dtype.
+        device: compute there with the weights of one layer at a time (see `collect_statistics`).
         sharded: on several processes, take this process's part of the batches and add up (see `collect_statistics`).
 
     Returns:
@@ -50,14 +52,16 @@ def leave_one_out(
         raise InputError("loss", loss, one_of(("labels", "kl"), loss))
     layers, labelled = list(layers_of(model)), loss == "labels"
     rank, processes = process() if sharded else (0, 1)
-    totals = torch.zeros(len(layers) + 1, device=model.device)  # in the order of layers, then the number of items
+    at = model.device if device is None else torch.device(device)
+    totals = torch.zeros(len(layers) + 1, device=at)  # in the order of layers, then the number of items
     exact = torch.zeros(len(layers) + 1, dtype=torch.float64)
-    autocast = torch.autocast(model.device.type, precision, enabled=precision is not None)
-    with frozen(model), autocast:
+    autocast = torch.autocast(at.type, precision, enabled=precision is not None)
+    there = nullcontext() if at == model.device else streamed(model, layers, at)
+    with frozen(model), there, autocast:
         for number, batch in enumerate(dataloader):
             if number % processes != rank:
                 continue
-            batch = {name: value.to(model.device) for name, value in batch.items()}
+            batch = {name: value.to(at) for name, value in batch.items()}
             with _outputs(layers) as given:
                 dense, labels = items_of(model, batch, labelled)
             whole = 0.0 if labels is None else label_loss(dense, labels)

@@ -48,24 +48,33 @@ class MomentsSum:
         self._waiting = 0
 
     def add(
-        self, x: torch.Tensor, weights: torch.Tensor | None = None, keys: torch.Tensor | None = None, before: int = 0
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor | None = None,
+        keys: torch.Tensor | None = None,
+        before: int = 0,
+        valid: torch.Tensor | None = None,
     ) -> None:
         """Add tokens.
 
         Args:
-            x: (tokens, C).
+            x: (rows, C).
             weights: (tokens, 1), none below 0; None: all 1.
             keys: (tokens,) uniform random numbers in [0, 1) that the share is drawn by; None: every token is taken.
             before: tokens of all processes that came before these.
+            valid: (tokens,) the rows of x that are tokens; None: all.
         """
-        weights = torch.ones(len(x), 1, device=x.device) if weights is None else weights
-        take = max(1, self._taken(before + len(x)) - self._taken(before))
-        if keys is not None and take < len(x):
+        tokens = len(x) if valid is None else len(valid)
+        weights = torch.ones(tokens, 1, device=x.device) if weights is None else weights
+        take = max(1, self._taken(before + tokens) - self._taken(before))
+        if keys is not None and take < tokens:
             chosen, inverse_share = draw(weights.squeeze(1), keys, take)
-            x, weights = x[chosen], weights[chosen] * inverse_share
+            weights = weights[chosen] * inverse_share
+            valid = chosen if valid is None else valid[chosen]
+        x = x.detach() if valid is None else x.detach()[valid]
         self.weight += weights.sum()
         roots = weights.sqrt()
-        scaled = x.detach().float() * roots
+        scaled = x.float() * roots
         self.sum += (roots.T @ scaled).squeeze(0)
         self._buffer.append(scaled)
         self._waiting += len(x)

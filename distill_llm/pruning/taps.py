@@ -60,12 +60,9 @@ class CalibrationBatch:
             return values
         return values.unflatten(0, self.mask.shape) if values.shape[:-1] == (self.mask.numel(),) else None
 
-    def pack(self, values: torch.Tensor) -> torch.Tensor:
-        """(R, T, C) -> (valid tokens, C); (R, C) as it is."""
-        if values.dim() == 2:
-            return values
-        flat = values.flatten(0, 1)
-        return flat if self.valid is None else flat[self.valid]
+    def squares(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over valid tokens of the squares of (R, T, C), or of (R, C): (C,), fp32."""
+        return self.per_example(values, values).sum(0)
 
     def per_example(self, values: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
         """Sum over valid tokens of values x gradients: both (R, T, C), or (R, C) -> (B, C), fp32."""
@@ -79,13 +76,15 @@ class CalibrationBatch:
         norms = torch.linalg.vector_norm(gradients, dim=-1, dtype=torch.float32) * self.mask
         norms = norms.view(self.examples, -1)
         mean = norms.sum(1, keepdim=True) / self.mask.view(self.examples, -1).sum(1, keepdim=True)
-        return self.pack(torch.where(mean > 0, norms / mean, 1.0).view_as(self.mask).unsqueeze(-1))
+        weights = torch.where(mean > 0, norms / mean, 1.0).view(-1, 1)
+        return weights if self.valid is None else weights[self.valid]
 
     def add_moments(self, moments: MomentsSum | None, values: torch.Tensor, gradients: torch.Tensor | None) -> None:
-        """Add the valid tokens of (R, T, C) values, by their gradients where there are any."""
+        """Add the valid tokens of (R, T, C) values, or all of (R, C), by their gradients where there are any."""
         if moments is not None:
             weights = None if gradients is None else self.token_weights(gradients)
-            moments.add(self.pack(values), weights, self.keys, self.before)
+            flat, valid = (values.flatten(0, 1), self.valid) if values.dim() == 3 else (values, None)
+            moments.add(flat, weights, self.keys, self.before, valid)
 
 
 def begins_here(entering: torch.Tensor) -> torch.Tensor:
@@ -105,7 +104,7 @@ def tap_hook(batch: CalibrationBatch, sums: UnitSums, moments: MomentsSum | None
         value = batch.by_token(entering.detach())
         assert value is not None
         with batch.fp32():
-            sums.activation += _squares(batch.pack(value))
+            sums.activation += batch.squares(value)
             if not batch.with_loss:
                 batch.add_moments(moments, value, None)
                 return None
@@ -152,7 +151,7 @@ def see_channels(batch: CalibrationBatch, channels: UnitSums, tensor: torch.Tens
     if batch.skipped or value is None or not of_tokens:
         return
     with batch.fp32():
-        channels.activation += _squares(batch.pack(value))
+        channels.activation += batch.squares(value)
 
     def backward(gradient: torch.Tensor) -> None:
         with batch.fp32():
@@ -196,13 +195,15 @@ def layer_hook(batch: CalibrationBatch, sums: UnitSums, similarity: torch.Tensor
         before = (args[0] if args else kwargs["hidden_states"]).detach()
         after = out.detach()
         with batch.fp32():
-            old, new = batch.pack(before).float(), batch.pack(after).float()
-            similarity[index] += nn.functional.cosine_similarity(old, new, dim=-1).sum()
-            sums.activation += (new - old).square().sum()
+            old, new = before.float(), after.float()
+            similarity[index] += (nn.functional.cosine_similarity(old, new, dim=-1) * batch.mask).sum()
+            change = new - old
+            sums.activation += (torch.linalg.vecdot(change, change) * batch.mask).sum()
 
         def backward(gradient: torch.Tensor) -> None:
             with batch.fp32():
-                sums.add_gradients(batch.per_example(after - before, gradient).sum(1, keepdim=True))
+                effect = torch.linalg.vecdot(after.float() - before.float(), gradient.float()) * batch.mask
+                sums.add_gradients(effect.view(batch.examples, -1).sum(1, keepdim=True))
 
         if batch.with_loss:
             out = begins_here(out)  # of a first layer without heads and neurons: its biases have an effect, too
@@ -210,7 +211,3 @@ def layer_hook(batch: CalibrationBatch, sums: UnitSums, similarity: torch.Tensor
         return (out, *output[1:]) if isinstance(output, tuple) else out
 
     return hook
-
-
-def _squares(packed_values: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(packed_values, dim=0, dtype=torch.float32).square()

@@ -22,11 +22,11 @@ class UnitSums:
         self,
         readers: Sequence[nn.Linear | Conv1D],
         sizes: tuple[int, ...],
-        device: torch.device | None = None,
+        device: torch.device,
         channels: int = 1,
     ):
         norms = [weight_of(reader).detach().float().abs().sum(0) for reader in readers]
-        self.read = sum(norms[1:], norms[0]) if norms else torch.ones(channels, device=device)
+        self.read = (sum(norms[1:], norms[0]) if norms else torch.ones(channels)).to(device)
         self.sizes = sizes
         self.activation = torch.zeros_like(self.read)
         self.sums = [torch.zeros(2, len(self.read) // size, device=self.read.device) for size in sizes]

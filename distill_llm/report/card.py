@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -15,12 +16,15 @@ from distill_llm.report.tables import results_table, rounds_table
 from distill_llm.report.usage import auto_class, needs_code, read_config, snippet
 
 GLUE_ON_THE_HUB = "nyu-mll/glue"
+NO_PATHS = ("description", "hub")
+"""Parts of a recipe that are shown as they are: prose, and the name of a repository."""
 
 
 def write_card(student_dir: str | Path, metrics: Mapping[str, Any], recipe_yaml: str) -> Path:
     """Write README.md into the student's folder and, beside it, its evaluation results as `metrics.json`.
 
     The metadata names library, base model (if the teacher is one of the Hub's), task, data and score (`model-index`).
+    Both files are pushed with the student: of local paths they have the last part.
     The code in the card loads the student from a placeholder, which `distill_llm.hub.push` replaces.
 
     Args:
@@ -37,7 +41,8 @@ def write_card(student_dir: str | Path, metrics: Mapping[str, Any], recipe_yaml:
     student_dir = Path(student_dir)
     config = read_config(student_dir)
     card = ModelCard(f"---\n{card_data(metrics, config).to_yaml()}\n---\n\n{_body(student_dir, metrics, recipe_yaml)}")
-    (student_dir / "metrics.json").write_text(json.dumps(dict(metrics), indent=2) + "\n")
+    shown = {**metrics, "teacher_model": _shown(str(metrics["teacher_model"]))}
+    (student_dir / "metrics.json").write_text(json.dumps(shown, indent=2) + "\n")
     path = student_dir / "README.md"
     card.save(path)
     return path
@@ -97,7 +102,7 @@ def _body(student_dir: Path, metrics: Mapping[str, Any], recipe_yaml: str) -> st
         f"Teacher: `{_shown(str(metrics['teacher_model']))}`."
         " The licence and the limits of the teacher and of its data apply.",
         rounds.rstrip(),
-        f"<details>\n<summary>The recipe</summary>\n\n```yaml\n{recipe_yaml.rstrip()}\n```\n\n</details>",
+        f"<details>\n<summary>The recipe</summary>\n\n```yaml\n{_shown_recipe(recipe_yaml).rstrip()}\n```\n\n</details>",
         provenance(metrics),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -113,6 +118,22 @@ def _on_the_hub(model: str) -> bool:
     return True
 
 
-def _shown(model: str) -> str:
-    """The teacher's name; of a folder only its last part, since a path means nothing elsewhere."""
-    return model if "://" in model or _on_the_hub(model) else model.rstrip("/").rsplit("/", 1)[-1]
+def _shown(name: str) -> str:
+    """A model or data set as it is named; of a local path only its last part, since the rest means nothing elsewhere."""
+    known = "://" in name or _on_the_hub(name.partition(":")[0])  # behind a colon: a data set's configuration
+    return name if known else name.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _shown_recipe(recipe_yaml: str) -> str:
+    """The recipe with the last parts of its local paths."""
+    recipe = yaml.safe_load(recipe_yaml)
+    shown = {name: part if name in NO_PATHS else _shown_values(part) for name, part in recipe.items()}
+    return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
+
+
+def _shown_values(part: Any) -> Any:
+    if isinstance(part, Mapping):
+        return {name: _shown_values(value) for name, value in part.items()}
+    if isinstance(part, list):
+        return [_shown_values(value) for value in part]
+    return _shown(part) if isinstance(part, str) else part

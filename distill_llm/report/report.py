@@ -5,7 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from distill_llm.report.figures import kept_figure, score_figure
-from distill_llm.report.tables import columns, count, duration, latency_note, percent, results_table, rounds_table
+from distill_llm.report.tables import (
+    columns,
+    count,
+    dtype_note,
+    duration,
+    latency_note,
+    percent,
+    results_table,
+    rounds_table,
+)
 from distill_llm.report.usage import snippet
 
 
@@ -73,11 +82,11 @@ def summary(metrics: Mapping[str, Any]) -> str:
 
 def notes(metrics: Mapping[str, Any]) -> str:
     """What must be known to read the results table."""
-    lines = [latency_note(metrics)]
+    lines = [latency_note(metrics), dtype_note(metrics)]
     if len(columns(metrics)) > 2:
         last = ", that of the last round" if len(metrics["rounds"]) > 1 else ""
         lines.append(f"The columns after the teacher share one architecture{last}, whose costs were measured once.")
-    return " ".join(lines)
+    return " ".join(line for line in lines if line)
 
 
 def provenance(metrics: Mapping[str, Any]) -> str:

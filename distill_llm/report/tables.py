@@ -96,6 +96,15 @@ def latency_note(metrics: Mapping[str, Any]) -> str:
     return f"Measured on {metrics['device']}{batch}.{paired if metrics.get('speedup') is not None else ''}"
 
 
+def dtype_note(metrics: Mapping[str, Any]) -> str:
+    """One sentence: in what dtype teacher and student were scored and measured. Empty where that is not known."""
+    teacher, student = (metrics[side].get("dtype") for side in ("teacher", "student"))
+    if teacher is None or student is None:
+        return ""
+    held = student if student == teacher else f"{teacher} (teacher) and {student} (student)"
+    return f"Scores and costs are of weights in {held}."
+
+
 def markdown_table(head: Iterable[str], body: Iterable[Iterable[str]]) -> str:
     """A GitHub table with aligned source; all columns but the first are right-aligned."""
     rows = [[cell.replace("|", "\\|") for cell in row] for row in (head, *body)]

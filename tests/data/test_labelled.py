@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
+from transformers import BertConfig, BertTokenizer
 
-from distill_llm.data import load_task
+from distill_llm.data import encode, load_task
 from distill_llm.errors import InputError
 
 ROWS = {"q": ["a", 'b "', "NA", "d"] * 5, "r": ["w", "x", "y", "z"] * 5, "kind": ["no", "yes", "maybe", "yes"] * 5}
@@ -92,3 +93,51 @@ def test_path_is_needed_and_must_be_readable(tmp_path: Path) -> None:
         with pytest.raises(InputError) as caught:
             load_task("classification", path)
         assert caught.value.field == "data.path" and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["words", "capitals", "ClassLabel"])
+def test_classes_are_in_the_order_of_a_model_that_has_the_same_ones(kind: str, tmp_path: Path) -> None:
+    words, model = ("no", "yes", "maybe"), BertConfig(id2label={0: "yes", 1: "maybe", 2: "no"})
+    said = [word.upper() if kind == "capitals" else word for word in words]
+    for split in ("train", "test"):
+        rows = Dataset.from_dict({"text": [f"{word} {split}" for word in words], "label": said})
+        if kind == "ClassLabel":
+            rows = rows.cast_column("label", ClassLabel(names=list(words)))
+        rows.to_parquet(tmp_path / f"{split}.parquet")
+    data = load_task("classification", str(tmp_path), config=model)
+    assert data.task.label_names == ("yes", "maybe", "no")
+    for rows in (data.train, data.test):
+        assert [(text.split()[0], label) for text, label in zip(rows["text"], rows["labels"], strict=True)] == [
+            ("no", 2), ("yes", 0), ("maybe", 1)
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("yes", "no"), ("yes", "no", "maybe", "never"), ("yes", "no", "perhaps"), ("LABEL_0", "LABEL_1", "LABEL_2")],
+)
+def test_classes_that_are_not_the_models_are_numbered_in_alphabetical_order(
+    names: tuple[str, ...], tmp_path: Path
+) -> None:
+    file, config = write(tmp_path / "a.csv", ROWS), BertConfig(id2label=dict(enumerate(names)))
+    assert load_task("classification", str(file), columns=COLUMNS, config=config).task.label_names == (
+        "maybe", "no", "yes"
+    )  # fmt: skip
+
+
+def test_class_ids_are_those_of_the_model_whatever_it_calls_them(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.csv", {"text": ["a", "b", "c", "d"], "label": [1, 0, 1, 0]})
+    data = load_task("classification", str(file), config=BertConfig(id2label={0: "yes", 1: "no"}))
+    for rows in (data.train, data.test):
+        assert all(label == (text in "ac") for text, label in zip(rows["text"], rows["labels"], strict=True))
+
+
+def test_rows_encoded_for_one_order_of_the_classes_are_not_read_for_another(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.csv", {"text": ["good", "bad"] * 5, "label": ["pos", "neg"] * 5})
+    tokenizer = BertTokenizer(
+        vocab={word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad"])}
+    )
+    for order in (("pos", "neg"), ("neg", "pos")):
+        data = load_task("classification", str(file), config=BertConfig(id2label=dict(enumerate(order))))
+        rows = encode(data, tokenizer, 8).train
+        assert all(order[row["labels"]] == ("pos" if 4 in row["input_ids"] else "neg") for row in rows)

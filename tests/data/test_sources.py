@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from distill_llm.data import load_task, resolve_path
 from distill_llm.data.sources import read_documents
@@ -108,3 +108,31 @@ def test_unusable_text_is_one_line(content: str, columns: dict | None, field: st
     with pytest.raises(InputError) as caught:
         load_task("text", str(tmp_path / "a.csv"), columns=columns)
     assert caught.value.field == field and "\n" not in str(caught.value)
+
+
+def test_what_datasets_saved_to_disk_is_read_back(tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"text": [f"row {i}" for i in range(20)], "label": [0, 1] * 10})
+    parts = DatasetDict({"train": rows.select(range(12)), "dev": rows.select(range(12, 15)), "test": rows.select([17])})
+    rows.with_format("torch").save_to_disk(tmp_path / "one")
+    parts.save_to_disk(tmp_path / "parts")
+    data = load_task("classification", str(tmp_path / "one"))
+    assert (len(data.train), len(data.test)) == (18, 2)
+    assert sorted([*data.train["text"], *data.test["text"]]) == sorted(rows["text"])
+    data = load_task("text", str(tmp_path / "parts"))
+    assert data.validation and (len(data.train), len(data.validation)) == (12, 3)
+    assert data.test["text"][:] == ["row 17"]
+    (tmp_path / "parts" / "test" / "state.json").write_text("{")
+    with pytest.raises(InputError) as caught:
+        load_task("text", str(tmp_path / "parts"))
+    assert caught.value.field == "data.path" and "\n" not in str(caught.value)
+
+
+def test_saved_rows_of_a_folder_that_cannot_be_written_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "saved"
+    Dataset.from_dict({"text": [f"row {i}" for i in range(20)]}).save_to_disk(folder)
+    monkeypatch.setattr("distill_llm.data.sources.os.access", lambda path, mode: False)
+    before = sorted(folder.iterdir())
+    assert len(load_task("text", str(folder), train_examples=5).train) == 5
+    assert sorted(folder.iterdir()) == before

@@ -7,6 +7,7 @@ import torch
 
 from distill_llm.errors import InputError
 from distill_llm.losses import AttentionInputs, attention_distance, hidden_distance, label_loss, logits_divergence
+from distill_llm.losses.attention import BLOCK
 
 P, Q = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.25, 0.25, 0.5])
 
@@ -193,6 +194,24 @@ def test_attention_distance_and_gradients_equal_plain_autograd_without_padding(d
     for found, wanted in zip(gradients, torch.autograd.grad(3 * expected, [student.query, student.key]), strict=True):
         torch.testing.assert_close(found, wanted)
         assert found[1, :, 3:].abs().max() == 0
+
+
+@pytest.mark.parametrize("limit", [1, 30, 60, 90], ids=["a head", "a head of 5", "two heads", "an example"])
+@pytest.mark.parametrize("head_bias", [False, True])
+def test_attention_kl_made_in_blocks_is_the_same(monkeypatch, limit, head_bias):
+    student, teacher, valid = attention_case((3, 3), length=5)
+    bias = student.bias
+    if head_bias:  # as of relative positions
+        bias = bias + random_logits(7, 1, 3, 5, 5)
+    student, teacher = student._replace(bias=bias), teacher._replace(bias=bias)
+    expected = attention_distance(student, teacher, valid)
+    wanted = torch.autograd.grad(3 * expected, [student.query, student.key])
+    monkeypatch.setitem(BLOCK, "cpu", limit)
+    assert len(list(student.blocks())) == {1: 6, 30: 6, 60: 4, 90: 2}[limit]
+    value = attention_distance(student, teacher, valid)
+    torch.testing.assert_close(value, expected)
+    for found, exact in zip(torch.autograd.grad(3 * value, [student.query, student.key]), wanted, strict=True):
+        torch.testing.assert_close(found, exact)
 
 
 def test_attention_kl_of_bf16_inputs_is_close_to_fp32():

@@ -13,6 +13,7 @@ METRICS: dict[str, Any] = {
     "teacher_model": "owner/teacher-model",
     "learned_from": "teacher",
     "teacher": {
+        "dtype": "bfloat16",
         "score": 0.8,
         "params": 20_000_000,
         "layer_params": 10_000_000,
@@ -22,6 +23,7 @@ METRICS: dict[str, Any] = {
         "weights_mb": 80.0,
     },
     "student": {
+        "dtype": "bfloat16",
         "score": 0.796,
         "params": 15_000_000,
         "layer_params": 5_000_000,

@@ -15,8 +15,57 @@ from transformers import PreTrainedTokenizerFast
 
 from distill_llm.errors import InputError
 from distill_llm.report import write_card
+from distill_llm.report.usage import loading
 
 RECIPE = "teacher:\n  model: owner/teacher-model\n"
+WITH_PATHS = """description: for the desk of a/b, and more
+output_dir: /home/someone/secret/runs/quickstart
+teacher:
+  model: /home/someone/secret/bert-x/
+  train:
+    deepspeed: ../secret/zero2.json
+  cache: ~/secret/cache
+student:
+  model: null
+  peft:
+    target_modules:
+    - query
+data:
+  task: sst2
+  path: Salesforce/wikitext:wikitext-2-raw-v1
+pruning:
+  keep: 0.5
+  statistics: secret/all/statistics.safetensors
+distillation:
+  report_to: []
+  logging_dir: /home/someone/secret/logs
+hub:
+  repo_id: me/student
+"""
+SHOWN = """description: for the desk of a/b, and more
+output_dir: quickstart
+teacher:
+  model: bert-x
+  train:
+    deepspeed: zero2.json
+  cache: cache
+student:
+  model: null
+  peft:
+    target_modules:
+    - query
+data:
+  task: sst2
+  path: Salesforce/wikitext:wikitext-2-raw-v1
+pruning:
+  keep: 0.5
+  statistics: statistics.safetensors
+distillation:
+  report_to: []
+  logging_dir: logs
+hub:
+  repo_id: me/student
+"""
 
 
 def test_metadata_reads_back_with_score_base_model_and_pipeline(tmp_path: Path) -> None:
@@ -61,12 +110,24 @@ def test_card_holds_table_recipe_and_results_file(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics()
 
 
+def test_local_paths_do_not_leave_the_machine_with_the_recipe_or_the_metrics(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = metrics(teacher_model="/home/someone/secret/bert-x/")
+    text = write_card(student_folder(tmp_path), given, WITH_PATHS).read_text()
+    assert f"```yaml\n{SHOWN}```" in text
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {**given, "teacher_model": "bert-x"}
+    assert not [file for file in tmp_path.iterdir() if "secret" in file.read_text()]
+    assert given["teacher_model"] == "/home/someone/secret/bert-x/", "the run's own metrics"
+    (tmp_path / "models" / "bert-y").mkdir(parents=True)
+    text = write_card(student_folder(tmp_path), given, "teacher:\n  model: models/bert-y\n").read_text()
+    assert "model: bert-y\n" in text, "a folder, though it could be the name of a repository"
+
+
 @pytest.mark.parametrize(
     ("architecture", "loader", "tag"),
     [
         ("PrunedBertForMaskedLM", "AutoModelForMaskedLM", "fill-mask"),
-        ("BertForTokenClassification", "AutoModelForTokenClassification", "token-classification"),
-        ("DistilBertModel", "AutoModel", "feature-extraction"),
+        ("DistilBertForSequenceClassification", "AutoModelForSequenceClassification", "text-classification"),
         ("PrunedGPT2LMHeadModel", "AutoModelForCausalLM", "text-generation"),
     ],
 )
@@ -92,7 +153,14 @@ def test_trust_remote_code_only_where_the_checkpoint_has_code(tmp_path: Path) ->
     assert "from_pretrained(model_id, trust_remote_code=True)" in write_card(pruned, metrics(), RECIPE).read_text()
 
 
-@pytest.mark.parametrize("head", ["sequence-classification", "masked-lm", "token-classification", "base", "gpt2"])
+def test_one_line_says_how_a_student_loads(tmp_path: Path) -> None:
+    stock = loading(student_folder(tmp_path / "a", "BertForMaskedLM"))
+    assert stock == f'AutoModelForMaskedLM.from_pretrained("{tmp_path / "a"}"): a stock transformers model'
+    own = loading(student_folder(tmp_path / "b", "PrunedGPT2LMHeadModel", auto_map={"AutoModel": "x.PrunedGPT2Model"}))
+    assert f'AutoModelForCausalLM.from_pretrained("{tmp_path / "b"}", trust_remote_code=True): ' in own
+
+
+@pytest.mark.parametrize("head", ["sequence-classification", "masked-lm", "gpt2"])
 def test_the_code_of_the_card_runs(tmp_path: Path, head: str, capsys: pytest.CaptureFixture[str]) -> None:
     model = causal_model("gpt2", eos_token_id=None) if head == "gpt2" else tiny_model(head=head)
     model.save_pretrained(tmp_path)

@@ -23,6 +23,7 @@ def test_report_has_table_rounds_figures_and_how_to_load(tmp_path: Path) -> None
     )
     assert "| recovered" in text and "## Rounds" in text
     assert "Test CPU, 2 threads on batches of 32 x 64 tokens" in text
+    assert "Scores and costs are of weights in bfloat16. The columns" in text
     assert "from_pretrained(model_id, trust_remote_code=True)" in text
     assert "torch 2.13.0, transformers 5.23.0; the run took 7 min 0 s." in text
     links = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
