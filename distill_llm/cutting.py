@@ -19,6 +19,7 @@ from distill_llm.pruning.choice import Limits, Rules
 from distill_llm.pruning.collecting import collect_statistics
 from distill_llm.pruning.criteria import score
 from distill_llm.pruning.cuts import compose_plans, cut_shares
+from distill_llm.pruning.families import family_of
 from distill_llm.pruning.latency import latency_costs, plan_for_latency
 from distill_llm.pruning.layer_moments import LayerMoments
 from distill_llm.pruning.leave_one_out import leave_one_out
@@ -293,9 +294,9 @@ def least_share(model: PreTrainedModel, section: PruningSection, batch_size: int
     """The share of the layers' cost that stays when all that a section lets go is removed; one layer always stays."""
     costs, shapes = unit_costs(model, section.cost, batch_size, sequence_length), layer_shapes(model)
     limits, local = Limits(section.min_heads, section.min_neurons), section.uniform or section.scope == "local"
-    rules = Rules(frozenset(section.units), limits, section.round_to, section.uniform, local)
+    rules = Rules(frozenset(section.units), limits, section.round_to, section.uniform, local, family_of(model).anchored)
     rows, width = rules.least(shapes), rules.least_width(costs.hidden)
     left = costs.of(rows, width)
     if "layers" in section.units:
-        left = min(costs.of([row], width, [i]) for i, row in enumerate(rows))
+        left = min(costs.of([rows[i]], width, [i]) for i in rules.last_layers(len(rows)))
     return left / costs.of(shapes)

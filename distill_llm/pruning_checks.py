@@ -47,6 +47,13 @@ def check_pruning(recipe: Recipe, teacher: OpenModel, skeleton: PreTrainedModel)
             raise InputError(
                 "pruning.statistics", str(file), f"a file outside of the output folder {recipe.output_dir}"
             )
+    if family_of(config).anchored:
+        if "hidden" in pruning.units:
+            accepted = f"units without hidden: a convolution follows the first layer of {teacher.name}"
+            raise InputError("pruning.units", pruning.units, accepted)
+        if pruning.layers is not None and pruning.layers[0] != 0:
+            accepted = f"layers with 0: a convolution follows the first layer of {teacher.name}"
+            raise InputError("pruning.layers", pruning.layers, accepted)
     shapes = layer_shapes(skeleton)
     heads, neurons = max(shape.heads for shape in shapes), max(shape.neurons for shape in shapes)
     for name, most, what in (

@@ -322,6 +322,23 @@ def test_the_least_keep_of_a_pruned_teacher_is_a_share_of_what_it_has_left(folde
     assert "pruning.keep" in faults(recipe_with(folder, pruning={**pruning, "keep": 0.99 * least}))[0]
 
 
+@pytest.mark.parametrize(
+    ("pruning", "line"),
+    [
+        (
+            {"keep": 0.5, "units": ["hidden", "neurons"]},
+            "pruning.units: got ['hidden', 'neurons']; accepted: units without hidden",
+        ),
+        ({"layers": [1, 2]}, "pruning.layers: got [1, 2]; accepted: layers with 0"),
+    ],
+)
+def test_what_a_convolution_ties_is_refused_at_the_door(folder, pruning, line):
+    write_model(folder / "teacher", family="deberta-v2", layers=3, conv_kernel_size=3)
+    (found,) = faults(recipe_with(folder, pruning=pruning))
+    assert found.startswith(line) and "a convolution follows the first layer" in found
+    assert faults(recipe_with(folder, pruning={"layers": [0, 2]})) == []
+
+
 def test_paths_may_begin_with_the_home_folder(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
     recipe = recipe_with(folder, teacher__model="~/teacher", data__path="~/rows.csv", output_dir="~/run")

@@ -31,7 +31,7 @@ class Rules:
     """What may be removed: `units`, down to `limits`, neurons and channels in steps of `round_to`.
 
     `uniform`: as many in every layer that has any. `local`: every layer keeps the same share of its own, which leaves a head to
-    each that has one.
+    each that has one. `anchored`: the first layer always stays.
     """
 
     units: frozenset[str]
@@ -39,6 +39,7 @@ class Rules:
     round_to: int = 1
     uniform: bool = False
     local: bool = False
+    anchored: bool = False
 
     def least(self, shapes: Sequence[LayerShape]) -> list[LayerShape]:
         """What has to stay of every layer as long as the layer stays."""
@@ -54,6 +55,10 @@ class Rules:
                 neurons = multiple if multiple <= has else has
             rows.append(LayerShape(heads, neurons, heads * (min(queries, 1) if "queries" in self.units else queries)))
         return rows
+
+    def last_layers(self, count: int) -> range:
+        """Of `count` layers those any of which may be the only one that stays."""
+        return range(1 if self.anchored else count)
 
     def least_width(self, hidden: int) -> int:
         """The fewest channels of the residual stream that have to stay."""
@@ -96,7 +101,9 @@ class Choice:
 
     def least_cost(self) -> float:
         """What is left when all goes that may go; one layer always stays."""
-        return min(self._least_costs) if "layers" in self.rules.units else sum(self._least_costs)
+        if "layers" not in self.rules.units:
+            return sum(self._least_costs)
+        return min(self._least_costs[i] for i in self.rules.last_layers(len(self.shapes)))
 
     def least_of(self, layers: Sequence[int]) -> float:
         """What is left of these layers when all goes of them that may go."""
@@ -128,8 +135,8 @@ class Choice:
         if not self.alive[i]:
             return False
         if kind == "layers":
-            others = (cost for k, cost in enumerate(self._least_costs) if self.alive[k] and k != i)
-            if not any(map(self.fits, others)):
+            others = [k for k in self.rules.last_layers(len(self.shapes)) if self.alive[k] and k != i]
+            if not any(self.fits(self._least_costs[k]) for k in others):
                 return False
             self.alive[i] = False
         elif kind in ("heads", "attention"):

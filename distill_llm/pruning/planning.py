@@ -82,11 +82,16 @@ def plan_pruning(
         options |= {"limits": limits, "batch_size": batch_size, "sequence_length": sequence_length}
         return plan_for_latency(model, scores, keep, **options)
     costs = cost if isinstance(cost, Costs) else unit_costs(model, cost, batch_size, sequence_length)
-    rules = Rules(frozenset(units), limits, round_to, uniform, local=uniform or scope == "local")
+    family = family_of(model)
+    if family.anchored and "hidden" in units:
+        raise InputError(
+            "units", list(units), "units without hidden for a model with a convolution after its first layer"
+        )
+    rules = Rules(frozenset(units), limits, round_to, uniform, uniform or scope == "local", family.anchored)
     choice = Choice(scores, shapes, costs, keep * costs.of(shapes), rules)
     choice.reachable(choice.least_cost())
     moved = {"heads", "queries", "hidden"} & rules.units
-    stock = uniform and moved and moved <= set(family_of(model).stock)
+    stock = uniform and moved and moved <= set(family.stock)
     accepts = partial(stock_accepts, model.config) if stock else None
     if "hidden" in units and choice.width > round_to:
         choice.narrow(choice.width // round_to * round_to)

@@ -99,6 +99,8 @@ def _widths(choice: Choice) -> list[int]:
 def _choose_layers(choice: Choice) -> None:
     """Remove as many layers, the least first, as bring the share of layers that stay nearest to that of all else that stays."""
     order, count = choice.scores.layers.argsort().tolist(), len(choice.shapes)
+    if choice.rules.anchored:
+        order.sort(key=lambda layer: layer == 0)  # goes last, which is never
     found: list[tuple[float, int]] = []
     for gone in range(count):
         choice.alive = [i not in order[:gone] for i in range(count)]

@@ -73,6 +73,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon-multi-query": ("falcon", {"multi_query": True, "new_decoder_architecture": False}),
     "falcon-alibi": ("falcon", {"multi_query": False, "alibi": True}),
     "deberta-v2-shared": ("deberta-v2", {**ENCODERS["deberta-v2"], "share_att_key": True}),
+    "deberta-v2-convolution": ("deberta-v2", {**ENCODERS["deberta-v2"], "conv_kernel_size": 3, "conv_act": "gelu"}),
     "gpt2-scaled": ("gpt2", {"n_inner": NEURONS, "scale_attn_by_inverse_layer_idx": True}),
     "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False}),
     "opt-projected": ("opt", {"word_embed_proj_dim": 16, "ffn_dim": NEURONS}),
@@ -161,6 +162,11 @@ def neurons_of(model: PreTrainedModel) -> int:
     return 4 * HIDDEN if model.config.model_type in ("bloom", "falcon") else NEURONS
 
 
+def narrows(model: PreTrainedModel) -> bool:
+    """Whether channels of the residual stream can go: no convolution reads them."""
+    return getattr(model.config, "conv_kernel_size", 0) == 0
+
+
 def uneven_plan(model: PreTrainedModel, hidden: bool = False, queries: bool = False) -> PruningPlan:
     """Every layer another size: layer 2 is gone, layer 1 has no attention, layer 3 no FFN."""
     groups, neurons = groups_of(model), neurons_of(model)
@@ -177,7 +183,7 @@ def uneven_plan(model: PreTrainedModel, hidden: bool = False, queries: bool = Fa
         LayerPlan(3, tuple(range(groups)), (), of(tuple(range(groups)))),
         LayerPlan(4, (groups // 2,), (7, 8, neurons - 1), of((groups // 2,))),
     ]
-    channels = tuple(c for c in range(HIDDEN) if c % 5) if hidden else None
+    channels = tuple(c for c in range(HIDDEN) if c % 5) if hidden and narrows(model) else None
     return PruningPlan(model.config.model_type, tuple(rows), hidden=channels)
 
 
