@@ -114,12 +114,12 @@ class Choice:
 
     def price(self, kind: str, i: int) -> float:
         """What goes with the next unit of a kind; of channels, with the next step of them."""
-        head = self.costs.group_at(self.width, i) + self.slots[i] * self.costs.query_at(self.width)
+        head = self.costs.group_at(self.width, i) + self.slots[i] * self.costs.query_at(self.width, i)
         neuron = self.costs.neuron_at(self.width)
         if kind == "heads":
             return head
         if kind == "queries":
-            return self.head_count[i] * self.costs.query_at(self.width)
+            return self.head_count[i] * self.costs.query_at(self.width, i)
         if kind == "neurons":
             return neuron
         if kind == "hidden":

@@ -34,7 +34,8 @@ class Family:
     attention for all the original's heads (position biases). `reads_config`: attention takes its head count from the config.
     `adds_residual`: attention adds its second argument to its output. `parallel`: attention and FFN of a layer read the same, and
     are added up. `anchored`: something follows the first layer alone (DeBERTa-v2's convolution), so that this layer stays, and
-    the width. `mlm_head` is the first module of the masked-LM head.
+    the width. `caches_queries`: keys and values are cached for every query head (Falcon's new architecture repeats those of a
+    group before). `mlm_head` is the first module of the masked-LM head.
     `stock` names the units that the family's own config can say fewer of, where every layer has the same number.
     """
 
@@ -52,6 +53,7 @@ class Family:
     adds_residual: bool = False
     parallel: bool = False
     anchored: bool = False
+    caches_queries: bool = False
     mlm_head: str = "cls"
     stock: tuple[str, ...] = ("neurons", "layers")
 
@@ -243,7 +245,9 @@ def row_of(config: PreTrainedConfig) -> Family | None:
     row = FAMILIES.get(config.model_type)
     if row is None:
         return None
-    if config.model_type == "falcon" and config.multi_query and not config.new_decoder_architecture:
+    if config.model_type == "falcon" and config.new_decoder_architecture:
+        row = replace(row, caches_queries=True)
+    elif config.model_type == "falcon" and config.multi_query:
         row = replace(row, attention_in={"self_attention.query_key_value": "q kv kv"})
     if config.model_type == "deberta-v2":
         head = "cls" if config.legacy else "lm_predictions"
