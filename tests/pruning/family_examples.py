@@ -74,6 +74,26 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon-alibi": ("falcon", {"multi_query": False, "alibi": True}),
     "deberta-v2-shared": ("deberta-v2", {**ENCODERS["deberta-v2"], "share_att_key": True}),
     "deberta-v2-convolution": ("deberta-v2", {**ENCODERS["deberta-v2"], "conv_kernel_size": 3, "conv_act": "gelu"}),
+    "deberta-v3": (
+        "deberta-v2",
+        {**ENCODERS["deberta-v2"], "share_att_key": True, "norm_rel_ebd": "layer_norm", "position_biased_input": False},
+    ),
+    "opt-350m": ("opt", {"word_embed_proj_dim": 16, "ffn_dim": NEURONS, "do_layer_norm_before": False}),
+    "stablelm-parallel": ("stablelm", {**DECODERS["stablelm"], "use_parallel_residual": True}),
+    "phi3-longrope": (
+        "phi3",
+        {
+            "num_key_value_heads": GROUPS,
+            "original_max_position_embeddings": 8,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10_000.0,
+                "original_max_position_embeddings": 8,
+                "short_factor": [1.0, 1.5],
+                "long_factor": [1.0, 2.0],
+            },
+        },
+    ),
     "gpt2-scaled": ("gpt2", {"n_inner": NEURONS, "scale_attn_by_inverse_layer_idx": True}),
     "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False}),
     "opt-projected": ("opt", {"word_embed_proj_dim": 16, "ffn_dim": NEURONS}),
