@@ -26,8 +26,9 @@ from distill_llm.pruning.modeling_pruned import STOCK_PREFIX, pruned_class
 def load_pretrained(model: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
     """Load a model with the head it was saved with, pruned or stock, and refuse it unless every weight was in the checkpoint.
 
-    A stock checkpoint may hold more: heads and poolers that its class has no place for, as many on the Hub do, but no
-    weights of layers that its config.json does not count. A pruned one holds its model and nothing else.
+    A stock checkpoint may hold more: heads and poolers that its class has no place for, or what older versions of its layers
+    kept beside their weights (masks of GPT-2), as many on the Hub do, but no other weights of layers, nor more layers than its
+    config.json counts. A pruned one holds its model and nothing else.
 
     Args:
         model: a local folder or a Hub id.
@@ -46,7 +47,7 @@ def load_pretrained(model: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
     model_class = pruned_class(stock) if name.startswith(STOCK_PREFIX) else stock
     loaded, info = _load(model_class, model, config=config, **kwargs)
     stray = info["unexpected_keys"]
-    found = {**info, "unexpected_keys": stray if model_class is not stock else _of_layers(loaded, stray)}
+    found = {**info, "unexpected_keys": stray if model_class is not stock else _weights_of_layers(loaded, stray)}
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = sorted(key if isinstance(key, str) else key[0] for key in found[kind])
         if keys:
@@ -68,14 +69,26 @@ def _load(model_class: type[PreTrainedModel], model: str | os.PathLike, **kwargs
         raise InputError("model", str(model), "a checkpoint with weights of the sizes in its config.json") from None
 
 
-def _of_layers(model: PreTrainedModel, keys: Iterable[str]) -> list[str]:
-    """Those of a checkpoint's keys that belong to transformer layers, counted in the config or not."""
+def _weights_of_layers(model: PreTrainedModel, keys: Iterable[str]) -> list[str]:
+    """Those of a checkpoint's keys that belong to transformer layers, counted in the config or not.
+
+    Not those of a module that is there and has no weights itself: such as the mask that an attention once kept.
+    """
     try:
         layers = layers_of(model)
     except (AttributeError, ValueError):  # no single list of layers, such as that of an encoder with a decoder
         return []
     path = next(name for name, module in model.base_model.named_modules() if module is layers)
-    return [key for key in keys if re.search(rf"(^|\.){re.escape(path)}\.\d+\.", key)]
+    found = []
+    for key in keys:
+        match = re.search(rf"(^|\.){re.escape(path)}\.(\d+)\.(?:(.+)\.)?\w+$", key)
+        if match is None:
+            continue
+        modules = dict(layers[int(match[2])].named_modules()) if int(match[2]) < len(layers) else {}
+        module = modules.get(match[3] or "")
+        if module is None or list(module.parameters(recurse=False)):
+            found.append(key)
+    return found
 
 
 def name_labels(

@@ -200,7 +200,7 @@ def evaluate(
     from distill_llm.data.prompts import check_chats
     from distill_llm.data.sources import resolve_path
     from distill_llm.evaluation.evaluate import evaluate_model
-    from distill_llm.opening import check_head, check_length, open_model
+    from distill_llm.opening import check_head, check_length, check_tokens, open_model
 
     names = read_columns(columns)
     with as_options():
@@ -212,7 +212,7 @@ def evaluate(
         check_head(opened, rows.task)
         check_length(opened, "--max-length", max_length)
         check_chats(rows, opened.tokenizer)
-        encoded = encode(rows, opened.tokenizer, max_length)
+        encoded = check_tokens(encode(rows, opened.tokenizer, max_length), opened.tokenizer, opened.path)
         metrics = evaluate_model(
             _load_model(opened),
             encoded.test,

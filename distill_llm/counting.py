@@ -69,6 +69,8 @@ def peak_memory(model: PreTrainedModel, batch_size: int = 32, sequence_length: i
 def full_length_inputs(model: PreTrainedModel, batch_size: int, sequence_length: int) -> dict[str, torch.Tensor]:
     """Seeded random ids and an attention mask of ones, both (B, T), on the model's device; no id is the padding id.
 
+    A multiple-choice head gets (B, 1, T): as many sequences as any other, each the one choice of its question.
+
     Raises:
         InputError: a size below 1, or more tokens than the model has positions for.
     """
@@ -82,6 +84,7 @@ def full_length_inputs(model: PreTrainedModel, batch_size: int, sequence_length:
     padding = getattr(model.config, "pad_token_id", None)
     if padding is not None:
         ids[ids == padding] = (padding + 1) % vocabulary
+    ids = ids[:, None] if "ForMultipleChoice" in type(model).__name__ else ids
     return {"input_ids": ids.to(model.device), "attention_mask": torch.ones_like(ids).to(model.device)}
 
 

@@ -15,10 +15,11 @@ from distill_llm.losses.items import kind_of
 from distill_llm.progress import progress_bar
 from distill_llm.pruning.bypass import Bypasses, fit_bypasses, outputs_taken_over
 from distill_llm.pruning.calibration_pass import CalibrationPass
-from distill_llm.pruning.choice import Limits
+from distill_llm.pruning.choice import Limits, Rules
 from distill_llm.pruning.collecting import collect_statistics
 from distill_llm.pruning.criteria import score
 from distill_llm.pruning.cuts import compose_plans, cut_shares
+from distill_llm.pruning.families import family_of
 from distill_llm.pruning.latency import latency_costs, plan_for_latency
 from distill_llm.pruning.layer_moments import LayerMoments
 from distill_llm.pruning.leave_one_out import leave_one_out
@@ -27,7 +28,7 @@ from distill_llm.pruning.plan import PruningPlan, keep_layers
 from distill_llm.pruning.planning import plan_pruning
 from distill_llm.pruning.sharding import from_main_process, process
 from distill_llm.pruning.statistics import Statistics
-from distill_llm.pruning.structure import hidden_size, sizes_of, sources_in, unit_costs
+from distill_llm.pruning.structure import hidden_size, layer_shapes, sizes_of, sources_in, unit_costs
 from distill_llm.pruning.surgery import prune
 from distill_llm.pruning.timing import relative_latency
 from distill_llm.recipe import Recipe
@@ -155,12 +156,15 @@ class Cutter:
 
     def statistics(self, model: PreTrainedModel, number: int = 0, file: Path | None = None) -> Statistics:
         """Of the model on a cut's calibration data: from the file where it has all that is needed, else in one pass, and kept
-        there. Without a file only what this section needs is collected.
+        there. Without a file only what this section needs is collected; with one of the user's also the loss's gradients, so that
+        the next criterion finds them.
 
         On several processes each sees a part of the batches, and all end with the same sums.
         """
         section, loss = self.section, self.loss
         needs_gradients, needs_without = self._needs_gradients, "leave_one_out" in section.criteria
+        users = file is not None and section.statistics is not None and file == section.statistics.expanduser()
+        with_loss = needs_gradients or users
         identity: dict[str, Any] = {}
         found: Statistics | None = None
         if file is not None:
@@ -173,7 +177,7 @@ class Cutter:
         statistics = found or collect_statistics(
             model,
             self._shown(number, "Calibrating"),
-            loss if needs_gradients else None,
+            loss if with_loss else None,
             moments=self.section.holds_moments,
             moment_share=section.moment_share,
             hidden_moments=self._hidden_moments,
@@ -190,8 +194,7 @@ class Cutter:
                 model, shown, statistics, loss, precision=precision, sharded=True, device=self.device
             )
         if file is not None and self.is_main:
-            with_loss = needs_gradients or needs_without
-            _keep(statistics, file, {**identity, "loss": loss if with_loss else None})
+            _keep(statistics, file, {**identity, "loss": loss if with_loss or needs_without else None})
         return statistics
 
     def _with_moments(self, statistics: Statistics, model: PreTrainedModel, number: int) -> Statistics:
@@ -289,17 +292,11 @@ def share_of(
 
 def least_share(model: PreTrainedModel, section: PruningSection, batch_size: int, sequence_length: int) -> float:
     """The share of the layers' cost that stays when all that a section lets go is removed; one layer always stays."""
-    costs = unit_costs(model, section.cost, batch_size, sequence_length)
-    units, rows = set(section.units), []
-    for size in sizes_of(model):
-        groups, neurons, each = size.groups, size.neurons, size.queries // size.groups if size.groups else 0
-        if units & {"heads", "attention"}:
-            groups = min(groups, section.min_heads)
-        if units & {"neurons", "ffn"}:
-            neurons = min(neurons, section.min_neurons)
-        rows.append((groups, neurons, groups * (1 if "queries" in units and each else each)))
-    width = min(section.round_to, costs.hidden) if "hidden" in units else costs.hidden
+    costs, shapes = unit_costs(model, section.cost, batch_size, sequence_length), layer_shapes(model)
+    limits, local = Limits(section.min_heads, section.min_neurons), section.uniform or section.scope == "local"
+    rules = Rules(frozenset(section.units), limits, section.round_to, section.uniform, local, family_of(model).anchored)
+    rows, width = rules.least(shapes), rules.least_width(costs.hidden)
     left = costs.of(rows, width)
-    if "layers" in units:
-        left = min(costs.of([row], width, [i]) for i, row in enumerate(rows))
-    return left / costs.of([(s.groups, s.neurons, s.queries) for s in sizes_of(model)])
+    if "layers" in section.units:
+        left = min(costs.of([rows[i]], width, [i]) for i in rules.last_layers(len(rows)))
+    return left / costs.of(shapes)

@@ -1,6 +1,7 @@
 """Models are opened before they are loaded: where one is, its config, its tokenizer, whether its head fits a task."""
 
 import json
+import logging
 import os
 import re
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from distill_llm.data.sources import resolve_path
-from distill_llm.data.tasks import Task, label_names, same_names
+from distill_llm.data.tasks import Task, TaskData, label_names, same_names
 from distill_llm.errors import InputError, first_line, one_of
 from distill_llm.gguf import SUFFIX, plain_checkpoint
 
@@ -72,10 +73,54 @@ def open_model(field: str, name: str, tokenizer: bool = True) -> OpenModel:
         found = AutoTokenizer.from_pretrained(path)
     except Exception as error:
         raise InputError(field, name, _reason("a model with its tokenizer", path, error)) from None
-    vocabulary = getattr(config, "vocab_size", None)
-    if vocabulary is not None and len(found) > vocabulary:
-        raise InputError(field, name, f"a tokenizer of at most {vocabulary} tokens, the model's; it has {len(found)}")
+    _check_vocabulary(field, name, config, found)
     return OpenModel(field, name, path, config, found)
+
+
+def _beyond(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Tokens of a tokenizer for which a model has no embedding, by their id."""
+    vocabulary = getattr(config, "vocab_size", None)
+    if vocabulary is None or len(tokenizer) <= vocabulary:
+        return {}
+    return {number: token for token, number in tokenizer.get_vocab().items() if number >= vocabulary}
+
+
+def _check_vocabulary(field: str, name: str, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The model has an embedding for all tokens but added ones that no row has to hold (Gemma 3's image token)."""
+    beyond = _beyond(config, tokenizer)
+    if not beyond:
+        return
+    kinds = ("pad", "bos", "eos", "cls", "sep", "mask", "unk")
+    needed = {getattr(tokenizer, f"{kind}_token_id") for kind in kinds} | set(tokenizer("a")["input_ids"])
+    if needed & beyond.keys() or not beyond.keys() <= tokenizer.added_tokens_decoder.keys():
+        accepted = f"a tokenizer of at most {config.vocab_size} tokens, the model's; it has {len(tokenizer)}"
+        raise InputError(field, name, accepted)
+    shown = ", ".join(list(beyond.values())[:3]) + (", ..." if len(beyond) > 3 else "")
+    line = "%s has no embedding for %d of its tokenizer's tokens (%s): no text may hold them"
+    logging.getLogger(__name__).warning(line, name, len(beyond), shown)
+
+
+def check_tokens(data: TaskData, tokenizer: PreTrainedTokenizerBase, path: str) -> TaskData:
+    """Encoded rows as they are, once it is known that a model has an embedding for all of their tokens.
+
+    Args:
+        path: where the model is.
+
+    Raises:
+        InputError: where a row holds a token beyond the model's vocabulary, or may come to hold one (masked words).
+    """
+    config = AutoConfig.from_pretrained(path)
+    if not (beyond := _beyond(config, tokenizer)):
+        return data
+    if data.task.kind == "masked_lm":  # a masked word may become any token
+        accepted = f"one whose tokenizer has at most its {config.vocab_size} tokens for masked words; {len(tokenizer)}"
+        raise InputError("model", path, accepted)
+    for split in (data.train, data.validation, data.test):
+        for row, ids in enumerate(split["input_ids"] if split is not None else ()):
+            if (largest := max(ids, default=0)) in beyond:
+                given = f"{beyond[largest]!r} in a text (row {row})"
+                raise InputError("data", given, f"texts of the model's own {config.vocab_size} tokens")
+    return data
 
 
 def _check_weights(field: str, name: str, folder: Path) -> None:
@@ -141,8 +186,9 @@ def check_head(model: OpenModel, task: Task) -> None:
 def longest_input(config: PreTrainedConfig) -> int | None:
     """The most tokens a model takes at once; None where its config sets no bound."""
     positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and config.model_type in ("roberta", "xlm-roberta", "camembert"):
-        positions -= (config.pad_token_id or 0) + 1  # their positions are counted from behind the padding's
+    # Positions of these are counted from behind the padding's, MPNet's whatever its config says.
+    if positions is not None and config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
+        positions -= 2 if config.model_type == "mpnet" else (config.pad_token_id or 0) + 1
     return positions
 
 

@@ -189,7 +189,7 @@ def _cells(profile: Profile) -> dict[str, tuple[float, str]]:
 def _profile(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], times: list[float]) -> Profile:
     params, layer_params = count_params(model)
     low, high = np.percentile(times, (10, 90))
-    batch_size, sequence_length = inputs["input_ids"].shape
+    batch_size, *_, sequence_length = inputs["input_ids"].shape  # multiple choice has choices between
     return Profile(
         params=params,
         layer_params=layer_params,

@@ -29,7 +29,7 @@ def check_pruning(recipe: Recipe, teacher: OpenModel, skeleton: PreTrainedModel)
         family_of(config)
     except ValueError as error:
         given, accepted = f"{teacher.name} (family {config.model_type})", str(error).partition("accepted: ")[2]
-        if config.model_type not in FAMILIES:
+        if config.model_type not in FAMILIES and config.get_text_config().model_type not in FAMILIES:
             accepted = f"{one_of(FAMILIES, config.model_type)}; to add one: a row in FAMILIES (pruning/families.py)"
         raise InputError(teacher.field, given, accepted) from None
     if getattr(config, "quantization_config", None) is not None:
@@ -47,6 +47,13 @@ def check_pruning(recipe: Recipe, teacher: OpenModel, skeleton: PreTrainedModel)
             raise InputError(
                 "pruning.statistics", str(file), f"a file outside of the output folder {recipe.output_dir}"
             )
+    if family_of(config).anchored:
+        if "hidden" in pruning.units:
+            accepted = f"units without hidden: a convolution follows the first layer of {teacher.name}"
+            raise InputError("pruning.units", pruning.units, accepted)
+        if pruning.layers is not None and pruning.layers[0] != 0:
+            accepted = f"layers with 0: a convolution follows the first layer of {teacher.name}"
+            raise InputError("pruning.layers", pruning.layers, accepted)
     shapes = layer_shapes(skeleton)
     heads, neurons = max(shape.heads for shape in shapes), max(shape.neurons for shape in shapes)
     for name, most, what in (

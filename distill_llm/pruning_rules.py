@@ -23,7 +23,8 @@ def pruning_faults(section: "PruningSection") -> list[InputError]:
     if section.layer_criterion is not None and ("layers" not in units or units == {"layers"}):
         accepted = "nothing where units does not have layers beside others"
         faults.append(InputError("layer_criterion", section.layer_criterion, accepted))
-    if section.loss is not None and not section.criteria & {*NEEDS_GRADIENTS, "leave_one_out"}:
+    reads_loss = section.criteria & {*NEEDS_GRADIENTS, "leave_one_out"} or section.statistics is not None
+    if section.loss is not None and not reads_loss:
         named = " and ".join(sorted(section.criteria))
         faults.append(InputError("loss", section.loss, f"nothing with criterion {named}, which reads no loss"))
     for name, default, wanted in (

@@ -228,7 +228,9 @@ class PruningSection(Section):
     statistics: Path | None = Field(
         default=None,
         description="file for what round 1 measures, in place of one in its folder: used where it is of the same model"
-        " and rows, measured alike, so that another criterion or budget reads no data; else written",
+        " and rows, measured alike, so that another criterion or budget reads no data; else written, with gradients whatever the"
+        " criterion. Data are read again for another loss, leave_one_out, moment_layers, what takes over removed layers, and"
+        " compensation of heads and neurons, or of hidden, where the first run had no such units",
     )
     layers: list[int] | None = Field(
         default=None,

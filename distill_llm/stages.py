@@ -23,7 +23,7 @@ from distill_llm.data.tasks import TaskData, label_names
 from distill_llm.distillation_config import DistillationConfig
 from distill_llm.evaluation.evaluate import evaluate_model
 from distill_llm.evaluation.metrics import compute_metrics
-from distill_llm.opening import resolve_model
+from distill_llm.opening import check_tokens, resolve_model
 from distill_llm.processes import open_processes
 from distill_llm.pruning.plan import PruningPlan
 from distill_llm.pruning.surgery import prune
@@ -62,7 +62,8 @@ class Stages:
     def data(self) -> TaskData:
         """Encoded rows; process 0 tokenizes, the others read its cache."""
         with self.processes.main_process_first():
-            return encode(check_data(self.recipe), self.tokenizer, self.recipe.data.max_length)
+            rows = encode(check_data(self.recipe), self.tokenizer, self.recipe.data.max_length)
+            return check_tokens(rows, self.tokenizer, self.teacher_path)
 
     @cached_property
     def collator(self) -> Collator:

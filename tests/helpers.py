@@ -7,6 +7,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PreTrainedModel,
@@ -17,6 +18,7 @@ HEADS = {
     "sequence-classification": AutoModelForSequenceClassification,
     "token-classification": AutoModelForTokenClassification,
     "masked-lm": AutoModelForMaskedLM,
+    "multiple-choice": AutoModelForMultipleChoice,
 }
 FAMILIES = ["bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra"]
 

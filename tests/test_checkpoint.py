@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from causal_examples import causal_model
 from checkpoint_examples import (
     HEADS_OF,
     WITH_PACKAGE,
@@ -17,6 +18,7 @@ from checkpoint_examples import (
     student_of,
 )
 from helpers import FAMILIES, random_batch, tiny_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForPreTraining, PreTrainedModel
 
 from distill_llm.checkpoint import load_pretrained
@@ -191,6 +193,25 @@ def test_a_stock_checkpoint_may_hold_heads_that_its_class_has_not_but_no_layers(
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] - 1}))
     with pytest.raises(InputError, match=r"unexpected keys: bert\.encoder\.layer"):
         load_pretrained(tmp_path)
+
+
+def test_a_stock_checkpoint_may_hold_what_older_layers_kept_beside_their_weights(tmp_path):
+    """GPT-2's masks and Llama's frequencies; a bias or a norm that the model has no place for is not such."""
+    for family, layer, old, other in (
+        ("gpt2", "transformer.h.1.attn.", ("bias", "masked_bias"), ("q_norm.weight", "c_attn.scale")),
+        ("llama", "model.layers.1.self_attn.", ("rotary_emb.inv_freq",), ("q_proj.bias", "q_norm.weight")),
+    ):
+        model = causal_model(family)
+        model.save_pretrained(tmp_path / family)
+        file = tmp_path / family / "model.safetensors"
+        weights = load_file(file)
+        save_file(weights | {layer + name: torch.ones(3) for name in old}, file, metadata={"format": "pt"})
+        loaded = load_pretrained(tmp_path / family)
+        assert all(torch.equal(one, loaded.get_parameter(name)) for name, one in model.named_parameters())
+        for name in other:
+            save_file(weights | {layer + name: torch.ones(3)}, file, metadata={"format": "pt"})
+            with pytest.raises(InputError, match=f"unexpected keys: {layer}{name}"):
+                load_pretrained(tmp_path / family)
 
 
 def test_a_checkpoint_that_names_no_known_class_is_refused(tmp_path):

@@ -17,6 +17,7 @@ from distill_llm import model_checks
 from distill_llm.checkpoint import load_pretrained
 from distill_llm.checks import check_data
 from distill_llm.errors import InputError
+from distill_llm.opening import longest_input
 from distill_llm.pruning.criteria import Importance
 from distill_llm.pruning.plan import LayerPlan, PruningPlan
 from distill_llm.pruning.planning import plan_pruning
@@ -321,6 +322,23 @@ def test_the_least_keep_of_a_pruned_teacher_is_a_share_of_what_it_has_left(folde
     assert "pruning.keep" in faults(recipe_with(folder, pruning={**pruning, "keep": 0.99 * least}))[0]
 
 
+@pytest.mark.parametrize(
+    ("pruning", "line"),
+    [
+        (
+            {"keep": 0.5, "units": ["hidden", "neurons"]},
+            "pruning.units: got ['hidden', 'neurons']; accepted: units without hidden",
+        ),
+        ({"layers": [1, 2]}, "pruning.layers: got [1, 2]; accepted: layers with 0"),
+    ],
+)
+def test_what_a_convolution_ties_is_refused_at_the_door(folder, pruning, line):
+    write_model(folder / "teacher", family="deberta-v2", layers=3, conv_kernel_size=3)
+    (found,) = faults(recipe_with(folder, pruning=pruning))
+    assert found.startswith(line) and "a convolution follows the first layer" in found
+    assert faults(recipe_with(folder, pruning={"layers": [0, 2]})) == []
+
+
 def test_paths_may_begin_with_the_home_folder(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
     recipe = recipe_with(folder, teacher__model="~/teacher", data__path="~/rows.csv", output_dir="~/run")
@@ -382,6 +400,16 @@ def test_the_last_token_that_fits_and_packing_are_accepted(folder):
     write_decoder(folder / "teacher")
     exact = {"evaluation__metric": "exact_match", "evaluation__max_new_tokens": 48}
     assert faults(causal_recipe(folder, "prompts", data__packing=True, **exact)) == []
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "xlm-roberta", "camembert", "mpnet"])
+@pytest.mark.parametrize("pad", [0, 1])
+def test_the_longest_input_is_the_longest_that_the_model_reads(family, pad):
+    model = tiny_model(family, pad_token_id=pad, max_position_embeddings=20)
+    longest = longest_input(model.config)
+    model(input_ids=torch.full((1, longest), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, longest + 1), 5))
 
 
 @pytest.mark.parametrize("shorter", ["teacher", "student"])

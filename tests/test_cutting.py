@@ -248,6 +248,23 @@ def test_another_budget_or_criterion_reads_the_file_and_no_data(model, tmp_path,
     assert len(blocks.cut(model, model, 0.5, file).plan.layers) == 2
 
 
+def test_a_users_file_serves_every_later_criterion(model, tmp_path, monkeypatch):
+    """Gradients too, which the first criterion does not read; the file of a round's own folder has no more than it needs."""
+    kept, own = tmp_path / "kept.safetensors", tmp_path / "own.safetensors"
+    cutter(tmp_path, Counted(model), criterion="activation", statistics=str(kept)).cut(model, model, 0.5, kept)
+    cutter(tmp_path, Counted(model), criterion="activation", statistics=str(kept)).cut(model, model, 0.5, own)
+    assert not Statistics.load(own).has_gradients
+    fresh = cutter(tmp_path, Counted(model)).cut(model, model, 0.4)
+    monkeypatch.setattr(cutting, "collect_statistics", None)
+    for criterion in ("fisher", "taylor", "wanda", "magnitude"):
+        batches = Counted(model)
+        again = cutter(tmp_path, batches, criterion=criterion, statistics=str(kept)).cut(model, model, 0.4, kept)
+        if criterion == "fisher":
+            assert again.plan.layers == fresh.plan.layers
+    with pytest.raises(TypeError, match="NoneType"):  # gradients of another loss are collected anew
+        cutter(tmp_path, Counted(model), loss="kl", statistics=str(kept)).cut(model, model, 0.4, kept)
+
+
 def test_a_file_keeps_what_the_first_of_several_cuts_measured(model, tmp_path, monkeypatch):
     file = tmp_path / "statistics.safetensors"
     cutter(tmp_path, Counted(model), cuts=3).cut(model, model, 0.5, file)
@@ -370,6 +387,9 @@ def test_shares_count_channels_and_single_queries():
         {"units": ["layers", "heads"]},
         {"units": ["heads", "neurons"], "min_heads": 1, "min_neurons": 5},
         {"units": ["ffn"], "cost": "flops"},
+        {"units": ["neurons"], "min_neurons": 5, "round_to": 4},
+        {"units": ["heads"], "scope": "local"},
+        {"units": ["heads", "neurons"], "uniform": True},
     ],
     ids=str,
 )

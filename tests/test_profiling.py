@@ -16,6 +16,7 @@ from distill_llm.errors import InputError
 from distill_llm.profiling import compare, device_name, profile, profile_table
 from distill_llm.pruning.plan import full_plan
 from distill_llm.pruning.surgery import prune
+from distill_llm.pruning.timing import relative_latency
 
 LAYERS, HIDDEN, HEADS, FFN, VOCAB, POSITIONS, LABELS = 3, 32, 4, 64, 100, 64, 2
 B, T = 4, 10
@@ -192,6 +193,19 @@ def test_full_length_inputs_hold_no_padding() -> None:
     inputs = full_length_inputs(model, 32, 40)
     assert inputs["input_ids"].shape == inputs["attention_mask"].shape == (32, 40)
     assert (inputs["input_ids"] != 1).all() and (inputs["attention_mask"] == 1).all()
+
+
+@pytest.mark.parametrize("made", [lambda model: model, lambda model: prune(model, full_plan(model))])
+def test_a_multiple_choice_head_reads_as_many_sequences_as_any_other(made) -> None:
+    """Against a classifier of one class, which is what its head is."""
+    model, other = made(tiny_model(head="multiple-choice")), tiny_model(num_labels=1)
+    inputs = full_length_inputs(model, B, T)
+    assert inputs["input_ids"].shape == inputs["attention_mask"].shape == (B, 1, T)
+    assert count_flops(model, B, T) == count_flops(other, B, T)
+    assert profile(model, B, T, repeats=1).peak_memory_mb == pytest.approx(
+        profile(other, B, T, repeats=1).peak_memory_mb
+    )
+    assert relative_latency(model, model, B, T) > 0
 
 
 def test_profile_has_every_number_and_leaves_the_model_as_it_was() -> None:

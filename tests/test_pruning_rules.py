@@ -126,6 +126,7 @@ def test_what_goes_together_passes(tmp_path):
             "loss": "kl",
         },
         {"min_heads": 1, "min_neurons": 16, "statistics": "~/statistics.safetensors"},
+        {"criterion": "activation", "loss": "kl", "statistics": "~/statistics.safetensors"},
     ):
         assert faults(tmp_path, **pruning) == []
 

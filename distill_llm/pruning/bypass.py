@@ -97,10 +97,18 @@ def outputs_taken_over(model: PreTrainedModel, plan: PruningPlan) -> dict[int, l
 
 
 def runs_taken_over(model: PreTrainedModel, plan: PruningPlan) -> dict[int, int]:
-    """By layer, for every FFN that stays and has removed layers just after it: the last of these."""
+    """By layer, for every FFN that stays and has removed layers just after it: the last of these.
+
+    Not where something comes between that layer and the next (a convolution).
+    """
+    anchored = family_of(model).anchored
     ends = [row.source for row in plan.layers[1:]] + [len(layers_of(model))]
     pairs = zip(plan.layers, ends, strict=True)
-    return {row.source: end - 1 for row, end in pairs if row.neurons and end > row.source + 1}
+    return {
+        row.source: end - 1
+        for row, end in pairs
+        if row.neurons and end > row.source + 1 and (row.source or not anchored)
+    }
 
 
 @torch.no_grad()

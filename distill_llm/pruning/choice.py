@@ -1,6 +1,6 @@
 """What stays of a model and what it costs, while a plan is being made."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,9 @@ from distill_llm.pruning.criteria import Importance
 from distill_llm.pruning.names import UNITS
 from distill_llm.pruning.plan import LayerPlan, PruningPlan
 from distill_llm.pruning.structure import Costs, LayerShape
+
+NEAR = 0.99
+"""The part of a budget that a plan should use at least."""
 
 
 @dataclass(frozen=True)
@@ -25,30 +28,46 @@ NO_LIMITS = Limits()
 
 @dataclass(frozen=True)
 class Rules:
-    """What may be removed: `units`, down to `limits`, neurons and channels in steps of `round_to`, alike in all layers or not."""
+    """What may be removed: `units`, down to `limits`, neurons and channels in steps of `round_to`.
+
+    `uniform`: as many in every layer that has any. `local`: every layer keeps the same share of its own, which leaves a head to
+    each that has one. `anchored`: the first layer always stays.
+    """
 
     units: frozenset[str]
     limits: Limits = NO_LIMITS
     round_to: int = 1
     uniform: bool = False
+    local: bool = False
+    anchored: bool = False
 
     def least(self, shapes: Sequence[LayerShape]) -> list[LayerShape]:
         """What has to stay of every layer as long as the layer stays."""
         rows, limits, multiple = [], self.limits, -(-self.limits.neurons // self.round_to) * self.round_to
+        least_heads = max(limits.heads, int(self.local and "heads" in self.units))
         for shape in shapes:
             heads, neurons = shape.heads, shape.neurons
             queries = (shape.queries or heads) // heads if heads else 0
             if "heads" in self.units or ("attention" in self.units and not limits.heads):
-                heads = min(limits.heads, *(s.heads for s in shapes)) if self.uniform else min(limits.heads, heads)
+                heads = min(least_heads, heads, fewest(s.heads for s in shapes) if self.uniform else heads)
             if "neurons" in self.units or ("ffn" in self.units and not limits.neurons):
-                has = min(s.neurons for s in shapes) if self.uniform else neurons
+                has = min(neurons, fewest(s.neurons for s in shapes)) if self.uniform else neurons
                 neurons = multiple if multiple <= has else has
             rows.append(LayerShape(heads, neurons, heads * (min(queries, 1) if "queries" in self.units else queries)))
         return rows
 
+    def last_layers(self, count: int) -> range:
+        """Of `count` layers those any of which may be the only one that stays."""
+        return range(1 if self.anchored else count)
+
     def least_width(self, hidden: int) -> int:
         """The fewest channels of the residual stream that have to stay."""
         return min(self.round_to, hidden) if "hidden" in self.units else hidden
+
+
+def fewest(counts: Iterable[int]) -> int:
+    """The smallest number of units that a layer has which has any."""
+    return min((count for count in counts if count), default=0)
 
 
 class Choice:
@@ -82,7 +101,9 @@ class Choice:
 
     def least_cost(self) -> float:
         """What is left when all goes that may go; one layer always stays."""
-        return min(self._least_costs) if "layers" in self.rules.units else sum(self._least_costs)
+        if "layers" not in self.rules.units:
+            return sum(self._least_costs)
+        return min(self._least_costs[i] for i in self.rules.last_layers(len(self.shapes)))
 
     def least_of(self, layers: Sequence[int]) -> float:
         """What is left of these layers when all goes of them that may go."""
@@ -93,12 +114,12 @@ class Choice:
 
     def price(self, kind: str, i: int) -> float:
         """What goes with the next unit of a kind; of channels, with the next step of them."""
-        head = self.costs.group_at(self.width, i) + self.slots[i] * self.costs.query_at(self.width)
+        head = self.costs.group_at(self.width, i) + self.slots[i] * self.costs.query_at(self.width, i)
         neuron = self.costs.neuron_at(self.width)
         if kind == "heads":
             return head
         if kind == "queries":
-            return self.head_count[i] * self.costs.query_at(self.width)
+            return self.head_count[i] * self.costs.query_at(self.width, i)
         if kind == "neurons":
             return neuron
         if kind == "hidden":
@@ -114,8 +135,8 @@ class Choice:
         if not self.alive[i]:
             return False
         if kind == "layers":
-            others = (cost for k, cost in enumerate(self._least_costs) if self.alive[k] and k != i)
-            if not any(map(self.fits, others)):
+            others = [k for k in self.rules.last_layers(len(self.shapes)) if self.alive[k] and k != i]
+            if not any(self.fits(self._least_costs[k]) for k in others):
                 return False
             self.alive[i] = False
         elif kind in ("heads", "attention"):
@@ -180,7 +201,8 @@ class Choice:
         share, note = self.cost() / self.costs.of(self.shapes), None
         if abs(share - keep) > 0.01 * keep:
             note = f"kept {share:.4f} of the layers' {self.costs.name} where {keep} was asked for: "
-            uneven = self.rules.uniform and len(set(self.shapes)) > 1
+            sizes = [{shape[k] for shape in self.shapes} - {0} for k in (0, 1)]
+            uneven = self.rules.uniform and max(map(len, sizes)) > 1
             note += "these units come in larger steps" + (
                 ", and no layer keeps more than the smallest" if uneven else ""
             )

@@ -68,13 +68,18 @@ class Importance:
                 )
                 raise InputError("criterion", self.criterion, accepted)
 
-    def check(self, shapes: Sequence[LayerShape]) -> None:
-        """Raise InputError unless the scores are of a model with these layers."""
-        own = [(len(h), len(n)) for h, n in zip(self.heads, self.neurons, strict=True)]
-        if len(self.layers) != len(shapes) or (own and own != [(s.heads, s.neurons) for s in shapes]):
-            raise InputError(
-                "scores", f"{len(self.layers)} layers {own[:2]}...", f"scores of this model, {list(shapes)[:2]}..."
-            )
+    def check(self, shapes: Sequence[LayerShape], hidden: int) -> None:
+        """Raise InputError unless the scores are of a model with these layers, `hidden` channels wide."""
+        counts = [tuple(map(len, rows)) for rows in (self.heads, self.neurons, self.queries)]
+        wanted = list(
+            zip(*((s.heads, s.neurons, s.heads if s.queries is None else s.queries) for s in shapes), strict=True)
+        )
+        width = 0 if self.hidden is None else len(self.hidden)
+        # Empty: not scored, which `require` judges.
+        differ = [own != theirs for own, theirs in zip(counts, wanted, strict=True) if own]
+        if len(self.layers) != len(shapes) or any(differ) or width not in (0, hidden):
+            own = f"{len(self.layers)} layers {list(zip(*filter(None, counts), strict=False))[:2]}..., {width} channels"
+            raise InputError("scores", own, f"scores of this model, {list(shapes)[:2]}..., {hidden} channels")
 
     def save(self, path: str | os.PathLike) -> None:
         """Write as safetensors."""

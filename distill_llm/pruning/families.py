@@ -33,7 +33,9 @@ class Family:
     `attention_widths` the attention module's own names for its width. `per_head_inputs` names what the model hands to every
     attention for all the original's heads (position biases). `reads_config`: attention takes its head count from the config.
     `adds_residual`: attention adds its second argument to its output. `parallel`: attention and FFN of a layer read the same, and
-    are added up. `mlm_head` is the first module of the masked-LM head.
+    are added up. `anchored`: something follows the first layer alone (DeBERTa-v2's convolution), so that this layer stays, and
+    the width. `caches_queries`: keys and values are cached for every query head (Falcon's new architecture repeats those of a
+    group before). `mlm_head` is the first module of the masked-LM head.
     `stock` names the units that the family's own config can say fewer of, where every layer has the same number.
     """
 
@@ -50,6 +52,8 @@ class Family:
     reads_config: bool = False
     adds_residual: bool = False
     parallel: bool = False
+    anchored: bool = False
+    caches_queries: bool = False
     mlm_head: str = "cls"
     stock: tuple[str, ...] = ("neurons", "layers")
 
@@ -186,6 +190,8 @@ FAMILIES: dict[str, Family] = {
     "falcon": replace(_BLOOM, ffn_config="ffn_hidden_size", per_head_inputs=("alibi", "attention_mask")),
 }
 
+TEXT_ALONE = "its text model, saved alone (six lines in docs/families.md)"
+
 # What configs call it that attention and FFN are in parallel, where a family can have them either way.
 _PARALLEL = ("use_parallel_residual", "parallel_attn", "new_decoder_architecture")
 
@@ -218,15 +224,17 @@ def family_of(model: PreTrainedModel | PreTrainedConfig) -> Family:
     """
     config = model if isinstance(model, PreTrainedConfig) else model.config
     if config.model_type not in FAMILIES:
+        if (text := config.get_text_config().model_type) in FAMILIES:
+            raise ValueError(f"model: got family {config.model_type!r}; accepted: {text}, {TEXT_ALONE}")
         raise ValueError(
             f"model: got family {config.model_type!r}; accepted: one of {', '.join(FAMILIES)}. To add a family, add a row "
             "with the names of its modules to FAMILIES in distill_llm/pruning/families.py, and its name to the tests"
         )
-    for part in ("add_cross_attention", "conv_kernel_size"):
-        if getattr(config, part, 0):
-            raise ValueError(
-                f"model: got {config.model_type!r} with {part}; accepted: one without, whose layers are alike"
-            )
+    if getattr(config, "add_cross_attention", False):
+        line = (
+            f"model: got {config.model_type!r} with add_cross_attention; accepted: one without, whose layers are alike"
+        )
+        raise ValueError(line)
     row = row_of(config)
     assert row is not None
     return row
@@ -237,10 +245,13 @@ def row_of(config: PreTrainedConfig) -> Family | None:
     row = FAMILIES.get(config.model_type)
     if row is None:
         return None
-    if config.model_type == "falcon" and config.multi_query and not config.new_decoder_architecture:
+    if config.model_type == "falcon" and config.new_decoder_architecture:
+        row = replace(row, caches_queries=True)
+    elif config.model_type == "falcon" and config.multi_query:
         row = replace(row, attention_in={"self_attention.query_key_value": "q kv kv"})
-    if config.model_type == "deberta-v2" and not config.legacy:
-        row = replace(row, mlm_head="lm_predictions")
+    if config.model_type == "deberta-v2":
+        head = "cls" if config.legacy else "lm_predictions"
+        row = replace(row, mlm_head=head, anchored=getattr(config, "conv_kernel_size", 0) > 0)
     return replace(row, parallel=row.parallel or any(getattr(config, name, False) for name in _PARALLEL))
 
 

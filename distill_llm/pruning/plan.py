@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from distill_llm.errors import InputError
+from distill_llm.pruning.families import family_of
 from distill_llm.pruning.structure import LayerShape, hidden_size, layer_shapes, unit_costs
 
 
@@ -74,6 +75,9 @@ class PruningPlan:
         _ascending("plan.layers[].source", [row.source for row in self.layers], len(shapes))
         if not self.layers:
             raise InputError("plan.layers", [], "at least one layer that stays")
+        if family_of(model).anchored and (self.layers[0].source or self.hidden is not None):
+            what = "without layer 0" if self.layers[0].source else "with hidden"
+            raise InputError("plan", what, "layer 0 and every channel of a model with a convolution after that layer")
         for row in self.layers:
             _ascending(f"plan.layers[source={row.source}].heads", row.heads, shapes[row.source].heads)
             _ascending(f"plan.layers[source={row.source}].neurons", row.neurons, shapes[row.source].neurons)

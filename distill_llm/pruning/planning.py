@@ -2,21 +2,22 @@
 
 import heapq
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
 from distill_llm.errors import InputError, one_of
-from distill_llm.pruning.choice import NO_LIMITS, Choice, Limits, Rules
+from distill_llm.pruning.choice import NEAR, NO_LIMITS, Choice, Limits, Rules
 from distill_llm.pruning.criteria import Importance
+from distill_llm.pruning.families import family_of
 from distill_llm.pruning.names import BLOCKS, UNITS, Unit, competing_faults
 from distill_llm.pruning.plan import PruningPlan
-from distill_llm.pruning.structure import COSTS, Costs, layer_shapes, unit_costs
-
-NEAR = 0.99
-"""The part of a budget that a plan should use at least."""
+from distill_llm.pruning.shares import keep_shares
+from distill_llm.pruning.stock import stock_accepts
+from distill_llm.pruning.structure import COSTS, Costs, hidden_size, layer_shapes, unit_costs
 
 
 def plan_pruning(
@@ -38,9 +39,10 @@ def plan_pruning(
     With scope "global" units compete over all layers; where the criterion's scores are comparable between kinds of units
     (Fisher) all kinds compete by score per cost, at what a unit costs in what is left; else each kind keeps the same share,
     layers as nearly as their number allows. With scope "local" every layer keeps the same share of its heads and of its
-    neurons, but for its limits. `uniform` gives every layer the same numbers, which many stock configs can say: none keeps
-    more than the smallest layer has. (Layers by block influence and uniform widths by activation are Minitron's plan,
-    Muralidharan et al. 2024, section 2.)
+    neurons, but for its limits, and a head where it has any. `uniform` gives every layer the same numbers, none more than the
+    smallest layer has that has any; of numbers that meet the budget those that the family's own config takes (Llama's and
+    Gemma's: of query heads that divide the width), so that plain transformers can load the student. (Layers by block influence
+    and uniform widths by activation are Minitron's plan, Muralidharan et al. 2024, section 2.)
 
     Args:
         scores: from `score(...)`, for this very model.
@@ -72,7 +74,7 @@ def plan_pruning(
         raise fault
     scores.require(units)
     shapes = layer_shapes(model)
-    scores.check(shapes)
+    scores.check(shapes, hidden_size(model))
     if cost == "latency":
         from distill_llm.pruning.latency import plan_for_latency  # which calls this function with what it measured
 
@@ -80,16 +82,24 @@ def plan_pruning(
         options |= {"limits": limits, "batch_size": batch_size, "sequence_length": sequence_length}
         return plan_for_latency(model, scores, keep, **options)
     costs = cost if isinstance(cost, Costs) else unit_costs(model, cost, batch_size, sequence_length)
-    rules = Rules(frozenset(units), limits, round_to, uniform)
+    family = family_of(model)
+    if family.anchored and "hidden" in units:
+        raise InputError(
+            "units", list(units), "units without hidden for a model with a convolution after its first layer"
+        )
+    rules = Rules(frozenset(units), limits, round_to, uniform, uniform or scope == "local", family.anchored)
     choice = Choice(scores, shapes, costs, keep * costs.of(shapes), rules)
     choice.reachable(choice.least_cost())
+    moved = {"heads", "queries", "hidden"} & rules.units
+    stock = uniform and moved and moved <= set(family.stock)
+    accepts = partial(stock_accepts, model.config) if stock else None
     if "hidden" in units and choice.width > round_to:
         choice.narrow(choice.width // round_to * round_to)
     alone = len(units) == 1 and units[0] in BLOCKS
     if alone or (scope == "global" and not uniform and scores.comparable(units)):
         _together(choice)
     else:
-        _per_kind(choice, local=scope == "local" or uniform)
+        keep_shares(choice, accepts)
     if "neurons" in units:
         _round_neurons(choice)
     choice.reachable(choice.cost())
@@ -192,130 +202,6 @@ def _candidates(choice: Choice, kind: str, steps: Sequence[float]) -> list[tuple
     return [(i, i, value) for i, value in enumerate(found.tolist())]
 
 
-Rounding = Callable[[float], float]
-Counts = Callable[[float, Rounding], list[float]]
-
-
-def _exact(count: float) -> float:
-    return count
-
-
-def _down(count: float) -> float:
-    return math.floor(count + 1e-6)
-
-
-def _up(count: float) -> float:
-    return math.ceil(count - 1e-6)
-
-
-def _per_kind(choice: Choice, *, local: bool) -> None:
-    """Each kind keeps the same share: over all layers, or within each (`local`); neurons take up what the others leave over.
-
-    Other units are dear: their nearest numbers stay, if the neurons can make up for the difference.
-    """
-    if "layers" in choice.rules.units:
-        _choose_layers(choice, local)
-    counts = _kinds(choice, local)
-    cost = _cost_of_shares(choice, counts)
-    if "hidden" in choice.rules.units:
-        wanted = choice.width * _largest(choice, lambda share: cost(share, share, round(share * choice.width)))
-        step = choice.rules.round_to
-        widths = [w for w in range(min(step, choice.width), choice.width + 1, step) if choice.fits(cost(0, 0, w))]
-        near = [w for w in widths if cost(1, 1, w) >= NEAR * choice.budget] or widths[-1:]
-        choice.narrow(min(near, key=lambda w: abs(w - wanted)))
-    share = _largest(choice, lambda share: cost(share, share))
-    rounding: Rounding
-    for rounding in (round, _up, _down):
-        if choice.fits(cost(share, 0, rounding=rounding)) and cost(share, 1, rounding=rounding) >= NEAR * choice.budget:
-            break
-    fine = _largest(choice, lambda fine: cost(share, fine, rounding=rounding))
-    heads, queries, neurons = counts
-    found = zip(heads(share, rounding), queries(share, rounding), neurons(fine, _down), strict=True)
-    for i, (h, q, n) in zip(choice.living(), found, strict=True):
-        choice.keep("heads", i, int(h))
-        choice.slots[i] = int(q)
-        choice.keep("neurons", i, int(n))
-
-
-def _choose_layers(choice: Choice, local: bool) -> None:
-    """Remove as many layers, the least first, as bring the share of layers that stay nearest to that of all else that stays."""
-    order, count = choice.scores.layers.argsort().tolist(), len(choice.shapes)
-    narrowing = "hidden" in choice.rules.units
-    found: list[tuple[float, int]] = []
-    for gone in range(count):
-        choice.alive = [i not in order[:gone] for i in range(count)]
-        if not choice.fits(choice.least_of(choice.living())):
-            continue
-        cost = _cost_of_shares(choice, _kinds(choice, local))
-
-        def of_all(share: float, cost: Callable[..., float] = cost) -> float:
-            return cost(share, share, round(share * choice.width) if narrowing else None)
-
-        found.append((abs(1 - gone / count - _largest(choice, of_all)), gone))
-    if not found:  # not even of the best layer alone
-        choice.reachable(choice.least_of(order[-1:]))
-    gone = min(found)[1]
-    choice.alive = [i not in order[:gone] for i in range(count)]
-
-
-def _kinds(choice: Choice, local: bool) -> tuple[Counts, Counts, Counts]:
-    """How many heads, queries of a group and neurons every layer that is left keeps of a share."""
-    heads, queries, neurons = (_counts(choice, kind, local) for kind in ("heads", "queries", "neurons"))
-    return heads, queries, neurons
-
-
-def _cost_of_shares(choice: Choice, counts: tuple[Counts, Counts, Counts]) -> Callable[..., float]:
-    """What is left costs with a share of the heads and queries (coarse), and one of the neurons (fine)."""
-    heads, queries, neurons = counts
-    living = choice.living()
-
-    def cost(coarse: float, fine: float, width: int | None = None, rounding: Rounding = _exact) -> float:
-        columns = heads(coarse, rounding), queries(coarse, rounding), neurons(fine, _exact)
-        rows = [(h, n, h * q) for h, q, n in zip(*columns, strict=True)]
-        return choice.costs.of(rows, choice.width if width is None else width, living)
-
-    return cost
-
-
-def _largest(choice: Choice, cost: Callable[[float], float]) -> float:
-    """The largest share whose cost, which grows with it, keeps the budget."""
-    if choice.fits(cost(1.0)):
-        return 1.0
-    low, high = 0.0, 1.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if choice.fits(cost(middle)) else (low, middle)
-    return low
-
-
-def _counts(choice: Choice, kind: str, local: bool) -> Counts:
-    """How many units of a kind every layer that is left keeps, given the share that stays."""
-    living = choice.living()
-    shapes = [choice.shapes[i] for i in living]
-    if kind == "queries":
-        has, least = [choice.shared[i] for i in living], [1] * len(living)
-    else:
-        has, least = [getattr(shape, kind) for shape in shapes], [getattr(choice.least[i], kind) for i in living]
-    if kind not in choice.rules.units:
-        return lambda share, rounding: list(has)
-    if local or kind == "queries":
-        there = [count for count, shape in zip(has, shapes, strict=True) if kind != "queries" or shape.heads]
-        most = [min(there, default=0)] * len(has) if choice.rules.uniform else has
-        return lambda share, rounding: [max(rounding(share * m), at) for m, at in zip(most, least, strict=True)]
-    # What a layer keeps at least comes first, whatever it is worth.
-    rows: Sequence[torch.Tensor] = [getattr(choice.scores, kind)[i] for i in living]
-    beyond = [row.sort(descending=True).values[at:] for row, at in zip(rows, least, strict=True)]
-    layer = torch.repeat_interleave(torch.tensor([len(row) for row in beyond]))
-    order = layer[torch.cat(beyond).argsort(descending=True)]
-
-    def counts(share: float, rounding: Rounding) -> list[float]:
-        more = max(int(rounding(share * sum(has)) + 1e-6) - sum(least), 0)
-        found = order[:more].bincount(minlength=len(least)).tolist()
-        return [at + count for at, count in zip(least, found, strict=True)]
-
-    return counts
-
-
 def _round_neurons(choice: Choice) -> None:
     """Bring every layer's neurons to a multiple of `round_to`, then spend what is left of the budget on whole blocks."""
     alive, step = [i for i, living in enumerate(choice.alive) if living], choice.rules.round_to
@@ -324,7 +210,7 @@ def _round_neurons(choice: Choice) -> None:
     spare = choice.budget - (choice.cost() - price * sum(choice.neuron_count[i] - counts[i] for i in alive))
     worth = {i: torch.cat([torch.zeros(1), scores[i].sort(descending=True).values.cumsum(0)]) for i in alive}
     while True:
-        group = alive if choice.rules.uniform else []
+        group = [i for i in alive if choice.shapes[i].neurons] if choice.rules.uniform else []
         if not choice.rules.uniform:
             best = -1.0
             for i in alive:

@@ -93,7 +93,7 @@ class Costs:
 
     A cost is slope x channels of the residual stream + constant; `hidden` is their number in the model it was made for, and
     `shared` how many queries share a group there. `cached` is what the keys and values of a group that are held cost beside
-    it, per layer of that model (layers may hold windows only); empty: nothing.
+    it, per layer of that model (layers may hold windows only); empty: nothing. `by_query`: those are held for every query head.
     """
 
     name: str
@@ -104,17 +104,18 @@ class Costs:
     neuron_: tuple[float, float]
     rest_: tuple[float, float]
     cached: tuple[float, ...] = ()
+    by_query: bool = False
 
     def _at(self, pair: tuple[float, float], hidden: int | None) -> float:
         return pair[0] * (self.hidden if hidden is None else hidden) + pair[1]
 
     def group_at(self, hidden: int | None = None, layer: int = 0) -> float:
         """Cost of a group's key and value in a layer of the model."""
-        return self._at(self.group, hidden) + (self.cached[layer] if self.cached else 0.0)
+        return self._at(self.group, hidden) + (self.cached[layer] if self.cached and not self.by_query else 0.0)
 
-    def query_at(self, hidden: int | None = None) -> float:
-        """Cost of a query head alone."""
-        return self._at(self.query, hidden)
+    def query_at(self, hidden: int | None = None, layer: int = 0) -> float:
+        """Cost of a query head alone in a layer of the model."""
+        return self._at(self.query, hidden) + (self.cached[layer] if self.cached and self.by_query else 0.0)
 
     def neuron_at(self, hidden: int | None = None) -> float:
         """Cost of a neuron."""
@@ -136,12 +137,14 @@ class Costs:
 
     def of(self, shapes: Iterable[tuple], hidden: int | None = None, layers: Iterable[int] | None = None) -> float:
         """Cost of layers of (heads, neurons[, queries]); `layers`: which of the model's, by default one after another."""
-        query, neuron, rest = (self._at(pair, hidden) for pair in (self.query, self.neuron_, self.rest_))
+        neuron, rest = (self._at(pair, hidden) for pair in (self.neuron_, self.rest_))
         shapes = list(shapes)
         places, total = range(len(shapes)) if layers is None else layers, 0.0
         for (heads, neurons, *more), layer in zip(shapes, places, strict=True):
             queries = more[0] if more and more[0] is not None else heads * self.shared
-            total += queries * query + heads * self.group_at(hidden, layer) + neurons * neuron + rest
+            total += (
+                queries * self.query_at(hidden, layer) + heads * self.group_at(hidden, layer) + neurons * neuron + rest
+            )
         return total
 
 
@@ -187,7 +190,7 @@ def unit_costs(model: PreTrainedModel, cost: str = "params", batch_size: int = 3
     if cost == "params":
         return Costs("parameters", hidden, shared, query, group, neuron_, rest)
     cached = tuple(2 * head_size * tokens * width for tokens in cached_tokens(model, batch_size, sequence_length))
-    return Costs("bytes", hidden, shared, query, group, neuron_, rest, cached)
+    return Costs("bytes", hidden, shared, query, group, neuron_, rest, cached, family.caches_queries)
 
 
 def position_products(model: PreTrainedModel) -> tuple[int, int, int]:

@@ -4,22 +4,19 @@ import copy
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from distill_llm.errors import InputError
 from distill_llm.pruning.bypass import Bypasses
 from distill_llm.pruning.families import (
-    Family,
     LayerLineage,
     dims_of,
     family_of,
     hidden_lineage,
     layers_of,
     lineage_of,
-    pack_indices,
 )
 from distill_llm.pruning.forwarding import check_in_memory
 from distill_llm.pruning.modeling_pruned import (
@@ -33,24 +30,9 @@ from distill_llm.pruning.modeling_pruned import (
 from distill_llm.pruning.moments import Moments, compensate_linear
 from distill_llm.pruning.plan import PruningPlan
 from distill_llm.pruning.statistics import Statistics
+from distill_llm.pruning.stock import NotStock, become_stock, stock_record, stock_twin, write_sizes
 from distill_llm.pruning.stream import repaired_stream
-from distill_llm.pruning.structure import hidden_size, linear, sizes_of, weight_of
-
-# What configs say layer by layer.
-_PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
-# Attributes that only note a size; everything else that a module knows must agree with the stock model's.
-_NOTES = {
-    "hidden_size",
-    "intermediate_size",
-    "embed_dim",
-    "dim",
-    "split_size",
-    "all_head_size",
-    "embedding_dim",
-    "n_layers",
-}
-
-_MODES = {"training", "gradient_checkpointing"}
+from distill_llm.pruning.structure import linear, sizes_of, weight_of
 
 
 def compose_lineage(model: PreTrainedModel, plan: PruningPlan) -> tuple[LayerLineage, ...]:
@@ -106,10 +88,9 @@ def prune(
     repaired = _repaired(model, rows, plan, compensate, bypasses)
     if compensate is not None and plan.hidden is not None:
         repaired |= repaired_stream(model, rows, torch.tensor(plan.hidden), compensate)
-    stock = _stock_record(model.config)
+    stock = stock_record(model.config)
     student = _structure_of(model)
     shrink(student, rows, plan.hidden, original=lineage, values=True)
-    family = family_of(student)
     modules: dict[str, Any] = dict(student.named_modules())
     for name, (weight, bias) in repaired.items():
         if (module := modules.get(name)) is None:  # of an attention that is gone
@@ -118,9 +99,11 @@ def prune(
         if bias is not None:
             module.bias = nn.Parameter(bias)
     _own_weights(student, model)
-    _write_sizes(student.config, stock, lineage, hidden)
+    write_sizes(student.config, stock, lineage, hidden)
     base = stock_class(type(model))
-    if not _as_stock(student, base, family):
+    try:
+        become_stock(student, base)
+    except NotStock:
         student.__class__ = pruned_class(base)
     return student.requires_grad_(True).train(model.training)
 
@@ -128,6 +111,17 @@ def prune(
 def stock_expressible(student: PreTrainedModel) -> bool:
     """Whether plain transformers can load this model: whether its class is one of theirs."""
     return stock_class(type(student)) is type(student)
+
+
+def why_not_stock(student: PreTrainedModel) -> str | None:
+    """In one line, why plain transformers cannot load a pruned model without the code beside it; None where they can."""
+    if stock_expressible(student):
+        return None
+    try:
+        stock_twin(student, stock_class(type(student)))
+    except NotStock as error:
+        return str(error)
+    return None
 
 
 def _structure_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -205,99 +199,3 @@ def _check_statistics(model: PreTrainedModel, statistics: Statistics) -> None:
     found = [(len(of.taylor), len(its.taylor)) for of, its in zip(statistics.heads, statistics.neurons, strict=True)]
     if found != [(size.groups, size.neurons) for size in sizes_of(model)]:
         raise InputError("compensate", "statistics of a model of other sizes", "statistics of the model that is pruned")
-
-
-# What the config says.
-
-
-def _stock_record(config: PreTrainedConfig) -> dict[str, Any]:
-    """What the original's config says of everything that pruning may change."""
-    record = (getattr(config, "pruning", None) or {}).get("stock")
-    if record is not None:
-        return record
-    family, said = family_of(config), config.to_dict()
-    names = ["num_hidden_layers", *family.hidden_fields, "num_attention_heads", "num_key_value_heads", "num_kv_heads"]
-    record = {name: getattr(config, name) for name in (*names, family.ffn_config) if name and hasattr(config, name)}
-    kept = ("head_dim", *_PER_LAYER)  # properties of some configs: those that are not saved need no record
-    return record | {name: said[name] for name in kept if said.get(name) is not None}
-
-
-def _write_sizes(
-    config: PreTrainedConfig,
-    stock: dict[str, Any],
-    lineage: tuple[LayerLineage, ...],
-    hidden: tuple[int, ...] | None,
-) -> None:
-    """The original's values, but for the number and kinds of layers."""
-    for name, value in stock.items():
-        if isinstance(value, list):
-            value = [value[row.source] for row in lineage]
-        setattr(config, name, value)
-    config.num_hidden_layers = len(lineage)
-    rows = []
-    for row in lineage:
-        record = {"source": row.source, "heads": pack_indices(row.heads), "neurons": pack_indices(row.neurons)}
-        rows.append(record | ({} if row.queries is None else {"queries": pack_indices(row.queries)}))
-    config.pruning = {"layers": rows, "stock": stock}
-    if hidden is not None:
-        config.pruning["hidden"] = pack_indices(hidden)
-
-
-def _as_stock(student: PreTrainedModel, base: type[PreTrainedModel], family: Family) -> bool:
-    """Make the student a plain transformers model, if a stock config can say what it is; False if none can."""
-    sizes = set(sizes_of(student))
-    if len(sizes) > 1 or 0 in (only := sizes.pop()):
-        return False
-    config, dims = copy.deepcopy(student.config), dims_of(student.config)
-    said = {"num_attention_heads": only.queries, "num_key_value_heads": only.groups, "num_kv_heads": only.groups}
-    stock_width = config.pruning["stock"]["hidden_size"]
-    if (only.queries, hidden_size(student)) != (dims.queries, stock_width):
-        said["head_dim"] = dims.head_size
-    said |= {family.ffn_config: only.neurons} if family.ffn_config else {}
-    said |= {name: hidden_size(student) for name in family.hidden_fields if getattr(config, name, None) == stock_width}
-    try:
-        for name, value in said.items():
-            if hasattr(config, name) or name == "head_dim":
-                setattr(config, name, value)
-        type(config).from_dict(config.to_dict())  # which checks the sizes, as loading does
-        with torch.device("meta"):
-            stock = base._from_config(copy.deepcopy(config))
-    except (ValueError, AttributeError, TypeError, StrictDataclassError):
-        return False
-    if not _same(student, stock):
-        return False
-    others = dict(stock.named_modules())
-    for name, module in student.named_modules():
-        for note in _NOTES & vars(module).keys() & vars(others[name]).keys():
-            setattr(module, note, getattr(others[name], note))
-    student.config.__dict__.update(config.__dict__)
-    student.__class__ = base
-    return True
-
-
-def _same(student: nn.Module, stock: nn.Module) -> bool:
-    """Whether two models have the same modules, sizes and settings, but for noted sizes and the values of weights."""
-    mine, theirs = dict(student.named_modules()), dict(stock.named_modules())
-    if mine.keys() != theirs.keys():
-        return False
-    for name, module in mine.items():
-        other = theirs[name]
-        if (name and type(module) is not type(other)) or _settings(module) != _settings(other):
-            return False
-        if _shapes(module) != _shapes(other):
-            return False
-    return True
-
-
-def _shapes(module: nn.Module) -> dict[str, torch.Size]:
-    own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-    return {name: tensor.shape for name, tensor in own}
-
-
-def _settings(module: nn.Module) -> dict[str, Any]:
-    plain = (bool, int, float, str, tuple)
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if isinstance(value, plain) and not name.startswith("_") and name not in _NOTES | _MODES
-    }

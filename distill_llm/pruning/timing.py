@@ -12,9 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from distill_llm.counting import evaluating, full_length_inputs
-from distill_llm.pruning.families import layers_of
+from distill_llm.pruning.families import family_of, layers_of
 from distill_llm.pruning.modeling_pruned import Sizes, all_queries
-from distill_llm.pruning.plan import LayerPlan, PruningPlan
+from distill_llm.pruning.plan import LayerPlan, PruningPlan, full_plan
 from distill_llm.pruning.structure import head_size_of, hidden_size, sizes_of
 from distill_llm.pruning.surgery import prune
 
@@ -93,7 +93,7 @@ def layer_times(model: PreTrainedModel, batch_size: int, sequence_length: int, c
     whole = sizes_of(model)[index]
     dense = layer_run(model, index, whole, width, batch_size, sequence_length)
     rows, milliseconds = [], None
-    for hidden in dict.fromkeys((width, max(1, width // 2))):
+    for hidden in dict.fromkeys((width, width if family_of(model).anchored else max(1, width // 2))):
         for sizes in _grid(whole):
             run = dense if (sizes, hidden) == (whole, width) else None
             run = run or layer_run(model, index, sizes, hidden, batch_size, sequence_length)
@@ -127,8 +127,9 @@ def layer_run(
     channels = None if hidden == hidden_size(model) else tuple(range(hidden))
     row = LayerPlan(index, heads, tuple(range(sizes.neurons)), queries)
     base: Any = model.base_model
-    small = prune(base, PruningPlan(model.config.model_type, (row,), hidden=channels)).eval()
-    layer, caught = layers_of(small)[0], []
+    rows = (*full_plan(model).layers[: int(family_of(model).anchored and index > 0)], row)
+    small = prune(base, PruningPlan(model.config.model_type, rows, hidden=channels)).eval()
+    layer, caught = layers_of(small)[-1], []
     handle = layer.register_forward_pre_hook(lambda m, args, kwargs: caught.append((args, kwargs)), with_kwargs=True)
     inputs: dict[str, Any] = full_length_inputs(small, batch_size, sequence_length)
     if "use_cache" in inspect.signature(small.forward).parameters:

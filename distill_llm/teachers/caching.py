@@ -16,7 +16,7 @@ from distill_llm.data.tasks import TaskData
 from distill_llm.errors import InputError
 from distill_llm.losses.items import kind_of
 from distill_llm.losses.objective import Objective
-from distill_llm.opening import OpenModel, check_head, check_length, chosen_dtype, open_model
+from distill_llm.opening import OpenModel, check_head, check_length, check_tokens, chosen_dtype, open_model
 from distill_llm.outputs import usable_output
 from distill_llm.processes import open_processes
 from distill_llm.recipe import Recipe
@@ -118,8 +118,9 @@ def _write(
             raise InputError("task", rows.task.name, accepted)
         check_head(opened, rows.task)
         check_length(opened, *length)
-        train = encode(rows, opened.tokenizer, length[1]).train
-    cut = token_count(opened.tokenizer) if rows.task.is_language_model else None
+        train = check_tokens(encode(rows, opened.tokenizer, length[1]), opened.tokenizer, opened.path).train
+    # A tokenizer may know tokens that the model has no embedding for (Gemma 3's images).
+    cut = min(token_count(opened.tokenizer), opened.config.vocab_size) if rows.task.is_language_model else None
     if objective is not None:
         try:
             check_objective(objective, CacheIndex(settings, cut or rows.task.num_labels, {}, ()))

@@ -73,10 +73,32 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon-multi-query": ("falcon", {"multi_query": True, "new_decoder_architecture": False}),
     "falcon-alibi": ("falcon", {"multi_query": False, "alibi": True}),
     "deberta-v2-shared": ("deberta-v2", {**ENCODERS["deberta-v2"], "share_att_key": True}),
+    "deberta-v2-convolution": ("deberta-v2", {**ENCODERS["deberta-v2"], "conv_kernel_size": 3, "conv_act": "gelu"}),
+    "deberta-v3": (
+        "deberta-v2",
+        {**ENCODERS["deberta-v2"], "share_att_key": True, "norm_rel_ebd": "layer_norm", "position_biased_input": False},
+    ),
+    "opt-350m": ("opt", {"word_embed_proj_dim": 16, "ffn_dim": NEURONS, "do_layer_norm_before": False}),
+    "stablelm-parallel": ("stablelm", {**DECODERS["stablelm"], "use_parallel_residual": True}),
+    "phi3-longrope": (
+        "phi3",
+        {
+            "num_key_value_heads": GROUPS,
+            "original_max_position_embeddings": 8,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10_000.0,
+                "original_max_position_embeddings": 8,
+                "short_factor": [1.0, 1.5],
+                "long_factor": [1.0, 2.0],
+            },
+        },
+    ),
     "gpt2-scaled": ("gpt2", {"n_inner": NEURONS, "scale_attn_by_inverse_layer_idx": True}),
     "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False}),
     "opt-projected": ("opt", {"word_embed_proj_dim": 16, "ffn_dim": NEURONS}),
     "llama-many-heads": ("llama", {"num_key_value_heads": QUERIES, "attention_bias": True, "mlp_bias": True}),
+    "llama-one-group": ("llama", {"num_key_value_heads": 1}),
     "llama-tied": ("llama", {**GROUPED, "tie_word_embeddings": True}),
 }
 EVERY = [*ENCODERS, *DECODERS, *VARIANTS]
@@ -160,6 +182,11 @@ def neurons_of(model: PreTrainedModel) -> int:
     return 4 * HIDDEN if model.config.model_type in ("bloom", "falcon") else NEURONS
 
 
+def narrows(model: PreTrainedModel) -> bool:
+    """Whether channels of the residual stream can go: no convolution reads them."""
+    return getattr(model.config, "conv_kernel_size", 0) == 0
+
+
 def uneven_plan(model: PreTrainedModel, hidden: bool = False, queries: bool = False) -> PruningPlan:
     """Every layer another size: layer 2 is gone, layer 1 has no attention, layer 3 no FFN."""
     groups, neurons = groups_of(model), neurons_of(model)
@@ -176,7 +203,7 @@ def uneven_plan(model: PreTrainedModel, hidden: bool = False, queries: bool = Fa
         LayerPlan(3, tuple(range(groups)), (), of(tuple(range(groups)))),
         LayerPlan(4, (groups // 2,), (7, 8, neurons - 1), of((groups // 2,))),
     ]
-    channels = tuple(c for c in range(HIDDEN) if c % 5) if hidden else None
+    channels = tuple(c for c in range(HIDDEN) if c % 5) if hidden and narrows(model) else None
     return PruningPlan(model.config.model_type, tuple(rows), hidden=channels)
 
 

@@ -105,9 +105,11 @@ def test_pruned_models_can_be_planned_again(uneven):
 
 def test_heads_never_take_more_than_the_budget_where_few_neurons_could_make_up_for_them():
     model = tiny_model(intermediate=8)
-    for keep in (0.5, 0.4, 0.3, 0.2):
+    for keep in (0.5, 0.4, 0.3):
         plan = plan_pruning(model, scores_of(model), keep, scope="local")
         assert counted(model, plan) <= keep
+    with pytest.raises(InputError, match="keep: got 0.2; accepted: at least 0.2"):  # a head of four in each layer
+        plan_pruning(model, scores_of(model), 0.2, scope="local")
 
 
 def greedy(model, scores, keep):

@@ -7,14 +7,16 @@ import torch
 from family_examples import HIDDEN, family_batch, family_model
 
 from distill_llm.errors import InputError
+from distill_llm.pruning.bypass import fit_bypasses
 from distill_llm.pruning.choice import Limits
 from distill_llm.pruning.collecting import collect_statistics
 from distill_llm.pruning.criteria import score
 from distill_llm.pruning.families import layers_of
-from distill_llm.pruning.plan import LayerPlan, PruningPlan
+from distill_llm.pruning.plan import LayerPlan, PruningPlan, full_plan, keep_layers
 from distill_llm.pruning.planning import plan_pruning
 from distill_llm.pruning.structure import hidden_size, sizes_of, unit_costs
 from distill_llm.pruning.surgery import prune
+from distill_llm.pruning.timing import layer_run, layer_times
 
 EVERY = ("heads", "queries", "neurons", "layers", "attention", "ffn", "hidden")
 
@@ -194,6 +196,38 @@ def test_uniform_plans_of_uneven_layers_keep_all_that_the_smallest_layer_has(une
     )
 
 
+@pytest.mark.parametrize("keep", [0.45, 0.3])
+@pytest.mark.parametrize("criterion", ["fisher", "taylor"])
+@pytest.mark.parametrize("options", [{"scope": "local"}, {"uniform": True}], ids=str)
+def test_equal_shares_leave_a_head_to_every_layer_that_has_one(one_group, options, criterion, keep):
+    """One group, half of which would be none: neurons make up for it."""
+    model, statistics = one_group
+    plan = plan_pruning(model, score(statistics, criterion), keep, **options)
+    assert {len(row.heads) for row in plan.layers} == {1}
+    assert plan.note is None and 0.99 * keep <= layer_params(prune(model, plan)) / layer_params(model) <= keep
+    with pytest.raises(InputError, match="at least 1.0000 when only heads"):
+        plan_pruning(model, score(statistics, criterion), 0.9, units=("heads",), **options)
+
+
+@pytest.mark.parametrize("options", [{"scope": "local"}, {"uniform": True}], ids=str)
+def test_equal_shares_go_around_layers_without_attention_or_ffn(options):
+    rows = [LayerPlan(i, tuple(range(4 * (i != 1))), tuple(range(256 * (i != 3)))) for i in range(5)]
+    model = prune(family_model("llama", intermediate_size=256), PruningPlan("llama", tuple(rows)))
+    scores = score(collect_statistics(model, [family_batch(model)], "kl"))
+    plan = plan_pruning(model, scores, 0.7, **options)
+    assert plan.note is None and 0.99 * 0.7 <= layer_params(prune(model, plan)) / layer_params(model) <= 0.7
+    heads, neurons = [len(row.heads) for row in plan.layers], [len(row.neurons) for row in plan.layers]
+    assert heads == [heads[0], 0, *[heads[0]] * 3] and heads[0] > 0
+    assert neurons.pop(3) == 0 and max(neurons) - min(neurons) <= 4 * ("scope" in options)
+
+
+@pytest.fixture(scope="module")
+def one_group():
+    """A decoder whose eight queries share one key."""
+    model = family_model("llama-one-group", intermediate_size=256)
+    return model, collect_statistics(model, [family_batch(model)], "kl")
+
+
 def test_whole_layers_go_by_score_per_cost_where_layers_are_uneven(uneven):
     model, statistics = uneven
     prices = torch.tensor([sum(p.numel() for p in layer.parameters()) for layer in layers_of(model)])
@@ -352,11 +386,88 @@ def test_depth_and_width_go_in_one_plan_layers_by_a_criterion_of_their_own(deep,
         assert apart(count) == pytest.approx(min(map(apart, range(1, total + 1))), abs=2e-3)
 
 
+@pytest.mark.parametrize(
+    "other", [{"hidden_size": 64, "head_dim": 4}, {"num_attention_heads": 16, "head_dim": 4}], ids=str
+)
+def test_scores_of_a_model_of_another_width_or_with_other_queries_are_refused(other):
+    """As many layers, groups and neurons."""
+    model, wider = family_model("llama", head_dim=4), family_model("llama", **other)
+    scores = score(collect_statistics(wider, [family_batch(wider)], "kl"))
+    assert [len(row) for row in scores.heads + scores.neurons] == [
+        s for k in (1, 2) for s in [z[k] for z in sizes_of(model)]
+    ]
+    with pytest.raises(InputError, match="scores: got '5 layers .*; accepted: scores of this model") as caught:
+        plan_pruning(model, scores, 0.7)
+    assert "\n" not in str(caught.value)
+
+
 def test_depth_and_width_that_no_layer_fits_is_refused(deep):
     model, statistics = deep
     scores = score(statistics, "activation", layer_criterion="block_influence")
     with pytest.raises(InputError, match="keep: got 0.001; accepted: at least"):
         plan_pruning(model, scores, 0.001, units=("layers", "heads"), uniform=True)
+
+
+# DeBERTa-v2 as released: a convolution follows the first layer, which stays.
+
+
+@pytest.fixture(scope="module")
+def convolved():
+    """A DeBERTa-v2 with its convolution, and scores by which its first layer would go first."""
+    model = family_model("deberta-v2-convolution")
+    scores = score(collect_statistics(model, [family_batch(model)], "kl"), layer_criterion="block_influence")
+    return model, replace(scores, layers=scores.layers - 10 * (torch.arange(5) == 0))
+
+
+@pytest.mark.parametrize(
+    ("keep", "units", "options"),
+    [
+        (0.6, ("layers",), {}),
+        (0.2, ("layers",), {}),
+        (0.5, ("layers", "heads", "neurons"), {"uniform": True}),
+        (0.5, ("layers", "neurons"), {}),
+        (0.15, ("layers", "neurons"), {"scope": "local"}),
+    ],
+    ids=str,
+)
+def test_the_first_layer_stays_where_a_convolution_follows_it(convolved, keep, units, options):
+    model, scores = convolved
+    plan = plan_pruning(model, scores, keep, units=units, **options)
+    assert plan.layers[0].source == 0 and len(plan.layers) < 5
+    assert plan.kept == pytest.approx(layer_params(prune(model, plan)) / layer_params(model)) and plan.kept <= keep
+
+
+def test_what_a_convolution_ties_is_refused_in_one_line(convolved):
+    model, scores = convolved
+    with pytest.raises(
+        InputError, match="units: got .*; accepted: units without hidden for a model with a convolution"
+    ):
+        plan_pruning(model, scores, 0.5, units=("neurons", "hidden"))
+    every = full_plan(model)
+    for plan in (replace(every, layers=every.layers[1:]), replace(every, hidden=(0, 1))):
+        with pytest.raises(InputError, match="plan: got .*; accepted: layer 0 and every channel"):
+            prune(model, plan)
+    rows = [LayerPlan(i, (), ()) for i in range(5)]
+    least = layer_params(prune(model, PruningPlan("deberta-v2", tuple(rows[:1])))) / layer_params(model)
+    units = ("layers", "neurons", "heads")
+    assert [row.source for row in plan_pruning(model, scores, least * 1.01, units=units).layers] == [0]
+    with pytest.raises(InputError, match="keep: got .*; accepted: at least 0.0"):
+        plan_pruning(model, scores, least * 0.9, units=units)
+
+
+def test_no_ffn_takes_over_across_the_convolution(convolved):
+    model, _ = convolved
+    found = fit_bypasses(model, keep_layers(model, [0, 2, 4]), [family_batch(model)])
+    assert set(found.norms) == {2}, "layer 3; not layer 1, which reads what the convolution gives"
+
+
+def test_single_layers_of_a_convolved_model_have_a_latency(convolved):
+    model, _ = convolved
+    clock = lambda first, second: (first() is None, 1.0 + (second() is None))  # noqa: E731
+    for index in (0, 3):
+        size = sizes_of(model)[index]
+        assert layer_run(model, index, size, HIDDEN, 2, 8)()[0].shape[-1] == HIDDEN
+    assert {row[0] for row in layer_times(model, 2, 8, clock)} == {HIDDEN}
 
 
 @pytest.fixture(scope="module")

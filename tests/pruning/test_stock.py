@@ -8,6 +8,7 @@ from family_examples import (
     DECODERS,
     ENCODERS,
     HEADS,
+    HIDDEN,
     QUERIES,
     VARIANTS,
     aligned,
@@ -19,11 +20,14 @@ from family_examples import (
 )
 
 from distill_llm.checkpoint import load_pretrained
+from distill_llm.pruning.criteria import Importance
 from distill_llm.pruning.families import FAMILIES, lineage_of
 from distill_llm.pruning.plan import LayerPlan, PruningPlan, keep_layers
-from distill_llm.pruning.structure import hidden_size, layer_shapes
+from distill_llm.pruning.planning import plan_pruning
+from distill_llm.pruning.stock import stock_accepts
+from distill_llm.pruning.structure import hidden_size, layer_shapes, sizes_of
 from distill_llm.pruning.supported import UNITS, supported
-from distill_llm.pruning.surgery import prune, stock_expressible
+from distill_llm.pruning.surgery import prune, stock_expressible, why_not_stock
 
 EVERY_UNIT = ("heads", "queries", "neurons", "layers", "hidden")
 # Checked against the class and the outputs below.
@@ -52,6 +56,8 @@ def test_the_list_of_families_says_what_is_tested_here():
         assert row.grouped == grouped, family
         assert row.units == tuple(unit for unit in UNITS if grouped or unit != "queries")
         assert row.stock == tuple(unit for unit in row.units if says(family, unit)), family
+        odd = stock_accepts(model.config, 7, 7, HIDDEN)  # seven heads, 32 channels
+        assert row.dividing == ("heads" in row.stock and not odd), family
 
 
 @pytest.mark.parametrize("units", EVERY_UNIT)
@@ -108,3 +114,82 @@ def test_uneven_students_are_never_stock():
     ):
         plans = tuple(LayerPlan(i, h, tuple(n), q) for i, (h, n, q) in enumerate(rows))
         assert not stock_expressible(prune(model, PruningPlan("llama", plans)))
+
+
+# Uniform plans: of the numbers that meet a budget, those that the family's own config takes.
+
+
+@pytest.mark.parametrize("keep", [0.75, 0.6, 0.4])
+@pytest.mark.parametrize(
+    "units", [("heads", "neurons"), ("queries", "neurons"), ("heads", "neurons", "hidden")], ids=str
+)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3_text", "qwen2"])
+def test_uniform_plans_are_such_that_plain_transformers_can_load_them(name, units, keep):
+    """Eight query heads: three of four groups would be six, which do not divide 32 channels."""
+    model = family_model(name, num_key_value_heads=2 if "queries" in units else 4, intermediate_size=256)
+    plan = plan_pruning(model, random_importance(model), keep, units=units, uniform=True)
+    student = prune(model, plan)
+    assert plan.note is None and 0.99 * keep <= plan.kept <= keep
+    assert stock_expressible(student) == ("hidden" not in units or says(name, "hidden"))
+    assert (why_not_stock(student) is None) == stock_expressible(student)
+    assert hidden_size(student) < 32 or "hidden" not in units
+
+
+def random_importance(model) -> Importance:
+    """Scores of every unit of a model."""
+    generator, sizes = torch.Generator().manual_seed(0), sizes_of(model)
+    heads, neurons, queries = (
+        tuple(torch.rand(getattr(size, kind), generator=generator) for size in sizes)
+        for kind in ("groups", "neurons", "queries")
+    )
+    layers, hidden = torch.rand(len(sizes), generator=generator), torch.rand(hidden_size(model), generator=generator)
+    return Importance("taylor", heads, neurons, layers, queries, hidden=hidden)
+
+
+def test_a_config_that_takes_no_other_number_of_heads_does_not_keep_them_all(tmp_path):
+    """Phi-3 with longrope takes the head size from the width: all heads or none. All stay where they are near the share."""
+    factors = {"short_factor": [1.0, 1.5, 2.0, 2.0], "long_factor": [1.0, 2.0, 3.0, 4.0]}
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": 32, **factors}
+    model = family_model("phi3", rope_parameters=rope, hidden_size=64)
+    near, far = (plan_pruning(model, random_importance(model), keep, uniform=True) for keep in (0.85, 0.5))
+    assert {len(row.heads) for row in near.layers} == {4} and why_not_stock(prune(model, near)) is None
+    assert {len(row.heads) for row in far.layers} == {2}
+    student = prune(model, far)
+    line = why_not_stock(student)
+    assert line.startswith("Phi3Config refuses its sizes: ") and "short_factor" in line and "\n" not in line
+    student.save_pretrained(tmp_path)
+    assert why_not_stock(load_pretrained(tmp_path)) == line
+
+
+@pytest.mark.parametrize(
+    ("name", "units", "line"),
+    [
+        ("llama", "hidden 21", "LlamaConfig refuses its sizes: The hidden size (21) is not a multiple of"),
+        ("llama", "heads 3", "LlamaConfig refuses its sizes: The hidden size (32) is not a multiple of"),
+        (
+            "bert",
+            "heads 3",
+            "BertForSequenceClassification refuses its sizes: The hidden size (32) is not a multiple of",
+        ),
+        (
+            "bert",
+            "heads 4",
+            "BertConfig cannot say what it is: bert.encoder.layer.0.attention.self.attention_head_size",
+        ),
+        (
+            "gemma2",
+            "hidden 16",
+            "Gemma2Config cannot say what it is: model.embed_tokens.scalar_embed_scale would be 4.0",
+        ),
+        ("llama", "uneven", "its layers keep different numbers of heads or neurons"),
+        ("llama", "heads 0", "its layers have no attention or no FFN left"),
+    ],
+)
+def test_why_a_student_is_not_stock_is_said_in_one_line(name, units, line):
+    model = family_model(name)
+    kind, _, count = units.partition(" ")
+    heads = range(int(count)) if kind == "heads" else range(groups_of(model))
+    rows = (LayerPlan(i, tuple(heads), tuple(range(64 - i * (kind == "uneven")))) for i in range(5))
+    channels = tuple(range(int(count))) if kind == "hidden" else None
+    found = why_not_stock(prune(model, PruningPlan(name, tuple(rows), hidden=channels)))
+    assert found.startswith(line) and "\n" not in found and len(found) < 250

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from family_examples import ENCODERS, EVERY, HIDDEN, QUERIES, family_model, groups_of, neurons_of
+from family_examples import ENCODERS, EVERY, HIDDEN, QUERIES, family_model, groups_of, narrows, neurons_of
 from helpers import tiny_model
 from pruning_examples import UNEVEN, flops_of, plan_of, random_scores
 from torch import nn
@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel
 
 from distill_llm.errors import InputError
 from distill_llm.pruning.families import family_of, layers_of, pack_indices, unpack_indices
-from distill_llm.pruning.plan import full_plan, keep_layers
+from distill_llm.pruning.plan import LayerPlan, PruningPlan, full_plan, keep_layers
 from distill_llm.pruning.planning import plan_pruning
 from distill_llm.pruning.structure import head_size_of, layer_shapes, unit_costs
 from distill_llm.pruning.surgery import prune
@@ -36,6 +36,8 @@ def test_a_unit_costs_the_parameters_that_are_gone_without_it(name):
     if shared > 1:
         kept = tuple(i for i in range(QUERIES) if i % shared)
         assert gone(queries=kept) == pytest.approx(groups * costs.query_at())
+    if not narrows(model):
+        return
     narrow = prune(model, replace(one, hidden=tuple(range(5, HIDDEN))))
     assert params(narrow) == pytest.approx(costs.of(layer_shapes(model), HIDDEN - 5))
     assert whole - params(narrow) == pytest.approx(5 * costs.channel(layer_shapes(model)))
@@ -64,10 +66,13 @@ def test_a_unit_costs_the_flops_that_are_gone_without_it(name):
     assert gone(neurons=tuple(range(2, neurons))) == pytest.approx(2 * costs.neuron)
     if shared > 1:
         assert gone(queries=tuple(i for i in range(QUERIES) if i % shared)) == pytest.approx(groups * costs.query_at())
-    assert flops(replace(one, hidden=tuple(range(5, HIDDEN)))) == pytest.approx(costs.of(shapes, HIDDEN - 5))
+    if narrows(model):
+        assert flops(replace(one, hidden=tuple(range(5, HIDDEN)))) == pytest.approx(costs.of(shapes, HIDDEN - 5))
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "gemma3_text", "mistral", "olmo2", "falcon-multi-query"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt2", "gemma2", "gemma3_text", "mistral", "olmo2", "falcon-grouped", "falcon-multi-query"]
+)
 def test_memory_is_the_bytes_of_weights_and_of_the_cache_that_a_forward_pass_leaves(name):
     """Counted on the cache's own tensors, at a length below every window; a window holds no more, however long the text."""
     model, length = family_model(name), 6
@@ -84,6 +89,20 @@ def test_memory_is_the_bytes_of_weights_and_of_the_cache_that_a_forward_pass_lea
     assert unit_costs(below, "memory", 3, 1000).of(layer_shapes(model)) == pytest.approx(expected), (
         "without its head too"
     )
+
+
+def test_single_queries_take_their_share_of_a_cache_that_holds_one_for_each():
+    """Falcon's new architecture repeats the keys and values of a group for all its queries, then caches them."""
+    model, length = family_model("falcon-grouped"), 6
+    costs = unit_costs(model, "memory", 3, length)
+    rows = [LayerPlan(i, tuple(range(4)), tuple(range(128)), (0, 2, 4, 6) if i == 1 else None) for i in range(5)]
+    student = prune(model, PruningPlan("falcon", tuple(rows)))
+    with torch.no_grad():
+        caches = [each(torch.full((3, length), 5), use_cache=True).past_key_values for each in (model, student)]
+    whole, left = (sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers) for cache in caches)
+    gone = 4 * (params(model) - params(student) + whole - left)
+    assert whole > left and gone == pytest.approx(4 * costs.query_at(layer=1))
+    assert costs.of(layer_shapes(student)) == pytest.approx(4 * (params(student) + left))
 
 
 WINDOWS = (8, 1000, 8, 1000, 8)
@@ -162,7 +181,6 @@ def test_a_family_without_a_row_gets_a_line_that_says_how_to_add_one():
     [
         ("bert", {"add_cross_attention": True, "is_decoder": True}),
         ("gpt2", {"add_cross_attention": True}),
-        ("deberta-v2", {"conv_kernel_size": 3}),
     ],
 )
 def test_models_with_parts_that_a_row_does_not_tell_of_are_refused(family, part):
