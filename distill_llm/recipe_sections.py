@@ -183,7 +183,11 @@ class PruningSection(Section):
     round_to: int = Field(
         default=1, ge=1, description="kept FFN neurons of a layer, and channels (hidden), are a multiple of this"
     )
-    uniform: bool = Field(default=False, description="the same number of heads and of neurons in every layer")
+    uniform: bool = Field(
+        default=False,
+        description="the same number of heads and of neurons in every layer, such as plain transformers can load where the budget"
+        " allows",
+    )
     min_heads: int = Field(default=0, ge=0, description="heads (KV groups) that every remaining layer keeps at least")
     min_neurons: int = Field(default=0, ge=0, description="FFN neurons that every remaining layer keeps at least")
     compensate: bool = Field(
