@@ -43,8 +43,24 @@ def needs_code(config: dict[str, Any]) -> bool:
 def loading(student_dir: str | Path) -> str:
     """One line that says how the student loads, and why so."""
     config = read_config(student_dir)
-    why = "sizes that no stock config can say" if needs_code(config) else "a stock transformers model"
+    why = "a stock transformers model"
+    if needs_code(config):
+        why = _why_not_stock(student_dir, config) if "pruning" in config else "a model with code of its own"
     return f"{_call(config, json.dumps(str(student_dir)))}: {why}"
+
+
+def _why_not_stock(student_dir: str | Path, config: dict[str, Any]) -> str:
+    """What the stock class has against the sizes of a pruned model, tried without weights."""
+    import torch
+    import transformers
+
+    from distill_llm.pruning.surgery import pruned_class, why_not_stock
+
+    own = transformers.AutoConfig.from_pretrained(student_dir)
+    stock = getattr(transformers, auto_class(config)[0])._model_mapping[type(own)]
+    with torch.device("meta"):
+        reason = why_not_stock(pruned_class(stock)(own))
+    return reason or "its sizes are said in a config of its own"
 
 
 def snippet(student_dir: str | Path, model_id: str) -> str:

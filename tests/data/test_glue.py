@@ -59,7 +59,7 @@ def test_scoring_alone_needs_no_training_rows(tmp_path: Path) -> None:
 def test_official_tsv_of_every_task_gives_its_texts_and_labels(name: str, tmp_path: Path) -> None:
     data = load_task(name, str(write(tmp_path, name)))
     _, _, texts, label = OFFICIAL[name]
-    assert data.task is GLUE[name] and set(OFFICIAL) == set(GLUE)
+    assert data.task == GLUE[name] and set(OFFICIAL) == set(GLUE)
     for rows in (data.train, data.test):
         assert len(rows) == 4
         assert tuple(rows[0][column] for column in data.task.text_columns) == texts

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from distill_llm.errors import InputError
+from distill_llm.pruning.plan import PruningPlan, full_plan
+from distill_llm.pruning.surgery import prune
 from distill_llm.report import write_card
 from distill_llm.report.usage import loading
 
@@ -156,8 +159,12 @@ def test_trust_remote_code_only_where_the_checkpoint_has_code(tmp_path: Path) ->
 def test_one_line_says_how_a_student_loads(tmp_path: Path) -> None:
     stock = loading(student_folder(tmp_path / "a", "BertForMaskedLM"))
     assert stock == f'AutoModelForMaskedLM.from_pretrained("{tmp_path / "a"}"): a stock transformers model'
-    own = loading(student_folder(tmp_path / "b", "PrunedGPT2LMHeadModel", auto_map={"AutoModel": "x.PrunedGPT2Model"}))
-    assert f'AutoModelForCausalLM.from_pretrained("{tmp_path / "b"}", trust_remote_code=True): ' in own
+    model = tiny_model()
+    whole = full_plan(model).layers
+    cut = [replace(whole[0], neurons=whole[0].neurons[:7]), *whole[1:]]
+    prune(model, PruningPlan("bert", tuple(cut))).save_pretrained(tmp_path / "b")
+    own = f'AutoModelForSequenceClassification.from_pretrained("{tmp_path / "b"}", trust_remote_code=True): '
+    assert loading(tmp_path / "b") == own + "its layers keep different numbers of heads or neurons"
 
 
 @pytest.mark.parametrize("head", ["sequence-classification", "masked-lm", "gpt2"])
