@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from distill_llm.checks import check_cached_rows, check_recipe
@@ -63,7 +64,8 @@ def prune_recipe(recipe: Recipe) -> Path:
     assert section is not None and section.keep is not None
     file = section.statistics.expanduser() if section.statistics is not None else None
     stages = Stages(recipe)
-    teacher = stages.load(resolve_model(recipe.teacher.model)).eval()
+    where = torch.device("cpu") if section.offload else stages.processes.device
+    teacher = stages.load(resolve_model(recipe.teacher.model), device=where).eval()
     cut = stages.cutter(section).cut(teacher, teacher, section.keep, file)
     if not stages.processes.is_main_process:
         return target

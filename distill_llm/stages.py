@@ -91,7 +91,7 @@ class Stages:
         """A model in the dtype of a finished student on this process's device: itself where it is that, else a copy."""
         device = self.processes.device
         here = model.dtype == self.student_dtype and model.device.type == device.type
-        return model if here else converted(model, self.student_dtype, device)
+        return model if here else converted(model, self.student_dtype, device).to(device)  # type: ignore[arg-type]
 
     def save(self, model: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
         """Model and tokenizer; `weights` where the model's own are divided among processes."""
