@@ -42,18 +42,6 @@ def document_packer(column: str, tokenizer: PreTrainedTokenizerBase, max_length:
     return work
 
 
-def row_joiner(column: str, pack: Callable[[Rows], Rows]) -> Callable[[Rows], Rows]:
-    """A packer for data whose rows are lines of longer documents: those that it gets at once are one document.
-
-    A blank line parts them, as where perplexities on WikiText are published (GPTQ, Frantar et al., 2023, and after it).
-    """
-
-    def work(rows: Rows) -> Rows:
-        return pack({column: ["\n\n".join(rows[column])]})
-
-    return work
-
-
 def as_rows(input_ids: list[list[int]], labels: list[list[int]]) -> Rows:
     """Columns of rows without padding."""
     lengths = [len(ids) for ids in input_ids]

@@ -11,7 +11,7 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-from distill_llm.data.causal import CausalCollator, document_packer, row_joiner, sequence_packer
+from distill_llm.data.causal import CausalCollator, document_packer, sequence_packer
 from distill_llm.data.masked import MaskingCollator, masked_packer
 from distill_llm.data.padding import LENGTH, Collator, PaddingCollator, Rows
 from distill_llm.data.prompts import prompt_encoder
@@ -27,8 +27,7 @@ def encode(data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int) 
 
     Columns: `input_ids`, `attention_mask`, `token_type_ids` where the tokenizer makes them, `labels` (not for masked
     LM) and `length` (tokens of the row; what `train_sampling_strategy="group_by_length"` of transformers reads).
-    Documents of language modelling (each row one, or with `join_rows` each 1,000) are joined and cut into rows of
-    `max_length` tokens. Labels of causal LM are the
+    Documents of language modelling are joined and cut into rows of `max_length` tokens. Labels of causal LM are the
     tokens themselves, not shifted; those of prompts are -100. With `packing`, training sequences share rows, which then
     have `position_ids`. The result lies in the cache folder of `datasets`, under a key of the rows, the tokenizer and the
     length: the second call reads it. Prompts that leave no room for a response are left out, with a line in the log.
@@ -46,7 +45,7 @@ def encode(data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int) 
     check_tokenizer(task, tokenizer)
     most_tokens(task, tokenizer, max_length)
     work = _worker(task, tokenizer, max_length)
-    given = json.dumps([task.join_rows, task.chat_template_kwargs], sort_keys=True)
+    given = json.dumps(task.chat_template_kwargs, sort_keys=True)
     identity = [tokenizer_state(tokenizer), task.kind, task.text_columns, given, max_length, CACHE_FORMAT]
 
     def encoded(rows: Dataset) -> Dataset:
@@ -122,8 +121,7 @@ def _worker(task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> 
     if task.kind == "prompts":
         return prompt_encoder(task, tokenizer, max_length)
     if task.kind in ("causal_lm", "masked_lm"):
-        pack = (document_packer if task.kind == "causal_lm" else masked_packer)(column, tokenizer, max_length)
-        return row_joiner(column, pack) if task.join_rows else pack
+        return (document_packer if task.kind == "causal_lm" else masked_packer)(column, tokenizer, max_length)
 
     def work(rows: Rows) -> Rows:
         texts = [rows[column] for column in task.text_columns]

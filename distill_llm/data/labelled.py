@@ -64,12 +64,18 @@ def load_labelled(
 
 
 def load_text(
-    path: str, columns: Mapping[str, str] | None, causal: bool = False, training: bool = True
+    path: str,
+    columns: Mapping[str, str] | None,
+    causal: bool = False,
+    training: bool = True,
+    join_rows: bool = False,
 ) -> tuple[Task, Splits]:
     """A language-modelling task from documents: `.txt` files, or any data with a column of text (`text` unless `columns`
     says otherwise).
 
-    It is masked LM, or causal LM with `causal`. Splits are made as by `load_labelled`.
+    It is masked LM, or causal LM with `causal`. Splits are made as by `load_labelled`. With `join_rows` rows are lines of longer
+    documents: each 1,000 that follow one another are made one, parted by blank lines, as where perplexities on WikiText are
+    published (GPTQ, Frantar et al., 2023, and after it); without a test split the last tenth of the lines is set apart.
 
     Raises:
         InputError: nothing readable at `path`, or no such column of text.
@@ -80,8 +86,28 @@ def load_text(
     splits = read_splits(path, training=training)
     for split, rows in splits.items():
         check_texts(rows, names, split)
-    kept = {split: rows.select_columns([names["text"]]) for split, rows in with_test(splits).items()}
+    column = names["text"]
+    kept = {split: rows.select_columns([column]) for split, rows in splits.items()}
+    if join_rows:
+        kept = {split: _joined(rows, column) for split, rows in _with_last_tenth(kept).items()}
+    kept = with_test(kept)
     return (causal_lm if causal else masked_lm)("text", names["text"]), kept
+
+
+def _with_last_tenth(splits: Splits) -> Splits:
+    """The splits of lines with one to test on, in the order that they have."""
+    if {"test", "validation"} & splits.keys() or len(rows := splits["train"]) < 2:
+        return splits
+    kept = len(rows) - max(1, int(len(rows) * TEST_SHARE))
+    return {"train": rows.select(range(kept)), "test": rows.select(range(kept, len(rows)))}
+
+
+def _joined(rows: Dataset, column: str) -> Dataset:
+    return rows.map(_one_document, batched=True, batch_size=1000, fn_kwargs={"column": column})
+
+
+def _one_document(rows: Mapping[str, list[str]], column: str) -> dict[str, list[str]]:
+    return {column: ["\n\n".join(rows[column])]}
 
 
 def with_test(splits: Splits) -> Splits:

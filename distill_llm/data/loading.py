@@ -1,7 +1,6 @@
 """One door to all data: a task's name and a path in, rows in splits out."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from datasets import Dataset
@@ -86,8 +85,7 @@ def load_task(
         names, splits = load_prompts(_needed(task, path), columns, training, chat)
         spec = prompts(names, metric, max_new_tokens, packing, chat_template_kwargs, higher)
     else:
-        spec, splits = _load(task, path, columns, config, training)
-        spec = replace(spec, join_rows=join_rows)
+        spec, splits = _load(task, path, columns, config, training, join_rows)
     if chat_template_kwargs and spec.text_columns != CHAT:
         accepted = "nothing where data are no chats (chat: true makes chats of prompts)"
         raise InputError("data.chat_template_kwargs", dict(chat_template_kwargs), accepted)
@@ -122,7 +120,12 @@ def _check_prompts(
 
 
 def _load(
-    task: str, path: str | None, columns: Mapping[str, str] | None, config: PreTrainedConfig | None, training: bool
+    task: str,
+    path: str | None,
+    columns: Mapping[str, str] | None,
+    config: PreTrainedConfig | None,
+    training: bool,
+    join_rows: bool,
 ) -> tuple[Task, Splits]:
     if task in GLUE:
         return GLUE[task], load_glue(task, path, training)
@@ -132,7 +135,7 @@ def _load(
         return EMBEDDED, load_embedded()
     path = _needed(task, path)
     if task == "text":
-        return load_text(path, columns, config is not None and is_decoder(config), training)
+        return load_text(path, columns, config is not None and is_decoder(config), training, join_rows)
     known = (label_names(config) or tuple(map(str, range(config.num_labels or 0)))) if config is not None else None
     return load_labelled(task, path, columns, training, known)
 

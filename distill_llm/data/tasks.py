@@ -25,7 +25,6 @@ class Task:
         higher_is_better: whether a larger main metric is better.
         max_new_tokens: most tokens to generate for a response, where `metrics` judge them.
         packing: whether short training sequences share rows.
-        join_rows: whether rows of language modelling are lines of longer documents, rather than documents.
         chat_template_kwargs: what the chat template is given beside the chats that `messages` holds; plain JSON.
     """
 
@@ -38,7 +37,6 @@ class Task:
     higher_is_better: bool = True
     max_new_tokens: int = 64
     packing: bool = False
-    join_rows: bool = False
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property

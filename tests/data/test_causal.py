@@ -1,7 +1,6 @@
 """Causal language modelling: which models it is for, its rows and its batches."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,16 +65,24 @@ def test_documents_are_ended_and_cut_into_rows_with_their_tokens_as_labels() -> 
 def test_rows_that_are_lines_are_one_document(causal: bool, tmp_path: Path) -> None:
     lines = ["", f" = {words(1)} = \n", "", words(2, 3), words(4)]
     file = tmp_path / "a.jsonl"
-    file.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines * 2))
+    file.write_text("".join(json.dumps({"text": line}) + "\n" for line in [*lines, words(5)]))
     config = AutoConfig.for_model("llama" if causal else "bert")
     tokenizer = word_tokenizer(begins=True, pad=True, mask_token="w89")
-    data = load_task("text", str(file), config=config, join_rows=True)
-    whole = data_of(data.task, text=lines)
-    (row,) = encode(whole, tokenizer, 32).train["input_ids"]
+    rows = encode(load_task("text", str(file), config=config, join_rows=True), tokenizer, 32)
     text = tokenizer("\n\n".join(lines))["input_ids"]
-    assert row == ([*text, EOS] if causal else text)
-    apart = encode(data_of(replace(data.task, join_rows=False), text=lines), tokenizer, 32).train["input_ids"]
-    assert sum(ids.count(BOS) for ids in apart) == (3 if causal else 1)  # an encoder's texts share a row
+    assert rows.train["input_ids"][:] == [[*text, EOS] if causal else text], "in their order, the last tenth apart"
+    last = tokenizer(words(5))["input_ids"]
+    assert rows.test["input_ids"][:] == [[*last, EOS] if causal else last]
+
+
+def test_lines_are_joined_before_any_are_drawn(tmp_path: Path) -> None:
+    for split, count in (("train", 2500), ("test", 1)):
+        lines = (json.dumps({"text": f"line {i}"}) + "\n" for i in range(count))
+        (tmp_path / f"{split}.jsonl").write_text("".join(lines))
+    data = load_task("text", str(tmp_path), join_rows=True, train_examples=1, holdout_examples=2)
+    for document in (*data.train["text"], *data.validation["text"]):
+        numbers = [int(line.split()[1]) for line in document.split("\n\n")]
+        assert numbers == list(range(numbers[0], numbers[0] + len(numbers))) and len(numbers) in (500, 1000)
 
 
 def test_only_text_is_joined(tmp_path: Path) -> None:
