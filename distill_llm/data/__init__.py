@@ -1,4 +1,7 @@
-"""Tasks, where their rows come from, and how rows become batches."""
+"""Tasks, where their rows come from, and how rows become batches.
+
+May import: common, architectures, metrics, losses.
+"""
 
 from distill_llm.data.encoding import collator, encode
 from distill_llm.data.loading import TASKS, load_task

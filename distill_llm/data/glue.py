@@ -7,9 +7,9 @@ from typing import Any
 
 from datasets import Dataset, Features, Value
 
+from distill_llm.common.errors import InputError
 from distill_llm.data.sources import Splits, is_saved, read_splits
 from distill_llm.data.tasks import GLUE, Task
-from distill_llm.errors import InputError
 
 HUB_ID = "nyu-mll/glue"
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset
 
+from distill_llm.common.errors import InputError, one_of
 from distill_llm.data.sources import Splits, read_splits
 from distill_llm.data.tasks import Task, causal_lm, classification, masked_lm, regression
-from distill_llm.errors import InputError, one_of
 
 TEST_SHARE = 0.1
 TEST_SEED = 0

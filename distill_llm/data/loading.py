@@ -6,6 +6,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedConfig
 
+from distill_llm.common.errors import InputError, one_of
 from distill_llm.data.decoders import PACKED_FAMILIES, is_decoder
 from distill_llm.data.embedded import TASK as EMBEDDED
 from distill_llm.data.embedded import load_embedded
@@ -13,8 +14,8 @@ from distill_llm.data.glue import load_glue
 from distill_llm.data.labelled import load_labelled, load_text
 from distill_llm.data.prompts import CHAT, load_prompts
 from distill_llm.data.sources import Splits, resolve_path
-from distill_llm.data.tasks import GLUE, PROMPT_METRICS, Task, TaskData, label_names, prompts
-from distill_llm.errors import InputError, one_of
+from distill_llm.data.tasks import GLUE, Task, TaskData, label_names, prompts
+from distill_llm.metrics.registry import PROMPT_METRICS
 
 NAMED_COLUMNS = ("classification", "regression", "text", "prompts")
 TASKS = (*GLUE, "embedded", *NAMED_COLUMNS)
@@ -78,7 +79,7 @@ def load_task(
     if path is not None:
         path = resolve_path(path, "data.path")
     if task == "prompts":
-        from distill_llm.evaluation.metrics import prefers_higher  # imports this package
+        from distill_llm.metrics.registry import prefers_higher
 
         metric = metric or PROMPT_METRICS[0]
         higher = metric in PROMPT_METRICS or prefers_higher(metric)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from distill_llm.common.errors import InputError, one_of
 from distill_llm.data.causal import as_rows
 from distill_llm.data.chats import answered, as_chats, is_chat
 from distill_llm.data.labelled import check_texts, column_names, with_test
@@ -12,7 +13,6 @@ from distill_llm.data.padding import Rows
 from distill_llm.data.sources import Splits, read_splits
 from distill_llm.data.special_tokens import document_end, special_ends
 from distill_llm.data.tasks import Task, TaskData
-from distill_llm.errors import InputError, one_of
 from distill_llm.losses.labels import IGNORED
 
 PAIR = ("prompt", "response")

@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Dataset, load_dataset, load_from_disk
 
-from distill_llm.errors import InputError
+from distill_llm.common.errors import InputError
 
 PACKAGE = "package://"
 READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}

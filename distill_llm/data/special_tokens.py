@@ -6,9 +6,9 @@ from typing import Any
 import transformers
 from transformers import PreTrainedTokenizerBase
 
+from distill_llm.common.errors import InputError
 from distill_llm.data.chats import check_template_kwargs
 from distill_llm.data.tasks import Task
-from distill_llm.errors import InputError
 
 
 def special_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

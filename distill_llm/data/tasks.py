@@ -7,8 +7,6 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedConfig
 
-PROMPT_METRICS = ("perplexity", "exact_match", "final_answer")
-
 
 @dataclass(frozen=True)
 class Task:

@@ -2,8 +2,9 @@
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,15 +13,15 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from distill_llm.capture import item_logits, packed
+from distill_llm.common.errors import InputError
+from distill_llm.common.progress import progress_bar
 from distill_llm.data.causal import CausalCollator
 from distill_llm.data.padding import LENGTH, Collator
 from distill_llm.data.tasks import Task
-from distill_llm.errors import InputError
 from distill_llm.evaluation.generation import respond
-from distill_llm.evaluation.metrics import compute_metrics
 from distill_llm.evaluation.perplexity import causal_loss
-from distill_llm.progress import progress_bar
+from distill_llm.metrics.registry import METRICS, load_metric, text_score
+from distill_llm.models.capture import item_logits, packed
 
 
 def evaluate_model(
@@ -135,3 +136,21 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+def compute_metrics(task: Task, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
+    """All metrics of a task, under the names of their modules, and the main one again as `score`.
+
+    Args:
+        task: one with metrics; F1 is that of class 1 for two classes, else the mean over classes.
+        predictions: (rows,) class ids, values or texts.
+        references: (rows,) of the same kind.
+    """
+    result: dict[str, float] = {}
+    for name in task.metrics:
+        if name not in METRICS:
+            result[task.main_metric] = text_score(name, predictions, references)
+            continue
+        options = {"average": "macro"} if name == "f1" and task.num_labels > 2 else {}
+        result |= load_metric(name).compute(predictions=predictions, references=references, **options)
+    return {**result, "score": result[task.main_metric]}

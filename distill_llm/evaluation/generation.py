@@ -4,9 +4,9 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedModel
 
+from distill_llm.common.progress import progress_bar
 from distill_llm.data.causal import CausalCollator, prompt_length
 from distill_llm.losses.labels import IGNORED
-from distill_llm.progress import progress_bar
 from distill_llm.responses.decoding import Decoder
 from distill_llm.responses.sampling import Sampling
 

@@ -7,8 +7,8 @@ from transformers import PreTrainedModel
 
 from distill_llm.losses.chunked_head import head_losses
 from distill_llm.losses.items import targets
-from distill_llm.output_head import head_of
-from distill_llm.teachers.online import forward_inputs
+from distill_llm.models.inputs import forward_inputs
+from distill_llm.models.output_head import head_of
 
 
 def causal_loss(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:

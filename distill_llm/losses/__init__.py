@@ -1,6 +1,8 @@
 """Losses of distillation: pure functions of signals, and the objective that combines them.
 
 The public names load on first use: an objective is read and checked without torch.
+
+May import: common, architectures.
 """
 
 from importlib import import_module

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from distill_llm.errors import InputError
+from distill_llm.common.errors import InputError
 from distill_llm.losses.head import Head
 from distill_llm.losses.head_kernels import Block, Kernel, kernel_of, softmax_into
 from distill_llm.losses.labels import IGNORED

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from distill_llm.errors import InputError, one_of
+from distill_llm.common.errors import InputError, one_of
 from distill_llm.losses.divergences import DIVERGENCES, log_mixture
 from distill_llm.losses.logits import logits_divergence
 

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from distill_llm.errors import InputError
+from distill_llm.common.errors import InputError
 
 IGNORED = -100
 

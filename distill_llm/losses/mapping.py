@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from transformers import PreTrainedConfig
 
-from distill_llm.errors import InputError
-from distill_llm.pruning.families import LayerLineage, stock_values
+from distill_llm.architectures.families import LayerLineage, stock_values
+from distill_llm.common.errors import InputError
 
 
 class LayerPair(NamedTuple):

@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from distill_llm.errors import InputError, one_of
-from distill_llm.faults import faults_of
+from distill_llm.common.errors import InputError, one_of
+from distill_llm.common.validation import faults_of
 from distill_llm.losses.divergences import DIVERGENCES
 from distill_llm.losses.schedules import Temperature, Weight, largest, value_at
 

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from distill_llm.errors import InputError
+from distill_llm.common.errors import InputError
 from distill_llm.losses.attention import AttentionInputs, attention_distance
 
 MOST_HEADS = 12  # where no number is given; that of a BERT base

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from distill_llm.errors import InputError
-from distill_llm.faults import faults_of, raise_all
+from distill_llm.common.errors import InputError, raise_all
+from distill_llm.common.validation import faults_of
 
 
 class Schedule(BaseModel):

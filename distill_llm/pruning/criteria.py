@@ -12,10 +12,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from distill_llm.errors import InputError, one_of
+from distill_llm.common.errors import InputError, one_of
 from distill_llm.pruning.names import COMPARABLE, CRITERIA, NEEDS_GRADIENTS, RANKS_LAYERS
-from distill_llm.pruning.statistics import BY_LAYER, WHOLE, Statistics, UnitStatistics
-from distill_llm.pruning.structure import LayerShape
+from distill_llm.pruning.statistics.record import BY_LAYER, WHOLE, Statistics, UnitStatistics
+from distill_llm.pruning.units.sizes import LayerShape
 
 # What each criterion reads of a unit's statistics, from the sums and the numbers of examples and tokens.
 _PER_UNIT: dict[str, Callable[[UnitStatistics, int, int], torch.Tensor]] = {

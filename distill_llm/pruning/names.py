@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from typing import Literal, get_args
 
-from distill_llm.errors import InputError
+from distill_llm.common.errors import InputError
 
 Unit = Literal["heads", "queries", "neurons", "layers", "attention", "ffn", "hidden"]
 UNITS: tuple[Unit, ...] = get_args(Unit)

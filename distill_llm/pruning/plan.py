@@ -9,9 +9,10 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from distill_llm.errors import InputError
-from distill_llm.pruning.families import family_of
-from distill_llm.pruning.structure import LayerShape, hidden_size, layer_shapes, unit_costs
+from distill_llm.architectures.families import family_of
+from distill_llm.common.errors import InputError
+from distill_llm.pruning.units.costs import unit_costs
+from distill_llm.pruning.units.sizes import LayerShape, hidden_size, layer_shapes
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from rich import box
 from rich.table import Table
 from transformers import CONFIG_MAPPING
 
-from distill_llm.pruning.families import FAMILIES
+from distill_llm.architectures.families import FAMILIES
 from distill_llm.pruning.names import UNITS
 
 # Families whose own config takes only numbers of query heads that divide the width of the residual stream.

@@ -1,4 +1,7 @@
-"""What a run leaves for people: the report with its figures, and the student's model card."""
+"""What a run leaves for people: the report with its figures, and the student's model card.
+
+May import: common, architectures, data, models, pruning.
+"""
 
 from distill_llm.report.card import write_card
 from distill_llm.report.report import write_report

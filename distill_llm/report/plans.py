@@ -6,10 +6,11 @@ from pathlib import Path
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from distill_llm.pruning.families import lineage_of
-from distill_llm.pruning.modeling_pruned import Sizes
+from distill_llm.architectures.families import lineage_of
+from distill_llm.architectures.modeling_pruned import Sizes
 from distill_llm.pruning.plan import PruningPlan
-from distill_llm.pruning.structure import hidden_size, sizes_of, sources_in, unit_costs
+from distill_llm.pruning.units.costs import unit_costs
+from distill_llm.pruning.units.sizes import hidden_size, sizes_of, sources_in
 from distill_llm.report.figures import kept_figure
 from distill_llm.report.tables import MISSING, percent
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from distill_llm.errors import InputError
+from distill_llm.common.errors import InputError
 
 # Head of the architecture's name -> (auto class, the Hub's pipeline tag)
 HEADS = {
@@ -54,7 +54,7 @@ def _why_not_stock(student_dir: str | Path, config: dict[str, Any]) -> str:
     import torch
     import transformers
 
-    from distill_llm.pruning.surgery import pruned_class, why_not_stock
+    from distill_llm.pruning.cutting.surgery import pruned_class, why_not_stock
 
     own = transformers.AutoConfig.from_pretrained(student_dir)
     stock = getattr(transformers, auto_class(config)[0])._model_mapping[type(own)]

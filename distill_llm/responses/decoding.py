@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
+from distill_llm.common.errors import InputError
+from distill_llm.common.processes import exact_device
 from distill_llm.data.causal import CausalCollator
 from distill_llm.data.special_tokens import document_end
-from distill_llm.errors import InputError
 from distill_llm.losses.labels import IGNORED
-from distill_llm.processes import exact_device
 from distill_llm.responses.sampling import Draw, Known, Sampling
 
 

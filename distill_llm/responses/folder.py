@@ -13,10 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from distill_llm.errors import InputError
-from distill_llm.faults import raise_all
-from distill_llm.outputs import usable_output
-from distill_llm.run_folder import written_whole
+from distill_llm.common.errors import InputError, raise_all
+from distill_llm.common.files import written_whole
+from distill_llm.common.outputs import usable_output
 
 Row: TypeAlias = dict[str, Any]
 ABOUT, SHARDS, KEPT = "responses.json", "generated", "train.jsonl"

@@ -9,10 +9,10 @@ from typing import Any, TypeAlias
 from datasets import Dataset, Value
 from transformers import PreTrainedTokenizerBase
 
+from distill_llm.common.errors import InputError, one_of
 from distill_llm.data.chats import Chat, answered, as_turn, asked, is_chat
 from distill_llm.data.sources import read_splits, resolve_path
 from distill_llm.data.special_tokens import special_ends
-from distill_llm.errors import InputError, one_of
 
 Source: TypeAlias = str | Dataset | Sequence[str] | Sequence[Chat]
 CHUNK = 1000  # prompts tokenized at once

@@ -19,21 +19,21 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import distill_llm
-from distill_llm.checkpoint import load_pretrained
+from distill_llm.common.errors import InputError
+from distill_llm.common.processes import open_processes
+from distill_llm.common.progress import progress_bar
 from distill_llm.data.causal import CausalCollator
 from distill_llm.data.chats import check_template_kwargs
 from distill_llm.data.special_tokens import check_tokenizer
 from distill_llm.data.tasks import prompts as prompts_task
-from distill_llm.errors import InputError
-from distill_llm.opening import OpenModel, check_head, chosen_dtype, longest_input, open_model
-from distill_llm.processes import open_processes
-from distill_llm.progress import progress_bar
+from distill_llm.models.checkpoint import load_pretrained
+from distill_llm.models.finding import OpenModel, check_head, chosen_dtype, longest_input, open_model
+from distill_llm.models.fingerprints import teacher_fingerprint, tokenizer_fingerprint
 from distill_llm.responses.decoding import Decoder
 from distill_llm.responses.folder import Counts, ResponseFolder, kept_rows
 from distill_llm.responses.prompts import Prompt, Source, encode_prompts, read_contents
 from distill_llm.responses.sampling import Sampling
 from distill_llm.responses.work import Work
-from distill_llm.teachers.cache_contents import teacher_fingerprint, tokenizer_fingerprint
 
 
 def respond(

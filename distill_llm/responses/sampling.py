@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import LogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from distill_llm.errors import InputError
+from distill_llm.common.errors import InputError
 
 
 @dataclass(frozen=True)

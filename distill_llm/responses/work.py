@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from distill_llm.errors import InputError
+from distill_llm.common.errors import InputError
 from distill_llm.responses.folder import ResponseFolder, Row
 from distill_llm.responses.prompts import Prompt
 

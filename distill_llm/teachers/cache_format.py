@@ -39,10 +39,10 @@ import numpy as np
 import torch
 from safetensors.numpy import save
 
-from distill_llm.errors import InputError, one_of
+from distill_llm.common.errors import InputError, one_of
+from distill_llm.common.processes import exact_device
 from distill_llm.losses.items import Kind
 from distill_llm.losses.sparse import SparseTargets, entropy_of
-from distill_llm.processes import exact_device
 
 FORMAT = 4
 INDEX_NAME = "index.json"

@@ -16,18 +16,12 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from distill_llm.capture import Signals
-from distill_llm.errors import InputError
+from distill_llm.common.errors import InputError
+from distill_llm.common.progress import progress_bar
 from distill_llm.losses.items import counted, valid_tokens
-from distill_llm.progress import progress_bar
-from distill_llm.teachers.cache_contents import (
-    Examples,
-    check_fingerprints,
-    chosen_tokens,
-    find_examples,
-    teacher_fingerprint,
-    tokenizer_fingerprint,
-)
+from distill_llm.models.capture import Signals
+from distill_llm.models.fingerprints import teacher_fingerprint, tokenizer_fingerprint
+from distill_llm.teachers.cache_contents import Examples, check_fingerprints, chosen_tokens, find_examples
 from distill_llm.teachers.cache_format import (
     INDEX_NAME,
     CacheIndex,

@@ -4,9 +4,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from distill_llm.common.errors import InputError
 from distill_llm.data.special_tokens import token_count
 from distill_llm.data.tasks import label_names, same_names
-from distill_llm.errors import InputError
 from distill_llm.losses.items import kind_of
 from distill_llm.teachers.cache import CachedTeacher
 

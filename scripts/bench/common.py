@@ -25,7 +25,7 @@ from distill_llm import collect_statistics, load_pretrained, plan_pruning, prune
 from distill_llm.data.encoding import LENGTH, collator, encode
 from distill_llm.data.loading import load_task
 from distill_llm.data.tasks import GLUE, TaskData
-from distill_llm.profiling import device_name
+from distill_llm.measuring.profiling import device_name
 
 MAX_LENGTH = 128
 SYNTHETIC_LENGTH = 64

@@ -24,11 +24,11 @@ from typing import Any
 import common
 import torch
 
-from distill_llm.counting import _LiveStorages
 from distill_llm.losses.chunked_head import head_losses
 from distill_llm.losses.head import Head
 from distill_llm.losses.labels import label_loss
 from distill_llm.losses.logits import logits_divergence
+from distill_llm.measuring.counting import _LiveStorages
 
 FLOOR = "four products"
 TEMPERATURE = 2.0

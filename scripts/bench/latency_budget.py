@@ -15,7 +15,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from distill_llm import collect_statistics, compare, plan_pruning, prune, score
-from distill_llm.pruning.latency import latency_costs, plan_for_latency
+from distill_llm.pruning.planning.latency import latency_costs, plan_for_latency
 
 Row = dict[str, float | str | None]
 

@@ -37,10 +37,10 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from distill_llm import Statistics, collect_statistics, fit_bypasses, plan_pruning, prune, score
-from distill_llm.counting import count_params
+from distill_llm.architectures.families import layers_of
 from distill_llm.data.causal import CausalCollator
-from distill_llm.pruning.families import layers_of
-from distill_llm.pruning.structure import unit_costs
+from distill_llm.measuring.counting import count_params
+from distill_llm.pruning.units.costs import unit_costs
 
 Batches = Sequence[dict[str, torch.Tensor]]
 PLAIN = ("fisher", "taylor", "wanda", "activation", "magnitude", "random")

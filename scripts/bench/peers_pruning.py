@@ -31,9 +31,9 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from distill_llm import Importance, Statistics, collect_statistics, plan_pruning, prune, score
-from distill_llm.counting import count_params
-from distill_llm.pruning.families import layers_of
-from distill_llm.pruning.structure import unit_costs
+from distill_llm.architectures.families import layers_of
+from distill_llm.measuring.counting import count_params
+from distill_llm.pruning.units.costs import unit_costs
 
 Gradients = dict[str, torch.Tensor]
 Student = tuple[Any, int]

@@ -22,11 +22,11 @@ from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedModel
 
 from distill_llm import collect_statistics, load_pretrained, plan_pruning, prune, score
-from distill_llm.counting import count_params
 from distill_llm.data import collator, encode, load_task
 from distill_llm.data.encoding import LENGTH
 from distill_llm.evaluation import evaluate_model
-from distill_llm.profiling import device_name
+from distill_llm.measuring.counting import count_params
+from distill_llm.measuring.profiling import device_name
 
 CASES = [
     ("fisher", "global"),

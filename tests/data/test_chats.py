@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from causal_examples import (
+from builders.causal import (
     CHAT_TEMPLATE,
     EOS,
     THINKING_TEMPLATE,
@@ -15,20 +15,20 @@ from causal_examples import (
     ids,
     word_tokenizer,
 )
-from recipe_inputs import faults_at_the_door
+from builders.recipes import faults_at_the_door
 from typer.testing import CliRunner
 
 import distill_llm
-from distill_llm.cli import app
+from distill_llm.cli.main import app
+from distill_llm.common.errors import InputError
 from distill_llm.data import collator, encode, load_task
 from distill_llm.data.tasks import prompts
-from distill_llm.errors import InputError
 from distill_llm.evaluation.evaluate import evaluate_model
 from distill_llm.evaluation.generation import respond
 from distill_llm.losses.objective import Responses
-from distill_llm.on_policy import StudentResponses
-from distill_llm.recipe import Recipe, parse_recipe
-from distill_llm.run_folder import RunFolder
+from distill_llm.pipeline.folder import RunFolder
+from distill_llm.recipe.recipe import Recipe, parse_recipe
+from distill_llm.training.on_policy import StudentResponses
 
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + CHAT_TEMPLATE
 OUT_OF_TYPE = "{{ 1 + messages[0]['content'] }}"
@@ -172,7 +172,7 @@ def test_a_date_is_no_value_for_a_template() -> None:
 
 
 def test_a_run_or_a_cache_of_another_template_is_not_gone_on_with(tmp_path: Path) -> None:
-    from distill_llm.teachers.caching import cache_recipe
+    from distill_llm.pipeline.caching import cache_recipe
 
     cached = recipe(tmp_path, QUESTIONS, THINKING_TEMPLATE, **NAMED, chat_template_kwargs=OFF)
     cached.teacher.cache = tmp_path / "cache"

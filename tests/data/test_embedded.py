@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from distill_llm.common.errors import InputError
 from distill_llm.data import load_task
 from distill_llm.data.embedded import distinct, read_tweets, repair
-from distill_llm.errors import InputError
 
 
 @pytest.mark.parametrize(

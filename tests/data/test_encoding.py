@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders.models import tiny_model
 from datasets import Dataset
-from helpers import tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
+from distill_llm.common.errors import InputError
 from distill_llm.data import GLUE, TaskData, collator, encode
 from distill_llm.data.epochs import Epoch
 from distill_llm.data.tasks import masked_lm
-from distill_llm.errors import InputError
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 

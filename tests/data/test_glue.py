@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict
 
+from distill_llm.common.errors import InputError
 from distill_llm.data import GLUE, load_task
-from distill_llm.errors import InputError
 
 MNLI = ["index", "promptID", "pairID", "genre", "sentence1_binary_parse", "sentence2_binary_parse"]
 MNLI += ["sentence1_parse", "sentence2_parse", "sentence1", "sentence2", "label1"]

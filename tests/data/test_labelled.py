@@ -6,8 +6,8 @@ import pytest
 from datasets import ClassLabel, Dataset
 from transformers import BertConfig, BertTokenizer
 
+from distill_llm.common.errors import InputError
 from distill_llm.data import encode, load_task
-from distill_llm.errors import InputError
 
 ROWS = {"q": ["a", 'b "', "NA", "d"] * 5, "r": ["w", "x", "y", "z"] * 5, "kind": ["no", "yes", "maybe", "yes"] * 5}
 COLUMNS = {"text": "q", "text_pair": "r", "label": "kind"}

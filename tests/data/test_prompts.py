@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from causal_examples import BOS, CHAT_TEMPLATE, EOS, causal_model, data_of, ids, word_tokenizer, words
+from builders.causal import BOS, CHAT_TEMPLATE, EOS, causal_model, data_of, ids, word_tokenizer, words
 from datasets import Dataset
 from transformers import AutoConfig
 
+from distill_llm.common.errors import InputError
 from distill_llm.data import collator, encode, load_task
 from distill_llm.data.decoders import PACKED_FAMILIES, without_packed_mask
 from distill_llm.data.tasks import prompts
-from distill_llm.errors import InputError
 
 LLAMA = AutoConfig.for_model("llama")
 CHATS = [

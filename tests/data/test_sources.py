@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, DatasetDict
 
+from distill_llm.common.errors import InputError
 from distill_llm.data import load_task, resolve_path
 from distill_llm.data.sources import read_documents
-from distill_llm.errors import InputError
 
 
 def documents(file: Path) -> list[str]:

@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
+from builders.models import tiny_model
 from datasets import Dataset
-from helpers import tiny_model
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import PreTrainedTokenizerBase
 
+from distill_llm.common.errors import InputError
 from distill_llm.data import GLUE, collator
 from distill_llm.data.tasks import masked_lm
-from distill_llm.errors import InputError
 from distill_llm.evaluation import evaluate_model, predict
 
 

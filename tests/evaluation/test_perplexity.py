@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from causal_examples import EOS, causal_model, data_of, word_tokenizer, words
+from builders.causal import EOS, causal_model, data_of, word_tokenizer, words
 from torch.nn.functional import log_softmax
 from transformers import GenerationConfig, PreTrainedModel
 

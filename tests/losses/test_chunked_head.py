@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from head_examples import (
+from builders.heads import (
     CLASSES,
     ITEMS,
     assert_equals_dense,
@@ -19,7 +19,7 @@ from head_examples import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from distill_llm.errors import InputError
+from distill_llm.common.errors import InputError
 from distill_llm.losses import chunked_head
 from distill_llm.losses.chunked_head import head_losses
 from distill_llm.losses.divergences import DIVERGENCES

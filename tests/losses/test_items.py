@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from helpers import tiny_model
+from builders.models import tiny_model
 
 from distill_llm.losses.items import count_items, kind_of, targets, valid_tokens
 

@@ -5,8 +5,14 @@ import math
 import pytest
 import torch
 
-from distill_llm.errors import InputError
-from distill_llm.losses import AttentionInputs, attention_distance, hidden_distance, label_loss, logits_divergence
+from distill_llm.common.errors import InputError
+from distill_llm.losses import (
+    AttentionInputs,
+    attention_distance,
+    hidden_distance,
+    label_loss,
+    logits_divergence,
+)
 from distill_llm.losses.attention import BLOCK
 
 P, Q = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.25, 0.25, 0.5])

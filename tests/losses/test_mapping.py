@@ -2,9 +2,9 @@
 
 import pytest
 
-from distill_llm.errors import InputError
+from distill_llm.architectures.families import LayerLineage
+from distill_llm.common.errors import InputError
 from distill_llm.losses.mapping import LayerPair, attention_pairs, hidden_pairs, relative_lineage
-from distill_llm.pruning.families import LayerLineage
 
 LINEAGE = (LayerLineage(1, (0, 2), (5, 6)), LayerLineage(2, (), (1,)), LayerLineage(4, (3,), ()))
 

@@ -9,7 +9,7 @@ import warnings
 import pytest
 import yaml
 
-from distill_llm.errors import InputError
+from distill_llm.common.errors import InputError
 from distill_llm.losses import hidden, parse_objective
 from distill_llm.losses.divergences import DIVERGENCES
 from distill_llm.losses.objective import DISTANCES, LogitsLoss

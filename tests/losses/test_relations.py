@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from distill_llm.errors import InputError
+from distill_llm.common.errors import InputError
 from distill_llm.losses.relations import relation_distance
 
 VALID = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]])

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distill_llm.errors import InputError
+from distill_llm.common.errors import InputError
 from distill_llm.losses.chunked_head import head_losses
 from distill_llm.losses.head import Head
 from distill_llm.losses.sparse import SparseTargets

@@ -1,7 +1,7 @@
 """Tests of pruning compare with references in fp32, whatever this processor is fastest at."""
 
 import pytest
-from pruning_examples import processor_with_bf16
+from builders.pruning import processor_with_bf16
 
 
 @pytest.fixture(autouse=True)

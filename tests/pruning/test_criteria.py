@@ -5,23 +5,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from family_examples import DECODERS, HIDDEN, QUERIES, family_model
-from helpers import random_batch, tiny_model
-from pruning_examples import inputs_of, layers_in, linears_in, names_of, without
+from builders.families import DECODERS, HIDDEN, QUERIES, family_model
+from builders.models import random_batch, tiny_model
+from builders.pruning import inputs_of, layers_in, linears_in, names_of, without
 from scipy.stats import spearmanr
 from torch import nn
 from torch.nn import functional as F
 
-from distill_llm.errors import InputError
-from distill_llm.pruning.collecting import collect_statistics
+from distill_llm.architectures.families import family_of, layers_of
+from distill_llm.common.errors import InputError
 from distill_llm.pruning.criteria import Importance, score
-from distill_llm.pruning.families import family_of, layers_of
-from distill_llm.pruning.leave_one_out import leave_one_out
-from distill_llm.pruning.masking import masked
+from distill_llm.pruning.cutting.masking import masked
+from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.names import CRITERIA, UNITS
 from distill_llm.pruning.plan import full_plan
-from distill_llm.pruning.structure import layer_shapes
-from distill_llm.pruning.surgery import prune
+from distill_llm.pruning.statistics.collecting import collect_statistics
+from distill_llm.pruning.statistics.leave_one_out import leave_one_out
+from distill_llm.pruning.units.sizes import layer_shapes
 
 
 def losses_of(model, batch) -> torch.Tensor:

@@ -5,15 +5,16 @@ from itertools import product
 
 import pytest
 import torch
-from family_examples import family_model
-from helpers import tiny_model
-from pruning_examples import UNEVEN, flops_of, layer_params, plan_of, random_scores
+from builders.families import family_model
+from builders.models import tiny_model
+from builders.pruning import UNEVEN, flops_of, layer_params, plan_of, random_scores
 
-from distill_llm.errors import InputError
+from distill_llm.common.errors import InputError
+from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.plan import LayerPlan, PruningPlan, full_plan, keep_layers
-from distill_llm.pruning.planning import plan_pruning
-from distill_llm.pruning.structure import layer_shapes, unit_costs
-from distill_llm.pruning.surgery import prune
+from distill_llm.pruning.planning.planner import plan_pruning
+from distill_llm.pruning.units.costs import unit_costs
+from distill_llm.pruning.units.sizes import layer_shapes
 
 TOKENS = 16
 

@@ -4,14 +4,14 @@ import json
 from dataclasses import replace
 
 import pytest
-from helpers import tiny_model
-from pruning_examples import plan_of, random_scores
+from builders.models import tiny_model
+from builders.pruning import plan_of, random_scores
 
-from distill_llm.errors import InputError
+from distill_llm.common.errors import InputError
+from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.plan import LayerPlan, PruningPlan, full_plan
-from distill_llm.pruning.planning import plan_pruning
-from distill_llm.pruning.structure import layer_shapes
-from distill_llm.pruning.surgery import prune
+from distill_llm.pruning.planning.planner import plan_pruning
+from distill_llm.pruning.units.sizes import layer_shapes
 
 
 @pytest.fixture(scope="module")

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 import yaml
-from causal_examples import causal_model
-from helpers import tiny_model
+from builders.causal import causal_model
+from builders.models import tiny_model
+from builders.reports import metrics, student_folder
 from huggingface_hub import ModelCard
-from report_examples import metrics, student_folder
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from distill_llm.errors import InputError
+from distill_llm.common.errors import InputError
+from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.plan import PruningPlan, full_plan
-from distill_llm.pruning.surgery import prune
 from distill_llm.report import write_card
 from distill_llm.report.usage import loading
 

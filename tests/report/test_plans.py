@@ -4,13 +4,13 @@ import io
 import json
 
 import pytest
-from family_examples import family_model, uneven_plan
-from helpers import tiny_model
+from builders.families import family_model, uneven_plan
+from builders.models import tiny_model
 from matplotlib.image import imread
 from rich.console import Console
 
+from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.plan import LayerPlan, PruningPlan
-from distill_llm.pruning.surgery import prune
 from distill_llm.report.plans import kept_by, kept_of, plan_figure, plan_table
 
 

@@ -4,10 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
+from builders.reports import metrics, student_folder
 from matplotlib.image import imread
-from report_examples import metrics, student_folder
 
-from distill_llm.errors import InputError
+from distill_llm.common.errors import InputError
 from distill_llm.report import write_report
 from distill_llm.report.figures import kept_figure, score_figure
 

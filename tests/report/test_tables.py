@@ -1,9 +1,16 @@
 """The tables hold the numbers of the run, in words that can be read."""
 
 import pytest
-from report_examples import metrics
+from builders.reports import metrics
 
-from distill_llm.report.tables import columns, duration, markdown_table, results_table, retention, rounds_table
+from distill_llm.report.tables import (
+    columns,
+    duration,
+    markdown_table,
+    results_table,
+    retention,
+    rounds_table,
+)
 
 
 def cells(table: str) -> dict[str, list[str]]:

@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
-from causal_examples import word_tokenizer
-from response_examples import PROMPTS, alone, teacher
+from builders.causal import word_tokenizer
+from builders.responses import PROMPTS, alone, teacher
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from distill_llm.common.errors import InputError
+from distill_llm.common.processes import exact_device
 from distill_llm.data.causal import CausalCollator
-from distill_llm.errors import InputError
-from distill_llm.processes import exact_device
 from distill_llm.responses.decoding import Decoder
 from distill_llm.responses.prompts import encode_prompts
 from distill_llm.responses.sampling import Draw, Sampling

@@ -5,15 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from causal_examples import EOS, THINKING_TEMPLATE, ids, word_tokenizer, words
-from response_examples import PROMPTS, alone, rows_of, save_teacher, teacher
+from builders.causal import EOS, THINKING_TEMPLATE, ids, word_tokenizer, words
+from builders.responses import PROMPTS, alone, rows_of, save_teacher, teacher
 from transformers import AutoConfig, PreTrainedModel
 
-from distill_llm.checkpoint import load_pretrained
+from distill_llm.common.errors import InputError
 from distill_llm.data import encode, load_task
-from distill_llm.errors import InputError
+from distill_llm.models.checkpoint import load_pretrained
+from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.plan import LayerPlan, PruningPlan
-from distill_llm.pruning.surgery import prune
 from distill_llm.responses import work
 from distill_llm.responses.folder import Counts, kept_rows
 from distill_llm.responses.prompts import encode_prompts

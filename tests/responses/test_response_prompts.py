@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pandas
 import pytest
-from causal_examples import BOS, CHAT_TEMPLATE, EOS, ids, word_tokenizer, words
-from response_examples import write_prompts
+from builders.causal import BOS, CHAT_TEMPLATE, EOS, ids, word_tokenizer, words
+from builders.responses import write_prompts
 
-from distill_llm.errors import InputError
+from distill_llm.common.errors import InputError
 from distill_llm.responses.prompts import encode_prompts, read_contents
 
 USER = {"role": "user", "content": "w1 w2"}

@@ -2,11 +2,11 @@ import zlib
 
 import pytest
 import torch
-from cache_examples import VOCABULARY, causal_model, pad, sequences, write
+from builders.caches import VOCABULARY, causal_model, pad, sequences, write
+from builders.models import tiny_model
 from datasets import Dataset
-from helpers import tiny_model
 
-from distill_llm.errors import InputError
+from distill_llm.common.errors import InputError
 from distill_llm.losses.items import targets
 from distill_llm.losses.objective import parse_objective
 from distill_llm.losses.sparse import SparseTargets, sparse_cross_entropy, sparse_forward_kl

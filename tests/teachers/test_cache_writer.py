@@ -3,16 +3,17 @@ import re
 
 import pytest
 import torch
-from cache_examples import causal_model, contents, pad, sequences, write
+from builders.caches import causal_model, contents, pad, sequences, write
+from builders.models import tiny_model
 from datasets import Dataset, concatenate_datasets
-from helpers import tiny_model
 from safetensors.numpy import load_file
 
-from distill_llm.errors import InputError
+from distill_llm.common.errors import InputError
 from distill_llm.losses.items import targets
+from distill_llm.models.fingerprints import teacher_fingerprint, tokenizer_fingerprint
 from distill_llm.teachers import cache_writer
 from distill_llm.teachers.cache import CachedTeacher
-from distill_llm.teachers.cache_contents import find_examples, teacher_fingerprint, tokenizer_fingerprint
+from distill_llm.teachers.cache_contents import find_examples
 from distill_llm.teachers.cache_format import CacheSettings
 from distill_llm.teachers.online import OnlineTeacher
 

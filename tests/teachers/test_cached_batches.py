@@ -4,8 +4,8 @@ import pickle
 
 import pytest
 import torch
+from builders.trainers import cached, model_of, rows, step_gradient, trainer_of
 from test_trainer_head import assert_same_step
-from trainer_examples import cached, model_of, rows, step_gradient, trainer_of
 
 from distill_llm.teachers import CachedTeacher
 

@@ -4,14 +4,13 @@ import copy
 
 import pytest
 import torch
-from causal_examples import causal_model, word_tokenizer
-from helpers import tiny_model
+from builders.causal import causal_model, word_tokenizer
+from builders.models import tiny_model
 
-from distill_llm.checkpoint import load_pretrained
-from distill_llm.recipe import parse_recipe
-from distill_llm.stages import Stages
+from distill_llm.models.checkpoint import converted, load_pretrained
+from distill_llm.pipeline.stages import Stages
+from distill_llm.recipe.recipe import parse_recipe
 from distill_llm.teachers import OnlineTeacher
-from distill_llm.teachers.online import converted
 
 CPU = torch.device("cpu")
 

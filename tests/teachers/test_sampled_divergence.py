@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cache_examples import causal_model, pad, sequences, write
+from builders.caches import causal_model, pad, sequences, write
 
 from distill_llm.losses.chunked_head import head_losses
 from distill_llm.losses.head import Head

@@ -1,0 +1,344 @@
+"""The families of transformers that can be pruned, a row each, and what a pruned model's config says of itself.
+
+Needs torch and transformers only: checkpoints of pruned models hold a copy of this file beside `modeling_pruned.py`.
+
+A pruned model's `config.pruning` holds `layers`, a row per layer: `source`, the layer of the original teacher it comes from,
+and the kept `heads` (KV groups where queries share keys), `neurons` and, where some of a kept group's queries are gone,
+`queries`, as ranges of the original teacher's indices ("0,3-5"); `hidden`, the kept channels of the residual stream, where
+some are gone; and `stock`, the original's sizes.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a family keeps the parts that pruning touches. Paths are relative: `layers` to the base model, the rest to a layer.
+
+    `attention` is the module that computes attention; what `attention_in` names feeds it, its outputs enter `attention_out`.
+    `ffn_in` feeds `ffn_out`. The values of `attention_in` and `ffn_in` say how a module's outputs are laid out:
+
+    - "q", "kv", "n": the channels of all query heads, of all key-value heads, the neurons;
+    - "q kv kv": one after the other;
+    - "(q kv kv)": group by group, each its queries, then its key, then its value;
+    - "q/", "kv/": a row per head, not per channel; "q[]", "kv[]": a list of modules, one per head.
+
+    `ffn_config` is the config's name for the FFN width, `hidden_fields` its names for the width of the residual stream,
+    `attention_widths` the attention module's own names for its width. `per_head_inputs` names what the model hands to every
+    attention for all the original's heads (position biases). `reads_config`: attention takes its head count from the config.
+    `adds_residual`: attention adds its second argument to its output. `parallel`: attention and FFN of a layer read the same, and
+    are added up. `anchored`: something follows the first layer alone (DeBERTa-v2's convolution), so that this layer stays, and
+    the width. `caches_queries`: keys and values are cached for every query head (Falcon's new architecture repeats those of a
+    group before). `mlm_head` is the first module of the masked-LM head.
+    `stock` names the units that the family's own config can say fewer of, where every layer has the same number.
+    """
+
+    layers: str = "layers"
+    attention: str = "self_attn"
+    attention_in: Mapping[str, str] = field(default_factory=dict)
+    attention_out: str = "self_attn.o_proj"
+    ffn_in: Mapping[str, str] = field(default_factory=dict)
+    ffn_out: str = "mlp.down_proj"
+    ffn_config: str = "intermediate_size"
+    hidden_fields: tuple[str, ...] = ("hidden_size",)
+    attention_widths: tuple[str, ...] = ()
+    per_head_inputs: tuple[str, ...] = ()
+    reads_config: bool = False
+    adds_residual: bool = False
+    parallel: bool = False
+    anchored: bool = False
+    caches_queries: bool = False
+    mlm_head: str = "cls"
+    stock: tuple[str, ...] = ("neurons", "layers")
+
+
+def _projections(names: str, prefix: str = "self_attn.", **more: str) -> dict[str, str]:
+    """Layouts of separate query, key and value modules: "q_proj k_proj v_proj", with `more` ones by their path's dots as __."""
+    layouts = dict(zip((prefix + name for name in names.split()), ("q", "kv", "kv"), strict=True))
+    return layouts | {prefix + path.replace("__", "."): layout for path, layout in more.items()}
+
+
+_BERT = Family(
+    layers="encoder.layer",
+    attention="attention.self",
+    attention_in=_projections("query key value", "attention.self."),
+    attention_out="attention.output.dense",
+    ffn_in={"intermediate.dense": "n"},
+    ffn_out="output.dense",
+)
+_ROBERTA = replace(_BERT, mlm_head="lm_head")
+_LLAMA = Family(
+    attention_in=_projections("q_proj k_proj v_proj"),
+    ffn_in={"mlp.gate_proj": "n", "mlp.up_proj": "n"},
+    stock=("heads", "queries", "neurons", "layers", "hidden"),
+)
+_NEOX = Family(
+    attention="attention",
+    attention_in={"attention.query_key_value": "(q kv kv)"},
+    attention_out="attention.dense",
+    ffn_in={"mlp.dense_h_to_4h": "n"},
+    ffn_out="mlp.dense_4h_to_h",
+)
+_BLOOM = replace(
+    _NEOX,
+    layers="h",
+    attention="self_attention",
+    attention_in={"self_attention.query_key_value": "(q kv kv)"},
+    attention_out="self_attention.dense",
+)
+
+FAMILIES: dict[str, Family] = {
+    "bert": _BERT,
+    "ernie": _BERT,
+    "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
+    "camembert": _ROBERTA,
+    "electra": replace(_BERT, hidden_fields=("hidden_size", "embedding_size"), mlm_head="generator_predictions"),
+    "distilbert": Family(
+        layers="transformer.layer",
+        attention="attention",
+        attention_in=_projections("q_lin k_lin v_lin", "attention."),
+        attention_out="attention.out_lin",
+        ffn_in={"ffn.lin1": "n"},
+        ffn_out="ffn.lin2",
+        ffn_config="hidden_dim",
+        attention_widths=("dim",),
+        mlm_head="vocab_transform",
+    ),
+    # The model makes one position bias for all heads and hands it to every layer.
+    "mpnet": replace(
+        _BERT,
+        attention="attention.attn",
+        attention_in=_projections("q k v", "attention.attn."),
+        attention_out="attention.attn.o",
+        per_head_inputs=("position_bias",),
+        mlm_head="lm_head",
+    ),
+    # Relative positions have projections of their own; without share_att_key only.
+    "deberta-v2": replace(
+        _BERT,
+        attention_in=_projections(
+            "query_proj key_proj value_proj", "attention.self.", pos_key_proj="q", pos_query_proj="q"
+        ),
+        hidden_fields=("hidden_size", "pooler_hidden_size", "embedding_size"),
+    ),
+    "modernbert": Family(
+        attention="attn",
+        attention_in={"attn.Wqkv": "q kv kv"},
+        attention_out="attn.Wo",
+        ffn_in={"mlp.Wi": "n n"},
+        ffn_out="mlp.Wo",
+        mlm_head="head",
+    ),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    # Embeddings are scaled by the config's width.
+    "gemma2": replace(_LLAMA, stock=_LLAMA.stock[:-1]),
+    "gemma3_text": replace(_LLAMA, stock=_LLAMA.stock[:-1]),
+    "smollm3": _LLAMA,
+    "granite": _LLAMA,
+    # Norms of queries and keys span all heads, have a row or a module per head; those of Qwen3 and Gemma3 serve every head.
+    "olmo2": replace(_LLAMA, attention_in=_projections("q_proj k_proj v_proj", q_norm="q", k_norm="kv")),
+    "cohere": replace(
+        _LLAMA, attention_in=_projections("q_proj k_proj v_proj", q_norm="q/", k_norm="kv/"), parallel=True
+    ),
+    "stablelm": replace(
+        _LLAMA,
+        attention_in=_projections("q_proj k_proj v_proj", q_layernorm__norms="q[]", k_layernorm__norms="kv[]"),
+        stock=("neurons", "layers"),
+    ),
+    "starcoder2": replace(_LLAMA, ffn_in={"mlp.c_fc": "n"}, ffn_out="mlp.c_proj"),
+    "phi": replace(_LLAMA, attention_out="self_attn.dense", ffn_in={"mlp.fc1": "n"}, ffn_out="mlp.fc2", parallel=True),
+    "phi3": replace(
+        _LLAMA,
+        attention_in={"self_attn.qkv_proj": "q kv kv"},
+        ffn_in={"mlp.gate_up_proj": "n n"},
+        reads_config=True,
+    ),
+    "opt": replace(
+        _LLAMA,
+        layers="decoder.layers",
+        attention_out="self_attn.out_proj",
+        ffn_in={"fc1": "n"},
+        ffn_out="fc2",
+        ffn_config="ffn_dim",
+        hidden_fields=("hidden_size", "word_embed_proj_dim"),
+        attention_widths=("embed_dim",),
+        stock=("neurons", "layers"),
+    ),
+    "gpt2": Family(
+        layers="h",
+        attention="attn",
+        attention_in={"attn.c_attn": "q kv kv"},
+        attention_out="attn.c_proj",
+        ffn_in={"mlp.c_fc": "n"},
+        ffn_out="mlp.c_proj",
+        ffn_config="n_inner",
+        attention_widths=("embed_dim",),
+    ),
+    "gpt_neox": _NEOX,
+    # Its FFN is always four times as wide as the residual stream.
+    "bloom": replace(_BLOOM, ffn_config="", per_head_inputs=("alibi",), adds_residual=True, stock=("layers",)),
+    "falcon": replace(_BLOOM, ffn_config="ffn_hidden_size", per_head_inputs=("alibi", "attention_mask")),
+}
+
+TEXT_ALONE = "its text model, saved alone (six lines in docs/families.md)"
+
+# What configs call it that attention and FFN are in parallel, where a family can have them either way.
+_PARALLEL = ("use_parallel_residual", "parallel_attn", "new_decoder_architecture")
+
+
+class Dims(NamedTuple):
+    """Sizes of the original model's attention: channels of a head, query heads, key-value heads (groups)."""
+
+    head_size: int
+    queries: int
+    groups: int
+
+
+class LayerLineage(NamedTuple):
+    """From which layer of the original teacher a student's layer was made, and its heads (groups), neurons and queries.
+
+    `queries` is None where every query of the kept groups stays.
+    """
+
+    source: int
+    heads: tuple[int, ...]
+    neurons: tuple[int, ...]
+    queries: tuple[int, ...] | None = None
+
+
+def family_of(model: PreTrainedModel | PreTrainedConfig) -> Family:
+    """The family row of a model or config.
+
+    Raises:
+        ValueError: one line, if the family has no row, or the model has parts that its row does not tell of.
+    """
+    config = model if isinstance(model, PreTrainedConfig) else model.config
+    if config.model_type not in FAMILIES:
+        if (text := config.get_text_config().model_type) in FAMILIES:
+            raise ValueError(f"model: got family {config.model_type!r}; accepted: {text}, {TEXT_ALONE}")
+        raise ValueError(
+            f"model: got family {config.model_type!r}; accepted: one of {', '.join(FAMILIES)}. To add a family, add a row "
+            "with the names of its modules to FAMILIES in distill_llm/architectures/families.py, and its name to the tests"
+        )
+    if getattr(config, "add_cross_attention", False):
+        line = (
+            f"model: got {config.model_type!r} with add_cross_attention; accepted: one without, whose layers are alike"
+        )
+        raise ValueError(line)
+    row = row_of(config)
+    assert row is not None
+    return row
+
+
+def row_of(config: PreTrainedConfig) -> Family | None:
+    """The row of a config's family as this config has it, None of one without a row; whether it can be pruned is not asked."""
+    row = FAMILIES.get(config.model_type)
+    if row is None:
+        return None
+    if config.model_type == "falcon" and config.new_decoder_architecture:
+        row = replace(row, caches_queries=True)
+    elif config.model_type == "falcon" and config.multi_query:
+        row = replace(row, attention_in={"self_attention.query_key_value": "q kv kv"})
+    if config.model_type == "deberta-v2":
+        head = "cls" if config.legacy else "lm_predictions"
+        row = replace(row, mlm_head=head, anchored=getattr(config, "conv_kernel_size", 0) > 0)
+    return replace(row, parallel=row.parallel or any(getattr(config, name, False) for name in _PARALLEL))
+
+
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The transformer layers of any model: by its family's row, else the module list as long as the config says."""
+    base = model.base_model
+    if model.config.model_type in FAMILIES:
+        layers = base.get_submodule(FAMILIES[model.config.model_type].layers)
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+    count = model.config.get_text_config().num_hidden_layers
+    for module in base.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ValueError(f"model: found no list of {count} layers in {type(model).__name__}")
+
+
+def width_of(model: PreTrainedModel | PreTrainedConfig) -> int:
+    """Channels of the residual stream of any model, pruned or not."""
+    config = model if isinstance(model, PreTrainedConfig) else model.config
+    kept = hidden_lineage(config)
+    return config.get_text_config().hidden_size if kept is None else len(kept)
+
+
+def dims_of(config: PreTrainedConfig) -> Dims:
+    """Attention sizes of the original model, whatever was pruned since."""
+    with stock_values(config):
+        queries = config.num_attention_heads
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // queries
+        groups = getattr(config, "num_key_value_heads", None) or queries
+        if config.model_type == "falcon":
+            groups = config.num_kv_heads if config.new_decoder_architecture else 1 if config.multi_query else queries
+        return Dims(head_size, queries, groups)
+
+
+def pack_indices(indices: Iterable[int]) -> str:
+    """Ascending indices as ranges: (0, 3, 4, 5) -> "0,3-5"."""
+    ranges: list[list[int]] = []
+    for index in indices:
+        if ranges and index == ranges[-1][1] + 1:
+            ranges[-1][1] = index
+        else:
+            ranges.append([index, index])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
+
+
+def unpack_indices(text: str) -> tuple[int, ...]:
+    """The reverse of `pack_indices`."""
+    indices: list[int] = []
+    for part in filter(None, text.split(",")):
+        first, _, last = part.partition("-")
+        indices.extend(range(int(first), int(last or first) + 1))
+    return tuple(indices)
+
+
+def lineage_of(model: PreTrainedModel | PreTrainedConfig) -> tuple[LayerLineage, ...] | None:
+    """A row per layer of a pruned model; None for a model that was never pruned."""
+    config = model if isinstance(model, PreTrainedConfig) else model.config
+    record = getattr(config, "pruning", None)
+    if record is None:
+        return None
+    return tuple(
+        LayerLineage(
+            row["source"],
+            unpack_indices(row["heads"]),
+            unpack_indices(row["neurons"]),
+            unpack_indices(row["queries"]) if "queries" in row else None,
+        )
+        for row in record["layers"]
+    )
+
+
+def hidden_lineage(config: PreTrainedConfig) -> tuple[int, ...] | None:
+    """The channels of the original's residual stream that a pruned model keeps; None: all."""
+    kept = (getattr(config, "pruning", None) or {}).get("hidden")
+    return None if kept is None else unpack_indices(kept)
+
+
+@contextmanager
+def stock_values(config: PreTrainedConfig) -> Iterator[None]:
+    """Within the context a pruned model's config says what its original's config said."""
+    stock = (getattr(config, "pruning", None) or {}).get("stock", {})
+    own = {name: getattr(config, name) for name in stock}
+    for name, value in stock.items():
+        setattr(config, name, value)
+    try:
+        yield
+    finally:
+        for name, value in own.items():
+            setattr(config, name, value)

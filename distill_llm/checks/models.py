@@ -1,0 +1,174 @@
+"""Checks that try models without memory: adapters around the student, the signals that losses compare, room on the disk."""
+
+import copy
+import shutil
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+
+from distill_llm.architectures.families import FAMILIES, dims_of, layers_of, lineage_of
+from distill_llm.architectures.modeling_pruned import pruned_class
+from distill_llm.common.errors import InputError
+from distill_llm.common.outputs import nearest
+from distill_llm.data.tasks import Task
+from distill_llm.losses.relations import relation_heads
+from distill_llm.models.adapters import UNTIED, tied_adapters, without_adapters
+from distill_llm.models.capture import Recorder, Wanted
+from distill_llm.models.finding import OpenModel, first_line
+from distill_llm.pruning.units.sizes import second_moment_bytes
+from distill_llm.recipe.recipe import Recipe
+from distill_llm.training.terms import Terms
+
+HEADS: dict[str, Any] = {
+    "masked_lm": AutoModelForMaskedLM,
+    "causal_lm": AutoModelForCausalLM,
+    "prompts": AutoModelForCausalLM,
+}
+"""The classes of models by kind of task; of all others: AutoModelForSequenceClassification."""
+
+
+def skeleton(model: OpenModel, task: Task | None = None) -> PreTrainedModel:
+    """The model with its head for a task, or without one, on the meta device: modules and sizes, no weights.
+
+    Raises:
+        InputError: the family has no such head.
+    """
+    auto: Any = AutoModel if task is None else HEADS.get(task.kind, AutoModelForSequenceClassification)
+    stock: Any = auto._model_mapping.get(type(model.config), None)
+    if stock is None:
+        kind = "transformers" if task is None else task.kind
+        raise InputError(model.field, f"{model.name} ({model.config.model_type})", f"a family with a model for {kind}")
+    with torch.device("meta"):
+        if lineage_of(model.config) is None:
+            return auto.from_config(model.config)  # type: ignore[no-any-return]
+        return pruned_class(stock)(model.config)
+
+
+def adapted(recipe: Recipe, student: PreTrainedModel) -> nn.Module:
+    """The student as it learns: a copy with adapters around it where only they are to learn.
+
+    Raises:
+        InputError: adapters that do not fit the student, or are on weights that it has twice.
+    """
+    fields = recipe.student.peft if recipe.student else None
+    if fields is None:
+        return student
+    from peft import LoraConfig, get_peft_model
+
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            model = get_peft_model(copy.deepcopy(student), LoraConfig(**fields))
+    except Exception as error:
+        raise InputError("student.peft", fields, f"adapters that fit the model ({first_line(error)})") from None
+    if tied := tied_adapters(model):
+        raise InputError("student.peft.target_modules", ", ".join(tied), UNTIED)
+    return model
+
+
+def check_signals(recipe: Recipe, teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+    """What the losses compare of attention can be seen in both models, and divided into relation heads.
+
+    Args:
+        student: the one that was given; not looked at where pruning makes one of the teacher.
+
+    Raises:
+        InputError: as the first step of the training would.
+    """
+    losses = recipe.distillation.losses if recipe.distillation else None
+    if losses is None or (losses.attention is None and losses.relations is None):
+        return
+    relations, given = losses.relations, recipe.pruning is None
+    models = {"student": student, "teacher": teacher} if given else {"teacher": teacher}
+    try:
+        if given:
+            terms = Terms(losses.model_copy(update={"hidden": None, "embeddings": None}), student, teacher)
+            wanted = {side: terms.wanted(side) for side in models}
+        else:
+            rows = lineage_of(teacher)
+            layers = tuple(i for i in range(len(layers_of(teacher))) if rows is None or rows[i].heads)
+            wanted = {"teacher": Wanted((), layers if losses.attention else (), layers if relations else ())}
+        seen = {side: _widths(model, wanted[side]) for side, model in models.items()}
+        if relations is None or relations.heads is None:
+            return
+        if given:
+            for pair in terms.pairs["relations"]:
+                both = seen["student"].get(pair.student, set()) | seen["teacher"].get(pair.teacher, set())
+                relation_heads(relations.heads, both)
+        else:
+            _check_heads_left(recipe, relations.heads, seen["teacher"], dims_of(teacher.config).head_size)
+    except InputError as error:
+        raise InputError(f"distillation.{error.field}", error.given, error.accepted) from None
+
+
+def _widths(model: PreTrainedModel, wanted: Wanted) -> dict[int, set[int]]:
+    """The widths of all heads' queries and keys by layer, in a forward without numbers; of a family that has none such, nothing.
+
+    Raises:
+        InputError: a layer's attention cannot be seen, or not its probabilities.
+    """
+    tokens = torch.zeros(1, 2, dtype=torch.long, device="meta")
+    try:
+        with torch.no_grad(), Recorder(model, wanted).recording() as found:
+            model.base_model(inputs_embeds=model.get_input_embeddings()(tokens))
+    except InputError:
+        raise
+    except Exception:  # a forward that looks at numbers: the first step of the training tells
+        return {}
+    return {index: {each.shape[1] * each.shape[3] for each in vectors[:2]} for index, vectors in found.vectors.items()}
+
+
+def _check_heads_left(recipe: Recipe, heads: int, widths: dict[int, set[int]], head_size: int) -> None:
+    """A number of relation heads that is given divides the layers, whichever heads pruning leaves them."""
+    relation_heads(heads, set().union(*widths.values()))
+    assert recipe.pruning is not None
+    if head_size % heads and recipe.pruning.keep is not None and {"heads", "queries"} & set(recipe.pruning.units):
+        accepted = f"nothing, or a divisor of {head_size}, the size of a head: pruning chooses how many heads stay"
+        raise InputError("losses.relations.heads", heads, accepted)
+
+
+def check_disk(recipe: Recipe, teacher: PreTrainedModel, student: nn.Module) -> None:
+    """The run's models and checkpoints fit on the disk, by a generous estimate: a pruned student is as large as its teacher.
+
+    Args:
+        student: as it learns; without weights, as the teacher.
+
+    Raises:
+        InputError: they do not.
+    """
+    own, learned = _size(without_adapters(student)), _size(student, learned=True)
+    training = []  # what a Trainer checkpoint holds: weights that learn, and two moments of each
+    needed = own  # the student of the run folder
+    rounds = recipe.pruning.rounds if recipe.pruning is not None else 1
+    if recipe.teacher.train is not None:
+        needed += _size(teacher)
+        training.append(3 * _size(teacher))
+    if recipe.distillation is not None:
+        needed += rounds * own
+        training.append(3 * learned)
+    if (section := recipe.pruning) is not None:
+        statistics = 0
+        if section.folds and teacher.config.model_type in FAMILIES:  # else it is a fault already
+            statistics = second_moment_bytes(teacher, section.holds_moments, "hidden" in section.units)
+        needed += rounds * (own + statistics)
+    needed += 2 * max(training, default=0)
+    free = shutil.disk_usage(nearest(recipe.output_dir)).free
+    if free < needed:
+        raise InputError(
+            "output_dir",
+            f"{recipe.output_dir} with {free / 1e9:.1f} GB free",
+            f"a disk with about {needed / 1e9:.1f} GB free",
+        )
+
+
+def _size(model: nn.Module, learned: bool = False) -> int:
+    """Bytes of a model's weights, or of those that learn, in fp32."""
+    return 4 * sum(each.numel() for each in model.parameters() if each.requires_grad or not learned)

@@ -1,0 +1,76 @@
+"""The pruning section checked at the door, against the model that is to be pruned and the files it writes."""
+
+import math
+
+from transformers import PreTrainedModel
+
+from distill_llm.architectures.families import FAMILIES, family_of
+from distill_llm.common.errors import InputError, one_of
+from distill_llm.common.outputs import usable_statistics
+from distill_llm.models.finding import HEAD_CLASSES, OpenModel
+from distill_llm.pruning.planning.budgets import least_share
+from distill_llm.pruning.planning.candidate import Limits, Rules
+from distill_llm.pruning.units.sizes import layer_shapes
+from distill_llm.recipe.recipe import Recipe, budget_batch
+
+
+def check_pruning(recipe: Recipe, teacher: OpenModel, skeleton: PreTrainedModel) -> None:
+    """Check that a recipe's pruning section fits its teacher.
+
+    Args:
+        skeleton: the teacher below its head, on the meta device.
+
+    Raises:
+        InputError: for the first fault.
+    """
+    if recipe.pruning is None:
+        return
+    config, pruning = teacher.config, recipe.pruning
+    try:
+        family_of(config)
+    except ValueError as error:
+        given, accepted = f"{teacher.name} (family {config.model_type})", str(error).partition("accepted: ")[2]
+        if config.model_type not in FAMILIES and config.get_text_config().model_type not in FAMILIES:
+            accepted = f"{one_of(FAMILIES, config.model_type)}; to add one: a row in FAMILIES (pruning/families.py)"
+        raise InputError(teacher.field, given, accepted) from None
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(
+            teacher.field, f"{teacher.name}, quantized", "its full-precision original: quantize the student"
+        )
+    if pruning.layers is not None and max(pruning.layers) >= config.num_hidden_layers:
+        raise InputError("pruning.layers", pruning.layers, f"indices from 0 to {config.num_hidden_layers - 1}")
+    if pruning.statistics is not None:
+        file = pruning.statistics.expanduser()
+        usable_statistics(file, "pruning.statistics")
+        if file.resolve().is_relative_to(
+            recipe.output_dir.resolve()
+        ):  # `prune` replaces it, `run` has files of its own
+            raise InputError(
+                "pruning.statistics", str(file), f"a file outside of the output folder {recipe.output_dir}"
+            )
+    if family_of(config).anchored:
+        if "hidden" in pruning.units:
+            accepted = f"units without hidden: a convolution follows the first layer of {teacher.name}"
+            raise InputError("pruning.units", pruning.units, accepted)
+        if pruning.layers is not None and pruning.layers[0] != 0:
+            accepted = f"layers with 0: a convolution follows the first layer of {teacher.name}"
+            raise InputError("pruning.layers", pruning.layers, accepted)
+    shapes = layer_shapes(skeleton)
+    heads, neurons = max(shape.heads for shape in shapes), max(shape.neurons for shape in shapes)
+    for name, most, what in (
+        ("round_to", max(neurons, 1), "FFN neurons"),
+        ("min_heads", heads, "heads (KV groups)"),
+        ("min_neurons", neurons, "FFN neurons"),
+    ):
+        if (value := getattr(pruning, name)) > most:
+            raise InputError(f"pruning.{name}", value, f"at most {most}, the {what} of a layer")
+    if pruning.keep is not None and pruning.cost != "latency":
+        decoder = any(name.endswith(HEAD_CLASSES["causal_lm"]) for name in config.architectures or ())
+        local = pruning.uniform or pruning.scope == "local"
+        limits, anchored = Limits(pruning.min_heads, pruning.min_neurons), family_of(config).anchored
+        rules = Rules(frozenset(pruning.units), limits, pruning.round_to, pruning.uniform, local, anchored)
+        least = least_share(skeleton, rules, pruning.cost, *budget_batch(recipe, decoder))
+        if pruning.keep < least * (1 - 1e-9):
+            shown = math.ceil(least * 1e4) / 1e4
+            accepted = f"at least {shown:g}, the least that units [{', '.join(pruning.units)}] can leave"
+            raise InputError("pruning.keep", pruning.keep, accepted)

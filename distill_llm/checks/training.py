@@ -1,0 +1,256 @@
+"""Training fields checked at the door: against the task, the rows, the device, what is installed, and each other."""
+
+import enum
+import os
+import re
+import typing
+from collections.abc import Mapping
+from dataclasses import fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate.utils import DistributedType, parse_flag_from_env
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import integration_utils as integrations
+from transformers.training_args import OptimizerNames
+
+from distill_llm.common.errors import InputError, faults_in, one_of, raise_all
+from distill_llm.common.processes import open_processes
+from distill_llm.data.tasks import Task, TaskData
+from distill_llm.models.finding import first_line
+from distill_llm.recipe.recipe import Recipe
+from distill_llm.training.config import DistillationConfig
+from distill_llm.training.refusals import compiling
+
+Stage = Literal["teacher", "recovery", "final"]
+
+MEANT = {"adam": "adamw_torch", "adamw": "adamw_torch", "adamw_hf": "adamw_torch"}
+"""Optimizers by the names that people give, where another name is nearer in letters."""
+
+OPTIMIZER_PACKAGES = (
+    ("adamw_torch_[48]bit", "torchao"),
+    ("adamw_torch_xla", "torch_xla"),
+    ("adamw_torch_npu_fused", "torch_npu"),
+    ("adamw_anyprecision", "torchdistx"),
+    ("galore_.*", "galore_torch"),
+    (".*lomo", "lomo_optim"),
+    ("grokadamw", "grokadamw"),
+    ("schedule_free_.*", "schedulefree"),
+    ("apollo_.*", "apollo_torch"),
+    ("stable_adamw", "optimi"),
+    ("ademamix.*|lion_.*|paged_.*|rmsprop_bnb.*|.*_8bit", "bitsandbytes"),
+)
+"""Patterns of names of optimizers with the package each needs, the first that fits; the others are torch's own."""
+
+OPTIMIZER_FIELDS = ("optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+SCHEDULE_FIELDS = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
+
+CONFIG_FILES = ("deepspeed", "fsdp_config", "accelerator_config")
+
+
+def check_training(recipe: Recipe, data: TaskData | None, widths: tuple[int, int] | None = None) -> None:
+    """Check the fields of every stage that is trained, by making its very `DistillationConfig`.
+
+    Args:
+        data: the task's rows; None, where they could not be read, leaves out what depends on them.
+        widths: of the hidden states of student and teacher, where projections are to make up for the difference.
+
+    Raises:
+        InputError: one line per fault, under the section where the field is given.
+    """
+    stages: list[Stage] = ["teacher"] if recipe.teacher.train is not None else []
+    if recipe.distillation is not None:
+        stages += ["recovery"] if recipe.pruning is not None and recipe.pruning.rounds > 1 else []
+        stages.append("final")
+    faults: dict[str, InputError] = {}
+    for stage in stages:
+        try:
+            args = _check_stage(recipe, stage, data)
+            if stage != "teacher":
+                _check_sharding(recipe, sharding_of(args), widths)
+        except InputError as error:
+            faults |= {str(fault): fault for fault in faults_in(error)}
+    raise_all(list(faults.values()))
+
+
+def sharding_of(args: TrainingArguments) -> Literal["DeepSpeed", "FSDP1", "FSDP2"] | None:
+    """What divides a model that is trained among the processes, as `accelerate launch` or the arguments say; None: nothing."""
+    if args.deepspeed_plugin is not None:
+        return "DeepSpeed"
+    given, launched = args.fsdp_plugin_args, parse_flag_from_env("ACCELERATE_USE_FSDP")
+    whole = args.distributed_state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU)
+    if whole or not (given or launched):
+        return None
+    version = given["fsdp_version"] if given else int(os.environ.get("FSDP_VERSION", 1))
+    return "FSDP1" if version == 1 else "FSDP2"
+
+
+def _check_sharding(recipe: Recipe, sharding: str | None, widths: tuple[int, int] | None) -> None:
+    """Nothing is to learn that cannot be divided among processes in that way."""
+    if sharding is None or recipe.distillation is None:
+        return
+    losses, faults = recipe.distillation.losses, []
+    if recipe.student is not None and recipe.student.peft is not None:
+        faults.append(InputError("student.peft", sharding, "a copy of the student in each process (DDP)"))
+    if losses.responses is not None and sharding != "FSDP2":
+        accepted = "FSDP2 (fsdp_version 2), or DDP"
+        faults.append(InputError("distillation.losses.responses", f"a student sharded by {sharding}", accepted))
+    for name in ("hidden", "embeddings"):
+        if widths is not None and sharding == "DeepSpeed" and getattr(losses, name) is not None:
+            given = f"states of {widths[0]} and {widths[1]} channels under DeepSpeed"
+            accepted = "a student as wide as its teacher, or DDP or FSDP in the place of DeepSpeed"
+            faults.append(InputError(f"distillation.losses.{name}", given, accepted))
+    raise_all(faults)
+
+
+def _check_stage(recipe: Recipe, stage: Stage, data: TaskData | None) -> DistillationConfig:
+    where, training = _given(recipe, stage), recipe.training(stage)
+    faults = _choices(training) + compiling(training)
+    if not faults:
+        faults += _installed(training) + ([] if data is None else _evaluation(training, data)) + _precision(training)
+    for name in CONFIG_FILES:
+        value = training.get(name)
+        if isinstance(value, str) and value and not value.startswith("{") and not Path(value).is_file():
+            faults.append(InputError(name, value, "a mapping, or an existing JSON file"))
+    section = "teacher.train" if stage == "teacher" else "final" if "final" in where.values() else "distillation"
+    named = [InputError(f"{where.get(f.field, section)}.{f.field}", f.given, f.accepted) for f in faults]
+    raise_all(named)
+    losses: dict[str, Any] = {"labels": {}}
+    if stage != "teacher" and recipe.distillation is not None:
+        losses = recipe.distillation.losses.model_dump(mode="json", exclude_none=True)
+    try:
+        open_processes(training["use_cpu"], training.get("ddp_backend"), training["ddp_timeout"])
+        args = DistillationConfig(output_dir=str(recipe.output_dir), losses=losses, **training)
+    except Exception as error:  # each integration raises its own kinds
+        raise _together(error, where, training, section) from None
+    for make, likely in ((_optimizer, OPTIMIZER_FIELDS), (_schedule, SCHEDULE_FIELDS)):
+        try:
+            make(args)
+        except Exception as error:
+            raise _together(error, where, training, section, likely) from None
+    kwargs: Any = args.activation_checkpointing_kwargs or {}
+    seen = next((term for term in ("attention", "relations") if term in losses), None)
+    if seen is not None and kwargs.get("use_reentrant"):
+        name = next(n for n in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs") if n in where)
+        raise InputError(f"{where[name]}.{name}.use_reentrant", True, f"false with losses.{seen}")
+    return args
+
+
+def _optimizer(args: TrainingArguments) -> None:
+    """Make the optimizer, of one parameter; those that are made of a whole model are left out."""
+    if re.search("galore|apollo|lomo", OptimizerNames(args.optim).value) or args.deepspeed:
+        return
+    make, settings = Trainer.get_optimizer_cls_and_kwargs(args)
+    settings.pop("optimizer_dict", None)
+    make([torch.nn.Parameter(torch.zeros(1))], **settings)
+
+
+def _schedule(args: TrainingArguments) -> None:
+    """Make the schedule of the rate."""
+    optimizer, settings = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), args.lr_scheduler_kwargs
+    get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(10), 10, settings)  # type: ignore[arg-type]
+
+
+def _given(recipe: Recipe, stage: Stage) -> dict[str, str]:
+    """The fields that the recipe itself gives a stage, each with the section it stands in."""
+    if stage == "teacher":
+        return dict.fromkeys(recipe.teacher.train or {}, "teacher.train")
+    own = (recipe.distillation.model_extra if recipe.distillation else None) or {}
+    return {**dict.fromkeys(own, "distillation"), **dict.fromkeys(recipe.final if stage == "final" else {}, "final")}
+
+
+def _together(
+    error: Exception,
+    where: Mapping[str, str],
+    training: Mapping[str, Any],
+    section: str,
+    likely: tuple[str, ...] = (),
+) -> InputError:
+    """The fault of fields that do not go together, at the ones that the error speaks of, else the likely ones."""
+    accepted = f"fields that TrainingArguments takes together ({first_line(error)})"
+    named = [name for name in dict.fromkeys(re.findall(r"\w+", str(error))) if name in where]
+    named = named or [name for name in likely if name in where]
+    if len(named) == 1:
+        return InputError(f"{where[named[0]]}.{named[0]}", training[named[0]], accepted)
+    return InputError(section, {name: training[name] for name in named} or "fields that contradict", accepted)
+
+
+def _choices(training: Mapping[str, Any]) -> list[InputError]:
+    """Faults of the fields of TrainingArguments that take one of a few words."""
+    hints, faults = typing.get_type_hints(TrainingArguments), []
+    for field in fields(TrainingArguments):
+        value = training.get(field.name)
+        kinds = [k for k in (hints[field.name], *typing.get_args(hints[field.name])) if isinstance(k, type)]
+        words = [str(member.value) for kind in kinds if issubclass(kind, enum.Enum) for member in kind]
+        words = words or [str(word) for word in field.metadata.get("choices") or ()]
+        is_word = isinstance(value, str) or (isinstance(value, bool) and bool not in kinds)
+        if is_word and words and value not in words:
+            accepted = one_of(words, MEANT.get(str(value), str(value)))
+            faults.append(InputError(field.name, value, accepted))
+    return faults
+
+
+def _installed(training: Mapping[str, Any]) -> list[InputError]:
+    """Faults of fields that ask for a package that is not installed."""
+    faults, optimizer = [], str(training.get("optim", ""))
+    package = next((package for names, package in OPTIMIZER_PACKAGES if re.fullmatch(names, optimizer)), None)
+    if package is not None and find_spec(package) is None:
+        faults.append(InputError("optim", optimizer, f"adamw_torch, or install {package}"))
+    if training.get("deepspeed") and find_spec("deepspeed") is None:
+        faults.append(InputError("deepspeed", training["deepspeed"], "nothing where deepspeed is not installed"))
+    reporters = training["report_to"]
+    for name in reporters if isinstance(reporters, list) else [reporters]:
+        known = ("none", "all", *integrations.INTEGRATION_TO_CALLBACK)
+        if name not in known:
+            faults.append(InputError("report_to", name, one_of(known, str(name))))
+        elif name not in ("none", "all") and name not in (installed := _reporters()):
+            words = one_of(("none", "all", *installed))
+            faults.append(InputError("report_to", name, f"{words} ({name} is not installed or not set up)"))
+    return faults
+
+
+def _reporters() -> list[str]:
+    """Integrations that can report here; "all" leaves two of them out."""
+    found = set(integrations.get_available_reporting_integrations())
+    found |= {"azure_ml"} if integrations.is_azureml_available() else set()
+    found |= {"flyte"} if integrations.is_flytekit_available() else set()
+    return sorted(found)
+
+
+def _evaluation(training: Mapping[str, Any], data: TaskData) -> list[InputError]:
+    """Faults of evaluating during training: no rows held out for it, or a metric that the task has not."""
+    faults: list[InputError] = []
+    best = {"load_best_model_at_end": True, "save_strategy": "best"}
+    chosen = [name for name, value in best.items() if training.get(name) == value]
+    evaluates = [
+        name for name, off in (("eval_strategy", "no"), ("eval_on_start", False)) if training.get(name, off) != off
+    ]
+    if data.validation is None and (evaluates or chosen):
+        name = (evaluates or chosen)[0]
+        off = {"eval_strategy": "no", "save_strategy": "no, steps or epoch"}.get(name, "false")
+        accepted = f"{off}, or held-out rows to evaluate on: data.holdout_examples > 0"
+        faults.append(InputError(name, training[name], accepted))
+    elif chosen and training["eval_strategy"] == "no":
+        accepted = "this only with eval_strategy steps or epoch"
+        faults.append(InputError(chosen[0], training[chosen[0]], accepted))
+    metric, known = training.get("metric_for_best_model"), _metrics(data.task)
+    if metric is not None and metric.removeprefix("eval_") not in known:
+        faults.append(InputError("metric_for_best_model", metric, one_of(known, metric)))
+    return faults
+
+
+def _metrics(task: Task) -> list[str]:
+    """What an evaluation during training measures."""
+    return ["loss", *(() if task.is_language_model else task.metrics)]
+
+
+def _precision(training: Mapping[str, Any]) -> list[InputError]:
+    """Faults of precisions that this device does not train in."""
+    gpu = torch.accelerator.is_available() and not training["use_cpu"]
+    if training.get("fp16") and not gpu:
+        return [InputError("fp16", True, "false on a CPU (bf16 works there)")]
+    if training.get("bf16") and gpu and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        return [InputError("bf16", True, "false on this GPU (fp16 works there)")]
+    return []

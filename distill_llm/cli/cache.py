@@ -1,0 +1,99 @@
+"""`distill-llm cache`: the command line of teacher caches."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from distill_llm.cli.group import is_main_process
+from distill_llm.common.errors import InputError, InputErrors, faults_in
+from distill_llm.recipe.recipe import Recipe, load_recipe, recipe_names
+
+EXAMPLE = (
+    "Examples: distill-llm cache my_recipe.yaml --output-dir cache;"
+    " distill-llm cache my-org/my-llm --task text --data corpus.txt --max-length 1024 --output-dir cache"
+)
+
+
+def cache(
+    teacher: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE|TEACHER",
+            help="A recipe, whose teacher and data are taken; or Hub id, folder, GGUF file, package://PACKAGE/PATH.",
+        ),
+    ],
+    output_dir: Annotated[Path, typer.Option(help="Folder for the cache; the teacher.cache of a recipe.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a field of the recipe.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="Without a recipe: as in its data.task.")] = None,
+    data: Annotated[str | None, typer.Option(help="Without a recipe: as in its data.path.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=8, help="Without a recipe: as in its data.max_length, by default 128.")
+    ] = None,
+    train_examples: Annotated[int | None, typer.Option(min=1, help="Without a recipe: as there.")] = None,
+    holdout_examples: Annotated[int | None, typer.Option(min=0, help="Without a recipe: as there.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**32 - 1, help="Without a recipe: as there; of the draws too.")
+    ] = None,
+    k: Annotated[int, typer.Option(help="Draws, or most probable tokens, of each output, 1 to 255.")] = 50,
+    method: Annotated[
+        str, typer.Option(metavar="sampled|topk", help="Unbiased draws, or the most probable.")
+    ] = "sampled",
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples at once.")] = 8,
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="float32|bfloat16|float16", help="Of the teacher; by default bfloat16 on CUDA."),
+    ] = None,
+) -> None:
+    """Write what a teacher says of the training rows to disk, once. The same command again goes on where it stopped."""
+    rows: dict[str, Any] = {
+        "task": task,
+        "path": data,
+        "max_length": max_length,
+        "train_examples": train_examples,
+        "holdout_examples": holdout_examples,
+        "seed": seed,
+    }
+    rows = {name: value for name, value in rows.items() if value is not None}
+    coding: dict[str, Any] = {"k": k, "method": method, "batch_size": batch_size, "dtype": dtype}
+    recipe = _recipe(teacher, output_dir, settings or [], rows)
+    if recipe is None and task is None:
+        raise InputError("--task", None, "a task, or a recipe in place of the teacher")
+    from distill_llm.pipeline.caching import cache_recipe, cache_teacher
+
+    try:
+        if recipe is not None:
+            items, size = cache_recipe(recipe, **coding)
+        else:
+            length = rows.pop("max_length", 128)
+            items, size = cache_teacher(teacher, rows, output_dir, max_length=length, **coding)
+    except InputError as error:
+        raise InputErrors(
+            InputError(
+                _option(fault.field) if fault.field in (*coding, "max_length", "output_dir") else fault.field,
+                fault.given,
+                fault.accepted,
+            )
+            for fault in faults_in(error)
+        ) from None
+    if is_main_process():
+        each = size / max(items, 1)
+        print(f"{output_dir}: {items:,} outputs of {teacher}, {size / 1e6:.1f} MB, {each:.0f} bytes each")
+
+
+def _recipe(name: str, output_dir: Path, settings: list[str], rows: dict[str, Any]) -> Recipe | None:
+    """The recipe of that name, with this cache: a YAML file, or a shipped one that is no folder here; else None."""
+    if not (name.endswith((".yaml", ".yml")) or (name in recipe_names() and not Path(name).exists())):
+        if settings:
+            raise InputError("--set", settings[0], "nothing without a recipe")
+        return None
+    for field, value in rows.items():
+        raise InputError(_option(field), value, "nothing beside a recipe, which says it (--set overrides a field)")
+    return load_recipe(name, [*settings, f"teacher.cache={json.dumps(str(output_dir))}"])
+
+
+def _option(field: str) -> str:
+    return {"path": "--data"}.get(field, "--" + field.replace("_", "-"))

@@ -1,0 +1,90 @@
+"""`distill-llm respond`: the command line of generated responses."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from distill_llm.cli.group import is_main_process
+from distill_llm.common.errors import InputError, InputErrors, faults_in
+from distill_llm.recipe.yaml_input import read_mapping
+
+EXAMPLE = (
+    "Example: distill-llm respond HuggingFaceTB/SmolLM2-1.7B-Instruct --data prompts.jsonl --chat --output-dir answers"
+)
+
+
+def respond(
+    teacher: Annotated[
+        str, typer.Argument(metavar="TEACHER", help="Hub id, folder, GGUF file, or package://PACKAGE/PATH.")
+    ],
+    data: Annotated[str, typer.Option(help="File, folder or Hub id with prompts or chats (its train split).")],
+    output_dir: Annotated[Path, typer.Option(help="Folder for the responses; the data.path of a recipe.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of a response.")] = 256,
+    temperature: Annotated[float, typer.Option(help="Divides the logits; 0 is greedy.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens with this mass; 1: from all.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest tokens; 0: from all.")] = 0,
+    samples: Annotated[int, typer.Option(help="Responses to each prompt.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Responses at once.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
+    prompt_column: Annotated[
+        str | None, typer.Option(help="Column of texts or of chats; by default prompt, else messages.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask texts in the words of the chat template.")] = False,
+    chat_template_kwargs: Annotated[
+        str | None,
+        typer.Option(metavar="YAML", help="What the template is given beside the chats: '{enable_thinking: false}'."),
+    ] = None,
+    max_prompts: Annotated[int | None, typer.Option(help="Only the first rows.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="float32|bfloat16|float16", help="Of the teacher; by default bfloat16 on CUDA, else float32."
+        ),
+    ] = None,
+    keep_truncated: Annotated[
+        bool, typer.Option("--keep-truncated", help="Keep responses that were cut at --max-new-tokens.")
+    ] = False,
+) -> None:
+    """Let a teacher answer prompts: data to train on. The same command again goes on where it stopped."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from distill_llm.responses.respond import respond as generate
+
+    disable_progress_bar()  # of loading weights
+    try:
+        counts = generate(
+            teacher,
+            data,
+            output_dir,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            samples=samples,
+            seed=seed,
+            batch_size=batch_size,
+            prompt_column=prompt_column,
+            chat=chat,
+            chat_template_kwargs=read_mapping(chat_template_kwargs, "chat_template_kwargs"),
+            max_prompts=max_prompts,
+            dtype=dtype,
+            keep_truncated=keep_truncated,
+        )
+    except InputError as error:
+        raise InputErrors(
+            InputError(_option(fault.field), fault.given, fault.accepted.replace("keep_truncated", "--keep-truncated"))
+            for fault in faults_in(error)
+        ) from None
+    if is_main_process():
+        print(f"prompts:   {counts.prompts:,} ({counts.prompts_read - counts.prompts:,} repeated ones left out)")
+        print(f"responses: {counts.responses:,} with {counts.tokens:,} tokens")
+        print(
+            f"truncated: {counts.truncated:,} ({counts.truncated_share:.1%}), {'kept' if keep_truncated else 'left out'}"
+        )
+        print(f"repeated:  {counts.repeated:,} ({counts.repeated_share:.1%}), left out")
+        print(f"kept:      {counts.kept:,} ({counts.kept_share:.1%}) in {output_dir}")
+
+
+def _option(field: str) -> str:
+    return {"teacher": "TEACHER", "model": "TEACHER"}.get(field, "--" + field.replace("_", "-"))

@@ -1,0 +1,4 @@
+"""What a model costs: parameters, FLOPs, memory and latency.
+
+May import: common, architectures.
+"""

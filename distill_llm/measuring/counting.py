@@ -1,0 +1,151 @@
+"""What can be counted of one forward pass, exactly and without a clock: parameters, FLOPs and peak memory."""
+
+import weakref
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import PreTrainedModel
+
+from distill_llm.architectures.families import layers_of
+from distill_llm.architectures.modes import evaluating, frozen
+from distill_llm.common.errors import InputError
+
+
+def count_params(model: PreTrainedModel) -> tuple[int, int]:
+    """Number of parameters of the whole model and of its transformer layers alone; a shared tensor counts once."""
+    return sum(p.numel() for p in model.parameters()), sum(p.numel() for p in layers_of(model).parameters())
+
+
+def count_flops(model: PreTrainedModel, batch_size: int = 32, sequence_length: int = 64) -> int:
+    """Count the floating point operations of one forward pass of a batch of full-length sequences.
+
+    `torch.utils.flop_counter` counts the operations that are really dispatched, a multiply-add as two: linear layers
+    (bias left out) and both products of attention. PyTorch has formulas for the attention kernels of CUDA only; those
+    of the CPU and of MPS are added here, so that SDPA counts as eager attention does. Causal attention counts in full.
+
+    Raises:
+        InputError: as `profile`.
+    """
+    inputs = full_length_inputs(model, batch_size, sequence_length)
+    kernels = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math_for_mps")
+    formulas = {getattr(torch.ops.aten, kernel): _attention_flops for kernel in kernels}
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
+    # The counter follows what requires gradients into modules, and stumbles over a parameter's view (DeBERTa's positions).
+    with frozen(model), torch.no_grad(), counter:
+        model(**inputs)
+    return counter.get_total_flops()
+
+
+def weights_memory(model: nn.Module) -> int:
+    """Bytes of the parameters and buffers, shared ones once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def peak_memory(model: PreTrainedModel, batch_size: int = 32, sequence_length: int = 64) -> int:
+    """Bytes held at once, at most, by the weights and what one forward pass allocates.
+
+    On CUDA: `torch.cuda.max_memory_allocated` over one forward pass, less what was held before it, plus this model's
+    weights; another model on the same device therefore does not count. Elsewhere the tensors themselves are followed:
+    each storage that an operation creates counts from its creation until it is freed. This is exact and repeatable,
+    where the process's resident memory depends on the allocator and on everything else in the process; scratch space
+    inside a kernel is not seen. The input ids do not count.
+
+    Raises:
+        InputError: as `profile`.
+    """
+    inputs = full_length_inputs(model, batch_size, sequence_length)
+    with evaluating(model), torch.no_grad():
+        return _peak_memory(model, inputs)
+
+
+def full_length_inputs(model: PreTrainedModel, batch_size: int, sequence_length: int) -> dict[str, torch.Tensor]:
+    """Seeded random ids and an attention mask of ones, both (B, T), on the model's device; no id is the padding id.
+
+    A multiple-choice head gets (B, 1, T): as many sequences as any other, each the one choice of its question.
+
+    Raises:
+        InputError: a size below 1, or more tokens than the model has positions for.
+    """
+    at_least_one("batch_size", batch_size)
+    at_least_one("sequence_length", sequence_length)
+    positions = _positions(model)
+    if positions is not None and sequence_length > positions:
+        raise InputError("sequence_length", sequence_length, f"at most {positions}, the positions of this model")
+    vocabulary = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+    ids = torch.randint(0, vocabulary, (batch_size, sequence_length), generator=torch.Generator().manual_seed(0))
+    padding = getattr(model.config, "pad_token_id", None)
+    if padding is not None:
+        ids[ids == padding] = (padding + 1) % vocabulary
+    ids = ids[:, None] if "ForMultipleChoice" in type(model).__name__ else ids
+    return {"input_ids": ids.to(model.device), "attention_mask": torch.ones_like(ids).to(model.device)}
+
+
+def _positions(model: PreTrainedModel) -> int | None:
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa starts counting after its padding id
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def at_least_one(field: str, given: int) -> None:
+    """Refuse a count below 1.
+
+    Raises:
+        InputError: naming `field`.
+    """
+    if given < 1:
+        raise InputError(field, given, "a whole number, at least 1")
+
+
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    batch, heads, length, width = query
+    return 2 * batch * heads * length * key[-2] * (width + value[-1])
+
+
+def _peak_memory(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> int:
+    weights = weights_memory(model)
+    if model.device.type == "cuda":
+        model(**inputs)  # libraries take their workspaces at the first call
+        torch.cuda.synchronize(model.device)
+        before = torch.cuda.memory_allocated(model.device)
+        torch.cuda.reset_peak_memory_stats(model.device)
+        model(**inputs)
+        return weights + torch.cuda.max_memory_allocated(model.device) - before
+    with _LiveStorages([*model.parameters(), *model.buffers(), *inputs.values()]) as live:
+        model(**inputs)
+    return weights + live.peak
+
+
+class _LiveStorages(TorchDispatchMode):
+    """Follows the storages that operations create, except `known` ones; `peak` is the most bytes alive at once."""
+
+    def __init__(self, known: list[torch.Tensor]):
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen = WeakIdKeyDictionary({tensor.untyped_storage(): None for tensor in known})
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self._follow(leaf.untyped_storage())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        if storage not in self.seen:
+            size = storage.nbytes()
+            self.seen[storage] = None
+            self.now += size
+            weakref.finalize(storage, self._freed, size)
+
+    def _freed(self, size: int) -> None:
+        self.now -= size

@@ -1,0 +1,230 @@
+"""What a model costs on this device: parameters, FLOPs, memory and latency, for one model or two side by side.
+
+Everything is measured on one forward pass of a batch of full-length token ids (no padding), in eval mode, in the
+model's own dtype and on the device it is on. A pruned model needs nothing special: what is not executed is not counted.
+"""
+
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from distill_llm.architectures.modes import evaluating
+from distill_llm.measuring.counting import (
+    at_least_one,
+    count_flops,
+    count_params,
+    full_length_inputs,
+    peak_memory,
+    weights_memory,
+)
+
+WARM_UP = 3
+MEGABYTE = 10**6
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The costs of one model on one device.
+
+    Attributes:
+        params: number of parameters, each shared tensor once.
+        layer_params: number of parameters inside the transformer layers (embeddings, pooler and task head left out).
+        flops: floating point operations of one forward pass of the whole batch (see `count_flops`).
+        weights_mb: parameters and buffers, in MB (10^6 bytes).
+        peak_memory_mb: the most memory held at once by weights and activations during the forward pass, in MB.
+        latency_ms: median time of one forward pass of the batch, in milliseconds.
+        latency_spread_ms: 10th and 90th percentile of the same times, in milliseconds.
+        batch_size: B, sequences in the batch.
+        sequence_length: T, tokens in each sequence.
+        device: name of the processor, with the number of threads where it is a CPU.
+        dtype: dtype of the weights, e.g. `float32`.
+    """
+
+    params: int
+    layer_params: int
+    flops: int
+    weights_mb: float
+    peak_memory_mb: float
+    latency_ms: float
+    latency_spread_ms: tuple[float, float]
+    batch_size: int
+    sequence_length: int
+    device: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models measured in turn in one run.
+
+    Attributes:
+        model: the model in question, e.g. the student.
+        other: what it is held against, e.g. the teacher.
+        speedup: median over the pairs of (latency of `other` / latency of `model`); above 1 `model` is the faster one.
+        speedup_min: the smallest of these ratios.
+        speedup_max: the largest of these ratios.
+    """
+
+    model: Profile
+    other: Profile
+    speedup: float
+    speedup_min: float
+    speedup_max: float
+
+
+def profile(model: PreTrainedModel, batch_size: int = 32, sequence_length: int = 64, *, repeats: int = 20) -> Profile:
+    """Measure a model where it is.
+
+    Args:
+        model: any transformers text model; its mode and weights are left as they were.
+        batch_size: B, sequences in the batch.
+        sequence_length: T, tokens in each sequence.
+        repeats: timed forward passes, after three that are not timed.
+
+    Raises:
+        InputError: a size below 1, or more tokens than the model has positions for.
+    """
+    inputs = full_length_inputs(model, batch_size, sequence_length)
+    at_least_one("repeats", repeats)
+    with evaluating(model):
+        for _ in range(WARM_UP):
+            _seconds(model, inputs)
+        times = [_seconds(model, inputs) for _ in range(repeats)]
+    return _profile(model, inputs, times)
+
+
+def compare(
+    model: PreTrainedModel,
+    other: PreTrainedModel,
+    batch_size: int = 32,
+    sequence_length: int = 64,
+    *,
+    repeats: int = 20,
+) -> Comparison:
+    """Measure two models in one run, taking turns, so that a slow moment of the machine hits both.
+
+    Each repeat times both models, the one to go first changing every time, and gives one ratio; the speed-up is the
+    median of these paired ratios. See `profile` for the arguments and errors.
+    """
+    pair = (model, other)
+    inputs = [full_length_inputs(each, batch_size, sequence_length) for each in pair]
+    at_least_one("repeats", repeats)
+    times: tuple[list[float], list[float]] = ([], [])
+    with evaluating(model), evaluating(other):
+        for _ in range(WARM_UP):
+            for each, batch in zip(pair, inputs, strict=True):
+                _seconds(each, batch)
+        for repeat in range(repeats):
+            for index in (repeat % 2, 1 - repeat % 2):
+                times[index].append(_seconds(pair[index], inputs[index]))
+    ratios = [theirs / ours for ours, theirs in zip(*times, strict=True)]
+    return Comparison(
+        model=_profile(model, inputs[0], times[0]),
+        other=_profile(other, inputs[1], times[1]),
+        speedup=statistics.median(ratios),
+        speedup_min=min(ratios),
+        speedup_max=max(ratios),
+    )
+
+
+def device_name(device: torch.device | str) -> str:
+    """The processor's own name, e.g. `NVIDIA H100 80GB HBM3`, or `AMD EPYC 7B13, 2 threads` for a CPU."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return f"{device.type.upper()} ({_processor()})"
+    threads = torch.get_num_threads()
+    return f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def profile_table(result: Profile | Comparison, names: tuple[str, str] = ("model", "other")) -> Table:
+    """A table for the terminal: one column for a `Profile`; two for a `Comparison`, with ratios `model` / `other`.
+
+    Args:
+        result: what `profile` or `compare` returned.
+        names: headings of the columns, in the order of the fields of `Comparison`.
+    """
+    model, other = (result.model, result.other) if isinstance(result, Comparison) else (result, None)
+    title = f"{model.device}, batch {model.batch_size} x {model.sequence_length} tokens"
+    if other is not None and other.device != model.device:
+        title += f" (against {other.device})"
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for name in names if other else names[:1]:
+        table.add_column(name, justify="right")
+    if other:
+        table.add_column("ratio", justify="right")
+    table.add_row("dtype of the weights", model.dtype, *([other.dtype, ""] if other else []))
+    mine, theirs = _cells(model), _cells(other) if other else {}
+    for row, (value, text) in mine.items():
+        against = [theirs[row][1], f"{value / theirs[row][0]:.3f}" if theirs[row][0] else "–"] if other else []
+        table.add_row(row, text, *against)
+    if isinstance(result, Comparison):
+        spread = f"({result.speedup_min:.2f}–{result.speedup_max:.2f})"
+        table.add_row("speed-up, paired", f"{result.speedup:.2f}x {spread}", "1.00x", "")
+    return table
+
+
+def _cells(profile: Profile) -> dict[str, tuple[float, str]]:
+    low, high = profile.latency_spread_ms
+    return {
+        "parameters": (profile.params, f"{profile.params:,}"),
+        "in the layers": (profile.layer_params, f"{profile.layer_params:,}"),
+        "FLOPs of a forward": (profile.flops, f"{profile.flops / 1e9:,.3f} G"),
+        "memory of the weights": (profile.weights_mb, f"{profile.weights_mb:,.1f} MB"),
+        "peak memory": (profile.peak_memory_mb, f"{profile.peak_memory_mb:,.1f} MB"),
+        "latency, median (p10–p90)": (profile.latency_ms, f"{profile.latency_ms:,.2f} ms ({low:,.2f}–{high:,.2f})"),
+    }
+
+
+def _profile(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], times: list[float]) -> Profile:
+    params, layer_params = count_params(model)
+    low, high = np.percentile(times, (10, 90))
+    batch_size, *_, sequence_length = inputs["input_ids"].shape  # multiple choice has choices between
+    return Profile(
+        params=params,
+        layer_params=layer_params,
+        flops=count_flops(model, batch_size, sequence_length),
+        weights_mb=weights_memory(model) / MEGABYTE,
+        peak_memory_mb=peak_memory(model, batch_size, sequence_length) / MEGABYTE,
+        latency_ms=1e3 * statistics.median(times),
+        latency_spread_ms=(1e3 * float(low), 1e3 * float(high)),
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        device=device_name(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
+
+
+def _seconds(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> float:
+    with torch.inference_mode():
+        _synchronize(model.device)
+        start = time.perf_counter()
+        model(**inputs)
+        _synchronize(model.device)
+        return time.perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def _processor() -> str:
+    try:
+        if platform.system() == "Darwin":
+            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration, subprocess.CalledProcessError):
+        return platform.processor() or platform.machine()

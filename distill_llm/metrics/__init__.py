@@ -1,0 +1,4 @@
+"""Metric functions and their table; none needs a network.
+
+May import: common.
+"""

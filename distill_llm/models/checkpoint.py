@@ -1,0 +1,174 @@
+"""Loading models, pruned or not, with a check that every weight came from the checkpoint."""
+
+import copy
+import os
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from distill_llm.architectures.families import layers_of
+from distill_llm.architectures.modeling_pruned import STOCK_PREFIX, pruned_class
+from distill_llm.common.errors import InputError
+from distill_llm.data.tasks import Task, label_names, same_names
+
+
+def load_pretrained(model: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
+    """Load a model with the head it was saved with, pruned or stock, and refuse it unless every weight was in the checkpoint.
+
+    A stock checkpoint may hold more: heads and poolers that its class has no place for, or what older versions of its layers
+    kept beside their weights (masks of GPT-2), as many on the Hub do, but no other weights of layers, nor more layers than its
+    config.json counts. A pruned one holds its model and nothing else.
+
+    Args:
+        model: a local folder or a Hub id.
+        kwargs: as for `from_pretrained` (`dtype`, `device_map`, ...). The dtype is the checkpoint's unless given.
+
+    Raises:
+        InputError: if the config names no model class, or a key is missing, unexpected or of another size.
+    """
+    config = AutoConfig.from_pretrained(model)
+    if not config.architectures:
+        raise InputError("model", str(model), "a checkpoint whose config.json names its class under `architectures`")
+    name = config.architectures[0]
+    stock = getattr(transformers, name.removeprefix(STOCK_PREFIX), None)
+    if stock is None:
+        raise InputError("model", name, "a class of the installed transformers, or a pruned one made here")
+    model_class = pruned_class(stock) if name.startswith(STOCK_PREFIX) else stock
+    loaded, info = _load(model_class, model, config=config, **kwargs)
+    stray = info["unexpected_keys"]
+    found = {**info, "unexpected_keys": stray if model_class is not stock else _weights_of_layers(loaded, stray)}
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        keys = sorted(key if isinstance(key, str) else key[0] for key in found[kind])
+        if keys:
+            shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+            raise InputError(
+                "model", str(model), f"a checkpoint with all of the model's weights ({kind.replace('_', ' ')}: {shown})"
+            )
+    return loaded
+
+
+def _load(model_class: type[PreTrainedModel], model: str | os.PathLike, **kwargs: Any) -> tuple[PreTrainedModel, dict]:
+    """A model and its loading report."""
+    try:
+        both: Any = model_class.from_pretrained(model, output_loading_info=True, **kwargs)
+        return both
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise InputError("model", str(model), "a checkpoint with weights of the sizes in its config.json") from None
+
+
+def _weights_of_layers(model: PreTrainedModel, keys: Iterable[str]) -> list[str]:
+    """Those of a checkpoint's keys that belong to transformer layers, counted in the config or not.
+
+    Not those of a module that is there and has no weights itself: such as the mask that an attention once kept.
+    """
+    try:
+        layers = layers_of(model)
+    except (AttributeError, ValueError):  # no single list of layers, such as that of an encoder with a decoder
+        return []
+    path = next(name for name, module in model.base_model.named_modules() if module is layers)
+    found = []
+    for key in keys:
+        match = re.search(rf"(^|\.){re.escape(path)}\.(\d+)\.(?:(.+)\.)?\w+$", key)
+        if match is None:
+            continue
+        modules = dict(layers[int(match[2])].named_modules()) if int(match[2]) < len(layers) else {}
+        module = modules.get(match[3] or "")
+        if module is None or list(module.parameters(recurse=False)):
+            found.append(key)
+    return found
+
+
+def name_labels(
+    config: PreTrainedConfig, task: Task, names: Sequence[str] | None = None, of_task: bool = False
+) -> bool:
+    """Name, in place, the classes of a model that is about to learn a task; whether a head that it has is for them.
+
+    A head fits that has as many outputs, under the same names (in capitals or not) or under none.
+
+    Args:
+        names: of the classes, in the task's order; None: the task's own.
+        of_task: a head with as many outputs is for the task already, whatever its names are: it keeps them.
+    """
+    if task.is_language_model:
+        return True
+    names = tuple(names or task.label_names or ("value",))
+    own = (
+        label_names(config) if any("ForSequenceClassification" in name for name in config.architectures or ()) else None
+    )
+    same_count = config.num_labels == task.num_labels
+    if same_count and of_task and own is not None:
+        return True
+    fits = same_count and (own is None or same_names(own, names))
+    config.num_labels = task.num_labels
+    config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+    config.problem_type = "regression" if task.kind == "regression" else "single_label_classification"
+    return fits
+
+
+def load_for_task(
+    model: str | os.PathLike, task: Task, names: Sequence[str] | None = None, of_task: bool = False
+) -> PreTrainedModel:
+    """A model with a head for a task, for training, in fp32: the checkpoint's own head where it fits, else a new one.
+
+    A causal LM always has the checkpoint's own head: nothing good comes of a new one.
+
+    Args:
+        names, of_task: of the classes (see `name_labels`).
+
+    Raises:
+        InputError: if weights below the head, or of a causal LM's head, are missing from the checkpoint, or the family has
+            no such head.
+    """
+    causal = task.kind in ("causal_lm", "prompts")
+    auto: Any = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
+    auto = AutoModelForMaskedLM if task.kind == "masked_lm" else auto
+    config = AutoConfig.from_pretrained(model)
+    stock: Any = auto._model_mapping.get(type(config), None)
+    if stock is None:
+        raise InputError("model", config.model_type, f"a family with a head for {task.kind}")
+    fits = name_labels(config, task, names, of_task)
+    is_pruned = any(name.startswith(STOCK_PREFIX) for name in config.architectures or ())
+    model_class = pruned_class(stock) if is_pruned else stock
+    if fits:
+        loaded, info = _load(model_class, model, config=config, dtype=torch.float32)
+        missing = info["missing_keys"]
+    else:  # a head for other classes: take the weights below it, through the family's base model
+        base: Any = AutoModel._model_mapping[type(config)]
+        below, info = _load(pruned_class(base) if is_pruned else base, model, dtype=torch.float32)
+        missing = {f"{model_class.base_model_prefix}.{key}" for key in info["missing_keys"]}
+        weights = {f"{model_class.base_model_prefix}.{key}": value for key, value in below.state_dict().items()}
+        loaded = model_class.from_pretrained(None, config=config, state_dict=weights)
+    prefix = f"{model_class.base_model_prefix}."
+    lost = sorted(key for key in missing if causal or (key.startswith(prefix) and ".pooler." not in key))
+    if lost:
+        wanted = "all weights" if causal else "the weights below the head"
+        raise InputError("model", str(model), f"a checkpoint with {wanted} ({lost[0]} is missing)")
+    return loaded
+
+
+def converted(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A copy of a model as `from_pretrained(dtype=...)` would load it, made tensor by tensor; the model stays as it is.
+
+    What a checkpoint does not hold (positions, frequencies of rotary embeddings) keeps its precision.
+    """
+    held = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values() if tensor.is_floating_point()}
+    with torch.no_grad():
+        made = {key: tensor.to(device, dtype, copy=True) for key, tensor in held.items()}
+    parameters = {id(parameter): parameter.requires_grad for parameter in model.parameters()}
+    memo = {key: nn.Parameter(each, parameters[key]) if key in parameters else each for key, each in made.items()}
+    return copy.deepcopy(model, memo)  # type: ignore[arg-type]

@@ -1,0 +1,71 @@
+"""Models in GGUF files, as plain checkpoints: read once, kept in the cache folder of huggingface_hub."""
+
+import hashlib
+import importlib.util
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from huggingface_hub import constants
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from distill_llm.common.errors import InputError
+from distill_llm.common.processes import open_processes
+
+SUFFIX = ".gguf"
+
+
+def plain_checkpoint(file: str | os.PathLike, field: str = "model") -> Path:
+    """The folder of a GGUF file's model and tokenizer in safetensors, fp32, made on first use.
+
+    Weights that the file holds in four or eight bits are those rounded ones, not the original's.
+
+    Args:
+        file: a GGUF file of a family that transformers can read.
+        field: what the setting is called in error messages.
+
+    Raises:
+        InputError: without the `gguf` package, or for a file that cannot be read.
+    """
+    file = Path(file)
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError(field, str(file), "no GGUF file without the package gguf (pip install gguf)")
+    folder = Path(constants.HF_HOME) / "distill_llm" / "gguf" / f"{file.stem}-{_digest(file)}"
+    with open_processes().main_process_first():
+        if not folder.is_dir():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(dir=folder.parent) as own:  # of this process: another one may be at it too
+                try:
+                    _convert(file, Path(own) / "model")
+                except (OSError, ValueError, NotImplementedError) as error:
+                    accepted = f"a GGUF file that transformers can read ({error})"
+                    raise InputError(field, str(file), accepted) from error
+                if not folder.is_dir():
+                    os.replace(Path(own) / "model", folder)
+    return folder
+
+
+def _digest(file: Path) -> str:
+    """Of the whole file: two fine-tunes of one model differ in nothing but the weights."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "blake2b").hexdigest()[:16]
+
+
+def _convert(file: Path, folder: Path) -> None:
+    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    both: Any = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
+    )
+    source, info = both
+    if lost := sorted(info["missing_keys"]):
+        raise ValueError(f"it lacks {lost[0]}")
+    model = type(source)(config).to(torch.float32)  # a model read from GGUF counts as quantized and cannot be saved
+    model.load_state_dict(source.state_dict())
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    model.generation_config = GenerationConfig(**{name: getattr(config, name, None) for name in names})
+    model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer.model_max_length = config.max_position_embeddings
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,133 @@
+"""The output map of a language model, left out of a forward: its input is handed on, and no logits are made."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils.generic import is_flash_attention_requested
+
+from distill_llm.common.errors import InputError
+from distill_llm.losses.head import Head
+from distill_llm.models.capture import attention_configs, kernels_named
+
+PROBE = 60.0  # logits from minus to plus this: beyond any soft cap
+# Fields of a configuration that say what is done to logits: multiplied by this power of the field, or capped.
+LOGIT_FACTORS = {
+    "logit_scale": 1,
+    "lm_head_multiplier": 1,
+    "output_multiplier": 1,
+    "logits_scaling": -1,
+    "logits_mup_width_multiplier": -1,
+}
+LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+# HyperCLOVA X multiplies by what Granite divides by; MPT has the field and does nothing with it.
+FACTOR_EXCEPTIONS = {("hyperclovax", "logits_scaling"): 1, ("mpt", "logit_scale"): 0}
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """The linear output map of a model, and what the model does to its logits after it (see `Head`)."""
+
+    linear: nn.Linear
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def head(self) -> Head:
+        """With the weights as they are now: of a sharded model, whole inside its forward only."""
+        return Head(self.linear.weight, self.linear.bias, self.scale, self.softcap)
+
+    @contextmanager
+    def handing_on(self, receive: Callable[[torch.Tensor], None]) -> Iterator[None]:
+        """Inside the context the map calls `receive` with its input, and gives (0, V) logits.
+
+        It is the map's own forward that is replaced: hooks around it, which gather sharded weights, run as ever.
+        """
+
+        def forward(hidden: torch.Tensor) -> torch.Tensor:
+            receive(hidden)
+            return hidden.new_empty(0, self.linear.out_features)
+
+        with _forward_of(self.linear, forward):
+            yield
+
+
+def output_head(model: PreTrainedModel) -> OutputHead | None:
+    """The output map of a causal or masked language model, or None where its logits cannot be made without the model.
+
+    That is so of another kind of model, where the map is no plain linear layer (quantised, or with an adapter of its own),
+    and where the model does more to its logits than scale and cap them as its config says, which a forward of one token
+    shows.
+    """
+    name, linear = type(model).__name__, model.get_output_embeddings()
+    if not name.endswith(("ForMaskedLM", "ForCausalLM", "GPT2LMHeadModel")) or not isinstance(linear, nn.Linear):
+        return None
+    if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
+        return None
+    try:
+        head = head_of(model, transformed=True)
+    except InputError:
+        return None
+    found = OutputHead(linear, head.scale, head.softcap)
+    # Sharded by ZeRO-3, a model has no weights outside of its engine.
+    return found if is_deepspeed_zero3_enabled() or _finishes_as_said(model, found) else None
+
+
+def head_of(model: PreTrainedModel, transformed: bool = False) -> Head:
+    """The head of a causal or masked language model, for inputs that are the base model's last hidden states.
+
+    Args:
+        transformed: the head's inputs will be taken after the layers between base model and output map (BERT's
+            `cls.predictions.transform`), so these layers are no fault.
+
+    Raises:
+        InputError: the model has no linear map to its vocabulary, or layers before it, or does to its logits what a
+            Head cannot say.
+    """
+    name, linear = type(model).__name__, model.get_output_embeddings()
+    if not isinstance(linear, nn.Linear):
+        raise InputError("model", name, "a causal or masked language model with a linear output map")
+    between = [key for key, child in model.named_children() if child is not linear and key != model.base_model_prefix]
+    if not transformed and any(True for key in between for _ in model.get_submodule(key).parameters()):
+        accepted = "a model whose output map follows its base model at once, or inputs taken after those layers"
+        raise InputError("model", f"{name} with {', '.join(between)} around its output map", accepted)
+    config = model.config.get_text_config()
+    scale, softcap = 1.0, None
+    for field, power in LOGIT_FACTORS.items():
+        if getattr(config, field, None) is not None:
+            scale *= float(getattr(config, field)) ** FACTOR_EXCEPTIONS.get((config.model_type, field), power)
+    for field in LOGIT_CAPS:
+        if getattr(config, field, None) is not None:
+            softcap = float(getattr(config, field))
+    return Head(linear.weight, linear.bias, scale, softcap)
+
+
+def _finishes_as_said(model: PreTrainedModel, head: OutputHead) -> bool:
+    """Whether known products become the logits that the config promises."""
+    device = torch.device("cpu") if head.linear.weight.is_meta else head.linear.weight.device
+    products = torch.linspace(-PROBE, PROBE, head.linear.out_features, device=device).view(1, 1, -1)
+    devices = [model.device] if model.device.type == "cuda" else []
+    # Kernels of flash attention run on no CPU, where a model may still be, and take no fp32, which weights are in that train
+    # in mixed precision; a few families (Falcon, GPT-J, GPT-Neo) keep the kernel that they were made with.
+    half = torch.autocast(model.device.type, torch.bfloat16, enabled=is_flash_attention_requested(model.config))
+    eager = kernels_named(attention_configs(model), lambda kernel: "eager")
+    fixed = _forward_of(head.linear, lambda hidden: products)
+    with torch.no_grad(), half, eager, fixed, torch.random.fork_rng(devices):
+        logits = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device)).logits
+    expected = products * head.scale
+    if head.softcap is not None:
+        expected = torch.tanh(expected / head.softcap) * head.softcap
+    return logits.shape == expected.shape and torch.allclose(logits.float(), expected, rtol=1e-2, atol=1e-3)
+
+
+@contextmanager
+def _forward_of(linear: nn.Linear, forward: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    linear.forward = forward  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del linear.forward

@@ -1,0 +1,59 @@
+"""Loading a teacher, its weights rounded to 8 or 4 bits if it would not fit otherwise."""
+
+import importlib.util
+import logging
+import os
+from typing import Any, Literal
+
+import torch
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from distill_llm.common.errors import InputError, one_of
+from distill_llm.models.checkpoint import load_pretrained
+
+QUANTIZATIONS = ("8bit", "4bit")
+
+
+def load_teacher(
+    path: str | os.PathLike,
+    quantization: Literal["8bit", "4bit"] | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> PreTrainedModel:
+    """A teacher with the head it was saved with, pruned or stock, in evaluation mode.
+
+    `8bit` is LLM.int8() (Dettmers et al., 2022) and `4bit` NormalFloat with quantised constants (QLoRA, Dettmers et al.,
+    2023, section 3), both of the linear layers but for the output map, by bitsandbytes.
+
+    Args:
+        path: a local folder or a Hub id.
+        quantization: None leaves the weights as they are.
+        dtype: of what is not quantised, and of the 4-bit layers' products; None: the checkpoint's.
+        device: where the weights go; None: the CPU, or if quantised the current accelerator where there is one. A quantised
+            model cannot be moved afterwards.
+
+    Raises:
+        InputError: an unknown quantization, bitsandbytes missing, or a checkpoint that lacks weights.
+    """
+    settings: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    if device is not None:
+        settings["device_map"] = {"": torch.device(device)}
+    if quantization is not None:
+        if quantization not in QUANTIZATIONS:
+            raise InputError("quantization", quantization, one_of(QUANTIZATIONS, str(quantization)))
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise InputError(
+                "quantization", quantization, "None without the package bitsandbytes (pip install bitsandbytes)"
+            )
+        settings["quantization_config"] = _settings(quantization, dtype)
+    return load_pretrained(path, **settings).eval()
+
+
+def _settings(quantization: str, dtype: torch.dtype | None) -> BitsAndBytesConfig:
+    if quantization == "8bit":
+        # A warning for every product of every forward, that it is in fp16.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )

@@ -1,0 +1,137 @@
+"""The run folder: what is done is on disk, written whole or not at all, so the same command goes on where it stopped."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate.utils.memory import clear_device_cache
+from transformers import TrainerCallback
+
+from distill_llm.common.errors import InputError
+from distill_llm.common.files import written_whole
+from distill_llm.common.outputs import usable_output
+from distill_llm.common.processes import open_processes
+from distill_llm.recipe.recipe import RECIPE
+
+COMPLETE, REPORT, PUSH = "complete", "report", "push/"
+FREE = ("output_dir", "description", "hub")
+"""Sections of a recipe that may change once a run has begun: a folder can be moved, and is pushed at the end."""
+
+
+class RunFolder:
+    """A run's folder and the results of its finished stages (`state.json`).
+
+    All processes of a run share the folder; process 0 writes, the others read.
+
+    Args:
+        folder: made if it does not exist.
+        recipe_yaml: the resolved recipe, kept as `recipe.yaml`; where its evaluation is another than before, the report is
+            made, and pushed, anew.
+
+    Raises:
+        InputError: if the folder holds a run of another recipe, or files that are not a run's.
+    """
+
+    def __init__(self, folder: Path, recipe_yaml: str):
+        self.folder = folder
+        self.processes = open_processes()
+        own = folder / RECIPE
+        usable_output(folder, begun=RECIPE)
+        before = own.read_text() if own.is_file() else None
+        if before is not None:
+            _same_recipe(folder, before, recipe_yaml)
+        self.processes.wait_for_everyone()
+        if self.processes.is_main_process and before != recipe_yaml:
+            if before is not None and _evaluation(before) != _evaluation(recipe_yaml):
+                self._write({k: v for k, v in self.results.items() if k != REPORT and not k.startswith(PUSH)})
+            with written_whole(own) as path:
+                path.write_text(recipe_yaml)
+        self.processes.wait_for_everyone()
+
+    @property
+    def results(self) -> dict[str, dict[str, Any]]:
+        """Result of every finished stage by its name."""
+        path = self.folder / "state.json"
+        return json.loads(path.read_text())["stages"] if path.is_file() else {}
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in the stages that are done, over all starts."""
+        return sum(result["seconds"] for result in self.results.values())
+
+    def stage(self, name: str, work: Callable[[], dict[str, Any] | None], everyone: bool = False) -> dict[str, Any]:
+        """The result of a stage: from disk if it is done, else by doing its work and keeping the result.
+
+        Args:
+            work: returns the result (plain JSON); called on process 0, or on all with `everyone`, where process 0's counts.
+        """
+        done = self.results
+        if name in done:
+            return done[name]
+        start = time.monotonic()
+        result = work() if everyone or self.processes.is_main_process else None
+        clear_device_cache(garbage_collection=True)  # the models of a stage make room for those of the next
+        self.processes.wait_for_everyone()
+        if self.processes.is_main_process:
+            done[name] = {**(result or {}), "seconds": round(time.monotonic() - start, 2)}
+            self._write(done)
+        self.processes.wait_for_everyone()
+        return self.results[name]
+
+    def _write(self, results: Mapping[str, Any]) -> None:
+        with written_whole(self.folder / "state.json") as path:
+            path.write_text(json.dumps({"stages": results}, indent=2) + "\n")
+
+
+def _same_recipe(folder: Path, old: str, new: str) -> None:
+    """What decides the student must be as it was begun with; how it is timed and pushed may change."""
+    before, after = _deciding(yaml.safe_load(old)), _deciding(yaml.safe_load(new))
+    differing = [key for key in after if before.get(key) != after[key]]
+    if differing:
+        raise InputError(
+            "output_dir",
+            str(folder),
+            f"another folder, or the recipe that this run was begun with: {', '.join(differing)} differ from its recipe.yaml",
+        )
+
+
+def _evaluation(recipe_yaml: str) -> Any:
+    return yaml.safe_load(recipe_yaml).get("evaluation")
+
+
+def _deciding(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe without what has no say in the student: a batch too large for the device must not cost a trained run.
+
+    The timed batch has one where pruning counts costs for it.
+    """
+    params = (recipe.get("pruning") or {}).get("cost", "params") == "params"
+    free = ("batch_size", "latency") if params else ("batch_size",)
+    evaluation = {name: value for name, value in recipe.get("evaluation", {}).items() if name not in free}
+    return {**{name: value for name, value in recipe.items() if name not in FREE}, "evaluation": evaluation}
+
+
+class MarkComplete(TrainerCallback):
+    """Marks a Trainer's checkpoint as whole once every process has written its part."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After the checkpoint of the current step was saved."""
+        processes = open_processes()
+        processes.wait_for_everyone()
+        if processes.is_main_process:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+
+def last_complete_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint of a Trainer's folder; process 0 removes those that were cut off."""
+    processes = open_processes()
+    if processes.is_main_process:
+        for checkpoint in folder.glob("checkpoint-*"):
+            if not (checkpoint / COMPLETE).is_file():
+                shutil.rmtree(checkpoint)
+    processes.wait_for_everyone()
+    whole = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    return str(whole[-1]) if whole else None

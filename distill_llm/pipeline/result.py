@@ -1,0 +1,76 @@
+"""The numbers of a finished run, as metrics.json has them."""
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from distill_llm.data.tasks import Task
+from distill_llm.measuring.profiling import Profile, compare
+from distill_llm.recipe.recipe import Recipe
+from distill_llm.report.plans import kept_of
+from distill_llm.report.tables import retention
+
+VERSIONS = ("torch", "transformers", "accelerate", "datasets")
+
+
+def collect_metrics(
+    recipe: Recipe,
+    task: Task,
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    teacher_result: Mapping[str, Any],
+    rounds: Sequence[Mapping[str, Any]],
+    seconds: float,
+) -> dict[str, Any]:
+    """Scores, costs measured side by side on this device, and what was kept of every layer."""
+    latency = recipe.evaluation.latency
+    measured = compare(student, teacher, latency.batch_size, latency.sequence_length)
+    kept, channels = kept_of(student, teacher)
+    last = rounds[-1]
+    final = last.get("recovered") or last.get("compensated") or last["pruned"]
+    return {
+        "task": recipe.data.task,
+        "metric": task.main_metric,
+        "higher_is_better": task.higher_is_better,
+        "device": measured.model.device,
+        "teacher_model": recipe.teacher.model,
+        "learned_from": _source(recipe),
+        "teacher": _side(teacher, measured.other, teacher_result["metrics"]),
+        "student": _side(student, measured.model, final),
+        "retention": retention(final["score"], teacher_result["score"], task.higher_is_better),
+        "params_kept": measured.model.params / measured.other.params,
+        "layer_params_kept": measured.model.layer_params / measured.other.layer_params,
+        "speedup": measured.speedup,
+        "speedup_min": measured.speedup_min,
+        "speedup_max": measured.speedup_max,
+        "latency": latency.model_dump(),
+        "rounds": [dict(row) for row in rounds] if recipe.pruning is not None else [],
+        "plan_layers": kept,
+        "plan_hidden": channels,
+        "versions": {name: version(name) for name in VERSIONS},
+        "seconds": round(seconds, 1),
+    }
+
+
+def _source(recipe: Recipe) -> str | None:
+    """What the student was trained on: its teacher (and labels maybe), labels alone, or nothing."""
+    if recipe.distillation is None:
+        return None
+    return "teacher" if recipe.distillation.losses.needs_teacher else "labels"
+
+
+def _side(model: PreTrainedModel, profile: Profile, scores: Mapping[str, float]) -> dict[str, Any]:
+    return {
+        "layers": model.config.num_hidden_layers,
+        "dtype": profile.dtype,
+        "score": scores["score"],
+        "metrics": dict(scores),
+        "params": profile.params,
+        "layer_params": profile.layer_params,
+        "flops": profile.flops,
+        "latency_ms": profile.latency_ms,
+        "weights_mb": profile.weights_mb,
+        "peak_memory_mb": profile.peak_memory_mb,
+    }

@@ -1,0 +1,184 @@
+"""What a pruned model's config says, and whether a family's own config can say all of it: then the model is a stock one."""
+
+import copy
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from distill_llm.architectures.families import LayerLineage, dims_of, family_of, pack_indices, stock_values
+from distill_llm.architectures.modeling_pruned import Sizes
+from distill_llm.pruning.units.sizes import hidden_size, sizes_of
+
+# What configs say layer by layer.
+_PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
+# Attributes that only note a size; everything else that a module knows must agree with the stock model's.
+_NOTES = {
+    "hidden_size",
+    "intermediate_size",
+    "embed_dim",
+    "dim",
+    "split_size",
+    "all_head_size",
+    "embedding_dim",
+    "n_layers",
+}
+
+_MODES = {"training", "gradient_checkpointing"}
+# What configs and models raise at sizes that they do not take.
+_REFUSALS = (ValueError, AttributeError, TypeError, StrictDataclassError)
+
+
+class NotStock(ValueError):
+    """No stock config can say what a model is; the text is the reason, in one line."""
+
+
+def stock_record(config: PreTrainedConfig) -> dict[str, Any]:
+    """What the original's config says of everything that pruning may change."""
+    record = (getattr(config, "pruning", None) or {}).get("stock")
+    if record is not None:
+        return record
+    family, said = family_of(config), config.to_dict()
+    names = ["num_hidden_layers", *family.hidden_fields, "num_attention_heads", "num_key_value_heads", "num_kv_heads"]
+    record = {name: getattr(config, name) for name in (*names, family.ffn_config) if name and hasattr(config, name)}
+    kept = ("head_dim", *_PER_LAYER)  # properties of some configs: those that are not saved need no record
+    return record | {name: said[name] for name in kept if said.get(name) is not None}
+
+
+def write_sizes(
+    config: PreTrainedConfig,
+    stock: dict[str, Any],
+    lineage: tuple[LayerLineage, ...],
+    hidden: tuple[int, ...] | None,
+) -> None:
+    """The original's values, but for the number and kinds of layers."""
+    for name, value in stock.items():
+        if isinstance(value, list):
+            value = [value[row.source] for row in lineage]
+        setattr(config, name, value)
+    config.num_hidden_layers = len(lineage)
+    rows = []
+    for row in lineage:
+        record = {"source": row.source, "heads": pack_indices(row.heads), "neurons": pack_indices(row.neurons)}
+        rows.append(record | ({} if row.queries is None else {"queries": pack_indices(row.queries)}))
+    config.pruning = {"layers": rows, "stock": stock}
+    if hidden is not None:
+        config.pruning["hidden"] = pack_indices(hidden)
+
+
+def stock_config(config: PreTrainedConfig, sizes: Sizes, width: int) -> PreTrainedConfig:
+    """What the family's own config says of a model of `config`'s kind whose layers all have `sizes`, `width` channels wide.
+
+    Raises:
+        NotStock: where the config refuses these numbers.
+    """
+    family, dims, own = family_of(config), dims_of(config), copy.deepcopy(config)
+    said = {"num_attention_heads": sizes.queries, "num_key_value_heads": sizes.groups, "num_kv_heads": sizes.groups}
+    stock_width = stock_record(config)["hidden_size"]
+    if (sizes.queries, width) != (dims.queries, stock_width):
+        said["head_dim"] = dims.head_size
+    said |= {family.ffn_config: sizes.neurons} if family.ffn_config else {}
+    said |= {name: width for name in family.hidden_fields if getattr(config, name, None) == stock_width}
+    try:
+        for name, value in said.items():
+            if hasattr(own, name) or name == "head_dim":
+                setattr(own, name, value)
+        type(own).from_dict(own.to_dict())  # which checks the sizes, as loading does
+    except _REFUSALS as error:
+        raise NotStock(f"{type(config).__name__} refuses its sizes: {_reason(error)}") from error
+    return own
+
+
+def stock_accepts(config: PreTrainedConfig, queries: int, groups: int, width: int) -> bool:
+    """Whether the family's own config can say this many heads in every layer, and channels of the residual stream.
+
+    Args:
+        config: of the model that is to be pruned, which may be pruned itself.
+    """
+    with stock_values(config):
+        neurons = getattr(config, family_of(config).ffn_config, None)
+        try:
+            stock_config(config, Sizes(queries, groups, neurons), width)  # type: ignore[arg-type]
+        except NotStock:
+            return False
+    return True
+
+
+def become_stock(student: PreTrainedModel, base: type[PreTrainedModel]) -> None:
+    """Make a student that still is of no class of its own a plain transformers model.
+
+    Raises:
+        NotStock: if no stock config can say what it is.
+    """
+    config, stock = stock_twin(student, base)
+    others = dict(stock.named_modules())
+    for name, module in student.named_modules():
+        for note in _NOTES & vars(module).keys() & vars(others[name]).keys():
+            setattr(module, note, getattr(others[name], note))
+    student.config.__dict__.update(config.__dict__)
+    student.__class__ = base
+
+
+def stock_twin(student: PreTrainedModel, base: type[PreTrainedModel]) -> tuple[PreTrainedConfig, PreTrainedModel]:
+    """The config that says what a student is, and the model of class `base`, without memory, that it makes.
+
+    Raises:
+        NotStock: if no stock config can say what it is.
+    """
+    sizes = set(sizes_of(student))
+    if len(sizes) > 1:
+        raise NotStock("its layers keep different numbers of heads or neurons")
+    if 0 in (only := sizes.pop()):
+        raise NotStock("its layers have no attention or no FFN left")
+    config = stock_config(student.config, only, hidden_size(student))
+    try:
+        with torch.device("meta"):
+            stock = base._from_config(copy.deepcopy(config))
+    except _REFUSALS as error:
+        raise NotStock(f"{base.__name__} refuses its sizes: {_reason(error)}") from error
+    if difference := _difference(student, stock):
+        raise NotStock(f"{type(config).__name__} cannot say what it is: {difference}")
+    return config, stock
+
+
+def _reason(error: Exception) -> str:
+    """The last line of an error's text: what was wrong, after what was checked."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+    return line.removeprefix("ValueError: ")[:200]
+
+
+def _difference(student: nn.Module, stock: nn.Module) -> str | None:
+    """Where two models differ in modules, sizes or settings, but for noted sizes and the values of weights; None: nowhere."""
+    mine, theirs = dict(student.named_modules()), dict(stock.named_modules())
+    if odd := min(mine.keys() ^ theirs.keys(), default=None):
+        return f"it would have {'no ' if odd in mine else ''}{odd}"
+    for name, module in mine.items():
+        other = theirs[name]
+        if name and type(module) is not type(other):
+            return f"{name} would be {type(other).__name__}, is {type(module).__name__}"
+        for found, wanted in ((_shapes(module), _shapes(other)), (_settings(module), _settings(other))):
+            for key in sorted(found.keys() | wanted.keys()):
+                if found.get(key) != wanted.get(key):
+                    path = f"{name}.{key}".lstrip(".")
+                    return f"{path} would be {_shown(wanted.get(key))}, is {_shown(found.get(key))}"
+    return None
+
+
+def _shown(value: Any) -> str:
+    return str(list(value)) if isinstance(value, torch.Size) else str(value)
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    return {name: tensor.shape for name, tensor in own}
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    plain = (bool, int, float, str, tuple)
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, plain) and not name.startswith("_") and name not in _NOTES | _MODES
+    }

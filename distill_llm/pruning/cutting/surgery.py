@@ -1,0 +1,202 @@
+"""Removing what a plan removes: a new, really smaller model."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from distill_llm.architectures.families import (
+    LayerLineage,
+    dims_of,
+    family_of,
+    hidden_lineage,
+    layers_of,
+    lineage_of,
+)
+from distill_llm.architectures.modeling_pruned import (
+    all_queries,
+    kept_channels,
+    layer_prefix,
+    pruned_class,
+    shrink,
+    stock_class,
+)
+from distill_llm.common.errors import InputError
+from distill_llm.models.placement import check_in_memory
+from distill_llm.pruning.compensation.bypass import Bypasses
+from distill_llm.pruning.compensation.channels import repaired_stream
+from distill_llm.pruning.compensation.linear import compensate_linear
+from distill_llm.pruning.cutting.stock import NotStock, become_stock, stock_record, stock_twin, write_sizes
+from distill_llm.pruning.plan import PruningPlan
+from distill_llm.pruning.statistics.moments import Moments
+from distill_llm.pruning.statistics.record import Statistics
+from distill_llm.pruning.units.sizes import linear, sizes_of, weight_of
+
+
+def compose_lineage(model: PreTrainedModel, plan: PruningPlan) -> tuple[LayerLineage, ...]:
+    """The lineage of the model that `plan` makes of `model`: indices into the original teacher, over all rounds so far."""
+    sizes = sizes_of(model)
+    before = lineage_of(model) or tuple(
+        LayerLineage(i, tuple(range(s.groups)), tuple(range(s.neurons))) for i, s in enumerate(sizes)
+    )
+    dims = dims_of(model.config)
+    shared = dims.queries // dims.groups
+    composed = []
+    for row in plan.layers:
+        old, size = before[row.source], sizes[row.source]
+        heads = tuple(old.heads[i] for i in row.heads)
+        every = tuple(group * shared + i for group in heads for i in range(shared))
+        known = old.queries or tuple(group * shared + i for group in old.heads for i in range(shared))
+        queries = tuple(known[i] for i in (all_queries(row.heads, size) if row.queries is None else row.queries))
+        neurons = tuple(old.neurons[i] for i in row.neurons)
+        composed.append(LayerLineage(old.source, heads, neurons, None if queries == every else queries))
+    return tuple(composed)
+
+
+def prune(
+    model: PreTrainedModel,
+    plan: PruningPlan,
+    compensate: Statistics | None = None,
+    *,
+    bypasses: Bypasses | None = None,
+) -> PreTrainedModel:
+    """A new model with only what the plan keeps; the input is untouched.
+
+    The result is a plain transformers class where the stock config can say its sizes, else a `Pruned...` class that saves
+    the code to load it beside its weights. Its config holds the lineage.
+
+    Args:
+        compensate: statistics of this very model with second moments; fold what is removed into what stays (see
+            `compensate_linear`): heads and neurons, and channels of the residual stream where they have `hidden_moments`.
+        bypasses: what `fit_bypasses` found for this very model and plan; the FFN before what is removed whole (layers,
+            attentions, FFNs) takes over what that added. It is fitted to all tokens alike, its own removed neurons included.
+
+    Raises:
+        InputError: if the plan does not fit the model, the model is not in memory whole, the statistics have no moments or
+            other sizes, or the bypasses are of another plan.
+    """
+    plan.check(model)
+    if bypasses is not None and (bypasses.plan.layers != plan.layers or (bypasses.norms and plan.hidden is not None)):
+        raise InputError("bypasses", "those of another plan", "what fit_bypasses found for the plan that is given")
+    check_in_memory(model)
+    if compensate is not None:
+        _check_statistics(model, compensate)
+    lineage, hidden = compose_lineage(model, plan), _compose_hidden(model, plan)
+    rows = [LayerLineage(row.source, row.heads, row.neurons, row.queries) for row in plan.layers]
+    repaired = _repaired(model, rows, plan, compensate, bypasses)
+    if compensate is not None and plan.hidden is not None:
+        repaired |= repaired_stream(model, rows, torch.tensor(plan.hidden), compensate)
+    stock = stock_record(model.config)
+    student = _structure_of(model)
+    shrink(student, rows, plan.hidden, original=lineage, values=True)
+    modules: dict[str, Any] = dict(student.named_modules())
+    for name, (weight, bias) in repaired.items():
+        if (module := modules.get(name)) is None:  # of an attention that is gone
+            continue
+        module.weight = nn.Parameter((weight.T if isinstance(module, Conv1D) else weight).contiguous())
+        if bias is not None:
+            module.bias = nn.Parameter(bias)
+    _own_weights(student, model)
+    write_sizes(student.config, stock, lineage, hidden)
+    base = stock_class(type(model))
+    try:
+        become_stock(student, base)
+    except NotStock:
+        student.__class__ = pruned_class(base)
+    return student.requires_grad_(True).train(model.training)
+
+
+def stock_expressible(student: PreTrainedModel) -> bool:
+    """Whether plain transformers can load this model: whether its class is one of theirs."""
+    return stock_class(type(student)) is type(student)
+
+
+def why_not_stock(student: PreTrainedModel) -> str | None:
+    """In one line, why plain transformers cannot load a pruned model without the code beside it; None where they can."""
+    if stock_expressible(student):
+        return None
+    try:
+        stock_twin(student, stock_class(type(student)))
+    except NotStock as error:
+        return str(error)
+    return None
+
+
+def _structure_of(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy that still shares its weights with the model."""
+    student = copy.deepcopy(model, {id(tensor): tensor for tensor in model.parameters()})
+    for name in ("forward", "_original_forward"):  # accelerate's wrapper around the forward of the model itself
+        student.__dict__.pop(name, None)
+    if hasattr(student.config, "auto_map"):
+        del student.config.auto_map
+    return student
+
+
+def _own_weights(student: PreTrainedModel, model: PreTrainedModel) -> None:
+    shared = {id(parameter) for parameter in model.parameters()}
+    copies: dict[int, nn.Parameter] = {}
+    for name, parameter in list(student.named_parameters(remove_duplicate=False)):
+        if id(parameter) in shared:
+            own = copies.setdefault(id(parameter), nn.Parameter(parameter.detach().clone()))
+            parent, _, last = name.rpartition(".")
+            setattr(student.get_submodule(parent), last, own)
+
+
+def _compose_hidden(model: PreTrainedModel, plan: PruningPlan) -> tuple[int, ...] | None:
+    before = hidden_lineage(model.config)
+    if plan.hidden is None:
+        return before
+    return tuple(plan.hidden) if before is None else tuple(before[i] for i in plan.hidden)
+
+
+def _repaired(
+    model: PreTrainedModel,
+    rows: list[LayerLineage],
+    plan: PruningPlan,
+    statistics: Statistics | None,
+    bypasses: Bypasses | None,
+) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
+    """By the student's names: compensated weight (outputs, kept inputs) and bias of the attention-output and FFN-down linears
+    that lose an input or take over what others added, and those of norms that take another's place."""
+    family, dims, prefix, found = family_of(model), dims_of(model.config), layer_prefix(model), {}
+    out = slice(None) if plan.hidden is None else torch.tensor(plan.hidden)
+    sizes = sizes_of(model)
+    for index, row in enumerate(rows):
+        for kind, (path, layout) in enumerate(((family.attention_out, "q"), (family.ffn_out, "n"))):
+            if bypasses is not None and (row.source, path) in bypasses.outputs:
+                continue  # all but its bias is another's
+            module = linear(layers_of(model)[row.source], path)
+            kept = kept_channels(layout, row, sizes[row.source], dims.head_size)
+            if bypasses is not None and kind == 1 and row.source in bypasses.moments:
+                weight, bias = bypasses.folded(module, row.source, kept)
+            elif statistics is None or len(kept) == weight_of(module).shape[1]:
+                continue
+            else:
+                weight, bias = compensate_linear(
+                    weight_of(module), module.bias, _moments(statistics, row.source, kind), kept
+                )
+            found[f"{prefix}{index}.{path}"] = weight[out], None if bias is None else bias[out]
+        if bypasses is not None and row.source in bypasses.norms:
+            layer, path = bypasses.norms[row.source]
+            norm: Any = layers_of(model)[layer].get_submodule(path)
+            bias = getattr(norm, "bias", None)
+            found[f"{prefix}{index}.{path}"] = (
+                norm.weight.detach().clone(),
+                None if bias is None else bias.detach().clone(),
+            )
+    return found
+
+
+def _moments(statistics: Statistics, layer: int, kind: int) -> Moments:
+    if not statistics.moments:
+        raise InputError("compensate", "statistics without moments", "statistics collected with moments=True")
+    return statistics.moments[layer][kind]
+
+
+def _check_statistics(model: PreTrainedModel, statistics: Statistics) -> None:
+    found = [(len(of.taylor), len(its.taylor)) for of, its in zip(statistics.heads, statistics.neurons, strict=True)]
+    if found != [(size.groups, size.neurons) for size in sizes_of(model)]:
+        raise InputError("compensate", "statistics of a model of other sizes", "statistics of the model that is pruned")

@@ -1,0 +1,26 @@
+"""Shares of a model's cost: what a plan keeps of the teacher, and the least that rules leave."""
+
+from transformers import PreTrainedModel
+
+from distill_llm.pruning.planning.candidate import Rules
+from distill_llm.pruning.units.costs import unit_costs
+from distill_llm.pruning.units.sizes import hidden_size, layer_shapes, sizes_of, sources_in
+
+
+def share_of(
+    student: PreTrainedModel, teacher: PreTrainedModel, cost: str, batch_size: int = 32, sequence_length: int = 64
+) -> float:
+    """The share of the teacher's layers' cost (see `unit_costs`) that the student's layers have."""
+    costs = unit_costs(teacher, cost, batch_size, sequence_length)
+    left, whole = ([(s.groups, s.neurons, s.queries) for s in sizes_of(model)] for model in (student, teacher))
+    return costs.of(left, hidden_size(student), sources_in(student, teacher)) / costs.of(whole)
+
+
+def least_share(model: PreTrainedModel, rules: Rules, cost: str, batch_size: int, sequence_length: int) -> float:
+    """The share of the layers' cost that stays when all that the rules let go is removed; one layer always stays."""
+    costs, shapes = unit_costs(model, cost, batch_size, sequence_length), layer_shapes(model)
+    rows, width = rules.least(shapes), rules.least_width(costs.hidden)
+    left = costs.of(rows, width)
+    if "layers" in rules.units:
+        left = min(costs.of([rows[i]], width, [i]) for i in rules.last_layers(len(rows)))
+    return left / costs.of(shapes)

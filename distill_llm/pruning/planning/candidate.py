@@ -1,0 +1,223 @@
+"""What stays of a model and what it costs, while a plan is being made."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from distill_llm.common.errors import InputError
+from distill_llm.pruning.criteria import Importance
+from distill_llm.pruning.names import UNITS
+from distill_llm.pruning.plan import LayerPlan, PruningPlan
+from distill_llm.pruning.units.costs import Costs
+from distill_llm.pruning.units.sizes import LayerShape
+
+NEAR = 0.99
+"""The part of a budget that a plan should use at least."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The fewest heads (KV groups) and neurons that every remaining layer keeps; a layer that has fewer keeps all."""
+
+    heads: int = 0
+    neurons: int = 0
+
+
+NO_LIMITS = Limits()
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What may be removed: `units`, down to `limits`, neurons and channels in steps of `round_to`.
+
+    `uniform`: as many in every layer that has any. `local`: every layer keeps the same share of its own, which leaves a head to
+    each that has one. `anchored`: the first layer always stays.
+    """
+
+    units: frozenset[str]
+    limits: Limits = NO_LIMITS
+    round_to: int = 1
+    uniform: bool = False
+    local: bool = False
+    anchored: bool = False
+
+    def least(self, shapes: Sequence[LayerShape]) -> list[LayerShape]:
+        """What has to stay of every layer as long as the layer stays."""
+        rows, limits, multiple = [], self.limits, -(-self.limits.neurons // self.round_to) * self.round_to
+        least_heads = max(limits.heads, int(self.local and "heads" in self.units))
+        for shape in shapes:
+            heads, neurons = shape.heads, shape.neurons
+            queries = (shape.queries or heads) // heads if heads else 0
+            if "heads" in self.units or ("attention" in self.units and not limits.heads):
+                heads = min(least_heads, heads, fewest(s.heads for s in shapes) if self.uniform else heads)
+            if "neurons" in self.units or ("ffn" in self.units and not limits.neurons):
+                has = min(neurons, fewest(s.neurons for s in shapes)) if self.uniform else neurons
+                neurons = multiple if multiple <= has else has
+            rows.append(LayerShape(heads, neurons, heads * (min(queries, 1) if "queries" in self.units else queries)))
+        return rows
+
+    def last_layers(self, count: int) -> range:
+        """Of `count` layers those any of which may be the only one that stays."""
+        return range(1 if self.anchored else count)
+
+    def least_width(self, hidden: int) -> int:
+        """The fewest channels of the residual stream that have to stay."""
+        return min(self.round_to, hidden) if "hidden" in self.units else hidden
+
+
+def fewest(counts: Iterable[int]) -> int:
+    """The smallest number of units that a layer has which has any."""
+    return min((count for count in counts if count), default=0)
+
+
+class Choice:
+    """What stays, while it is being chosen: per layer the kept heads, queries of a group, and neurons; the kept channels."""
+
+    def __init__(
+        self, scores: Importance, shapes: Sequence[LayerShape], costs: Costs, budget: float, rules: Rules
+    ) -> None:
+        self.scores, self.shapes, self.costs, self.budget, self.rules = scores, shapes, costs, budget, rules
+        self.alive = [True] * len(shapes)
+        self.heads = [torch.ones(s.heads, dtype=torch.bool) for s in shapes]
+        self.neurons = [torch.ones(s.neurons, dtype=torch.bool) for s in shapes]
+        self.shared = [(s.queries or s.heads) // s.heads if s.heads else 1 for s in shapes]
+        self.slots = list(self.shared)
+        # The same as numbers, to be quick.
+        self.head_count = [s.heads for s in shapes]
+        self.neuron_count = [s.neurons for s in shapes]
+        self.width = costs.hidden
+        self.least = rules.least(shapes)
+        least_width = rules.least_width(costs.hidden)
+        self._least_costs = [costs.of([row], least_width, [i]) for i, row in enumerate(self.least)]
+
+    def shape(self, i: int) -> LayerShape:
+        return LayerShape(self.head_count[i], self.neuron_count[i], self.head_count[i] * self.slots[i])
+
+    def living(self) -> list[int]:
+        return [i for i, alive in enumerate(self.alive) if alive]
+
+    def cost(self) -> float:
+        return self.costs.of(map(self.shape, self.living()), self.width, self.living())
+
+    def least_cost(self) -> float:
+        """What is left when all goes that may go; one layer always stays."""
+        if "layers" not in self.rules.units:
+            return sum(self._least_costs)
+        return min(self._least_costs[i] for i in self.rules.last_layers(len(self.shapes)))
+
+    def least_of(self, layers: Sequence[int]) -> float:
+        """What is left of these layers when all goes of them that may go."""
+        return sum(self._least_costs[i] for i in layers)
+
+    def fits(self, cost: float) -> bool:
+        return cost <= self.budget * (1 + 1e-9)
+
+    def price(self, kind: str, i: int) -> float:
+        """What goes with the next unit of a kind; of channels, with the next step of them."""
+        head = self.costs.group_at(self.width, i) + self.slots[i] * self.costs.query_at(self.width, i)
+        neuron = self.costs.neuron_at(self.width)
+        if kind == "heads":
+            return head
+        if kind == "queries":
+            return self.head_count[i] * self.costs.query_at(self.width, i)
+        if kind == "neurons":
+            return neuron
+        if kind == "hidden":
+            return self.rules.round_to * self.costs.channel(map(self.shape, self.living()))
+        parts = {"attention": self.head_count[i] * head, "ffn": self.neuron_count[i] * neuron}
+        return parts[kind] if kind in parts else self.costs.of([self.shape(i)], self.width, [i])
+
+    def remove(self, kind: str, i: int, j: int) -> bool:
+        """Remove a unit; False where it is gone already or must stay."""
+        if kind == "hidden":
+            self.narrow(self.width - self.rules.round_to)
+            return True
+        if not self.alive[i]:
+            return False
+        if kind == "layers":
+            others = [k for k in self.rules.last_layers(len(self.shapes)) if self.alive[k] and k != i]
+            if not any(self.fits(self._least_costs[k]) for k in others):
+                return False
+            self.alive[i] = False
+        elif kind in ("heads", "attention"):
+            gone = self.heads[i] if kind == "attention" else self.heads[i][j : j + 1]
+            if self.head_count[i] - int(gone.sum()) < self.least[i].heads or not gone.any():
+                return False
+            self.head_count[i] -= int(gone.sum())
+            gone[:] = False
+        elif kind == "queries":
+            if self.slots[i] == 1:
+                return False
+            self.slots[i] -= 1
+        else:
+            gone = self.neurons[i] if kind == "ffn" else self.neurons[i][j : j + 1]
+            if self.neuron_count[i] - int(gone.sum()) < self.least[i].neurons or not gone.any():
+                return False
+            self.neuron_count[i] -= int(gone.sum())
+            gone[:] = False
+        return True
+
+    def put_back(self, kind: str, i: int, j: int) -> None:
+        """Take a head or a layer back."""
+        if kind == "layers":
+            self.alive[i] = True
+        else:
+            self.heads[i][j] = True
+            self.head_count[i] += 1
+
+    def keep(self, kind: str, i: int, count: int) -> None:
+        """Let the best heads or neurons of a layer stay, this many."""
+        kept, counts = (self.heads, self.head_count) if kind == "heads" else (self.neurons, self.neuron_count)
+        best = getattr(self.scores, kind)[i].argsort(descending=True)[:count]
+        kept[i][:] = False
+        kept[i][best] = True
+        counts[i] = count
+
+    def narrow(self, width: int) -> None:
+        """Let the best channels of the residual stream stay, this many."""
+        self.width = width
+
+    def reachable(self, left: float) -> None:
+        """Raise InputError if what is left at least is more than the budget."""
+        if not self.fits(left):
+            total, units = self.costs.of(self.shapes), " and ".join(u for u in UNITS if u in self.rules.units)
+            accepted = f"at least {left / total:.4f} when only {units} can be removed"
+            kept = [
+                f"{least} {kind}"
+                for kind, least in vars(self.rules.limits).items()
+                if least and kind in self.rules.units
+            ]
+            accepted += f" and every layer keeps {' and '.join(kept)}" if kept else ""
+            raise InputError("keep", round(self.budget / total, 4), accepted)
+
+    def plan(self, model_type: str, keep: float) -> PruningPlan:
+        rows = []
+        for i, alive in enumerate(self.alive):
+            if alive:
+                heads = tuple(self.heads[i].nonzero().flatten().tolist())
+                rows.append(
+                    LayerPlan(i, heads, tuple(self.neurons[i].nonzero().flatten().tolist()), self._queries(i, heads))
+                )
+        share, note = self.cost() / self.costs.of(self.shapes), None
+        if abs(share - keep) > 0.01 * keep:
+            note = f"kept {share:.4f} of the layers' {self.costs.name} where {keep} was asked for: "
+            sizes = [{shape[k] for shape in self.shapes} - {0} for k in (0, 1)]
+            uneven = self.rules.uniform and max(map(len, sizes)) > 1
+            note += "these units come in larger steps" + (
+                ", and no layer keeps more than the smallest" if uneven else ""
+            )
+        return PruningPlan(model_type, tuple(rows), share, note, self._channels())
+
+    def _channels(self) -> tuple[int, ...] | None:
+        if self.width == self.costs.hidden:
+            return None
+        assert self.scores.hidden is not None
+        return tuple(self.scores.hidden.argsort(descending=True)[: self.width].sort().values.tolist())
+
+    def _queries(self, i: int, heads: tuple[int, ...]) -> tuple[int, ...] | None:
+        if self.slots[i] == self.shared[i] or not heads:
+            return None
+        grouped = self.scores.queries[i].view(-1, self.shared[i])
+        best = grouped.argsort(dim=1, descending=True)[:, : self.slots[i]].sort(dim=1).values
+        return tuple(g * self.shared[i] + q for g in heads for q in best[g].tolist())

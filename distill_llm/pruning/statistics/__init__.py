@@ -1,0 +1,4 @@
+"""One pass over calibration data, and all that it finds about every unit.
+
+May import of pruning: units.
+"""

@@ -1,0 +1,105 @@
+"""What a calibration pass differentiates: the sum over examples of their losses."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from distill_llm.common.errors import InputError
+from distill_llm.losses.items import kind_of, targets, valid_tokens
+from distill_llm.models.capture import item_logits, packed
+from distill_llm.models.inputs import forward_inputs
+
+Batch = Mapping[str, torch.Tensor]
+Loss = str | Callable[[Any, Batch], torch.Tensor]
+SPAN = ("start_positions", "end_positions")
+
+
+def calibration_loss(
+    model: PreTrainedModel, batch: Batch, loss: Loss | None, teacher: PreTrainedModel | None, generator: torch.Generator
+) -> torch.Tensor | None:
+    """One forward; the sum over examples of their losses (see `collect_statistics`), fp32; None without a loss.
+
+    Raises:
+        InputError: a batch without the labels it needs, or with several for an example.
+    """
+    if loss is None or callable(loss):
+        outputs = model(**_inputs(model, batch))
+        return None if loss is None else loss(outputs, batch)
+    logits, labels = items_of(model, batch, labelled=loss == "labels")
+    regression = logits.shape[-1] == 1
+    if loss == "kl" and teacher is not None:
+        with torch.no_grad():
+            target, _ = items_of(teacher, batch, labelled=False)
+        return divergence(target, logits)
+    if loss == "kl":
+        predicted = logits.detach()
+        if regression:
+            labels = predicted + torch.randn(predicted.shape, generator=generator, device=logits.device)
+        else:
+            labels = torch.multinomial(predicted.softmax(-1), 1, generator=generator).squeeze(-1)
+    assert labels is not None
+    return label_loss(logits, labels)
+
+
+def items_of(model: PreTrainedModel, batch: Batch, labelled: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One forward: logits (items, C) of the outputs that count, fp32, and their labels (items,) where `labelled`.
+
+    An item is an example, with an output per token a token, of question answering a start or an end: there the C classes are
+    the example's tokens, those of padding left out.
+
+    Raises:
+        InputError: a batch without labels where they are asked for, or with other labels than one for each item.
+    """
+    kind, spans = kind_of(model), type(model).__name__.endswith("ForQuestionAnswering")
+    names = SPAN if spans else ("labels",)
+    if labelled and not set(names) <= batch.keys():
+        raise InputError("dataloader", sorted(batch), f"batches with {' and '.join(names)}, or loss='kl'")
+    positions, labels = None, None
+    if kind != "example":
+        positions, labels = targets(batch if labelled else {k: v for k, v in batch.items() if k != "labels"}, kind)
+    elif labelled:
+        labels = torch.cat([batch[name].flatten() for name in names])
+    with packed(model, positions):
+        outputs = model(**_inputs(model, batch))
+    if not spans:
+        logits = item_logits(outputs.logits, positions).float()
+        if labels is not None:
+            _check_labels(logits, labels, batch["labels"])
+        return logits, labels
+    padding = ~valid_tokens(batch)
+    logits = torch.cat([each.float().masked_fill(padding, torch.finfo(torch.float32).min) for each in outputs[:2]])
+    if labels is None:
+        return logits, None
+    inside = (labels >= 0) & (labels < padding.shape[-1])  # an answer that was cut off has no label
+    return logits[inside], labels[inside]
+
+
+def _check_labels(logits: torch.Tensor, labels: torch.Tensor, given: torch.Tensor) -> None:
+    """Refuse flattened labels that are not one for each item: several classes of an example, or their shares."""
+    classes = logits.shape[-1]
+    if len(labels) != len(logits) or (classes > 1 and labels.is_floating_point()):
+        accepted = (
+            "one value for each" if classes == 1 else f"one whole number for each, of {classes} classes, or loss='kl'"
+        )
+        raise InputError("labels", f"{given.dtype} of shape {list(given.shape)}", accepted)
+
+
+def label_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The sum over items of their cross-entropy, or, of a regression (C = 1), of their squared error."""
+    if logits.shape[-1] == 1:
+        return nn.functional.mse_loss(logits.flatten(), labels.float().flatten(), reduction="sum")
+    return nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum")
+
+
+def divergence(target: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """The sum over items of KL(target || own) of logits (items, C), or, of a regression (C = 1), of their squared difference."""
+    if logits.shape[-1] == 1:
+        return nn.functional.mse_loss(logits, target, reduction="sum")
+    return nn.functional.kl_div(logits.log_softmax(-1), target.log_softmax(-1), reduction="sum", log_target=True)
+
+
+def _inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+    return {name: value for name, value in forward_inputs(model, batch).items() if name not in SPAN}

@@ -1,0 +1,83 @@
+"""Second moments of a few layers at a time, for models of which those of all do not fit."""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any, overload
+
+import torch
+from torch import nn
+
+from distill_llm.architectures.families import family_of, layers_of
+from distill_llm.pruning.statistics.calibration_pass import Batches, CalibrationPass
+from distill_llm.pruning.statistics.hooks import CalibrationBatch, begins_here, moments_hook
+from distill_llm.pruning.statistics.moments import Moments, MomentsSum
+from distill_llm.pruning.statistics.processes import sum_over_processes
+from distill_llm.pruning.units.sizes import linear, weight_of
+
+
+class LayerMoments(Sequence[tuple[Moments, Moments]]):
+    """What `Statistics.moments` holds, collected when it is asked for: `at_once` layers in a pass over the data.
+
+    Those of the pass before are freed first, so it is best asked for in the order of the layers. With
+    `dataclasses.replace(statistics, moments=LayerMoments(...))` compensation needs the memory of a few layers (of an 8B model
+    about 0.9 GB a layer) for as many more passes.
+
+    Args:
+        calibration: the model, and the pass that statistics were collected in.
+        batches: opens the data of that pass anew.
+        at_once: layers.
+        share: `moment_share` of that pass.
+    """
+
+    def __init__(
+        self, calibration: CalibrationPass, batches: Callable[[], Batches], at_once: int, share: float | None = None
+    ):
+        self.calibration, self.batches, self.at_once, self.share = calibration, batches, at_once, share
+        self._held: dict[int, tuple[Moments, Moments]] = {}
+
+    def __len__(self) -> int:
+        return len(layers_of(self.calibration.model))
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[Moments, Moments]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[tuple[Moments, Moments]]: ...
+    def __getitem__(self, index: Any) -> Any:
+        layers = range(len(self))[index]
+        if isinstance(layers, range):
+            return [self[layer] for layer in layers]
+        if layers not in self._held:
+            self._held.clear()
+            self._held = self._collect(range(layers, min(layers + self.at_once, len(self))))
+        return self._held[layers]
+
+    def _collect(self, layers: range) -> dict[int, tuple[Moments, Moments]]:
+        calibration, family = self.calibration, family_of(self.calibration.model)
+        every = list(layers_of(calibration.model))
+        taps = [linear(every[i], path) for i in layers for path in (family.attention_out, family.ffn_out)]
+        sums = [MomentsSum(weight_of(tap).shape[1], calibration.at, self.share) for tap in taps]
+        batch = calibration.batch()
+        with ExitStack() as stack:
+            stack.enter_context(calibration.prepared(from_embeddings=calibration.checkpointing))
+            for tap, its in zip(taps, sums, strict=True):
+                hook = _input_hook(batch, moments_hook(batch, its))
+                stack.enter_context(tap.register_forward_pre_hook(hook))
+            calibration.over(self.batches(), batch)
+        if calibration.sharded:
+            sum_over_processes([tensor for its in sums for tensor in its.tensors()])
+        sums.reverse()
+        collected = [sums.pop().finish() for _ in taps]  # each is freed before the next is made
+        return dict(zip(layers, zip(collected[0::2], collected[1::2], strict=True), strict=True))
+
+
+def _input_hook(
+    batch: CalibrationBatch, see: Callable[[torch.Tensor], None]
+) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """Before a linear: what sees its input."""
+
+    def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        entering = begins_here(args[0]) if batch.with_loss and not batch.skipped else args[0]
+        see(entering)
+        return (entering, *args[1:])
+
+    return hook

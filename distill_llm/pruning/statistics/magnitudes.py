@@ -1,0 +1,76 @@
+"""Sums over the weights that make and use a unit: magnitudes, which need no data."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from distill_llm.architectures.families import LayerLineage, dims_of, family_of, layers_of, width_of
+from distill_llm.architectures.modeling_pruned import (
+    Sizes,
+    hidden_dims,
+    kept_channels,
+    layer_axes,
+    layer_prefix,
+)
+from distill_llm.pruning.units.sizes import sizes_of
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class UnitWeights:
+    """Sums of squared and of absolute weights: per layer by kind of unit (heads, neurons, queries), and per channel of the
+    residual stream (empty if not asked for). Biases and norms do not count."""
+
+    layers: tuple[dict[str, Pair], ...]
+    hidden: Pair
+
+
+def unit_weights(model: PreTrainedModel, hidden: bool = False) -> UnitWeights:
+    """The rows that make and the columns that use every unit."""
+    family, head_size = family_of(model), dims_of(model.config).head_size
+    rows = []
+    for layer, size in zip(layers_of(model), sizes_of(model), strict=True):
+        counts = {"heads": size.groups, "neurons": size.neurons, "queries": size.queries}
+        totals = {kind: torch.zeros(2, count) for kind, count in counts.items()}
+        for name, (dim, layout) in layer_axes(layer, family).items():
+            parameter = None if layout.endswith("[]") else layer.get_parameter(name)
+            if parameter is None or parameter.dim() < 2 or layout.endswith("/") or not parameter.numel():
+                continue
+            sums = _along(parameter, dim)
+            if "n" in layout:
+                totals["neurons"] += sums.view(2, -1, size.neurons).sum(1)
+                continue
+            for kind in ("heads", "queries"):
+                for unit in range(counts[kind]):
+                    totals[kind][:, unit] += sums[:, _channels(layout, kind, unit, size, head_size)].sum(1)
+        rows.append({kind: (total[0], total[1]) for kind, total in totals.items()})
+    return UnitWeights(tuple(rows), _hidden(model) if hidden else (torch.zeros(0), torch.zeros(0)))
+
+
+def _along(parameter: torch.Tensor, dim: int) -> torch.Tensor:
+    """(2, n): sums of squared and of absolute entries along the other dimensions."""
+    entries = parameter.detach().float().transpose(0, dim).flatten(1)
+    return torch.stack([entries.square().sum(1), entries.abs().sum(1)]).cpu()
+
+
+def _channels(layout: str, kind: str, unit: int, size: Sizes, head_size: int) -> torch.Tensor:
+    """A group's channels with all its queries; a query's own, without the key and value that it shares."""
+    if kind == "heads":
+        return kept_channels(layout, LayerLineage(0, (unit,), ()), size, head_size)
+    if layout.startswith("("):
+        shared = size.queries // size.groups
+        start = (unit // shared * (shared + 2) + unit % shared) * head_size
+        return torch.arange(start, start + head_size)
+    return kept_channels(layout, LayerLineage(0, (), (), (unit,)), size, head_size)
+
+
+def _hidden(model: PreTrainedModel) -> Pair:
+    """Of the matrices of the layers: embeddings and heads are left out, as in what `keep` is a share of."""
+    prefix, total = layer_prefix(model), torch.zeros(2, width_of(model))
+    for name, dims in hidden_dims(model).items():
+        parameter = model.get_parameter(name)
+        if name.startswith(prefix) and parameter.dim() > 1 and parameter.numel():
+            total += _along(parameter, dims[0])
+    return total[0], total[1]

@@ -1,0 +1,132 @@
+"""What one pass over calibration data finds about every unit of a model, and its file."""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from distill_llm.pruning.statistics.moments import Moments
+
+# Statistics with a row per layer, a value per unit of the layer; and those with one row.
+BY_LAYER = ("heads", "neurons", "queries")
+WHOLE = ("layers", "attention", "ffn", "hidden")
+
+
+@dataclass(frozen=True)
+class UnitStatistics:
+    """Sums over the calibration data, a value per unit.
+
+    Attributes:
+        taylor: over examples, |sum over tokens of a g|.
+        fisher: over examples, (sum over tokens of a g)^2.
+        activation: over tokens, a^2.
+        wanda: over the unit's channels, the norm over tokens of the channel times the L1 norm of the weights that read it; of
+            whole layers, which none reads, the norm alone.
+        magnitude: squared weights (no data).
+        magnitude_l1: absolute weights (no data).
+    """
+
+    taylor: torch.Tensor
+    fisher: torch.Tensor
+    activation: torch.Tensor
+    wanda: torch.Tensor
+    magnitude: torch.Tensor
+    magnitude_l1: torch.Tensor
+
+
+class StreamTensor(NamedTuple):
+    """A tensor over the residual stream's channels: the names of the norm that gives it out ("": none) and of its readers."""
+
+    norm: str
+    readers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What one pass found. `heads` (KV groups where queries share keys), `neurons` and `queries` hold a row per layer;
+    `layers`, `attention` and `ffn` a value per layer, of the whole of it; `hidden` one per channel of the residual stream.
+
+    Attributes:
+        similarity: per layer, the sum over tokens of the cosine between its input and output.
+        without: per layer, the loss per example without it, less that of the whole model; None if it was not asked for.
+        moments: per layer, weighted first and second moments of the inputs of the attention-output and FFN-down linears; empty if
+            they were not asked for. `LayerMoments` collects them when they are read.
+        hidden_moments: the same of what the norms of the residual stream give out and linears read; empty if they were not asked
+            for.
+        examples, tokens: how many were seen, padding left out.
+        has_gradients: whether a loss was given.
+    """
+
+    heads: tuple[UnitStatistics, ...]
+    neurons: tuple[UnitStatistics, ...]
+    queries: tuple[UnitStatistics, ...]
+    layers: UnitStatistics
+    attention: UnitStatistics
+    ffn: UnitStatistics
+    hidden: UnitStatistics
+    similarity: torch.Tensor
+    moments: Sequence[tuple[Moments, Moments]]
+    examples: int
+    tokens: int
+    has_gradients: bool
+    without: torch.Tensor | None = None
+    hidden_moments: tuple[tuple[StreamTensor, Moments], ...] = ()
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write as safetensors."""
+        tensors = {"similarity": self.similarity}
+        if self.without is not None:
+            tensors["without"] = self.without
+        for kind in (*BY_LAYER, *WHOLE):
+            rows: Iterable[UnitStatistics] = getattr(self, kind) if kind in BY_LAYER else (getattr(self, kind),)
+            for i, row in enumerate(rows):
+                tensors.update({f"{kind}.{i}.{f.name}": getattr(row, f.name) for f in fields(UnitStatistics)})
+        for i, pair in enumerate(self.moments):
+            for kind, moments in zip(("attention", "ffn"), pair, strict=True):
+                tensors[f"moments.{i}.{kind}.mean"], tensors[f"moments.{i}.{kind}.second"] = moments
+        for i, (_, moments) in enumerate(self.hidden_moments):
+            tensors[f"hidden_moments.{i}.mean"], tensors[f"hidden_moments.{i}.second"] = moments
+        metadata = {name: str(int(getattr(self, name))) for name in ("examples", "tokens", "has_gradients")}
+        metadata["hidden_moments"] = json.dumps([tensor for tensor, _ in self.hidden_moments])
+        save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Statistics":
+        """Read what `save` wrote."""
+        with safe_open(path, "pt") as file:
+            names, get, meta = set(file.keys()), file.get_tensor, file.metadata()
+
+            def units(kind: str) -> tuple[UnitStatistics, ...]:
+                count = sum(name.startswith(f"{kind}.") and name.endswith(".taylor") for name in names)
+                return tuple(
+                    UnitStatistics(*(get(f"{kind}.{i}.{f.name}") for f in fields(UnitStatistics))) for i in range(count)
+                )
+
+            def moments(name: str) -> Moments:
+                return Moments(get(f"{name}.mean"), get(f"{name}.second"))
+
+            count = sum(name.startswith("moments.") and name.endswith(".ffn.mean") for name in names)
+            return cls(
+                heads=units("heads"),
+                neurons=units("neurons"),
+                queries=units("queries"),
+                layers=units("layers")[0],
+                attention=units("attention")[0],
+                ffn=units("ffn")[0],
+                hidden=units("hidden")[0],
+                similarity=get("similarity"),
+                moments=tuple((moments(f"moments.{i}.attention"), moments(f"moments.{i}.ffn")) for i in range(count)),
+                examples=int(meta["examples"]),
+                tokens=int(meta["tokens"]),
+                has_gradients=bool(int(meta["has_gradients"])),
+                without=get("without") if "without" in names else None,
+                hidden_moments=tuple(
+                    (StreamTensor(norm, tuple(readers)), moments(f"hidden_moments.{i}"))
+                    for i, (norm, readers) in enumerate(json.loads(meta["hidden_moments"]))
+                ),
+            )

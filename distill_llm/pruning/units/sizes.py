@@ -1,0 +1,100 @@
+"""Sizes of a model's layers, what a unit costs, and views of a layer's weights by unit."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from distill_llm.architectures.families import Family, dims_of, family_of, layers_of, lineage_of
+from distill_llm.architectures.modeling_pruned import (
+    Sizes,
+    layer_sizes,
+    outputs_of,
+)
+from distill_llm.common.errors import InputError
+
+
+class LayerShape(NamedTuple):
+    """Numbers of heads (KV groups), FFN neurons and query heads of a layer; `queries` None: as many as heads."""
+
+    heads: int
+    neurons: int
+    queries: int | None = None
+
+
+def linear(layer: nn.Module, path: str) -> nn.Linear | Conv1D:
+    """The linear at a path of the family's row (GPT-2's are Conv1D: its weight is transposed)."""
+    found = layer.get_submodule(path)
+    assert isinstance(found, nn.Linear | Conv1D), f"{path} is {type(found).__name__}"
+    return found
+
+
+def weight_of(module: nn.Linear | Conv1D) -> torch.Tensor:
+    """The weight as (outputs, inputs), a view."""
+    return module.weight.T if isinstance(module, Conv1D) else module.weight
+
+
+def second_moment_bytes(model: PreTrainedModel, inner: bool = True, hidden: bool = False) -> int:
+    """About the bytes of a model's second moments: fp32, channels x channels for each tensor.
+
+    Args:
+        inner: of the inputs of all attention-output and FFN-down linears.
+        hidden: of what the norms of the residual stream give out, two in a layer.
+    """
+    family, layers = family_of(model), layers_of(model)
+    paths = (family.attention_out, family.ffn_out) if inner else ()
+    channels = [weight_of(linear(layer, path)).shape[1] for layer in layers for path in paths]
+    channels += [hidden_size(model)] * (2 * len(layers) + 1) if hidden else []
+    return sum(4 * count**2 for count in channels)
+
+
+def sizes_of(model: PreTrainedModel) -> list[Sizes]:
+    """Query heads, groups and neurons of every layer, as they are now.
+
+    Raises:
+        InputError: for a quantized model.
+    """
+    family, dims = _family(model), dims_of(model.config)
+    return [layer_sizes(layer, family, dims) for layer in layers_of(model)]
+
+
+def layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
+    """Heads, neurons and queries of every layer, as they are now."""
+    dims = dims_of(model.config)
+    grouped = dims.queries != dims.groups  # then always named: a layer may have fewer of every group than another
+    return [LayerShape(s.groups, s.neurons, s.queries if grouped else None) for s in sizes_of(model)]
+
+
+def _family(model: PreTrainedModel) -> Family:
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        raise InputError(
+            "model", "a quantized model", "its full-precision original: prune first, then quantize the student"
+        )
+    family = family_of(model)
+    for path in (*family.attention_in, family.attention_out, *family.ffn_in, family.ffn_out):
+        for layer in layers_of(model):
+            module = dict(layer.named_modules()).get(path)
+            if hasattr(module, "base_layer"):
+                raise InputError("model", f"an adapter at {path}", "a model whose adapters are merged into its weights")
+    return family
+
+
+def hidden_size(model: PreTrainedModel) -> int:
+    """Channels of the residual stream, as they are now."""
+    return outputs_of(linear(layers_of(model)[0], _family(model).ffn_out))
+
+
+def sources_in(student: PreTrainedModel, teacher: PreTrainedModel) -> list[int]:
+    """The layer of `teacher` (which may be pruned itself) that each layer of a student was pruned from."""
+    lineage, before = lineage_of(student), lineage_of(teacher)
+    if lineage is None:
+        return list(range(len(layers_of(student))))
+    place = {row.source: i for i, row in enumerate(before)} if before else None
+    return [row.source if place is None else place[row.source] for row in lineage]
+
+
+def head_size_of(model: PreTrainedModel) -> int:
+    """Channels per head, of the model whether pruned or not."""
+    return dims_of(model.config).head_size

@@ -1,0 +1,170 @@
+"""The recipe: a YAML file that says what to make, whole and checked."""
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from distill_llm.common.errors import InputError, InputErrors, one_of, raise_all
+from distill_llm.common.validation import faults_of
+from distill_llm.recipe.sections import (
+    DataSection,
+    DistillationSection,
+    EvaluationSection,
+    HubSection,
+    PruningSection,
+    Section,
+    StudentSection,
+    TeacherSection,
+    training_fields,
+)
+from distill_llm.recipe.training_fields import with_defaults
+from distill_llm.recipe.yaml_input import override, read_yaml
+
+RECIPE = "recipe.yaml"
+"""The resolved recipe's name in a run folder."""
+
+
+class Recipe(Section):
+    """A whole run: `pipeline.run(recipe, output_dir)`."""
+
+    description: str = Field(default="", description="one line for `distill-llm recipes`")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="of data splits, training and random choices")
+    output_dir: Path = Field(
+        default=Path("runs/recipe"), description="the run folder; from a file: runs/NAME_OF_THE_FILE"
+    )
+    teacher: TeacherSection
+    student: StudentSection | None = Field(
+        default=None, description="an existing student; left out: the pruned teacher"
+    )
+    data: DataSection
+    pruning: PruningSection | None = Field(default=None, description="how the student is cut from the teacher")
+    distillation: DistillationSection | None = Field(
+        default=None, description="recovery; left out: no training of the student"
+    )
+    final: dict[str, Any] = Field(
+        default_factory=dict,
+        description="TrainingArguments fields of the last recovery, over those of distillation (whose max_steps holds too)",
+    )
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="scoring and profiling")
+    hub: HubSection | None = Field(default=None, description="push the student at the end")
+
+    _check_final = field_validator("final")(training_fields)
+
+    @field_validator("output_dir")
+    @classmethod
+    def _expand_home(cls, folder: Path) -> Path:
+        return Path(os.path.expanduser(folder))
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Recipe":
+        faults = []
+        given = self.student.model if self.student else None
+        if self.pruning is None and given is None:
+            faults.append(InputError("pruning", None, "a pruning section, or student.model for distillation alone"))
+        if self.pruning is not None and given is not None:
+            faults.append(InputError("student.model", given, "nothing where pruning makes the student"))
+        if self.student is not None and self.distillation is None:
+            faults.append(InputError("distillation", None, "a distillation section where there is a student section"))
+        if self.teacher.cache is not None:
+            faults += self._cache_faults()
+        elif self.teacher.quantization is not None and not (
+            self.distillation and self.distillation.losses.needs_teacher
+        ):
+            given = self.teacher.quantization
+            faults.append(InputError("teacher.quantization", given, "nothing where no loss needs the teacher"))
+        if self.final and self.distillation is None:
+            faults.append(InputError("final", self.final, "nothing without a distillation section"))
+        raise_all(faults)
+        return self
+
+    def _cache_faults(self) -> list[InputError]:
+        faults, cache = [], str(self.teacher.cache)
+        if self.teacher.train is not None:
+            faults.append(
+                InputError("teacher.cache", cache, "nothing with teacher.train: a cache is of a finished teacher")
+            )
+        if self.teacher.quantization is not None:
+            faults.append(InputError("teacher.quantization", self.teacher.quantization, "nothing with teacher.cache"))
+        if self.distillation is None or not self.distillation.losses.needs_teacher:
+            faults.append(InputError("teacher.cache", cache, "nothing where no loss needs the teacher"))
+        return faults
+
+    def training(self, stage: Literal["teacher", "recovery", "final"]) -> dict[str, Any]:
+        """All TrainingArguments fields of a stage but output_dir: the recipe's, its seed, and the defaults.
+
+        `teacher`: fine-tuning of the teacher; `recovery`: after a round; `final`: that with the overrides of `final`.
+        Imports torch, to see whether there is an accelerator, unless the stage sets `use_cpu`.
+        """
+        if stage == "teacher":
+            fields = dict(self.teacher.train or {})
+        else:
+            fields = dict((self.distillation.model_extra if self.distillation else None) or {})
+        if stage == "final":
+            fields |= self.final
+        return with_defaults({"seed": self.seed, **fields})
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every default written out, as YAML that `load_recipe` reads to an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def recipe_folder() -> Path:
+    """Folder of the shipped recipes: inside an installed package, else beside the package in the repository."""
+    package = Path(__file__).parents[1]
+    installed = package / "_recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes: `quickstart` for recipes/quickstart.yaml."""
+    return sorted(path.stem for path in recipe_folder().glob("*.yaml"))
+
+
+def recipe_descriptions() -> dict[str, str]:
+    """The shipped recipes by name, each with its line of description."""
+    return {name: str(read_yaml(find_recipe(name)).get("description", "")) for name in recipe_names()}
+
+
+def find_recipe(name: str) -> Path:
+    """Path of a recipe given by path or by the bare name of a shipped one; InputError where there is none."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    if name in recipe_names():
+        return recipe_folder() / f"{name}.yaml"
+    raise InputError("RECIPE", name, f"a YAML file, or {one_of(recipe_names(), name)}")
+
+
+def parse_recipe(given: dict[str, Any]) -> Recipe:
+    """The recipe of a plain mapping; all its faults at once as InputErrors, with dotted field names."""
+    try:
+        return Recipe.model_validate(given)
+    except ValidationError as error:
+        raise InputErrors(faults_of(error, Recipe)) from None
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read and validate a recipe.
+
+    Args:
+        path: a YAML file, or the bare name of a shipped recipe.
+        overrides: `a.b=c` each; the value is YAML, `pruning=null` takes a section out.
+
+    Raises:
+        InputError: one line per fault: field, what was given, what is accepted, the nearest name for an unknown one.
+    """
+    file = find_recipe(str(path))
+    given = {"output_dir": f"runs/{file.stem}", **read_yaml(file)}
+    for text in overrides or []:
+        override(given, text)
+    return parse_recipe(given)
+
+
+def budget_batch(recipe: Recipe, decoder: bool) -> tuple[int, int]:
+    """The batch (B, T) that costs are counted or measured for; with cost memory it is empty unless a decoder holds its cache."""
+    latency, cost = recipe.evaluation.latency, recipe.pruning.cost if recipe.pruning else "params"
+    held = decoder or cost != "memory"
+    return latency.batch_size if held else 0, latency.sequence_length

@@ -1,0 +1,81 @@
+"""YAML from people: duplicate keys, broken syntax and non-mappings give one clear line; `a.b=c` overrides."""
+
+import re
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distill_llm.common.errors import InputError
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, with duplicate keys refused and `5e-5` a number (YAML 1.1 takes it for text)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """As the safe loader's, once no key of `node` stands twice."""
+        seen: dict[str, int] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            line = key.start_mark.line + 1
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key.value!r} also stands on line {seen[key.value]}", problem_mark=key.start_mark
+                )
+            seen[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _parse(text: str, field: str) -> Any:
+    """The value of YAML `text`; InputError naming `field` and the place of the fault."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{field} line {mark.line + 1}" if mark and "\n" in text else field
+        line = text.splitlines()[mark.line].strip() if mark and mark.line < len(text.splitlines()) else text
+        raise InputError(where, line, f"valid YAML without duplicate keys ({error.problem})") from None
+    except yaml.YAMLError as error:
+        raise InputError(field, text[:40], f"valid YAML ({str(error).splitlines()[0]})") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; InputError where it cannot be read or is not a mapping of names."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError("RECIPE", str(path), f"a readable UTF-8 text file ({type(error).__name__})") from None
+    given = _parse(text, str(path))
+    if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
+        raise InputError(str(path), type(given).__name__, "a mapping of sections: teacher, data, pruning, ...")
+    return given
+
+
+def read_mapping(text: str | None, field: str) -> dict[str, Any]:
+    """The mapping of names that an option holds as YAML, empty for None; InputError naming `field` where it is none."""
+    given = {} if text is None else _parse(text, field)
+    if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
+        raise InputError(field, text, "a mapping of names to values: '{NAME: VALUE}'")
+    return given
+
+
+def override(given: dict[str, Any], text: str) -> None:
+    """Set a value in a nested mapping, in place, from `a.b=c` (c is YAML); missing mappings are made."""
+    path, equals, value = text.partition("=")
+    names = path.strip().split(".")
+    if not equals or not all(names):
+        raise InputError("--set", text, "NAME.NAME=VALUE, such as pruning.keep=0.4")
+    inner = given
+    for depth, name in enumerate(names[:-1]):
+        below = inner.get(name)
+        if below is None:
+            below = inner[name] = {}
+        if not isinstance(below, dict):
+            raise InputError("--set", text, f"a name inside a mapping ({'.'.join(names[: depth + 1])} is {below!r})")
+        inner = below
+    inner[names[-1]] = _parse(value, f"--set {path}")

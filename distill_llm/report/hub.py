@@ -1,0 +1,98 @@
+"""Pushing a finished student to the Hugging Face Hub."""
+
+import re
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token, is_offline_mode
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+)
+from huggingface_hub.utils import validate_repo_id
+
+from distill_llm.common.errors import InputError
+from distill_llm.models.finding import first_line
+from distill_llm.report.usage import read_config
+
+LEFT_OUT = ["checkpoint-*", "*.pt", "*.bin", "**/__pycache__/**", "__pycache__/**", ".*", "**/.*"]
+
+
+def push(student_dir: str | Path, repo_id: str, private: bool = False, token: str | None = None) -> str:
+    """Upload a student's folder: weights, configuration, tokenizer, model card and evaluation results, in one commit.
+
+    The repository is created where it does not exist. The code in the model card is made to load from it. Checkpoints
+    and optimizer states of training are left out.
+
+    Args:
+        student_dir: a folder with a saved model, such as `student/` of a run.
+        repo_id: `name` or `owner/name`.
+        private: make the repository private when it is created.
+        token: a token with write access; None takes the one of `hf auth login` or the variable HF_TOKEN.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        InputError: no model in the folder, a name the Hub does not take, no token or not enough rights, the Hub
+            switched off or out of reach.
+    """
+    student_dir = Path(student_dir)
+    read_config(student_dir)
+    if not any(student_dir.glob("*.safetensors")):
+        raise InputError("student_dir", str(student_dir), "a folder with a model's weights (*.safetensors)")
+    check_repo_id(repo_id)
+    api = HfApi(token=token)
+    try:
+        repo = api.create_repo(repo_id, private=private, exist_ok=True)
+        _name_the_repository(student_dir / "README.md", repo.repo_id)
+        api.upload_folder(
+            repo_id=repo.repo_id,
+            folder_path=student_dir,
+            commit_message="Upload the student, its card and its evaluation results",
+            ignore_patterns=LEFT_OUT,
+        )
+    except OfflineModeIsEnabled as error:
+        raise InputError("HF_HUB_OFFLINE", "1", "0 or unset: pushing needs the Hub") from error
+    except LocalTokenNotFoundError as error:
+        raise InputError("token", None, "a token with write access (`hf auth login`, or HF_TOKEN)") from error
+    except HfHubHTTPError as error:
+        accepted = f"a repository that the Hub takes ({first_line(error)})"
+        if error.response is not None and error.response.status_code in (401, 403):
+            accepted = "a repository that the token of `hf auth login` or HF_TOKEN may write to"
+        raise InputError("repo_id", repo_id, accepted) from error
+    except Exception as error:
+        if not type(error).__module__.startswith("httpx"):  # httpx or httpx2, by the version of huggingface_hub
+            raise
+        accepted = f"a repository on a Hub that can be reached ({first_line(error)}); push again when it can"
+        raise InputError("repo_id", repo_id, accepted) from error
+    return str(repo)
+
+
+def check_push(repo_id: str, field: str) -> None:
+    """What of a push can be known before there is anything to push: the name, a token, whether the Hub is switched off.
+
+    Raises:
+        InputError: naming `field`.
+    """
+    check_repo_id(repo_id, field)
+    if is_offline_mode():
+        raise InputError(field, repo_id, "nothing where the Hub is switched off (HF_HUB_OFFLINE is set)")
+    if get_token() is None:
+        raise InputError(field, repo_id, "this with a token that may write to it (`hf auth login`, or HF_TOKEN)")
+
+
+def check_repo_id(repo_id: str, field: str = "repo_id") -> None:
+    """Raise an InputError where the Hub takes no such name of a repository."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        accepted = "NAME or OWNER/NAME of letters, digits, '-', '_' and '.', at most 96 characters"
+        raise InputError(field, repo_id, accepted) from error
+
+
+def _name_the_repository(card: Path, repo_id: str) -> None:
+    if card.exists():
+        text = card.read_text()
+        card.write_text(re.sub(r'^model_id = ".*"$', f'model_id = "{repo_id}"', text, count=1, flags=re.MULTILINE))

@@ -1,0 +1,158 @@
+"""The loss of one batch: the teacher's signals, the student's forward, and the terms that compare them."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from distill_llm.losses.chunked_head import head_losses
+from distill_llm.losses.items import aligned_labels, first_rows, sequence_numbers, targets, valid_tokens
+from distill_llm.losses.labels import label_loss
+from distill_llm.losses.objective import Objective
+from distill_llm.models.adapters import without_adapters
+from distill_llm.models.capture import Recorder, Signals, item_logits, packed
+from distill_llm.models.inputs import forward_inputs
+from distill_llm.models.output_head import output_head
+from distill_llm.teachers.cache import CachedTeacher
+from distill_llm.teachers.compatibility import cached_classes, shared_classes
+from distill_llm.teachers.online import OnlineTeacher
+from distill_llm.training.head_terms import HeadTerms
+from distill_llm.training.terms import Batch, Terms
+
+
+class TrainingLoss:
+    """An objective for one student and one teacher.
+
+    The outputs of a language model are compared without being held: its head runs inside the loss, a chunk of items at a
+    time (see `HeadTerms`), unless it is no plain linear map.
+
+    Args:
+        objective: the terms.
+        model: the student; or a PeftModel around it.
+        teacher: a model, a cache, or None where the objective needs none; what is not needed is not kept.
+        tokenizer: of the data, for vocabularies of different sizes.
+        device: where the student trains.
+        teacher_dtype: what the teacher's weights are held in; None: `precision`.
+        precision: of the student's mixed precision, if any.
+        smoothing: of labels.
+        seed: of the projections' first weights.
+
+    Attributes:
+        student: without its adapters.
+        teacher: gives the signals; None where the objective needs none.
+        terms: the objective bound to both.
+
+    Raises:
+        InputError: student and teacher do not fit together, or not with the objective.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        model: nn.Module,
+        teacher: PreTrainedModel | CachedTeacher | None,
+        tokenizer: Any,
+        device: torch.device,
+        teacher_dtype: torch.dtype | None = None,
+        precision: torch.dtype | None = None,
+        smoothing: float = 0.0,
+        seed: int = 0,
+    ):
+        self.objective = objective
+        student: PreTrainedModel = without_adapters(model)
+        self.student = student
+        self.teacher: OnlineTeacher | CachedTeacher | None = None
+        held, classes = None, None
+        if isinstance(teacher, CachedTeacher) and objective.needs_teacher:
+            self.teacher, classes = teacher, cached_classes(student, teacher, tokenizer)
+        elif isinstance(teacher, PreTrainedModel) and objective.needs_teacher:
+            held, classes = teacher, shared_classes(student, teacher, tokenizer)
+        self.terms = Terms(objective, student, held, smoothing, classes, seed, precision)
+        self.terms.projections.to(device)
+        if held is not None:
+            self.teacher = OnlineTeacher(held, device, teacher_dtype or precision, self.terms.wanted("teacher"))
+        self.recorder = Recorder(student, self.terms.wanted("student"))
+        self.head, self.head_terms = output_head(student), None
+        fits = self.terms.needs_outputs and (objective.logits is None or self._teacher_needs_no_logits())
+        if self.head is not None and fits:
+            self.head_terms = HeadTerms(self.terms, model, self.head)
+
+    def _teacher_needs_no_logits(self) -> bool:
+        if isinstance(self.teacher, OnlineTeacher):
+            return self.teacher.head is not None
+        return isinstance(self.teacher, CachedTeacher) and self.teacher.index.coding != "full"
+
+    def __call__(
+        self, model: nn.Module, inputs: dict[str, Any], factors: Mapping[str, torch.Tensor], step: int, steps: int
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], Any]:
+        """The loss of a batch in training.
+
+        Args:
+            model: the student as it is wrapped (DDP, FSDP, adapters): it is called as a whole, once.
+            inputs: the batch, on the device.
+            factors: by term, 0-dim: what its sum over items is multiplied by.
+            step, steps: optimizer steps done, and those of the whole training.
+
+        Returns:
+            the sum of the terms times their factors; the sum of each; the student's outputs.
+        """
+        labels, positions = inputs.get("labels"), None
+        if self.terms.kind != "example" and self.terms.needs_outputs:
+            # The one wait for the device in a micro-batch, and only here: the data loader has moved the batch already,
+            # and how many tokens the head gets must be known. Without it the head would run on padding too.
+            positions, labels = targets(inputs, self.terms.kind, unlabelled=self.terms.needs_unlabelled)
+        elif self.terms.kind != "example":
+            positions = inputs["input_ids"].new_empty(0)
+        signals, sequences = self._signals(inputs, positions), sequence_numbers(inputs)
+        batch = Batch(signals, labels, valid_tokens(inputs), step, steps, sequences=sequences)
+        sums: dict[str, torch.Tensor] = {}
+        with ExitStack() as forward:
+            recording = forward.enter_context(self.recorder.recording())
+            if self.head_terms is None or positions is None:
+                forward.enter_context(packed(self.student, positions))
+            else:
+                sums = forward.enter_context(self.head_terms.inside(batch, positions, factors))
+            outputs = model(**forward_inputs(self.student, inputs))
+        batch = replace(batch, student=recording.with_logits(item_logits(outputs.logits, positions)))
+        rest = self.terms(batch, without=sums)
+        parts = [factors[name] * value for name, value in {**sums, **rest}.items()]
+        if self.head_terms is not None:
+            parts.append(
+                outputs.loss - outputs.loss.detach()
+            )  # for its gradient: FSDP2 rounds outputs to the precision
+        elif not self.terms.needs_outputs:
+            parts.append(0.0 * outputs.logits.float().sum())  # DDP waits for a gradient of every parameter
+        return torch.stack(parts).sum(), {**sums, **rest}, outputs
+
+    def _signals(self, inputs: dict[str, Any], positions: torch.Tensor | None) -> Signals | None:
+        if self.teacher is None:
+            return None
+        if self.objective.logits is None:
+            return self.teacher(inputs, None if positions is None else positions[:0])
+        if self.head_terms is not None and positions is not None and isinstance(self.teacher, OnlineTeacher):
+            return self.teacher.below_head(inputs, positions)
+        return self.teacher(inputs, positions)
+
+    def of_labels(self, model: nn.Module, inputs: dict[str, Any], rows: int) -> tuple[torch.Tensor, Any]:
+        """The sum over the first `rows` of a batch of the loss against the labels without smoothing, and all outputs."""
+        outputs = model(**forward_inputs(self.student, inputs))
+        labels = aligned_labels(inputs, self.terms.kind)[:rows].flatten()
+        return label_loss(outputs.logits[:rows].flatten(0, -2), labels).sum(), outputs
+
+    def of_labels_alone(self, model: nn.Module, inputs: dict[str, Any], rows: int) -> torch.Tensor:
+        """The same sum without gradient, and without logits where the head can do without them."""
+        head, sums = self.head, []
+        if head is None:
+            return self.of_labels(model, inputs, rows)[0]
+        positions, labels = targets(first_rows(inputs, rows), self.terms.kind)
+
+        def receive(hidden: torch.Tensor) -> None:
+            sums.append(head_losses(head.head, hidden, labels).labels)
+
+        with torch.no_grad(), packed(self.student, positions), head.handing_on(receive):
+            model(**forward_inputs(self.student, inputs))
+        return sums[0]

@@ -1,0 +1,98 @@
+"""On-policy batches: the student answers the prompts of a batch, and learns from what the teacher says of its answers."""
+
+from collections import Counter
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from distill_llm.common.errors import InputError
+from distill_llm.data.causal import CausalCollator
+from distill_llm.losses.labels import IGNORED
+from distill_llm.losses.objective import Responses
+from distill_llm.responses.decoding import Decoder
+from distill_llm.responses.sampling import Sampling, random_numbers
+
+MARK = "on_policy"  # an entry of a batch that the student answered
+
+
+class StudentResponses:
+    """Replaces the responses of a share of the batches by the student's own (GKD, Agarwal et al., 2024, algorithm 1).
+
+    All batches of an optimizer step or none are the student's. Which steps, and what is drawn, depends on the seed, the step and
+    the prompt: a resumed training draws what the unbroken one did.
+
+    Args:
+        settings: the share, and how answers are drawn.
+        collator: of the task `prompts`.
+        seed: of the choice of batches and of the draws.
+
+    Raises:
+        InputError: the collator is not of prompts.
+    """
+
+    def __init__(self, settings: Responses, collator: object, seed: int):
+        if not isinstance(collator, CausalCollator):
+            given = type(collator).__name__
+            raise InputError(
+                "losses.responses", given, "data of the task prompts, with the collator that load_task's data have"
+            )
+        self.share, self.collator, self.seed = settings.share, collator, seed
+        self.sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, settings.top_k)
+
+    def chosen(self, step: int) -> bool:
+        """Whether the student answers the batches of this optimizer step: the same on all processes, however they are split."""
+        return random_numbers(f"{self.seed} {step}".encode()).random() < self.share
+
+    def __call__(self, model: nn.Module, batch: dict[str, torch.Tensor], step: int) -> dict[str, torch.Tensor]:
+        """The batch with the student's answers in the place of its responses, on the same device, and marked.
+
+        Args:
+            model: the student, unwrapped; its mode comes back afterwards.
+            batch: `input_ids`, `attention_mask`, `labels` (B, T), labels at the responses, prompts before them.
+            step: optimizer steps done.
+
+        Raises:
+            InputError: a packed batch, rows without prompts, or logits of the student that are not numbers.
+        """
+        if "position_ids" in batch:
+            raise InputError("data.packing", True, "false with losses.responses: prompts must be rows of their own")
+        device = batch["input_ids"].device
+        prompts = [_prompt(batch, row) for row in range(len(batch["input_ids"]))]
+        if not all(prompts):
+            raise InputError(
+                "losses.responses", "rows without a prompt", "data of the task prompts: labels after each prompt"
+            )
+        inside: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore
+        decoder = Decoder(inside, self.collator, self.sampling, "student")
+        with decoder.ready():
+            answers = decoder(prompts, self._uniforms(prompts, step))
+        rows = [
+            {
+                "input_ids": [*prompt, *answer],
+                "attention_mask": [1] * (len(prompt) + len(answer)),
+                "labels": [IGNORED] * len(prompt) + answer,
+            }
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        made = {name: values.to(device) for name, values in self.collator(rows).items() if name in batch}
+        return {**made, MARK: torch.ones((), dtype=torch.bool)}
+
+    def _uniforms(self, prompts: list[list[int]], step: int) -> np.ndarray | None:
+        seen: Counter[tuple[int, ...]] = Counter()
+        keys = []
+        for ids in prompts:
+            again = seen[tuple(ids)]  # the same prompt twice gets two answers
+            seen[tuple(ids)] += 1
+            keys.append(np.asarray(ids, dtype="<u4").tobytes() + f"{self.seed} {step} {again}".encode())
+        return self.sampling.uniforms(keys)
+
+
+def _prompt(batch: dict[str, torch.Tensor], row: int) -> list[int]:
+    """The valid tokens of a row before its first label."""
+    ids, labels = batch["input_ids"][row], batch["labels"][row]
+    valid = batch["attention_mask"][row].bool()
+    answered = (labels != IGNORED).nonzero().flatten()
+    end = int(answered[0]) if len(answered) else len(ids)
+    return ids[:end][valid[:end]].tolist()

@@ -1,0 +1,302 @@
+"""`DistillationTrainer`: a transformers Trainer whose loss compares a student with a teacher."""
+
+import inspect
+import os
+import shutil
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import EvalLoopOutput, has_length
+
+from distill_llm.architectures.modeling_pruned import CODE_NAMES
+from distill_llm.common.errors import InputError
+from distill_llm.data.epochs import Epoch
+from distill_llm.losses.items import UNITS, count_items
+from distill_llm.losses.objective import Objective, parse_objective
+from distill_llm.models.adapters import without_adapters
+from distill_llm.teachers.cache import CachedTeacher
+from distill_llm.teachers.online import OnlineTeacher
+from distill_llm.training import projections
+from distill_llm.training.batches import EpochBegins, TrainingCollator
+from distill_llm.training.config import DistillationConfig
+from distill_llm.training.evaluation_loss import EvaluationLoss
+from distill_llm.training.loss import TrainingLoss
+from distill_llm.training.on_policy import MARK, StudentResponses
+from distill_llm.training.order import GlobalBatchSampler
+from distill_llm.training.refusals import check_arguments, check_model, check_responses, check_teacher
+from distill_llm.training.shards import clip_with, whole
+
+
+class DistillationTrainer(Trainer):
+    """Trains a student on the objective of its `DistillationConfig`. Every other feature is the Trainer's own.
+
+    Each term is a sum over its items (labelled examples or tokens, examples, or valid tokens) divided by the number of
+    such items in the whole accumulated batch of all processes, so a step does not depend on how the batch was split.
+    The log has the terms unweighted under `loss/<term>`. `eval_loss` is the loss against the labels alone, a
+    mean over all labels of the data.
+
+    Args:
+        model: the student, with a head for sequence or token classification, for regression with one value, for
+            masked LM or for causal LM; or a PeftModel around it, whose adapters alone are trained and saved (see
+            `distill_llm.adapters.merged`).
+        teacher: a model with the same outputs and tokenizer, quantised or not; or a CachedTeacher, for `labels` and
+            `logits`; may be None where the objective has `labels` only.
+        args: with the objective; other arguments as of `transformers.Trainer`, but for `model_init` and
+            `compute_loss_func`.
+
+    Raises:
+        InputError: one line, when student, teacher and objective do not fit together.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module,
+        teacher: PreTrainedModel | CachedTeacher | None = None,
+        args: DistillationConfig | None = None,
+        **kwargs: Any,
+    ):
+        args = args if args is not None else DistillationConfig(output_dir="tmp_trainer")
+        if not isinstance(args, DistillationConfig):
+            raise InputError("args", type(args).__name__, "a DistillationConfig: TrainingArguments with the losses")
+        self.objective: Objective = parse_objective(args.losses)
+        objective = self.objective
+        check_arguments(args, objective, kwargs)
+        check_model(model)
+        check_teacher(teacher, without_adapters(model), objective)
+        super().__init__(model=model, args=args, **kwargs)
+        self.loss = TrainingLoss(
+            objective,
+            model,
+            teacher,
+            self.processing_class,
+            args.device,
+            teacher_dtype=getattr(torch, args.teacher_dtype) if args.teacher_dtype else None,
+            precision=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+            smoothing=args.label_smoothing_factor,
+            seed=args.seed,
+        )
+        self.terms, self.teacher = self.loss.terms, self.loss.teacher
+        self.epoch = Epoch()
+        self.add_callback(EpochBegins(self.epoch))
+        if len(self.terms.projections) and self.lr_scheduler is not None:
+            accepted = "an optimizer without a scheduler: the projections of hidden states join the optimizer"
+            raise InputError("optimizers", type(self.lr_scheduler).__name__, accepted)
+        if len(self.terms.projections) and self.is_deepspeed_enabled:
+            accepted = "a student as wide as its teacher, or DDP or FSDP in the place of DeepSpeed"
+            raise InputError("losses.hidden", "states of other widths under DeepSpeed", accepted)
+        self.responses: StudentResponses | None = None
+        if objective.responses is not None:
+            fsdp = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+            unfit = self.is_deepspeed_enabled or (fsdp is not None and fsdp.fsdp_version == 1)
+            check_responses(teacher, self.loss.terms.kind, gathered=not unfit)
+            self.responses = StudentResponses(objective.responses, self.data_collator, args.seed)
+        self._evaluated = EvaluationLoss(self.accelerator, self.terms.kind)
+        self._logged_terms = torch.zeros(len(objective.terms()), device=args.device)
+        self._logged_steps = dict.fromkeys(objective.terms(), 0)  # that a term counted in
+
+    # One place where everything is reduced: sums of this batch over counts of the whole accumulated batch.
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The micro-batches of one optimizer step and their item counts; see `Trainer.get_batch_samples`."""
+        for parameter in self.terms.projections.parameters():
+            parameter.grad = None
+        batches, counts = super().get_batch_samples(epoch_iterator, num_batches, device)
+        step = self.state.global_step
+        answered = self.responses is not None and self.responses.chosen(step)
+        for name in self._logged_steps:
+            self._logged_steps[name] += not (answered and name == "labels")
+        if self.responses is None or not answered:
+            return batches, counts
+        student = self.accelerator.unwrap_model(self.model)
+        # Mixed precision begins and ends around all tokens: within it a weight is converted once, not for each of them.
+        with self.accelerator.autocast(), whole(student):
+            batches = [self.responses(student, batch, step) for batch in batches]
+        return batches, self._get_num_items_in_batch(batches, device)  # counted anew: the labels are others now
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
+        """(3,) numbers of label items, examples and valid tokens over micro-batches and processes, at least 1 each."""
+        if not batch_samples:
+            return None
+        counts = torch.stack([count_items(batch, self.terms.kind) for batch in batch_samples]).sum(0).to(device)
+        if self.accelerator.num_processes > 1:
+            counts = self.accelerator.reduce(counts, reduction="sum")
+        return counts.clamp(min=1)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        """The weighted objective of a micro-batch in training, the loss against the labels in evaluation."""
+        if num_items_in_batch is None:
+            num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
+        share = self.accelerator.num_processes / num_items_in_batch
+        if not model.training:
+            total, outputs = self.loss.of_labels(model, inputs, self._evaluated.rows(inputs))
+            self._evaluated.add(total, inputs)
+            loss = total * share[UNITS.index("labels")]
+            return (loss, outputs) if return_outputs else loss
+        answered = inputs.pop(MARK, None) is not None
+        shares = {name: share[UNITS.index(self.terms.unit(name))] for name in self.objective.terms()}
+        step, steps = self.state.global_step, self.state.max_steps
+        weights = self.objective.weights(step, steps)
+        factors = {name: weights[name] * shares[name] for name in shares}
+        if answered and "labels" in factors:  # its own answers are no truth to the student
+            factors["labels"] = 0.0 * factors["labels"]
+        loss, sums, outputs = self.loss(model, inputs, factors, step, steps)
+        if answered and "labels" in sums:
+            sums["labels"] = torch.zeros_like(sums["labels"])
+        self._logged_terms += torch.stack([sums[name].detach() * shares[name] for name in shares])
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As `Trainer.evaluation_loop`, with the mean loss over labels in the place of that over batches."""
+        self._evaluated = EvaluationLoss(self.accelerator, self.terms.kind)
+        output, name = super().evaluation_loop(*args, **kwargs), f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
+        if output.metrics is not None and name in output.metrics:
+            output.metrics[name] = self._evaluated.mean()
+        return output
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Any, Any, Any]:
+        """As `Trainer.prediction_step`; where the loss alone is wanted, a language model's logits are not held."""
+        if not prediction_loss_only or inputs.get("labels") is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            total = self.loss.of_labels_alone(model, inputs, self._evaluated.rows(inputs))
+        return total / self._evaluated.add(total, inputs).clamp(min=1), None, None
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As `Trainer.training_step`; averages the projections' gradients over processes, as DDP does the student's."""
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
+            for parameter in self.terms.projections.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if self.is_fsdp_enabled:
+            return self._clip_shards(model, self.args.max_grad_norm)
+        learned = nn.ModuleList([model, self.terms.projections])
+        if not self._sees_all_gradients:
+            return super()._clip_grad_norm(learned)
+        # As torch's clip_grad_norm_, but gradients that are short enough are not multiplied by 1.
+        norm = get_total_norm(_gradients(learned))
+        if norm + 1e-6 > self.args.max_grad_norm:
+            clip_grads_with_norm_(learned.parameters(), self.args.max_grad_norm, norm)
+        return norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if grad_norm is None and self.is_fsdp_enabled:
+            return self._clip_shards(model, float("inf"))
+        learned = nn.ModuleList([model, self.terms.projections])
+        if grad_norm is None and self._sees_all_gradients:
+            return get_total_norm(_gradients(learned))
+        return super()._get_grad_norm(learned, grad_norm)
+
+    def _clip_shards(self, model: nn.Module, longest: float) -> torch.Tensor:
+        norm = super()._get_grad_norm(model)  # accelerate knows the model by the list of its own parameters
+        return clip_with(norm, model.parameters(), self.terms.projections.parameters(), longest)
+
+    @property
+    def _sees_all_gradients(self) -> bool:
+        """Whether each process holds whole gradients, and looking at their norm makes no device wait."""
+        return self.args.device.type == "cpu" and not self.is_fsdp_enabled and not self.is_deepspeed_enabled
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As `Trainer.log`, with the mean of each term over the steps since the last log that it counted in, and processes."""
+        if "loss" in logs and any(self._logged_steps.values()):
+            sums = self._logged_terms
+            if self.accelerator.num_processes > 1:
+                sums = self.accelerator.reduce(sums, reduction="mean")
+            counted = zip(self._logged_steps.items(), sums.tolist(), strict=True)
+            logs.update({f"loss/{name}": value / steps for (name, steps), value in counted if steps})
+        if "loss" in logs or "train_loss" in logs:
+            self._logged_terms.zero_()
+            self._logged_steps = dict.fromkeys(self._logged_steps, 0)
+        super().log(logs, start_time)
+
+    # Data: the same global batches for any number of processes, and every column that student or teacher reads.
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As `Trainer.get_train_dataloader`, of the batches that a TrainingCollator makes."""
+        plain, terms = self.data_collator, self.terms
+        self.data_collator = TrainingCollator(plain, self.epoch, self.teacher, terms.kind, terms.needs_unlabelled)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = plain
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        data = self.train_dataset  # with its length column, which the dataset that is handed in may have lost
+        strategy = self.args.train_sampling_strategy
+        if data is None or not has_length(data) or strategy not in ("random", "group_by_length"):
+            return super()._get_train_sampler(train_dataset)
+        return GlobalBatchSampler(
+            len(data),  # type: ignore[arg-type]
+            self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
+            self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            epoch=lambda: int(self.state.epoch or 0),
+            lengths=_lengths(data, self.args.length_column_name) if strategy == "group_by_length" else None,
+            drop_last=self.args.dataloader_drop_last,
+        )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            if isinstance(self.teacher, OnlineTeacher):
+                names = inspect.signature(self.teacher.model.forward).parameters
+                known: list[str] = self._signature_columns or []
+                self._signature_columns = [*known, *(name for name in names if name not in known)]  # type: ignore
+
+    # Projections belong to the loss: optimised and checkpointed with the run, never part of the student.
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """As `Trainer.create_scheduler`; before, the projections join the optimizer, which is wrapped by now."""
+        assert self.optimizer is not None
+        projections.join(self.optimizer, self.terms.projections, self.args.weight_decay)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        assert self.optimizer is not None
+        with projections.apart(self.optimizer, self.terms.projections):
+            super()._save_optimizer_and_scheduler(output_dir)
+        if len(self.terms.projections) and self.args.should_save:
+            projections.save(self.optimizer, self.terms.projections, output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        assert self.optimizer is not None
+        with projections.apart(self.optimizer, self.terms.projections):
+            super()._load_optimizer_and_scheduler(checkpoint)
+        if len(self.terms.projections) and checkpoint is not None:
+            projections.load(self.optimizer, self.terms.projections, checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        for name in CODE_NAMES:
+            code = os.path.join(checkpoint_folder, name)
+            if os.path.isfile(code) and self.is_world_process_zero():
+                shutil.copy(code, str(self.args.output_dir))  # the Trainer's own list of files to push has no code
+        super()._push_from_checkpoint(checkpoint_folder)
+
+
+def _gradients(model: nn.Module) -> list[torch.Tensor]:
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+def _lengths(data: Any, column: str) -> list[int]:
+    names = getattr(data, "column_names", None) or ()
+    if column in names:
+        return list(data[column])
+    return [len(ids) for ids in data["input_ids"]] if names else [len(row["input_ids"]) for row in data]

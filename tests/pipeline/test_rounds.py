@@ -1,0 +1,408 @@
+"""The removal of a round: several cuts, what is measured and what is read again, budgets of every kind."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from builders.families import family_batch, family_model
+from builders.models import random_batch, tiny_model
+from builders.recipes import recipe_for
+from datasets import Dataset
+
+from distill_llm.pipeline import rounds as cutting
+from distill_llm.pipeline.rounds import Cutter
+from distill_llm.pipeline.stages import Stages
+from distill_llm.pruning.compensation.bypass import fit_bypasses
+from distill_llm.pruning.criteria import score
+from distill_llm.pruning.cutting.surgery import prune
+from distill_llm.pruning.plan import LayerPlan, PruningPlan, keep_layers
+from distill_llm.pruning.planning.budgets import least_share, share_of
+from distill_llm.pruning.planning.latency import fit_costs
+from distill_llm.pruning.planning.planner import plan_pruning
+from distill_llm.pruning.planning.small_cuts import cut_shares
+from distill_llm.pruning.statistics.collecting import collect_statistics
+from distill_llm.pruning.statistics.record import Statistics
+from distill_llm.pruning.units.costs import unit_costs
+from distill_llm.pruning.units.sizes import sizes_of
+from distill_llm.recipe.recipe import budget_batch, parse_recipe
+
+
+class Counted:
+    """Batches that count how often a model reads them."""
+
+    def __init__(self, model, count=3, **more):
+        self.batches = [random_batch(model, seed=seed, **more) for seed in range(count)]
+        self.read = 0
+
+    def __iter__(self):
+        self.read += 1
+        return iter(self.batches)
+
+
+def cutter(folder, batches, **pruning) -> Cutter:
+    return Cutter(parse_recipe(recipe_for(folder, pruning={"keep": 0.5, **pruning})), lambda cut: batches)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(layers=4)
+
+
+def same(a, b) -> bool:
+    x, y = a.state_dict(), b.state_dict()
+    return x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
+
+
+def test_one_cut_is_statistics_plan_and_prune(model, tmp_path):
+    batches = Counted(model)
+    found = cutter(tmp_path, batches).cut(model, model, 0.5)
+    statistics = collect_statistics(model, batches.batches)
+    plan = plan_pruning(model, score(statistics), 0.5)
+    assert (found.plan.layers, found.plan.hidden) == (plan.layers, None)
+    assert same(found.model, prune(model, plan, statistics))
+    assert found.kept == found.plan.kept == pytest.approx(plan.kept)
+
+
+@pytest.mark.parametrize("compensate", [False, True])
+def test_cuts_measure_importance_anew_and_their_plan_is_one(model, tmp_path, compensate):
+    batches = Counted(model)
+    found = cutter(tmp_path, batches, cuts=2, compensate=compensate).cut(model, model, 0.5)
+    by_hand = model
+    for share in (0.5**0.5, 0.5):
+        statistics = collect_statistics(by_hand, batches.batches)
+        plan = plan_pruning(by_hand, score(statistics), share / share_of(by_hand, model, "params"))
+        by_hand = prune(by_hand, plan, statistics if compensate else None)
+    assert same(found.model, by_hand)
+    whole = prune(model, found.plan)
+    assert [p.shape for p in whole.parameters()] == [p.shape for p in by_hand.parameters()]
+    assert same(whole, by_hand) != compensate
+    assert found.kept == share_of(by_hand, model, "params") == pytest.approx(0.5, rel=0.01)
+
+
+def test_every_cut_has_rows_of_its_own(model, tmp_path):
+    rows = [Counted(model), [random_batch(model, seed=seed) for seed in (7, 8)]]
+    recipe = parse_recipe(recipe_for(tmp_path, pruning={"keep": 0.5, "cuts": 2}))
+    found, by_hand = Cutter(recipe, rows.__getitem__).cut(model, model, 0.5), model
+    for share, batches in zip((0.5**0.5, 0.5), rows, strict=True):
+        statistics = collect_statistics(by_hand, batches)
+        plan = plan_pruning(by_hand, score(statistics), share / share_of(by_hand, model, "params"))
+        by_hand = prune(by_hand, plan, statistics)
+    assert same(found.model, by_hand)
+
+
+def test_what_compensates_a_cut_is_fitted_to_its_own_rows(tmp_path):
+    decoder = family_model("llama")
+    rows = [[family_batch(decoder, seed=seed)] for seed in (1, 2)]
+    pruning = {"units": ["layers", "neurons"], "keep": 0.4, "cuts": 2, "moment_layers": 2}
+    found = Cutter(parse_recipe(recipe_for(tmp_path, pruning=pruning)), rows.__getitem__).cut(decoder, decoder, 0.4)
+    by_hand = decoder
+    for share, batches in zip(cut_shares(1.0, 0.4, 2), rows, strict=True):
+        statistics = collect_statistics(by_hand, batches, loss="kl")
+        left = share / share_of(by_hand, decoder, "params")
+        plan = plan_pruning(by_hand, score(statistics), left, units=["layers", "neurons"])
+        by_hand = prune(by_hand, plan, statistics, bypasses=fit_bypasses(by_hand, plan, batches))
+    for one, other in zip(found.model.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "pruning",
+    [
+        {"units": ["layers", "neurons", "hidden"], "cuts": 2},
+        {"units": ["heads", "neurons"], "moment_layers": 2},
+        {"units": ["layers"], "criterion": "leave_one_out", "loss": "kl"},
+        {
+            "units": ["layers", "neurons"],
+            "criterion": "activation",
+            "layer_criterion": "block_influence",
+            "uniform": True,
+        },
+    ],
+    ids=str,
+)
+def test_models_that_are_offloaded_are_cut_alike(tmp_path, pruning):
+    decoder = family_model("llama", num_hidden_layers=6)
+    batches = [family_batch(decoder, seed=seed) for seed in (1, 2)]
+    recipe = parse_recipe(
+        recipe_for(tmp_path, pruning={"keep": 0.6, "offload": True, "checkpointing": True, **pruning})
+    )
+    here, there = (
+        Cutter(recipe, lambda cut: batches, device).cut(decoder, decoder, 0.6)
+        for device in (None, torch.device("cpu:0"))
+    )
+    assert there.plan == here.plan
+    for one, other in zip(there.model.parameters(), here.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("units, compensated", [(["layers"], False), (["layers", "neurons"], True)])
+def test_a_cut_says_whether_anything_took_over(tmp_path, units, compensated):
+    model = family_model("gemma2")  # which has no bypass
+    found = cutter(tmp_path, [family_batch(model)], units=units).cut(model, model, 0.6)
+    assert found.compensated == compensated
+
+
+@pytest.mark.parametrize("cuts", [1, 2])
+def test_ffns_take_over_what_the_layers_of_every_cut_added(tmp_path, cuts):
+    decoder = family_model("llama")
+    batches = [family_batch(decoder, seed=seed) for seed in range(4)]
+    options = {"units": ["layers"], "criterion": "block_influence", "keep": 0.6, "cuts": cuts}
+    found, by_hand = cutter(tmp_path, batches, **options).cut(decoder, decoder, 0.6), decoder
+    for share in cut_shares(1.0, 0.6, cuts):
+        statistics = collect_statistics(by_hand, batches, loss=None)
+        left = share / share_of(by_hand, decoder, "params")
+        plan = plan_pruning(by_hand, score(statistics, "block_influence"), left, units=["layers"])
+        by_hand = prune(by_hand, plan, bypasses=fit_bypasses(by_hand, plan, batches))
+    assert found.compensated and same(found.model, by_hand)
+    assert not same(by_hand, prune(decoder, found.plan))
+
+
+@pytest.mark.parametrize(
+    "family, compensate, compensated", [("llama", True, True), ("llama", False, False), ("gemma2", True, False)]
+)
+def test_layers_named_by_the_recipe_are_compensated_where_an_ffn_can_take_over(
+    tmp_path, family, compensate, compensated
+):
+    model = family_model(family)
+    batches = [family_batch(model, seed=seed) for seed in range(3)]
+    options = {"keep": None, "layers": [0, 1, 4], "compensate": compensate}
+    found, plan = cutter(tmp_path, batches, **options).cut_layers(model), keep_layers(model, [0, 1, 4])
+    bypasses = fit_bypasses(model, plan, batches) if compensated else None
+    assert (found.plan, found.kept, found.compensated) == (plan, pytest.approx(0.6), compensated)
+    assert same(found.model, prune(model, plan, bypasses=bypasses))
+
+
+def stages_with(lengths):
+    """Rows of these lengths, each of its own number, as a run has them."""
+    rows = Dataset.from_dict({"input_ids": [[i] for i in range(len(lengths))], "length": lengths})
+    fields = {"data": SimpleNamespace(train=rows), "recipe": SimpleNamespace(seed=0), "collator": list}
+    return SimpleNamespace(**fields, tokenizer=SimpleNamespace(model_input_names=["input_ids"]))
+
+
+@pytest.mark.parametrize("length, size", [(13, 32), (512, 4), (1500, 1), (5000, 1)])
+def test_batches_of_long_rows_are_small(length, size):
+    batches = list(Stages.calibration(stages_with([length] * 70), 64))
+    assert [len(batch) for batch in batches] == [size] * (64 // size)
+
+
+def test_cuts_read_other_training_rows_while_there_are_any():
+    stages = stages_with([1] * 10)
+    read = [{row["input_ids"][0] for batch in Stages.calibration(stages, 4, cut) for row in batch} for cut in range(4)]
+    assert [len(each) for each in read] == [4] * 4
+    assert len(read[0] | read[1]) == 8 and len(read[0] | read[1] | read[2]) == 10
+
+
+def test_channels_are_measured_where_a_file_keeps_them_or_they_may_go(model, tmp_path):
+    file = tmp_path / "statistics.safetensors"
+    for units, given, count in ((["heads"], None, 0), (["heads"], file, 32), (["hidden"], None, 32)):
+        found = cutter(tmp_path, Counted(model), units=units).statistics(model, 0, given)
+        assert len(found.hidden.fisher) == count
+
+
+def test_the_recipe_says_how_statistics_are_measured(model, tmp_path, monkeypatch):
+    file, asked = tmp_path / "statistics.safetensors", []
+    options = {"precision": "bfloat16", "moment_share": 0.5, "checkpointing": True}
+    collect = lambda *args, **more: asked.append(more) or collect_statistics(*args, **more)  # noqa: E731
+    monkeypatch.setattr(cutting, "collect_statistics", collect)
+    cutter(tmp_path, Counted(model), **options).cut(model, model, 0.5, file)
+    assert {name: asked[0][name] for name in options} == {**options, "precision": torch.bfloat16}
+    cutter(tmp_path, Counted(model), **options).cut(model, model, 0.3, file)
+    assert len(asked) == 1
+    cutter(tmp_path, Counted(model)).cut(model, model, 0.5, file)
+    assert len(asked) == 2, "what was measured otherwise is measured anew"
+
+
+@pytest.mark.parametrize("criterion", ["fisher", "activation"])
+def test_moments_of_a_few_layers_at_a_time_give_the_same_cut(model, tmp_path, criterion, monkeypatch):
+    file, batches, few = tmp_path / "statistics.safetensors", Counted(model), Counted(model)
+    whole = cutter(tmp_path, batches, criterion=criterion).cut(model, model, 0.5)
+    found = cutter(tmp_path, few, criterion=criterion, moment_layers=2).cut(model, model, 0.5, file)
+    assert found.plan == whole.plan and Statistics.load(file).moments == ()
+    for one, other in zip(found.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    monkeypatch.setattr(cutting, "collect_statistics", None)
+    assert cutter(tmp_path, few, criterion=criterion, moment_layers=4).cut(model, model, 0.3, file).kept <= 0.3
+
+
+def test_a_later_round_goes_on_from_what_the_student_has(model, tmp_path):
+    first = cutter(tmp_path, Counted(model)).cut(model, model, 0.7)
+    second = cutter(tmp_path, Counted(model), cuts=2).cut(first.model, model, 0.4)
+    assert share_of(second.model, model, "params") == pytest.approx(0.4, rel=0.01)
+    assert second.plan.kept == pytest.approx(0.4 / 0.7, rel=0.02)
+
+
+def test_another_budget_or_criterion_reads_the_file_and_no_data(model, tmp_path, monkeypatch):
+    file = tmp_path / "statistics.safetensors"
+    cutter(tmp_path, Counted(model)).cut(model, model, 0.5, file)
+    fresh = cutter(tmp_path, Counted(model), criterion="wanda").cut(model, model, 0.3)
+    monkeypatch.setattr(cutting, "collect_statistics", None)
+    for pruning in (
+        {"criterion": "wanda"},
+        {"criterion": "magnitude"},
+        {"units": ["hidden", "neurons"], "compensate": False},
+        {"compensate": False},
+    ):
+        again = cutter(tmp_path, Counted(model), **pruning).cut(model, model, 0.3, file)
+        assert again.kept <= 0.3
+        if pruning == {"criterion": "wanda"}:
+            assert again.plan == fresh.plan
+    blocks = cutter(tmp_path, Counted(model), criterion="block_influence", units=["layers"])
+    assert len(blocks.cut(model, model, 0.5, file).plan.layers) == 2
+
+
+def test_a_users_file_serves_every_later_criterion(model, tmp_path, monkeypatch):
+    """Gradients too, which the first criterion does not read; the file of a round's own folder has no more than it needs."""
+    kept, own = tmp_path / "kept.safetensors", tmp_path / "own.safetensors"
+    cutter(tmp_path, Counted(model), criterion="activation", statistics=str(kept)).cut(model, model, 0.5, kept)
+    cutter(tmp_path, Counted(model), criterion="activation", statistics=str(kept)).cut(model, model, 0.5, own)
+    assert not Statistics.load(own).has_gradients
+    fresh = cutter(tmp_path, Counted(model)).cut(model, model, 0.4)
+    monkeypatch.setattr(cutting, "collect_statistics", None)
+    for criterion in ("fisher", "taylor", "wanda", "magnitude"):
+        batches = Counted(model)
+        again = cutter(tmp_path, batches, criterion=criterion, statistics=str(kept)).cut(model, model, 0.4, kept)
+        if criterion == "fisher":
+            assert again.plan.layers == fresh.plan.layers
+    with pytest.raises(TypeError, match="NoneType"):  # gradients of another loss are collected anew
+        cutter(tmp_path, Counted(model), loss="kl", statistics=str(kept)).cut(model, model, 0.4, kept)
+
+
+def test_a_file_keeps_what_the_first_of_several_cuts_measured(model, tmp_path, monkeypatch):
+    file = tmp_path / "statistics.safetensors"
+    cutter(tmp_path, Counted(model), cuts=3).cut(model, model, 0.5, file)
+    monkeypatch.setattr(cutting, "collect_statistics", None)
+    assert cutter(tmp_path, Counted(model)).cut(model, model, 0.3, file).kept == pytest.approx(0.3, rel=0.01)
+
+
+def test_statistics_of_another_model_other_rows_or_less_are_measured_anew(model, tmp_path):
+    file = tmp_path / "statistics.safetensors"
+
+    def measured(given, **pruning) -> bool:
+        mine = given if isinstance(given, Counted) else Counted(given)
+        before = file.stat().st_mtime_ns if file.is_file() else 0
+        cutter(tmp_path, mine, **pruning).cut(model if given is mine else given, model, 0.5, file)
+        return file.stat().st_mtime_ns != before
+
+    assert measured(model, criterion="magnitude", compensate=False)
+    assert not measured(model, criterion="activation", compensate=False)
+    assert measured(model, compensate=False), "gradients are needed"
+    assert measured(model), "moments are needed"
+    assert not measured(model)
+    assert measured(model, loss="kl"), "gradients of another loss"
+    assert measured(model)
+    assert measured(tiny_model(layers=4, seed=1)), "another model"
+    assert measured(Counted(model, count=2)), "other rows"
+    (tmp_path / "statistics.json").unlink()
+    assert measured(Counted(model, count=2)), "a file that nobody knows"
+
+
+def test_leave_one_out_completes_statistics_that_are_there(model, tmp_path, monkeypatch):
+    file, options = tmp_path / "statistics.safetensors", {"criterion": "leave_one_out", "units": ["layers"]}
+    cutter(tmp_path, Counted(model)).cut(model, model, 0.5, file)
+    monkeypatch.setattr(cutting, "collect_statistics", None)
+    plan = cutter(tmp_path, Counted(model), **options).cut(model, model, 0.5, file).plan
+    without = Statistics.load(file).without
+    assert {row.source for row in plan.layers} == set(without.topk(2).indices.tolist())
+    monkeypatch.setattr(cutting, "leave_one_out", None)
+    assert cutter(tmp_path, Counted(model), **options).cut(model, model, 0.5, file).plan == plan
+    assert Statistics.load(file).has_gradients
+
+
+def test_without_labels_gradients_are_of_the_models_own_predictions(model, tmp_path):
+    batches = Counted(model, labels=False)
+    found = cutter(tmp_path, batches).cut(model, model, 0.5)
+    plan = plan_pruning(model, score(collect_statistics(model, batches.batches, "kl")), 0.5)
+    assert found.plan.layers == plan.layers
+    assert cutter(tmp_path, Counted(model)).loss == "labels"
+    assert cutter(tmp_path, Counted(model), loss="kl").loss == "kl"
+
+
+def test_latency_is_held_against_the_teacher_in_every_cut(model, tmp_path, monkeypatch):
+    """A clock that knows the layers' costs: what is kept of it is what was asked for."""
+    costs = fit_costs([[32, 4, 4, 64, 3.0], [32, 0, 0, 64, 2.0], [32, 4, 4, 0, 1.5]], sizes_of(model)[0], 32)
+
+    def relative(pruned, dense, batch_size, sequence_length):
+        assert (batch_size, sequence_length) == (2, 8), "those of evaluation.latency"
+        spent = [2.0 + costs.of([(s.groups, s.neurons, s.queries) for s in sizes_of(m)]) for m in (pruned, dense)]
+        return spent[0] / spent[1]
+
+    monkeypatch.setattr(cutting, "latency_costs", lambda *args: costs)
+    monkeypatch.setattr(cutting, "relative_latency", relative)
+    monkeypatch.setattr("distill_llm.pruning.planning.latency.relative_latency", relative)
+    for cuts in (1, 3):
+        found = cutter(tmp_path, Counted(model), cost="latency", cuts=cuts).cut(model, model, 0.6)
+        assert found.kept == relative(found.model, model, 2, 8) == pytest.approx(0.6, rel=0.03)
+        later = cutter(tmp_path, Counted(model), cost="latency").cut(found.model, model, 0.4)
+        assert later.kept == relative(later.model, model, 2, 8) == pytest.approx(0.4, rel=0.03)
+
+
+def test_memory_counts_the_keys_and_values_of_a_decoders_batch_and_of_nothing_else(tmp_path):
+    recipe = parse_recipe(recipe_for(tmp_path, pruning={"keep": 0.5, "cost": "memory"}))
+    assert (budget_batch(recipe, True), budget_batch(recipe, False)) == ((2, 8), (0, 8))
+    other = parse_recipe(recipe_for(tmp_path, pruning={"keep": 0.5, "cost": "flops"}))
+    assert budget_batch(other, True) == budget_batch(other, False) == (2, 8)
+
+
+def test_every_sequence_of_a_recipes_batch_has_a_window_of_its_own_in_memory(tmp_path):
+    """Half of the groups gone; keys and values of 5 layers hold 6 sequences, 8 of 24 tokens of each, 4 channels of a group."""
+    model, batch = family_model("mistral"), {"latency": {"batch_size": 6, "sequence_length": 24}}
+    recipe = parse_recipe(recipe_for(tmp_path, pruning={"keep": 0.8, "cost": "memory"}, evaluation=batch))
+    rows = tuple(LayerPlan(i, (0, 1), tuple(range(64))) for i in range(5))
+    student, cached = prune(model, PruningPlan("mistral", rows)), 2 * 5 * 6 * 8 * 4
+    left, whole = (sum(p.numel() for p in m.model.layers.parameters()) for m in (student, model))
+    found = Cutter(recipe, lambda cut: []).share(student, model)
+    assert found == pytest.approx((left + 2 * cached) / (whole + 4 * cached))
+
+
+def test_shares_of_memory_are_of_the_teachers_layers_that_the_students_were(tmp_path):
+    """Of five layers every second has no window: 1000 tokens in place of 8, 4 groups, 8 channels of keys and of values."""
+    model, windows = family_model("gemma2"), (8, 1000, 8, 1000, 8)
+    student = prune(model, keep_layers(model, [1, 2, 3]))
+    smaller = prune(student, keep_layers(student, [1, 2]))
+
+    def memory(model, layers):
+        weights = sum(p.numel() for p in model.model.layers.parameters())
+        return weights + 2 * 2 * 4 * 8 * sum(windows[i] for i in layers)
+
+    for one, its, other, others in (
+        (student, (1, 2, 3), model, range(5)),
+        (smaller, (2, 3), model, range(5)),
+        (smaller, (2, 3), student, (1, 2, 3)),
+    ):
+        assert share_of(one, other, "memory", 2, 1000) == pytest.approx(memory(one, its) / memory(other, others))
+
+
+def test_shares_count_channels_and_single_queries():
+    model = family_model("llama")
+    rows = tuple(LayerPlan(i, (0, 1, 2, 3), tuple(range(64)), (0, 2, 4, 6)) for i in range(5))
+    student = prune(model, PruningPlan("llama", rows, hidden=tuple(range(24))))
+    left, whole = (sum(p.numel() for p in m.model.layers.parameters()) for m in (student, model))
+    assert share_of(student, model, "params") == pytest.approx(left / whole)
+
+
+@pytest.mark.parametrize(
+    "pruning",
+    [
+        {"units": ["heads"]},
+        {"units": ["queries"]},
+        {"units": ["attention", "neurons"]},
+        {"units": ["layers", "heads"]},
+        {"units": ["heads", "neurons"], "min_heads": 1, "min_neurons": 5},
+        {"units": ["ffn"], "cost": "flops"},
+        {"units": ["neurons"], "min_neurons": 5, "round_to": 4},
+        {"units": ["heads"], "scope": "local"},
+        {"units": ["heads", "neurons"], "uniform": True},
+    ],
+    ids=str,
+)
+def test_no_plan_leaves_less_than_the_least_share_and_one_leaves_that(tmp_path, pruning):
+    model = family_model("llama")
+    section = parse_recipe(recipe_for(tmp_path, pruning={"keep": 0.5, **pruning})).pruning
+    least = least_share(model, section, 2, 8)
+    statistics = collect_statistics(model, [random_batch(model, labels=False)], "kl")
+    work = cutter(tmp_path, [], **pruning)
+    plan = work._plan(model, model, statistics, least * 1.0001)
+    assert plan.kept == pytest.approx(least, rel=1e-3)
+    with pytest.raises(ValueError, match="keep: got"):
+        work._plan(model, model, statistics, least * 0.97)
+    assert unit_costs(model).hidden == 32

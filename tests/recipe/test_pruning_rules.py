@@ -1,0 +1,181 @@
+"""What the pruning section lets through is what planning does; what it refuses gets one line per fault."""
+
+from itertools import chain, combinations, product
+
+import pytest
+from builders.families import family_model
+from builders.models import random_batch
+from builders.recipes import recipe_for
+
+from distill_llm.common.errors import InputError, faults_in
+from distill_llm.pruning.criteria import score
+from distill_llm.pruning.names import CRITERIA, UNITS, Criterion, Unit
+from distill_llm.pruning.planning.planner import plan_pruning
+from distill_llm.pruning.statistics.collecting import collect_statistics
+from distill_llm.pruning.statistics.leave_one_out import leave_one_out
+from distill_llm.pruning.units.costs import COSTS
+from distill_llm.pruning.units.sizes import sizes_of
+from distill_llm.recipe.recipe import parse_recipe
+from distill_llm.recipe.sections import PruningSection
+
+
+def faults(folder, **pruning) -> list[str]:
+    """The section's faults as lines; none where it passes."""
+    try:
+        parse_recipe(recipe_for(folder, pruning={"keep": 0.5, **pruning}))
+    except InputError as error:
+        return [str(fault) for fault in faults_in(error)]
+    return []
+
+
+def test_units_criteria_and_costs_are_those_of_the_library():
+    assert set(Unit.__args__) == set(UNITS) and set(Criterion.__args__) == set(CRITERIA)
+    assert set(PruningSection.model_fields["cost"].annotation.__args__) == {*COSTS, "latency"}
+
+
+@pytest.mark.parametrize(
+    ("pruning", "line"),
+    [
+        (
+            {"criterion": "leave_one_out"},
+            "pruning.units: got ['heads', 'neurons']; accepted: [layers] with criterion leave",
+        ),
+        (
+            {"units": ["attention"], "criterion": "block_influence"},
+            "pruning.units: got ['attention']; accepted: [layers]",
+        ),
+        (
+            {"units": ["attention", "ffn"], "criterion": "wanda"},
+            "pruning.criterion: got 'wanda'; accepted: fisher where",
+        ),
+        (
+            {"units": ["ffn", "heads"], "scope": "local"},
+            "pruning.scope: got 'local'; accepted: global where units has ffn",
+        ),
+        (
+            {"units": ["queries", "heads"], "uniform": True},
+            "pruning.uniform: got True; accepted: false where units has queries",
+        ),
+        (
+            {"units": ["hidden"], "scope": "local"},
+            "pruning.scope: got 'local'; accepted: global where units is [hidden]",
+        ),
+        (
+            {"units": ["hidden"], "uniform": True},
+            "pruning.uniform: got True; accepted: false where units has none of heads",
+        ),
+        (
+            {"units": ["heads"], "round_to": 8},
+            "pruning.round_to: got 8; accepted: 1 where units has none of neurons, hidden",
+        ),
+        ({"units": ["neurons"], "min_heads": 1}, "pruning.min_heads: got 1; accepted: 0 where units has none of heads"),
+        (
+            {"units": ["heads"], "min_neurons": 8},
+            "pruning.min_neurons: got 8; accepted: 0 where units has none of neurons",
+        ),
+        (
+            {"criterion": "magnitude", "loss": "kl"},
+            "pruning.loss: got 'kl'; accepted: nothing with criterion magnitude",
+        ),
+        (
+            {"units": ["layers"], "layer_criterion": "block_influence"},
+            "pruning.layer_criterion: got 'block_influence'; accepted: nothing where units does not have layers beside",
+        ),
+        (
+            {"criterion": "activation", "layer_criterion": "wanda"},
+            "pruning.layer_criterion: got 'wanda'; accepted: nothing where units does not have layers beside",
+        ),
+        (
+            {"units": ["layers", "ffn"], "layer_criterion": "block_influence"},
+            "pruning.layer_criterion: got 'block_influence'; accepted: nothing where units has layers and ffn together",
+        ),
+        ({"keep": None, "layers": [0], "cuts": 2}, "pruning.cuts: got 2; accepted: 1 where `layers`"),
+        (
+            {"keep": None, "layers": [0], "cost": "latency"},
+            "pruning.cost: got 'latency'; accepted: params, flops or memory",
+        ),
+        ({"keep": None, "layers": [0], "statistics": "s"}, "pruning.statistics: got 's'; accepted: nothing where"),
+        ({"units": ["layers"], "moment_layers": 1}, "pruning.moment_layers: got 1; accepted: nothing without"),
+        ({"compensate": False, "moment_layers": 4}, "pruning.moment_layers: got 4; accepted: nothing without"),
+        ({"offload": True}, "pruning.checkpointing: got False; accepted: true with offload"),
+        (
+            {"offload": True, "checkpointing": True, "cost": "latency"},
+            "pruning.cost: got 'latency'; accepted: params, flops or memory with offload",
+        ),
+        ({"cuts": 0}, "pruning.cuts: got 0; accepted: a whole number of at least 1"),
+        ({"loss": "logits"}, "pruning.loss: got 'logits'; accepted: "),
+    ],
+    ids=str,
+)
+def test_fields_that_contradict_each_other_give_one_line(tmp_path, pruning, line):
+    (found,) = faults(tmp_path, **pruning)
+    assert found.startswith(line)
+
+
+def test_what_goes_together_passes(tmp_path):
+    for pruning in (
+        {"units": ["hidden", "heads", "neurons"], "round_to": 8, "criterion": "wanda", "scope": "local"},
+        {"units": ["attention", "ffn", "neurons"], "cuts": 4, "loss": "kl", "cost": "latency"},
+        {"units": ["layers"], "criterion": "leave_one_out", "loss": "labels", "cost": "memory"},
+        {"units": ["queries"], "uniform": True, "criterion": "magnitude_l1"},
+        {
+            "units": ["layers", "heads", "neurons", "hidden"],
+            "uniform": True,
+            "criterion": "activation",
+            "layer_criterion": "leave_one_out",
+            "loss": "kl",
+        },
+        {"min_heads": 1, "min_neurons": 16, "statistics": "~/statistics.safetensors"},
+        {"criterion": "activation", "loss": "kl", "statistics": "~/statistics.safetensors"},
+    ):
+        assert faults(tmp_path, **pruning) == []
+
+
+@pytest.fixture(scope="module")
+def scored():
+    """A decoder with two queries a group, and its statistics."""
+    model = family_model("llama")
+    batches = [random_batch(model, labels=False)]
+    return model, leave_one_out(model, batches, collect_statistics(model, batches, "kl"), "kl")
+
+
+def removed(model, plan) -> set[str]:
+    """The kinds of units of which a plan removes some."""
+    sizes, found = sizes_of(model), set()
+    found |= {"layers"} if len(plan.layers) < len(sizes) else set()
+    found |= {"hidden"} if plan.hidden is not None else set()
+    for row in plan.layers:
+        size = sizes[row.source]
+        found |= {"heads", "attention"} if len(row.heads) < size.groups else set()
+        found |= {"neurons", "ffn"} if len(row.neurons) < size.neurons else set()
+        found |= {"queries"} if row.queries is not None else set()
+    return found
+
+
+@pytest.mark.parametrize("criterion", ["fisher", "taylor", "leave_one_out"])
+def test_every_combination_that_passes_is_planned_within_its_budget_and_ignores_no_unit(tmp_path, scored, criterion):
+    model, statistics = scored
+    scores, planned, given = score(statistics, criterion), 0, {"keep": 0.5, "criterion": criterion}
+    subsets = chain.from_iterable(combinations(UNITS, count) for count in (1, 2, 3, len(UNITS)))
+    for units, scope, uniform in product(subsets, ("global", "local"), (False, True)):
+        try:
+            PruningSection(**given, units=list(units), scope=scope, uniform=uniform)
+        except ValueError:
+            continue
+        try:
+            plan = plan_pruning(model, scores, 0.6, units=units, scope=scope, uniform=uniform)
+        except InputError as error:
+            assert error.field == "keep", (units, scope, uniform, str(error))
+            continue
+        planned += 1
+        assert plan.kept <= 0.6 + 1e-9, (units, scope, uniform)
+        gone = removed(model, plan)
+        allowed = (
+            set(units) | ({"attention"} if "heads" in units else set()) | ({"ffn"} if "neurons" in units else set())
+        )
+        allowed |= {"heads"} if "attention" in units else set()
+        allowed |= {"neurons"} if "ffn" in units else set()
+        assert gone <= allowed, (units, scope, uniform)
+        if criterion == "taylor":  # a few whole layers may be all that has to go
+            assert set(units) <= gone or "layers" in {*units} & gone, (units, scope, uniform)
+    assert planned == 2 if criterion == "leave_one_out" else planned > 20
