@@ -17,7 +17,7 @@ class Task:
         kind: `classification`, `regression`, `masked_lm`, `causal_lm`, or `prompts` (causal LM of responses alone).
         text_columns: the one or two columns that are tokenized, in order.
         label_names: the class names, in the order of the class ids; None where there are no classes.
-        metrics: names of the metric modules in `distill_llm.evaluation.metrics`; of language models, those that judge
+        metrics: names of the metric modules in `distill_llm.metrics.registry`; of language models, those that judge
             generated text, which may be of `evaluate`.
         main_metric: the metric that a score, a retention or a choice refers to.
         higher_is_better: whether a larger main metric is better.
@@ -116,7 +116,7 @@ def prompts(
 
     Args:
         columns: `("prompt", "response")` or `("messages",)`.
-        metric: one of PROMPT_METRICS, or another of `evaluate` (see `distill_llm.evaluation.metrics.text_score`).
+        metric: one of PROMPT_METRICS, or another of `evaluate` (see `distill_llm.metrics.registry.text_score`).
         higher_is_better: by that other one.
     """
     judged = () if metric == "perplexity" else (metric,)

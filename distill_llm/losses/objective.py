@@ -133,7 +133,7 @@ class Responses(BaseModel):
 class Objective(BaseModel):
     """The terms of the loss; a term that is None is left out. At least one has a positive weight.
 
-    A new term is a section here and a method of its name in `distill_llm.terms.Terms`.
+    A new term is a section here and a method of its name in `distill_llm.training.terms.Terms`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

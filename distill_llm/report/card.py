@@ -25,7 +25,7 @@ def write_card(student_dir: str | Path, metrics: Mapping[str, Any], recipe_yaml:
 
     The metadata names library, base model (if the teacher is one of the Hub's), task, data and score (`model-index`).
     Both files are pushed with the student: of local paths they have the last part.
-    The code in the card loads the student from a placeholder, which `distill_llm.hub.push` replaces.
+    The code in the card loads the student from a placeholder, which `distill_llm.report.hub.push` replaces.
 
     Args:
         student_dir: folder with the student's config.json.

@@ -57,7 +57,7 @@ class OnlineTeacher:
 
         Args:
             inputs: a batch as the collator made it; what the teacher's forward does not take is left out.
-            positions: token positions at which a language model gives logits (see `distill_llm.capture.packed`).
+            positions: token positions at which a language model gives logits (see `distill_llm.models.capture.packed`).
         """
         self.model.eval()
         with torch.no_grad(), self.recorder.recording() as recording, packed(self.model, positions):

@@ -43,7 +43,7 @@ class DistillationTrainer(Trainer):
     Args:
         model: the student, with a head for sequence or token classification, for regression with one value, for
             masked LM or for causal LM; or a PeftModel around it, whose adapters alone are trained and saved (see
-            `distill_llm.adapters.merged`).
+            `distill_llm.models.adapters.merged`).
         teacher: a model with the same outputs and tokenizer, quantised or not; or a CachedTeacher, for `labels` and
             `logits`; may be None where the objective has `labels` only.
         args: with the objective; other arguments as of `transformers.Trainer`, but for `model_init` and

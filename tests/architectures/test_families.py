@@ -1,6 +1,6 @@
 """The gate of every family: masked, pruned, reloaded and generating students give the same outputs.
 
-To add a family: its row in `families.py`, its tiny config in `family_examples.py` (see docs/families.md).
+To add a family: its row in `families.py`, its tiny config in `tests/builders/families.py` (see docs/families.md).
 """
 
 import copy

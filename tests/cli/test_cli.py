@@ -366,7 +366,7 @@ def test_families_lists_every_family_and_what_can_be_pruned_of_it():
 
 
 def test_help_and_a_bad_recipe_need_no_torch_and_show_no_traceback(folder):
-    code = "import sys\nfrom distill_llm.cli import app\ntry:\n    app(sys.argv[1:], prog_name='distill-llm')\n"
+    code = "import sys\nfrom distill_llm.cli.main import app\ntry:\n    app(sys.argv[1:], prog_name='distill-llm')\n"
     code += "finally:\n    print('torch' in sys.modules)\n"
     for args, status in ((["--help"], 0), (["run", "recipe.yaml", "--set", "pruning.keep=9"], 2)):
         done = python("-c", code, *args)

@@ -138,7 +138,7 @@ def llm(home) -> Path:
 
 @pytest.mark.parametrize("output", ["mythesis", ".", "precious.csv", "/proc/x", "site"])
 def test_a_cache_and_answers_go_to_a_folder_of_their_own_or_no_teacher_is_loaded(llm, output, monkeypatch):
-    for module in ("teachers.caching", "responses.respond"):
+    for module in ("pipeline.caching", "responses.respond"):
         monkeypatch.setattr(f"distill_llm.{module}.load_pretrained", None)
     before = contents(llm)
     with pytest.raises(InputError, match="^(output_dir|cache): got"):

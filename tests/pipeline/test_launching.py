@@ -25,7 +25,7 @@ import distill_llm
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from distill_llm import stages, trainer
-from distill_llm.recipe import load_recipe
+from distill_llm.recipe.recipe import load_recipe
 
 class Config(trainer.DistillationConfig):
     def __post_init__(self):

@@ -244,7 +244,7 @@ def test_pruning_alone_saves_a_smaller_model_and_its_plan_without_training(finis
 def test_pruning_alone_takes_every_field_of_the_pruning_section(inputs, tmp_path, capsys, monkeypatch, options):
     # Of a model this small the clock says little: its layers' parameters stand for time.
     times = lambda model, other, *batch: share_of(model, other, "params")  # noqa: E731
-    for module in ("cutting", "pruning.latency"):
+    for module in ("pipeline.rounds", "pruning.planning.latency"):
         monkeypatch.setattr(f"distill_llm.{module}.relative_latency", times)
     monkeypatch.setattr("distill_llm.pipeline.rounds.latency_costs", lambda model, *batch: unit_costs(model))
     model = inputs / "labelled"

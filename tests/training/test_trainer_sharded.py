@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from trainer_examples import TERMS, causal_model, rows
 from distill_llm.losses.objective import parse_objective
 from distill_llm import sharding
-from distill_llm.training_loss import TrainingLoss
+from distill_llm.training.loss import TrainingLoss
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 teacher = causal_model()

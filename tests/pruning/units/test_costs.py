@@ -171,7 +171,7 @@ def test_an_unknown_cost_is_refused():
 def test_a_family_without_a_row_gets_a_line_that_says_how_to_add_one():
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
     model = AutoModel.from_config(AutoConfig.for_model("nystromformer", **sizes))
-    with pytest.raises(ValueError, match="nystromformer.*FAMILIES in distill_llm/pruning/families.py") as caught:
+    with pytest.raises(ValueError, match="nystromformer.*FAMILIES in distill_llm/architectures/families.py") as caught:
         family_of(model)
     assert "\n" not in str(caught.value)
     assert len(layers_of(model)) == 2, "layers are found without a row"
