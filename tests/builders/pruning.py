@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -115,3 +116,17 @@ def processor_with_bf16(monkeypatch, answer: bool) -> None:
     """Let the processor seem to multiply fast in bf16, or not."""
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: answer)
+
+
+@pytest.fixture(autouse=True)
+def fp32(monkeypatch):
+    """Products in fp32, unless a test asks for bf16."""
+    processor_with_bf16(monkeypatch, False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fp32_for_module_fixtures():
+    """The same for what a module's fixtures compute."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        processor_with_bf16(monkeypatch, False)
+        yield

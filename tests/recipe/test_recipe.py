@@ -245,7 +245,8 @@ def test_a_bare_no_is_the_word_for_the_strategies(tmp_path):
 
 def test_reading_a_recipe_does_not_import_torch(tmp_path):
     file = write_recipe(tmp_path, recipe_for(tmp_path, teacher={"model": "x", "train": {"bf16": True}}))
-    code = f"import sys; from distill_llm.recipe.recipe import load_recipe; load_recipe({str(file)!r}); print('torch' in sys.modules)"
+    read = f"from distill_llm.recipe.recipe import load_recipe; load_recipe({str(file)!r})"
+    code = f"import sys; {read}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 
