@@ -106,7 +106,7 @@ def check_signals(recipe: Recipe, teacher: PreTrainedModel, student: PreTrainedM
         else:
             _check_heads_left(recipe, relations.heads, seen["teacher"], dims_of(teacher.config).head_size)
     except InputError as error:
-        raise InputError(f"distillation.{error.field}", error.given, error.accepted) from None
+        raise error.renamed(f"distillation.{error.field}") from None
 
 
 def _widths(model: PreTrainedModel, wanted: Wanted) -> dict[int, set[int]]:

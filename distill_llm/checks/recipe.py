@@ -248,7 +248,7 @@ def _check_cache(recipe: Recipe, teacher: OpenModel) -> None:
     try:
         cache.check_objective(recipe.distillation.losses)
     except InputError as error:
-        raise InputError(f"distillation.{error.field}", error.given, error.accepted) from None
+        raise error.renamed(f"distillation.{error.field}") from None
 
 
 def check_cached_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train: datasets.Dataset) -> None:

@@ -115,7 +115,7 @@ def _check_stage(recipe: Recipe, stage: Stage, data: TaskData | None) -> Distill
         if isinstance(value, str) and value and not value.startswith("{") and not Path(value).is_file():
             faults.append(InputError(name, value, "a mapping, or an existing JSON file"))
     section = "teacher.train" if stage == "teacher" else "final" if "final" in where.values() else "distillation"
-    named = [InputError(f"{where.get(f.field, section)}.{f.field}", f.given, f.accepted) for f in faults]
+    named = [f.renamed(f"{where.get(f.field, section)}.{f.field}") for f in faults]
     raise_all(named)
     losses: dict[str, Any] = {"labels": {}}
     if stage != "teacher" and recipe.distillation is not None:

@@ -72,11 +72,7 @@ def cache(
             items, size = cache_teacher(teacher, rows, output_dir, max_length=length, **coding)
     except InputError as error:
         raise InputErrors(
-            InputError(
-                _option(fault.field) if fault.field in (*coding, "max_length", "output_dir") else fault.field,
-                fault.given,
-                fault.accepted,
-            )
+            fault.renamed(_option(fault.field)) if fault.field in (*coding, "max_length", "output_dir") else fault
             for fault in faults_in(error)
         ) from None
     if is_main_process():

@@ -38,9 +38,7 @@ def as_options(model: str = "MODEL") -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputErrors(
-            InputError(_option_name(fault.field, model), fault.given, fault.accepted) for fault in faults_in(error)
-        ) from None
+        raise InputErrors(fault.renamed(_option_name(fault.field, model)) for fault in faults_in(error)) from None
 
 
 def _option_name(field: str, model: str) -> str:

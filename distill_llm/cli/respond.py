@@ -73,7 +73,12 @@ def respond(
         )
     except InputError as error:
         raise InputErrors(
-            InputError(_option(fault.field), fault.given, fault.accepted.replace("keep_truncated", "--keep-truncated"))
+            InputError(
+                _option(fault.field),
+                fault.given,
+                fault.accepted.replace("keep_truncated", "--keep-truncated"),
+                fix=fault.fix.replace("keep_truncated", "--keep-truncated"),
+            )
             for fault in faults_in(error)
         ) from None
     if is_main_process():

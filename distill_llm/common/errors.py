@@ -1,22 +1,37 @@
-"""The one exception for bad input: a single line that names the field, what was given and what is accepted."""
+"""The one exception for bad input: a single line with the field, what was given, and what is accepted or what to do."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
+LONGEST_SHOWN = 160
+"""Characters of a given value that a message shows."""
+
 
 class InputError(ValueError):
     """Bad input from a user: shown as one line without a traceback, exit code 2 on the command line.
 
+    The line says what was given and then either which values are accepted or what to do.
+
     Args:
         field: the name of the field or argument, as the user wrote it (`pruning.keep`, `--task`).
         given: the value that was given.
-        accepted: what would have been accepted, in words.
+        accepted: which values are accepted: "a number above 0 and at most 1".
+        fix: what to do, where no other value would help: "remove it: jsd does not use it".
     """
 
-    def __init__(self, field: str, given: Any, accepted: str):
-        self.field, self.given, self.accepted = field, given, accepted
-        super().__init__(f"{field}: got {given!r}; accepted: {accepted}")
+    def __init__(self, field: str, given: Any, accepted: str = "", *, fix: str = ""):
+        self.field, self.given, self.accepted, self.fix = field, given, accepted, fix
+        super().__init__(f"{field}: got {_shown(given)}; {fix or f'accepted: {accepted}'}")
+
+    def renamed(self, field: str) -> "InputError":
+        """The same fault under the name that the caller's user knows the field by."""
+        return InputError(field, self.given, self.accepted, fix=self.fix)
+
+
+def _shown(given: Any) -> str:
+    text = repr(given)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 4]} ..."
 
 
 def one_of(names: Iterable[str], given: str = "") -> str:
@@ -37,7 +52,7 @@ class InputErrors(InputError):
     def __init__(self, faults: Iterable[InputError]):
         self.faults = list(faults)
         first = self.faults[0]
-        super().__init__(first.field, first.given, first.accepted)
+        super().__init__(first.field, first.given, first.accepted, fix=first.fix)
         self.args = ("\n".join(map(str, self.faults)),)
 
 

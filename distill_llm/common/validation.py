@@ -24,11 +24,14 @@ def faults_of(error: ValidationError, model: type[BaseModel]) -> list[InputError
     """
     accepted: dict[str, list[str]] = {}
     given: dict[str, Any] = {}
+    fixes: list[InputError] = []
     for details in error.errors():
         names, within, owner, info = _place(details["loc"], model)
         cause = details.get("ctx", {}).get("error")
         if isinstance(cause, InputError):
-            found = [([*names, fault.field], fault.given, fault.accepted) for fault in faults_in(cause)]
+            inner = [(fault, [*names, fault.field]) for fault in faults_in(cause)]
+            fixes += [fault.renamed(".".join(filter(None, path))) for fault, path in inner if fault.fix]
+            found = [(path, fault.given, fault.accepted) for fault, path in inner if not fault.fix]
         elif details["type"] == "missing":
             found = [(names, _Nothing(), _meaning(info))]
         else:
@@ -39,7 +42,7 @@ def faults_of(error: ValidationError, model: type[BaseModel]) -> list[InputError
             given.setdefault(field, value)
             if words not in accepted.setdefault(field, []):
                 accepted[field].append(words)
-    return [InputError(field, given[field], " or ".join(words)) for field, words in accepted.items()]
+    return [InputError(field, given[field], " or ".join(words)) for field, words in accepted.items()] + fixes
 
 
 def _place(

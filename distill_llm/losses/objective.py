@@ -191,4 +191,4 @@ def parse_objective(mapping: "Mapping[str, Any] | Objective", field: str = "loss
         return Objective.model_validate(filled)
     except ValidationError as error:
         fault = faults_of(error, Objective)[0]
-        raise InputError(".".join(filter(None, (field, fault.field))), fault.given, fault.accepted) from None
+        raise fault.renamed(".".join(filter(None, (field, fault.field)))) from None

@@ -133,7 +133,7 @@ def _write(
         try:
             check_objective(objective, CacheIndex(settings, cut or rows.task.num_labels, {}, ()))
         except InputError as error:
-            raise InputError(f"distillation.{error.field}", error.given, error.accepted) from None
+            raise error.renamed(f"distillation.{error.field}") from None
     model = load_pretrained(opened.path, dtype=getattr(torch, chosen))
     write_cache(
         folder,
