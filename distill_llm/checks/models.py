@@ -17,15 +17,16 @@ from transformers import (
 
 from distill_llm.architectures.families import FAMILIES, dims_of, layers_of, lineage_of
 from distill_llm.architectures.modeling_pruned import pruned_class
-from distill_llm.common.errors import InputError
+from distill_llm.common.errors import InputError, first_line, raise_all
 from distill_llm.common.outputs import nearest
 from distill_llm.data.tasks import Task
 from distill_llm.losses.relations import relation_heads
-from distill_llm.models.adapters import UNTIED, tied_adapters, without_adapters
+from distill_llm.models.adapters import without_adapters
 from distill_llm.models.capture import Recorder, Wanted
-from distill_llm.models.finding import OpenModel, first_line
+from distill_llm.models.finding import OpenModel
 from distill_llm.pruning.units.sizes import second_moment_bytes
 from distill_llm.recipe.recipe import Recipe
+from distill_llm.training.refusals import adapter_faults
 from distill_llm.training.terms import Terms
 
 HEADS: dict[str, Any] = {
@@ -69,8 +70,7 @@ def adapted(recipe: Recipe, student: PreTrainedModel) -> nn.Module:
             model = get_peft_model(copy.deepcopy(student), LoraConfig(**fields))
     except Exception as error:
         raise InputError("student.peft", fields, f"adapters that fit the model ({first_line(error)})") from None
-    if tied := tied_adapters(model):
-        raise InputError("student.peft.target_modules", ", ".join(tied), UNTIED)
+    raise_all(adapter_faults(model, "student.peft.target_modules"))
     return model
 
 
@@ -131,8 +131,8 @@ def _check_heads_left(recipe: Recipe, heads: int, widths: dict[int, set[int]], h
     relation_heads(heads, set().union(*widths.values()))
     assert recipe.pruning is not None
     if head_size % heads and recipe.pruning.keep is not None and {"heads", "queries"} & set(recipe.pruning.units):
-        accepted = f"nothing, or a divisor of {head_size}, the size of a head: pruning chooses how many heads stay"
-        raise InputError("losses.relations.heads", heads, accepted)
+        fix = f"leave it out, or take a divisor of {head_size}, the size of a head: pruning chooses how many heads stay"
+        raise InputError("losses.relations.heads", heads, fix=fix)
 
 
 def check_disk(recipe: Recipe, teacher: PreTrainedModel, student: nn.Module) -> None:

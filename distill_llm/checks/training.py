@@ -16,13 +16,12 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import integration_utils as integrations
 from transformers.training_args import OptimizerNames
 
-from distill_llm.common.errors import InputError, faults_in, one_of, raise_all
+from distill_llm.common.errors import InputError, faults_in, first_line, one_of, raise_all
 from distill_llm.common.processes import open_processes
 from distill_llm.data.tasks import Task, TaskData
-from distill_llm.models.finding import first_line
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.training.config import DistillationConfig
-from distill_llm.training.refusals import compiling
+from distill_llm.training.refusals import Answering, answering_faults, compiling, projection_faults, reentrant_faults
 
 Stage = Literal["teacher", "recovery", "final"]
 
@@ -91,17 +90,14 @@ def _check_sharding(recipe: Recipe, sharding: str | None, widths: tuple[int, int
     """Nothing is to learn that cannot be divided among processes in that way."""
     if sharding is None or recipe.distillation is None:
         return
-    losses, faults = recipe.distillation.losses, []
+    losses, faults, field = recipe.distillation.losses, [], "distillation.losses"
     if recipe.student is not None and recipe.student.peft is not None:
         faults.append(InputError("student.peft", sharding, "a copy of the student in each process (DDP)"))
-    if losses.responses is not None and sharding != "FSDP2":
-        accepted = "FSDP2 (fsdp_version 2), or DDP"
-        faults.append(InputError("distillation.losses.responses", f"a student sharded by {sharding}", accepted))
+    if losses.responses is not None:
+        faults += answering_faults(Answering(sharding=sharding), f"{field}.responses")
     for name in ("hidden", "embeddings"):
-        if widths is not None and sharding == "DeepSpeed" and getattr(losses, name) is not None:
-            given = f"states of {widths[0]} and {widths[1]} channels under DeepSpeed"
-            accepted = "a student as wide as its teacher, or DDP or FSDP in the place of DeepSpeed"
-            faults.append(InputError(f"distillation.losses.{name}", given, accepted))
+        if getattr(losses, name) is not None:
+            faults += projection_faults(sharding, widths, f"{field}.{name}")
     raise_all(faults)
 
 
@@ -130,11 +126,10 @@ def _check_stage(recipe: Recipe, stage: Stage, data: TaskData | None) -> Distill
             make(args)
         except Exception as error:
             raise _together(error, where, training, section, likely) from None
-    kwargs: Any = args.activation_checkpointing_kwargs or {}
-    seen = next((term for term in ("attention", "relations") if term in losses), None)
-    if seen is not None and kwargs.get("use_reentrant"):
-        name = next(n for n in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs") if n in where)
-        raise InputError(f"{where[name]}.{name}.use_reentrant", True, f"false with losses.{seen}")
+    names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+    name = next((name for name in names if name in where), names[0])
+    kwargs: Any = args.activation_checkpointing_kwargs
+    raise_all(reentrant_faults(kwargs, losses, f"{where.get(name, section)}.{name}"))
     return args
 
 
@@ -199,7 +194,7 @@ def _installed(training: Mapping[str, Any]) -> list[InputError]:
     if package is not None and find_spec(package) is None:
         faults.append(InputError("optim", optimizer, f"adamw_torch, or install {package}"))
     if training.get("deepspeed") and find_spec("deepspeed") is None:
-        faults.append(InputError("deepspeed", training["deepspeed"], "nothing where deepspeed is not installed"))
+        faults.append(InputError("deepspeed", training["deepspeed"], fix="install deepspeed, or leave it out"))
     reporters = training["report_to"]
     for name in reporters if isinstance(reporters, list) else [reporters]:
         known = ("none", "all", *integrations.INTEGRATION_TO_CALLBACK)

@@ -6,8 +6,8 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedConfig
 
-from distill_llm.common.errors import InputError, one_of
-from distill_llm.data.decoders import PACKED_FAMILIES, is_decoder
+from distill_llm.common.errors import InputError, one_of, raise_all
+from distill_llm.data.decoders import is_decoder, packing_faults
 from distill_llm.data.embedded import TASK as EMBEDDED
 from distill_llm.data.embedded import load_embedded
 from distill_llm.data.glue import load_glue
@@ -115,9 +115,8 @@ def _check_prompts(
     if not is_decoder(config):
         accepted = f"a task for encoders, such as text or classification: a {config.model_type} answers no prompts"
         raise InputError("data.task", task, accepted)
-    if settings["packing"] and config.model_type not in PACKED_FAMILIES:
-        accepted = f"false for {config.model_type} (these keep packed rows apart: {', '.join(PACKED_FAMILIES)})"
-        raise InputError("data.packing", True, accepted)
+    if settings["packing"]:
+        raise_all(packing_faults(config.model_type, "data.packing", given=True))
 
 
 def _load(

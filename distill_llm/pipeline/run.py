@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from distill_llm.checks.recipe import check_cached_rows, check_recipe
-from distill_llm.common.errors import InputError, raise_all
+from distill_llm.checks.prune import open_pruning
+from distill_llm.checks.recipe import Opened, check_cached_rows, open_recipe
 from distill_llm.common.files import written_whole
-from distill_llm.common.outputs import usable_output
-from distill_llm.models.finding import resolve_model
 from distill_llm.pipeline.folder import PUSH, REPORT, RunFolder
 from distill_llm.pipeline.stages import Stages
 from distill_llm.recipe.recipe import Recipe, parse_recipe
@@ -41,8 +39,7 @@ def run(recipe: Recipe | Mapping[str, Any], output_dir: str | Path | None = None
     recipe = recipe if isinstance(recipe, Recipe) else parse_recipe(dict(recipe))
     if output_dir is not None:
         recipe = recipe.model_copy(update={"output_dir": Path(output_dir).expanduser()})
-    check_recipe(recipe)
-    return Run(recipe).result()
+    return Run(open_recipe(recipe)).result()
 
 
 def prune_recipe(recipe: Recipe) -> Path:
@@ -57,15 +54,11 @@ def prune_recipe(recipe: Recipe) -> Path:
     Raises:
         InputError: for anything wrong in the recipe, also what pruning alone would leave undone, before any work.
     """
-    target, section = recipe.output_dir, recipe.pruning
-    usable_output(target)
-    raise_all(_unused(recipe))
-    check_recipe(recipe)
+    target, section, stages = recipe.output_dir, recipe.pruning, Stages(open_pruning(recipe))
     assert section is not None and section.keep is not None
     file = section.statistics.expanduser() if section.statistics is not None else None
-    stages = Stages(recipe)
     where = torch.device("cpu") if section.offload else stages.processes.device
-    teacher = stages.load(resolve_model(recipe.teacher.model), device=where).eval()
+    teacher = stages.load(stages.teacher_path, device=where).eval()
     cut = stages.cutter(section).cut(teacher, teacher, section.keep, file)
     if not stages.processes.is_main_process:
         return target
@@ -82,36 +75,17 @@ def prune_recipe(recipe: Recipe) -> Path:
     return target
 
 
-def _unused(recipe: Recipe) -> list[InputError]:
-    """Faults of what a recipe says of a run's other stages, which pruning alone does not have."""
-    section = recipe.pruning
-    given = {
-        "teacher.train": recipe.teacher.train,
-        "teacher.cache": recipe.teacher.cache,
-        "student": recipe.student,
-        "distillation": recipe.distillation,
-        "hub": recipe.hub,
-        "pruning.layers": section.layers if section else None,
-        "pruning.rounds": section.rounds if section and section.rounds > 1 else None,
-    }
-    accepted = "nothing where a model is only pruned (a recipe for `distill-llm run` has it)"
-    faults = [InputError(name, value, accepted) for name, value in given.items() if value is not None]
-    if not faults and (section is None or section.keep is None):
-        faults = [InputError("pruning.keep", None, "a share above 0, at most 1")]
-    return faults
-
-
 class Run:
     """The stages of a recipe in order, those that are done read from the run folder.
 
     Args:
-        recipe: checked already.
+        opened: of the recipe.
     """
 
-    def __init__(self, recipe: Recipe):
-        self.recipe, self.stages = recipe, stages = recipe, Stages(recipe)
+    def __init__(self, opened: Opened):
+        self.recipe, self.stages = recipe, stages = opened.recipe, Stages(opened)
         train = stages.data.train  # on all processes at once: reading it waits for process 0
-        check_cached_rows(recipe, stages.tokenizer, train)
+        check_cached_rows(opened, train)
         self.state = RunFolder(Path(recipe.output_dir), recipe.to_yaml())
 
     def result(self) -> RunResult:

@@ -12,17 +12,17 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from rich.console import Console
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoTokenizer, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoConfig, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from distill_llm.checks.recipe import check_data
+from distill_llm.checks.recipe import Opened, encoded_rows
 from distill_llm.common.files import written_whole
 from distill_llm.common.processes import open_processes
-from distill_llm.data.encoding import LENGTH, Collator, collator, encode
+from distill_llm.data.encoding import LENGTH, Collator, collator
 from distill_llm.data.tasks import TaskData, label_names
 from distill_llm.evaluation.evaluate import compute_metrics, evaluate_model
 from distill_llm.models.adapters import merged
 from distill_llm.models.checkpoint import converted, load_for_task, load_pretrained
-from distill_llm.models.finding import check_tokens, resolve_model
+from distill_llm.models.finding import OpenModel
 from distill_llm.models.quantized import load_teacher
 from distill_llm.pipeline.caching import cached_teacher
 from distill_llm.pipeline.folder import MarkComplete, last_complete_checkpoint
@@ -31,7 +31,6 @@ from distill_llm.pipeline.rounds import Cutter
 from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.plan import PruningPlan
 from distill_llm.pruning.planning.budgets import share_of
-from distill_llm.recipe.recipe import Recipe
 from distill_llm.recipe.sections import PruningSection
 from distill_llm.teachers.cache import CachedTeacher
 from distill_llm.training.config import DistillationConfig
@@ -45,25 +44,24 @@ class Stages:
     """The data and device of a run, and the work of its stages.
 
     Args:
-        recipe: checked already.
+        opened: what the door opened of the recipe.
     """
 
-    def __init__(self, recipe: Recipe):
-        self.recipe, self.folder = recipe, Path(recipe.output_dir)
+    def __init__(self, opened: Opened):
+        self.opened, self.recipe, self.folder = opened, opened.recipe, Path(opened.recipe.output_dir)
         self.processes = open_processes()
-        self.teacher_path = resolve_model(recipe.teacher.model)
+        self.teacher_path = opened.teacher.path
 
-    @cached_property
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The teacher's, which is the student's too."""
-        return AutoTokenizer.from_pretrained(self.teacher_path)
+        return self.opened.teacher.tokenizer
 
     @cached_property
     def data(self) -> TaskData:
         """Encoded rows; process 0 tokenizes, the others read its cache."""
         with self.processes.main_process_first():
-            rows = encode(check_data(self.recipe), self.tokenizer, self.recipe.data.max_length)
-            return check_tokens(rows, self.tokenizer, self.teacher_path)
+            return encoded_rows(self.opened)
 
     @cached_property
     def collator(self) -> Collator:
@@ -73,13 +71,12 @@ class Stages:
     @cached_property
     def teacher_dtype(self) -> torch.dtype:
         """What the teacher is scored and measured in: its checkpoint's, also where it is fine-tuned here, in fp32."""
-        return _dtype_of(self.teacher_path)
+        return _dtype_of(self.opened.teacher)
 
     @cached_property
     def student_dtype(self) -> torch.dtype:
         """What students are scored in and the finished one is written in: that of the checkpoint they are made from."""
-        given = self.recipe.student.model if self.recipe.student else None
-        return self.teacher_dtype if given is None else _dtype_of(resolve_model(given))
+        return _dtype_of(self.opened.student or self.opened.teacher)
 
     def load(
         self, path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | None = None
@@ -205,10 +202,10 @@ class Stages:
         """The pruned student of a folder, or the one that was given, with a head for the task."""
         if self.recipe.pruning is not None:
             return load_pretrained(path, dtype=torch.float32)
-        assert self.recipe.student is not None and self.recipe.student.model is not None
+        assert self.opened.student is not None
         set_seed(self.recipe.seed)
         names = label_names(AutoConfig.from_pretrained(teacher_dir))
-        return load_for_task(resolve_model(self.recipe.student.model), self.data.task, names, of_task=True)
+        return load_for_task(self.opened.student.path, self.data.task, names, of_task=True)
 
     def _recovery_teacher(self, path: Path, stage: Literal["recovery", "final"]) -> PreTrainedModel | CachedTeacher:
         """What the student learns from: the teacher, its weights in fewer bits, or what it said once."""
@@ -327,9 +324,10 @@ def _both(pruned: dict[str, float], compensated: dict[str, float] | None) -> dic
     }
 
 
-def _dtype_of(path: str | Path) -> torch.dtype:
+def _dtype_of(model: OpenModel) -> torch.dtype:
     """The dtype that a checkpoint's config.json gives its weights; fp32 where it gives none."""
-    return AutoConfig.from_pretrained(path).dtype or torch.float32
+    dtype: Any = model.config.dtype
+    return dtype or torch.float32
 
 
 def _checkpoints(target: Path) -> Path:
