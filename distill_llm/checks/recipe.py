@@ -35,8 +35,8 @@ from distill_llm.models.finding import (
 )
 from distill_llm.models.limits import length_faults, limits_of, longest_input, room_faults
 from distill_llm.models.quantized import quantization_faults
+from distill_llm.recipe.pruning import PruningSection
 from distill_llm.recipe.recipe import RECIPE, Recipe
-from distill_llm.recipe.sections import PruningSection
 from distill_llm.report.hub import check_push
 from distill_llm.teachers.cache import CachedTeacher
 from distill_llm.training.refusals import Answering, answering_faults, single_output_faults

@@ -17,8 +17,8 @@ from distill_llm.cli.group import CommandGroup, is_main_process
 from distill_llm.cli.options import as_options, read_columns
 from distill_llm.common.errors import InputError, faults_in, raise_all
 from distill_llm.common.outputs import usable_file
+from distill_llm.recipe.pruning import PruningSection
 from distill_llm.recipe.recipe import Recipe, load_recipe, parse_recipe, recipe_descriptions, recipe_folder
-from distill_llm.recipe.sections import PruningSection
 from distill_llm.recipe.yaml_input import override, read_mapping
 
 if TYPE_CHECKING:

@@ -6,9 +6,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from distill_llm.common.errors import InputError
-from distill_llm.data.causal import prompt_length
 from distill_llm.data.tasks import Task
-from distill_llm.models.limits import InputLimits, read_rows, room_faults, row_faults
+from distill_llm.models.limits import InputLimits, longest_prompt, read_rows, room_faults, row_faults
 
 
 @dataclass(frozen=True)
@@ -38,5 +37,4 @@ def scoring_faults(
     faults = row_faults(limits, read_rows(rows, limits), fields.rows, tokenizer)
     if not task.metrics or not task.is_language_model or limits.longest is None or faults:
         return faults
-    longest = max((prompt_length(labels) for labels in rows["labels"]), default=0)
-    return room_faults(limits, longest, task.max_new_tokens, fields.max_new_tokens, "the longest prompt")
+    return room_faults(limits, longest_prompt(rows), task.max_new_tokens, fields.max_new_tokens, "the longest prompt")

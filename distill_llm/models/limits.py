@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from distill_llm.common.errors import InputError
 from distill_llm.data.decoders import is_decoder, keeps_packed_apart, packing_faults
+from distill_llm.losses.labels import IGNORED
 
 # Positions of these are counted from behind the padding's, MPNet's whatever its config says.
 _COUNTS_FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet")
@@ -165,6 +166,25 @@ def read_rows(rows: Any, limits: InputLimits, tokens: bool = True) -> RowFacts:
     return RowFacts(longest, beyond, packed)
 
 
+def longest_prompt(rows: Any) -> int:
+    """The most tokens before a row's first label: the longest prompt. 0 where rows are not read.
+
+    Args:
+        rows: as of `read_rows`, with `labels` that are -100 where nothing is predicted.
+    """
+    longest = 0
+    for columns in _read(rows, ("labels",)) if isinstance(rows, Dataset | list | tuple) else ():
+        labels = columns["labels"]
+        prompts = labels.lengths.copy()  # of rows without a label
+        of_row = np.repeat(np.arange(len(prompts)), prompts)
+        begins = labels.lengths.cumsum() - labels.lengths
+        predicted = np.flatnonzero(labels.values != IGNORED)
+        answered, first = np.unique(of_row[predicted], return_index=True)
+        prompts[answered] = predicted[first] - begins[answered]
+        longest = max(longest, int(prompts.max(initial=0)))
+    return longest
+
+
 @dataclass(frozen=True)
 class _Column:
     """A column of lists: how long each row's is, and the values of all in one array."""
@@ -173,14 +193,14 @@ class _Column:
     values: np.ndarray
 
 
-def _read(rows: Dataset | list | tuple) -> Iterator[dict[str, _Column]]:
-    """The columns that are lists of numbers, some rows at a time; nothing of rows without `input_ids`."""
+def _read(rows: Dataset | list | tuple, wanted: tuple[str, ...] = _COLUMNS) -> Iterator[dict[str, _Column]]:
+    """Columns of lists of numbers, some rows at a time; nothing of rows without the first of those that are wanted."""
     if isinstance(rows, Dataset):
-        names = [name for name in _COLUMNS if name in rows.column_names]
-        if "input_ids" not in names:
+        names = [name for name in wanted if name in rows.column_names]
+        if wanted[0] not in names:
             return
         for table in rows.select_columns(names).with_format("arrow").iter(_ROWS_AT_ONCE):
-            if not pa.types.is_list(table["input_ids"].type):
+            if not all(pa.types.is_list(table[name].type) for name in names):
                 return
             yield {
                 name: _Column(pc.list_value_length(table[name]).to_numpy(), pc.list_flatten(table[name]).to_numpy())
@@ -189,8 +209,8 @@ def _read(rows: Dataset | list | tuple) -> Iterator[dict[str, _Column]]:
         return
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         some = rows[start : start + _ROWS_AT_ONCE]
-        names = [name for name in _COLUMNS if all(isinstance(row, Mapping) and name in row for row in some)]
-        if "input_ids" not in names:
+        names = [name for name in wanted if all(isinstance(row, Mapping) and name in row for row in some)]
+        if wanted[0] not in names:
             return
         found = {name: [np.asarray(row[name]).ravel() for row in some] for name in names}
         yield {

@@ -31,7 +31,7 @@ from distill_llm.pipeline.rounds import Cutter
 from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.plan import PruningPlan
 from distill_llm.pruning.planning.budgets import share_of
-from distill_llm.recipe.sections import PruningSection
+from distill_llm.recipe.pruning import PruningSection
 from distill_llm.teachers.cache import CachedTeacher
 from distill_llm.training.config import DistillationConfig
 from distill_llm.training.trainer import DistillationTrainer

@@ -16,7 +16,16 @@ from distill_llm.data.masked import MaskingCollator
 from distill_llm.losses.items import kind_of
 from distill_llm.losses.objective import Objective
 from distill_llm.models.adapters import UNTIED, is_quantized, tied_adapters, without_adapters
-from distill_llm.models.limits import InputLimits, RowFacts, beyond_vocabulary, masking_faults, read_rows, row_faults
+from distill_llm.models.limits import (
+    InputLimits,
+    RowFacts,
+    beyond_vocabulary,
+    longest_prompt,
+    masking_faults,
+    read_rows,
+    room_faults,
+    row_faults,
+)
 from distill_llm.teachers.cache import CachedTeacher
 
 HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForMaskedLM", "ForCausalLM", "GPT2LMHeadModel")
@@ -211,6 +220,22 @@ def check_datasets(
             for part, rows in several.items():
                 field = f"{name}.{part}" if part else name
                 raise_all(row_faults(limits, read_rows(rows, limits, tokens), field, namer))
+
+
+def check_prompts(rows: Any, models: Collection[InputLimits], new_tokens: int) -> None:
+    """Whether student and teacher have room for the student's own responses behind every prompt.
+
+    Args:
+        rows: of the training, with labels at the responses.
+        models: the limits of student and teacher.
+        new_tokens: the most of a response.
+
+    Raises:
+        InputError: names the setting.
+    """
+    longest = longest_prompt(rows)
+    for limits in models:
+        raise_all(room_faults(limits, longest, new_tokens, "losses.responses.max_new_tokens", "the longest prompt"))
 
 
 def check_batch(batch: Mapping[str, Any], models: Collection[InputLimits]) -> None:

@@ -37,6 +37,7 @@ from distill_llm.training.refusals import (
     check_batch,
     check_datasets,
     check_model,
+    check_prompts,
     check_teacher,
     projection_faults,
 )
@@ -113,6 +114,7 @@ class DistillationTrainer(Trainer):
         if objective.responses is not None:
             generates, is_cached = self.terms.kind == "next_token", isinstance(teacher, CachedTeacher)
             raise_all(answering_faults(Answering(generates, is_cached, sharding=sharding)))
+            check_prompts(self.train_dataset, self._limits, objective.responses.max_new_tokens)
             self.responses = StudentResponses(objective.responses, self.data_collator, args.seed)
         self._evaluated = EvaluationLoss(self.accelerator, self.terms.kind)
         self._logged_terms = torch.zeros(len(objective.terms()), device=args.device)

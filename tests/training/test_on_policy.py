@@ -19,7 +19,8 @@ from distill_llm.data.tasks import prompts as prompts_task
 from distill_llm.losses.objective import Responses
 from distill_llm.recipe.recipe import load_recipe
 from distill_llm.training.on_policy import MARK, StudentResponses
-from distill_llm.training.refusals import check_responses
+from distill_llm.training.refusals import Answering, answering_faults
+from distill_llm.training.trainer import DistillationConfig, DistillationTrainer
 
 TOKENIZER = word_tokenizer()
 PROMPTS = [words(*range(i, i + 2 + i % 3)) for i in range(12)]
@@ -228,10 +229,36 @@ def test_answers_are_generated_in_mixed_precision_with_weights_converted_once_fo
     assert not any(torch.equal(p, before[name]) for name, p in learned.items())
 
 
-@pytest.mark.parametrize("kind, teacher, gathered", [("token", None, True), ("next_token", None, False)])
-def test_students_that_cannot_generate_while_they_train_are_refused(kind, teacher, gathered):
-    with pytest.raises(InputError, match="losses.responses: .*" + ("FSDP2" if not gathered else "causal")):
-        check_responses(teacher, kind, gathered)
+@pytest.mark.parametrize(
+    ("facts", "line"),
+    [
+        (Answering(generates=False), "losses.responses: got 'a student that does not generate'; accepted: a causal"),
+        (Answering(cached=True), "losses.responses: got 'a cached teacher'; take a teacher in memory"),
+        (Answering(packed=True), "data.packing: got True; accepted: false with losses.responses"),
+        (Answering(sharding="DeepSpeed"), "losses.responses: got 'a student sharded by DeepSpeed'; accepted: FSDP2"),
+        (Answering(sharding="FSDP1"), "losses.responses: got 'a student sharded by FSDP1'; accepted: FSDP2"),
+        (Answering(sharding="FSDP2"), None),
+    ],
+)
+def test_students_that_cannot_generate_while_they_train_are_refused(facts, line):
+    found = [str(fault) for fault in answering_faults(facts)]
+    assert len(found) == (line is not None) and all(fault.startswith(str(line)) for fault in found)
+
+
+def test_responses_that_pass_the_last_position_of_student_or_teacher_are_refused(tmp_path):
+    rows, longest = data(), max(len(prompt.split()) for prompt in PROMPTS)
+    for student, teacher, short in ((32, 64, "student"), (64, 32, "teacher")):
+        models = [causal_model(max_position_embeddings=size) for size in (student, teacher)]
+        losses = {"logits": {}, "responses": {"max_new_tokens": 32 - longest}}
+        given = {"data_collator": collator(rows.task, TOKENIZER), "processing_class": TOKENIZER}
+        args = {"output_dir": str(tmp_path), "report_to": [], "use_cpu": True}
+        DistillationTrainer(*models, DistillationConfig(losses=losses, **args), train_dataset=rows.train, **given)
+        losses["responses"]["max_new_tokens"] += 1
+        line = (
+            f"losses.responses.max_new_tokens: got {33 - longest}; accepted: at most {32 - longest}: the {short} takes"
+        )
+        with pytest.raises(InputError, match=line):
+            DistillationTrainer(*models, DistillationConfig(losses=losses, **args), train_dataset=rows.train, **given)
 
 
 def test_what_cannot_answer_is_refused(tmp_path):
