@@ -20,7 +20,6 @@ from distill_llm.losses.objective import Responses
 from distill_llm.recipe.recipe import load_recipe
 from distill_llm.training.on_policy import MARK, StudentResponses
 from distill_llm.training.refusals import Answering, answering_faults
-from distill_llm.training.trainer import DistillationConfig, DistillationTrainer
 
 TOKENIZER = word_tokenizer()
 PROMPTS = [words(*range(i, i + 2 + i % 3)) for i in range(12)]
