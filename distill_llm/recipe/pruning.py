@@ -1,13 +1,22 @@
 """The pruning section: its fields, and which of them go together."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from distill_llm.common.errors import InputError, raise_all
-from distill_llm.pruning.names import BLOCKS, NEEDS_GRADIENTS, RANKS_LAYERS, Criterion, Unit, competing_faults
+from distill_llm.pruning.criteria import CRITERIA, Need, find_criterion, ranks_layers_only
+from distill_llm.pruning.names import BLOCKS, Unit, competing_faults
 from distill_llm.recipe.section import Section
+
+
+def _known_criterion(given: Any) -> str:
+    return find_criterion(str(given), field="").name
+
+
+Criterion = Annotated[str, BeforeValidator(_known_criterion)]
+"""The name of a registered criterion: one of the package's or of a module of the user's."""
 
 
 class PruningSection(Section):
@@ -35,7 +44,9 @@ class PruningSection(Section):
         description="what may be removed: heads (KV groups), queries of every group, FFN neurons, whole layers, the attention"
         " or ffn of a layer, hidden (channels of the residual stream)",
     )
-    criterion: Criterion = Field(default="fisher", description="how the importance of a unit is measured")
+    criterion: Criterion = Field(
+        default="fisher", description=f"how the importance of a unit is measured: {', '.join(CRITERIA)}"
+    )
     layer_criterion: Criterion | None = Field(
         default=None,
         description="how that of whole layers is measured, where `units` has them beside others; left out: by `criterion`",
@@ -120,6 +131,15 @@ class PruningSection(Section):
         """Every criterion that is asked for."""
         return {self.criterion, self.layer_criterion or self.criterion}
 
+    def needs(self, need: Need) -> bool:
+        """Whether one of the criteria needs this of the statistics."""
+        return any(need in CRITERIA[name].needs for name in self.criteria)
+
+    @property
+    def reads_loss(self) -> bool:
+        """Whether one of the criteria depends on the calibration loss."""
+        return any(CRITERIA[name].reads_loss for name in self.criteria)
+
     @property
     def folds(self) -> bool:
         """Whether compensation needs statistics: whole layers alone leave nothing to fold into."""
@@ -144,13 +164,13 @@ def _contradictions(section: PruningSection) -> list[InputError]:
         faults.append(InputError("keep", None, "a number above 0 and at most 1 (or a list of layers in `layers`)"))
     if len(units) != len(section.units):
         faults.append(InputError("units", section.units, "each unit at most once"))
-    if section.criterion in RANKS_LAYERS and section.units != ["layers"]:
+    if ranks_layers_only(section.criterion) and section.units != ["layers"]:
         accepted = f"[layers] with criterion {section.criterion} (beside other units: `layer_criterion`)"
         faults.append(InputError("units", section.units, accepted))
     if section.layer_criterion is not None and ("layers" not in units or units == {"layers"}):
         fix = "leave it out: it counts only where units has layers beside others"
         faults.append(InputError("layer_criterion", section.layer_criterion, fix=fix))
-    reads_loss = section.criteria & {*NEEDS_GRADIENTS, "leave_one_out"} or section.statistics is not None
+    reads_loss = section.reads_loss or section.statistics is not None
     if section.loss is not None and not reads_loss:
         named = " and ".join(sorted(section.criteria))
         faults.append(InputError("loss", section.loss, fix=f"leave it out: criterion {named} reads no loss"))
