@@ -11,7 +11,6 @@ from datasets import Dataset
 
 from distill_llm.pipeline import rounds as cutting
 from distill_llm.pipeline.rounds import Cutter
-from distill_llm.pipeline.stages import Stages
 from distill_llm.pruning.compensation.bypass import fit_bypasses
 from distill_llm.pruning.criteria import score
 from distill_llm.pruning.cutting.surgery import prune
