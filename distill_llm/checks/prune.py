@@ -29,7 +29,7 @@ def _unused(recipe: Recipe) -> list[InputError]:
         "pruning.layers": section.layers if section else None,
         "pruning.rounds": section.rounds if section and section.rounds > 1 else None,
     }
-    fix = "leave it out: this only prunes (`distill-llm run` takes a recipe with it)"
+    fix = "leave it out: this only prunes a model (`distill-llm run` takes a recipe with it)"
     faults = [InputError(name, value, fix=fix) for name, value in given.items() if value is not None]
     if not faults and (section is None or section.keep is None):
         faults = [InputError("pruning.keep", None, "a share above 0, at most 1")]

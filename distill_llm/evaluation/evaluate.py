@@ -22,7 +22,7 @@ from distill_llm.evaluation.generation import respond
 from distill_llm.evaluation.perplexity import causal_loss
 from distill_llm.evaluation.rules import scoring_faults
 from distill_llm.metrics.registry import METRICS, load_metric, text_score
-from distill_llm.models.capture import item_logits, packed
+from distill_llm.models.item_logits import item_logits, packed
 from distill_llm.models.limits import limits_of
 
 

@@ -10,7 +10,8 @@ from builders.models import tiny_model
 from distill_llm.checks.recipe import Opened
 from distill_llm.models.checkpoint import converted, load_pretrained
 from distill_llm.models.finding import open_model
-from distill_llm.pipeline.stages import Stages
+from distill_llm.pipeline.context import Context
+from distill_llm.pipeline.stages.recover import recovery_teacher
 from distill_llm.recipe.recipe import parse_recipe
 from distill_llm.teachers import OnlineTeacher
 
@@ -64,4 +65,4 @@ def test_a_recipes_teacher_is_loaded_in_the_precision_that_it_is_held_in(tmp_pat
         }
     )
     opened = Opened(recipe, open_model("teacher.model", recipe.teacher.model), None, None)
-    assert Stages(opened)._recovery_teacher(tmp_path / "teacher", "final").dtype == wanted
+    assert recovery_teacher(Context(opened), tmp_path / "teacher", "final").dtype == wanted
