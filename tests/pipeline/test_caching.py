@@ -139,7 +139,7 @@ def test_a_cache_is_of_one_precision_which_the_recipe_may_name(files):
     assert command(files, "--k", "20", "--dtype", "bfloat16").exit_code == 0
     named = recipe(files)
     named["teacher"]["dtype"] = "float32"
-    with pytest.raises(InputError, match="^teacher.dtype: got 'float32'; accepted: bfloat16, which the teacher"):
+    with pytest.raises(InputError, match="^teacher.dtype: got 'float32'; leave it out, or take bfloat16, in which"):
         distill_llm.run(named, files / "run")
     assert not (files / "run").exists()
     named["teacher"]["dtype"] = "bfloat16"
