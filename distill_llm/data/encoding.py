@@ -12,10 +12,8 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from distill_llm.common.errors import InputError
-from distill_llm.data.causal import CausalCollator, document_packer, sequence_packer
-from distill_llm.data.masked import MaskingCollator, masked_packer
-from distill_llm.data.padding import LENGTH, Collator, PaddingCollator, Rows
-from distill_llm.data.prompts import prompt_encoder
+from distill_llm.data.causal import sequence_packer
+from distill_llm.data.padding import Collator, Rows
 from distill_llm.data.special_tokens import check_tokenizer, tokenizer_state
 from distill_llm.data.tasks import Task, TaskData
 
@@ -44,9 +42,9 @@ def encode(data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int) 
     task = data.task
     check_tokenizer(task, tokenizer)
     most_tokens(task, tokenizer, max_length)
-    work = _worker(task, tokenizer, max_length)
+    work = task.kind.encoder(task, tokenizer, max_length)
     given = json.dumps(task.chat_template_kwargs, sort_keys=True)
-    identity = [tokenizer_state(tokenizer), task.kind, task.text_columns, given, max_length, CACHE_FORMAT]
+    identity = [tokenizer_state(tokenizer), task.kind.name, task.text_columns, given, max_length, CACHE_FORMAT]
 
     def encoded(rows: Dataset) -> Dataset:
         result = _mapped(rows, work, identity, "Tokenizing")
@@ -54,7 +52,7 @@ def encode(data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int) 
             raise InputError(
                 "data.max_length", max_length, "a length that leaves rows (every text is empty or too long)"
             )
-        if task.kind == "prompts" and len(result) < len(rows):
+        if not task.kind.joins_documents and len(result) < len(rows):
             _say(f"left out {len(rows) - len(result)} of {len(rows)} rows: prompts of {max_length} tokens or more")
         return result
 
@@ -111,21 +109,4 @@ def collator(task: Task, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> C
         InputError: the tokenizer lacks the padding token, or the mask token that masked LM needs.
     """
     check_tokenizer(task, tokenizer)
-    if task.kind in ("causal_lm", "prompts"):
-        return CausalCollator(tokenizer)
-    return MaskingCollator(tokenizer, seed) if task.kind == "masked_lm" else PaddingCollator(tokenizer)
-
-
-def _worker(task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Callable[[Rows], Rows]:
-    column = task.text_columns[0]
-    if task.kind == "prompts":
-        return prompt_encoder(task, tokenizer, max_length)
-    if task.kind in ("causal_lm", "masked_lm"):
-        return (document_packer if task.kind == "causal_lm" else masked_packer)(column, tokenizer, max_length)
-
-    def work(rows: Rows) -> Rows:
-        texts = [rows[column] for column in task.text_columns]
-        result = dict(tokenizer(*texts, truncation=True, max_length=max_length))
-        return {**result, "labels": rows["labels"], LENGTH: [len(ids) for ids in result["input_ids"]]}
-
-    return work
+    return task.kind.collator(tokenizer, seed)

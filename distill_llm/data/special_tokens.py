@@ -38,16 +38,7 @@ def check_tokenizer(task: Task, tokenizer: PreTrainedTokenizerBase, field: str =
     Raises:
         InputError: naming `field`, the setting that gave the tokenizer, or what the template is given and does not read.
     """
-    missing = None
-    if task.kind in ("causal_lm", "prompts"):
-        if document_end(tokenizer) is None:
-            missing = "an EOS or BOS token, to end a text"
-        elif task.text_columns == ("messages",) and not tokenizer.chat_template:
-            missing = "a chat template, for messages"
-    elif tokenizer.pad_token_id is None:
-        missing = "a padding token"
-    elif task.kind == "masked_lm" and tokenizer.mask_token_id is None:
-        missing = "a mask token"
+    missing = task.kind.missing(task, tokenizer)
     if missing is not None:
         raise InputError(field, tokenizer.name_or_path, f"a model whose tokenizer has {missing}")
     check_template_kwargs(task.chat_template_kwargs, tokenizer, "data.chat_template_kwargs")

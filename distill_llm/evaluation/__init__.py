@@ -4,6 +4,6 @@ May import: common, metrics, losses, data, models, responses.
 """
 
 from distill_llm.evaluation.evaluate import compute_metrics, evaluate_model, predict
-from distill_llm.metrics.registry import METRICS, load_metric
+from distill_llm.metrics import METRICS
 
-__all__ = ["METRICS", "compute_metrics", "evaluate_model", "load_metric", "predict"]
+__all__ = ["METRICS", "compute_metrics", "evaluate_model", "predict"]

@@ -9,15 +9,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from distill_llm.architectures.families import layers_of
 from distill_llm.architectures.modeling_pruned import STOCK_PREFIX, pruned_class
@@ -107,16 +99,14 @@ def name_labels(
     if task.is_language_model:
         return True
     names = tuple(names or task.label_names or ("value",))
-    own = (
-        label_names(config) if any("ForSequenceClassification" in name for name in config.architectures or ()) else None
-    )
+    own = label_names(config) if task.kind.has_head(config.architectures) else None
     same_count = config.num_labels == task.num_labels
     if same_count and of_task and own is not None:
         return True
     fits = same_count and (own is None or same_names(own, names))
     config.num_labels = task.num_labels
     config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
-    config.problem_type = "regression" if task.kind == "regression" else "single_label_classification"
+    config.problem_type = task.kind.problem_type
     return fits
 
 
@@ -125,7 +115,7 @@ def load_for_task(
 ) -> PreTrainedModel:
     """A model with a head for a task, for training, in fp32: the checkpoint's own head where it fits, else a new one.
 
-    A causal LM always has the checkpoint's own head: nothing good comes of a new one.
+    A causal LM always has the checkpoint's own head (see `TaskKind.keeps_head`).
 
     Args:
         names, of_task: of the classes (see `name_labels`).
@@ -134,13 +124,10 @@ def load_for_task(
         InputError: if weights below the head, or of a causal LM's head, are missing from the checkpoint, or the family has
             no such head.
     """
-    causal = task.kind in ("causal_lm", "prompts")
-    auto: Any = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
-    auto = AutoModelForMaskedLM if task.kind == "masked_lm" else auto
     config = AutoConfig.from_pretrained(model)
-    stock: Any = auto._model_mapping.get(type(config), None)
+    stock, keeps_head = task.kind.stock_class(config), task.kind.keeps_head
     if stock is None:
-        raise InputError("model", config.model_type, f"a family with a head for {task.kind}")
+        raise InputError("model", config.model_type, f"a family with a head for {task.kind.name}")
     fits = name_labels(config, task, names, of_task)
     is_pruned = any(name.startswith(STOCK_PREFIX) for name in config.architectures or ())
     model_class = pruned_class(stock) if is_pruned else stock
@@ -154,9 +141,9 @@ def load_for_task(
         weights = {f"{model_class.base_model_prefix}.{key}": value for key, value in below.state_dict().items()}
         loaded = model_class.from_pretrained(None, config=config, state_dict=weights)
     prefix = f"{model_class.base_model_prefix}."
-    lost = sorted(key for key in missing if causal or (key.startswith(prefix) and ".pooler." not in key))
+    lost = sorted(key for key in missing if keeps_head or (key.startswith(prefix) and ".pooler." not in key))
     if lost:
-        wanted = "all weights" if causal else "the weights below the head"
+        wanted = "all weights" if keeps_head else "the weights below the head"
         raise InputError("model", str(model), f"a checkpoint with {wanted} ({lost[0]} is missing)")
     return loaded
 

@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoTokenizer, EvalPrediction, PreTrainedMo
 from distill_llm.checks.recipe import check_data
 from distill_llm.common.files import written_whole
 from distill_llm.common.processes import open_processes
-from distill_llm.data.encoding import LENGTH, Collator, collator, encode
+from distill_llm.data.encoding import collator, encode
+from distill_llm.data.padding import LENGTH, Collator
 from distill_llm.data.tasks import TaskData, label_names
 from distill_llm.evaluation.evaluate import compute_metrics, evaluate_model
 from distill_llm.models.adapters import merged
@@ -268,9 +269,7 @@ class Stages:
 
     def _compute_metrics(self, given: EvalPrediction) -> dict[str, float]:
         """The task's metrics on held-out rows, for the Trainer's own evaluation."""
-        task, logits = self.data.task, np.asarray(given.predictions)
-        predictions = logits.squeeze(-1) if task.kind == "regression" else logits.argmax(-1)
-        return compute_metrics(task, predictions.tolist(), np.asarray(given.label_ids).tolist())
+        return compute_metrics(self.data.task, *self.data.task.kind.predictions(given.predictions, given.label_ids))
 
     def clean(self, target: Path) -> None:
         """Remove the checkpoints of a stage that is recorded."""

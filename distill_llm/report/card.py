@@ -10,10 +10,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from distill_llm.data.tasks import GLUE
+from distill_llm.data.glue import GLUE
 from distill_llm.report.report import headline, notes, provenance, short_name, summary
 from distill_llm.report.tables import results_table, rounds_table
-from distill_llm.report.usage import auto_class, needs_code, read_config, snippet
+from distill_llm.report.usage import kind_of_student, needs_code, read_config, snippet
 
 GLUE_ON_THE_HUB = "nyu-mll/glue"
 NO_PATHS = ("description", "hub")
@@ -50,7 +50,7 @@ def write_card(student_dir: str | Path, metrics: Mapping[str, Any], recipe_yaml:
 
 def card_data(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> ModelCardData:
     """The card's metadata, for the student with this config."""
-    task, tag = metrics["task"], auto_class(dict(config))[1]
+    task, tag = metrics["task"], kind_of_student(config).pipeline_tag
     if task in GLUE:
         split = "validation_matched" if task == "mnli" else "validation"
         data = {"dataset_type": GLUE_ON_THE_HUB, "dataset_name": f"GLUE {task}", "dataset_config": task}
