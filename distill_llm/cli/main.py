@@ -179,8 +179,8 @@ def evaluate(
     metric: Annotated[
         str | None,
         typer.Option(
-            metavar="perplexity|exact_match|final_answer|NAME[:VALUE]",
-            help="For prompts; perplexity by default; NAME of a metric of evaluate (rouge:rougeL).",
+            metavar="perplexity|exact_match|final_answer|f1|...|NAME[:VALUE]",
+            help="The main metric, by default the task's own; for prompts also NAME of a metric of evaluate (rouge:rougeL).",
         ),
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Ask prompts in the words of the chat template.")] = False,

@@ -36,7 +36,6 @@ class MaskingCollator(PaddingCollator):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int = 0):
         super().__init__(tokenizer)
-        self.values["labels"] = IGNORED
         self.seed, self.epoch = seed, Epoch()
         self.mask, self.vocabulary = tokenizer.mask_token_id, len(tokenizer)
         self.special = np.array(sorted(tokenizer.all_special_ids))

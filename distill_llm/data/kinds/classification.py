@@ -13,6 +13,7 @@ from distill_llm.data.padding import Rows
 from distill_llm.data.sources import Splits
 from distill_llm.data.spec import DataSpec
 from distill_llm.data.tasks import Task, label_names
+from distill_llm.metrics.registry import find_metric
 
 
 @register
@@ -60,7 +61,8 @@ def classification(
     metrics: tuple[str, ...] = ("accuracy",),
 ) -> Task:
     """A classification task; its score is the first of its metrics."""
-    return Task(name, KINDS[Classification.name], text_columns, label_names, metrics, metrics[0])
+    higher = find_metric(metrics[0]).higher_is_better
+    return Task(name, KINDS[Classification.name], text_columns, label_names, metrics, metrics[0], higher)
 
 
 def _classes_of(config: PreTrainedConfig | None) -> tuple[str, ...]:
