@@ -23,7 +23,7 @@ from distill_llm.evaluation.perplexity import causal_loss
 from distill_llm.losses.labels import IGNORED
 from distill_llm.metrics.modules import text_score
 from distill_llm.metrics.registry import find_metric
-from distill_llm.models.capture import item_logits, packed
+from distill_llm.models.item_logits import item_logits, packed
 
 
 def evaluate_model(
