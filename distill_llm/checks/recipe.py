@@ -19,14 +19,13 @@ from distill_llm.common.outputs import usable_output
 from distill_llm.data.encoding import encode, most_tokens
 from distill_llm.data.loading import load_task
 from distill_llm.data.padding import LENGTH
-from distill_llm.data.prompts import check_chats
+from distill_llm.data.spec import DataSpec
 from distill_llm.data.special_tokens import check_tokenizer
 from distill_llm.data.tasks import Task, TaskData, label_names, same_names
 from distill_llm.evaluation.rules import ScoringFields, scoring_faults
 from distill_llm.losses.mapping import cut_from
 from distill_llm.models.checkpoint import name_labels
 from distill_llm.models.finding import (
-    HEAD_CLASSES,
     OpenModel,
     check_head,
     check_tokens,
@@ -80,7 +79,7 @@ def open_recipe(recipe: Recipe) -> Opened:
     found.ask(_length_faults, recipe, shorter)
     found.run(_check_rows, recipe, teacher, task)
     found.ask(_answer_faults, recipe, shorter, task)
-    found.run(check_chats, data, teacher.tokenizer if teacher else None)
+    found.run(_check_raw_rows, data, teacher)
     found.ask(_loss_faults, recipe, task)
     found.run(_check_cache, recipe, teacher)
     found.ask(_response_faults, recipe, task, shorter)
@@ -104,32 +103,24 @@ def load_rows(recipe: Recipe, teacher: OpenModel | None) -> TaskData:
     Args:
         teacher: decides what some tasks are; None where it could not be opened.
     """
-    section = recipe.data
-    columns = section.columns.model_dump(exclude_none=True) if section.columns else None
-    with _quiet_datasets(), in_one_line("data.path", section.path, "data that can be read"):
-        data = load_task(
-            section.task,
-            section.path,
-            columns=columns,
-            train_examples=section.train_examples,
-            holdout_examples=section.holdout_examples,
-            seed=recipe.seed,
-            config=teacher.config if teacher else None,
-            metric=recipe.evaluation.metric,
-            max_new_tokens=recipe.evaluation.max_new_tokens,
-            join_rows=section.join_rows,
-            packing=section.packing,
-            chat=section.chat,
-            chat_template_kwargs=section.chat_template_kwargs,
-        )
+    with _quiet_datasets(), in_one_line("data.path", recipe.data.path, "data that can be read"):
+        data = load_task(data_spec(recipe), teacher.config if teacher else None)
     calibration = recipe.pruning.calibration_examples if recipe.pruning and recipe.pruning.keep else 0
     if calibration == PruningSection.model_fields["calibration_examples"].default:
         calibration = 0  # asks for no number: all rows where there are fewer
     # Text is cut into blocks first, and packed sequences share rows: the number of examples shows later.
-    blocks = data.task.kind in ("masked_lm", "causal_lm") or data.task.packing
+    blocks = data.task.kind.joins_documents or data.task.packing
     if not blocks and calibration > len(data.train):
         raise InputError("pruning.calibration_examples", calibration, f"at most {len(data.train)}, the training rows")
     return data
+
+
+def data_spec(recipe: Recipe) -> DataSpec:
+    """What a recipe says about its data."""
+    columns = recipe.data.columns.model_dump(exclude_none=True) if recipe.data.columns else None
+    metric, new = recipe.evaluation.metric, recipe.evaluation.max_new_tokens
+    own = {**dict(recipe.data), "columns": columns}
+    return DataSpec(**own, seed=recipe.seed, metric=metric, max_new_tokens=new)
 
 
 def encoded_rows(opened: Opened) -> TaskData:
@@ -163,7 +154,7 @@ def _quiet_datasets() -> Iterator[None]:
 def _check_student(recipe: Recipe, student: OpenModel, teacher: OpenModel, task: Task) -> None:
     if student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
         raise InputError(student.field, student.name, f"a student with the tokenizer of the teacher ({teacher.name})")
-    if any(name.endswith(HEAD_CLASSES[task.kind]) for name in student.config.architectures or []):
+    if task.kind.has_head(student.config.architectures):
         check_head(student, task)
     compared = recipe.distillation is not None and recipe.distillation.losses.needs_teacher
     if task.is_language_model or recipe.teacher.cache is not None or not compared:
@@ -172,7 +163,7 @@ def _check_student(recipe: Recipe, student: OpenModel, teacher: OpenModel, task:
     config = copy.deepcopy(student.config)
     name_labels(config, task, names, of_task=True)
     own = label_names(config)
-    if names and own and task.kind != "regression" and not same_names(own, names):
+    if names and own and task.label_names and not same_names(own, names):
         given = f"{student.name} with labels {list(own)}"
         raise InputError(student.field, given, f"labels as the teacher has, {list(names)}")
 
@@ -200,13 +191,17 @@ def _check_rows(recipe: Recipe, teacher: OpenModel, task: Task) -> None:
 def _answer_faults(recipe: Recipe, shorter: OpenModel, task: Task) -> list[InputError]:
     """The models have room for what they are to generate, however long the prompts are."""
     limits, cut = limits_of(shorter.config, shorter.name), recipe.data.max_length
-    if not (task.kind == "prompts" and task.metrics) or limits.longest is None or cut >= limits.longest:
+    if not (task.kind.generates and task.metrics) or limits.longest is None or cut >= limits.longest:
         return []
     return room_faults(limits, cut, task.max_new_tokens, "evaluation.max_new_tokens", "data.max_length")
 
 
+def _check_raw_rows(data: TaskData, teacher: OpenModel) -> None:
+    data.task.kind.check_rows(data, teacher.tokenizer)
+
+
 def _loss_faults(recipe: Recipe, task: Task) -> list[InputError]:
-    if recipe.distillation is None or task.kind != "regression":
+    if recipe.distillation is None or task.kind.has_distribution:
         return []
     return single_output_faults(recipe.distillation.losses, "distillation.losses")
 
@@ -284,7 +279,7 @@ def _response_faults(recipe: Recipe, task: Task, shorter: OpenModel) -> list[Inp
     if responses is None:
         return faults
     field = "distillation.losses.responses"
-    if task.kind != "prompts":
+    if not task.kind.generates:
         return [*faults, InputError(field, f"the task {task.name}", "the task prompts")]
     faults += answering_faults(Answering(cached=recipe.teacher.cache is not None, packed=recipe.data.packing), field)
     most = recipe.data.max_length + responses.max_new_tokens

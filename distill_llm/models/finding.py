@@ -18,13 +18,6 @@ from distill_llm.data.tasks import Task, TaskData, label_names, same_names
 from distill_llm.models.gguf import SUFFIX, plain_checkpoint
 from distill_llm.models.limits import RowFacts, beyond_vocabulary, limits_of, masking_faults, read_rows, row_faults
 
-HEAD_CLASSES = {
-    "classification": ("ForSequenceClassification",),
-    "regression": ("ForSequenceClassification",),
-    "masked_lm": ("ForMaskedLM",),
-    "causal_lm": ("ForCausalLM", "LMHeadModel"),
-    "prompts": ("ForCausalLM", "LMHeadModel"),
-}
 DTYPES = ("float32", "bfloat16", "float16")
 WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
@@ -102,7 +95,7 @@ def check_tokens(data: TaskData, model: OpenModel, field: str = "data") -> TaskD
     limits = limits_of(model.config, model.name)
     if not beyond_vocabulary(limits, model.tokenizer):
         return data
-    if data.task.kind == "masked_lm":  # a masked word may become any token
+    if data.task.kind.changes_inputs:  # a masked word may become any token
         raise_all(masking_faults(limits, len(model.tokenizer), model.field, model.name))
     for split in (data.train, data.validation, data.test):
         beyond = read_rows(split, limits).beyond if split is not None else None
@@ -149,12 +142,10 @@ def check_head(model: OpenModel, task: Task) -> None:
         InputError: for a missing head, another number of labels, or the same label names in another order.
     """
     classes = model.config.architectures or []
-    wanted = HEAD_CLASSES[task.kind]
     hint = " (or a teacher.train section, to fine-tune one)" if model.field == "teacher.model" else ""
-    if not any(name.endswith(wanted) for name in classes):
-        raise InputError(
-            model.field, f"{model.name} ({', '.join(classes) or 'no class'})", f"a ...{wanted[0]} model{hint}"
-        )
+    if not task.kind.has_head(classes):
+        given = f"{model.name} ({', '.join(classes) or 'no class'})"
+        raise InputError(model.field, given, f"a ...{task.kind.head_classes[0]} model{hint}")
     if task.is_language_model:
         return
     if model.config.num_labels != task.num_labels:
