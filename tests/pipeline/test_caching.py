@@ -143,7 +143,7 @@ def test_a_cache_is_of_one_precision_which_the_recipe_may_name(files):
         distill_llm.run(named, files / "run")
     assert not (files / "run").exists()
     named["teacher"]["dtype"] = "bfloat16"
-    assert open_recipe(parse_recipe(named)).student is not None
+    assert open_recipe(parse_recipe(named)).recipe.teacher.dtype == "bfloat16"
     result = cached_recipe(files, named, "--k", "20", "--dtype", "float32")
     assert result.exit_code == 2 and "--dtype: got 'float32'; accepted: bfloat16, the recipe's" in result.output
     assert cached_recipe(files, named, "--k", "20").exit_code == 0, "the recipe's"
