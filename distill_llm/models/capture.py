@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,33 +24,9 @@ from distill_llm.architectures.families import layers_of, row_of
 from distill_llm.common.errors import InputError
 from distill_llm.losses.attention import AttentionInputs
 from distill_llm.losses.items import kind_of
-from distill_llm.losses.sparse import SparseTargets
+from distill_llm.losses.signals import EMBEDDINGS, Signals, Vectors, Wanted
 
 PREFIX = "distill_"
-EMBEDDINGS = -1  # the layer before the first: its output is what the first reads
-
-
-class Vectors(NamedTuple):
-    """What an attention layer was given: queries (B, N, T, D), and keys and values, which may have fewer heads."""
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """Layers to record.
-
-    Attributes:
-        hidden: layers whose output hidden states are wanted; EMBEDDINGS for those that the first layer reads.
-        attention: layers whose attention probabilities are wanted, as queries and keys.
-        vectors: layers whose queries, keys and values are wanted.
-    """
-
-    hidden: tuple[int, ...] = ()
-    attention: tuple[int, ...] = ()
-    vectors: tuple[int, ...] = ()
 
 
 @dataclass
@@ -60,9 +36,10 @@ class Recording:
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
     attention: dict[int, AttentionInputs] = field(default_factory=dict)
     vectors: dict[int, Vectors] = field(default_factory=dict)
+    wanted: Wanted = field(default_factory=Wanted)
     _biases: list[tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=list, repr=False)
 
-    def with_logits(self, logits: torch.Tensor) -> "Signals":
+    def with_logits(self, logits: torch.Tensor) -> Signals:
         """The recording and the logits, (B, C) or (items, V)."""
         return Signals(self.hidden, self.attention, self.vectors, logits=logits)
 
@@ -80,7 +57,7 @@ class Recording:
             return
         if (beyond := _beyond_the_mask(module, query.shape[2], settings)) is not None:
             accepted = "a model with plain softmax attention (windows and packed rows: with attn_implementation sdpa)"
-            raise InputError("losses.attention", f"{type(module).__name__} with {beyond}", accepted)
+            raise InputError(self.wanted.field("attention"), f"{type(module).__name__} with {beyond}", accepted)
         if key.shape[1] != query.shape[1]:
             key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         scaling, causal = settings.get("scaling"), settings.get("is_causal")
@@ -96,20 +73,6 @@ class Recording:
                 return bias
         self._biases.append((mask, additive_bias(mask, causal, query)))
         return self._biases[-1][1]
-
-
-@dataclass
-class Signals(Recording):
-    """All that a loss may compare: a recording and the logits, (B, C) or (items, V)."""
-
-    logits: torch.Tensor = field(kw_only=True)
-
-
-@dataclass
-class SparseSignals(Signals):
-    """Signals of a teacher known at a few tokens per item: `targets` in place of `logits`, which is (items, 0)."""
-
-    targets: SparseTargets = field(kw_only=True)
 
 
 _listeners: "WeakKeyDictionary[nn.Module, Callable[..., None]]" = WeakKeyDictionary()
@@ -134,7 +97,7 @@ class Recorder:
     @contextmanager
     def recording(self) -> Iterator[Recording]:
         """Record the forward that runs inside the context, but no recomputation after it (gradient checkpointing)."""
-        result = Recording()
+        result = Recording(wanted=self.wanted)
         with ExitStack() as stack:
             for index in self.wanted.hidden:
                 if index == EMBEDDINGS:
@@ -147,12 +110,12 @@ class Recorder:
             yield result
         pairs = (
             ("attention", self.wanted.attention, result.attention),
-            ("relations", self.wanted.vectors, result.vectors),
+            ("vectors", self.wanted.vectors, result.vectors),
         )
-        for term, wanted, found in pairs:
+        for kind, wanted, found in pairs:
             if missing := sorted(set(wanted) - found.keys()):
                 accepted = "a model with attention by transformers' AttentionInterface (DeBERTa-v2, MPNet: no)"
-                raise InputError(f"losses.{term}", f"{self.name}, layers {missing} not seen", accepted)
+                raise InputError(self.wanted.field(kind), f"{self.name}, layers {missing} not seen", accepted)
 
     @contextmanager
     def _listening(self, result: Recording) -> Iterator[None]:

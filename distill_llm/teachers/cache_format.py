@@ -41,8 +41,8 @@ from safetensors.numpy import save
 
 from distill_llm.common.errors import InputError, one_of
 from distill_llm.common.processes import exact_device
-from distill_llm.losses.items import Kind
 from distill_llm.losses.sparse import SparseTargets, entropy_of
+from distill_llm.losses.units import Kind
 
 FORMAT = 4
 INDEX_NAME = "index.json"

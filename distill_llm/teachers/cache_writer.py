@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from distill_llm.common.errors import InputError
 from distill_llm.common.progress import progress_bar
 from distill_llm.losses.items import counted, valid_tokens
-from distill_llm.models.capture import Signals
+from distill_llm.losses.signals import Signals
 from distill_llm.models.fingerprints import teacher_fingerprint, tokenizer_fingerprint
 from distill_llm.teachers.cache_contents import Examples, check_fingerprints, chosen_tokens, find_examples
 from distill_llm.teachers.cache_format import (

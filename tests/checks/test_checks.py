@@ -65,7 +65,11 @@ def test_a_recipe_that_fits_passes_and_writes_nothing(folder):
         ({"hub": {"repo_id": "me/a..b"}}, "hub.repo_id", "OWNER/NAME"),
         ({"hub": {"repo_id": "me/student"}}, "hub.repo_id", "HF_HUB_OFFLINE"),
         ({"pruning": {"layers": [0, 3]}}, "pruning.layers", "indices from 0 to 2"),
-        ({"distillation__losses__hidden": {"layers": [[3, 0]]}}, "distillation.losses.hidden.layers", "[3, 3]"),
+        (
+            {"distillation__losses__hidden": {"layers": [[3, 0]]}},
+            "distillation.losses.hidden.layers",
+            "student layers 0 to 2",
+        ),
     ],
 )
 def test_one_thing_wrong_gives_one_line_with_field_given_and_accepted(folder, changes, field, words):

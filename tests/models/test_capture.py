@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModel
 from transformers.integrations import flex_attention as integration
 
 from distill_llm.common.errors import InputError
-from distill_llm.models.capture import EMBEDDINGS, Recorder, Wanted, _listeners, packed
+from distill_llm.losses.signals import EMBEDDINGS, Wanted
+from distill_llm.models.capture import Recorder, _listeners, packed
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,7 +7,8 @@ from builders.trainers import causal_model, model_of, rows, step_gradient, train
 from transformers.integrations import flash_attention
 
 from distill_llm.common.errors import InputError
-from distill_llm.models.capture import Recorder, Recording, Wanted
+from distill_llm.losses.signals import Wanted
+from distill_llm.models.capture import Recorder, Recording
 from distill_llm.models.output_head import output_head
 
 LOSSES = {
