@@ -187,7 +187,7 @@ def _check_rows(recipe: Recipe, teacher: OpenModel, shorter: OpenModel, task: Ta
 
 def _check_losses(recipe: Recipe, task: Task) -> None:
     if recipe.distillation is not None:
-        use = Use(single_output=task.kind == "regression")
+        use = Use(single_output=task.kind == "regression", packed=task.packing)
         raise_all(recipe.distillation.losses.faults(use, "distillation.losses"))
 
 

@@ -146,7 +146,7 @@ def _run(work: _Work, hidden: torch.Tensor, wanted: list[bool]) -> tuple[torch.T
     count = -(-items // chunks.chunk)
     of_weight = WeightGradient(student.weight, work.student.weight.dtype, count) if wanted[1] else None
     products = inputs.new_empty(min(chunks.chunk, items), vocabulary)
-    buffers = hidden.new_empty(2, chunks.rows, vocabulary, dtype=torch.float32)
+    logits, slopes = (hidden.new_empty(chunks.rows, vocabulary, dtype=torch.float32) for _ in range(2))
     for part, weight in zip(work.parts, work.weights, strict=True):
         part.start(chunks, weight / work.unit)
     for begin in range(0, items, chunks.chunk):
@@ -156,8 +156,9 @@ def _run(work: _Work, hidden: torch.Tensor, wanted: list[bool]) -> tuple[torch.T
         for first in range(begin, end, chunks.rows):
             last = min(first + chunks.rows, end)
             part_of_it = here[first - begin : last - begin]
-            both = (buffers[0, : last - first], buffers[1, : last - first])
-            gradient = work.block(part_of_it, Place(begin, end, first, last), values, both)
+            gradient = work.block(
+                part_of_it, Place(begin, end, first, last), values, (logits[: last - first], slopes[: last - first])
+            )
             part_of_it.copy_(gradient)
             if of_bias is not None:
                 of_bias += gradient.sum(0)

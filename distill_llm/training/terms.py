@@ -6,10 +6,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from distill_llm.common.errors import raise_all
 from distill_llm.losses.mapping import LayerPair
 from distill_llm.losses.matching import Match, MatchSettings
 from distill_llm.losses.objective import Objective
 from distill_llm.losses.signals import Batch, Wanted
+from distill_llm.losses.terms.term import Use
 from distill_llm.losses.units import Kind, Unit
 
 
@@ -87,6 +89,8 @@ class Terms:
 
     def __call__(self, batch: Batch, without: Collection[str] = ()) -> dict[str, torch.Tensor]:
         """The sums of the terms of one batch, by name, but for those of the names in `without`."""
+        if batch.sequences is not None and not all(term.packed_rows for term in self.terms.values()):
+            raise_all(self.objective.faults(Use(packed=True)))
         left = {name: term for name, term in self.terms.items() if name not in without}
         return {name: term.sum(batch, self.match, self.pairs[name]) for name, term in left.items()}
 

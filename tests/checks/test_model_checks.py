@@ -155,7 +155,7 @@ def test_relation_heads_are_checked_against_both_models_and_left_out_they_are_th
     pruned = {"student__model": None, "distillation__losses": {"relations": {"heads": 16}}}
     assert faults(causal_recipe(folder, **pruned, pruning={"keep": 0.9, "units": ["neurons"]})) == []
     (line,) = faults(causal_recipe(folder, **pruned, pruning={"keep": 0.9}))
-    assert line.startswith(f"{field}: got 16; accepted: nothing, or a divisor of 8, the size of a head")
+    assert line.startswith(f"{field}: got 16; leave it out, or give a divisor of 8, the size of a head")
     pruned["distillation__losses"] = {"relations": {"heads": 12}}
     (line,) = faults(causal_recipe(folder, **pruned, pruning={"layers": [0]}))
     assert line.startswith(f"{field}: got 12; accepted: a divisor of the widths 16, 32: ")

@@ -52,6 +52,7 @@ class Use:
         vector_widths: channels of all heads' queries and keys in layers that are compared with each other.
         head_size: channels of a head, where pruning chooses how many heads stay.
         kind: what an output of the student is about.
+        packed: whether rows hold several sequences.
     """
 
     cached: CachedOutputs | None = None
@@ -64,6 +65,7 @@ class Use:
     vector_widths: frozenset[int] = frozenset()
     head_size: int | None = None
     kind: Kind | None = None
+    packed: bool = False
 
 
 class Term(BaseModel):
@@ -76,6 +78,7 @@ class Term(BaseModel):
         needs_teacher: whether it compares the student with a teacher.
         of_data: whether it compares with the labels of the data: a batch that the student answered itself has none.
         projects: whether it compares states that must be projected where widths differ.
+        packed_rows: whether it keeps sequences that share a row apart.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -85,6 +88,7 @@ class Term(BaseModel):
     needs_teacher: ClassVar[bool] = True
     of_data: ClassVar[bool] = False
     projects: ClassVar[bool] = False
+    packed_rows: ClassVar[bool] = True
 
     weight: Weight = Field(default=1.0, description="Factor of the term in the whole loss: a number or a schedule.")
 
@@ -129,6 +133,8 @@ class Term(BaseModel):
         """
         if use.cached is not None and not set(self.signals) <= {"logits"}:
             yield InputError("", "a cached teacher", "a teacher in memory: the cache has logits only")
+        if use.packed and not self.packed_rows:
+            yield InputError("", "rows of several sequences", "rows of one sequence each (data.packing: false)")
         if self.projects and use.widths is not None and use.sharding == "DeepSpeed":
             given = f"states of {use.widths[0]} and {use.widths[1]} channels under DeepSpeed"
             yield InputError("", given, "a student as wide as its teacher, or DDP or FSDP in the place of DeepSpeed")
