@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from pydantic import BeforeValidator
 
-from distill_llm.losses.registry import name_in
+from distill_llm.losses.registry import NameIn
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,8 +21,8 @@ Function = TypeVar("Function", bound=Callable[..., "Tensor"])
 STATE_DISTANCES: dict[str, Callable[["Tensor", "Tensor"], "Tensor"]] = {}
 MAP_DISTANCES: dict[str, Callable[["Tensor", "Tensor"], "Tensor"]] = {}
 
-StateDistance = Annotated[str, BeforeValidator(name_in(STATE_DISTANCES))]
-MapDistance = Annotated[str, BeforeValidator(name_in(MAP_DISTANCES))]
+StateDistance = Annotated[str, BeforeValidator(NameIn(STATE_DISTANCES))]
+MapDistance = Annotated[str, BeforeValidator(NameIn(MAP_DISTANCES))]
 
 
 def state_distance(name: str) -> Callable[[Function], Function]:

@@ -1,17 +1,20 @@
 """Functions that objectives name: kept by name, and read from a setting."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from distill_llm.common.errors import InputError, one_of
 
 
-def name_in(registered: Mapping[str, Any]) -> Callable[[Any], str]:
+@dataclass(frozen=True, eq=False)
+class NameIn:
     """A validator of a setting that must be a name of a registry, also one that is registered later."""
 
-    def read(given: Any) -> str:
-        if isinstance(given, str) and given in registered:
-            return given
-        raise InputError("", given, one_of(registered, str(given)))
+    registered: Mapping[str, Any]
 
-    return read
+    def __call__(self, given: Any) -> str:
+        """The name, or an InputError with those that there are."""
+        if isinstance(given, str) and given in self.registered:
+            return given
+        raise InputError("", given, one_of(self.registered, str(given)))

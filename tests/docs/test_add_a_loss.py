@@ -9,7 +9,16 @@ import pytest
 import torch
 import yaml
 from builders.recipes import recipe_for
-from builders.trainers import assert_same_step, both_ways, cached, causal_model, model_of, rows, step_gradient, trainer_of
+from builders.trainers import (
+    assert_same_step,
+    both_ways,
+    cached,
+    causal_model,
+    model_of,
+    rows,
+    step_gradient,
+    trainer_of,
+)
 
 from distill_llm.common.errors import InputError
 from distill_llm.losses import distances, divergences

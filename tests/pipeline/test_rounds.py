@@ -13,8 +13,8 @@ from distill_llm.pipeline import rounds as cutting
 from distill_llm.pipeline.rounds import Cutter
 from distill_llm.pipeline.stages import Stages
 from distill_llm.pruning.compensation.bypass import fit_bypasses
-from distill_llm.pruning.criteria import score
 from distill_llm.pruning.cutting.surgery import prune
+from distill_llm.pruning.importance import score
 from distill_llm.pruning.plan import LayerPlan, PruningPlan, keep_layers
 from distill_llm.pruning.planning.budgets import least_share, share_of
 from distill_llm.pruning.planning.latency import fit_costs

@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from distill_llm.common.errors import InputError
 from distill_llm.losses.divergences import DIVERGENCES
-from distill_llm.losses.registry import name_in
+from distill_llm.losses.registry import NameIn
 from distill_llm.losses.schedules import Temperature, value_at
 from distill_llm.losses.terms.outputs import OutputTerm
 from distill_llm.losses.terms.term import Term, Use, term
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class LogitsLoss(OutputTerm):
     """Divergence of the teacher's and the student's outputs at a temperature (Hinton et al., 2015)."""
 
-    divergence: Annotated[str, BeforeValidator(name_in(DIVERGENCES))] = "forward_kl"
+    divergence: Annotated[str, BeforeValidator(NameIn(DIVERGENCES))] = "forward_kl"
     temperature: Temperature = Field(default=1.0, description="Divides both logits; the loss carries its square.")
     beta: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="Of jsd (below 1) and dkd.")
     skew: float | None = Field(default=None, gt=0, lt=1, description="Share of the other distribution in the mixture.")
