@@ -35,6 +35,7 @@ REGISTRIES = (terms.TERMS, divergences.DIVERGENCES, distances.STATE_DISTANCES, d
 @pytest.fixture(autouse=True)
 def the_page(tmp_path, monkeypatch):
     """The code of the page in modules outside of the package, imported; what they register is gone after a test."""
+    terms.all_terms()
     known = [dict(registry) for registry in REGISTRIES]
     monkeypatch.syspath_prepend(str(tmp_path))
     for number, block in enumerate(BLOCKS):
