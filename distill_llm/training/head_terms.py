@@ -11,7 +11,7 @@ from distill_llm.losses.chunked_head import HeadLosses, head_losses
 from distill_llm.losses.head_parts import Part
 from distill_llm.losses.signals import Batch
 from distill_llm.models.adapters import without_adapters
-from distill_llm.models.capture import packed
+from distill_llm.models.item_logits import packed
 from distill_llm.models.output_head import OutputHead
 from distill_llm.training.terms import Terms
 

@@ -17,8 +17,9 @@ from distill_llm.losses.matching import MatchSettings
 from distill_llm.losses.objective import Objective
 from distill_llm.losses.signals import Batch, Signals
 from distill_llm.models.adapters import without_adapters
-from distill_llm.models.capture import Recorder, item_logits, packed
+from distill_llm.models.capture import Recorder
 from distill_llm.models.inputs import forward_inputs
+from distill_llm.models.item_logits import item_logits, packed
 from distill_llm.models.output_head import output_head
 from distill_llm.teachers.cache import CachedTeacher
 from distill_llm.teachers.compatibility import cached_classes, shared_classes

@@ -13,7 +13,9 @@ from transformers.integrations import flex_attention as integration
 
 from distill_llm.common.errors import InputError
 from distill_llm.losses.signals import EMBEDDINGS, Wanted
-from distill_llm.models.capture import Recorder, _listeners, packed
+from distill_llm.models.attention_kernels import _listeners
+from distill_llm.models.capture import Recorder
+from distill_llm.models.item_logits import packed
 
 
 @pytest.mark.parametrize("family", FAMILIES)
