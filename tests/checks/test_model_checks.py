@@ -6,9 +6,8 @@ from collections import namedtuple
 from contextlib import contextmanager
 
 import pytest
+from builders.recipes import causal_recipe, recipe_with, write_decoder, write_model, write_rows
 from builders.recipes import faults_at_the_door as faults
-from builders.recipes import recipe_with, write_model, write_rows
-from test_checks import causal_recipe, write_decoder
 
 from distill_llm.models.checkpoint import load_pretrained
 from distill_llm.pruning.cutting.surgery import prune

@@ -9,7 +9,7 @@ from distill_llm.losses.head import Head
 from distill_llm.losses.items import targets
 from distill_llm.losses.sparse import SparseTargets, entropy_of, sparse_cross_entropy, sparse_forward_kl
 from distill_llm.teachers.cache import CachedTeacher
-from distill_llm.teachers.cache_format import ItemCoding
+from distill_llm.teachers.cache_coding import ItemCoding
 from distill_llm.teachers.online import OnlineTeacher
 
 CLASSES, K, SAMPLES = 30, 5, 4000

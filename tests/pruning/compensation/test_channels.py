@@ -9,7 +9,6 @@ from torch import nn
 
 from distill_llm.architectures.modeling_pruned import hidden_dims
 from distill_llm.common.errors import InputError
-from distill_llm.pruning.compensation import channels as stream
 from distill_llm.pruning.compensation import linear
 from distill_llm.pruning.compensation.channels import rescaled_norm
 from distill_llm.pruning.cutting.surgery import prune, stock_expressible
@@ -17,7 +16,7 @@ from distill_llm.pruning.plan import full_plan
 from distill_llm.pruning.statistics.collecting import collect_statistics
 from distill_llm.pruning.statistics.moments import MomentsSum
 from distill_llm.pruning.statistics.record import Statistics
-from distill_llm.pruning.units.stream import stream_tensors
+from distill_llm.pruning.units.stream import stream_norms, stream_tensors
 
 HALF = HIDDEN // 2
 
@@ -140,7 +139,7 @@ def test_the_weights_solve_the_least_squares_of_what_readers_see(name):
 def test_a_norm_over_fewer_channels_comes_out_as_over_all_in_the_mean(name):
     """Against the regression, with a constant where there is a bias, of what all channels give on what the kept ones do."""
     model = family_model(name)
-    path = next(iter(stream.stream_norms(model)))
+    path = next(iter(stream_norms(model)))
     norm, kept = model.get_submodule(path), torch.arange(HALF)  # those that are small
     torch.manual_seed(0)
     x = torch.randn(4000, HIDDEN) * torch.linspace(0.5, 2, HIDDEN) + torch.linspace(0, 1, HIDDEN).roll(5)

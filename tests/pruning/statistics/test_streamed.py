@@ -3,8 +3,7 @@
 import pytest
 import torch
 from builders.families import family_batch, family_model
-from builders.pruning import processor_with_bf16
-from test_statistics_units import Held, assert_close
+from builders.pruning import Held, assert_close, processor_with_bf16
 
 from distill_llm import fit_bypasses, keep_layers, prune
 from distill_llm.architectures.families import layers_of
