@@ -300,6 +300,7 @@ def test_several_labels_of_an_example_are_refused_in_one_line(labels):
         collect_statistics(family_model("bert", num_labels=1), [{**batch, "labels": torch.ones(3, 3)}])
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("hidden", [True, False])
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
 def test_checkpointing_finds_the_same_and_holds_less(name, hidden):

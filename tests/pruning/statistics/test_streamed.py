@@ -30,6 +30,7 @@ def state_of(model):
     return {name: (id(tensor), tensor.data_ptr()) for name, tensor in tensors}
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("name", ["bert", "gpt2", "gemma2", "gpt_neox", "olmo2"])
 def test_statistics_are_the_same_and_the_model_stays_where_it_was(monkeypatch, name, exact):
