@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from distill_llm import DistillationConfig, DistillationTrainer
 from distill_llm.data.encoding import collator, encode
-from distill_llm.data.tasks import prompts as prompts_task
+from distill_llm.data.kinds.prompts import prompts as prompts_task
 
 TOKENIZER = word_tokenizer()
 PROMPTS = [words(*range(i, i + 2 + i % 3)) for i in range(12)]
