@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from builders.learning import learned
 from builders.processes import run_script
 
 FEW = [("causal-lm", 16, ["all"])]
@@ -17,10 +18,9 @@ MANY = [
 
 def one_and_two_processes(folder, cases):
     """What one process, the first of two and the second of two have learned of these cases."""
-    for processes in (1, 2):
-        arguments = (folder, json.dumps(cases))
-        run_script("train_in_processes.py", *arguments, processes=processes, ACCELERATE_USE_CPU="true")
-    return [torch.load(folder / f"{name}.pt") for name in ("1-0", "2-0", "2-1")]
+    one = learned(folder, cases)
+    run_script("train_in_processes.py", folder, json.dumps(cases), processes=2, ACCELERATE_USE_CPU="true")
+    return [one, *(torch.load(folder / f"{rank}.pt") for rank in (0, 1))]
 
 
 @pytest.fixture(scope="module")
