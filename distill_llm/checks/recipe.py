@@ -9,7 +9,6 @@ from pathlib import Path
 
 import datasets
 
-from distill_llm.architectures.families import hidden_lineage, width_of
 from distill_llm.checks.faults import Collector, in_one_line
 from distill_llm.checks.models import adapted, check_disk, check_signals, skeleton
 from distill_llm.checks.pruning import check_pruning
@@ -23,7 +22,8 @@ from distill_llm.data.spec import DataSpec
 from distill_llm.data.special_tokens import check_tokenizer
 from distill_llm.data.tasks import Task, TaskData, label_names, same_names
 from distill_llm.evaluation.rules import ScoringFields, scoring_faults
-from distill_llm.losses.mapping import cut_from
+from distill_llm.losses.mapping import cut_from, unequal_widths
+from distill_llm.losses.terms.term import Use
 from distill_llm.models.checkpoint import name_labels
 from distill_llm.models.finding import (
     OpenModel,
@@ -38,7 +38,6 @@ from distill_llm.recipe.pruning import PruningSection
 from distill_llm.recipe.recipe import RECIPE, Recipe
 from distill_llm.report.hub import check_push
 from distill_llm.teachers.cache import CachedTeacher
-from distill_llm.training.refusals import Answering, answering_faults, single_output_faults
 
 
 @dataclass(frozen=True)
@@ -201,43 +200,26 @@ def _check_raw_rows(data: TaskData, teacher: OpenModel) -> None:
 
 
 def _loss_faults(recipe: Recipe, task: Task) -> list[InputError]:
-    if recipe.distillation is None or task.kind.has_distribution:
+    if recipe.distillation is None:
         return []
-    return single_output_faults(recipe.distillation.losses, "distillation.losses")
+    use = Use(single_output=not task.kind.has_distribution, packed=task.packing)
+    return recipe.distillation.losses.faults(use, "distillation.losses")
 
 
 def _projected(student: OpenModel | None, teacher: OpenModel | None) -> tuple[int, int] | None:
-    """The widths of a given student and its teacher, where its states must be projected to be compared (see `Terms`)."""
-    if student is None or teacher is None:
-        return None
-    if hidden_lineage(student.config) is not None and cut_from(student.config, teacher.config):
-        return None
-    widths = width_of(student.config), width_of(teacher.config)
-    return widths if widths[0] != widths[1] else None
+    """The widths of a given student and its teacher, where its states must be projected to be compared."""
+    return None if student is None or teacher is None else unequal_widths(student.config, teacher.config)
 
 
 def _check_layer_pairs(recipe: Recipe, teacher: OpenModel, student: OpenModel) -> bool:
     """Layers named by the loss terms exist; `student` is the teacher where it is pruned from it."""
     if recipe.distillation is None:
         return True
-    faults = []
     teachers, students = teacher.config.num_hidden_layers, student.config.num_hidden_layers
     if recipe.pruning is not None and recipe.pruning.layers is not None:
         students = len(recipe.pruning.layers)
-    for name in ("hidden", "attention", "relations"):
-        term = getattr(recipe.distillation.losses, name)
-        if term is None:
-            continue
-        field = f"distillation.losses.{name}.layers"
-        if term.layers == "lineage" and recipe.pruning is None and not cut_from(student.config, teacher.config):
-            accepted = "uniform, last or pairs where the student was not pruned from this teacher"
-            faults.append(InputError(field, "lineage", accepted))
-        if not isinstance(term.layers, str):
-            bad = [list(pair) for pair in term.layers if not (0 <= pair[0] < students and 0 <= pair[1] < teachers)]
-            if bad:
-                accepted = f"[student, teacher] pairs below [{students}, {teachers}], counted from 0"
-                faults.append(InputError(field, bad, accepted))
-    raise_all(faults)
+    cut = recipe.pruning is not None or cut_from(student.config, teacher.config)
+    raise_all(recipe.distillation.losses.faults(Use(layers=(students, teachers), cut=cut), "distillation.losses"))
     return True
 
 
@@ -281,7 +263,6 @@ def _response_faults(recipe: Recipe, task: Task, shorter: OpenModel) -> list[Inp
     field = "distillation.losses.responses"
     if not task.kind.generates:
         return [*faults, InputError(field, f"the task {task.name}", "the task prompts")]
-    faults += answering_faults(Answering(cached=recipe.teacher.cache is not None, packed=recipe.data.packing), field)
     most = recipe.data.max_length + responses.max_new_tokens
     limits = limits_of(shorter.config, shorter.name)
     return faults + length_faults(limits, most, f"data.max_length + {field}.max_new_tokens")

@@ -19,9 +19,11 @@ from transformers.training_args import OptimizerNames
 from distill_llm.common.errors import InputError, faults_in, first_line, one_of, raise_all
 from distill_llm.common.processes import open_processes
 from distill_llm.data.tasks import Task, TaskData
+from distill_llm.losses.objective import parse_objective
+from distill_llm.losses.terms.term import Use
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.training.config import DistillationConfig
-from distill_llm.training.refusals import Answering, answering_faults, compiling, projection_faults, reentrant_faults
+from distill_llm.training.refusals import compiling
 
 Stage = Literal["teacher", "recovery", "final"]
 
@@ -90,15 +92,10 @@ def _check_sharding(recipe: Recipe, sharding: str | None, widths: tuple[int, int
     """Nothing is to learn that cannot be divided among processes in that way."""
     if sharding is None or recipe.distillation is None:
         return
-    losses, faults, field = recipe.distillation.losses, [], "distillation.losses"
+    losses, faults = recipe.distillation.losses, []
     if recipe.student is not None and recipe.student.peft is not None:
         faults.append(InputError("student.peft", sharding, "a copy of the student in each process (DDP)"))
-    if losses.responses is not None:
-        faults += answering_faults(Answering(sharding=sharding), f"{field}.responses")
-    for name in ("hidden", "embeddings"):
-        if getattr(losses, name) is not None:
-            faults += projection_faults(sharding, widths, f"{field}.{name}")
-    raise_all(faults)
+    raise_all(faults + losses.faults(Use(widths=widths, sharding=sharding), "distillation.losses"))
 
 
 def _check_stage(recipe: Recipe, stage: Stage, data: TaskData | None) -> DistillationConfig:
@@ -126,10 +123,10 @@ def _check_stage(recipe: Recipe, stage: Stage, data: TaskData | None) -> Distill
             make(args)
         except Exception as error:
             raise _together(error, where, training, section, likely) from None
-    names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
-    name = next((name for name in names if name in where), names[0])
-    kwargs: Any = args.activation_checkpointing_kwargs
-    raise_all(reentrant_faults(kwargs, losses, f"{where.get(name, section)}.{name}"))
+    kwargs: Any = args.activation_checkpointing_kwargs or {}
+    if kwargs.get("use_reentrant"):
+        name = next(n for n in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs") if n in where)
+        raise_all(parse_objective(losses).faults(Use(reentrant=f"{where[name]}.{name}.use_reentrant")))
     return args
 
 

@@ -6,7 +6,6 @@ arguments, the door of recipes under the names of the recipe's fields.
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel, TrainingArguments
@@ -15,6 +14,7 @@ from distill_llm.common.errors import InputError, raise_all
 from distill_llm.data.masked import MaskingCollator
 from distill_llm.losses.items import kind_of
 from distill_llm.losses.objective import Objective
+from distill_llm.losses.terms.term import Use
 from distill_llm.models.adapters import UNTIED, is_quantized, tied_adapters, without_adapters
 from distill_llm.models.limits import (
     InputLimits,
@@ -34,71 +34,6 @@ UNUSED = {
     "compute_loss_func": "leave it out: the loss is the objective of DistillationConfig",
 }
 COMPILING = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
-LOOKS_INSIDE = ("attention", "relations")
-"""Terms that record what a layer computes: a second forward in the backward pass would record it again."""
-
-
-@dataclass(frozen=True)
-class Answering:
-    """Facts about a student that is to answer prompts while it trains.
-
-    Attributes:
-        generates: whether it is a causal language model.
-        cached: whether its teacher is a cache.
-        packed: whether prompts share rows.
-        sharding: what divides its weights among the processes: DeepSpeed, FSDP1 or FSDP2; None: nothing.
-    """
-
-    generates: bool = True
-    cached: bool = False
-    packed: bool = False
-    sharding: str | None = None
-
-
-def answering_faults(facts: Answering, field: str = "losses.responses") -> list[InputError]:
-    """The faults of a student's own responses; `field` is the setting that asks for them."""
-    faults = []
-    if not facts.generates:
-        faults.append(InputError(field, "a student that does not generate", "a causal language model"))
-    if facts.cached:
-        fix = "take a teacher in memory: the cached one never saw the student's answers"
-        faults.append(InputError(field, "a cached teacher", fix=fix))
-    if facts.packed:
-        faults.append(InputError("data.packing", True, f"false with {field}: prompts must be rows of their own"))
-    if facts.sharding in ("DeepSpeed", "FSDP1"):
-        given = f"a student sharded by {facts.sharding}"
-        faults.append(InputError(field, given, "FSDP2 (fsdp_version 2), or DDP"))
-    return faults
-
-
-def projection_faults(sharding: str | None, widths: tuple[int, int] | None, field: str) -> list[InputError]:
-    """A fault of a term that compares states through a projection, where the projection cannot be trained.
-
-    Args:
-        sharding: as of `Answering`.
-        widths: of the states of student and teacher, where they differ.
-        field: the term.
-    """
-    if widths is None or sharding != "DeepSpeed":
-        return []
-    given = f"states of {widths[0]} and {widths[1]} channels under DeepSpeed"
-    return [InputError(field, given, "a student as wide as its teacher, or DDP or FSDP in the place of DeepSpeed")]
-
-
-def single_output_faults(objective: Objective, field: str = "losses") -> list[InputError]:
-    """A fault of a divergence between probabilities, for models with a single output; `field` names the objective."""
-    logits = objective.logits
-    if logits is None or logits.divergence == "mse":
-        return []
-    return [InputError(f"{field}.logits.divergence", logits.divergence, "mse, where a model has a single output")]
-
-
-def reentrant_faults(kwargs: Mapping[str, Any] | None, terms: Collection[str], field: str) -> list[InputError]:
-    """A fault of reentrant checkpointing with a term that looks inside of layers; `field` names the keyword arguments."""
-    seen = next((term for term in LOOKS_INSIDE if term in terms), None)
-    if seen is None or not (kwargs or {}).get("use_reentrant"):
-        return []
-    return [InputError(f"{field}.use_reentrant", True, f"false with losses.{seen}")]
 
 
 def compiling(training: Mapping[str, Any]) -> list[InputError]:
@@ -169,10 +104,10 @@ def check_teacher(teacher: Any, student: PreTrainedModel, objective: Objective) 
     elif teacher is not None and not isinstance(teacher, PreTrainedModel):
         raise InputError("teacher", type(teacher).__name__, "a transformers model, a CachedTeacher, or None")
     if objective.needs_teacher and teacher is None:
-        terms = [name for name in objective.terms() if name != "labels"]
+        terms = [name for name, term in objective.terms().items() if term.needs_teacher]
         raise InputError("teacher", None, f"a model, since the objective has {', '.join(terms)}")
-    if type(student).__name__.endswith("ForSequenceClassification") and student.config.num_labels == 1:
-        raise_all(single_output_faults(objective))
+    single = type(student).__name__.endswith("ForSequenceClassification") and student.config.num_labels == 1
+    raise_all(objective.faults(Use(single_output=single)))
 
 
 def check_arguments(args: TrainingArguments, objective: Objective, options: Mapping[str, Any]) -> None:
@@ -190,8 +125,8 @@ def check_arguments(args: TrainingArguments, objective: Objective, options: Mapp
     for name, fix in UNUSED.items():
         if options.get(name) is not None:
             raise InputError(name, type(options[name]).__name__, fix=fix)
-    field = "activation_checkpointing_kwargs"
-    raise_all(reentrant_faults(getattr(args, field), objective.terms(), field))
+    if (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise_all(objective.faults(Use(reentrant="activation_checkpointing_kwargs.use_reentrant")))
 
 
 def check_datasets(
