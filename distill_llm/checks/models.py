@@ -15,7 +15,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from distill_llm.architectures.families import FAMILIES, dims_of, layers_of, lineage_of
+from distill_llm.architectures.families import FAMILIES, dims_of, layers_of
+from distill_llm.architectures.lineage import lineage_of
 from distill_llm.architectures.modeling_pruned import pruned_class
 from distill_llm.common.errors import InputError
 from distill_llm.common.outputs import nearest
@@ -93,8 +94,8 @@ def check_signals(recipe: Recipe, teacher: PreTrainedModel, student: PreTrainedM
             terms = Terms(losses.model_copy(update={"hidden": None, "embeddings": None}), student, teacher)
             wanted = {side: terms.wanted(side) for side in models}
         else:
-            rows = lineage_of(teacher)
-            layers = tuple(i for i in range(len(layers_of(teacher))) if rows is None or rows[i].heads)
+            lineage = lineage_of(teacher)
+            layers = tuple(i for i in range(len(layers_of(teacher))) if lineage is None or lineage.layers[i].heads)
             wanted = {"teacher": Wanted((), layers if losses.attention else (), layers if relations else ())}
         seen = {side: _widths(model, wanted[side]) for side, model in models.items()}
         if relations is None or relations.heads is None:

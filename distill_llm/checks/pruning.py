@@ -10,7 +10,7 @@ from distill_llm.common.outputs import usable_statistics
 from distill_llm.models.finding import HEAD_CLASSES, OpenModel
 from distill_llm.pruning.planning.budgets import least_share
 from distill_llm.pruning.planning.candidate import Limits, Rules
-from distill_llm.pruning.units.sizes import layer_shapes
+from distill_llm.pruning.units.sizes import counts_of
 from distill_llm.recipe.recipe import Recipe, budget_batch
 
 
@@ -55,8 +55,8 @@ def check_pruning(recipe: Recipe, teacher: OpenModel, skeleton: PreTrainedModel)
         if pruning.layers is not None and pruning.layers[0] != 0:
             accepted = f"layers with 0: a convolution follows the first layer of {teacher.name}"
             raise InputError("pruning.layers", pruning.layers, accepted)
-    shapes = layer_shapes(skeleton)
-    heads, neurons = max(shape.heads for shape in shapes), max(shape.neurons for shape in shapes)
+    counts = counts_of(skeleton)
+    heads, neurons = (max(each[kind] for each in counts) for kind in ("heads", "neurons"))
     for name, most, what in (
         ("round_to", max(neurons, 1), "FFN neurons"),
         ("min_heads", heads, "heads (KV groups)"),

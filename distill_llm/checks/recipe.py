@@ -12,7 +12,8 @@ import datasets
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from distill_llm.architectures.families import hidden_lineage, width_of
+from distill_llm.architectures.families import width_of
+from distill_llm.architectures.lineage import lineage_of
 from distill_llm.checks.models import adapted, check_disk, check_signals, skeleton
 from distill_llm.checks.pruning import check_pruning
 from distill_llm.checks.training import check_training
@@ -199,7 +200,8 @@ def _projected(student: OpenModel | None, teacher: OpenModel | None) -> tuple[in
     """The widths of a given student and its teacher, where its states must be projected to be compared (see `Terms`)."""
     if student is None or teacher is None:
         return None
-    if hidden_lineage(student.config) is not None and cut_from(student.config, teacher.config):
+    lineage = lineage_of(student.config)
+    if lineage is not None and lineage.hidden is not None and cut_from(student.config, teacher.config):
         return None
     widths = width_of(student.config), width_of(teacher.config)
     return widths if widths[0] != widths[1] else None

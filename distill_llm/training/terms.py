@@ -7,14 +7,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from distill_llm.architectures.families import (
-    FAMILIES,
-    dims_of,
-    hidden_lineage,
-    layers_of,
-    lineage_of,
-    width_of,
-)
+from distill_llm.architectures.families import FAMILIES, dims_of, layers_of, width_of
+from distill_llm.architectures.lineage import lineage_of
 from distill_llm.common.errors import InputError
 from distill_llm.losses.attention import attention_distance
 from distill_llm.losses.hidden import hidden_distance
@@ -131,7 +125,8 @@ class Terms:
             self._match_widths(student, teacher, seed)
 
     def _pair_layers(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-        objective, own, original = self.objective, lineage_of(student), lineage_of(teacher)
+        objective = self.objective
+        own, original = (None if found is None else found.layers for found in map(lineage_of, (student, teacher)))
         lineage, group_size = None, 1
         if own is not None and cut_from(student.config, teacher.config):
             dims = dims_of(student.config)
@@ -155,7 +150,8 @@ class Terms:
     def _match_widths(self, student: PreTrainedModel, teacher: PreTrainedModel, seed: int) -> None:
         """Compare the channels that a student kept of this teacher with where they are in it; project any other width."""
         related = cut_from(student.config, teacher.config)
-        kept, there = hidden_lineage(student.config) if related else None, hidden_lineage(teacher.config)
+        kept, there = (None if found is None else found.hidden for found in map(lineage_of, (student, teacher)))
+        kept = kept if related else None
         if kept is not None and there is not None:
             if not set(kept) <= set(there):
                 accepted = "a teacher that has all channels of the student"
@@ -274,8 +270,9 @@ def _widths(model: PreTrainedModel, layer: int) -> set[int]:
     dims, lineage = dims_of(model.config), lineage_of(model)
     if lineage is None:
         return {dims.queries * dims.head_size, dims.groups * dims.head_size}
-    queries = query_heads(lineage[layer], dims.queries // dims.groups)
-    return {len(queries) * dims.head_size, len(lineage[layer].heads) * dims.head_size}
+    row = lineage.layers[layer]
+    queries = query_heads(row, dims.queries // dims.groups)
+    return {len(queries) * dims.head_size, len(row.heads) * dims.head_size}
 
 
 def _name(pair: LayerPair) -> str:
