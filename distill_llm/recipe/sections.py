@@ -2,10 +2,11 @@
 
 import os
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     JsonValue,
@@ -18,8 +19,9 @@ from pydantic.functional_validators import ModelWrapValidatorHandler
 
 from distill_llm.common.errors import raise_all
 from distill_llm.common.validation import faults_of
-from distill_llm.losses.objective import LabelsLoss, LogitsLoss, Objective
-from distill_llm.pruning.names import Criterion, Unit
+from distill_llm.losses.objective import Objective, parse_objective
+from distill_llm.pruning.criteria import CRITERIA, Need, find_criterion
+from distill_llm.pruning.names import Unit
 from distill_llm.recipe.adapter_fields import check_adapter_fields
 from distill_llm.recipe.pruning_rules import pruning_faults
 from distill_llm.recipe.training_fields import check_training_fields
@@ -50,6 +52,14 @@ def training_fields(fields: dict[str, Any] | None) -> dict[str, Any] | None:
     clean, faults = check_training_fields(fields)
     raise_all(faults)
     return clean
+
+
+def _known_criterion(given: Any) -> str:
+    return find_criterion(str(given), field="").name
+
+
+Criterion = Annotated[str, BeforeValidator(_known_criterion)]
+"""The name of a registered criterion: one of the package's or of a module of the user's."""
 
 
 class TeacherSection(Section):
@@ -163,7 +173,9 @@ class PruningSection(Section):
         description="what may be removed: heads (KV groups), queries of every group, FFN neurons, whole layers, the attention"
         " or ffn of a layer, hidden (channels of the residual stream)",
     )
-    criterion: Criterion = Field(default="fisher", description="how the importance of a unit is measured")
+    criterion: Criterion = Field(
+        default="fisher", description=f"how the importance of a unit is measured: {', '.join(CRITERIA)}"
+    )
     layer_criterion: Criterion | None = Field(
         default=None,
         description="how that of whole layers is measured, where `units` has them beside others; left out: by `criterion`",
@@ -248,6 +260,15 @@ class PruningSection(Section):
         """Every criterion that is asked for."""
         return {self.criterion, self.layer_criterion or self.criterion}
 
+    def needs(self, need: Need) -> bool:
+        """Whether one of the criteria needs this of the statistics."""
+        return any(need in CRITERIA[name].needs for name in self.criteria)
+
+    @property
+    def reads_loss(self) -> bool:
+        """Whether one of the criteria depends on the calibration loss."""
+        return any(CRITERIA[name].reads_loss for name in self.criteria)
+
     @property
     def folds(self) -> bool:
         """Whether compensation needs statistics: whole layers alone leave nothing to fold into."""
@@ -270,10 +291,8 @@ class DistillationSection(Section):
     model_config = ConfigDict(extra="allow")
 
     losses: Objective = Field(
-        default_factory=lambda: Objective(
-            labels=LabelsLoss(weight=0.5), logits=LogitsLoss(weight=0.5, temperature=1.0)
-        ),
-        description="the terms of the objective; docs/losses.md has them all",
+        default_factory=lambda: parse_objective({"labels": {"weight": 0.5}, "logits": {"weight": 0.5}}),
+        description="the terms of the objective; docs/reference/losses.md explains them",
     )
 
     @model_validator(mode="wrap")
@@ -309,9 +328,10 @@ class EvaluationSection(Section):
     metric: str | None = Field(
         default=None,
         min_length=1,
-        description="for prompts: perplexity of the data's responses; or of generated ones exact_match, final_answer (behind the"
-        " last ####, else the last number), or NAME or NAME:VALUE of a metric of evaluate, such as rouge:rougeL, which brings"
-        " packages of its own; default: perplexity",
+        description="the main metric, by default the task's own; classification: accuracy, f1 or matthews_correlation;"
+        " regression: spearmanr or pearsonr; prompts: perplexity of the data's responses, or of generated ones exact_match,"
+        " final_answer (after the last ####, else the last number), or NAME or NAME:VALUE of a metric of evaluate, such as"
+        " rouge:rougeL, which brings packages of its own",
     )
     max_new_tokens: int = Field(default=64, ge=1, description="most tokens of a generated response")
     latency: LatencySection = Field(default_factory=LatencySection, description="the batch that is timed")

@@ -17,23 +17,15 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from distill_llm.common.errors import InputError
+from distill_llm.common.files import written_whole
 from distill_llm.common.progress import progress_bar
 from distill_llm.losses.items import counted, valid_tokens
-from distill_llm.models.capture import Signals
+from distill_llm.losses.signals import Signals
 from distill_llm.models.fingerprints import teacher_fingerprint, tokenizer_fingerprint
+from distill_llm.teachers.cache_coding import ItemCoding, Tokens
 from distill_llm.teachers.cache_contents import Examples, check_fingerprints, chosen_tokens, find_examples
-from distill_llm.teachers.cache_format import (
-    INDEX_NAME,
-    CacheIndex,
-    CacheSettings,
-    ItemCoding,
-    Tokens,
-    example_key,
-    map_shard,
-    read_index,
-    write_shard,
-    write_whole,
-)
+from distill_llm.teachers.cache_format import INDEX_NAME, CacheIndex, CacheSettings, example_key, read_index
+from distill_llm.teachers.cache_shards import map_shard, write_shard
 
 Teacher: TypeAlias = Callable[[Mapping[str, torch.Tensor], torch.Tensor | None], Signals]
 Collator: TypeAlias = Callable[[list[dict[str, Any]]], Mapping[str, torch.Tensor]]
@@ -109,7 +101,8 @@ def write_cache(
     if needed * SPARE > (free := shutil.disk_usage(folder).free):
         raise InputError("path", f"{folder} with {_size(free)} free", f"a disk with {_size(needed * SPARE)} free")
     if known is None:
-        write_whole(folder / INDEX_NAME, index.to_json().encode())
+        with written_whole(folder / INDEX_NAME) as partial:
+            partial.write_text(index.to_json())
     own = [number for number in missing if number % num_processes == process_index]
     total = int(sum(examples.items[spans[number]].sum() for number in own))
     title = f"teacher cache, {per_item:.0f} bytes an item, {_size(needed)} to write"

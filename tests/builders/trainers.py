@@ -11,10 +11,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, defa
 
 from distill_llm.architectures.lineage import LayerPlan, ModelPlan, packed
 from distill_llm.architectures.modeling_pruned import pruned_class
+from distill_llm.losses import chunked_head
 from distill_llm.losses.items import kind_of
 from distill_llm.teachers import CachedTeacher, OnlineTeacher
 from distill_llm.teachers.cache_format import CacheSettings
 from distill_llm.teachers.cache_writer import write_cache
+from distill_llm.training import loss as training_loss
 from distill_llm.training.trainer import DistillationConfig, DistillationTrainer
 
 TERMS = {
@@ -175,3 +177,22 @@ def step_gradient(
     trainer.optimizer.step = keep
     trainer.train()
     return found, trainer.state.log_history[0]
+
+
+def both_ways(monkeypatch, folder, student, teacher, data, losses, **settings):
+    """(gradients, log) of a step with logits made in small chunks and with logits held whole."""
+    monkeypatch.setattr(chunked_head, "CHUNK_BYTES", 7 * 4 * student.config.vocab_size)
+    found = [step_gradient(folder, student, teacher, data, losses, **settings)]
+    monkeypatch.setattr(training_loss, "output_head", lambda model: None)
+    return [*found, step_gradient(folder, student, teacher, data, losses, **settings)]
+
+
+def assert_same_step(found, rtol=1e-4, atol=1e-6):
+    """Two (gradients, log) of a step are the same up to rounding."""
+    (chunked, chunked_log), (dense, dense_log) = found
+    assert chunked.keys() == dense.keys() and len(dense) > 5
+    for name, gradient in dense.items():
+        torch.testing.assert_close(chunked[name], gradient, rtol=rtol, atol=atol, msg=name)
+    for name in dense_log:
+        if name.startswith("loss"):
+            assert chunked_log[name] == pytest.approx(dense_log[name], rel=rtol)

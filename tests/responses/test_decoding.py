@@ -15,7 +15,7 @@ from distill_llm.data.causal import CausalCollator
 from distill_llm.responses.decoding import Decoder
 from distill_llm.responses.prompts import encode_prompts
 from distill_llm.responses.sampling import Draw, Sampling
-from distill_llm.teachers.cache_format import ItemCoding
+from distill_llm.teachers.cache_coding import ItemCoding
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt_neox", "qwen3"])

@@ -11,7 +11,7 @@ from distill_llm.losses.items import targets
 from distill_llm.losses.objective import parse_objective
 from distill_llm.losses.sparse import SparseTargets, sparse_cross_entropy, sparse_forward_kl
 from distill_llm.teachers.cache import CachedTeacher, SparseSignals
-from distill_llm.teachers.cache_format import ItemCoding
+from distill_llm.teachers.cache_coding import ItemCoding
 from distill_llm.teachers.online import OnlineTeacher
 
 

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 
 import pytest
@@ -11,7 +12,6 @@ from safetensors.numpy import load_file
 from distill_llm.common.errors import InputError
 from distill_llm.losses.items import targets
 from distill_llm.models.fingerprints import teacher_fingerprint, tokenizer_fingerprint
-from distill_llm.teachers import cache_writer
 from distill_llm.teachers.cache import CachedTeacher
 from distill_llm.teachers.cache_contents import find_examples
 from distill_llm.teachers.cache_format import CacheSettings
@@ -75,7 +75,7 @@ def test_stopped_after_any_batch_and_begun_again_the_files_are_the_same(whole, t
 
 def test_a_process_killed_while_it_writes_a_shard_leaves_none(whole, tmp_path, monkeypatch):
     model, data, folder = whole
-    real, calls = cache_writer.write_shard.__globals__["os"].fsync, []
+    real, calls = os.fsync, []
 
     def fails(descriptor):
         calls.append(descriptor)
@@ -84,7 +84,7 @@ def test_a_process_killed_while_it_writes_a_shard_leaves_none(whole, tmp_path, m
         real(descriptor)
 
     with monkeypatch.context() as patch:
-        patch.setattr("distill_llm.teachers.cache_format.os.fsync", fails)
+        patch.setattr("distill_llm.common.files.os.fsync", fails)
         with pytest.raises(Interrupted):
             write(tmp_path / "cache", model, data)
     assert len(shards(tmp_path / "cache")) == 1

@@ -4,8 +4,7 @@ import pickle
 
 import pytest
 import torch
-from builders.trainers import cached, model_of, rows, step_gradient, trainer_of
-from test_trainer_head import assert_same_step
+from builders.trainers import assert_same_step, cached, model_of, rows, step_gradient, trainer_of
 
 from distill_llm.teachers import CachedTeacher
 

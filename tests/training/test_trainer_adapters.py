@@ -7,6 +7,8 @@ import torch
 from builders.models import tiny_model
 from builders.trainers import (
     TERMS,
+    assert_same_step,
+    both_ways,
     causal_model,
     model_of,
     pruned_student,
@@ -15,7 +17,6 @@ from builders.trainers import (
     trainer_of,
     with_lora,
 )
-from test_trainer_head import assert_same_step, both_ways
 
 from distill_llm.common.errors import InputError
 from distill_llm.models.adapters import merged, without_adapters

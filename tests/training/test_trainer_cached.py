@@ -9,6 +9,8 @@ from builders.trainers import (
     NO_DROPOUT,
     TERMS,
     Vocabulary,
+    assert_same_step,
+    both_ways,
     cached,
     causal_model,
     model_of,
@@ -16,7 +18,6 @@ from builders.trainers import (
     step_gradient,
     trainer_of,
 )
-from test_trainer_head import assert_same_step, both_ways
 
 from distill_llm.common.errors import InputError
 

@@ -8,7 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from builders.models import tiny_model
-from builders.trainers import NO_DROPOUT, TERMS, Vocabulary, causal_model, model_of, rows, step_gradient, trainer_of
+from builders.trainers import (
+    NO_DROPOUT,
+    TERMS,
+    Vocabulary,
+    assert_same_step,
+    both_ways,
+    causal_model,
+    model_of,
+    rows,
+    step_gradient,
+    trainer_of,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -16,7 +27,6 @@ from distill_llm.losses import chunked_head, divergences
 from distill_llm.losses.objective import parse_objective
 from distill_llm.models import output_head as output_head_module
 from distill_llm.models.output_head import output_head
-from distill_llm.training import loss as training_loss
 from distill_llm.training.loss import TrainingLoss
 
 SCALED = {
@@ -28,24 +38,6 @@ SCALED = {
 BOTH = {"labels": {"weight": 0.3}, "logits": {"weight": 0.7, "temperature": 2.0}}
 
 
-def both_ways(monkeypatch, folder, student, teacher, data, losses, **settings):
-    """(gradients, log) of a step with logits made in small chunks and with logits held whole."""
-    monkeypatch.setattr(chunked_head, "CHUNK_BYTES", 7 * 4 * student.config.vocab_size)
-    found = [step_gradient(folder, student, teacher, data, losses, **settings)]
-    monkeypatch.setattr(training_loss, "output_head", lambda model: None)
-    return [*found, step_gradient(folder, student, teacher, data, losses, **settings)]
-
-
-def assert_same_step(found, rtol=1e-4, atol=1e-6):
-    (chunked, chunked_log), (dense, dense_log) = found
-    assert chunked.keys() == dense.keys() and len(dense) > 5
-    for name, gradient in dense.items():
-        torch.testing.assert_close(chunked[name], gradient, rtol=rtol, atol=atol, msg=name)
-    for name in dense_log:
-        if name.startswith("loss"):
-            assert chunked_log[name] == pytest.approx(dense_log[name], rel=rtol)
-
-
 @pytest.mark.parametrize("family", SCALED)
 def test_scaled_capped_and_tied_heads_give_the_gradients_and_logs_of_whole_logits(tmp_path, monkeypatch, family):
     teacher = causal_model(family, **SCALED[family])
@@ -53,6 +45,7 @@ def test_scaled_capped_and_tied_heads_give_the_gradients_and_logs_of_whole_logit
     assert_same_step(both_ways(monkeypatch, tmp_path, student, teacher, rows(teacher), BOTH))
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("head", ["masked-lm", "causal-lm"])
 @pytest.mark.parametrize(
     "losses, settings",
@@ -90,7 +83,7 @@ def test_padded_vocabularies_are_compared_over_the_tokens_of_the_tokenizer(tmp_p
 
 @pytest.mark.parametrize("top_k", [None, 5])
 def test_a_divergence_registered_as_the_page_says_is_trained_with_in_chunks_as_whole(tmp_path, monkeypatch, top_k):
-    page = (Path(__file__).parents[2] / "docs" / "losses.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "development" / "add-a-loss.md").read_text()
     example = re.search(r"```python\n(.*?def hellinger.*?)```", page, re.DOTALL).group(1)
     own = {} if top_k is None else {"top_k": top_k}
     losses = {"logits": {"divergence": "hellinger", "temperature": 2.0, **own}}
@@ -127,6 +120,7 @@ class Sizes(TorchDispatchMode):
         return result
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("head", ["masked-lm", "causal-lm"])
 @pytest.mark.parametrize("name", ["labels", "logits", "hidden", "all"])
 def test_neither_training_nor_evaluation_holds_more_logits_than_a_chunk(tmp_path, monkeypatch, head, name):

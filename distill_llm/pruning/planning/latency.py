@@ -23,10 +23,11 @@ from transformers import PreTrainedModel
 from distill_llm.architectures.families import layers_of
 from distill_llm.architectures.lineage import Counts
 from distill_llm.common.errors import InputError
+from distill_llm.common.files import written_whole
 from distill_llm.measuring.clocks import Clock, Measure, on_device, relative_latency
 from distill_llm.measuring.profiling import device_name
-from distill_llm.pruning.criteria import Importance
 from distill_llm.pruning.cutting.surgery import prune
+from distill_llm.pruning.importance import Importance
 from distill_llm.pruning.plan import PruningPlan, full_plan
 from distill_llm.pruning.planning.competing import plan_for_costs
 from distill_llm.pruning.planning.layer_times import largest_layer, layer_times
@@ -240,8 +241,5 @@ def _read(file: Path, key: dict[str, Any]) -> list[list[float]] | None:
 
 def _write(file: Path, record: dict[str, Any]) -> None:
     """Whole or not at all; a folder that cannot be written costs the next run its time."""
-    partial = file.with_suffix(f".{os.getpid()}")
-    with suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(record) + "\n")
-        os.replace(partial, file)
+    with suppress(OSError), written_whole(file) as path:
+        path.write_text(json.dumps(record) + "\n")

@@ -22,9 +22,9 @@ from builders.families import (
 from distill_llm.architectures.families import FAMILIES
 from distill_llm.architectures.lineage import lineage_of
 from distill_llm.models.checkpoint import load_pretrained
-from distill_llm.pruning.criteria import Importance
 from distill_llm.pruning.cutting.stock import stock_accepts
 from distill_llm.pruning.cutting.surgery import prune, stock_expressible, why_not_stock
+from distill_llm.pruning.importance import Importance
 from distill_llm.pruning.plan import LayerPlan, PruningPlan, keep_layers
 from distill_llm.pruning.planning.planner import plan_pruning
 from distill_llm.pruning.supported import UNITS, supported
@@ -61,6 +61,7 @@ def test_the_list_of_families_says_what_is_tested_here():
         assert row.dividing == ("heads" in row.stock and not odd), family
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("units", EVERY_UNIT)
 @pytest.mark.parametrize("name", [*STOCK, "falcon-grouped", "llama-many-heads", "llama-tied"])
 def test_uniform_students_are_plain_models_where_the_familys_config_can_say_them(tmp_path, name, units):

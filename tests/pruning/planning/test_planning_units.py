@@ -10,8 +10,8 @@ from builders.pruning import counts
 from distill_llm.architectures.families import layers_of
 from distill_llm.common.errors import InputError
 from distill_llm.pruning.compensation.bypass import fit_bypasses
-from distill_llm.pruning.criteria import score
 from distill_llm.pruning.cutting.surgery import prune
+from distill_llm.pruning.importance import score
 from distill_llm.pruning.plan import LayerPlan, PruningPlan, full_plan, keep_layers
 from distill_llm.pruning.planning.candidate import Limits
 from distill_llm.pruning.planning.layer_times import layer_run, layer_times
@@ -46,6 +46,7 @@ def smallest_step(model, options) -> float:
     return step / layer_params(model)
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("keep", [0.8, 0.5])
 @pytest.mark.parametrize(
     "options",
@@ -75,6 +76,7 @@ def test_budgets_hold_for_what_is_left_of_the_pruned_model(case, options, keep):
         assert all(each == counts_of(student)[0] for each in counts_of(student))
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("criterion", ["fisher", "taylor"])
 @pytest.mark.parametrize("step", [1, 4, 16])
 def test_channels_in_steps_and_heads_leave_no_more_than_the_best_pair_of_numbers(case, criterion, step):
@@ -137,6 +139,7 @@ def uneven():
     return model, collect_statistics(model, [family_batch(model)], "kl")
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("options", [{}, {"scope": "local"}, {"uniform": True}], ids=str)
 @pytest.mark.parametrize("criterion", ["fisher", "taylor"])
 @pytest.mark.parametrize(
@@ -257,7 +260,7 @@ def test_whole_layers_go_by_score_per_cost_where_layers_are_uneven(uneven):
         (
             ("layers", "ffn"),
             {"layer_criterion": "block_influence"},
-            "layer_criterion: got 'block_influence'; accepted: nothing where units has layers and ffn",
+            "layer_criterion: got 'block_influence'; leave it out where units has layers and ffn",
         ),
     ],
     ids=str,
