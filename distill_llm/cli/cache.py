@@ -52,7 +52,7 @@ def cache(
     ] = None,
 ) -> None:
     """Write what a teacher says of the training rows to disk, once. The same command again goes on where it stopped."""
-    rows = {
+    rows: dict[str, Any] = {
         "task": task,
         "path": data,
         "max_length": max_length,

@@ -77,13 +77,13 @@ def _write(request: CacheRequest, batch_size: int) -> tuple[int, int]:
     with processes.main_process_first():
         train = check_tokens(encode(opened.data, teacher.tokenizer, request.data.max_length), teacher).train
     model = load_pretrained(teacher.path, dtype=getattr(torch, dtype))
-    found = {"kind": kind_of(model), "classes": opened.classes, "dtype": dtype, "seed": request.data.seed}
+    seed = request.data.seed
     write_cache(
         folder,
         OnlineTeacher(model, processes.device),
         train,
         collator(task, teacher.tokenizer),
-        replace(request.settings, **found),
+        replace(request.settings, kind=kind_of(model), classes=opened.classes, dtype=dtype, seed=seed),
         identity=identity_of(teacher.path),
         tokenizer=teacher.tokenizer,
         batch_size=batch_size,

@@ -204,4 +204,4 @@ def test_the_command_line_scores_prompts_as_chats(tmp_path: Path) -> None:
     wanted = evaluate_model(model, rows.test, data.task, collator(data.task, tokenizer), batch_size=64)
     assert json.loads(scores.read_text())["perplexity"] == pytest.approx(wanted["perplexity"], rel=1e-5)
     (line,) = CliRunner().invoke(app, command + given[1:]).stderr.splitlines()
-    assert line.startswith("error: data.chat_template_kwargs: got ")
+    assert line.startswith("error: --chat-template-kwargs: got ")
