@@ -172,7 +172,7 @@ def killed_at(event: int, monkeypatch) -> None:
     monkeypatch.setattr(run_folder.MarkComplete, "on_save", lambda *a, **k: (due(), mark(*a, **k))[1])
 
 
-@pytest.mark.parametrize("events", [(14,), *slow((2, 11, 9, 5, 16, 13, 12, 19, 11, 17, 13))], ids=len)
+@pytest.mark.parametrize("events", [[14], *slow([2, 11, 9, 5, 16, 13, 12, 19, 11, 17, 13])], ids=len)
 def test_killed_again_and_again_the_same_command_ends_with_the_same_weights(finished, inputs, monkeypatch, events):
     folder, kills, done = inputs / f"killed-{len(events)}", 0, 0
     for event in (*events, 1000):
