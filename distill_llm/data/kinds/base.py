@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import transformers
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from distill_llm.common.errors import InputError, one_of
@@ -102,6 +103,10 @@ class TaskKind(ABC):
     def check_rows(self, data: "TaskData", tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise InputError where raw rows show by a look at some that they cannot be encoded."""
         return
+
+    def outputs(self, result: Any) -> Tensor:
+        """What `predictions` takes of the result of a model's forward: the logits."""
+        return result.logits  # type: ignore[no-any-return]
 
     def predictions(self, outputs: Any, labels: Any) -> tuple[Any, Any]:
         """Predictions and references, one of each for an item, from the outputs of a model and its labels.
