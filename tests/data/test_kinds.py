@@ -10,10 +10,11 @@ from transformers import AutoConfig
 
 from distill_llm.common.errors import InputError
 from distill_llm.data import GLUE, DataSpec, load_task
-from distill_llm.data.kinds import KINDS, kind_of_head
-from distill_llm.losses.items import kind_of
+from distill_llm.data.kinds import KINDS, kind_of_head, register
+from distill_llm.losses.items import ITEMS, kind_of
 from distill_llm.metrics.registry import METRICS
 from distill_llm.recipe.sections import DataSection
+from distill_llm.training.refusals import check_model
 
 HEADS = {"classification": "sequence-classification", "regression": "sequence-classification", "masked_lm": "masked-lm"}
 
@@ -34,6 +35,24 @@ def test_a_family_without_the_head_has_no_class_for_it() -> None:
 def test_two_objects_of_a_kind_are_equal_and_two_kinds_are_not() -> None:
     for kind in KINDS.values():
         assert kind == type(kind)() and [kind == other for other in KINDS.values()].count(True) == 1
+
+
+def test_a_kind_with_a_head_of_its_own_makes_it_trainable(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice, before = tiny_model(head="multiple-choice"), dict(ITEMS)
+    with pytest.raises(InputError, match="^model: got 'BertForMultipleChoice'"):
+        check_model(choice)
+    monkeypatch.setattr("distill_llm.data.kinds.base.KINDS", {})
+    monkeypatch.setitem(ITEMS, "ForMultipleChoice", "example")
+    del ITEMS["ForMultipleChoice"]
+
+    @register
+    class MultipleChoice(type(KINDS["classification"])):
+        name = "multiple_choice"
+        auto_class = "AutoModelForMultipleChoice"
+        head_classes = ("ForMultipleChoice",)
+
+    check_model(choice)
+    assert before | {"ForMultipleChoice": "example"} == ITEMS and kind_of(choice) == "example"
 
 
 def test_predictions_are_the_largest_logits_of_items_with_a_label() -> None:

@@ -14,6 +14,7 @@ from distill_llm.common.errors import InputError, one_of
 from distill_llm.data.padding import Collator, PaddingCollator, Rows
 from distill_llm.data.sources import Splits
 from distill_llm.data.spec import DataSpec
+from distill_llm.losses.items import ITEMS
 from distill_llm.losses.items import Kind as Item
 from distill_llm.losses.labels import IGNORED
 from distill_llm.metrics.registry import Inputs, find_metric, metrics_of
@@ -174,10 +175,13 @@ Class = TypeVar("Class", bound=type[TaskKind])
 
 
 def register(kind: Class) -> Class:
-    """Decorator: puts a kind of task into KINDS."""
+    """Decorator: puts a kind of task into KINDS, and a head that is new to the losses into their table."""
     if kind.name in KINDS:
         raise InputError("kind", kind.name, fix="choose another name: there is a kind of this name")
     KINDS[kind.name] = kind()
+    for head in kind.head_classes:
+        if not any(known.endswith(head) for known in ITEMS):  # of the heads LMHeadModel, GPT-2's can be trained
+            ITEMS[head] = kind.item
     return kind
 
 
