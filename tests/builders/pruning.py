@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from distill_llm.measuring.counting import _LiveStorages
 from distill_llm.pruning.importance import Importance
 from distill_llm.pruning.plan import LayerPlan, PruningPlan
 
@@ -54,6 +55,11 @@ def plan_of(model: nn.Module, rows=UNEVEN) -> PruningPlan:
     return PruningPlan(model.config.model_type, tuple(LayerPlan(i, tuple(h), tuple(n)) for i, h, n, *_ in rows))
 
 
+def counts(heads: float, neurons: float, shared: float = 1) -> dict[str, float]:
+    """Numbers of units of a layer, `shared` queries in every group."""
+    return {"heads": heads, "neurons": neurons, "queries": heads * shared}
+
+
 def without(model: nn.Module, layer: int, kind: str, unit: int = 0) -> PruningPlan:
     """The plan that removes one head or neuron of a layer, or the layer."""
     rows = []
@@ -68,14 +74,14 @@ def without(model: nn.Module, layer: int, kind: str, unit: int = 0) -> PruningPl
     return plan_of(model, rows)
 
 
-def random_scores(shapes, criterion: str = "fisher", seed: int = 0) -> Importance:
-    """Scores for layers of (heads, neurons), all different; a head is worth what its 16 times as many parameters are."""
+def random_scores(counts, criterion: str = "fisher", seed: int = 0) -> Importance:
+    """Scores for layers with so many units, all different; a head is worth what its 16 times as many parameters are."""
     generator = torch.Generator().manual_seed(seed)
     return Importance(
         criterion,
-        tuple(16 * torch.rand(heads, generator=generator) for heads, *_ in shapes),
-        tuple(torch.rand(neurons, generator=generator) for _, neurons, *_ in shapes),
-        torch.rand(len(shapes), generator=generator),
+        tuple(16 * torch.rand(heads, generator=generator) for heads in (each["heads"] for each in counts)),
+        tuple(torch.rand(neurons, generator=generator) for neurons in (each["neurons"] for each in counts)),
+        torch.rand(len(counts), generator=generator),
     )
 
 
@@ -110,6 +116,20 @@ def inputs_of(modules: list[nn.Module]) -> Iterator[dict[int, torch.Tensor]]:
     yield seen
     for handle in handles:
         handle.remove()
+
+
+class Held(_LiveStorages):
+    """Bytes of tensors, but for those on the meta device, which hold nothing."""
+
+    def _follow(self, storage):
+        if storage.device.type != "meta":
+            super()._follow(storage)
+
+
+def assert_close(mine: dict[str, torch.Tensor], its: dict[str, torch.Tensor]) -> None:
+    """Statistics of units, field by field."""
+    for field, values in mine.items():
+        torch.testing.assert_close(values, its[field], rtol=1e-4, atol=1e-6, msg=field)
 
 
 def processor_with_bf16(monkeypatch, answer: bool) -> None:

@@ -15,8 +15,8 @@ from distill_llm.data.padding import Collator, PaddingCollator, Rows
 from distill_llm.data.sources import Splits
 from distill_llm.data.spec import DataSpec
 from distill_llm.losses.items import ITEMS
-from distill_llm.losses.items import Kind as Item
 from distill_llm.losses.labels import IGNORED
+from distill_llm.losses.units import Kind as Item
 from distill_llm.metrics.registry import Inputs, find_metric, metrics_of
 
 if TYPE_CHECKING:

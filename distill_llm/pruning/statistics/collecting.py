@@ -28,7 +28,7 @@ from distill_llm.pruning.statistics.moments import MomentsSum
 from distill_llm.pruning.statistics.processes import sum_over_processes
 from distill_llm.pruning.statistics.record import Statistics
 from distill_llm.pruning.statistics.unit_sums import UnitSums, stacked
-from distill_llm.pruning.units.sizes import head_size_of, linear, sizes_of, weight_of
+from distill_llm.pruning.units.sizes import counts_of, head_size_of, linear, weight_of
 from distill_llm.pruning.units.stream import channel_readers, seen, stream_readers, stream_tensors
 
 
@@ -89,8 +89,8 @@ def collect_statistics(
     family, layers, head_size, device = family_of(model), layers_of(model), head_size_of(model), calibration.at
     taps = [linear(layer, path) for layer in layers for path in (family.attention_out, family.ffn_out)]
     sums: list[UnitSums] = []
-    for size, out, down in zip(sizes_of(model), taps[0::2], taps[1::2], strict=True):
-        shared = size.queries // size.groups if size.groups else 1
+    for has, out, down in zip(counts_of(model), taps[0::2], taps[1::2], strict=True):
+        shared = has["queries"] // has["heads"] if has["heads"] else 1
         sums += [UnitSums([out], (head_size, head_size * shared), device), UnitSums([down], (1,), device)]
     second = [MomentsSum(weight_of(module).shape[1], device, moment_share) for module in taps] if moments else []
     layer_sums = [UnitSums([], (1,), device) for _ in layers]
