@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from distill_llm.pruning.statistics.collecting import collect_statistics
     from distill_llm.pruning.statistics.leave_one_out import leave_one_out
     from distill_llm.pruning.statistics.record import Statistics
+    from distill_llm.pruning.statistics.settings import CalibrationSettings
     from distill_llm.recipe.recipe import Recipe, load_recipe
     from distill_llm.report.plans import plan_figure, plan_table
     from distill_llm.training.config import DistillationConfig
@@ -49,6 +50,7 @@ _HOMES = {
     "PruningPlan": "pruning.plan",
     "keep_layers": "pruning.plan",
     "plan_pruning": "pruning.planning.planner",
+    "CalibrationSettings": "pruning.statistics.settings",
     "Statistics": "pruning.statistics.record",
     "fit_bypasses": "pruning.compensation.bypass",
     "collect_statistics": "pruning.statistics.collecting",
@@ -63,6 +65,7 @@ _HOMES = {
 
 __version__ = "0.1.0"
 __all__ = [
+    "CalibrationSettings",
     "Comparison",
     "DistillationConfig",
     "DistillationTrainer",
