@@ -8,10 +8,12 @@ from transformers import PreTrainedModel
 
 from distill_llm.losses.head import Head
 from distill_llm.models.adapters import is_quantized
-from distill_llm.models.capture import Recorder, Signals, Wanted, item_logits, packed
+from distill_llm.models.capture import Recorder
 from distill_llm.models.checkpoint import converted
 from distill_llm.models.inputs import forward_inputs
+from distill_llm.models.item_logits import item_logits, packed
 from distill_llm.models.output_head import OutputHead, output_head
+from distill_llm.models.recording import Signals, Wanted
 
 
 @dataclass
@@ -57,7 +59,7 @@ class OnlineTeacher:
 
         Args:
             inputs: a batch as the collator made it; what the teacher's forward does not take is left out.
-            positions: token positions at which a language model gives logits (see `distill_llm.models.capture.packed`).
+            positions: token positions at which a language model gives logits (see `distill_llm.models.item_logits.packed`).
         """
         self.model.eval()
         with torch.no_grad(), self.recorder.recording() as recording, packed(self.model, positions):
