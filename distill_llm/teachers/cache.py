@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 from distill_llm.common.errors import InputError
 from distill_llm.losses.items import valid_tokens
 from distill_llm.losses.objective import Objective
+from distill_llm.losses.signals import Signals, SparseSignals
 from distill_llm.losses.sparse import SparseTargets
+from distill_llm.losses.terms.term import CachedOutputs, Use
 from distill_llm.models.fingerprints import teacher_fingerprint, tokenizer_fingerprint
-from distill_llm.models.recording import Signals, SparseSignals
 from distill_llm.teachers.cache_coding import ItemCoding, Tokens
 from distill_llm.teachers.cache_contents import check_fingerprints, find_examples
 from distill_llm.teachers.cache_format import CacheIndex, example_key, read_index
@@ -171,15 +172,6 @@ class CachedTeacher:
 
 def check_objective(objective: Objective, index: CacheIndex) -> None:
     """Raise an InputError where an objective needs what such a cache does not hold."""
-    for name in objective.terms():
-        if name not in ("labels", "logits"):
-            raise InputError(f"losses.{name}", "a cached teacher", "a teacher in memory: the cache has logits only")
-    logits = objective.logits
-    if index.coding == "full" or logits is None:
-        return
-    given = {"divergence": logits.divergence, "temperature": logits.temperature, **logits.settings()}
-    wanted = {"divergence": "forward_kl", "temperature": 1.0}
-    for name, value in given.items():
-        if value != wanted.get(name):
-            accepted = f"{wanted.get(name, 'none')} with a cache of {index.settings.k} of {index.classes} classes"
-            raise InputError(f"losses.logits.{name}", value, accepted)
+    held = CachedOutputs(index.settings.k, index.classes, whole=index.coding == "full")
+    for fault in objective.faults(Use(cached=held)):
+        raise fault

@@ -20,8 +20,8 @@ from distill_llm.common.errors import InputError
 from distill_llm.common.files import written_whole
 from distill_llm.common.progress import progress_bar
 from distill_llm.losses.items import counted, valid_tokens
+from distill_llm.losses.signals import Signals
 from distill_llm.models.fingerprints import teacher_fingerprint, tokenizer_fingerprint
-from distill_llm.models.recording import Signals
 from distill_llm.teachers.cache_coding import ItemCoding, Tokens
 from distill_llm.teachers.cache_contents import Examples, check_fingerprints, chosen_tokens, find_examples
 from distill_llm.teachers.cache_format import INDEX_NAME, CacheIndex, CacheSettings, example_key, read_index

@@ -1,27 +1,17 @@
 """A teacher that is a model in memory: its signals are computed for every batch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
 
-from distill_llm.losses.head import Head
+from distill_llm.losses.signals import HeadSignals, Signals, Wanted
 from distill_llm.models.adapters import is_quantized
 from distill_llm.models.capture import Recorder
 from distill_llm.models.checkpoint import converted
 from distill_llm.models.inputs import forward_inputs
 from distill_llm.models.item_logits import item_logits, packed
 from distill_llm.models.output_head import OutputHead, output_head
-from distill_llm.models.recording import Signals, Wanted
-
-
-@dataclass
-class HeadSignals(Signals):
-    """Signals of a language model with `head_inputs` (items, H) and the `head` in place of `logits`, which is (0, V)."""
-
-    head: Head = field(kw_only=True)
-    head_inputs: torch.Tensor = field(kw_only=True)
 
 
 class OnlineTeacher:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from distill_llm.common.errors import InputError
 from distill_llm.losses.items import kind_of
 from distill_llm.losses.objective import Objective
+from distill_llm.losses.terms.term import Use
 from distill_llm.models.adapters import UNTIED, is_quantized, tied_adapters, without_adapters
 from distill_llm.teachers.cache import CachedTeacher
 
@@ -73,12 +74,11 @@ def check_teacher(teacher: Any, student: PreTrainedModel, objective: Objective) 
     elif teacher is not None and not isinstance(teacher, PreTrainedModel):
         raise InputError("teacher", type(teacher).__name__, "a transformers model, a CachedTeacher, or None")
     if objective.needs_teacher and teacher is None:
-        terms = [name for name in objective.terms() if name != "labels"]
+        terms = [name for name, term in objective.terms().items() if term.needs_teacher]
         raise InputError("teacher", None, f"a model, since the objective has {', '.join(terms)}")
     single = type(student).__name__.endswith("ForSequenceClassification") and student.config.num_labels == 1
-    if single and objective.logits and objective.logits.divergence != "mse":
-        accepted = "mse, for a student with a single output"
-        raise InputError("losses.logits.divergence", objective.logits.divergence, accepted)
+    for fault in objective.faults(Use(single_output=single)):
+        raise fault
 
 
 def check_arguments(args: TrainingArguments, objective: Objective, options: Mapping[str, Any]) -> None:
@@ -98,9 +98,8 @@ def check_arguments(args: TrainingArguments, objective: Objective, options: Mapp
         if options.get(name) is not None:
             raise InputError(name, type(options[name]).__name__, accepted)
     if (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
-        for name in objective.terms():
-            if name in ("attention", "relations"):
-                raise InputError("activation_checkpointing_kwargs.use_reentrant", True, f"false with losses.{name}")
+        for fault in objective.faults(Use(reentrant="activation_checkpointing_kwargs.use_reentrant")):
+            raise fault
 
 
 def compiling(training: Mapping[str, Any]) -> list[InputError]:

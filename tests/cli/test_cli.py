@@ -20,7 +20,7 @@ from distill_llm.checks.recipe import check_recipe
 from distill_llm.cli.main import app
 from distill_llm.common.errors import InputError, InputErrors
 from distill_llm.common.outputs import usable_output
-from distill_llm.data import load_task
+from distill_llm.data import DataSpec, load_task
 from distill_llm.recipe.recipe import Recipe, load_recipe, recipe_names
 
 COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands]
@@ -295,7 +295,7 @@ def test_evaluate_takes_a_models_own_order_of_the_classes_from_a_file_with_train
     write_model(folder / "named", max_position_embeddings=160, **names)
     result = call("evaluate", "named", *EVALUATE[2:], "--output", "named.json")
     assert result.exit_code == 0, result.output
-    test = load_task("classification", "rows.csv", columns={"text": "review", "label": "mood"}).test
+    test = load_task(DataSpec("classification", "rows.csv", columns={"text": "review", "label": "mood"})).test
     model = AutoModelForSequenceClassification.from_pretrained(folder / "named").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder / "named")
     with torch.no_grad():
@@ -318,6 +318,7 @@ def test_evaluate_says_which_rows_of_a_lone_file_it_scored(folder):
     assert "rows.csv has no test split: scored are 4 of its rows, the tenth" in call(*EVALUATE).stdout
 
 
+@pytest.mark.slow
 def test_quiet_shows_no_bar_and_no_warning(folder):
     loud, quiet = python("-m", "distill_llm", *EVALUATE), python("-m", "distill_llm", "--quiet", *EVALUATE)
     assert "Evaluating" in loud.stderr

@@ -5,12 +5,12 @@ from itertools import pairwise
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from builders.models import tiny_model
-from test_encoding import make_tokenizer, sentences
+from builders.texts import make_tokenizer, sentences
 from torch.utils.data import BatchSampler, DataLoader
 from transformers import TrainerCallback
 
 from distill_llm.data import collator
-from distill_llm.data.tasks import masked_lm
+from distill_llm.data.kinds.masked_lm import masked_lm
 from distill_llm.training.trainer import DistillationConfig, DistillationTrainer
 
 ROWS = [row for length in (6, 9, 12, 15) for row in sentences(4, length, seed=length)]
