@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
-from distill_llm.architectures.families import FAMILIES, dims_of, layers_of, lineage_of
+from distill_llm.architectures.families import FAMILIES, dims_of, layers_of
+from distill_llm.architectures.lineage import lineage_of
 from distill_llm.architectures.modeling_pruned import pruned_class
 from distill_llm.common.errors import InputError
 from distill_llm.common.outputs import nearest
@@ -98,8 +99,8 @@ def check_signals(recipe: Recipe, teacher: PreTrainedModel, student: PreTrainedM
 
 def _faults_of_any_cut(losses: Objective, teacher: PreTrainedModel, pruning: PruningSection) -> list[InputError]:
     """Faults of losses that look inside of layers, whichever of the teacher's layers and heads pruning keeps."""
-    rows = lineage_of(teacher)
-    layers = tuple(i for i in range(len(layers_of(teacher))) if rows is None or rows[i].heads)
+    lineage = lineage_of(teacher)
+    layers = tuple(i for i in range(len(layers_of(teacher))) if lineage is None or lineage.layers[i].heads)
     widths = _widths(teacher, wanted_by(losses, dict.fromkeys(losses.terms(), layers)))
     moving = pruning.keep is not None and not {"heads", "queries"}.isdisjoint(pruning.units)
     size = dims_of(teacher.config).head_size if moving and teacher.config.model_type in FAMILIES else None

@@ -41,7 +41,7 @@ from distill_llm import CalibrationSettings, Statistics, collect_statistics, loa
 from distill_llm.architectures.families import family_of, layers_of
 from distill_llm.data.causal import document_packer
 from distill_llm.measuring.counting import _LiveStorages, weights_memory
-from distill_llm.pruning.units.sizes import sizes_of
+from distill_llm.pruning.units.sizes import counts_of
 
 Batches = Sequence[Mapping[str, torch.Tensor]]
 FLOOR, EXACT = "forward", "everything, exact"
@@ -96,7 +96,7 @@ def torch_pruning_taylor(model: PreTrainedModel, batches: Batches) -> Callable[[
     graph = torch_pruning.DependencyGraph().build_dependency(model, example_inputs=example)
     family = family_of(model)
     paths = [next(iter(family.ffn_in))]
-    if all(size.queries == size.groups for size in sizes_of(model)):
+    if all(each["queries"] == each["heads"] for each in counts_of(model)):
         paths.append(next(iter(family.attention_in)))
     roots = [layer.get_submodule(path) for layer in layers_of(model) for path in paths]
     cut = torch_pruning.prune_linear_out_channels

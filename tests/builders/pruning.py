@@ -58,6 +58,11 @@ def plan_of(model: nn.Module, rows=UNEVEN) -> PruningPlan:
     return PruningPlan(model.config.model_type, tuple(LayerPlan(i, tuple(h), tuple(n)) for i, h, n, *_ in rows))
 
 
+def counts(heads: float, neurons: float, shared: float = 1) -> dict[str, float]:
+    """Numbers of units of a layer, `shared` queries in every group."""
+    return {"heads": heads, "neurons": neurons, "queries": heads * shared}
+
+
 def without(model: nn.Module, layer: int, kind: str, unit: int = 0) -> PruningPlan:
     """The plan that removes one head or neuron of a layer, or the layer."""
     rows = []
@@ -77,14 +82,14 @@ def collect(model: nn.Module, batches, loss="labels", teacher=None, **settings) 
     return collect_statistics(model, batches, loss, teacher, CalibrationSettings(**{"moment_share": 1.0, **settings}))
 
 
-def random_scores(shapes, criterion: str = "fisher", seed: int = 0) -> Importance:
-    """Scores for layers of (heads, neurons), all different; a head is worth what its 16 times as many parameters are."""
+def random_scores(counts, criterion: str = "fisher", seed: int = 0) -> Importance:
+    """Scores for layers with so many units, all different; a head is worth what its 16 times as many parameters are."""
     generator = torch.Generator().manual_seed(seed)
     return Importance(
         criterion,
-        tuple(16 * torch.rand(heads, generator=generator) for heads, *_ in shapes),
-        tuple(torch.rand(neurons, generator=generator) for _, neurons, *_ in shapes),
-        torch.rand(len(shapes), generator=generator),
+        tuple(16 * torch.rand(heads, generator=generator) for heads in (each["heads"] for each in counts)),
+        tuple(torch.rand(neurons, generator=generator) for neurons in (each["neurons"] for each in counts)),
+        torch.rand(len(counts), generator=generator),
     )
 
 

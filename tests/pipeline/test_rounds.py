@@ -25,7 +25,7 @@ from distill_llm.pruning.planning.small_cuts import cut_shares
 from distill_llm.pruning.statistics.collecting import collect_statistics
 from distill_llm.pruning.statistics.record import Statistics
 from distill_llm.pruning.units.costs import unit_costs
-from distill_llm.pruning.units.sizes import sizes_of
+from distill_llm.pruning.units.sizes import counts_of
 from distill_llm.recipe.recipe import budget_batch, parse_recipe
 
 
@@ -341,11 +341,11 @@ def test_without_labels_gradients_are_of_the_models_own_predictions(model, tmp_p
 
 def test_latency_is_held_against_the_teacher_in_every_cut(model, tmp_path, monkeypatch):
     """A clock that knows the layers' costs: what is kept of it is what was asked for."""
-    costs = fit_costs([[32, 4, 4, 64, 3.0], [32, 0, 0, 64, 2.0], [32, 4, 4, 0, 1.5]], sizes_of(model)[0], 32)
+    costs = fit_costs([[32, 4, 4, 64, 3.0], [32, 0, 0, 64, 2.0], [32, 4, 4, 0, 1.5]], counts_of(model)[0], 32)
 
     def relative(pruned, dense, batch_size, sequence_length):
         assert (batch_size, sequence_length) == (2, 8), "those of evaluation.latency"
-        spent = [2.0 + costs.of([(s.groups, s.neurons, s.queries) for s in sizes_of(m)]) for m in (pruned, dense)]
+        spent = [2.0 + costs.of(counts_of(m)) for m in (pruned, dense)]
         return spent[0] / spent[1]
 
     monkeypatch.setattr(cutting, "latency_costs", lambda *args: costs)

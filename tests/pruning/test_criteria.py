@@ -24,7 +24,7 @@ from distill_llm.pruning.plan import full_plan
 from distill_llm.pruning.statistics.collecting import collect_statistics
 from distill_llm.pruning.statistics.leave_one_out import leave_one_out
 from distill_llm.pruning.statistics.settings import CalibrationSettings
-from distill_llm.pruning.units.sizes import layer_shapes
+from distill_llm.pruning.units.sizes import counts_of
 
 
 def losses_of(model, batch) -> torch.Tensor:
@@ -37,8 +37,8 @@ def losses_of(model, batch) -> torch.Tensor:
 def changes(model, batch, kind, losses=losses_of) -> torch.Tensor:
     """(units, B): how much every example's loss changes without each unit, over all layers."""
     before, found = losses(model, batch), []
-    for layer, shape in enumerate(layer_shapes(model)):
-        for unit in range(1 if kind == "layers" else getattr(shape, kind)):
+    for layer, shape in enumerate(counts_of(model)):
+        for unit in range(1 if kind == "layers" else shape[kind]):
             with masked(model, without(model, layer, kind, unit)):
                 found.append(losses(model, batch) - before)
     return torch.stack(found)
@@ -134,7 +134,7 @@ def without_each(family, model, batch, kind) -> torch.Tensor:
     if kind == "hidden":
         inside = [layer.get_submodule(path) for layer in layers_of(model) for path in READERS[family]]
         places = [[*inside, *map(model.get_submodule, AFTER[family])]]
-    groups, every = layer_shapes(model)[0].heads, 8 if kind in ("neurons", "ffn") else HIDDEN
+    groups, every = counts_of(model)[0]["heads"], 8 if kind in ("neurons", "ffn") else HIDDEN
     size = {"heads": HIDDEN // groups, "queries": HIDDEN // QUERIES, "neurons": 1, "hidden": 1}.get(kind, every)
     for modules in places:
         for start in range(0, every, size):
@@ -234,7 +234,7 @@ def test_taylor_and_fisher_are_the_change_of_loss_where_the_loss_is_linear_in_th
     statistics = collect_statistics(
         model, [batch], lambda out, given: linear_loss(out, given).sum(), settings=CalibrationSettings(exact=True)
     )
-    units = 1 if kind == "layers" else getattr(layer_shapes(model)[-1], kind)
+    units = 1 if kind == "layers" else counts_of(model)[-1][kind]
     for criterion, measured in (("taylor", change.abs().mean(1)), ("fisher", change.square().mean(1))):
         values = getattr(score(statistics, criterion), kind)[-1].reshape(-1)
         np.testing.assert_allclose(values, measured[-units:], rtol=1e-3, atol=1e-3 * float(measured[-units:].max()))

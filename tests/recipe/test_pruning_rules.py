@@ -14,7 +14,7 @@ from distill_llm.pruning.planning.planner import plan_pruning
 from distill_llm.pruning.statistics.collecting import collect_statistics
 from distill_llm.pruning.statistics.leave_one_out import leave_one_out
 from distill_llm.pruning.units.costs import COSTS
-from distill_llm.pruning.units.sizes import sizes_of
+from distill_llm.pruning.units.sizes import counts_of
 from distill_llm.recipe.recipe import parse_recipe
 from distill_llm.recipe.sections import PruningSection
 
@@ -141,13 +141,13 @@ def scored():
 
 def removed(model, plan) -> set[str]:
     """The kinds of units of which a plan removes some."""
-    sizes, found = sizes_of(model), set()
+    sizes, found = counts_of(model), set()
     found |= {"layers"} if len(plan.layers) < len(sizes) else set()
     found |= {"hidden"} if plan.hidden is not None else set()
     for row in plan.layers:
         size = sizes[row.source]
-        found |= {"heads", "attention"} if len(row.heads) < size.groups else set()
-        found |= {"neurons", "ffn"} if len(row.neurons) < size.neurons else set()
+        found |= {"heads", "attention"} if len(row.heads) < size["heads"] else set()
+        found |= {"neurons", "ffn"} if len(row.neurons) < size["neurons"] else set()
         found |= {"queries"} if row.queries is not None else set()
     return found
 

@@ -33,7 +33,7 @@ from distill_llm.pruning.statistics.hooks import CalibrationBatch
 from distill_llm.pruning.statistics.moments import Moments, MomentsSum
 from distill_llm.pruning.statistics.processes import sum_over_processes
 from distill_llm.pruning.statistics.settings import DEFAULT_SETTINGS, CalibrationSettings
-from distill_llm.pruning.units.sizes import linear, sizes_of, weight_of
+from distill_llm.pruning.units.sizes import counts_of, linear, weight_of
 
 # A module of a layer: the layer, and the path in it.
 Place = tuple[int, str]
@@ -84,12 +84,12 @@ def outputs_taken_over(model: PreTrainedModel, plan: PruningPlan) -> dict[int, l
     family, rows = family_of(model), {row.source: row for row in plan.layers}
     found: dict[int, list[Place]] = {}
     last: int | None = None
-    for layer, size in enumerate(sizes_of(model)):
+    for layer, has in enumerate(counts_of(model)):
         row = rows.get(layer)
         if family.parallel and row is not None and row.neurons:
             last = layer
-        gone = [(layer, family.attention_out)] if row is None or (size.queries and not row.heads) else []
-        if row is None or (size.neurons and not row.neurons):
+        gone = [(layer, family.attention_out)] if row is None or (has["queries"] and not row.heads) else []
+        if row is None or (has["neurons"] and not row.neurons):
             gone.append((layer, family.ffn_out))
         if last is not None and gone:
             found.setdefault(last, []).extend(gone)
