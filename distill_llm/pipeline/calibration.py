@@ -23,7 +23,7 @@ from distill_llm.pruning.statistics.leave_one_out import leave_one_out
 from distill_llm.pruning.statistics.processes import from_main_process, process
 from distill_llm.pruning.statistics.record import Statistics
 from distill_llm.pruning.statistics.settings import CalibrationSettings
-from distill_llm.recipe.sections import PruningSection
+from distill_llm.recipe.pruning import PruningSection
 
 
 class Calibration:
