@@ -8,7 +8,7 @@ from builders.checkpoints import WITHOUT_PACKAGE, run_elsewhere, save_all
 from builders.families import EVERY, QUERIES, family_batch, family_model, outputs_of, uneven_plan, uniform_plan
 from transformers import BitsAndBytesConfig
 
-from distill_llm.architectures.families import lineage_of
+from distill_llm.architectures.lineage import lineage_of
 from distill_llm.models.checkpoint import load_pretrained
 from distill_llm.pruning.cutting.surgery import prune, stock_expressible
 from distill_llm.pruning.plan import PruningPlan, full_plan

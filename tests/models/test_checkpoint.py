@@ -22,7 +22,7 @@ from builders.models import FAMILIES, random_batch, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForPreTraining, PreTrainedModel
 
-from distill_llm.architectures.families import lineage_of
+from distill_llm.architectures.lineage import lineage_of
 from distill_llm.common.errors import InputError
 from distill_llm.models.checkpoint import load_pretrained
 from distill_llm.pruning.cutting.surgery import prune
