@@ -17,6 +17,7 @@ from distill_llm.pruning.planning.candidate import Limits
 from distill_llm.pruning.planning.layer_times import layer_run, layer_times
 from distill_llm.pruning.planning.planner import plan_pruning
 from distill_llm.pruning.statistics.collecting import collect_statistics
+from distill_llm.pruning.statistics.settings import CalibrationSettings
 from distill_llm.pruning.units.costs import unit_costs
 from distill_llm.pruning.units.sizes import counts_of, hidden_size
 
@@ -334,7 +335,9 @@ def test_the_least_score_per_current_cost_goes_first():
 
 def test_units_without_scores_are_refused():
     model = family_model("llama")
-    scores = score(collect_statistics(model, [family_batch(model)], None, hidden=False), "activation")
+    scores = score(
+        collect_statistics(model, [family_batch(model)], None, settings=CalibrationSettings(hidden=False)), "activation"
+    )
     with pytest.raises(InputError, match="statistics collected with hidden"):
         plan_pruning(model, scores, 0.5, units=("hidden",))
     with pytest.raises(InputError, match="fisher where units has attention together"):
