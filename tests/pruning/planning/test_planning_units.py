@@ -13,9 +13,9 @@ from distill_llm.pruning.compensation.bypass import fit_bypasses
 from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.importance import score
 from distill_llm.pruning.plan import LayerPlan, PruningPlan, full_plan, keep_layers
-from distill_llm.pruning.planning.candidate import Limits
 from distill_llm.pruning.planning.layer_times import layer_run, layer_times
 from distill_llm.pruning.planning.planner import plan_pruning
+from distill_llm.pruning.planning.rules import Limits
 from distill_llm.pruning.statistics.collecting import collect_statistics
 from distill_llm.pruning.statistics.settings import CalibrationSettings
 from distill_llm.pruning.units.costs import unit_costs
