@@ -93,11 +93,11 @@ def predict(
     for batch in _batches(model, dataset, order, collator, batch_size, progress):
         labels = batch.pop("labels").cpu().numpy()
         with torch.inference_mode():
-            logits = model(**batch).logits.float().cpu()
-        if not torch.isfinite(logits).all():
+            outputs = task.kind.outputs(model(**batch)).float().cpu()
+        if not torch.isfinite(outputs).all():
             raise FloatingPointError(f"{type(model).__name__} gave outputs that are not finite on {task.name}")
         rows = range(len(labels))
-        found += [task.kind.predictions(logits[row : row + 1], labels[row : row + 1]) for row in rows]
+        found += [task.kind.predictions(outputs[row : row + 1], labels[row : row + 1]) for row in rows]
     in_order = [found[place] for place in np.argsort(order)]
     predictions, references = (np.concatenate(each) for each in zip(*in_order, strict=True))
     return predictions, references

@@ -60,7 +60,7 @@ def calls(tmp_path, monkeypatch):
     fake.run = lambda recipe, output_dir: open_recipe(recipe) or seen.append((recipe, output_dir)) or result
     fake.prune_recipe = lambda recipe: usable_output(recipe.output_dir) or seen.append(recipe) or Path("pruned")
     monkeypatch.setitem(sys.modules, "distill_llm.pipeline.run", fake)
-    monkeypatch.setattr(sys.modules["distill_llm"], "pipeline", fake, raising=False)
+    monkeypatch.setattr("distill_llm.pipeline.run", fake, raising=False)  # another test may have imported the real one
     return seen
 
 
