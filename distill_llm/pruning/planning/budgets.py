@@ -19,7 +19,7 @@ def share_of(
 def least_share(
     model: PreTrainedModel, rules: PlanningRules, cost: str, batch_size: int, sequence_length: int
 ) -> float:
-    """The share of the layers' cost that stays when the rules' every unit is removed; one layer always stays."""
+    """The share of the layers' cost that stays when everything is removed that the rules allow; one layer always stays."""
     costs, shapes = unit_costs(model, cost, batch_size, sequence_length), counts_of(model)
     rows, width = rules.least(shapes), rules.least_width(costs.hidden)
     left = costs.of(rows, width)

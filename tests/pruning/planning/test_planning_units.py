@@ -404,7 +404,9 @@ def test_scores_of_a_model_of_another_width_or_with_other_queries_are_refused(ot
     assert [len(row) for row in scores.heads + scores.neurons] == [
         each[kind] for kind in ("heads", "neurons") for each in counts_of(model)
     ]
-    with pytest.raises(InputError, match="scores: got '5 layers .*; accepted: scores of this model") as caught:
+    with pytest.raises(
+        InputError, match="scores: got '5 layers, .*; accepted: scores of this model, 5 layers, "
+    ) as caught:
         plan_pruning(model, scores, 0.7)
     assert "\n" not in str(caught.value)
 
