@@ -20,6 +20,7 @@ from distill_llm.models.limits import (
     InputLimits,
     RowFacts,
     beyond_vocabulary,
+    limits_of,
     longest_prompt,
     masking_faults,
     read_rows,
@@ -126,6 +127,12 @@ def check_arguments(args: TrainingArguments, objective: Objective, options: Mapp
             raise InputError(name, type(options[name]).__name__, fix=fix)
     if (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
         raise_all(objective.faults(Use(reentrant="activation_checkpointing_kwargs.use_reentrant")))
+
+
+def limits_of_both(student: PreTrainedModel, teacher: Any) -> list[InputLimits]:
+    """What the student can read, and the teacher where it is a model, which reads the same rows."""
+    models = {"the student": student} | ({"the teacher": teacher} if isinstance(teacher, PreTrainedModel) else {})
+    return [limits_of(model.config, name) for name, model in models.items()]
 
 
 def check_datasets(

@@ -21,24 +21,15 @@ from distill_llm.losses.objective import Objective, parse_objective
 from distill_llm.losses.terms.term import Use
 from distill_llm.losses.units import UNITS
 from distill_llm.models.adapters import without_adapters
-from distill_llm.models.limits import limits_of
 from distill_llm.teachers.cache import CachedTeacher
 from distill_llm.teachers.online import OnlineTeacher
-from distill_llm.training import projections
+from distill_llm.training import projections, refusals
 from distill_llm.training.batches import EpochBegins, TrainingCollator
 from distill_llm.training.config import DistillationConfig
 from distill_llm.training.evaluation_loss import EvaluationLoss
 from distill_llm.training.loss import LossSettings, TrainingLoss
 from distill_llm.training.on_policy import MARK, StudentResponses
 from distill_llm.training.order import GlobalBatchSampler
-from distill_llm.training.refusals import (
-    check_arguments,
-    check_batch,
-    check_datasets,
-    check_model,
-    check_prompts,
-    check_teacher,
-)
 from distill_llm.training.shards import clip_with, whole
 
 
@@ -77,9 +68,9 @@ class DistillationTrainer(Trainer):
             raise InputError("args", type(args).__name__, "a DistillationConfig: TrainingArguments with the losses")
         self.objective: Objective = parse_objective(args.losses)
         objective = self.objective
-        check_arguments(args, objective, kwargs)
-        check_model(model)
-        check_teacher(teacher, without_adapters(model), objective)
+        refusals.check_arguments(args, objective, kwargs)
+        refusals.check_model(model)
+        refusals.check_teacher(teacher, without_adapters(model), objective)
         super().__init__(model=model, args=args, **kwargs)
         self.loss = TrainingLoss(
             objective,
@@ -95,11 +86,9 @@ class DistillationTrainer(Trainer):
             ),
         )
         self.terms, self.teacher = self.loss.terms, self.loss.teacher
-        self._limits = [limits_of(without_adapters(model).config, "the student")]
-        if isinstance(teacher, PreTrainedModel):
-            self._limits.append(limits_of(teacher.config, "the teacher"))
+        self._limits = refusals.limits_of_both(without_adapters(model), teacher)
         rows = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
-        check_datasets(rows, self._limits, self.processing_class, self.data_collator)
+        refusals.check_datasets(rows, self._limits, self.processing_class, self.data_collator)
         self.epoch = Epoch()
         self.add_callback(EpochBegins(self.epoch))
         if len(self.terms.projections) and self.lr_scheduler is not None:
@@ -110,7 +99,7 @@ class DistillationTrainer(Trainer):
         raise_all(objective.faults(Use(widths=self.terms.match.widths, sharding=sharding, kind=self.terms.kind)))
         self.responses: StudentResponses | None = None
         if objective.responses is not None:
-            check_prompts(self.train_dataset, self._limits, objective.responses.max_new_tokens)
+            refusals.check_prompts(self.train_dataset, self._limits, objective.responses.max_new_tokens)
             self.responses = StudentResponses(objective.responses, self.data_collator, args.seed)
         self._evaluated = EvaluationLoss(self.accelerator, self.terms.kind)
         self._logged_terms = torch.zeros(len(objective.terms()), device=args.device)
@@ -118,7 +107,7 @@ class DistillationTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """As `Trainer._prepare_inputs`, once the models have positions for the batch."""
-        check_batch(inputs, self._limits)
+        refusals.check_batch(inputs, self._limits)
         return super()._prepare_inputs(inputs)
 
     # One place where everything is reduced: sums of this batch over counts of the whole accumulated batch.
