@@ -83,7 +83,7 @@ class Calibration:
         return statistics
 
     def with_moments(self, statistics: Statistics, model: PreTrainedModel, number: int = 0) -> Statistics:
-        """The statistics of a cut with the second moments that compensation needs, a few layers at a time with `moment_layers`."""
+        """A cut's statistics with the second moments that compensation needs, a few layers at a time with `moment_layers`."""
         at_once = self.section.moment_layers
         if at_once is None or statistics.moments:
             return statistics
