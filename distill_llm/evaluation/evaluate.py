@@ -64,7 +64,7 @@ def evaluate_model(
         return compute_metrics(task, *predict(model, dataset, task, collator, batch_size=batch_size, progress=progress))
     with evaluating(model):
         result = _losses(model, dataset, task, collator, batch_size, progress)
-        if task.kind.generates and task.metrics:
+        if task.generates:
             assert isinstance(collator, CausalCollator)
             texts = respond(model, dataset, collator, task.max_new_tokens, batch_size=batch_size, progress=progress)
             result |= compute_metrics(task, *texts)
@@ -93,11 +93,11 @@ def predict(
     for batch in _batches(model, dataset, order, collator, batch_size, progress):
         labels = batch.pop("labels").cpu().numpy()
         with torch.inference_mode():
-            logits = model(**batch).logits.float().cpu()
-        if not torch.isfinite(logits).all():
+            outputs = task.kind.outputs(model(**batch)).float().cpu()
+        if not torch.isfinite(outputs).all():
             raise FloatingPointError(f"{type(model).__name__} gave outputs that are not finite on {task.name}")
         rows = range(len(labels))
-        found += [task.kind.predictions(logits[row : row + 1], labels[row : row + 1]) for row in rows]
+        found += [task.kind.predictions(outputs[row : row + 1], labels[row : row + 1]) for row in rows]
     in_order = [found[place] for place in np.argsort(order)]
     predictions, references = (np.concatenate(each) for each in zip(*in_order, strict=True))
     return predictions, references
@@ -165,7 +165,7 @@ def compute_metrics(task: Task, predictions: Any, references: Any) -> dict[str, 
     """
     result: dict[str, float] = {}
     for name in task.metrics:
-        if task.kind.generates:
+        if task.generates:
             result[task.main_metric] = text_score(name, predictions, references)
         else:
             result[name] = find_metric(name)(predictions, references, task.num_labels)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.data.masked import MaskingCollator
-from distill_llm.losses.items import kind_of
+from distill_llm.losses.items import ITEMS, kind_of
 from distill_llm.losses.objective import Objective
 from distill_llm.losses.terms.term import Use
 from distill_llm.models.adapters import UNTIED, is_quantized, tied_adapters, without_adapters
@@ -28,7 +28,6 @@ from distill_llm.models.limits import (
 )
 from distill_llm.teachers.cache import CachedTeacher
 
-HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForMaskedLM", "ForCausalLM", "GPT2LMHeadModel")
 UNUSED = {
     "model_init": "leave it out: the student is given as a model, made once",
     "compute_loss_func": "leave it out: the loss is the objective of DistillationConfig",
@@ -59,7 +58,7 @@ def check_model(model: Any) -> None:
         model: a transformers model, or a PeftModel around one.
 
     Raises:
-        InputError: another head than those of HEADS, labels that are neither one class nor one value per item, adapters
+        InputError: another head than those of ITEMS, labels that are neither one class nor one value per item, adapters
             that lengthen the input or are on tied weights, or quantised weights with nothing to train.
     """
     adapted = without_adapters(model) is not model
@@ -68,8 +67,8 @@ def check_model(model: Any) -> None:
     raise_all(adapter_faults(model, "model"))
     model = without_adapters(model)
     name = type(model).__name__
-    if not (isinstance(model, PreTrainedModel) and name.endswith(HEADS)):
-        raise InputError("model", name, "a transformers model whose class ends in " + " or ".join(HEADS))
+    if not (isinstance(model, PreTrainedModel) and name.endswith(tuple(ITEMS))):
+        raise InputError("model", name, "a transformers model whose class ends in " + " or ".join(ITEMS))
     if is_quantized(model) and not adapted:
         raise InputError(
             "model", f"a quantised {name}", "a PeftModel around it (LoRA): its own weights cannot be trained"
@@ -170,7 +169,7 @@ def check_prompts(rows: Any, models: Collection[InputLimits], new_tokens: int) -
     """
     longest = longest_prompt(rows)
     for limits in models:
-        raise_all(room_faults(limits, longest, new_tokens, "losses.responses.max_new_tokens", "the longest prompt"))
+        raise_all(room_faults(limits, longest, new_tokens, "losses.responses.max_new_tokens", "train_dataset"))
 
 
 def check_batch(batch: Mapping[str, Any], models: Collection[InputLimits]) -> None:

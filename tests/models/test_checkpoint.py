@@ -17,6 +17,7 @@ from builders.checkpoints import (
     stock_student,
     student_of,
 )
+from builders.grids import slow
 from builders.models import FAMILIES, random_batch, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForPreTraining, PreTrainedModel
@@ -27,7 +28,7 @@ from distill_llm.models.checkpoint import load_pretrained
 from distill_llm.pruning.cutting.surgery import prune
 
 
-@pytest.mark.parametrize("code", [WITH_PACKAGE, WITHOUT_PACKAGE], ids=["load_pretrained", "trust_remote_code"])
+@pytest.mark.parametrize("code", [WITHOUT_PACKAGE, *slow(WITH_PACKAGE)], ids=["trust_remote_code", "load_pretrained"])
 def test_a_fresh_process_reloads_students_bit_equal(tmp_path, code):
     models = {family: student_of(family, head) for family, head in HEADS_OF.items()}
     models["bert-token"] = student_of("bert", "token-classification", num_labels=5)
@@ -132,7 +133,7 @@ def test_lineage_and_sizes_are_in_the_config_and_weights_only_in_safetensors(tmp
     assert config["pruning"]["layers"][0] == {"source": 0, "heads": "1,3", "neurons": "5-39"}
     assert config["num_hidden_layers"] == 3
     found = sorted(p.name for p in tmp_path.iterdir())
-    assert found == ["config.json", "families.py", "model.safetensors", "modeling_pruned.py"]
+    assert found == ["config.json", "families.py", "lineage.py", "model.safetensors", "modeling_pruned.py"]
     assert lineage_of(load_pretrained(tmp_path)) == lineage_of(student)
 
 

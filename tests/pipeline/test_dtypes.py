@@ -9,7 +9,7 @@ import torch
 from builders.causal import causal_model, word_tokenizer, words
 from builders.grids import slow
 from builders.recipes import recipe_for, write_model, write_rows
-from safetensors.torch import load_file
+from builders.runs import same, weights
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import distill_llm
@@ -47,16 +47,8 @@ def recipe(folder: Path, dtype: torch.dtype, **sections) -> dict:
     }
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
 def dtypes(folder: Path) -> set[torch.dtype]:
     return {tensor.dtype for tensor in weights(folder).values()}
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
 
 
 def score(given: dict, model: Path, **options) -> float:
