@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
+from distill_llm.architectures.families import facts_of
 from distill_llm.common.errors import InputError, first_line, one_of
 from distill_llm.data.sources import resolve_path
 from distill_llm.data.tasks import Task, TaskData, label_names, same_names
@@ -177,10 +178,10 @@ def check_head(model: OpenModel, task: Task) -> None:
 def longest_input(config: PreTrainedConfig) -> int | None:
     """The most tokens a model takes at once; None where its config sets no bound."""
     positions = getattr(config, "max_position_embeddings", None)
-    # Positions of these are counted from behind the padding's, MPNet's whatever its config says.
-    if positions is not None and config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
-        positions -= 2 if config.model_type == "mpnet" else (config.pad_token_id or 0) + 1
-    return positions
+    skipped = facts_of(config).skipped_positions
+    if positions is None or not skipped:
+        return positions
+    return positions - (skipped if isinstance(skipped, int) else (config.pad_token_id or 0) + 1)
 
 
 def check_length(model: OpenModel, field: str, tokens: int) -> None:
