@@ -12,18 +12,19 @@ from transformers import AutoModel, PreTrainedModel
 from distill_llm.architectures.families import FAMILIES, dims_of, layers_of
 from distill_llm.architectures.lineage import lineage_of
 from distill_llm.architectures.modeling_pruned import pruned_class
-from distill_llm.common.errors import InputError
+from distill_llm.common.errors import InputError, first_line, raise_all
 from distill_llm.common.outputs import nearest
 from distill_llm.data.tasks import Task
 from distill_llm.losses.objective import Objective
 from distill_llm.losses.signals import Wanted
 from distill_llm.losses.terms.term import Use
-from distill_llm.models.adapters import UNTIED, tied_adapters, without_adapters
+from distill_llm.models.adapters import without_adapters
 from distill_llm.models.capture import Recorder
-from distill_llm.models.finding import OpenModel, first_line
+from distill_llm.models.finding import OpenModel
 from distill_llm.pruning.units.sizes import second_moment_bytes
+from distill_llm.recipe.pruning import PruningSection
 from distill_llm.recipe.recipe import Recipe
-from distill_llm.recipe.sections import PruningSection
+from distill_llm.training.refusals import adapter_faults
 from distill_llm.training.terms import Terms, wanted_by
 
 
@@ -60,8 +61,7 @@ def adapted(recipe: Recipe, student: PreTrainedModel) -> nn.Module:
             model = get_peft_model(copy.deepcopy(student), LoraConfig(**fields))
     except Exception as error:
         raise InputError("student.peft", fields, f"adapters that fit the model ({first_line(error)})") from None
-    if tied := tied_adapters(model):
-        raise InputError("student.peft.target_modules", ", ".join(tied), UNTIED)
+    raise_all(adapter_faults(model, "student.peft.target_modules"))
     return model
 
 

@@ -37,7 +37,7 @@ from rich.table import Table
 from scipy.stats import spearmanr
 from transformers import AutoTokenizer, PreTrainedModel
 
-from distill_llm import Statistics, collect_statistics, load_pretrained, score
+from distill_llm import CalibrationSettings, Statistics, collect_statistics, load_pretrained, score
 from distill_llm.architectures.families import family_of, layers_of
 from distill_llm.data.causal import document_packer
 from distill_llm.measuring.counting import _LiveStorages, weights_memory
@@ -45,16 +45,16 @@ from distill_llm.pruning.units.sizes import counts_of
 
 Batches = Sequence[Mapping[str, torch.Tensor]]
 FLOOR, EXACT = "forward", "everything, exact"
-OURS: dict[str, dict[str, Any]] = {
-    "heads, neurons, layers": {"hidden": False, "moments": False},
-    "+ channels": {"moments": False},
-    "+ moments": {"hidden": False},
-    "everything": {},
-    "moments of all tokens": {"moment_share": 1.0},
-    EXACT: {"exact": True},
-    "everything, bf16": {"precision": torch.bfloat16},
-    "everything, checkpointed": {"checkpointing": True},
-    "the rest, checkpointed": {"checkpointing": True, "moments": False},
+OURS: dict[str, CalibrationSettings] = {
+    "heads, neurons, layers": CalibrationSettings(hidden=False, moments=False),
+    "+ channels": CalibrationSettings(moments=False),
+    "+ moments": CalibrationSettings(hidden=False),
+    "everything": CalibrationSettings(),
+    "moments of all tokens": CalibrationSettings(moment_share=1.0),
+    EXACT: CalibrationSettings(exact=True),
+    "everything, bf16": CalibrationSettings(precision=torch.bfloat16),
+    "everything, checkpointed": CalibrationSettings(checkpointing=True),
+    "the rest, checkpointed": CalibrationSettings(checkpointing=True, moments=False),
 }
 
 
@@ -218,7 +218,7 @@ def main() -> None:
 
     def collecting(name: str) -> Callable[[], None]:
         def work() -> None:
-            found[name] = collect_statistics(model, batches, **OURS[name])
+            found[name] = collect_statistics(model, batches, settings=OURS[name])
 
         return work
 

@@ -14,8 +14,17 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from distill_llm import collect_statistics, compare, plan_pruning, prune, score
-from distill_llm.pruning.planning.latency import latency_costs, plan_for_latency
+from distill_llm import (
+    CalibrationSettings,
+    LatencySettings,
+    collect_statistics,
+    compare,
+    latency_costs,
+    plan_for_latency,
+    plan_pruning,
+    prune,
+    score,
+)
 
 Row = dict[str, float | str | None]
 
@@ -49,14 +58,17 @@ def main() -> None:
     options = parser.parse_args()
     setting = common.setting(options, options.examples)
     teacher, batch = setting.teacher, (options.batch_size, options.sequence_length)
-    scores = score(collect_statistics(teacher, setting.batches(setting.rows, 32), moments=False), "fisher")
+    scores = score(
+        collect_statistics(teacher, setting.batches(setting.rows, 32), settings=CalibrationSettings(moments=False)),
+        "fisher",
+    )
     start = time.perf_counter()
     costs = latency_costs(teacher, *batch)
     rows: dict[str, Row] = {}
     timing = {"latency_costs": round(time.perf_counter() - start, 1)}
     for target in options.targets:
         start = time.perf_counter()
-        plan = plan_for_latency(teacher, scores, target, batch_size=batch[0], sequence_length=batch[1], costs=costs)
+        plan = plan_for_latency(teacher, scores, target, LatencySettings(*batch, costs=costs))
         timing[f"plan {target}"] = round(time.perf_counter() - start, 1)
         row = budget_row(teacher, prune(teacher, plan), target, batch, options.repeats)
         rows[f"latency {target}"] = {**row, "promised": round(plan.kept or 0.0, 4), "note": plan.note}

@@ -49,6 +49,7 @@ def saved(students, tmp_path_factory):
     return folder, save_all(students, family_batch(students["bert"]), folder)
 
 
+@pytest.mark.slow
 def test_plain_transformers_reloads_every_family_bit_equal_where_this_package_is_not_installed(students, saved):
     folder, expected = saved
     found = run_elsewhere(WITHOUT_PACKAGE, folder)

@@ -11,6 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from distill_llm.measuring.counting import _LiveStorages
 from distill_llm.pruning.importance import Importance
 from distill_llm.pruning.plan import LayerPlan, PruningPlan
+from distill_llm.pruning.statistics.collecting import collect_statistics
+from distill_llm.pruning.statistics.record import Statistics
+from distill_llm.pruning.statistics.settings import CalibrationSettings
 
 # Inside a layer: query, key, value, attention output, FFN up, FFN down.
 BERT_NAMES = (
@@ -72,6 +75,11 @@ def without(model: nn.Module, layer: int, kind: str, unit: int = 0) -> PruningPl
             (heads if kind == "heads" else neurons).remove(unit)
         rows.append((i, heads, neurons))
     return plan_of(model, rows)
+
+
+def collect(model: nn.Module, batches, loss="labels", teacher=None, **settings) -> Statistics:
+    """Statistics, with settings by their names; second moments are of all tokens unless `moment_share` says otherwise."""
+    return collect_statistics(model, batches, loss, teacher, CalibrationSettings(**{"moment_share": 1.0, **settings}))
 
 
 def random_scores(counts, criterion: str = "fisher", seed: int = 0) -> Importance:

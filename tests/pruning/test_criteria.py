@@ -23,6 +23,7 @@ from distill_llm.pruning.names import UNITS
 from distill_llm.pruning.plan import full_plan
 from distill_llm.pruning.statistics.collecting import collect_statistics
 from distill_llm.pruning.statistics.leave_one_out import leave_one_out
+from distill_llm.pruning.statistics.settings import CalibrationSettings
 from distill_llm.pruning.units.sizes import counts_of
 
 
@@ -57,7 +58,7 @@ def nearly_linear(request):
         for pair in linears_in(model):
             for module in pair:
                 module.weight *= 0.1
-    return model, batch, collect_statistics(model, [batch], exact=True)
+    return model, batch, collect_statistics(model, [batch], settings=CalibrationSettings(exact=True))
 
 
 @pytest.mark.parametrize("kind", ["heads", "neurons"])
@@ -95,7 +96,7 @@ def small_parts(request):
                 layer.get_submodule(path).weight *= 0.01
     batch = random_batch(model, batch=16, length=12, padded=False, labels=request.param == "bert")
     batch.setdefault("labels", batch["input_ids"])
-    return request.param, model, batch, collect_statistics(model, [batch], exact=True)
+    return request.param, model, batch, collect_statistics(model, [batch], settings=CalibrationSettings(exact=True))
 
 
 def sums_of_losses(model, batch) -> torch.Tensor:
@@ -192,7 +193,7 @@ def test_channels_are_ranked_as_brute_force_does_wherever_a_family_has_its_norms
     batch = random_batch(model, batch=16, length=12, padded=False, labels=family not in DECODERS)
     batch.setdefault("labels", batch["input_ids"])
     change = without_each(family, model, batch, "channels") - sums_of_losses(model, batch)
-    statistics = collect_statistics(model, [batch], exact=True)
+    statistics = collect_statistics(model, [batch], settings=CalibrationSettings(exact=True))
     for criterion, measured in (("fisher", change.square().mean(1)), ("taylor", change.abs().mean(1))):
         correlation = spearmanr(score(statistics, criterion).hidden, measured).statistic
         print(f"{family}, {criterion}: rank correlation {correlation:.3f}")
@@ -230,7 +231,9 @@ def test_taylor_and_fisher_are_the_change_of_loss_where_the_loss_is_linear_in_th
             return linear_loss(model(**batch), batch)
 
     change = changes(model, batch, kind, losses)
-    statistics = collect_statistics(model, [batch], lambda out, given: linear_loss(out, given).sum(), exact=True)
+    statistics = collect_statistics(
+        model, [batch], lambda out, given: linear_loss(out, given).sum(), settings=CalibrationSettings(exact=True)
+    )
     units = 1 if kind == "layers" else counts_of(model)[-1][kind]
     for criterion, measured in (("taylor", change.abs().mean(1)), ("fisher", change.square().mean(1))):
         values = getattr(score(statistics, criterion), kind)[-1].reshape(-1)
@@ -240,7 +243,7 @@ def test_taylor_and_fisher_are_the_change_of_loss_where_the_loss_is_linear_in_th
 @pytest.mark.parametrize("family", ["bert", "distilbert"])
 def test_magnitude_is_the_norm_of_the_weights_that_make_and_use_the_unit(family):
     model = tiny_model(family)
-    found = score(collect_statistics(model, [], loss=None, moments=False), "magnitude")
+    found = score(collect_statistics(model, [], loss=None, settings=CalibrationSettings(moments=False)), "magnitude")
     query, key, value, out, up, down = (layers_in(model)[1].get_submodule(n).weight.detach() for n in names_of(model))
     heads, neurons = [], []
     for head in range(4):

@@ -6,8 +6,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from distill_llm.common.errors import InputError
-from distill_llm.data.decoders import PACKED_FAMILIES, is_decoder
+from distill_llm.common.errors import InputError, raise_all
+from distill_llm.data.chats import template_faults
+from distill_llm.data.decoders import is_decoder, packing_faults
 from distill_llm.data.kinds.base import KINDS, register
 from distill_llm.data.kinds.causal_lm import Decoding
 from distill_llm.data.padding import Rows
@@ -33,9 +34,7 @@ class Prompts(Decoding):
         assert spec.path is not None
         names, splits = load_prompts(spec.path, spec.columns, training, spec.chat)
         given = spec.chat_template_kwargs
-        if given and names != CHAT:
-            fix = "leave it out: the data are no chats; or set chat: true, which makes chats of prompts"
-            raise InputError("data.chat_template_kwargs", dict(given), fix=fix)
+        raise_all(template_faults(given, names == CHAT, "data.chat_template_kwargs"))
         return prompts(names, PERPLEXITY, spec.max_new_tokens, spec.packing, given), splits
 
     def check(self, spec: DataSpec, config: PreTrainedConfig | None) -> None:
@@ -45,9 +44,8 @@ class Prompts(Decoding):
         if not is_decoder(config):
             accepted = f"a task for encoders, such as text or classification: a {config.model_type} answers no prompts"
             raise InputError("data.task", spec.task, accepted)
-        if spec.packing and config.model_type not in PACKED_FAMILIES:
-            accepted = f"false for {config.model_type} (these keep packed rows apart: {', '.join(PACKED_FAMILIES)})"
-            raise InputError("data.packing", True, accepted)
+        if spec.packing:
+            raise_all(packing_faults(config.model_type, "data.packing", given=True))
 
     def check_metric(self, metric: str) -> None:
         """Perplexity, a metric of texts, or a module of `evaluate` that compares texts."""

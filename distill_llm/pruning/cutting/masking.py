@@ -18,6 +18,7 @@ from distill_llm.architectures.modeling_pruned import (
     kept_channels,
     layer_axes,
 )
+from distill_llm.architectures.modes import passed_on
 from distill_llm.pruning.plan import PruningPlan
 from distill_llm.pruning.units.sizes import counts_of, linear
 
@@ -57,8 +58,7 @@ def _multiply(mask: torch.Tensor) -> Callable:
 
 
 def _pass_on(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-    entering = args[0] if args else kwargs["hidden_states"]
-    return (entering, *output[1:]) if isinstance(output, tuple) else entering
+    return passed_on(args, kwargs, output)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Sums over the weights that make and use a unit: magnitudes, which need no data."""
+"""Magnitudes: sums over the weights that make and use a unit. They need no data."""
 
 from dataclasses import dataclass
 
@@ -28,7 +28,7 @@ class UnitWeights:
 
 
 def unit_weights(model: PreTrainedModel, hidden: bool = False) -> UnitWeights:
-    """The rows that make and the columns that use every unit."""
+    """Sums over the rows that make each unit and the columns that use it."""
     family, head_size = family_of(model), dims_of(model.config).head_size
     rows = []
     for layer, counts in zip(layers_of(model), counts_of(model), strict=True):
@@ -55,7 +55,7 @@ def _along(parameter: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def _channels(layout: str, kind: str, unit: int, counts: Counts, head_size: int) -> torch.Tensor:
-    """A group's channels with all its queries; a query's own, without the key and value that it shares."""
+    """The channels of a group with all its queries, or of a query without the key and value that it shares."""
     if kind == "heads":
         return kept_channels(layout, LayerPlan(0, (unit,), ()), counts, head_size)
     if layout.startswith("("):
@@ -66,7 +66,7 @@ def _channels(layout: str, kind: str, unit: int, counts: Counts, head_size: int)
 
 
 def _hidden(model: PreTrainedModel) -> Pair:
-    """Of the matrices of the layers: embeddings and heads are left out, as in what `keep` is a share of."""
+    """Sums over the matrices of the layers. Embeddings and heads are left out, as in the cost that `keep` is a share of."""
     prefix, total = layer_prefix(model), torch.zeros(2, width_of(model))
     for name, dims in hidden_dims(model).items():
         parameter = model.get_parameter(name)

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from builders.families import family_model
@@ -15,9 +16,10 @@ from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.plan import LayerPlan, PruningPlan, full_plan
 from distill_llm.pruning.planning import latency
 from distill_llm.pruning.planning import layer_times as timing
-from distill_llm.pruning.planning.candidate import Limits
-from distill_llm.pruning.planning.latency import costs_for, latency_costs, plan_for_latency
+from distill_llm.pruning.planning.latency import LatencySettings, plan_for_latency
+from distill_llm.pruning.planning.latency_costs import costs_for, fit_costs, latency_costs
 from distill_llm.pruning.planning.planner import plan_pruning
+from distill_llm.pruning.planning.rules import Limits, PlanningRules
 from distill_llm.pruning.units.costs import unit_costs
 from distill_llm.pruning.units.sizes import counts_of
 
@@ -57,6 +59,53 @@ def test_costs_of_units_come_back_from_times_that_follow_a_straight_line(tmp_pat
                 law(hidden, groups * each, groups, neurons)
             )
     assert costs.name == "latency" and costs.hidden == 32
+
+
+def has(heads: int, queries: int, neurons: int) -> dict[str, int]:
+    return {"heads": heads, "queries": queries, "neurons": neurons}
+
+
+def noisy_rows(units: dict[int, tuple[float, float, float]]) -> list[list[float]]:
+    """Times of single layers that are exactly so many milliseconds a head, a neuron and a layer at each width."""
+    sizes = [(4, 64), (2, 64), (0, 64), (4, 32), (4, 0)]
+    return [
+        [width, heads, heads, neurons, head * heads + neuron * neurons + rest]
+        for width, (head, neuron, rest) in units.items()
+        for heads, neurons in sizes
+    ]
+
+
+def test_noise_makes_no_unit_dearer_in_a_narrower_stream_and_none_cost_less_than_nothing():
+    """At half the width a neuron took longer and a head took less than half: no slope may be below 0 or above the
+    line through the origin."""
+    rows = noisy_rows({32: (0.4, 0.02, 0.5), 16: (0.1, 0.03, 0.5)})
+    costs = fit_costs(rows, has(4, 4, 64), 32)
+    for width in (32, 16, 8, 1):
+        by_hand = 4 * (0.4 * width / 32) + 64 * 0.02 + 0.5
+        assert costs.of([has(4, 4, 64)], width) == pytest.approx(by_hand), width
+        assert costs.of([has(0, 0, 64)], width) == pytest.approx(64 * 0.02 + 0.5), (
+            "a neuron costs what it does when wide"
+        )
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_costs_of_noisy_times_fall_with_the_width_and_never_below_zero(seed):
+    generator = np.random.default_rng(seed)
+    sizes = [(8, 4, 64), (4, 2, 64), (0, 0, 64), (4, 4, 64), (8, 4, 32), (8, 4, 0)]
+    rows = [[hidden, *each, law(hidden, *each) * generator.uniform(0.3, 1.7)] for hidden in (32, 16) for each in sizes]
+    costs, shape = (
+        fit_costs(rows, has(4, 8, 64), 32),
+        [has(4, 8, 64)],
+    )
+    by_width = [costs.of(shape, width) for width in range(1, 33)]
+    assert by_width == sorted(by_width)
+    parts = [
+        costs.group_at(1, 0),
+        costs.query_at(1, 0),
+        costs.neuron_at(1),
+        costs.of([has(0, 0, 0)], 1),
+    ]
+    assert min(parts) >= 0 and by_width[0] > 0
 
 
 @pytest.fixture
@@ -120,7 +169,8 @@ class Stopwatch:
 
 def planned(model, keep, watch, **options):
     scores = options.pop("scores", None) or random_scores(counts_of(model))
-    return plan_for_latency(model, scores, keep, costs=unit_costs(model), measure=watch, **options)
+    settings = LatencySettings(costs=unit_costs(model), measure=watch, dense=options.pop("dense", None))
+    return plan_for_latency(model, scores, keep, settings, PlanningRules(**options))
 
 
 @pytest.mark.parametrize("keep", [0.9, 0.7, 0.5, 0.35])
@@ -221,7 +271,7 @@ def test_on_this_device_the_pruned_model_takes_about_the_share_that_was_asked_fo
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model = tiny_model(layers=6, hidden=256, heads=8, intermediate=1024)
     batch = {"batch_size": 8, "sequence_length": 64}
-    plan = plan_for_latency(model, random_scores(counts_of(model)), 0.6, **batch)
+    plan = plan_for_latency(model, random_scores(counts_of(model)), 0.6, LatencySettings(**batch))
     assert plan.note is None or "0.6 was asked for" in plan.note
     speedup = compare(prune(model, plan), model, **batch).speedup
     assert 1 / speedup == pytest.approx(plan.kept, rel=0.25)

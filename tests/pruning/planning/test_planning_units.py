@@ -13,10 +13,11 @@ from distill_llm.pruning.compensation.bypass import fit_bypasses
 from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.importance import score
 from distill_llm.pruning.plan import LayerPlan, PruningPlan, full_plan, keep_layers
-from distill_llm.pruning.planning.candidate import Limits
 from distill_llm.pruning.planning.layer_times import layer_run, layer_times
 from distill_llm.pruning.planning.planner import plan_pruning
+from distill_llm.pruning.planning.rules import Limits
 from distill_llm.pruning.statistics.collecting import collect_statistics
+from distill_llm.pruning.statistics.settings import CalibrationSettings
 from distill_llm.pruning.units.costs import unit_costs
 from distill_llm.pruning.units.sizes import counts_of, hidden_size
 
@@ -334,7 +335,9 @@ def test_the_least_score_per_current_cost_goes_first():
 
 def test_units_without_scores_are_refused():
     model = family_model("llama")
-    scores = score(collect_statistics(model, [family_batch(model)], None, hidden=False), "activation")
+    scores = score(
+        collect_statistics(model, [family_batch(model)], None, settings=CalibrationSettings(hidden=False)), "activation"
+    )
     with pytest.raises(InputError, match="statistics collected with hidden"):
         plan_pruning(model, scores, 0.5, units=("hidden",))
     with pytest.raises(InputError, match="fisher where units has attention together"):
@@ -401,7 +404,9 @@ def test_scores_of_a_model_of_another_width_or_with_other_queries_are_refused(ot
     assert [len(row) for row in scores.heads + scores.neurons] == [
         each[kind] for kind in ("heads", "neurons") for each in counts_of(model)
     ]
-    with pytest.raises(InputError, match="scores: got '5 layers .*; accepted: scores of this model") as caught:
+    with pytest.raises(
+        InputError, match="scores: got '5 layers, .*; accepted: scores of this model, 5 layers, "
+    ) as caught:
         plan_pruning(model, scores, 0.7)
     assert "\n" not in str(caught.value)
 
