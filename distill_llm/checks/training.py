@@ -96,6 +96,9 @@ def _check_sharding(recipe: Recipe, sharding: str | None, widths: tuple[int, int
     losses, faults = recipe.distillation.losses, []
     if recipe.student is not None and recipe.student.peft is not None:
         faults.append(InputError("student.peft", sharding, "a copy of the student in each process (DDP)"))
+    if losses.responses is not None and sharding != "FSDP2":
+        accepted = "FSDP2 (fsdp_version 2), or DDP"
+        faults.append(InputError("distillation.losses.responses", f"a student sharded by {sharding}", accepted))
     raise_all(faults + losses.faults(Use(widths=widths, sharding=sharding), "distillation.losses"))
 
 
