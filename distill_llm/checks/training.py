@@ -16,12 +16,11 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import integration_utils as integrations
 from transformers.training_args import OptimizerNames
 
-from distill_llm.common.errors import InputError, faults_in, one_of, raise_all
+from distill_llm.common.errors import InputError, faults_in, first_line, one_of, raise_all
 from distill_llm.common.processes import open_processes
 from distill_llm.data.tasks import Task, TaskData
 from distill_llm.losses.objective import parse_objective
 from distill_llm.losses.terms.term import Use
-from distill_llm.models.finding import first_line
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.training.config import DistillationConfig
 from distill_llm.training.refusals import compiling
@@ -96,9 +95,6 @@ def _check_sharding(recipe: Recipe, sharding: str | None, widths: tuple[int, int
     losses, faults = recipe.distillation.losses, []
     if recipe.student is not None and recipe.student.peft is not None:
         faults.append(InputError("student.peft", sharding, "a copy of the student in each process (DDP)"))
-    if losses.responses is not None and sharding != "FSDP2":
-        accepted = "FSDP2 (fsdp_version 2), or DDP"
-        faults.append(InputError("distillation.losses.responses", f"a student sharded by {sharding}", accepted))
     raise_all(faults + losses.faults(Use(widths=widths, sharding=sharding), "distillation.losses"))
 
 
@@ -195,7 +191,7 @@ def _installed(training: Mapping[str, Any]) -> list[InputError]:
     if package is not None and find_spec(package) is None:
         faults.append(InputError("optim", optimizer, f"adamw_torch, or install {package}"))
     if training.get("deepspeed") and find_spec("deepspeed") is None:
-        faults.append(InputError("deepspeed", training["deepspeed"], "nothing where deepspeed is not installed"))
+        faults.append(InputError("deepspeed", training["deepspeed"], fix="install deepspeed, or leave it out"))
     reporters = training["report_to"]
     for name in reporters if isinstance(reporters, list) else [reporters]:
         known = ("none", "all", *integrations.INTEGRATION_TO_CALLBACK)

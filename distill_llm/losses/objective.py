@@ -1,6 +1,6 @@
 """The objective: which losses a student is trained with; the same mapping in YAML and in Python."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from pydantic import (
@@ -36,6 +36,17 @@ class Responses(BaseModel):
     temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False, description="Divides the logits; 0 is greedy.")
     top_p: float = Field(default=1.0, gt=0, le=1, description="Draw from the likeliest tokens with this mass.")
     top_k: int = Field(default=0, ge=0, description="Draw from the k likeliest tokens; 0: from all.")
+
+    def faults(self, use: Use) -> Iterator[InputError]:
+        """What answers of the student do not go with."""
+        if use.kind not in (None, "next_token"):
+            yield InputError("", "a student that does not generate", "a causal language model")
+        if use.cached is not None:
+            yield InputError("", "a cached teacher", "a teacher in memory: it never saw the student's answers")
+        if use.packed:
+            yield InputError("", "rows of several sequences", "a prompt in each row (data.packing: false)")
+        if use.sharding not in (None, "FSDP2"):
+            yield InputError("", f"a student sharded by {use.sharding}", "FSDP2 (fsdp_version 2), or DDP")
 
 
 def sections() -> dict[str, type[BaseModel]]:
@@ -129,8 +140,11 @@ class Objective(BaseModel):
             field: what the objective is called in the faults.
         """
         found = []
-        for name, term in self.terms().items():
-            found += [fault.renamed(f"{field}.{name}.{fault.field}".rstrip(".")) for fault in term.faults(use)]
+        asked: dict[str, Any] = dict(self.terms())
+        if self.responses is not None:
+            asked["responses"] = self.responses
+        for name, section in asked.items():
+            found += [fault.renamed(f"{field}.{name}.{fault.field}".rstrip(".")) for fault in section.faults(use)]
         if use.reentrant is not None:
             # Its first forward runs without gradients, so what was seen inside of layers would carry none.
             found += [InputError(use.reentrant, True, f"false with losses.{name}") for name in self.looks_inside[:1]]

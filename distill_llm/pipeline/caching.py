@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from distill_llm.checks.recipe import check_data
-from distill_llm.common.errors import InputError
+from distill_llm.checks.recipe import load_rows
+from distill_llm.common.errors import InputError, raise_all
 from distill_llm.common.outputs import usable_output
 from distill_llm.common.processes import open_processes
 from distill_llm.data.encoding import collator, encode
@@ -23,12 +23,12 @@ from distill_llm.models.checkpoint import load_pretrained
 from distill_llm.models.finding import (
     OpenModel,
     check_head,
-    check_length,
     check_tokens,
     chosen_dtype,
     identity_of,
     open_model,
 )
+from distill_llm.models.limits import length_faults, limits_of
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.teachers.cache import CachedTeacher, check_objective
 from distill_llm.teachers.cache_format import INDEX_NAME, CacheIndex, CacheSettings, read_index
@@ -62,7 +62,7 @@ def cache_recipe(
     if dtype is not None and section.dtype not in (None, dtype):
         raise InputError("dtype", dtype, f"{section.dtype}, the recipe's teacher.dtype, or nothing")
     dtype = dtype or section.dtype
-    return _write(opened, lambda: check_data(recipe), section.cache, length, settings, batch_size, dtype, losses)
+    return _write(opened, lambda: load_rows(recipe, opened), section.cache, length, settings, batch_size, dtype, losses)
 
 
 def cache_teacher(
@@ -126,8 +126,8 @@ def _write(
             accepted = "a task whose inputs stay the same in every epoch: masked words change"
             raise InputError("task", rows.task.name, accepted)
         check_head(opened, rows.task)
-        check_length(opened, *length)
-        train = check_tokens(encode(rows, opened.tokenizer, length[1]), opened.tokenizer, opened.path).train
+        raise_all(length_faults(limits_of(opened.config, opened.name), length[1], length[0]))
+        train = check_tokens(encode(rows, opened.tokenizer, length[1]), opened).train
     # A tokenizer may know tokens that the model has no embedding for (Gemma 3's images).
     cut = min(token_count(opened.tokenizer), opened.config.vocab_size) if rows.task.is_language_model else None
     if objective is not None:

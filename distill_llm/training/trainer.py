@@ -21,6 +21,7 @@ from distill_llm.losses.objective import Objective, parse_objective
 from distill_llm.losses.terms.term import Use
 from distill_llm.losses.units import UNITS
 from distill_llm.models.adapters import without_adapters
+from distill_llm.models.limits import limits_of
 from distill_llm.teachers.cache import CachedTeacher
 from distill_llm.teachers.online import OnlineTeacher
 from distill_llm.training import projections
@@ -30,7 +31,14 @@ from distill_llm.training.evaluation_loss import EvaluationLoss
 from distill_llm.training.loss import LossSettings, TrainingLoss
 from distill_llm.training.on_policy import MARK, StudentResponses
 from distill_llm.training.order import GlobalBatchSampler
-from distill_llm.training.refusals import check_arguments, check_model, check_responses, check_teacher
+from distill_llm.training.refusals import (
+    check_arguments,
+    check_batch,
+    check_datasets,
+    check_model,
+    check_prompts,
+    check_teacher,
+)
 from distill_llm.training.shards import clip_with, whole
 
 
@@ -87,22 +95,31 @@ class DistillationTrainer(Trainer):
             ),
         )
         self.terms, self.teacher = self.loss.terms, self.loss.teacher
+        self._limits = [limits_of(without_adapters(model).config, "the student")]
+        if isinstance(teacher, PreTrainedModel):
+            self._limits.append(limits_of(teacher.config, "the teacher"))
+        rows = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
+        check_datasets(rows, self._limits, self.processing_class, self.data_collator)
         self.epoch = Epoch()
         self.add_callback(EpochBegins(self.epoch))
         if len(self.terms.projections) and self.lr_scheduler is not None:
             accepted = "an optimizer without a scheduler: the projections of hidden states join the optimizer"
             raise InputError("optimizers", type(self.lr_scheduler).__name__, accepted)
-        sharding = "DeepSpeed" if self.is_deepspeed_enabled else None
-        raise_all(objective.faults(Use(widths=self.terms.match.widths, sharding=sharding)))
+        fsdp = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        sharding = "DeepSpeed" if self.is_deepspeed_enabled else f"FSDP{fsdp.fsdp_version}" if fsdp else None
+        raise_all(objective.faults(Use(widths=self.terms.match.widths, sharding=sharding, kind=self.terms.kind)))
         self.responses: StudentResponses | None = None
         if objective.responses is not None:
-            fsdp = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-            unfit = self.is_deepspeed_enabled or (fsdp is not None and fsdp.fsdp_version == 1)
-            check_responses(teacher, self.loss.terms.kind, gathered=not unfit)
+            check_prompts(self.train_dataset, self._limits, objective.responses.max_new_tokens)
             self.responses = StudentResponses(objective.responses, self.data_collator, args.seed)
         self._evaluated = EvaluationLoss(self.accelerator, self.terms.kind)
         self._logged_terms = torch.zeros(len(objective.terms()), device=args.device)
         self._logged_steps = dict.fromkeys(objective.terms(), 0)  # that a term counted in
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """As `Trainer._prepare_inputs`, once the models have positions for the batch."""
+        check_batch(inputs, self._limits)
+        return super()._prepare_inputs(inputs)
 
     # One place where everything is reduced: sums of this batch over counts of the whole accumulated batch.
 

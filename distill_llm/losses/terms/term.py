@@ -51,6 +51,7 @@ class Use:
         sharding: DeepSpeed, FSDP1 or FSDP2, where the student is divided among processes.
         vector_widths: channels of all heads' queries and keys in layers that are compared with each other.
         head_size: channels of a head, where pruning chooses how many heads stay.
+        kind: what an output of the student is about.
         packed: whether rows hold several sequences.
     """
 
@@ -63,6 +64,7 @@ class Use:
     sharding: str | None = None
     vector_widths: frozenset[int] = frozenset()
     head_size: int | None = None
+    kind: Kind | None = None
     packed: bool = False
 
 
