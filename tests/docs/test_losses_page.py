@@ -15,7 +15,7 @@ TEXT = (Path(__file__).parents[2] / "docs" / "reference" / "losses.md").read_tex
 
 def rows(heading: str) -> dict[str, str]:
     """The rows of the table under a heading, by the name in their first column."""
-    section = TEXT.split(f"## {heading}\n")[1].split("\n## ")[0]
+    section = TEXT.split(f"## {heading}\n")[1].split("\n## ")[0].split("| --- |", 1)[1]
     return {match[1]: match[2] for match in re.finditer(r"^\| `(\w+)` \|(.*)\|$", section, re.MULTILINE)}
 
 
