@@ -245,10 +245,7 @@ def _check_cache(recipe: Recipe, teacher: OpenModel) -> None:
     given, own = recipe.teacher.dtype, cache.index.settings.dtype
     if given is not None and own not in (None, given):
         raise InputError("teacher.dtype", given, f"{own}, which the teacher of teacher.cache ran in, or nothing")
-    try:
-        cache.check_objective(recipe.distillation.losses)
-    except InputError as error:
-        raise error.renamed(f"distillation.{error.field}") from None
+    raise_all([fault.renamed(f"distillation.{fault.field}") for fault in cache.faults(recipe.distillation.losses)])
 
 
 def check_cached_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train: datasets.Dataset) -> None:

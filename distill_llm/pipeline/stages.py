@@ -33,7 +33,7 @@ from distill_llm.pruning.plan import PruningPlan
 from distill_llm.pruning.planning.budgets import share_of
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.recipe.sections import PruningSection
-from distill_llm.teachers.cache import CachedTeacher
+from distill_llm.teachers.base import Teacher
 from distill_llm.training.config import DistillationConfig
 from distill_llm.training.trainer import DistillationTrainer
 
@@ -210,7 +210,7 @@ class Stages:
         names = label_names(AutoConfig.from_pretrained(teacher_dir))
         return load_for_task(resolve_model(self.recipe.student.model), self.data.task, names, of_task=True)
 
-    def _recovery_teacher(self, path: Path, stage: Literal["recovery", "final"]) -> PreTrainedModel | CachedTeacher:
+    def _recovery_teacher(self, path: Path, stage: Literal["recovery", "final"]) -> PreTrainedModel | Teacher:
         """What the student learns from: the teacher, its weights in fewer bits, or what it said once."""
         section, training = self.recipe.teacher, self.recipe.training(stage)
         precision = "bfloat16" if training.get("bf16") else "float16" if training.get("fp16") else None
@@ -234,7 +234,7 @@ class Stages:
     def _train(
         self,
         model: PreTrainedModel,
-        teacher: PreTrainedModel | CachedTeacher | None,
+        teacher: PreTrainedModel | Teacher | None,
         target: Path,
         stage: str,
         losses: dict[str, Any],

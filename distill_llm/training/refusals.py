@@ -6,11 +6,11 @@ from typing import Any
 
 from transformers import PreTrainedModel, TrainingArguments
 
-from distill_llm.common.errors import InputError
+from distill_llm.common.errors import InputError, raise_all
 from distill_llm.losses.items import kind_of
 from distill_llm.losses.objective import Objective
 from distill_llm.models.adapters import UNTIED, is_quantized, tied_adapters, without_adapters
-from distill_llm.teachers.cache import CachedTeacher
+from distill_llm.teachers.base import Teacher
 
 HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForMaskedLM", "ForCausalLM", "GPT2LMHeadModel")
 UNUSED = {
@@ -56,22 +56,19 @@ def check_model(model: Any) -> None:
         raise InputError("model.config.num_labels", labels, "1 for a regression: an example has one value")
 
 
-def check_teacher(teacher: Any, student: PreTrainedModel, objective: Objective) -> None:
+def check_teacher(teacher: Teacher | None, student: PreTrainedModel, objective: Objective) -> None:
     """Whether there is a teacher where the objective needs one, with a divergence that fits the outputs.
 
     Args:
-        teacher: a model, a CachedTeacher or None.
+        teacher: may be None where the objective needs none.
         student: without its adapters.
         objective: what is to be learned.
 
     Raises:
-        InputError: no teacher, something that is none, a term that a cache has no signals for, a divergence of
-            probabilities of a single output.
+        InputError: no teacher, terms that it has no signals for, a divergence of probabilities of a single output.
     """
-    if isinstance(teacher, CachedTeacher):
-        teacher.check_objective(objective)
-    elif teacher is not None and not isinstance(teacher, PreTrainedModel):
-        raise InputError("teacher", type(teacher).__name__, "a transformers model, a CachedTeacher, or None")
+    if teacher is not None:
+        raise_all(teacher.faults(objective))
     if objective.needs_teacher and teacher is None:
         terms = [name for name in objective.terms() if name != "labels"]
         raise InputError("teacher", None, f"a model, since the objective has {', '.join(terms)}")
@@ -113,11 +110,11 @@ def compiling(training: Mapping[str, Any]) -> list[InputError]:
     return [InputError(name, value, accepted) for name, value in given[:1]]
 
 
-def check_responses(teacher: Any, kind: str, gathered: bool) -> None:
+def check_responses(teacher: Teacher | None, kind: str, gathered: bool) -> None:
     """Whether the student can answer prompts while it trains.
 
     Args:
-        teacher: a model, a CachedTeacher or None.
+        teacher: None is refused elsewhere.
         kind: of the student (see `kind_of`).
         gathered: whether each process has the student's whole weights, or can have them for a while.
 
@@ -126,10 +123,9 @@ def check_responses(teacher: Any, kind: str, gathered: bool) -> None:
     """
     if kind != "next_token":
         raise InputError("losses.responses", "a student that does not generate", "a causal language model")
-    if isinstance(teacher, CachedTeacher):
-        raise InputError(
-            "losses.responses", "a cached teacher", "a teacher in memory: it never saw the student's answers"
-        )
+    if teacher is not None and not teacher.judges_new_text:
+        accepted = "a teacher in memory: this one never saw the student's answers"
+        raise InputError("losses.responses", f"a {type(teacher).__name__}", accepted)
     if not gathered:
         raise InputError(
             "losses.responses", "a student sharded by DeepSpeed or FSDP1", "FSDP2 (fsdp_version 2), or DDP"

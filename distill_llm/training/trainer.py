@@ -1,6 +1,5 @@
 """`DistillationTrainer`: a transformers Trainer whose loss compares a student with a teacher."""
 
-import inspect
 import os
 import shutil
 from typing import Any
@@ -11,7 +10,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import EvalLoopOutput, has_length
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 
 from distill_llm.architectures.modeling_pruned import CODE_NAMES
 from distill_llm.common.errors import InputError
@@ -19,9 +18,9 @@ from distill_llm.data.epochs import Epoch
 from distill_llm.losses.items import UNITS, count_items
 from distill_llm.losses.objective import Objective, parse_objective
 from distill_llm.models.adapters import without_adapters
-from distill_llm.teachers.cache import CachedTeacher
-from distill_llm.teachers.online import OnlineTeacher
-from distill_llm.training import projections
+from distill_llm.teachers.base import Teacher
+from distill_llm.teachers.wrapping import as_teacher
+from distill_llm.training import projections, teacher_state
 from distill_llm.training.batches import EpochBegins, TrainingCollator
 from distill_llm.training.config import DistillationConfig
 from distill_llm.training.evaluation_loss import EvaluationLoss
@@ -30,6 +29,7 @@ from distill_llm.training.on_policy import MARK, StudentResponses
 from distill_llm.training.order import GlobalBatchSampler
 from distill_llm.training.refusals import check_arguments, check_model, check_responses, check_teacher
 from distill_llm.training.shards import clip_with, whole
+from distill_llm.training.teacher_state import StepsDone
 
 
 class DistillationTrainer(Trainer):
@@ -44,8 +44,8 @@ class DistillationTrainer(Trainer):
         model: the student, with a head for sequence or token classification, for regression with one value, for
             masked LM or for causal LM; or a PeftModel around it, whose adapters alone are trained and saved (see
             `distill_llm.models.adapters.merged`).
-        teacher: a model with the same outputs and tokenizer, quantised or not; or a CachedTeacher, for `labels` and
-            `logits`; may be None where the objective has `labels` only.
+        teacher: a model with the same outputs and tokenizer, quantised or not; or any `distill_llm.teachers.Teacher`, such as
+            a CachedTeacher; may be None where the objective has `labels` only.
         args: with the objective; other arguments as of `transformers.Trainer`, but for `model_init` and
             `compute_loss_func`.
 
@@ -58,7 +58,7 @@ class DistillationTrainer(Trainer):
     def __init__(
         self,
         model: PreTrainedModel | nn.Module,
-        teacher: PreTrainedModel | CachedTeacher | None = None,
+        teacher: PreTrainedModel | Teacher | None = None,
         args: DistillationConfig | None = None,
         **kwargs: Any,
     ):
@@ -69,12 +69,13 @@ class DistillationTrainer(Trainer):
         objective = self.objective
         check_arguments(args, objective, kwargs)
         check_model(model)
-        check_teacher(teacher, without_adapters(model), objective)
+        source = as_teacher(teacher)
+        check_teacher(source, without_adapters(model), objective)
         super().__init__(model=model, args=args, **kwargs)
         self.loss = TrainingLoss(
             objective,
             model,
-            teacher,
+            source,
             self.processing_class,
             args.device,
             teacher_dtype=getattr(torch, args.teacher_dtype) if args.teacher_dtype else None,
@@ -85,6 +86,8 @@ class DistillationTrainer(Trainer):
         self.terms, self.teacher = self.loss.terms, self.loss.teacher
         self.epoch = Epoch()
         self.add_callback(EpochBegins(self.epoch))
+        if self.teacher is not None:
+            self.add_callback(StepsDone(self.teacher))
         if len(self.terms.projections) and self.lr_scheduler is not None:
             accepted = "an optimizer without a scheduler: the projections of hidden states join the optimizer"
             raise InputError("optimizers", type(self.lr_scheduler).__name__, accepted)
@@ -95,11 +98,19 @@ class DistillationTrainer(Trainer):
         if objective.responses is not None:
             fsdp = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
             unfit = self.is_deepspeed_enabled or (fsdp is not None and fsdp.fsdp_version == 1)
-            check_responses(teacher, self.loss.terms.kind, gathered=not unfit)
+            check_responses(source, self.loss.terms.kind, gathered=not unfit)
             self.responses = StudentResponses(objective.responses, self.data_collator, args.seed)
         self._evaluated = EvaluationLoss(self.accelerator, self.terms.kind)
         self._logged_terms = torch.zeros(len(objective.terms()), device=args.device)
         self._logged_steps = dict.fromkeys(objective.terms(), 0)  # that a term counted in
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As `Trainer.train`; at its end, whatever ends it, the teacher is closed."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self.teacher is not None:
+                self.teacher.close()
 
     # One place where everything is reduced: sums of this batch over counts of the whole accumulated batch.
 
@@ -256,10 +267,9 @@ class DistillationTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            if isinstance(self.teacher, OnlineTeacher):
-                names = inspect.signature(self.teacher.model.forward).parameters
-                known: list[str] = self._signature_columns or []
-                self._signature_columns = [*known, *(name for name in names if name not in known)]  # type: ignore
+            known: list[str] = self._signature_columns or []
+            read = self.teacher.reads if self.teacher is not None else ()
+            self._signature_columns = [*known, *(name for name in read if name not in known)]  # type: ignore
 
     # Projections belong to the loss: optimised and checkpointed with the run, never part of the student.
 
@@ -275,6 +285,8 @@ class DistillationTrainer(Trainer):
             super()._save_optimizer_and_scheduler(output_dir)
         if len(self.terms.projections) and self.args.should_save:
             projections.save(self.optimizer, self.terms.projections, output_dir)
+        if self.teacher is not None and self.args.should_save:
+            teacher_state.save(self.teacher, output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         assert self.optimizer is not None
@@ -282,6 +294,8 @@ class DistillationTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
         if len(self.terms.projections) and checkpoint is not None:
             projections.load(self.optimizer, self.terms.projections, checkpoint)
+        if self.teacher is not None and checkpoint is not None:
+            teacher_state.load(self.teacher, checkpoint)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         for name in CODE_NAMES:

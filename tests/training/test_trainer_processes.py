@@ -22,9 +22,9 @@ SCRIPT = """
 import os, sys
 sys.path[:0] = {path!r}
 import torch
-from causal_examples import causal_model as talker
+from builders.causal import causal_model as talker
 from test_on_policy import data as prompts, trainer_of as answering
-from trainer_examples import TERMS, cached, model_of, rows, trainer_of, with_lora
+from builders.trainers import TERMS, cached, model_of, rows, trainer_of, with_lora
 TERMS = TERMS | {{"both": {{"labels": {{}}, "logits": {{}}}}}}
 processes = int(os.environ.get("WORLD_SIZE", 1))
 found = {{}}
@@ -81,7 +81,11 @@ def runs_of_one_and_two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     root = Path(__file__).parents[2]
     script = folder / "train.py"
-    script.write_text(SCRIPT.format(cases=PROCESS_CASES, path=[str(root), str(root / "tests")], folder=str(folder)))
+    script.write_text(
+        SCRIPT.format(
+            cases=PROCESS_CASES, path=[str(root), str(root / "tests"), str(Path(__file__).parent)], folder=str(folder)
+        )
+    )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for command in ([sys.executable], launcher):

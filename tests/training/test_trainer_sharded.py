@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from trainer_examples import TERMS, causal_model, rows
+from builders.trainers import TERMS, causal_model, rows
 from distill_llm.losses.objective import parse_objective
-from distill_llm import sharding
+from distill_llm.teachers import as_teacher
+from distill_llm.training.shards import whole as unsharded
 from distill_llm.training.loss import TrainingLoss
 dist.init_process_group("gloo")
 rank = dist.get_rank()
@@ -30,7 +31,7 @@ for tied in (False, True):
     for own in (False, True):
         for name in ("all", "hidden"):
             student = causal_model(layers=2, seed=1, tie_word_embeddings=tied).train()
-            loss = TrainingLoss(parse_objective(TERMS[name]), student, teacher, None, torch.device("cpu"))
+            loss = TrainingLoss(parse_objective(TERMS[name]), student, as_teacher(teacher), None, torch.device("cpu"))
             assert (loss.head_terms is None) == (name == "hidden")
             factors = {{name: torch.tensor(0.01) for name in loss.objective.terms()}}
             expected = sum(loss(student, half, factors, 0, 1)[0] for half in halves) / 2
@@ -42,7 +43,7 @@ for tied in (False, True):
             if own and not tied:
                 fully_shard(student.lm_head, reshard_after_forward=True)
             fully_shard(student, reshard_after_forward=True)
-            with sharding.whole(student), torch.no_grad():
+            with unsharded(student), torch.no_grad():
                 assert not any(isinstance(parameter, DTensor) for parameter in student.parameters())
                 for _ in range(1 + rank):  # as answers of other lengths in each process
                     student(halves[rank]["input_ids"])
@@ -60,14 +61,14 @@ TRAINING = """
 import os, sys
 sys.path[:0] = {path!r}
 import torch
-import trainer_examples
+from builders import trainers
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from causal_examples import causal_model as talker
+from builders.causal import causal_model as talker
 from test_on_policy import data as prompts, trainer_of as answering
 import test_on_policy
 from torch.distributed.tensor import DTensor
-from trainer_examples import TERMS, DistillationConfig, causal_model, rows, trainer_of
+from builders.trainers import TERMS, DistillationConfig, causal_model, rows, trainer_of
 
 processes = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -78,7 +79,7 @@ class Config(DistillationConfig):
             assert self.device.type == "cpu"
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
-trainer_examples.DistillationConfig = test_on_policy.DistillationConfig = Config
+trainers.DistillationConfig = test_on_policy.DistillationConfig = Config
 own, answers, found = {{"per_device_train_batch_size": 8 // processes}}, {{"max_new_tokens": 16}}, {{}}
 
 def keep(name, trainer, resume=None):
@@ -132,7 +133,9 @@ def run(script, processes, **variables):
 
 def script_of(folder, text):
     root, script = Path(__file__).parents[2], folder / "train.py"
-    script.write_text(text.format(path=[str(root), str(root / "tests")], folder=str(folder)))
+    script.write_text(
+        text.format(path=[str(root), str(root / "tests"), str(Path(__file__).parent)], folder=str(folder))
+    )
     return script
 
 

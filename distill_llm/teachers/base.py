@@ -1,0 +1,123 @@
+"""What training asks of a teacher. A new kind of teacher is one file with a subclass (docs/development/add-a-teacher.md)."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from transformers import PreTrainedModel
+
+from distill_llm.common.errors import InputError
+from distill_llm.losses.objective import Objective
+from distill_llm.models.capture import Signals, Wanted
+
+SIGNALS = {
+    "labels": "labels",
+    "logits": "logits",
+    "embeddings": "hidden",
+    "hidden": "hidden",
+    "attention": "attention",
+    "relations": "vectors",
+}
+
+
+class Teacher(ABC):
+    """Gives the signals that a student learns from.
+
+    A trainer calls, in this order: `faults` and `meet` when it is made, then `place`; `load_state_dict` where a training is
+    resumed; `prefetch` in the data loader and `signals` for every micro-batch; `after_step` after every optimizer step;
+    `state_dict` for every checkpoint; `close` when the training has ended. Only `meet` and `signals` must be written.
+
+    Attributes:
+        gives: the kinds of signals that it has. `logits` stands for any form of outputs; `hidden`, `attention` and `vectors`
+            are those of the layers of `model`.
+        model: the model whose layers are compared with the student's; None where it gives none of a layer.
+        compact: whether it can give the outputs of a language model without whole logits, as HeadSignals or SparseSignals.
+        prefetches: whether `prefetch` is to be called for the batches of training.
+        judges_new_text: whether it has signals of texts that are in no dataset, such as the student's own answers.
+        reads: columns of a dataset that it reads, besides those that the student reads.
+    """
+
+    gives: ClassVar[frozenset[str]] = frozenset({"logits"})
+    model: PreTrainedModel | None = None
+    compact: bool = False
+    prefetches: bool = False
+    judges_new_text: bool = True
+    reads: tuple[str, ...] = ()
+
+    def faults(self, objective: Objective) -> list[InputError]:
+        """What an objective needs and this teacher does not give."""
+        faults = []
+        for name in objective.terms():
+            if (signal := SIGNALS[name]) not in self.gives | {"labels"}:
+                accepted = f"a teacher that gives {signal}; this one gives {', '.join(sorted(self.gives))}"
+                faults.append(InputError(f"losses.{name}", f"a {type(self).__name__}", accepted))
+        return faults
+
+    @abstractmethod
+    def meet(self, student: PreTrainedModel, tokenizer: Any = None) -> int | None:
+        """Get to know the student, which may be kept: it is the model that is trained, without adapters or wrappers.
+
+        Args:
+            tokenizer: of the data, if the trainer has one.
+
+        Returns:
+            How many leading logits of student and teacher mean the same; None: all of them.
+
+        Raises:
+            InputError: the student cannot learn from this teacher.
+        """
+
+    def place(self, device: torch.device, dtype: torch.dtype | None = None, layers: Wanted | None = None) -> None:
+        """Get ready.
+
+        Args:
+            device: where the student trains, and batches and signals are.
+            dtype: what weights are to be held in; None leaves them as they are.
+            layers: of `model`, whose signals are wanted; None: none.
+        """
+        return
+
+    @abstractmethod
+    def signals(
+        self,
+        batch: Mapping[str, torch.Tensor],
+        step: int = 0,
+        positions: torch.Tensor | None = None,
+        compact: bool = False,
+    ) -> Signals:
+        """The signals of a batch, without gradients.
+
+        Args:
+            batch: as the collator made it, on the student's device: `input_ids` (B, T) and what goes with them.
+            step: optimizer steps done.
+            positions: (items,) indices into the flattened (B * T) tokens; logits are (items, V), of these tokens alone. None:
+                of a model with an output per example logits are (B, C).
+            compact: give outputs without whole logits; asked only of a teacher that is `compact`.
+        """
+
+    def prefetch(self, batch: Mapping[str, torch.Tensor], positions: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """Columns to add to a batch before it goes to the device, where `prefetches` is set.
+
+        Called in the processes of the data loader: the teacher is pickled to get there.
+
+        Args:
+            batch, positions: as of `signals`, on the CPU.
+        """
+        return {}
+
+    def after_step(self, step: int) -> None:
+        """The optimizer has changed the student; `step`: optimizer steps done."""
+        return
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training needs: tensors and plain values. It goes into every checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave, with tensors on the CPU."""
+        return
+
+    def close(self) -> None:
+        """Let go of what can be had again, such as connections: `signals` may be called again for another training."""
+        return
