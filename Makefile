@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test test-slow lint clean
+.PHONY: docs quickstart test test-slow lint clean
 
 quickstart: .venv/installed  ## prune and distill the embedded model on the embedded data
 	HF_HUB_OFFLINE=1 $(BIN)/distill-llm run recipes/quickstart.yaml --output-dir runs/quickstart
@@ -16,6 +16,9 @@ test: .venv/installed  ## the fast tests
 
 test-slow: .venv/installed  ## all tests, the slow ones too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m "slow or not slow"
+
+docs: .venv/installed  ## the reference pages that are made from the code
+	$(BIN)/python scripts/docs/recipe_reference.py
 
 lint: .venv/installed  ## style and types
 	$(BIN)/ruff check .

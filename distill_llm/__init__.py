@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from distill_llm.models.checkpoint import load_pretrained
     from distill_llm.pipeline.run import RunResult, run
     from distill_llm.pruning.compensation.bypass import fit_bypasses
-    from distill_llm.pruning.criteria import Importance, score
+    from distill_llm.pruning.criteria import criterion
     from distill_llm.pruning.cutting.masking import masked
     from distill_llm.pruning.cutting.surgery import prune
+    from distill_llm.pruning.importance import Importance, score
     from distill_llm.pruning.plan import LayerPlan, PruningPlan, keep_layers
     from distill_llm.pruning.planning.candidate import Limits
     from distill_llm.pruning.planning.latency import latency_costs, plan_for_latency
@@ -37,8 +38,9 @@ _HOMES = {
     "compare": "measuring.profiling",
     "profile": "measuring.profiling",
     "Limits": "pruning.planning.candidate",
-    "Importance": "pruning.criteria",
-    "score": "pruning.criteria",
+    "Importance": "pruning.importance",
+    "criterion": "pruning.criteria",
+    "score": "pruning.importance",
     "latency_costs": "pruning.planning.latency",
     "plan_for_latency": "pruning.planning.latency",
     "leave_one_out": "pruning.statistics.leave_one_out",
@@ -75,6 +77,7 @@ __all__ = [
     "Statistics",
     "collect_statistics",
     "compare",
+    "criterion",
     "fit_bypasses",
     "keep_layers",
     "latency_costs",

@@ -22,8 +22,9 @@ from distill_llm.common.outputs import nearest
 from distill_llm.data.tasks import Task
 from distill_llm.losses.relations import relation_heads
 from distill_llm.models.adapters import UNTIED, tied_adapters, without_adapters
-from distill_llm.models.capture import Recorder, Wanted
+from distill_llm.models.capture import Recorder
 from distill_llm.models.finding import OpenModel, first_line
+from distill_llm.models.recording import Wanted
 from distill_llm.pruning.units.sizes import second_moment_bytes
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.training.terms import Terms

@@ -21,7 +21,7 @@ from distill_llm.data.tasks import Task
 from distill_llm.evaluation.generation import respond
 from distill_llm.evaluation.perplexity import causal_loss
 from distill_llm.metrics.registry import METRICS, load_metric, text_score
-from distill_llm.models.capture import item_logits, packed
+from distill_llm.models.item_logits import item_logits, packed
 
 
 def evaluate_model(

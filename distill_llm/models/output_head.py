@@ -12,7 +12,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from distill_llm.common.errors import InputError
 from distill_llm.losses.head import Head
-from distill_llm.models.capture import attention_configs, kernels_named
+from distill_llm.models.attention_kernels import attention_configs, kernels_named
 
 PROBE = 60.0  # logits from minus to plus this: beyond any soft cap
 # Fields of a configuration that say what is done to logits: multiplied by this power of the field, or capped.

@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ from distill_llm.common.errors import InputError
 from distill_llm.common.files import written_whole
 from distill_llm.common.outputs import usable_output
 from distill_llm.common.processes import open_processes
+from distill_llm.pipeline.stage import Result, Stage, stale
 from distill_llm.recipe.recipe import RECIPE
 
-COMPLETE, REPORT, PUSH = "complete", "report", "push/"
-FREE = ("output_dir", "description", "hub")
-"""Sections of a recipe that may change once a run has begun: a folder can be moved, and is pushed at the end."""
+COMPLETE = "complete"
+FREE = ("output_dir", "description")
+"""Sections of a recipe that may change in any run: a folder can be moved. So may those that a stage alone reads."""
 
 
 class RunFolder:
@@ -29,25 +30,29 @@ class RunFolder:
 
     Args:
         folder: made if it does not exist.
-        recipe_yaml: the resolved recipe, kept as `recipe.yaml`; where its evaluation is another than before, the report is
-            made, and pushed, anew.
+        recipe_yaml: the resolved recipe, kept as `recipe.yaml`. Stages that it makes stale are forgotten, to be done anew.
+        stages: of the recipe.
+        own_sections: sections of the recipe that a stage alone reads.
 
     Raises:
         InputError: if the folder holds a run of another recipe, or files that are not a run's.
     """
 
-    def __init__(self, folder: Path, recipe_yaml: str):
+    def __init__(
+        self, folder: Path, recipe_yaml: str, stages: Sequence[Stage] = (), own_sections: Collection[str] = ()
+    ):
         self.folder = folder
         self.processes = open_processes()
         own = folder / RECIPE
         usable_output(folder, begun=RECIPE)
         before = own.read_text() if own.is_file() else None
         if before is not None:
-            _same_recipe(folder, before, recipe_yaml)
+            _same_recipe(folder, before, recipe_yaml, {*FREE, *own_sections})
         self.processes.wait_for_everyone()
+        if self.processes.is_main_process:
+            recipes = [yaml.safe_load(text) for text in (before or recipe_yaml, recipe_yaml)]
+            self._forget(stale(stages, self.results.keys(), *recipes))
         if self.processes.is_main_process and before != recipe_yaml:
-            if before is not None and _evaluation(before) != _evaluation(recipe_yaml):
-                self._write({k: v for k, v in self.results.items() if k != REPORT and not k.startswith(PUSH)})
             with written_whole(own) as path:
                 path.write_text(recipe_yaml)
         self.processes.wait_for_everyone()
@@ -58,38 +63,35 @@ class RunFolder:
         path = self.folder / "state.json"
         return json.loads(path.read_text())["stages"] if path.is_file() else {}
 
-    @property
-    def seconds(self) -> float:
-        """Time spent in the stages that are done, over all starts."""
-        return sum(result["seconds"] for result in self.results.values())
-
-    def stage(self, name: str, work: Callable[[], dict[str, Any] | None], everyone: bool = False) -> dict[str, Any]:
-        """The result of a stage: from disk if it is done, else by doing its work and keeping the result.
-
-        Args:
-            work: returns the result (plain JSON); called on process 0, or on all with `everyone`, where process 0's counts.
-        """
+    def result(self, stage: Stage) -> Result:
+        """The result of a stage: from disk if it is done, else by doing its work and keeping the result."""
         done = self.results
-        if name in done:
-            return done[name]
+        if stage.name in done:
+            return done[stage.name]
         start = time.monotonic()
-        result = work() if everyone or self.processes.is_main_process else None
+        result = stage.work(done) if stage.together or self.processes.is_main_process else None
         clear_device_cache(garbage_collection=True)  # the models of a stage make room for those of the next
         self.processes.wait_for_everyone()
         if self.processes.is_main_process:
-            done[name] = {**(result or {}), "seconds": round(time.monotonic() - start, 2)}
+            if missing := [str(path) for path in stage.outputs if not path.exists()]:
+                raise FileNotFoundError(f"stage {stage.name} did not write {', '.join(missing)}")
+            done[stage.name] = {**(result or {}), "seconds": round(time.monotonic() - start, 2)}
             self._write(done)
         self.processes.wait_for_everyone()
-        return self.results[name]
+        return self.results[stage.name]
+
+    def _forget(self, names: Collection[str]) -> None:
+        if names:
+            self._write({name: result for name, result in self.results.items() if name not in names})
 
     def _write(self, results: Mapping[str, Any]) -> None:
         with written_whole(self.folder / "state.json") as path:
             path.write_text(json.dumps({"stages": results}, indent=2) + "\n")
 
 
-def _same_recipe(folder: Path, old: str, new: str) -> None:
-    """What decides the student must be as it was begun with; how it is timed and pushed may change."""
-    before, after = _deciding(yaml.safe_load(old)), _deciding(yaml.safe_load(new))
+def _same_recipe(folder: Path, old: str, new: str, free: Collection[str]) -> None:
+    """What decides the student must be as the run was begun with; how the student is timed and pushed may change."""
+    before, after = _deciding(yaml.safe_load(old), free), _deciding(yaml.safe_load(new), free)
     differing = [key for key in after if before.get(key) != after[key]]
     if differing:
         raise InputError(
@@ -99,19 +101,15 @@ def _same_recipe(folder: Path, old: str, new: str) -> None:
         )
 
 
-def _evaluation(recipe_yaml: str) -> Any:
-    return yaml.safe_load(recipe_yaml).get("evaluation")
-
-
-def _deciding(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def _deciding(recipe: Mapping[str, Any], free: Collection[str]) -> dict[str, Any]:
     """A recipe without what has no say in the student: a batch too large for the device must not cost a trained run.
 
-    The timed batch has one where pruning counts costs for it.
+    The timed batch has a say where pruning counts costs for it.
     """
     params = (recipe.get("pruning") or {}).get("cost", "params") == "params"
-    free = ("batch_size", "latency") if params else ("batch_size",)
-    evaluation = {name: value for name, value in recipe.get("evaluation", {}).items() if name not in free}
-    return {**{name: value for name, value in recipe.items() if name not in FREE}, "evaluation": evaluation}
+    batches = ("batch_size", "latency") if params else ("batch_size",)
+    evaluation = {name: value for name, value in recipe.get("evaluation", {}).items() if name not in batches}
+    return {**{name: value for name, value in recipe.items() if name not in free}, "evaluation": evaluation}
 
 
 class MarkComplete(TrainerCallback):

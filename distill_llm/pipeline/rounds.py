@@ -17,9 +17,8 @@ from distill_llm.losses.items import kind_of
 from distill_llm.measuring.clocks import relative_latency
 from distill_llm.models.fingerprints import teacher_fingerprint
 from distill_llm.pruning.compensation.bypass import Bypasses, fit_bypasses, outputs_taken_over
-from distill_llm.pruning.criteria import score
 from distill_llm.pruning.cutting.surgery import prune
-from distill_llm.pruning.names import NEEDS_GRADIENTS
+from distill_llm.pruning.importance import score
 from distill_llm.pruning.plan import PruningPlan, keep_layers
 from distill_llm.pruning.planning.budgets import share_of
 from distill_llm.pruning.planning.candidate import Limits
@@ -160,7 +159,7 @@ class Cutter:
         On several processes each sees a part of the batches, and all end with the same sums.
         """
         section, loss = self.section, self.loss
-        needs_gradients, needs_without = self._needs_gradients, "leave_one_out" in section.criteria
+        needs_gradients, needs_without = self._needs_gradients, section.needs("leave_one_out")
         users = file is not None and section.statistics is not None and file == section.statistics.expanduser()
         with_loss = needs_gradients or users
         identity: dict[str, Any] = {}
@@ -224,7 +223,7 @@ class Cutter:
 
     @property
     def _needs_gradients(self) -> bool:
-        return bool(self.section.criteria & set(NEEDS_GRADIENTS))
+        return self.section.needs("gradients")
 
     @property
     def _hidden_moments(self) -> bool:
@@ -246,7 +245,7 @@ class Cutter:
             return False
         if not file.is_file() or {name: record.get(name) for name in identity} != identity:
             return False
-        needs_loss = needs_gradients or "leave_one_out" in self.section.criteria
+        needs_loss = needs_gradients or self.section.needs("leave_one_out")
         if needs_loss and record.get("loss") not in (self.loss, *([] if needs_gradients else [None])):
             return False
         if self._hidden_moments and not record.get("hidden_moments"):

@@ -6,16 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
-
 from distill_llm.checks.recipe import check_cached_rows, check_recipe
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.common.files import written_whole
 from distill_llm.common.outputs import usable_output
-from distill_llm.models.finding import resolve_model
-from distill_llm.pipeline.folder import PUSH, REPORT, RunFolder
-from distill_llm.pipeline.stages import Stages
+from distill_llm.pipeline.context import Context
+from distill_llm.pipeline.folder import RunFolder
+from distill_llm.pipeline.stages import own_sections, stages_of
+from distill_llm.pipeline.stages.prune import cut_model, models_to_cut, show
 from distill_llm.recipe.recipe import Recipe, parse_recipe
 
 
@@ -42,7 +40,17 @@ def run(recipe: Recipe | Mapping[str, Any], output_dir: str | Path | None = None
     if output_dir is not None:
         recipe = recipe.model_copy(update={"output_dir": Path(output_dir).expanduser()})
     check_recipe(recipe)
-    return Run(recipe).result()
+    context = Context(recipe)
+    train = context.data.train  # on all processes at once: reading it waits for process 0
+    check_cached_rows(recipe, context.tokenizer, train)
+    stages = stages_of(context)
+    folder = RunFolder(context.folder, recipe.to_yaml(), stages, own_sections())
+    for stage in stages:
+        result = folder.result(stage)
+        if (parts := stage.line(result)) is not None:
+            context.say(f"{stage.name}: {', '.join(parts)} ({result['seconds']:.0f} s)")
+        stage.tidy()
+    return RunResult(json.loads(context.metrics_file.read_text()), context.student_dir, context.report_file)
 
 
 def prune_recipe(recipe: Recipe) -> Path:
@@ -63,22 +71,21 @@ def prune_recipe(recipe: Recipe) -> Path:
     check_recipe(recipe)
     assert section is not None and section.keep is not None
     file = section.statistics.expanduser() if section.statistics is not None else None
-    stages = Stages(recipe)
-    where = torch.device("cpu") if section.offload else stages.processes.device
-    teacher = stages.load(resolve_model(recipe.teacher.model), device=where).eval()
-    cut = stages.cutter(section).cut(teacher, teacher, section.keep, file)
-    if not stages.processes.is_main_process:
+    context = Context(recipe)
+    teacher = models_to_cut(context, context.teacher_path, context.teacher_path)[0]
+    cut = cut_model(context, teacher, teacher, section.keep, file)
+    if not context.processes.is_main_process:
         return target
-    plan, student = cut.plan, stages.as_written(cut.model)
+    plan, student = cut.plan, context.as_written(cut.model)
     del cut  # two models at a time
     with written_whole(target, folder=True) as folder:
-        stages.save(student, folder)
-        stages.show(plan, teacher, folder, "plan")
-    teacher = stages.as_written(teacher)
-    scores = [stages.evaluate(model)["score"] for model in (teacher, student)]
+        context.save(student, folder)
+        show(plan, teacher, folder, "plan")
+    teacher = context.as_written(teacher)
+    scores = [context.evaluate(model)["score"] for model in (teacher, student)]
     of = "the latency" if section.cost == "latency" else f"the layers' {section.cost}"
     share = f"{plan.kept:.1%} of {of} kept" + (f" ({plan.note})" if plan.note else "")
-    _say(stages, f"prune: {share}, {stages.data.task.main_metric} {scores[0]:.4f} -> {scores[1]:.4f}")
+    context.say(f"prune: {share}, {context.data.task.main_metric} {scores[0]:.4f} -> {scores[1]:.4f}")
     return target
 
 
@@ -94,87 +101,8 @@ def _unused(recipe: Recipe) -> list[InputError]:
         "pruning.layers": section.layers if section else None,
         "pruning.rounds": section.rounds if section and section.rounds > 1 else None,
     }
-    accepted = "nothing where a model is only pruned (a recipe for `distill-llm run` has it)"
-    faults = [InputError(name, value, accepted) for name, value in given.items() if value is not None]
+    fix = "leave it out: this only prunes a model (`distill-llm run` takes a recipe with it)"
+    faults = [InputError(name, value, fix=fix) for name, value in given.items() if value is not None]
     if not faults and (section is None or section.keep is None):
         faults = [InputError("pruning.keep", None, "a share above 0, at most 1")]
     return faults
-
-
-class Run:
-    """The stages of a recipe in order, those that are done read from the run folder.
-
-    Args:
-        recipe: checked already.
-    """
-
-    def __init__(self, recipe: Recipe):
-        self.recipe, self.stages = recipe, stages = recipe, Stages(recipe)
-        train = stages.data.train  # on all processes at once: reading it waits for process 0
-        check_cached_rows(recipe, stages.tokenizer, train)
-        self.state = RunFolder(Path(recipe.output_dir), recipe.to_yaml())
-
-    def result(self) -> RunResult:
-        """All stages, then the report."""
-        recipe, stages, state = self.recipe, self.stages, self.state
-        teacher = state.stage("teacher", stages.teacher, everyone=True)
-        self._line("teacher", teacher)
-        stages.clean(stages.folder / "teacher")
-        teacher_dir = stages.folder / "teacher" if recipe.teacher.train is not None else Path(stages.teacher_path)
-        student_dir = teacher_dir
-        rounds = []
-        count = recipe.pruning.rounds if recipe.pruning else 1
-        for number in range(1, count + 1):
-            row: dict[str, Any] = {"round": number, "seconds": {}}
-            folder = stages.folder / f"round-{number}"
-            if recipe.pruning is not None:
-                name = f"round-{number}/prune"
-                pruned = state.stage(
-                    name,
-                    lambda: stages.prune(folder, student_dir, teacher_dir, number),  # noqa: B023
-                    everyone=True,
-                )
-                self._line(name, pruned)
-                row |= {k: v for k, v in pruned.items() if k != "seconds"}
-                row["seconds"]["prune"] = pruned["seconds"]
-                student_dir = folder / "pruned"
-            if recipe.distillation is not None:
-                name = f"round-{number}/recover"
-                last = number == count
-                recovered = state.stage(
-                    name,
-                    lambda: stages.recover(folder, student_dir, teacher_dir, last),  # noqa: B023
-                    everyone=True,
-                )
-                self._line(name, recovered)
-                stages.clean(folder / "student")
-                row |= {"score_recovered": recovered["score"], "recovered": recovered["metrics"]}
-                row["seconds"]["recover"] = recovered["seconds"]
-                student_dir = folder / "student"
-            rounds.append(row)
-        finished = state.stage(REPORT, lambda: stages.report(teacher_dir, student_dir, teacher, rounds, state.seconds))
-        metrics = json.loads((stages.folder / "metrics.json").read_text())
-        self._line(REPORT, finished)
-        if recipe.hub is not None:
-            state.stage(PUSH + recipe.hub.repo_id, stages.push)
-        return RunResult(metrics, stages.folder / "student", stages.folder / "report.md")
-
-    def _line(self, stage: str, result: Mapping[str, Any]) -> None:
-        metric = self.stages.data.task.main_metric if "score" in result else ""
-        parts = [f"{metric} {result['score']:.4f}"] if "score" in result else []
-        if "score_pruned" in result:
-            parts.append(f"{result['layer_params_kept']:.1%} of the layers' parameters kept")
-            parts.append(f"{self.stages.data.task.main_metric} {result['score_pruned']:.4f} pruned")
-            if result["score_compensated"] is not None:
-                parts.append(f"{result['score_compensated']:.4f} compensated")
-        if "summary" in result:
-            parts.append(result["summary"])
-        if result.get("note"):
-            parts.append(result["note"])
-        _say(self.stages, f"{stage}: {', '.join(parts)} ({result['seconds']:.0f} s)")
-
-
-def _say(stages: Stages, text: str) -> None:
-    """A line to the user, from process 0."""
-    if stages.processes.is_main_process:
-        Console(soft_wrap=True).print(text, markup=False, highlight=False)

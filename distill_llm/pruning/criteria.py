@@ -1,153 +1,179 @@
-"""Criteria: pure functions from statistics to scores, so another criterion costs no data.
+"""The criteria: what each reads of the statistics, and the score that it makes of them.
 
-A score says how much is lost when the unit is removed; the lowest go first.
+A criterion is a decorated function. The decorator registers it, and recipes, checks and messages know it by its name from then
+on. docs/development/add-a-criterion.md shows how to add one. This file must not import torch: recipes are checked without it.
+
+With a the input of the attention-output or FFN-down linear, g the loss's gradient there, and sums over a unit's channels, the
+fields of `UnitStatistics` hold what the formulas below name. For layers, a is what the layer adds to its input and g the
+gradient at its output; no weights of its own read it, so wanda is activation there. For channels of the residual stream, a is
+what linears read of it, summed over these tensors within an example (see `channel_readers`).
 """
 
-import os
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
 from distill_llm.common.errors import InputError, one_of
-from distill_llm.pruning.names import COMPARABLE, CRITERIA, NEEDS_GRADIENTS, RANKS_LAYERS
-from distill_llm.pruning.statistics.record import BY_LAYER, WHOLE, Statistics, UnitStatistics
-from distill_llm.pruning.units.sizes import LayerShape
 
-# What each criterion reads of a unit's statistics, from the sums and the numbers of examples and tokens.
-_PER_UNIT: dict[str, Callable[[UnitStatistics, int, int], torch.Tensor]] = {
-    "taylor": lambda unit, examples, tokens: unit.taylor / examples,
-    "fisher": lambda unit, examples, tokens: unit.fisher / examples,
-    "activation": lambda unit, examples, tokens: (unit.activation / tokens).sqrt(),
-    "wanda": lambda unit, examples, tokens: unit.wanda / tokens**0.5,
-    "magnitude": lambda unit, examples, tokens: unit.magnitude.sqrt(),
-    "magnitude_l1": lambda unit, examples, tokens: unit.magnitude_l1,
-}
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    from distill_llm.pruning.statistics.record import Statistics, UnitStatistics
+
+Need = Literal["activations", "gradients", "leave_one_out"]
+NEEDS: tuple[Need, ...] = get_args(Need)
 
 
 @dataclass(frozen=True)
-class Importance:
-    """Scores of a model's units.
+class Criterion:
+    """A criterion and what is known of it before any model is loaded.
 
     Attributes:
-        heads: per layer, a vector with a score per head (KV group). Empty where the criterion scores layers only.
-        neurons: per layer, a vector with a score per FFN neuron. Empty where the criterion scores layers only.
-        layers: a score per layer.
-        queries: per layer, a vector with a score per query head; empty where there are none.
-        attention, ffn: a score per layer for the whole of its attention, of its FFN; None where there are none.
-        hidden: a score per channel of the residual stream; None where there are none.
-        layer_criterion: what ranked the layers, where it was not `criterion`.
+        name: what `criterion` is set to.
+        scores: the decorated function.
+        needs: what the statistics must hold: activations (of calibration data), gradients (a loss), leave_one_out
+            (`leave_one_out` has completed them). Empty: the weights alone.
+        comparable: whether scores of different kinds of units may be ranked together.
+        layers_only: whether it ranks whole layers and no other unit.
+        paper: where it comes from.
     """
 
-    criterion: str
-    heads: tuple[torch.Tensor, ...]
-    neurons: tuple[torch.Tensor, ...]
-    layers: torch.Tensor
-    queries: tuple[torch.Tensor, ...] = ()
-    attention: torch.Tensor | None = None
-    ffn: torch.Tensor | None = None
-    hidden: torch.Tensor | None = None
-    layer_criterion: str | None = None
+    name: str
+    scores: Callable[..., "Tensor"]
+    needs: frozenset[Need]
+    comparable: bool = False
+    layers_only: bool = False
+    paper: str = ""
 
-    def comparable(self, units: Collection[str]) -> bool:
-        """Whether scores of these kinds of units may be ranked together (they are in the same unit, squared loss)."""
-        return self.criterion in COMPARABLE and ("layers" not in units or self.layer_criterion is None)
-
-    def require(self, units: Sequence[str]) -> None:
-        """Raise InputError if there are no scores for one of the units."""
-        for unit in units:
-            found = getattr(self, unit)
-            if found is None or not len(found):
-                accepted = f"scores of {unit}: " + (
-                    f"a criterion other than {self.criterion}, which ranks layers"
-                    if self.criterion in RANKS_LAYERS
-                    else f"statistics collected with {unit}"
-                )
-                raise InputError("criterion", self.criterion, accepted)
-
-    def check(self, shapes: Sequence[LayerShape], hidden: int) -> None:
-        """Raise InputError unless the scores are of a model with these layers, `hidden` channels wide."""
-        counts = [tuple(map(len, rows)) for rows in (self.heads, self.neurons, self.queries)]
-        wanted = list(
-            zip(*((s.heads, s.neurons, s.heads if s.queries is None else s.queries) for s in shapes), strict=True)
-        )
-        width = 0 if self.hidden is None else len(self.hidden)
-        # Empty: not scored, which `require` judges.
-        differ = [own != theirs for own, theirs in zip(counts, wanted, strict=True) if own]
-        if len(self.layers) != len(shapes) or any(differ) or width not in (0, hidden):
-            own = f"{len(self.layers)} layers {list(zip(*filter(None, counts), strict=False))[:2]}..., {width} channels"
-            raise InputError("scores", own, f"scores of this model, {list(shapes)[:2]}..., {hidden} channels")
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Write as safetensors."""
-        tensors = {kind: getattr(self, kind) for kind in WHOLE if getattr(self, kind) is not None}
-        for kind in BY_LAYER:
-            tensors.update({f"{kind}.{i}": row for i, row in enumerate(getattr(self, kind))})
-        names = {"criterion": self.criterion, "layer_criterion": self.layer_criterion}
-        metadata = {name: value for name, value in names.items() if value is not None}
-        save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata=metadata)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> "Importance":
-        """Read what `save` wrote."""
-        with safe_open(path, "pt") as file:
-            keys = list(file.keys())
-            found: dict[str, Any] = {kind: file.get_tensor(kind) for kind in WHOLE if kind in keys}
-            for kind in BY_LAYER:
-                count = sum(key.startswith(f"{kind}.") for key in keys)
-                found[kind] = tuple(file.get_tensor(f"{kind}.{i}") for i in range(count))
-            return cls(**file.metadata(), **found)
+    @property
+    def reads_loss(self) -> bool:
+        """Whether it depends on the calibration loss."""
+        return not self.needs.isdisjoint({"gradients", "leave_one_out"})
 
 
-def score(
-    statistics: Statistics, criterion: str = "fisher", seed: int = 0, layer_criterion: str | None = None
-) -> Importance:
-    """Scores of all units; those of whole layers by a criterion of their own, where `layer_criterion` names one.
+@dataclass(frozen=True)
+class Seen:
+    """The calibration data that statistics are sums over.
 
-    With a the input of the attention-output or FFN-down linear, g the loss's gradient there, and sums over a unit's channels:
+    Attributes:
+        examples, tokens: how many there were, padding left out; 1 of none, so that a sum can be divided by them.
+        generator: random numbers that follow the seed of `score`.
+    """
 
-    - random: uniform, from `seed`.
-    - magnitude, magnitude_l1: L2 and L1 norm of the weights that make and use the unit (Li et al. 2017, section 3.1).
-    - taylor: mean over examples of |sum over tokens of a g| (Molchanov et al. 2019, equation 8), which is the gradient of a mask
-      on the unit (Michel et al. 2019, equation 2).
-    - fisher: mean over examples of (sum over tokens of a g)^2 (Kwon et al. 2022, section 4.1).
-    - activation: root mean square of a over tokens (Muralidharan et al. 2024, section 2.2).
-    - wanda: root mean square of a channel of a times the L1 norm of the weights that read it (Sun et al. 2024, section 3, summed
-      over the weights of the unit).
-    - block_influence: for layers, 1 - mean cosine of a layer's input and output (Men et al. 2024, equation 1).
-    - leave_one_out: for layers, the loss without the layer less the loss with it (see `leave_one_out`).
+    examples: int
+    tokens: int
+    generator: "Generator"
 
-    For layers, a is what the layer adds to its input and g the gradient at its output; no weights of its own read it, so that
-    wanda is activation there. For channels of the residual stream a is what linears read of it, summed over these tensors within
-    an example (see `channel_readers`).
+
+CRITERIA: dict[str, Criterion] = {}
+"""Every criterion by its name, in the order in which they were registered."""
+
+Function = TypeVar("Function", bound="Callable[..., Tensor]")
+
+
+def criterion(
+    name: str, *, needs: Collection[Need] = (), comparable: bool = False, layers_only: bool = False, paper: str = ""
+) -> Callable[[Function], Function]:
+    """Register a criterion.
+
+    A score says how much is lost when the unit is removed; the lowest go first. The function takes `(units, seen)`, a
+    `UnitStatistics` of U units and a `Seen`, and returns their scores (U,). It is called once for every kind of unit and,
+    where a kind has units in every layer, once for every layer. With `layers_only` it takes the `Statistics` and returns a
+    score for each layer (L,).
+
+    Args:
+        name: what `criterion` will be set to.
+        needs: see `Criterion`.
+        comparable: say so where the scores of a head, a neuron and a channel are in the same unit and may be ranked together.
+        layers_only: for a criterion of whole layers.
+        paper: author, year, section or equation.
 
     Raises:
-        InputError: for another criterion, or statistics without what it needs.
+        ValueError: a name that is taken, or an unknown need.
     """
-    if layer_criterion is not None:
-        layers = score(statistics, layer_criterion, seed).layers
-        return replace(score(statistics, criterion, seed), layers=layers, layer_criterion=layer_criterion)
-    if criterion not in CRITERIA:
-        raise InputError("criterion", criterion, one_of(CRITERIA, criterion))
-    if criterion in NEEDS_GRADIENTS and not statistics.has_gradients:
-        raise InputError("criterion", criterion, "statistics collected with a loss, or a criterion without gradients")
-    if criterion == "block_influence":
-        return Importance(criterion, (), (), 1 - statistics.similarity / max(statistics.tokens, 1))
-    if criterion == "leave_one_out":
-        if statistics.without is None:
-            raise InputError("criterion", criterion, "statistics completed by leave_one_out(...)")
-        return Importance(criterion, (), (), statistics.without)
-    generator = torch.Generator().manual_seed(seed)
-    examples, tokens = max(statistics.examples, 1), max(statistics.tokens, 1)
+    if unknown := set(needs) - set(NEEDS):
+        raise ValueError(f"criterion {name!r}: unknown needs {sorted(unknown)}; the needs are {', '.join(NEEDS)}")
 
-    def values(unit: UnitStatistics) -> torch.Tensor:
-        if criterion == "random":
-            return torch.rand(len(unit.activation), generator=generator)
-        return _PER_UNIT[criterion](unit, examples, tokens)
+    def register(function: Function) -> Function:
+        if name in CRITERIA:
+            raise ValueError(f"criterion {name!r} exists already: choose another name")
+        CRITERIA[name] = Criterion(name, function, frozenset(needs), comparable, layers_only, paper)
+        return function
 
-    rows = {kind: tuple(map(values, getattr(statistics, kind))) for kind in BY_LAYER}
-    whole = {kind: values(getattr(statistics, kind)) for kind in WHOLE}
-    return Importance(criterion, **rows, **whole)  # type: ignore[arg-type]
+    return register
+
+
+def find_criterion(name: str, field: str = "criterion") -> Criterion:
+    """The criterion of this name.
+
+    Raises:
+        InputError: there is none; the message suggests the nearest name.
+    """
+    if name not in CRITERIA:
+        raise InputError(field, name, one_of(CRITERIA, name))
+    return CRITERIA[name]
+
+
+def is_comparable(name: str) -> bool:
+    """Whether scores of different kinds of units may be ranked together; False for an unknown criterion."""
+    return name in CRITERIA and CRITERIA[name].comparable
+
+
+def ranks_layers_only(name: str) -> bool:
+    """Whether a criterion ranks whole layers and no other unit; False for an unknown one."""
+    return name in CRITERIA and CRITERIA[name].layers_only
+
+
+@criterion("random")
+def random(units: "UnitStatistics", seen: Seen) -> "Tensor":
+    """Uniform in [0, 1), from the seed: what every other criterion must beat."""
+    return units.magnitude.new_empty(len(units.magnitude)).uniform_(generator=seen.generator)
+
+
+@criterion("magnitude", paper="Li et al. 2017, section 3.1")
+def magnitude(units: "UnitStatistics", seen: Seen) -> "Tensor":
+    """L2 norm of the weights that make and use the unit."""
+    return units.magnitude.sqrt()
+
+
+@criterion("magnitude_l1", paper="Li et al. 2017, section 3.1")
+def magnitude_l1(units: "UnitStatistics", seen: Seen) -> "Tensor":
+    """L1 norm of the weights that make and use the unit."""
+    return units.magnitude_l1
+
+
+@criterion("taylor", needs=["gradients"], paper="Molchanov et al. 2019, equation 8")
+def taylor(units: "UnitStatistics", seen: Seen) -> "Tensor":
+    """Mean over examples of |sum over tokens of a g|: the gradient of a mask on the unit (Michel et al. 2019, equation 2)."""
+    return units.taylor / seen.examples
+
+
+@criterion("fisher", needs=["gradients"], comparable=True, paper="Kwon et al. 2022, section 4.1")
+def fisher(units: "UnitStatistics", seen: Seen) -> "Tensor":
+    """Mean over examples of (sum over tokens of a g)^2: of every kind of unit it is in the same unit, squared loss."""
+    return units.fisher / seen.examples
+
+
+@criterion("activation", needs=["activations"], paper="Muralidharan et al. 2024, section 2.2")
+def activation(units: "UnitStatistics", seen: Seen) -> "Tensor":
+    """Root mean square of a over tokens."""
+    return (units.activation / seen.tokens).sqrt()
+
+
+@criterion("wanda", needs=["activations"], paper="Sun et al. 2024, section 3, summed over the weights of the unit")
+def wanda(units: "UnitStatistics", seen: Seen) -> "Tensor":
+    """Root mean square of a channel of a times the L1 norm of the weights that read it."""
+    return units.wanda / seen.tokens**0.5
+
+
+@criterion("block_influence", needs=["activations"], layers_only=True, paper="Men et al. 2024, equation 1")
+def block_influence(statistics: "Statistics") -> "Tensor":
+    """1 - mean cosine of a layer's input and output."""
+    return 1 - statistics.similarity / max(statistics.tokens, 1)
+
+
+@criterion("leave_one_out", needs=["leave_one_out"], layers_only=True, paper="Kim et al. 2024, section 3.2")
+def leave_one_out(statistics: "Statistics") -> "Tensor":
+    """The loss without the layer less the loss with it (see `leave_one_out` of pruning/statistics)."""
+    assert statistics.without is not None
+    return statistics.without

@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 from distill_llm.common.errors import InputError
-from distill_llm.pruning.names import BLOCKS, NEEDS_GRADIENTS, RANKS_LAYERS, competing_faults
+from distill_llm.pruning.criteria import ranks_layers_only
+from distill_llm.pruning.names import BLOCKS, competing_faults
 
 if TYPE_CHECKING:
     from distill_llm.recipe.sections import PruningSection
@@ -17,13 +18,13 @@ def pruning_faults(section: "PruningSection") -> list[InputError]:
         faults.append(InputError("keep", None, "a number above 0 and at most 1 (or a list of layers in `layers`)"))
     if len(units) != len(section.units):
         faults.append(InputError("units", section.units, "each unit at most once"))
-    if section.criterion in RANKS_LAYERS and section.units != ["layers"]:
+    if ranks_layers_only(section.criterion) and section.units != ["layers"]:
         accepted = f"[layers] with criterion {section.criterion} (beside other units: `layer_criterion`)"
         faults.append(InputError("units", section.units, accepted))
     if section.layer_criterion is not None and ("layers" not in units or units == {"layers"}):
         accepted = "nothing where units does not have layers beside others"
         faults.append(InputError("layer_criterion", section.layer_criterion, accepted))
-    reads_loss = section.criteria & {*NEEDS_GRADIENTS, "leave_one_out"} or section.statistics is not None
+    reads_loss = section.reads_loss or section.statistics is not None
     if section.loss is not None and not reads_loss:
         named = " and ".join(sorted(section.criteria))
         faults.append(InputError("loss", section.loss, f"nothing with criterion {named}, which reads no loss"))

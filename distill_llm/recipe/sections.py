@@ -2,10 +2,11 @@
 
 import os
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     JsonValue,
@@ -19,7 +20,8 @@ from pydantic.functional_validators import ModelWrapValidatorHandler
 from distill_llm.common.errors import raise_all
 from distill_llm.common.validation import faults_of
 from distill_llm.losses.objective import LabelsLoss, LogitsLoss, Objective
-from distill_llm.pruning.names import Criterion, Unit
+from distill_llm.pruning.criteria import CRITERIA, Need, find_criterion
+from distill_llm.pruning.names import Unit
 from distill_llm.recipe.adapter_fields import check_adapter_fields
 from distill_llm.recipe.pruning_rules import pruning_faults
 from distill_llm.recipe.training_fields import check_training_fields
@@ -50,6 +52,14 @@ def training_fields(fields: dict[str, Any] | None) -> dict[str, Any] | None:
     clean, faults = check_training_fields(fields)
     raise_all(faults)
     return clean
+
+
+def _known_criterion(given: Any) -> str:
+    return find_criterion(str(given), field="").name
+
+
+Criterion = Annotated[str, BeforeValidator(_known_criterion)]
+"""The name of a registered criterion: one of the package's or of a module of the user's."""
 
 
 class TeacherSection(Section):
@@ -163,7 +173,9 @@ class PruningSection(Section):
         description="what may be removed: heads (KV groups), queries of every group, FFN neurons, whole layers, the attention"
         " or ffn of a layer, hidden (channels of the residual stream)",
     )
-    criterion: Criterion = Field(default="fisher", description="how the importance of a unit is measured")
+    criterion: Criterion = Field(
+        default="fisher", description=f"how the importance of a unit is measured: {', '.join(CRITERIA)}"
+    )
     layer_criterion: Criterion | None = Field(
         default=None,
         description="how that of whole layers is measured, where `units` has them beside others; left out: by `criterion`",
@@ -247,6 +259,15 @@ class PruningSection(Section):
     def criteria(self) -> set[str]:
         """Every criterion that is asked for."""
         return {self.criterion, self.layer_criterion or self.criterion}
+
+    def needs(self, need: Need) -> bool:
+        """Whether one of the criteria needs this of the statistics."""
+        return any(need in CRITERIA[name].needs for name in self.criteria)
+
+    @property
+    def reads_loss(self) -> bool:
+        """Whether one of the criteria depends on the calibration loss."""
+        return any(CRITERIA[name].reads_loss for name in self.criteria)
 
     @property
     def folds(self) -> bool:

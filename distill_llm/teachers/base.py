@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from distill_llm.common.errors import InputError
 from distill_llm.losses.objective import Objective
-from distill_llm.models.capture import Signals, Wanted
+from distill_llm.models.recording import Signals, Wanted
 
 SIGNALS = {
     "labels": "labels",

@@ -14,8 +14,8 @@ from distill_llm.common.errors import InputError
 from distill_llm.losses.items import kind_of, valid_tokens
 from distill_llm.losses.objective import Objective
 from distill_llm.losses.sparse import SparseTargets
-from distill_llm.models.capture import Signals, SparseSignals
 from distill_llm.models.fingerprints import teacher_fingerprint, tokenizer_fingerprint
+from distill_llm.models.recording import Signals, SparseSignals
 from distill_llm.teachers.base import Teacher
 from distill_llm.teachers.cache_coding import ItemCoding, Tokens
 from distill_llm.teachers.cache_contents import check_fingerprints, find_examples

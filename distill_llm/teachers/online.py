@@ -12,10 +12,12 @@ from transformers import PreTrainedModel
 
 from distill_llm.losses.head import Head
 from distill_llm.models.adapters import is_quantized
-from distill_llm.models.capture import Recorder, Signals, Wanted, item_logits, packed
+from distill_llm.models.capture import Recorder
 from distill_llm.models.checkpoint import converted
 from distill_llm.models.inputs import forward_inputs
+from distill_llm.models.item_logits import item_logits, packed
 from distill_llm.models.output_head import OutputHead, output_head
+from distill_llm.models.recording import Signals, Wanted
 from distill_llm.teachers.base import Teacher
 from distill_llm.teachers.compatibility import shared_classes
 

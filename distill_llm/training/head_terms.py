@@ -10,8 +10,9 @@ from torch import nn
 from distill_llm.losses.chunked_head import HeadLosses, head_losses
 from distill_llm.losses.schedules import value_at
 from distill_llm.models.adapters import without_adapters
-from distill_llm.models.capture import SparseSignals, packed
+from distill_llm.models.item_logits import packed
 from distill_llm.models.output_head import OutputHead
+from distill_llm.models.recording import SparseSignals
 from distill_llm.teachers.online import HeadSignals
 from distill_llm.training.terms import Batch, Terms
 

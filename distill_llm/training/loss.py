@@ -14,9 +14,11 @@ from distill_llm.losses.items import aligned_labels, first_rows, sequence_number
 from distill_llm.losses.labels import label_loss
 from distill_llm.losses.objective import Objective
 from distill_llm.models.adapters import without_adapters
-from distill_llm.models.capture import Recorder, Signals, item_logits, packed
+from distill_llm.models.capture import Recorder
 from distill_llm.models.inputs import forward_inputs
+from distill_llm.models.item_logits import item_logits, packed
 from distill_llm.models.output_head import output_head
+from distill_llm.models.recording import Signals
 from distill_llm.teachers.base import Teacher
 from distill_llm.training.head_terms import HeadTerms
 from distill_llm.training.terms import Batch, Terms

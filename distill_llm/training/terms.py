@@ -33,7 +33,7 @@ from distill_llm.losses.objective import Objective
 from distill_llm.losses.relations import relation_distance, relation_heads
 from distill_llm.losses.schedules import value_at
 from distill_llm.losses.sparse import sparse_forward_kl
-from distill_llm.models.capture import EMBEDDINGS, Signals, SparseSignals, Vectors, Wanted
+from distill_llm.models.recording import EMBEDDINGS, Signals, SparseSignals, Vectors, Wanted
 
 LOGITS_UNITS: dict[Kind, Unit] = {"example": "examples", "token": "tokens", "next_token": "labels"}
 

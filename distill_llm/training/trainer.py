@@ -128,8 +128,15 @@ class DistillationTrainer(Trainer):
         student = self.accelerator.unwrap_model(self.model)
         # Mixed precision begins and ends around all tokens: within it a weight is converted once, not for each of them.
         with self.accelerator.autocast(), whole(student):
-            batches = [self.responses(student, batch, step) for batch in batches]
+            batches = [
+                self.responses(student, batch, step, self._place(number)) for number, batch in enumerate(batches)
+            ]
         return batches, self._get_num_items_in_batch(batches, device)  # counted anew: the labels are others now
+
+    def _place(self, number: int) -> int:
+        """The place in the global batch of the first row of a micro-batch of this process: processes take turns."""
+        turn = number * self.accelerator.num_processes + self.accelerator.process_index
+        return turn * self._train_batch_size
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         """(3,) numbers of label items, examples and valid tokens over micro-batches and processes, at least 1 each."""

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from distill_llm.pruning.criteria import Importance
+from distill_llm.pruning.importance import Importance
 from distill_llm.pruning.plan import LayerPlan, PruningPlan
 
 # Inside a layer: query, key, value, attention output, FFN up, FFN down.

@@ -18,8 +18,8 @@ from distill_llm.checks.recipe import check_data
 from distill_llm.common.errors import InputError
 from distill_llm.models.checkpoint import load_pretrained
 from distill_llm.models.finding import longest_input
-from distill_llm.pruning.criteria import Importance
 from distill_llm.pruning.cutting.surgery import prune
+from distill_llm.pruning.importance import Importance
 from distill_llm.pruning.plan import LayerPlan, PruningPlan
 from distill_llm.pruning.planning.planner import plan_pruning
 from distill_llm.recipe.recipe import load_recipe

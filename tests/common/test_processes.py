@@ -12,8 +12,8 @@ from builders.recipes import recipe_for, recipe_with, write_model, write_rows
 from distill_llm.checks.recipe import check_recipe
 from distill_llm.models.gguf import plain_checkpoint
 from distill_llm.pipeline.caching import cache_teacher
+from distill_llm.pipeline.context import Context
 from distill_llm.pipeline.folder import RunFolder
-from distill_llm.pipeline.stages import Stages
 from distill_llm.recipe.recipe import parse_recipe
 from distill_llm.responses.respond import respond
 
@@ -47,7 +47,7 @@ def gguf_teacher(folder):
 
 
 def pruned_recipe(folder):
-    Stages(parse_recipe(recipe_for(folder, distillation=None)))
+    Context(parse_recipe(recipe_for(folder, distillation=None)))
 
 
 def own_cache(folder):

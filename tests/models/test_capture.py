@@ -11,7 +11,10 @@ from transformers import AutoConfig, AutoModel
 from transformers.integrations import flex_attention as integration
 
 from distill_llm.common.errors import InputError
-from distill_llm.models.capture import EMBEDDINGS, Recorder, Wanted, _listeners, packed
+from distill_llm.models.attention_kernels import _listeners
+from distill_llm.models.capture import Recorder
+from distill_llm.models.item_logits import packed
+from distill_llm.models.recording import EMBEDDINGS, Wanted
 
 
 @pytest.mark.parametrize("family", FAMILIES)

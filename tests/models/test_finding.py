@@ -11,7 +11,7 @@ from distill_llm.common.errors import InputError
 from distill_llm.data.encoding import encode
 from distill_llm.data.tasks import causal_lm, masked_lm
 from distill_llm.models.finding import check_tokens, open_model
-from distill_llm.pipeline.stages import Stages
+from distill_llm.pipeline.context import Context
 from distill_llm.recipe.recipe import parse_recipe
 
 WORDS = 97  # of the tokenizer, before any is added
@@ -70,4 +70,4 @@ def test_a_runs_own_rows_are_checked(tmp_path):
     data = {"task": "text", "path": str(tmp_path / "text.txt"), "max_length": 16}
     recipe = recipe_for(tmp_path, teacher={"model": path}, data=data)
     with pytest.raises(InputError, match="'<image>' in a text"):
-        _ = Stages(parse_recipe(recipe)).data
+        _ = Context(parse_recipe(recipe)).data

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import distill_llm
+from distill_llm.pipeline.context import Context
 from distill_llm.pipeline.run import prune_recipe
-from distill_llm.pipeline.stages import Stages
 from distill_llm.recipe.recipe import parse_recipe
 
 TRAINING = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3}
@@ -59,7 +59,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def score(given: dict, model: Path, **options) -> float:
     """What a model scores as anyone loads it."""
-    return Stages(parse_recipe(given)).evaluate(distill_llm.load_pretrained(model, **options))["score"]
+    return Context(parse_recipe(given)).evaluate(distill_llm.load_pretrained(model, **options))["score"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -132,9 +132,9 @@ def test_a_teacher_that_is_fine_tuned_here_is_kept_in_float32_and_measured_in_th
 
 def test_a_checkpoint_whose_config_names_no_dtype_gives_a_student_in_float32(tmp_path):
     given = recipe(tmp_path, torch.bfloat16)
-    assert Stages(parse_recipe(given)).student_dtype == torch.bfloat16
+    assert Context(parse_recipe(given)).student_dtype == torch.bfloat16
     file = tmp_path / "teacher" / "config.json"
     file.write_text(
         json.dumps({name: value for name, value in json.loads(file.read_text()).items() if name != "dtype"})
     )
-    assert Stages(parse_recipe(given)).student_dtype == torch.float32
+    assert Context(parse_recipe(given)).student_dtype == torch.float32

@@ -24,17 +24,17 @@ sys.path[:0] = {path!r}
 import distill_llm
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from distill_llm import stages, trainer
+from distill_llm.pipeline import train_model
 from distill_llm.recipe.recipe import load_recipe
 
-class Config(trainer.DistillationConfig):
+class Config(train_model.DistillationConfig):
     def __post_init__(self):
         super().__post_init__()
         if os.environ.get("ACCELERATE_USE_FSDP"):
             assert self.device.type == "cpu"
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
-stages.DistillationConfig = Config
+train_model.DistillationConfig = Config
 distill_llm.run(load_recipe({folder!r} + "/own.yaml"), {folder!r} + "/run-" + os.environ.get("WORLD_SIZE", "1"))
 """
 

@@ -21,9 +21,10 @@ import distill_llm
 from distill_llm.common.errors import InputError, faults_in
 from distill_llm.pipeline import folder as run_folder
 from distill_llm.pipeline.caching import cache_teacher
+from distill_llm.pipeline.context import Context
 from distill_llm.pipeline.rounds import Cutter
 from distill_llm.pipeline.run import prune_recipe
-from distill_llm.pipeline.stages import Stages, kept_after
+from distill_llm.pipeline.stages.prune import kept_after
 from distill_llm.pruning.planning.budgets import share_of
 from distill_llm.pruning.units.costs import unit_costs
 from distill_llm.recipe.recipe import parse_recipe
@@ -165,7 +166,7 @@ def killed_at(event: int, monkeypatch) -> None:
 
     step, swap, mark = DistillationTrainer.training_step, os.replace, run_folder.MarkComplete.on_save
     monkeypatch.setattr(DistillationTrainer, "training_step", lambda *a, **k: (due(), step(*a, **k))[1])
-    monkeypatch.setattr(run_folder.os, "replace", lambda *a: (due(), swap(*a))[1])
+    monkeypatch.setattr(os, "replace", lambda *a: (due(), swap(*a))[1])
     monkeypatch.setattr(run_folder.MarkComplete, "on_save", lambda *a, **k: (due(), mark(*a, **k))[1])
 
 
@@ -304,7 +305,7 @@ def test_the_best_checkpoint_is_chosen_by_the_task_metric_on_held_out_rows(tmp_p
     given["data"]["holdout_examples"] = 20
     given["distillation"] = {"losses": {"labels": {}}, **best, **training, **steps}
     monkeypatch.setattr(
-        "distill_llm.pipeline.stages.Stages.clean", lambda *_: None
+        "distill_llm.pipeline.stages.recover.remove_checkpoints", lambda *_: None
     )  # leaves the checkpoints to look at
     result = distill_llm.run(given, tmp_path / "run")
     work = tmp_path / "run" / "round-1" / "student-training"
@@ -363,8 +364,8 @@ def test_nothing_that_trained_or_was_pruned_lives_on_when_a_model_is_scored(inpu
         alive = [each for each in gc.get_objects() if issubclass(type(each), kinds) and id(each) not in known]
         return sorted(name for each in alive if (name := type(each).__name__) not in bodies)
 
-    evaluate = Stages.evaluate
-    monkeypatch.setattr(Stages, "evaluate", lambda self, model: (found.append(names()), evaluate(self, model))[1])
+    evaluate = Context.evaluate
+    monkeypatch.setattr(Context, "evaluate", lambda self, model: (found.append(names()), evaluate(self, model))[1])
     teacher, pruned = "BertForSequenceClassification", "PrunedBertForSequenceClassification"
     gc.disable()  # what is freed is freed on purpose
     try:

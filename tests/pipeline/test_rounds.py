@@ -11,10 +11,10 @@ from datasets import Dataset
 
 from distill_llm.pipeline import rounds as cutting
 from distill_llm.pipeline.rounds import Cutter
-from distill_llm.pipeline.stages import Stages
+from distill_llm.pipeline.stages.prune import calibration
 from distill_llm.pruning.compensation.bypass import fit_bypasses
-from distill_llm.pruning.criteria import score
 from distill_llm.pruning.cutting.surgery import prune
+from distill_llm.pruning.importance import score
 from distill_llm.pruning.plan import LayerPlan, PruningPlan, keep_layers
 from distill_llm.pruning.planning.budgets import least_share, share_of
 from distill_llm.pruning.planning.latency import fit_costs
@@ -181,13 +181,13 @@ def stages_with(lengths):
 
 @pytest.mark.parametrize("length, size", [(13, 32), (512, 4), (1500, 1), (5000, 1)])
 def test_batches_of_long_rows_are_small(length, size):
-    batches = list(Stages.calibration(stages_with([length] * 70), 64))
+    batches = list(calibration(stages_with([length] * 70), 64))
     assert [len(batch) for batch in batches] == [size] * (64 // size)
 
 
 def test_cuts_read_other_training_rows_while_there_are_any():
     stages = stages_with([1] * 10)
-    read = [{row["input_ids"][0] for batch in Stages.calibration(stages, 4, cut) for row in batch} for cut in range(4)]
+    read = [{row["input_ids"][0] for batch in calibration(stages, 4, cut) for row in batch} for cut in range(4)]
     assert [len(each) for each in read] == [4] * 4
     assert len(read[0] | read[1]) == 8 and len(read[0] | read[1] | read[2]) == 10
 

@@ -14,10 +14,11 @@ from torch.nn import functional as F
 
 from distill_llm.architectures.families import family_of, layers_of
 from distill_llm.common.errors import InputError
-from distill_llm.pruning.criteria import Importance, score
+from distill_llm.pruning.criteria import CRITERIA
 from distill_llm.pruning.cutting.masking import masked
 from distill_llm.pruning.cutting.surgery import prune
-from distill_llm.pruning.names import CRITERIA, UNITS
+from distill_llm.pruning.importance import Importance, score
+from distill_llm.pruning.names import UNITS
 from distill_llm.pruning.plan import full_plan
 from distill_llm.pruning.statistics.collecting import collect_statistics
 from distill_llm.pruning.statistics.leave_one_out import leave_one_out

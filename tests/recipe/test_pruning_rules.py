@@ -8,8 +8,8 @@ from builders.models import random_batch
 from builders.recipes import recipe_for
 
 from distill_llm.common.errors import InputError, faults_in
-from distill_llm.pruning.criteria import score
-from distill_llm.pruning.names import CRITERIA, UNITS, Criterion, Unit
+from distill_llm.pruning.importance import score
+from distill_llm.pruning.names import UNITS, Unit
 from distill_llm.pruning.planning.planner import plan_pruning
 from distill_llm.pruning.statistics.collecting import collect_statistics
 from distill_llm.pruning.statistics.leave_one_out import leave_one_out
@@ -28,8 +28,8 @@ def faults(folder, **pruning) -> list[str]:
     return []
 
 
-def test_units_criteria_and_costs_are_those_of_the_library():
-    assert set(Unit.__args__) == set(UNITS) and set(Criterion.__args__) == set(CRITERIA)
+def test_units_and_costs_are_those_of_the_library():
+    assert set(Unit.__args__) == set(UNITS)
     assert set(PruningSection.model_fields["cost"].annotation.__args__) == {*COSTS, "latency"}
 
 
@@ -87,7 +87,7 @@ def test_units_criteria_and_costs_are_those_of_the_library():
         ),
         (
             {"units": ["layers", "ffn"], "layer_criterion": "block_influence"},
-            "pruning.layer_criterion: got 'block_influence'; accepted: nothing where units has layers and ffn together",
+            "pruning.layer_criterion: got 'block_influence'; leave it out where units has layers and ffn together",
         ),
         ({"keep": None, "layers": [0], "cuts": 2}, "pruning.cuts: got 2; accepted: 1 where `layers`"),
         (

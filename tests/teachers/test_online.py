@@ -8,7 +8,8 @@ from builders.causal import causal_model, word_tokenizer
 from builders.models import tiny_model
 
 from distill_llm.models.checkpoint import converted, load_pretrained
-from distill_llm.pipeline.stages import Stages
+from distill_llm.pipeline.context import Context
+from distill_llm.pipeline.stages.recover import recovery_teacher
 from distill_llm.recipe.recipe import parse_recipe
 from distill_llm.teachers import OnlineTeacher
 
@@ -63,4 +64,4 @@ def test_a_recipes_teacher_is_loaded_in_the_precision_that_it_is_held_in(tmp_pat
             "output_dir": str(tmp_path / "run"),
         }
     )
-    assert Stages(recipe)._recovery_teacher(tmp_path / "teacher", "final").dtype == wanted
+    assert recovery_teacher(Context(recipe), tmp_path / "teacher", "final").dtype == wanted

@@ -26,8 +26,13 @@ PROMPTS = [words(*range(i, i + 2 + i % 3)) for i in range(12)]
 ANSWERS = [words(*range(40 + i, 42 + i)) for i in range(12)]
 
 
-def data():
-    return encode(data_of(prompts_task(), prompt=PROMPTS, response=ANSWERS), TOKENIZER, 32)
+def data(prompts=PROMPTS):
+    return encode(data_of(prompts_task(), prompt=prompts, response=ANSWERS), TOKENIZER, 32)
+
+
+def repeated():
+    """Every prompt three times."""
+    return data([PROMPTS[row // 3] for row in range(12)])
 
 
 def batch_of(rows):
@@ -61,7 +66,7 @@ def test_a_batch_has_the_prompts_and_the_students_own_answers():
         assert (made["labels"][row, len(whole) :] == -100).all()
 
 
-def test_draws_depend_on_seed_step_and_prompt_alone():
+def test_draws_depend_on_seed_step_and_place_alone():
     model = causal_model()
     pad, batch = batch_of(data())
 
@@ -73,6 +78,18 @@ def test_draws_depend_on_seed_step_and_prompt_alone():
     assert not torch.equal(drawn(), drawn(seed=1)) and not torch.equal(drawn(), drawn(step=1))
     alone, together = drawn(rows=slice(0, 1))[0], drawn()[0]
     assert torch.equal(alone, together[: len(alone)])
+
+
+@pytest.mark.parametrize("size", [4, 2, 1])
+def test_the_same_prompt_in_a_step_gets_the_same_answers_however_the_batch_is_split(tmp_path, size):
+    rows, answers = data([PROMPTS[0]] * 12), []
+    losses = {"logits": {}, "responses": {"share": 1.0, "max_new_tokens": 6, "temperature": 3.0}}
+    for split in (4, size):
+        sizes = {"per_device_train_batch_size": split, "gradient_accumulation_steps": 4 // split}
+        trainer = trainer_of(tmp_path, causal_model(), causal_model(num_hidden_layers=3), rows, losses, **sizes)
+        batches, _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 4 // split, torch.device("cpu"))
+        answers.append([row[row != -100].tolist() for batch in batches for row in batch["labels"]])
+    assert answers[0] == answers[1] and len(set(map(tuple, answers[0]))) == 4
 
 
 def test_the_share_of_batches_is_the_students():

@@ -7,8 +7,9 @@ from builders.trainers import causal_model, model_of, rows, step_gradient, train
 from transformers.integrations import flash_attention
 
 from distill_llm.common.errors import InputError
-from distill_llm.models.capture import Recorder, Recording, Wanted
+from distill_llm.models.capture import Recorder
 from distill_llm.models.output_head import output_head
+from distill_llm.models.recording import Recording, Wanted
 
 LOSSES = {
     "labels": {},

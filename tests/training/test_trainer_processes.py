@@ -23,7 +23,7 @@ import os, sys
 sys.path[:0] = {path!r}
 import torch
 from builders.causal import causal_model as talker
-from test_on_policy import data as prompts, trainer_of as answering
+from test_on_policy import repeated as prompts, trainer_of as answering
 from builders.trainers import TERMS, cached, model_of, rows, trainer_of, with_lora
 TERMS = TERMS | {{"both": {{"labels": {{}}, "logits": {{}}}}}}
 processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -79,13 +79,9 @@ torch.save(found, {folder!r} + f"/{{processes}}-{{rank}}.pt")
 @pytest.fixture(scope="module")
 def runs_of_one_and_two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    root = Path(__file__).parents[2]
-    script = folder / "train.py"
-    script.write_text(
-        SCRIPT.format(
-            cases=PROCESS_CASES, path=[str(root), str(root / "tests"), str(Path(__file__).parent)], folder=str(folder)
-        )
-    )
+    root, script = Path(__file__).parents[2], folder / "train.py"
+    path = [str(root), str(root / "tests"), str(Path(__file__).parent)]
+    script.write_text(SCRIPT.format(cases=PROCESS_CASES, path=path, folder=str(folder)))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for command in ([sys.executable], launcher):

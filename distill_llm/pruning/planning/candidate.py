@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from distill_llm.common.errors import InputError
-from distill_llm.pruning.criteria import Importance
+from distill_llm.pruning.importance import Importance
 from distill_llm.pruning.names import UNITS
 from distill_llm.pruning.plan import LayerPlan, PruningPlan
 from distill_llm.pruning.units.costs import Costs

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from distill_llm.architectures.families import family_of
 from distill_llm.common.errors import InputError, one_of
-from distill_llm.pruning.criteria import Importance
 from distill_llm.pruning.cutting.stock import stock_accepts
+from distill_llm.pruning.importance import Importance
 from distill_llm.pruning.names import BLOCKS, UNITS, Unit, competing_faults
 from distill_llm.pruning.plan import PruningPlan
 from distill_llm.pruning.planning.candidate import NEAR, NO_LIMITS, Choice, Limits, Rules

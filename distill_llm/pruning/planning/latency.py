@@ -26,8 +26,8 @@ from distill_llm.common.errors import InputError
 from distill_llm.common.files import written_whole
 from distill_llm.measuring.clocks import Clock, Measure, on_device, relative_latency
 from distill_llm.measuring.profiling import device_name
-from distill_llm.pruning.criteria import Importance
 from distill_llm.pruning.cutting.surgery import prune
+from distill_llm.pruning.importance import Importance
 from distill_llm.pruning.plan import PruningPlan, full_plan
 from distill_llm.pruning.planning.competing import plan_for_costs
 from distill_llm.pruning.planning.layer_times import largest_layer, layer_times

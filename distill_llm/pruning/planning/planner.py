@@ -6,7 +6,7 @@ from typing import Any, Literal
 from transformers import PreTrainedModel
 
 from distill_llm.common.errors import InputError, one_of
-from distill_llm.pruning.criteria import Importance
+from distill_llm.pruning.importance import Importance
 from distill_llm.pruning.names import Unit
 from distill_llm.pruning.plan import PruningPlan
 from distill_llm.pruning.planning.candidate import NO_LIMITS, Limits

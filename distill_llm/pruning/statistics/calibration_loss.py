@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from distill_llm.common.errors import InputError
 from distill_llm.losses.items import kind_of, targets, valid_tokens
-from distill_llm.models.capture import item_logits, packed
 from distill_llm.models.inputs import forward_inputs
+from distill_llm.models.item_logits import item_logits, packed
 
 Batch = Mapping[str, torch.Tensor]
 Loss = str | Callable[[Any, Batch], torch.Tensor]

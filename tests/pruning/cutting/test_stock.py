@@ -21,9 +21,9 @@ from builders.families import (
 
 from distill_llm.architectures.families import FAMILIES, lineage_of
 from distill_llm.models.checkpoint import load_pretrained
-from distill_llm.pruning.criteria import Importance
 from distill_llm.pruning.cutting.stock import stock_accepts
 from distill_llm.pruning.cutting.surgery import prune, stock_expressible, why_not_stock
+from distill_llm.pruning.importance import Importance
 from distill_llm.pruning.plan import LayerPlan, PruningPlan, keep_layers
 from distill_llm.pruning.planning.planner import plan_pruning
 from distill_llm.pruning.supported import UNITS, supported

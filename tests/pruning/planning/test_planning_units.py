@@ -9,8 +9,8 @@ from builders.families import HIDDEN, family_batch, family_model
 from distill_llm.architectures.families import layers_of
 from distill_llm.common.errors import InputError
 from distill_llm.pruning.compensation.bypass import fit_bypasses
-from distill_llm.pruning.criteria import score
 from distill_llm.pruning.cutting.surgery import prune
+from distill_llm.pruning.importance import score
 from distill_llm.pruning.plan import LayerPlan, PruningPlan, full_plan, keep_layers
 from distill_llm.pruning.planning.candidate import Limits
 from distill_llm.pruning.planning.layer_times import layer_run, layer_times
@@ -257,7 +257,7 @@ def test_whole_layers_go_by_score_per_cost_where_layers_are_uneven(uneven):
         (
             ("layers", "ffn"),
             {"layer_criterion": "block_influence"},
-            "layer_criterion: got 'block_influence'; accepted: nothing where units has layers and ffn",
+            "layer_criterion: got 'block_influence'; leave it out where units has layers and ffn",
         ),
     ],
     ids=str,

@@ -7,8 +7,8 @@ import torch
 from builders.causal import causal_model
 from builders.models import random_batch, tiny_model
 
-from distill_llm.pruning.criteria import score
 from distill_llm.pruning.cutting.surgery import prune
+from distill_llm.pruning.importance import score
 from distill_llm.pruning.planning.planner import plan_pruning
 from distill_llm.pruning.statistics import calibration_pass, layer_moments
 from distill_llm.pruning.statistics.calibration_pass import CalibrationPass

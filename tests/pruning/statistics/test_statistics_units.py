@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from distill_llm.common.errors import InputError
 from distill_llm.measuring.counting import _LiveStorages
-from distill_llm.pruning.criteria import score
 from distill_llm.pruning.cutting.surgery import prune
+from distill_llm.pruning.importance import score
 from distill_llm.pruning.plan import LayerPlan, PruningPlan
 from distill_llm.pruning.statistics.collecting import collect_statistics
 from distill_llm.pruning.statistics.leave_one_out import leave_one_out

@@ -1,0 +1,110 @@
+"""What the stages of a run share: recipe, data, tokenizer, devices, and how models are loaded, saved and scored."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils.memory import clear_device_cache
+from rich.console import Console
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from distill_llm.checks.recipe import check_data
+from distill_llm.common.processes import open_processes
+from distill_llm.data.encoding import Collator, collator, encode
+from distill_llm.data.tasks import TaskData
+from distill_llm.evaluation.evaluate import evaluate_model
+from distill_llm.models.checkpoint import converted, load_pretrained
+from distill_llm.models.finding import check_tokens, resolve_model
+from distill_llm.recipe.recipe import Recipe
+
+
+class Context:
+    """What the stages of a run share. Everything is read when it is first asked for.
+
+    Args:
+        recipe: checked already.
+    """
+
+    def __init__(self, recipe: Recipe):
+        self.recipe, self.folder = recipe, Path(recipe.output_dir)
+        self.processes = open_processes()
+        self.teacher_path = resolve_model(recipe.teacher.model)
+        self.student_dir = self.folder / "student"
+        self.metrics_file, self.report_file = self.folder / "metrics.json", self.folder / "report.md"
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of teacher and student."""
+        return AutoTokenizer.from_pretrained(self.teacher_path)
+
+    @cached_property
+    def data(self) -> TaskData:
+        """The encoded rows. Process 0 tokenizes; the others read its cache."""
+        with self.processes.main_process_first():
+            rows = encode(check_data(self.recipe), self.tokenizer, self.recipe.data.max_length)
+            return check_tokens(rows, self.tokenizer, self.teacher_path)
+
+    @cached_property
+    def collator(self) -> Collator:
+        """Pads batches of this task."""
+        return collator(self.data.task, self.tokenizer, self.recipe.seed)
+
+    @cached_property
+    def teacher_dtype(self) -> torch.dtype:
+        """The dtype that the teacher is scored and measured in: its checkpoint's, even where it is fine-tuned here in fp32."""
+        return _dtype_of(self.teacher_path)
+
+    @cached_property
+    def student_dtype(self) -> torch.dtype:
+        """The dtype that students are scored and written in: that of the checkpoint they are made from."""
+        given = self.recipe.student.model if self.recipe.student else None
+        return self.teacher_dtype if given is None else _dtype_of(resolve_model(given))
+
+    def load(
+        self, path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    ) -> PreTrainedModel:
+        """A finished model of this run: by default in fp32, to work on its weights, and on this process's device."""
+        return load_pretrained(path, dtype=dtype).to(device or self.processes.device)  # type: ignore[arg-type]
+
+    def as_written(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The model in the dtype of a finished student and on this process's device; a copy unless it is so already."""
+        device = self.processes.device
+        here = model.dtype == self.student_dtype and model.device.type == device.type
+        return model if here else converted(model, self.student_dtype, device).to(device)  # type: ignore[arg-type]
+
+    def save(self, model: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+        """Save model and tokenizer; give `weights` where the model's own are sharded over processes."""
+        model.save_pretrained(folder, state_dict=weights)
+        self.tokenizer.save_pretrained(folder)
+
+    def evaluate(self, model: PreTrainedModel) -> dict[str, float]:
+        """Metrics on the reported split; where rows are held out, also their score as `validation`, for choices."""
+        size = self.recipe.evaluation.batch_size
+        metrics = evaluate_model(model, self.data.test, self.data.task, self.collator, batch_size=size)
+        if self.data.validation is not None:
+            held_out = evaluate_model(model, self.data.validation, self.data.task, self.collator, batch_size=size)
+            metrics["validation"] = held_out["score"]
+        return metrics
+
+    def scored(self, path: str | Path, dtype: torch.dtype) -> dict[str, Any]:
+        """The result of a stage that trained a model: its scores, on process 0; empty on the others."""
+        clear_device_cache(garbage_collection=True)  # cycles in a Trainer hold the weights, the moments and the teacher
+        if not self.processes.is_main_process:
+            return {}
+        metrics = self.evaluate(self.load(path, dtype))
+        return {"score": metrics["score"], "metrics": metrics}
+
+    def named(self, score: float) -> str:
+        """A score with its metric's name, for a line to the user."""
+        return f"{self.data.task.main_metric} {score:.4f}"
+
+    def say(self, text: str) -> None:
+        """Print a line for the user, on process 0."""
+        if self.processes.is_main_process:
+            Console(soft_wrap=True).print(text, markup=False, highlight=False)
+
+
+def _dtype_of(path: str | Path) -> torch.dtype:
+    """The dtype that a checkpoint's config.json names; fp32 where it names none."""
+    return AutoConfig.from_pretrained(path).dtype or torch.float32

@@ -1,0 +1,31 @@
+"""The stages of a run, one to a file: a new one is a file here and a row below (docs/development/add-a-stage.md)."""
+
+from distill_llm.pipeline.context import Context
+from distill_llm.pipeline.stage import Stage
+from distill_llm.pipeline.stages.prune import Prune
+from distill_llm.pipeline.stages.push import Push
+from distill_llm.pipeline.stages.recover import Recover
+from distill_llm.pipeline.stages.report import Report
+from distill_llm.pipeline.stages.teacher import Teacher
+
+FIRST: tuple[type[Stage], ...] = (Teacher,)
+EACH_ROUND: tuple[type[Stage], ...] = (Prune, Recover)
+LAST: tuple[type[Stage], ...] = (Report, Push)
+
+
+def stages_of(run: Context) -> list[Stage]:
+    """The stages that a run's recipe asks for, in order."""
+    rounds = run.recipe.pruning.rounds if run.recipe.pruning else 1
+    rows = [(kind, 0) for kind in FIRST]
+    rows += [(kind, number) for number in range(1, rounds + 1) for kind in EACH_ROUND]
+    rows += [(kind, 0) for kind in LAST]
+    stages: list[Stage] = []
+    for kind, number in rows:
+        if kind.wanted(run.recipe):
+            stages.append(kind(run, tuple(stages), number))
+    return stages
+
+
+def own_sections() -> list[str]:
+    """Sections of a recipe that a stage alone reads, so that they may change once a run has begun."""
+    return [section for kind in (*FIRST, *EACH_ROUND, *LAST) for section in kind.sections]

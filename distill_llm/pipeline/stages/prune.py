@@ -1,0 +1,186 @@
+"""Stage `round-N/prune`: statistics, plan, the pruned and compensated student, and its scores."""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from distill_llm.common.files import written_whole
+from distill_llm.data.encoding import LENGTH
+from distill_llm.pipeline.context import Context
+from distill_llm.pipeline.rounds import Cut, Cutter
+from distill_llm.pipeline.stage import Result, Stage
+from distill_llm.pruning.cutting.surgery import prune
+from distill_llm.pruning.plan import PruningPlan
+from distill_llm.pruning.planning.budgets import share_of
+from distill_llm.recipe.recipe import Recipe
+from distill_llm.recipe.sections import PruningSection
+
+# The largest calibration batch: its activations and a language model's logits are in memory at once.
+CALIBRATION_BATCH, CALIBRATION_TOKENS = 32, 2048
+
+
+class Prune(Stage):
+    """Leaves `round-N/plan.json`, `plan.png`, `statistics.safetensors`, and the pruned student in `round-N/pruned`, in fp32.
+
+    All processes collect the statistics; process 0 plans, writes and scores.
+    """
+
+    together = True
+
+    @classmethod
+    def wanted(cls, recipe: Recipe) -> bool:
+        """Where there is a pruning section."""
+        return recipe.pruning is not None
+
+    @property
+    def name(self) -> str:
+        """`round-1/prune`."""
+        return f"round-{self.round}/prune"
+
+    @property
+    def inputs(self) -> tuple[Stage, ...]:
+        """The teacher, and the student as it is."""
+        return self.teacher, self.student
+
+    @property
+    def outputs(self) -> tuple[Path, ...]:
+        """The plan and the pruned student."""
+        return self._folder / "plan.json", self.model
+
+    @property
+    def model(self) -> Path:
+        """The pruned and compensated student."""
+        return self._folder / "pruned"
+
+    @property
+    def _folder(self) -> Path:
+        return self.run.folder / f"round-{self.round}"
+
+    def work(self, results: Mapping[str, Result]) -> dict[str, Any]:
+        """Prune the student, save it, and score it with and without compensation."""
+        run, number = self.run, self.round
+        section = pruning_of(run)
+        target = None
+        if section.layers is None:
+            assert section.keep is not None
+            target = kept_after(section.keep, number, section.rounds, section.schedule)
+        own = section.statistics.expanduser() if section.statistics is not None and number == 1 else None
+        teacher, student = models_to_cut(run, self.teacher.model, self.student.model)
+        cut = cut_model(run, student, teacher, target, own or self._folder / "statistics.safetensors")
+        if not run.processes.is_main_process:
+            return {}
+        show(cut.plan, student, self._folder, f"round {number}")
+        with written_whole(self.model, folder=True) as path:
+            run.save(cut.model, path)
+        plan, compensated = cut.plan, cut.compensated
+        result = {
+            "keep": cut.kept if target is None else target,
+            "kept": cut.kept,
+            "layer_params_kept": share_of(cut.model, teacher, "params"),
+            "note": f"round {number} {plan.note}" if plan.note else None,
+        }
+        model = run.as_written(cut.model)
+        del teacher, cut  # two models at a time
+        scores = run.evaluate(model)
+        if not compensated:
+            return {**result, **_both(scores, None)}
+        del model
+        return {**result, **_both(run.evaluate(run.as_written(prune(student, plan))), scores)}
+
+    def line(self, result: Result) -> list[str]:
+        """What is kept, and the scores before and after compensation."""
+        parts = [f"{result['layer_params_kept']:.1%} of the layers' parameters kept"]
+        parts.append(f"{self.run.named(result['score_pruned'])} pruned")
+        if result["score_compensated"] is not None:
+            parts.append(f"{result['score_compensated']:.4f} compensated")
+        return parts + ([result["note"]] if result.get("note") else [])
+
+    def row(self, result: Result) -> dict[str, Any]:
+        """All of the result."""
+        return {name: value for name, value in result.items() if name != "seconds"}
+
+
+def pruning_of(run: Context) -> PruningSection:
+    """The pruning section of a recipe that has one."""
+    assert run.recipe.pruning is not None
+    return run.recipe.pruning
+
+
+def models_to_cut(
+    run: Context, teacher: Path | str | None, student: Path | str | None
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Teacher and student in fp32, where the section has them pruned; one model where the student is still the teacher."""
+    assert teacher is not None and student is not None
+    where = torch.device("cpu") if pruning_of(run).offload else run.processes.device
+    first = run.load(student, device=where).eval()
+    return (first if student == teacher else run.load(teacher, device=where).eval()), first
+
+
+def cut_model(
+    run: Context, student: PreTrainedModel, teacher: PreTrainedModel, keep: float | None, file: Path | None
+) -> Cut:
+    """Cut a student as the recipe's pruning section says. All processes call it together.
+
+    Args:
+        keep: the share of the teacher that stays; None: the layers that the section names.
+        file: where the student's statistics are, or are to be kept.
+    """
+    section = pruning_of(run)
+    device = run.processes.device if section.offload else None
+    cutter = Cutter(run.recipe, partial(calibration, run, section.calibration_examples), device)
+    if keep is None:
+        return cutter.cut_layers(student)
+    return cutter.cut(student, teacher, keep, file)
+
+
+def calibration(run: Context, examples: int, cut: int = 0) -> DataLoader:
+    """Calibration batches, of rows of similar length.
+
+    Args:
+        examples: the number of rows, from the shuffled training data; all where there are fewer.
+        cut: 0 for the first rows; each later cut takes those after the one before.
+    """
+    train = run.data.train.shuffle(seed=run.recipe.seed)
+    size = min(examples, len(train))
+    rows = train.select([(cut * size + i) % len(train) for i in range(size)])
+    rows = rows.select(np.argsort(rows[LENGTH], kind="stable"))
+    batch_size = max(1, min(CALIBRATION_BATCH, CALIBRATION_TOKENS // max(rows[LENGTH])))
+    known = {*run.tokenizer.model_input_names, "position_ids", "labels"}
+    rows = rows.remove_columns([name for name in rows.column_names if name not in known])
+    return DataLoader(rows, batch_size=batch_size, collate_fn=run.collator)  # type: ignore[arg-type]
+
+
+def show(plan: PruningPlan, model: PreTrainedModel, folder: Path, title: str) -> None:
+    """Save a plan and its picture in a folder, and print its table."""
+    from distill_llm.report.plans import plan_figure, plan_table
+
+    folder.mkdir(parents=True, exist_ok=True)
+    plan.save(folder / "plan.json")
+    plan_figure(plan, model, folder / "plan.png")
+    Console().print(plan_table(plan, model, title))
+
+
+def kept_after(keep: float, number: int, rounds: int, schedule: str) -> float:
+    """The share of the teacher's layers that stays after round `number` of `rounds`.
+
+    "linear" removes the same share in every round; "cubic" removes most in the first ones (Zhu and Gupta 2017, equation 1).
+    """
+    left = 1 - number / rounds
+    return keep + (1 - keep) * (left if schedule == "linear" else left**3)
+
+
+def _both(pruned: dict[str, float], compensated: dict[str, float] | None) -> dict[str, Any]:
+    """The part of a result with the metrics before and after compensation; None: nothing was compensated."""
+    return {
+        "score_pruned": pruned["score"],
+        "score_compensated": compensated["score"] if compensated else None,
+        "pruned": pruned,
+        "compensated": compensated,
+    }

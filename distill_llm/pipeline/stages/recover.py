@@ -1,0 +1,113 @@
+"""Stage `round-N/recover`: distil the teacher into the pruned student, or into the one that was given."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel, set_seed
+
+from distill_llm.data.tasks import label_names
+from distill_llm.models.checkpoint import load_for_task, load_pretrained
+from distill_llm.models.finding import resolve_model
+from distill_llm.models.quantized import load_teacher
+from distill_llm.pipeline.caching import cached_teacher
+from distill_llm.pipeline.context import Context
+from distill_llm.pipeline.stage import Result, Stage
+from distill_llm.pipeline.train_model import Fields, remove_checkpoints, train_model
+from distill_llm.recipe.recipe import Recipe
+from distill_llm.teachers.base import Teacher
+
+
+class Recover(Stage):
+    """Leaves `round-N/student`, in fp32. The last round trains with the fields of `final`."""
+
+    together = True
+
+    @classmethod
+    def wanted(cls, recipe: Recipe) -> bool:
+        """Where there is a distillation section."""
+        return recipe.distillation is not None
+
+    @property
+    def name(self) -> str:
+        """`round-1/recover`."""
+        return f"round-{self.round}/recover"
+
+    @property
+    def inputs(self) -> tuple[Stage, ...]:
+        """The teacher, and the student as it is."""
+        return self.teacher, self.student
+
+    @property
+    def outputs(self) -> tuple[Path, ...]:
+        """The recovered student."""
+        return (self.model,)
+
+    @property
+    def model(self) -> Path:
+        """The recovered student."""
+        return self.run.folder / f"round-{self.round}" / "student"
+
+    def work(self, results: Mapping[str, Result]) -> dict[str, Any]:
+        """Train and score."""
+        run, teacher = self.run, self.teacher.model
+        section = run.recipe.distillation
+        assert section is not None and teacher is not None
+        rounds = run.recipe.pruning.rounds if run.recipe.pruning else 1
+        fields: Fields = "final" if self.round == rounds else "recovery"
+        train_model(  # no name here holds the models, so that they go when it returns
+            run,
+            with_adapters(run.recipe, self._student(teacher)),
+            recovery_teacher(run, teacher, fields) if section.losses.needs_teacher else None,
+            self.model,
+            fields,
+            section.losses.model_dump(mode="json", exclude_none=True),
+        )
+        return run.scored(self.model, run.student_dtype)
+
+    def tidy(self) -> None:
+        """Remove the checkpoints of the training."""
+        remove_checkpoints(self.run, self.model)
+
+    def line(self, result: Result) -> list[str]:
+        """Its score."""
+        return [self.run.named(result["score"])]
+
+    def row(self, result: Result) -> dict[str, Any]:
+        """The metrics after recovery."""
+        return {"score_recovered": result["score"], "recovered": result["metrics"]}
+
+    def _student(self, teacher: Path | str) -> PreTrainedModel:
+        """The pruned student of a folder, or the one that was given, with a head for the task."""
+        recipe, path = self.run.recipe, self.student.model
+        if recipe.pruning is not None:
+            assert path is not None
+            return load_pretrained(path, dtype=torch.float32)
+        assert recipe.student is not None and recipe.student.model is not None
+        set_seed(recipe.seed)
+        names = label_names(AutoConfig.from_pretrained(teacher))
+        return load_for_task(resolve_model(recipe.student.model), self.run.data.task, names, of_task=True)
+
+
+def recovery_teacher(run: Context, path: Path | str, fields: Fields) -> PreTrainedModel | Teacher:
+    """What the student learns from: the teacher, the teacher with quantized weights, or its cached outputs."""
+    section, training = run.recipe.teacher, run.recipe.training(fields)
+    precision = "bfloat16" if training.get("bf16") else "float16" if training.get("fp16") else None
+    if section.cache is not None:
+        return cached_teacher(section.cache, str(path), run.tokenizer, run.data.train)
+    if section.quantization is None:
+        return load_pretrained(path, dtype=getattr(torch, section.dtype or precision or "float32"))
+    dtype = getattr(torch, section.dtype or "bfloat16")
+    return load_teacher(path, section.quantization, dtype, run.processes.device)
+
+
+def with_adapters(recipe: Recipe, student: PreTrainedModel) -> Any:
+    """The student, with adapters around it where the recipe trains only those."""
+    fields = recipe.student.peft if recipe.student else None
+    if fields is None:
+        return student
+    from peft import LoraConfig, get_peft_model
+
+    set_seed(recipe.seed)
+    return get_peft_model(student, LoraConfig(**fields))

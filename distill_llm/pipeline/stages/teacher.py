@@ -1,0 +1,46 @@
+"""Stage `teacher`: fine-tune the teacher where the recipe says so, and score it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from distill_llm.models.checkpoint import load_for_task
+from distill_llm.pipeline.stage import Result, Stage
+from distill_llm.pipeline.train_model import remove_checkpoints, train_model
+
+
+class Teacher(Stage):
+    """Leaves `teacher/`, or takes the teacher as it is."""
+
+    together = True
+    name = "teacher"
+
+    @property
+    def outputs(self) -> tuple[Path, ...]:
+        """The folder `teacher/`, where the teacher is fine-tuned here."""
+        return () if self.run.recipe.teacher.train is None else (self.run.folder / "teacher",)
+
+    @property
+    def model(self) -> Path:
+        """The fine-tuned teacher, else the given one (a folder or a Hub id)."""
+        return self.outputs[0] if self.outputs else Path(self.run.teacher_path)
+
+    def work(self, results: Mapping[str, Result]) -> dict[str, Any]:
+        """Fine-tune and score."""
+        run = self.run
+        if self.outputs:
+            set_seed(run.recipe.seed)
+            train_model(
+                run, load_for_task(run.teacher_path, run.data.task), None, self.model, "teacher", {"labels": {}}
+            )
+        return run.scored(self.model if self.outputs else run.teacher_path, run.teacher_dtype)
+
+    def tidy(self) -> None:
+        """Remove the checkpoints of the training."""
+        remove_checkpoints(self.run, self.run.folder / "teacher")
+
+    def line(self, result: Result) -> list[str]:
+        """Its score."""
+        return [self.run.named(result["score"])]

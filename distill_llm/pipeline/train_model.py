@@ -1,0 +1,74 @@
+"""How a stage trains a model: from its last whole checkpoint to a saved folder."""
+
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from transformers import EvalPrediction, PreTrainedModel
+
+from distill_llm.common.files import written_whole
+from distill_llm.evaluation.evaluate import compute_metrics
+from distill_llm.models.adapters import merged
+from distill_llm.pipeline.context import Context
+from distill_llm.pipeline.folder import MarkComplete, last_complete_checkpoint
+from distill_llm.teachers.base import Teacher
+from distill_llm.training.config import DistillationConfig
+from distill_llm.training.trainer import DistillationTrainer
+
+Fields = Literal["teacher", "recovery", "final"]
+"""Which of the recipe's training fields hold (see `Recipe.training`)."""
+
+
+def train_model(
+    run: Context,
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | Teacher | None,
+    target: Path,
+    fields: Fields,
+    losses: dict[str, Any],
+) -> None:
+    """Train a model, going on from the last whole checkpoint, and save it with its tokenizer to `target`."""
+    work = _checkpoints(target)
+    args = DistillationConfig(
+        output_dir=str(work),
+        losses=losses,
+        teacher_dtype=run.recipe.teacher.dtype,
+        **run.recipe.training(fields),  # type: ignore[arg-type]
+    )
+
+    def metrics(given: EvalPrediction) -> dict[str, float]:
+        """The task's metrics on held-out rows, for the Trainer's own evaluation."""
+        task, logits = run.data.task, np.asarray(given.predictions)
+        predictions = logits.squeeze(-1) if task.kind == "regression" else logits.argmax(-1)
+        return compute_metrics(task, predictions.tolist(), np.asarray(given.label_ids).tolist())
+
+    trainer = DistillationTrainer(
+        model=model,
+        teacher=teacher,
+        args=args,
+        train_dataset=run.data.train,
+        eval_dataset=run.data.validation,
+        data_collator=run.collator,
+        processing_class=run.tokenizer,
+        compute_metrics=None if run.data.task.is_language_model else metrics,
+        callbacks=[MarkComplete()],
+    )
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(work))
+    weights = trainer.accelerator.get_state_dict(trainer.model) if sharded else None
+    if run.processes.is_main_process:
+        with written_whole(target, folder=True) as path:
+            run.save(merged(trainer.accelerator.unwrap_model(trainer.model)), path, weights)
+    trainer.accelerator.free_memory()  # ends DeepSpeed's engine, which nothing else does
+
+
+def remove_checkpoints(run: Context, target: Path) -> None:
+    """Remove the Trainer's checkpoints of a stage that is recorded."""
+    if run.processes.is_main_process:
+        shutil.rmtree(_checkpoints(target), ignore_errors=True)
+
+
+def _checkpoints(target: Path) -> Path:
+    """Where the Trainer keeps its checkpoints while it trains the model of `target`."""
+    return target.with_name(target.name + "-training")
