@@ -7,13 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-)
+from transformers import AutoModel, PreTrainedModel
 
 from distill_llm.architectures.families import FAMILIES, dims_of, layers_of, lineage_of
 from distill_llm.architectures.modeling_pruned import pruned_class
@@ -29,13 +23,6 @@ from distill_llm.pruning.units.sizes import second_moment_bytes
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.training.terms import Terms
 
-HEADS: dict[str, Any] = {
-    "masked_lm": AutoModelForMaskedLM,
-    "causal_lm": AutoModelForCausalLM,
-    "prompts": AutoModelForCausalLM,
-}
-"""The classes of models by kind of task; of all others: AutoModelForSequenceClassification."""
-
 
 def skeleton(model: OpenModel, task: Task | None = None) -> PreTrainedModel:
     """The model with its head for a task, or without one, on the meta device: modules and sizes, no weights.
@@ -43,10 +30,10 @@ def skeleton(model: OpenModel, task: Task | None = None) -> PreTrainedModel:
     Raises:
         InputError: the family has no such head.
     """
-    auto: Any = AutoModel if task is None else HEADS.get(task.kind, AutoModelForSequenceClassification)
+    auto: Any = AutoModel if task is None else task.kind.auto
     stock: Any = auto._model_mapping.get(type(model.config), None)
     if stock is None:
-        kind = "transformers" if task is None else task.kind
+        kind = "transformers" if task is None else task.kind.name
         raise InputError(model.field, f"{model.name} ({model.config.model_type})", f"a family with a model for {kind}")
     with torch.device("meta"):
         if lineage_of(model.config) is None:

@@ -7,7 +7,8 @@ from transformers import PreTrainedModel
 from distill_llm.architectures.families import FAMILIES, family_of
 from distill_llm.common.errors import InputError, one_of
 from distill_llm.common.outputs import usable_statistics
-from distill_llm.models.finding import HEAD_CLASSES, OpenModel
+from distill_llm.data.kinds.causal_lm import CausalLM
+from distill_llm.models.finding import OpenModel
 from distill_llm.pruning.planning.budgets import least_share
 from distill_llm.pruning.planning.candidate import Limits, Rules
 from distill_llm.pruning.units.sizes import layer_shapes
@@ -65,7 +66,7 @@ def check_pruning(recipe: Recipe, teacher: OpenModel, skeleton: PreTrainedModel)
         if (value := getattr(pruning, name)) > most:
             raise InputError(f"pruning.{name}", value, f"at most {most}, the {what} of a layer")
     if pruning.keep is not None and pruning.cost != "latency":
-        decoder = any(name.endswith(HEAD_CLASSES["causal_lm"]) for name in config.architectures or ())
+        decoder = CausalLM().has_head(config.architectures)
         local = pruning.uniform or pruning.scope == "local"
         limits, anchored = Limits(pruning.min_heads, pruning.min_neurons), family_of(config).anchored
         rules = Rules(frozenset(pruning.units), limits, pruning.round_to, pruning.uniform, local, anchored)

@@ -21,13 +21,12 @@ from distill_llm.common.outputs import usable_output
 from distill_llm.data.encoding import most_tokens
 from distill_llm.data.loading import load_task
 from distill_llm.data.padding import LENGTH
-from distill_llm.data.prompts import check_chats
+from distill_llm.data.spec import DataSpec
 from distill_llm.data.special_tokens import check_tokenizer
 from distill_llm.data.tasks import Task, TaskData, label_names, same_names
 from distill_llm.losses.mapping import cut_from
 from distill_llm.models.checkpoint import name_labels
 from distill_llm.models.finding import (
-    HEAD_CLASSES,
     OpenModel,
     check_head,
     check_length,
@@ -79,7 +78,7 @@ def check_recipe(recipe: Recipe) -> None:
     shorter = _shorter(teacher, student)
     found.run(_check_lengths, recipe, shorter)
     found.run(_check_rows, recipe, teacher, shorter, task)
-    found.run(check_chats, data, teacher.tokenizer if teacher else None)
+    found.run(_check_raw_rows, data, teacher)
     found.run(_check_losses, recipe, task)
     found.run(_check_cache, recipe, teacher)
     found.run(_check_responses, recipe, task, shorter)
@@ -97,32 +96,24 @@ def check_recipe(recipe: Recipe) -> None:
 
 def check_data(recipe: Recipe) -> TaskData:
     """Load the task's raw rows (not tokenized) and check that there are enough of them."""
-    section = recipe.data
-    columns = section.columns.model_dump(exclude_none=True) if section.columns else None
     with _quiet_datasets():
-        data = load_task(
-            section.task,
-            section.path,
-            columns=columns,
-            train_examples=section.train_examples,
-            holdout_examples=section.holdout_examples,
-            seed=recipe.seed,
-            config=_teacher_config(recipe),
-            metric=recipe.evaluation.metric,
-            max_new_tokens=recipe.evaluation.max_new_tokens,
-            join_rows=section.join_rows,
-            packing=section.packing,
-            chat=section.chat,
-            chat_template_kwargs=section.chat_template_kwargs,
-        )
+        data = load_task(data_spec(recipe), _teacher_config(recipe))
     calibration = recipe.pruning.calibration_examples if recipe.pruning and recipe.pruning.keep else 0
     if calibration == PruningSection.model_fields["calibration_examples"].default:
         calibration = 0  # asks for no number: all rows where there are fewer
     # Text is cut into blocks first, and packed sequences share rows: the number of examples shows later.
-    blocks = data.task.kind in ("masked_lm", "causal_lm") or data.task.packing
+    blocks = data.task.kind.joins_documents or data.task.packing
     if not blocks and calibration > len(data.train):
         raise InputError("pruning.calibration_examples", calibration, f"at most {len(data.train)}, the training rows")
     return data
+
+
+def data_spec(recipe: Recipe) -> DataSpec:
+    """What a recipe says about its data."""
+    columns = recipe.data.columns.model_dump(exclude_none=True) if recipe.data.columns else None
+    metric, new = recipe.evaluation.metric, recipe.evaluation.max_new_tokens
+    own = {**dict(recipe.data), "columns": columns}
+    return DataSpec(**own, seed=recipe.seed, metric=metric, max_new_tokens=new)
 
 
 def _teacher_config(recipe: Recipe) -> PreTrainedConfig | None:
@@ -148,7 +139,7 @@ def _quiet_datasets() -> Iterator[None]:
 def _check_student(recipe: Recipe, student: OpenModel, teacher: OpenModel, task: Task) -> None:
     if student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
         raise InputError(student.field, student.name, f"a student with the tokenizer of the teacher ({teacher.name})")
-    if any(name.endswith(HEAD_CLASSES[task.kind]) for name in student.config.architectures or []):
+    if task.kind.has_head(student.config.architectures):
         check_head(student, task)
     compared = recipe.distillation is not None and recipe.distillation.losses.needs_teacher
     if task.is_language_model or recipe.teacher.cache is not None or not compared:
@@ -157,7 +148,7 @@ def _check_student(recipe: Recipe, student: OpenModel, teacher: OpenModel, task:
     config = copy.deepcopy(student.config)
     name_labels(config, task, names, of_task=True)
     own = label_names(config)
-    if names and own and task.kind != "regression" and not same_names(own, names):
+    if names and own and task.label_names and not same_names(own, names):
         given = f"{student.name} with labels {list(own)}"
         raise InputError(student.field, given, f"labels as the teacher has, {list(names)}")
 
@@ -180,19 +171,22 @@ def _check_rows(recipe: Recipe, teacher: OpenModel, shorter: OpenModel, task: Ta
     check_tokenizer(task, teacher.tokenizer, teacher.field)
     most_tokens(task, teacher.tokenizer, recipe.data.max_length)
     longest, cut, new = longest_input(shorter.config), recipe.data.max_length, task.max_new_tokens
-    if task.kind == "prompts" and task.metrics and longest is not None and cut < longest < cut + new:
+    if task.kind.generates and task.metrics and longest is not None and cut < longest < cut + new:
         accepted = f"at most {longest - cut}: {shorter.name} takes {longest} tokens, data.max_length is {cut}"
         raise InputError("evaluation.max_new_tokens", new, accepted)
+
+
+def _check_raw_rows(data: TaskData, teacher: OpenModel) -> None:
+    data.task.kind.check_rows(data, teacher.tokenizer)
 
 
 def _check_losses(recipe: Recipe, task: Task) -> None:
     if recipe.distillation is None:
         return
     logits = recipe.distillation.losses.logits
-    if task.kind == "regression" and logits is not None and logits.divergence != "mse":
-        raise InputError(
-            "distillation.losses.logits.divergence", logits.divergence, "mse where the task is a regression"
-        )
+    if not task.kind.has_distribution and logits is not None and logits.divergence != "mse":
+        accepted = f"mse where the task is a {task.kind.name}"
+        raise InputError("distillation.losses.logits.divergence", logits.divergence, accepted)
 
 
 def _projected(student: OpenModel | None, teacher: OpenModel | None) -> tuple[int, int] | None:
@@ -270,7 +264,7 @@ def _check_responses(recipe: Recipe, task: Task, shorter: OpenModel) -> None:
     if responses is None:
         return
     field = "distillation.losses.responses"
-    if task.kind != "prompts":
+    if not task.kind.generates:
         raise InputError(field, f"the task {task.name}", "the task prompts")
     if recipe.teacher.cache is not None:
         raise InputError(field, "a cached teacher", "a teacher in memory: it never saw the student's answers")

@@ -62,14 +62,14 @@ def cache(
     recipe = _recipe(teacher, output_dir, settings or [], rows)
     if recipe is None and task is None:
         raise InputError("--task", None, "a task, or a recipe in place of the teacher")
+    from distill_llm.data.spec import DataSpec
     from distill_llm.pipeline.caching import cache_recipe, cache_teacher
 
     try:
         if recipe is not None:
             items, size = cache_recipe(recipe, **coding)
         else:
-            length = rows.pop("max_length", 128)
-            items, size = cache_teacher(teacher, rows, output_dir, max_length=length, **coding)
+            items, size = cache_teacher(teacher, DataSpec(**rows), output_dir, **coding)
     except InputError as error:
         raise InputErrors(
             fault.renamed(_option(fault.field)) if fault.field in (*coding, "max_length", "output_dir") else fault

@@ -179,8 +179,8 @@ def evaluate(
     metric: Annotated[
         str | None,
         typer.Option(
-            metavar="perplexity|exact_match|final_answer|NAME[:VALUE]",
-            help="For prompts; perplexity by default; NAME of a metric of evaluate (rouge:rougeL).",
+            metavar="perplexity|exact_match|final_answer|f1|...|NAME[:VALUE]",
+            help="The main metric, by default the task's own; for prompts also NAME of a metric of evaluate (rouge:rougeL).",
         ),
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Ask prompts in the words of the chat template.")] = False,
@@ -196,21 +196,29 @@ def evaluate(
     usable_file(output, "--output")
     from distill_llm.data.encoding import collator, encode
     from distill_llm.data.loading import load_task
-    from distill_llm.data.prompts import check_chats
     from distill_llm.data.sources import resolve_path
+    from distill_llm.data.spec import DataSpec
     from distill_llm.evaluation.evaluate import evaluate_model
     from distill_llm.models.finding import check_head, check_length, check_tokens, open_model
 
     names = read_columns(columns)
     with as_options():
         opened = open_model("MODEL", model)
-        given: Any = {"columns": names, "seed": seed, "metric": metric, "max_new_tokens": max_new_tokens}
-        template = read_mapping(chat_template_kwargs, "--chat-template-kwargs")
-        given |= {"chat": chat, "chat_template_kwargs": template}
-        rows = load_task(task, data, config=opened.config, training=False, **given)
+        spec = DataSpec(
+            task,
+            data,
+            names,
+            max_length,
+            seed=seed,
+            metric=metric,
+            max_new_tokens=max_new_tokens,
+            chat=chat,
+            chat_template_kwargs=read_mapping(chat_template_kwargs, "--chat-template-kwargs"),
+        )
+        rows = load_task(spec, opened.config, training=False)
         check_head(opened, rows.task)
         check_length(opened, "--max-length", max_length)
-        check_chats(rows, opened.tokenizer)
+        rows.task.kind.check_rows(rows, opened.tokenizer)
         encoded = check_tokens(encode(rows, opened.tokenizer, max_length), opened.tokenizer, opened.path)
         metrics = evaluate_model(
             _load_model(opened),

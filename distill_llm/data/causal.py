@@ -17,12 +17,12 @@ from distill_llm.losses.labels import IGNORED
 def document_packer(column: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Callable[[Rows], Rows]:
     """A function from documents to rows of `max_length` tokens, each with its tokens as labels.
 
-    Every document is ended by `document_end`; their tokens in a line are cut wherever a row is full. Where the
-    tokenizer begins a text with special tokens, so does every document and every row. A last row of one token, which
-    predicts nothing, is left out.
+    Each document ends with the token of `document_end`. The tokens of all documents are put in one line, which is cut
+    wherever a row is full. Where the tokenizer puts special tokens before a text, every document and every row begin with
+    them. A last row of one token predicts nothing and is left out.
 
     Args:
-        column: the column with the documents; `<|endoftext|>` in a text parts two documents.
+        column: the column with the documents; `<|endoftext|>` in a text separates two documents.
         tokenizer: with an EOS or BOS token.
         max_length: tokens in a row.
     """
@@ -50,11 +50,11 @@ def as_rows(input_ids: list[list[int]], labels: list[list[int]]) -> Rows:
 
 
 def sequence_packer(max_length: int) -> Callable[[Rows], Rows]:
-    """A function that puts whole sequences together into rows of at most `max_length` tokens.
+    """A function that packs whole sequences into rows of at most `max_length` tokens.
 
-    Sequences go, the longest first, into the first row with room. `position_ids` start at 0 in every sequence, which is
-    what keeps them apart (see `distill_llm.data.decoders.without_packed_mask`). The first token of a sequence must have no label:
-    it would be predicted from the sequence before.
+    The longest sequences go first, each into the first row with room. `position_ids` start at 0 in every sequence, which
+    keeps the sequences apart (see `distill_llm.data.decoders.without_packed_mask`). The first token of a sequence must have
+    no label: it would be predicted from the sequence before it.
     """
 
     def work(rows: Rows) -> Rows:
@@ -81,11 +81,11 @@ def sequence_packer(max_length: int) -> Callable[[Rows], Rows]:
 class CausalCollator(PaddingCollator):
     """Pads rows on the right: ids with the padding token (EOS where there is none), labels with -100.
 
-    Masks come from the rows' lengths, so a padding token that is also a real one (EOS, often) does no harm. Positions of
-    padding in packed rows are 0: each padding token is a sequence of its own.
+    Masks come from the lengths of the rows, so the padding token may also be a real one (often EOS). In packed rows,
+    padding has position 0: each padding token is a sequence of its own.
 
     Args:
-        tokenizer: with a padding, EOS or BOS token; it is not changed.
+        tokenizer: with a padding, EOS or BOS token; it stays unchanged.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):

@@ -1,4 +1,4 @@
-"""Chats in the words of a tokenizer's chat template: what a model is asked, and what it is to answer."""
+"""Chats as text, written by a tokenizer's chat template: what a model is asked, and what it should answer."""
 
 import inspect
 import json
@@ -40,7 +40,7 @@ def as_chats(rows: Rows) -> Rows:
 
 
 def check_template_kwargs(kwargs: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, field: str) -> None:
-    """Whether a chat template reads every name that it is given: of any other it would take no notice.
+    """Check that a chat template reads every name that it is given; it would silently ignore any other.
 
     Args:
         kwargs: for `apply_chat_template`.
@@ -68,7 +68,7 @@ def asked(chat: Chat, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, A
     Args:
         chat: turns that end with a question.
         tokenizer: with a chat template.
-        kwargs: what the template is given beside the chat.
+        kwargs: further variables of the template.
         field: the setting that gave the chat, for errors.
 
     Raises:
@@ -78,7 +78,7 @@ def asked(chat: Chat, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, A
 
 
 def answered(chat: Chat, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any], field: str) -> tuple[str, str]:
-    """Prompt and response of a chat as text; what the template puts behind the turn's EOS is left out.
+    """Prompt and response of a chat as text, without what the template adds after the EOS of the answer.
 
     Args:
         chat: turns that end with the assistant's.

@@ -1,4 +1,4 @@
-"""What data have to know of decoder models: which they are, and how a packed batch has to reach them."""
+"""What data need to know about decoder models: which models they are, and how they take a packed batch."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -32,14 +32,14 @@ PACKED_FAMILIES = (
     "gpt2",
     "gpt_neox",
 )
-"""Families that keep the sequences of a packed row apart by their `position_ids`; others mix them without a word."""
+"""Families that keep the sequences of a packed row apart by their `position_ids`; all others mix them silently."""
 
 
 def is_decoder(config: PreTrainedConfig) -> bool:
-    """Whether a model predicts the next token: by its class where the config names one, else by its family.
+    """Whether a model predicts the next token: judged by its class where the config names one, else by its family.
 
-    An encoder-decoder is none, and a family with both kinds of head (BERT) counts as an encoder unless the checkpoint's
-    class says otherwise.
+    An encoder-decoder does not count as one. A family with both kinds of head (BERT) counts as an encoder unless the
+    checkpoint's class says otherwise.
     """
     if config.is_encoder_decoder:
         return False
@@ -54,11 +54,11 @@ def is_decoder(config: PreTrainedConfig) -> bool:
 
 
 def without_packed_mask(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch as a model must get it: without its attention mask where rows are packed (where it has `position_ids`).
+    """A batch as a model must get it: a packed one (with `position_ids`) without its attention mask.
 
-    transformers derives the mask that keeps packed sequences apart from positions that start again, but only where it
-    is given no `attention_mask` and no cache: call the model with `use_cache=False`. Padding stands at the end of rows,
-    where a causal model does not see it. Losses and statistics go by the whole batch, attention mask and all.
+    Where positions start again, transformers makes the mask that keeps packed sequences apart, but only if it is given no
+    `attention_mask` and no cache: call the model with `use_cache=False`. Padding is at the end of rows, where a causal
+    model does not see it. Losses and statistics use the whole batch with its attention mask.
     """
     packed = "position_ids" in batch
     return {name: values for name, values in batch.items() if not (packed and name == "attention_mask")}

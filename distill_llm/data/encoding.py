@@ -12,10 +12,8 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from distill_llm.common.errors import InputError
-from distill_llm.data.causal import CausalCollator, document_packer, sequence_packer
-from distill_llm.data.masked import MaskingCollator, masked_packer
-from distill_llm.data.padding import LENGTH, Collator, PaddingCollator, Rows
-from distill_llm.data.prompts import prompt_encoder
+from distill_llm.data.causal import sequence_packer
+from distill_llm.data.padding import Collator, Rows
 from distill_llm.data.special_tokens import check_tokenizer, tokenizer_state
 from distill_llm.data.tasks import Task, TaskData
 
@@ -26,11 +24,11 @@ def encode(data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int) 
     """The same data as token ids, not padded.
 
     Columns: `input_ids`, `attention_mask`, `token_type_ids` where the tokenizer makes them, `labels` (not for masked
-    LM) and `length` (tokens of the row; what `train_sampling_strategy="group_by_length"` of transformers reads).
+    LM) and `length` (tokens of the row, which `train_sampling_strategy="group_by_length"` of transformers reads).
     Documents of language modelling are joined and cut into rows of `max_length` tokens. Labels of causal LM are the
-    tokens themselves, not shifted; those of prompts are -100. With `packing`, training sequences share rows, which then
-    have `position_ids`. The result lies in the cache folder of `datasets`, under a key of the rows, the tokenizer and the
-    length: the second call reads it. Prompts that leave no room for a response are left out, with a line in the log.
+    tokens themselves, not shifted; the tokens of prompts have the label -100. With `packing`, training sequences share
+    rows, which then have `position_ids`. Prompts that leave no room for a response are left out, with a line in the log.
+    The result is kept in the cache folder of `datasets`; a second call with the same rows, tokenizer and length reads it.
 
     Args:
         data: raw rows.
@@ -44,9 +42,9 @@ def encode(data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int) 
     task = data.task
     check_tokenizer(task, tokenizer)
     most_tokens(task, tokenizer, max_length)
-    work = _worker(task, tokenizer, max_length)
+    work = task.kind.encoder(task, tokenizer, max_length)
     given = json.dumps(task.chat_template_kwargs, sort_keys=True)
-    identity = [tokenizer_state(tokenizer), task.kind, task.text_columns, given, max_length, CACHE_FORMAT]
+    identity = [tokenizer_state(tokenizer), task.kind.name, task.text_columns, given, max_length, CACHE_FORMAT]
 
     def encoded(rows: Dataset) -> Dataset:
         result = _mapped(rows, work, identity, "Tokenizing")
@@ -54,7 +52,7 @@ def encode(data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int) 
             raise InputError(
                 "data.max_length", max_length, "a length that leaves rows (every text is empty or too long)"
             )
-        if task.kind == "prompts" and len(result) < len(rows):
+        if not task.kind.joins_documents and len(result) < len(rows):
             _say(f"left out {len(rows) - len(result)} of {len(rows)} rows: prompts of {max_length} tokens or more")
         return result
 
@@ -66,8 +64,11 @@ def encode(data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int) 
 
 
 def most_tokens(task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-    """Raise InputError where rows of at most `max_length` tokens leave no room for text, or are longer than the tokenizer's
-    model takes."""
+    """Check `data.max_length`.
+
+    Raises:
+        InputError: rows of this length leave no room for text, or are longer than the tokenizer's model takes.
+    """
     special = tokenizer.num_special_tokens_to_add(pair=len(task.text_columns) == 2 and not task.is_language_model)
     if not special < max_length <= tokenizer.model_max_length:
         accepted = f"{special + 1} to {tokenizer.model_max_length} for this tokenizer"
@@ -75,7 +76,7 @@ def most_tokens(task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int)
 
 
 def _mapped(rows: Dataset, work: Callable[[Rows], Rows], identity: list, title: str) -> Dataset:
-    """The rows that `work` makes, from the cache where rows and identity are the same as before."""
+    """The rows that `work` makes, read from the cache where rows and identity are those of an earlier call."""
     key = Hasher.hash([rows._fingerprint, *identity])
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "distill_llm"
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,21 +112,4 @@ def collator(task: Task, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> C
         InputError: the tokenizer lacks the padding token, or the mask token that masked LM needs.
     """
     check_tokenizer(task, tokenizer)
-    if task.kind in ("causal_lm", "prompts"):
-        return CausalCollator(tokenizer)
-    return MaskingCollator(tokenizer, seed) if task.kind == "masked_lm" else PaddingCollator(tokenizer)
-
-
-def _worker(task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Callable[[Rows], Rows]:
-    column = task.text_columns[0]
-    if task.kind == "prompts":
-        return prompt_encoder(task, tokenizer, max_length)
-    if task.kind in ("causal_lm", "masked_lm"):
-        return (document_packer if task.kind == "causal_lm" else masked_packer)(column, tokenizer, max_length)
-
-    def work(rows: Rows) -> Rows:
-        texts = [rows[column] for column in task.text_columns]
-        result = dict(tokenizer(*texts, truncation=True, max_length=max_length))
-        return {**result, "labels": rows["labels"], LENGTH: [len(ids) for ids in result["input_ids"]]}
-
-    return work
+    return task.kind.collator(tokenizer, seed)

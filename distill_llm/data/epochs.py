@@ -4,9 +4,9 @@ import torch
 
 
 class Epoch:
-    """A number in shared memory: workers that were started before it changes see the change.
+    """A number in shared memory: workers that started before it changes see the new one.
 
-    A data loader hands out no batch of an epoch before the epoch begins, so it is enough to set the number there.
+    A data loader hands out no batch of an epoch before that epoch begins, so it is enough to set the number then.
     """
 
     def __init__(self) -> None:

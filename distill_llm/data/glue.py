@@ -8,10 +8,31 @@ from typing import Any
 from datasets import Dataset, Features, Value
 
 from distill_llm.common.errors import InputError
+from distill_llm.data.kinds.classification import classification
+from distill_llm.data.kinds.regression import regression
 from distill_llm.data.sources import Splits, is_saved, read_splits
-from distill_llm.data.tasks import GLUE, Task
+from distill_llm.data.tasks import Task
 
 HUB_ID = "nyu-mll/glue"
+
+_PAIR = ("sentence1", "sentence2")
+_ENTAILS = ("entailment", "not_entailment")
+
+GLUE: dict[str, Task] = {
+    task.name: task
+    for task in (
+        classification("cola", ("sentence",), ("unacceptable", "acceptable"), ("matthews_correlation", "accuracy")),
+        classification("sst2", ("sentence",), ("negative", "positive")),
+        classification("mrpc", _PAIR, ("not_equivalent", "equivalent"), ("f1", "accuracy")),
+        regression("stsb", _PAIR),
+        classification("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), ("f1", "accuracy")),
+        classification("mnli", ("premise", "hypothesis"), ("entailment", "neutral", "contradiction")),
+        classification("qnli", ("question", "sentence"), _ENTAILS),
+        classification("rte", _PAIR, _ENTAILS),
+        classification("wnli", _PAIR, ("not_entailment", "entailment")),
+    )
+}
+"""The nine GLUE tasks (Wang et al. 2018), columns and class ids as in the Hub's `nyu-mll/glue`."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +123,7 @@ def read_tsv(file: Path, task: Task) -> Dataset:
 
 def label_reader(task: Task, where: str) -> Callable[[Any], int | float]:
     """A function from a label as written (a class id, a class name, a number) to the value in `labels`."""
-    if task.kind == "regression":
+    if task.label_names is None:
 
         def to_float(given: Any) -> float:
             try:
@@ -111,7 +132,7 @@ def label_reader(task: Task, where: str) -> Callable[[Any], int | float]:
                 raise InputError("data.path", given, f"numbers as labels of {task.name} in {where}") from None
 
         return to_float
-    names = task.label_names or ()
+    names = task.label_names
     known: dict[Any, int] = {name: number for number, name in enumerate(names)}
     known |= {str(number): number for number in range(len(names))} | {number: number for number in range(len(names))}
 
@@ -135,5 +156,5 @@ def _from_hub(rows: Dataset, task: Task) -> Dataset:
 
 
 def _features(task: Task) -> Features:
-    label = Value("float32") if task.kind == "regression" else Value("int64")
+    label = Value("float32") if task.label_names is None else Value("int64")
     return Features({**{column: Value("string") for column in task.text_columns}, "labels": label})

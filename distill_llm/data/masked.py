@@ -22,27 +22,26 @@ class MaskingCollator(PaddingCollator):
     """Pads, and hides 15% of the tokens: 80% become the mask token, 10% a random one, 10% stay (BERT, Devlin et al.
     2018, 3.1).
 
-    Which tokens of a row is a function of its tokens, the seed and the epoch alone: batches may be divided over
-    accumulation steps and processes in any way, no generator has to be saved to resume, and two models see the same
-    masks. At least one token of every row is predicted, unless all of them are special.
+    Which tokens are hidden depends only on the row's tokens, the seed and the epoch. So batches may be divided over
+    accumulation steps and processes in any way, nothing has to be saved to resume, and two models see the same masks. At
+    least one token of every row is predicted, unless all of them are special.
 
     Args:
         tokenizer: gives the special tokens, which are never hidden.
-        seed: other seeds, other masks.
+        seed: another seed gives other masks.
 
     Attributes:
-        epoch: of the masks; 0 where nothing counts epochs.
+        epoch: which masks are made; it stays 0 where nothing counts epochs.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int = 0):
         super().__init__(tokenizer)
-        self.values["labels"] = IGNORED
         self.seed, self.epoch = seed, Epoch()
         self.mask, self.vocabulary = tokenizer.mask_token_id, len(tokenizer)
         self.special = np.array(sorted(tokenizer.all_special_ids))
 
     def at(self, epoch: Epoch) -> "MaskingCollator":
-        """The same with the epoch of a training: the masks of evaluation stay as they are."""
+        """A copy that follows the epochs of a training; the masks of evaluation stay as they are."""
         other = copy.copy(self)
         other.epoch = epoch
         return other
@@ -67,10 +66,11 @@ class MaskingCollator(PaddingCollator):
 def masked_packer(column: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Callable[[Rows], Rows]:
     """A function from documents to rows of `max_length` tokens, between the tokenizer's special tokens.
 
-    The documents' tokens are joined with the separator token, where there is one, and cut wherever a row is full.
+    The tokens of all documents are put in one line, with the separator token (if there is one) between documents, and the
+    line is cut wherever a row is full.
 
     Args:
-        column: the column with the documents; `<|endoftext|>` in a text parts two documents.
+        column: the column with the documents; `<|endoftext|>` in a text separates two documents.
         tokenizer: gives the tokens.
         max_length: tokens in a row.
     """

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from distill_llm.losses.labels import IGNORED
+
 Features = Sequence[Mapping[str, Any]]
 Collator = Callable[[Features], dict[str, Tensor]]
 
@@ -25,6 +27,7 @@ class PaddingCollator:
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.left = tokenizer.padding_side == "left"
         self.values = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
+        self.values["labels"] = IGNORED  # of kinds with a label per token
 
     def __call__(self, features: Features) -> dict[str, Tensor]:
         """One batch of `features`, without their `length`."""

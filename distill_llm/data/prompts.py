@@ -71,7 +71,7 @@ def _check_chats(rows: Dataset, column: str, split: str) -> None:
 
 
 def check_chats(data: TaskData, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise InputError where the tokenizer's chat template, if it has one, refuses one of the first chats of a split."""
+    """Raise InputError if the tokenizer has a chat template that refuses one of the first chats of a split."""
     if data.task.text_columns != CHAT or not tokenizer.chat_template:
         return
     for rows in (data.train, data.test):
@@ -82,9 +82,9 @@ def check_chats(data: TaskData, tokenizer: PreTrainedTokenizerBase) -> None:
 def prompt_encoder(task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Callable[[Rows], Rows]:
     """A function from raw rows to token ids with labels at the response and at the EOS that ends it.
 
-    Prompt and response are tokenized apart, as a model meets them when it generates. A response is cut where the row
-    is full; a row whose prompt leaves no room for it is left out. Of a chat, all turns but the last are the prompt, in the words
-    of the tokenizer's chat template.
+    Prompt and response are tokenized separately, as a model meets them when it generates. A response is cut where the row
+    is full; a row whose prompt leaves no room for it is left out. The prompt of a chat is all turns but the last, as the
+    tokenizer's chat template writes them.
 
     Args:
         task: `prompts`, with the text columns `("prompt", "response")` or `("messages",)`.

@@ -26,7 +26,7 @@ Splits = dict[str, Dataset]
 def resolve_path(text: str, field: str = "path") -> str:
     """The file or folder that `package://PKG/PATH` names inside an installed package; any other text with its `~` expanded.
 
-    The package is located, not imported, so it need not work, only be there.
+    The package is only located, not imported: it need not work.
 
     Args:
         text: a path, a Hub id, or `package://PKG/PATH`.
@@ -88,7 +88,10 @@ def is_saved(folder: Path) -> bool:
 
 
 def _saved(folder: str) -> Any:
-    """What `save_to_disk` wrote, as plain values. `datasets` keeps the order of shuffled rows beside it, where it can."""
+    """What `save_to_disk` wrote, as plain values.
+
+    `datasets` writes the order of shuffled rows into that folder; where it may not, the rows are kept in memory.
+    """
     return load_from_disk(folder, keep_in_memory=not os.access(folder, os.W_OK)).with_format(None)
 
 
@@ -159,7 +162,7 @@ def read_documents(files: list[str], stamps: list[tuple[int, int]]) -> Iterator[
 
 
 def split_documents(texts: Iterable[str]) -> list[str]:
-    """The documents in texts, which `<|endoftext|>` parts; empty ones are left out."""
+    """The documents in texts, separated by `<|endoftext|>`; empty ones are left out."""
     return [part for text in texts for part in text.split(DOCUMENT_MARK) if part.strip()]
 
 

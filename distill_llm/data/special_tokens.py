@@ -1,4 +1,4 @@
-"""What tokenizers add to a text, which of it a task needs, and what decides the tokens that come out."""
+"""Special tokens: what tokenizers add to a text, which of them a task needs, and what decides the tokens of a text."""
 
 import json
 from typing import Any
@@ -25,43 +25,35 @@ def document_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def token_count(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the largest id of a token: the leading rows of a vocabulary that mean something, its padding not.
+    """One more than the largest id of a token: how many rows of a model's vocabulary mean something, the others being padding.
 
-    There may be fewer tokens, where ids have gaps. The vocabulary is listed for it: call it once, not for every batch.
+    Where ids have gaps, there are fewer tokens. This lists the whole vocabulary: call it once, not for every batch.
     """
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def check_tokenizer(task: Task, tokenizer: PreTrainedTokenizerBase, field: str = "teacher.model") -> None:
-    """Whether a tokenizer has the special tokens and the template that a task's rows are made with.
+    """Check that a tokenizer has the special tokens and the chat template that the rows of a task need.
 
     Raises:
-        InputError: naming `field`, the setting that gave the tokenizer, or what the template is given and does not read.
+        InputError: naming `field`, the setting that gave the tokenizer; or a name in `data.chat_template_kwargs` that the
+            template does not read.
     """
-    missing = None
-    if task.kind in ("causal_lm", "prompts"):
-        if document_end(tokenizer) is None:
-            missing = "an EOS or BOS token, to end a text"
-        elif task.text_columns == ("messages",) and not tokenizer.chat_template:
-            missing = "a chat template, for messages"
-    elif tokenizer.pad_token_id is None:
-        missing = "a padding token"
-    elif task.kind == "masked_lm" and tokenizer.mask_token_id is None:
-        missing = "a mask token"
+    missing = task.kind.missing(task, tokenizer)
     if missing is not None:
         raise InputError(field, tokenizer.name_or_path, f"a model whose tokenizer has {missing}")
     check_template_kwargs(task.chat_template_kwargs, tokenizer, "data.chat_template_kwargs")
 
 
 def token_rules(tokenizer: Any) -> str:
-    """What makes tokens of a text, without the padding and truncation that calls leave behind in a tokenizer."""
+    """A tokenizer's rules as JSON, without the padding and truncation settings that earlier calls left in it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = {"vocabulary": tokenizer.get_vocab()} if backend is None else json.loads(backend.to_str())
     return json.dumps(rules | {"padding": None, "truncation": None}, sort_keys=True)
 
 
 def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What decides the tokens of a row: those rules, special tokens, template, and the code."""
+    """All that decides the tokens of a row: the rules, the special tokens, the chat template, and the code's version."""
     settings = str(tokenizer.init_kwargs) if getattr(tokenizer, "backend_tokenizer", None) is None else ""
     added = json.dumps([settings, tokenizer.special_tokens_map, tokenizer.chat_template], sort_keys=True, default=str)
     return [token_rules(tokenizer), added, type(tokenizer).__name__, transformers.__version__]

@@ -1,9 +1,9 @@
-"""How good a model is: metrics that need no network, and running a model over a data set.
+"""How good a model is: it is run over the rows of a task, and its answers are scored.
 
-May import: common, metrics, losses, data, models, responses.
+May import: common, architectures, metrics, losses, data, models, responses.
 """
 
 from distill_llm.evaluation.evaluate import compute_metrics, evaluate_model, predict
-from distill_llm.metrics.registry import METRICS, load_metric
+from distill_llm.metrics import METRICS
 
-__all__ = ["METRICS", "compute_metrics", "evaluate_model", "load_metric", "predict"]
+__all__ = ["METRICS", "compute_metrics", "evaluate_model", "predict"]

@@ -2,8 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from distill_llm.architectures.modes import evaluating
 from distill_llm.common.errors import InputError
 from distill_llm.common.progress import progress_bar
 from distill_llm.data.causal import CausalCollator
@@ -20,7 +20,9 @@ from distill_llm.data.padding import LENGTH, Collator
 from distill_llm.data.tasks import Task
 from distill_llm.evaluation.generation import respond
 from distill_llm.evaluation.perplexity import causal_loss
-from distill_llm.metrics.registry import METRICS, load_metric, text_score
+from distill_llm.losses.labels import IGNORED
+from distill_llm.metrics.modules import text_score
+from distill_llm.metrics.registry import find_metric
 from distill_llm.models.item_logits import item_logits, packed
 
 
@@ -35,9 +37,9 @@ def evaluate_model(
 ) -> dict[str, float]:
     """The task's metrics of a model on encoded rows, and the main one again as `score`.
 
-    Rows of like length share a batch, so little time goes into padding. Language models have `loss`, in nats per
-    predicted token (masked LM: over the masks that the collator fixes; prompts: over the responses), and `perplexity`,
-    its exponential. Prompts also have the task's metrics of responses that the model generates greedily.
+    Rows of similar length share a batch, so little time goes into padding. A language model gets `loss`, in nats per
+    predicted token (masked LM: the tokens that the collator hides; prompts: those of the responses), and `perplexity`, its
+    exponential. For prompts, the task's metrics of greedily generated responses come on top.
 
     Args:
         model: a model with the task's head, on any device; its training mode is restored.
@@ -54,39 +56,53 @@ def evaluate_model(
     """
     if not len(dataset):
         raise ValueError("dataset: got no rows; accepted: at least one")
-    if task.is_language_model:
-        with _evaluating(model):
-            result = _losses(model, dataset, task, collator, batch_size, progress)
-            if task.metrics:
-                assert isinstance(collator, CausalCollator)
-                texts = respond(model, dataset, collator, task.max_new_tokens, batch_size=batch_size, progress=progress)
-                result |= compute_metrics(task, *texts)
-        return {**result, "score": result[task.main_metric]}
-    logits, labels = predict(model, dataset, collator, batch_size=batch_size, progress=progress)
-    if not torch.isfinite(logits).all():
-        raise FloatingPointError(f"{type(model).__name__} gave outputs that are not finite on {task.name}")
-    predictions = logits.squeeze(-1) if task.kind == "regression" else logits.argmax(-1)
-    return compute_metrics(task, predictions.tolist(), labels.tolist())
+    if not task.is_language_model:
+        return compute_metrics(task, *predict(model, dataset, task, collator, batch_size=batch_size, progress=progress))
+    with evaluating(model):
+        result = _losses(model, dataset, task, collator, batch_size, progress)
+        if task.kind.generates and task.metrics:
+            assert isinstance(collator, CausalCollator)
+            texts = respond(model, dataset, collator, task.max_new_tokens, batch_size=batch_size, progress=progress)
+            result |= compute_metrics(task, *texts)
+    return {**result, "score": result[task.main_metric]}
 
 
 def predict(
-    model: PreTrainedModel, dataset: Dataset, collator: Collator, *, batch_size: int = 64, progress: bool = True
-) -> tuple[Tensor, Tensor]:
-    """Logits (rows, C) in fp32 and labels (rows,) of a data set, on the CPU, in the order of its rows."""
+    model: PreTrainedModel,
+    dataset: Dataset,
+    task: Task,
+    collator: Collator,
+    *,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What a model says of encoded rows and what it should say, in the order of the rows (see `TaskKind.predictions`).
+
+    Returns:
+        Predictions and references, (items,) each: an item is a row, or a token with a label.
+
+    Raises:
+        FloatingPointError: the model gave an output that is not finite.
+    """
     order = _by_length(dataset)
-    logits, labels = [], []
+    found: list[tuple[np.ndarray, np.ndarray]] = []
     for batch in _batches(model, dataset, order, collator, batch_size, progress):
-        labels.append(batch.pop("labels").cpu())
+        labels = batch.pop("labels").cpu().numpy()
         with torch.inference_mode():
-            logits.append(model(**batch).logits.float().cpu())
-    back = torch.from_numpy(np.argsort(order))
-    return torch.cat(logits)[back], torch.cat(labels)[back]
+            logits = model(**batch).logits.float().cpu()
+        if not torch.isfinite(logits).all():
+            raise FloatingPointError(f"{type(model).__name__} gave outputs that are not finite on {task.name}")
+        rows = range(len(labels))
+        found += [task.kind.predictions(logits[row : row + 1], labels[row : row + 1]) for row in rows]
+    in_order = [found[place] for place in np.argsort(order)]
+    predictions, references = (np.concatenate(each) for each in zip(*in_order, strict=True))
+    return predictions, references
 
 
 def _losses(
     model: PreTrainedModel, dataset: Dataset, task: Task, collator: Collator, batch_size: int, progress: bool
 ) -> dict[str, float]:
-    batch_loss = _masked_loss if task.kind == "masked_lm" else causal_loss
+    batch_loss = BATCH_LOSSES[task.kind.item]
     total, tokens = 0.0, 0
     for batch in _batches(model, dataset, _by_length(dataset), collator, batch_size, progress):
         with torch.inference_mode():
@@ -104,15 +120,22 @@ def _losses(
 def _masked_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Sum of the losses of a batch's hidden tokens, and their number."""
     labels = batch.pop("labels")
-    predicted = labels != -100
+    predicted = labels != IGNORED
     positions = predicted.flatten().nonzero().squeeze(-1)
     with packed(model, positions):  # the vocabulary's logits of what is predicted, not of every token
         logits = item_logits(model(**batch).logits, positions).float()
     return cross_entropy(logits, labels[predicted], reduction="sum"), predicted.sum()
 
 
+BATCH_LOSSES: dict[str, Callable[[PreTrainedModel, dict[str, Tensor]], tuple[Tensor, Tensor | int]]] = {
+    "token": _masked_loss,
+    "next_token": causal_loss,
+}
+"""Sum of the losses of a batch's labelled tokens and their number, by what an output of the model is about."""
+
+
 def _by_length(dataset: Dataset) -> np.ndarray:
-    """Row numbers, longest first: what does not fit in memory fails at once."""
+    """Row numbers, longest first: a batch that does not fit in memory fails at once."""
     return np.argsort(-np.asarray(dataset[LENGTH]), kind="stable")
 
 
@@ -121,36 +144,25 @@ def _batches(
 ) -> Iterator[dict[str, Tensor]]:
     accepted = {*inspect.signature(model.forward).parameters, "labels"}
     rows = dataset.remove_columns([name for name in dataset.column_names if name not in accepted])
-    with _evaluating(model):
+    with evaluating(model):
         for begin in progress_bar(range(0, len(order), batch_size), desc="Evaluating", leave=False, shown=progress):
             columns = rows[order[begin : begin + batch_size].tolist()]
             features = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
             yield {name: values.to(model.device) for name, values in collator(features).items()}
 
 
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-def compute_metrics(task: Task, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
-    """All metrics of a task, under the names of their modules, and the main one again as `score`.
+def compute_metrics(task: Task, predictions: Any, references: Any) -> dict[str, float]:
+    """All metrics of a task by name, and the main one again as `score`.
 
     Args:
-        task: one with metrics; F1 is that of class 1 for two classes, else the mean over classes.
-        predictions: (rows,) class ids, values or texts.
-        references: (rows,) of the same kind.
+        task: one with metrics.
+        predictions: (items,) class ids, values or texts.
+        references: (items,) of the same kind.
     """
     result: dict[str, float] = {}
     for name in task.metrics:
-        if name not in METRICS:
+        if task.kind.generates:
             result[task.main_metric] = text_score(name, predictions, references)
-            continue
-        options = {"average": "macro"} if name == "f1" and task.num_labels > 2 else {}
-        result |= load_metric(name).compute(predictions=predictions, references=references, **options)
+        else:
+            result[name] = find_metric(name)(predictions, references, task.num_labels)
     return {**result, "score": result[task.main_metric]}

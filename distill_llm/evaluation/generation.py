@@ -22,7 +22,7 @@ def respond(
 ) -> tuple[list[str], list[str]]:
     """Greedy responses to the prompts of a data set, and the data's own responses, as text without special tokens.
 
-    Prompts of like length share a batch, and answers end where `Decoder` ends them.
+    Prompts of similar length share a batch, and answers end where `Decoder` ends them.
 
     Args:
         model: a causal LM.
@@ -30,7 +30,7 @@ def respond(
         collator: of that task.
         max_new_tokens: most tokens of a response.
         batch_size: prompts at a time.
-        progress: whether to show a bar.
+        progress: whether to show a progress bar.
 
     Returns:
         (rows,) generated and (rows,) given responses, in the order of the rows.

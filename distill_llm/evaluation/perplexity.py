@@ -14,8 +14,8 @@ from distill_llm.models.output_head import head_of
 def causal_loss(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
     """Sum of the negative log-likelihoods, in nats, of a batch's labelled tokens, each given those before it.
 
-    The body of the model runs on the whole batch; its head runs on the tokens that predict a label, in chunks, with
-    log-softmax in fp32: the logits of the whole batch never exist.
+    The body of the model runs on the whole batch. Its head runs only on the tokens that predict a label, in chunks, with
+    log-softmax in fp32, so the logits of the whole batch never exist.
 
     Args:
         model: a causal LM in evaluation mode.

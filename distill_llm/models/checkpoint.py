@@ -9,15 +9,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from distill_llm.architectures.families import layers_of
 from distill_llm.architectures.modeling_pruned import STOCK_PREFIX, pruned_class
@@ -26,11 +18,11 @@ from distill_llm.data.tasks import Task, label_names, same_names
 
 
 def load_pretrained(model: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
-    """Load a model with the head it was saved with, pruned or stock, and refuse it unless every weight was in the checkpoint.
+    """Load a model, pruned or stock, with the head it was saved with; every weight must be in the checkpoint.
 
-    A stock checkpoint may hold more: heads and poolers that its class has no place for, or what older versions of its layers
-    kept beside their weights (masks of GPT-2), as many on the Hub do, but no other weights of layers, nor more layers than its
-    config.json counts. A pruned one holds its model and nothing else.
+    A stock checkpoint may hold more, as many on the Hub do: heads and poolers that its class does not have, or buffers that
+    older versions of its layers saved (masks of GPT-2). It may not hold other weights of layers, nor more layers than its
+    config.json counts. A pruned checkpoint holds its model and nothing else.
 
     Args:
         model: a local folder or a Hub id.
@@ -72,9 +64,9 @@ def _load(model_class: type[PreTrainedModel], model: str | os.PathLike, **kwargs
 
 
 def _weights_of_layers(model: PreTrainedModel, keys: Iterable[str]) -> list[str]:
-    """Those of a checkpoint's keys that belong to transformer layers, counted in the config or not.
+    """The keys of a checkpoint that belong to transformer layers, whether the config counts these layers or not.
 
-    Not those of a module that is there and has no weights itself: such as the mask that an attention once kept.
+    Keys of a module that exists and has no weights of its own are left out: such as the mask that an attention once saved.
     """
     try:
         layers = layers_of(model)
@@ -96,27 +88,25 @@ def _weights_of_layers(model: PreTrainedModel, keys: Iterable[str]) -> list[str]
 def name_labels(
     config: PreTrainedConfig, task: Task, names: Sequence[str] | None = None, of_task: bool = False
 ) -> bool:
-    """Name, in place, the classes of a model that is about to learn a task; whether a head that it has is for them.
+    """Set the class names of a model that is about to learn a task; returns whether the head that it has fits them.
 
-    A head fits that has as many outputs, under the same names (in capitals or not) or under none.
+    A head fits if it has as many outputs, with the same names (in capitals or not) or with none.
 
     Args:
         names: of the classes, in the task's order; None: the task's own.
-        of_task: a head with as many outputs is for the task already, whatever its names are: it keeps them.
+        of_task: a head with as many outputs already belongs to the task and keeps its names, whatever they are.
     """
     if task.is_language_model:
         return True
     names = tuple(names or task.label_names or ("value",))
-    own = (
-        label_names(config) if any("ForSequenceClassification" in name for name in config.architectures or ()) else None
-    )
+    own = label_names(config) if task.kind.has_head(config.architectures) else None
     same_count = config.num_labels == task.num_labels
     if same_count and of_task and own is not None:
         return True
     fits = same_count and (own is None or same_names(own, names))
     config.num_labels = task.num_labels
     config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
-    config.problem_type = "regression" if task.kind == "regression" else "single_label_classification"
+    config.problem_type = task.kind.problem_type
     return fits
 
 
@@ -125,7 +115,7 @@ def load_for_task(
 ) -> PreTrainedModel:
     """A model with a head for a task, for training, in fp32: the checkpoint's own head where it fits, else a new one.
 
-    A causal LM always has the checkpoint's own head: nothing good comes of a new one.
+    A causal LM always has the checkpoint's own head (see `TaskKind.keeps_head`).
 
     Args:
         names, of_task: of the classes (see `name_labels`).
@@ -134,13 +124,10 @@ def load_for_task(
         InputError: if weights below the head, or of a causal LM's head, are missing from the checkpoint, or the family has
             no such head.
     """
-    causal = task.kind in ("causal_lm", "prompts")
-    auto: Any = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
-    auto = AutoModelForMaskedLM if task.kind == "masked_lm" else auto
     config = AutoConfig.from_pretrained(model)
-    stock: Any = auto._model_mapping.get(type(config), None)
+    stock, keeps_head = task.kind.stock_class(config), task.kind.keeps_head
     if stock is None:
-        raise InputError("model", config.model_type, f"a family with a head for {task.kind}")
+        raise InputError("model", config.model_type, f"a family with a head for {task.kind.name}")
     fits = name_labels(config, task, names, of_task)
     is_pruned = any(name.startswith(STOCK_PREFIX) for name in config.architectures or ())
     model_class = pruned_class(stock) if is_pruned else stock
@@ -154,9 +141,9 @@ def load_for_task(
         weights = {f"{model_class.base_model_prefix}.{key}": value for key, value in below.state_dict().items()}
         loaded = model_class.from_pretrained(None, config=config, state_dict=weights)
     prefix = f"{model_class.base_model_prefix}."
-    lost = sorted(key for key in missing if causal or (key.startswith(prefix) and ".pooler." not in key))
+    lost = sorted(key for key in missing if keeps_head or (key.startswith(prefix) and ".pooler." not in key))
     if lost:
-        wanted = "all weights" if causal else "the weights below the head"
+        wanted = "all weights" if keeps_head else "the weights below the head"
         raise InputError("model", str(model), f"a checkpoint with {wanted} ({lost[0]} is missing)")
     return loaded
 
@@ -164,7 +151,7 @@ def load_for_task(
 def converted(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """A copy of a model as `from_pretrained(dtype=...)` would load it, made tensor by tensor; the model stays as it is.
 
-    What a checkpoint does not hold (positions, frequencies of rotary embeddings) keeps its precision.
+    Buffers that a checkpoint does not hold (positions, frequencies of rotary embeddings) keep their precision.
     """
     held = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values() if tensor.is_floating_point()}
     with torch.no_grad():

@@ -18,13 +18,6 @@ from distill_llm.data.sources import resolve_path
 from distill_llm.data.tasks import Task, TaskData, label_names, same_names
 from distill_llm.models.gguf import SUFFIX, plain_checkpoint
 
-HEAD_CLASSES = {
-    "classification": ("ForSequenceClassification",),
-    "regression": ("ForSequenceClassification",),
-    "masked_lm": ("ForMaskedLM",),
-    "causal_lm": ("ForCausalLM", "LMHeadModel"),
-    "prompts": ("ForCausalLM", "LMHeadModel"),
-}
 DTYPES = ("float32", "bfloat16", "float16")
 WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
@@ -112,7 +105,7 @@ def check_tokens(data: TaskData, tokenizer: PreTrainedTokenizerBase, path: str) 
     config = AutoConfig.from_pretrained(path)
     if not (beyond := _beyond(config, tokenizer)):
         return data
-    if data.task.kind == "masked_lm":  # a masked word may become any token
+    if data.task.kind.changes_inputs:  # a masked word may become any token
         accepted = f"one whose tokenizer has at most its {config.vocab_size} tokens for masked words; {len(tokenizer)}"
         raise InputError("model", path, accepted)
     for split in (data.train, data.validation, data.test):
@@ -162,12 +155,10 @@ def check_head(model: OpenModel, task: Task) -> None:
         InputError: for a missing head, another number of labels, or the same label names in another order.
     """
     classes = model.config.architectures or []
-    wanted = HEAD_CLASSES[task.kind]
     hint = " (or a teacher.train section, to fine-tune one)" if model.field == "teacher.model" else ""
-    if not any(name.endswith(wanted) for name in classes):
-        raise InputError(
-            model.field, f"{model.name} ({', '.join(classes) or 'no class'})", f"a ...{wanted[0]} model{hint}"
-        )
+    if not task.kind.has_head(classes):
+        given = f"{model.name} ({', '.join(classes) or 'no class'})"
+        raise InputError(model.field, given, f"a ...{task.kind.head_classes[0]} model{hint}")
     if task.is_language_model:
         return
     if model.config.num_labels != task.num_labels:

@@ -20,7 +20,7 @@ SUFFIX = ".gguf"
 def plain_checkpoint(file: str | os.PathLike, field: str = "model") -> Path:
     """The folder of a GGUF file's model and tokenizer in safetensors, fp32, made on first use.
 
-    Weights that the file holds in four or eight bits are those rounded ones, not the original's.
+    Weights that the file holds in four or eight bits stay rounded; the original ones cannot be had from it.
 
     Args:
         file: a GGUF file of a family that transformers can read.
@@ -31,12 +31,14 @@ def plain_checkpoint(file: str | os.PathLike, field: str = "model") -> Path:
     """
     file = Path(file)
     if importlib.util.find_spec("gguf") is None:
-        raise InputError(field, str(file), "no GGUF file without the package gguf (pip install gguf)")
+        raise InputError(field, str(file), fix="install the package that reads GGUF files: pip install gguf")
     folder = Path(constants.HF_HOME) / "distill_llm" / "gguf" / f"{file.stem}-{_digest(file)}"
     with open_processes().main_process_first():
         if not folder.is_dir():
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with TemporaryDirectory(dir=folder.parent) as own:  # of this process: another one may be at it too
+            with TemporaryDirectory(
+                dir=folder.parent
+            ) as own:  # of this process alone: another one may convert the same file
                 try:
                     _convert(file, Path(own) / "model")
                 except (OSError, ValueError, NotImplementedError) as error:
@@ -48,7 +50,7 @@ def plain_checkpoint(file: str | os.PathLike, field: str = "model") -> Path:
 
 
 def _digest(file: Path) -> str:
-    """Of the whole file: two fine-tunes of one model differ in nothing but the weights."""
+    """Digest of the whole file: two fine-tunes of one model differ only in the weights."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "blake2b").hexdigest()[:16]
 

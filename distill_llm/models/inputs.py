@@ -1,4 +1,4 @@
-"""What a model's forward is given of a batch."""
+"""Which parts of a batch a model's forward takes."""
 
 import inspect
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from distill_llm.data.decoders import without_packed_mask
 
 
 def forward_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs, without labels, that the model's forward names, all of them where it names none; and no cache.
+    """The inputs that the model's forward names (all of them where it names none), without labels, and with no cache.
 
     A packed batch goes without its attention mask (see `distill_llm.data.decoders.without_packed_mask`).
 

@@ -1,6 +1,6 @@
 """From a teacher and a task to a cache folder: what `distill-llm cache` does."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ from distill_llm.checks.recipe import check_data
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.common.outputs import usable_output
 from distill_llm.common.processes import open_processes
-from distill_llm.data.encoding import LENGTH, collator, encode
+from distill_llm.data.encoding import collator, encode
 from distill_llm.data.loading import load_task
+from distill_llm.data.padding import LENGTH
+from distill_llm.data.spec import DataSpec
 from distill_llm.data.special_tokens import token_count
 from distill_llm.data.tasks import Task, TaskData
 from distill_llm.losses.items import kind_of
@@ -66,10 +68,9 @@ def cache_recipe(
 
 def cache_teacher(
     teacher: str,
-    data: Mapping[str, Any],
+    data: DataSpec,
     output_dir: str | Path,
     *,
-    max_length: int = 128,
     k: int = 50,
     method: str = "sampled",
     batch_size: int = 8,
@@ -83,7 +84,7 @@ def cache_teacher(
 
     Args:
         teacher: Hub id, folder, GGUF file or package:// path.
-        data: arguments of `load_task`: task, path, columns, packing, train_examples, holdout_examples, seed, ...
+        data: the task, its rows and their length.
         k, method: see `CacheSettings`.
         dtype: of the teacher's weights; None: bfloat16 on CUDA, else float32. A cache has one: to go on with it on another
             kind of device, give it.
@@ -96,11 +97,11 @@ def cache_teacher(
     """
     usable_output(Path(output_dir), begun=INDEX_NAME)
     opened = open_model("teacher", teacher)
-    settings = CacheSettings(k=k, method=method, seed=data.get("seed", 0))  # type: ignore[arg-type]
-    length = ("max_length", max_length)
+    settings = CacheSettings(k=k, method=method, seed=data.seed)  # type: ignore[arg-type]
+    length = ("max_length", data.max_length)
 
     def load() -> TaskData:
-        return load_task(**data, config=opened.config)
+        return load_task(data, opened.config)
 
     return _Job(opened, load, Path(output_dir), length, settings, batch_size, dtype).write()
 
@@ -164,7 +165,7 @@ class _Job:
     def _rows(self) -> tuple[Task, Dataset]:
         """The task, and its training rows as tokens."""
         rows, opened = self.load(), self.opened
-        if rows.task.kind == "masked_lm":
+        if rows.task.kind.changes_inputs:
             accepted = "a task whose inputs stay the same in every epoch: masked words change"
             raise InputError("task", rows.task.name, accepted)
         check_head(opened, rows.task)

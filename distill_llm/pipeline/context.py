@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from distill_llm.checks.recipe import check_data
 from distill_llm.common.processes import open_processes
-from distill_llm.data.encoding import Collator, collator, encode
+from distill_llm.data.encoding import collator, encode
+from distill_llm.data.padding import Collator
 from distill_llm.data.tasks import TaskData
 from distill_llm.evaluation.evaluate import evaluate_model
 from distill_llm.models.checkpoint import converted, load_pretrained

@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from transformers import EvalPrediction, PreTrainedModel
 
 from distill_llm.common.files import written_whole
@@ -39,9 +38,8 @@ def train_model(
 
     def metrics(given: EvalPrediction) -> dict[str, float]:
         """The task's metrics on held-out rows, for the Trainer's own evaluation."""
-        task, logits = run.data.task, np.asarray(given.predictions)
-        predictions = logits.squeeze(-1) if task.kind == "regression" else logits.argmax(-1)
-        return compute_metrics(task, predictions.tolist(), np.asarray(given.label_ids).tolist())
+        task = run.data.task
+        return compute_metrics(task, *task.kind.predictions(given.predictions, given.label_ids))
 
     trainer = DistillationTrainer(
         model=model,

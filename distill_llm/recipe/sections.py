@@ -330,9 +330,10 @@ class EvaluationSection(Section):
     metric: str | None = Field(
         default=None,
         min_length=1,
-        description="for prompts: perplexity of the data's responses; or of generated ones exact_match, final_answer (behind the"
-        " last ####, else the last number), or NAME or NAME:VALUE of a metric of evaluate, such as rouge:rougeL, which brings"
-        " packages of its own; default: perplexity",
+        description="the main metric, by default the task's own; classification: accuracy, f1 or matthews_correlation;"
+        " regression: spearmanr or pearsonr; prompts: perplexity of the data's responses, or of generated ones exact_match,"
+        " final_answer (after the last ####, else the last number), or NAME or NAME:VALUE of a metric of evaluate, such as"
+        " rouge:rougeL, which brings packages of its own",
     )
     max_new_tokens: int = Field(default=64, ge=1, description="most tokens of a generated response")
     latency: LatencySection = Field(default_factory=LatencySection, description="the batch that is timed")

@@ -10,10 +10,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from distill_llm.data.tasks import GLUE
+from distill_llm.data.glue import GLUE
 from distill_llm.report.report import headline, notes, provenance, short_name, summary
 from distill_llm.report.tables import results_table, rounds_table
-from distill_llm.report.usage import auto_class, needs_code, read_config, snippet
+from distill_llm.report.usage import kind_of_student, needs_code, read_config, snippet
 
 GLUE_ON_THE_HUB = "nyu-mll/glue"
 NO_PATHS = ("description", "hub")
@@ -24,7 +24,7 @@ def write_card(student_dir: str | Path, metrics: Mapping[str, Any], recipe_yaml:
     """Write README.md into the student's folder and, beside it, its evaluation results as `metrics.json`.
 
     The metadata names library, base model (if the teacher is one of the Hub's), task, data and score (`model-index`).
-    Both files are pushed with the student: of local paths they have the last part.
+    Both files are pushed with the student, so only the last part of a local path is written.
     The code in the card loads the student from a placeholder, which `distill_llm.report.hub.push` replaces.
 
     Args:
@@ -50,7 +50,7 @@ def write_card(student_dir: str | Path, metrics: Mapping[str, Any], recipe_yaml:
 
 def card_data(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> ModelCardData:
     """The card's metadata, for the student with this config."""
-    task, tag = metrics["task"], auto_class(dict(config))[1]
+    task, tag = metrics["task"], kind_of_student(config).pipeline_tag
     if task in GLUE:
         split = "validation_matched" if task == "mnli" else "validation"
         data = {"dataset_type": GLUE_ON_THE_HUB, "dataset_name": f"GLUE {task}", "dataset_config": task}
@@ -119,7 +119,7 @@ def _on_the_hub(model: str) -> bool:
 
 
 def _shown(name: str) -> str:
-    """A model or data set as it is named; of a local path only its last part, since the rest means nothing elsewhere."""
+    """The name of a model or data set; of a local path only the last part, since the rest means nothing elsewhere."""
     known = "://" in name or _on_the_hub(name.partition(":")[0])  # behind a colon: a data set's configuration
     return name if known else name.rstrip("/").rsplit("/", 1)[-1]
 

@@ -1,18 +1,12 @@
 """How to load a student, as Python that can be pasted; read from the student's own config.json."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from distill_llm.common.errors import InputError
-
-# Head of the architecture's name -> (auto class, the Hub's pipeline tag)
-HEADS = {
-    "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
-    "ForMaskedLM": ("AutoModelForMaskedLM", "fill-mask"),
-    "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
-    "LMHeadModel": ("AutoModelForCausalLM", "text-generation"),
-}
+from distill_llm.data.kinds import KINDS, TaskKind, kind_of_head
 
 
 def read_config(student_dir: str | Path) -> dict[str, Any]:
@@ -29,13 +23,21 @@ def read_config(student_dir: str | Path) -> dict[str, Any]:
         raise InputError("student_dir", str(student_dir), accepted) from error
 
 
-def auto_class(config: dict[str, Any]) -> tuple[str, str]:
-    """The transformers auto class that loads the model, and the Hub's name for what it does."""
-    architecture = config["architectures"][0]
-    return next(names for head, names in HEADS.items() if architecture.endswith(head))
+def kind_of_student(config: Mapping[str, Any]) -> TaskKind:
+    """The kind of task that the student has a head for, by its config.json.
+
+    Raises:
+        InputError: it has none of a known kind.
+    """
+    classes = config.get("architectures") or []
+    kind = kind_of_head(classes)
+    if kind is None:
+        heads = dict.fromkeys(head for each in KINDS.values() for head in each.head_classes)
+        raise InputError("student_dir", ", ".join(classes), f"a model of a class that ends in {' or '.join(heads)}")
+    return kind
 
 
-def needs_code(config: dict[str, Any]) -> bool:
+def needs_code(config: Mapping[str, Any]) -> bool:
     """Whether the checkpoint carries its own modelling file, to be run with `trust_remote_code=True`."""
     return bool(config.get("auto_map"))
 
@@ -50,14 +52,14 @@ def loading(student_dir: str | Path) -> str:
 
 
 def _why_not_stock(student_dir: str | Path, config: dict[str, Any]) -> str:
-    """What the stock class has against the sizes of a pruned model, tried without weights."""
+    """Why the stock class cannot hold a pruned model of these sizes; found without weights."""
     import torch
     import transformers
 
     from distill_llm.pruning.cutting.surgery import pruned_class, why_not_stock
 
     own = transformers.AutoConfig.from_pretrained(student_dir)
-    stock = getattr(transformers, auto_class(config)[0])._model_mapping[type(own)]
+    stock = kind_of_student(config).stock_class(own)
     with torch.device("meta"):
         reason = why_not_stock(pruned_class(stock)(own))
     return reason or "its sizes are said in a config of its own"
@@ -66,20 +68,11 @@ def _why_not_stock(student_dir: str | Path, config: dict[str, Any]) -> str:
 def snippet(student_dir: str | Path, model_id: str) -> str:
     """Python source that loads the student and its tokenizer from `model_id` and runs it on a sentence."""
     config = read_config(student_dir)
-    loader, tag = auto_class(config)
-    if tag == "text-classification" and config.get("problem_type") != "regression" and _num_labels(config) > 1:
-        result = "print(model.config.id2label[logits.argmax(-1).item()])"
-    elif tag == "fill-mask":
-        result = "print(tokenizer.batch_decode(logits.argmax(-1)))"
-    else:
-        result = "print(logits)"
-    text = 'f"A good film is a {tokenizer.mask_token} thing."' if tag == "fill-mask" else '"A sentence to try it on."'
-    use = f"    logits = model(**inputs).logits\n{result}\n"
-    if tag == "text-generation":
-        use = "    ids = model.generate(**inputs, max_new_tokens=32)\nprint(tokenizer.decode(ids[0], skip_special_tokens=True))\n"
+    kind = kind_of_student(config)
+    text, use = kind.usage(config)
     return (
         "import torch\n"
-        f"from transformers import {loader}, AutoTokenizer\n\n"
+        f"from transformers import {kind.auto_class}, AutoTokenizer\n\n"
         f'model_id = "{model_id}"\n'
         "tokenizer = AutoTokenizer.from_pretrained(model_id)\n"
         f"model = {_call(config, 'model_id')}.eval()\n\n"
@@ -92,9 +85,4 @@ def snippet(student_dir: str | Path, model_id: str) -> str:
 def _call(config: dict[str, Any], model_id: str) -> str:
     """The expression that loads a model with this config; `model_id` as Python says it."""
     trust = ", trust_remote_code=True" if needs_code(config) else ""
-    return f"{auto_class(config)[0]}.from_pretrained({model_id}{trust})"
-
-
-def _num_labels(config: dict[str, Any]) -> int:
-    # transformers leaves the labels out of config.json where there are two
-    return len(config.get("id2label") or (0, 1))
+    return f"{kind_of_student(config).auto_class}.from_pretrained({model_id}{trust})"

@@ -24,8 +24,8 @@ from distill_llm.common.processes import open_processes
 from distill_llm.common.progress import progress_bar
 from distill_llm.data.causal import CausalCollator
 from distill_llm.data.chats import check_template_kwargs
+from distill_llm.data.kinds.prompts import prompts as prompts_task
 from distill_llm.data.special_tokens import check_tokenizer
-from distill_llm.data.tasks import prompts as prompts_task
 from distill_llm.models.checkpoint import load_pretrained
 from distill_llm.models.finding import OpenModel, check_head, chosen_dtype, longest_input, open_model
 from distill_llm.models.fingerprints import teacher_fingerprint, tokenizer_fingerprint

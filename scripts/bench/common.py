@@ -22,9 +22,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from distill_llm import collect_statistics, load_pretrained, plan_pruning, prune, score
-from distill_llm.data.encoding import LENGTH, collator, encode
-from distill_llm.data.loading import load_task
-from distill_llm.data.tasks import GLUE, TaskData
+from distill_llm.data import GLUE, DataSpec, load_task
+from distill_llm.data.encoding import collator, encode
+from distill_llm.data.padding import LENGTH
+from distill_llm.data.tasks import TaskData
 from distill_llm.measuring.profiling import device_name
 
 MAX_LENGTH = 128
@@ -110,7 +111,7 @@ def setting(options: argparse.Namespace, examples: int) -> Setting:
     if not options.data:
         rows = synthetic_rows(teacher.config.vocab_size, examples, options.seed)
         return Setting(teacher, tokenizer, rows, f"random tokens, length {SYNTHETIC_LENGTH}", None)
-    data = load_task("sst2", options.data, train_examples=examples, seed=options.seed)
+    data = load_task(DataSpec("sst2", options.data, train_examples=examples, seed=options.seed))
     encoded = encode(data, tokenizer, MAX_LENGTH)
     rows = list(encoded.train)
     mean = statistics.mean(row[LENGTH] for row in rows)

@@ -22,8 +22,8 @@ from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedModel
 
 from distill_llm import collect_statistics, load_pretrained, plan_pruning, prune, score
-from distill_llm.data import collator, encode, load_task
-from distill_llm.data.encoding import LENGTH
+from distill_llm.data import DataSpec, collator, encode, load_task
+from distill_llm.data.padding import LENGTH
 from distill_llm.evaluation import evaluate_model
 from distill_llm.measuring.counting import count_params
 from distill_llm.measuring.profiling import device_name
@@ -71,7 +71,7 @@ def arguments(doc: str | None) -> argparse.ArgumentParser:
 def subject(args: argparse.Namespace) -> Subject:
     """What the options ask for; the rows held out are those of accuracy.py."""
     model, tokenizer = load_pretrained(args.teacher).eval(), AutoTokenizer.from_pretrained(args.teacher)
-    task = load_task(args.task, args.data, holdout_examples=TASKS[args.task]["holdout_examples"])
+    task = load_task(DataSpec(args.task, args.data, holdout_examples=TASKS[args.task]["holdout_examples"]))
     data = encode(task, tokenizer, 128)
     pad, split = collator(data.task, tokenizer), getattr(data, args.split)
     rows = data.train.shuffle(seed=0).select(range(args.calibration)).sort(LENGTH).to_list()

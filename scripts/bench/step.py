@@ -37,7 +37,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_callback import PrinterCallback
 
 from distill_llm import DistillationConfig, DistillationTrainer
-from distill_llm.data.tasks import GLUE
+from distill_llm.data import GLUE
 from distill_llm.evaluation.evaluate import evaluate_model
 from distill_llm.losses.objective import parse_objective
 

@@ -20,7 +20,7 @@ from distill_llm.checks.recipe import check_recipe
 from distill_llm.cli.main import app
 from distill_llm.common.errors import InputError, InputErrors
 from distill_llm.common.outputs import usable_output
-from distill_llm.data import load_task
+from distill_llm.data import DataSpec, load_task
 from distill_llm.recipe.recipe import Recipe, load_recipe, recipe_names
 
 COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands]
@@ -295,7 +295,7 @@ def test_evaluate_takes_a_models_own_order_of_the_classes_from_a_file_with_train
     write_model(folder / "named", max_position_embeddings=160, **names)
     result = call("evaluate", "named", *EVALUATE[2:], "--output", "named.json")
     assert result.exit_code == 0, result.output
-    test = load_task("classification", "rows.csv", columns={"text": "review", "label": "mood"}).test
+    test = load_task(DataSpec("classification", "rows.csv", columns={"text": "review", "label": "mood"})).test
     model = AutoModelForSequenceClassification.from_pretrained(folder / "named").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder / "named")
     with torch.no_grad():

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from distill_llm.common.errors import InputError
 from distill_llm.common.files import written_whole
 from distill_llm.common.outputs import usable_file, usable_output, usable_statistics
+from distill_llm.data import DataSpec
 from distill_llm.pipeline.caching import cache_teacher
 from distill_llm.responses.respond import respond
 
@@ -142,7 +143,7 @@ def test_a_cache_and_answers_go_to_a_folder_of_their_own_or_no_teacher_is_loaded
         monkeypatch.setattr(f"distill_llm.{module}.load_pretrained", None)
     before = contents(llm)
     with pytest.raises(InputError, match="^(output_dir|cache): got"):
-        cache_teacher("llm", {"task": "text", "path": "text.txt"}, output, max_length=16)
+        cache_teacher("llm", DataSpec("text", "text.txt", max_length=16), output)
     with pytest.raises(InputError, match="^output_dir: got"):
         respond("llm", ["w1 w2"], output, max_new_tokens=4, progress=False)
     assert contents(llm) == before

@@ -10,6 +10,7 @@ from builders.causal import causal_model, word_tokenizer
 from builders.recipes import recipe_for, recipe_with, write_model, write_rows
 
 from distill_llm.checks.recipe import check_recipe
+from distill_llm.data import DataSpec
 from distill_llm.models.gguf import plain_checkpoint
 from distill_llm.pipeline.caching import cache_teacher
 from distill_llm.pipeline.context import Context
@@ -51,8 +52,8 @@ def pruned_recipe(folder):
 
 
 def own_cache(folder):
-    data = recipe_for(folder)["data"]
-    cache_teacher(str(folder / "teacher"), {k: v for k, v in data.items() if k != "max_length"}, folder / "cache")
+    data = DataSpec(**{**recipe_for(folder)["data"], "max_length": 128})
+    cache_teacher(str(folder / "teacher"), data, folder / "cache")
 
 
 def own_responses(folder):

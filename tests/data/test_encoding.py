@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from distill_llm.common.errors import InputError
 from distill_llm.data import GLUE, TaskData, collator, encode
 from distill_llm.data.epochs import Epoch
-from distill_llm.data.tasks import masked_lm
+from distill_llm.data.kinds.masked_lm import masked_lm
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 

@@ -10,7 +10,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from transformers import TrainerCallback
 
 from distill_llm.data import collator
-from distill_llm.data.tasks import masked_lm
+from distill_llm.data.kinds.masked_lm import masked_lm
 from distill_llm.training.trainer import DistillationConfig, DistillationTrainer
 
 ROWS = [row for length in (6, 9, 12, 15) for row in sentences(4, length, seed=length)]

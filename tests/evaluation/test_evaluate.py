@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from distill_llm.common.errors import InputError
 from distill_llm.data import GLUE, collator
-from distill_llm.data.tasks import masked_lm
+from distill_llm.data.kinds.masked_lm import masked_lm
 from distill_llm.evaluation import evaluate_model, predict
 
 
@@ -45,10 +45,10 @@ def one_by_one(model, data: Dataset) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
-def test_logits_equal_those_of_single_unpadded_rows_in_order(batch_size: int) -> None:
-    model, data = tiny_model(), rows()
-    logits, labels = predict(model, data, collator(GLUE["sst2"], TOKENS), batch_size=batch_size, progress=False)
-    torch.testing.assert_close(logits, one_by_one(model, data), atol=1e-5, rtol=1e-5)
+def test_predictions_equal_those_of_single_unpadded_rows_in_order(batch_size: int) -> None:
+    model, data, task = tiny_model(num_labels=1), rows(labels="value"), GLUE["stsb"]
+    values, labels = predict(model, data, task, collator(task, TOKENS), batch_size=batch_size, progress=False)
+    torch.testing.assert_close(torch.as_tensor(values), one_by_one(model, data).squeeze(-1), atol=1e-5, rtol=1e-5)
     assert labels.tolist() == data["labels"][:]
 
 

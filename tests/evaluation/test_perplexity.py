@@ -10,7 +10,8 @@ from torch.nn.functional import log_softmax
 from transformers import GenerationConfig, PreTrainedModel
 
 from distill_llm.data import TaskData, collator, encode
-from distill_llm.data.tasks import causal_lm, prompts
+from distill_llm.data.kinds.causal_lm import causal_lm
+from distill_llm.data.kinds.prompts import prompts
 from distill_llm.evaluation import evaluate_model, perplexity
 from distill_llm.losses.chunked_head import head_losses
 

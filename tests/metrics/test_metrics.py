@@ -9,9 +9,11 @@ from scipy import stats
 from sklearn import metrics
 
 from distill_llm.common.errors import InputError
-from distill_llm.data import load_task
-from distill_llm.data.tasks import GLUE, classification
-from distill_llm.evaluation import METRICS, compute_metrics, load_metric
+from distill_llm.data import DataSpec, load_task
+from distill_llm.data.glue import GLUE
+from distill_llm.data.kinds.classification import classification
+from distill_llm.evaluation import compute_metrics
+from distill_llm.metrics import METRICS, find_metric
 
 CLASS_REFERENCES = {
     ("accuracy", ()): lambda p, r: metrics.accuracy_score(r, p),
@@ -27,17 +29,16 @@ def test_modules_load_without_network_or_stray_files(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.chdir(tmp_path)
-    load_metric.cache_clear()
     for name in METRICS:
         kind = str if name in ("exact_match", "final_answer") else int
         predictions, references = ([kind(value) for value in values] for values in ([0, 1, 1], [0, 1, 0]))
-        assert name in load_metric(name).compute(predictions=predictions, references=references)
+        assert 0 < find_metric(name)(predictions, references, 2) < 1
     assert not list(tmp_path.iterdir())
 
 
 def test_unknown_metric_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(InputError, match="'accuracy'"):
-        load_metric("acuracy")
+        find_metric("acuracy")
 
 
 @pytest.mark.parametrize("classes", [2, 3, 5])
@@ -47,22 +48,22 @@ def test_class_metrics_equal_scikit_learn(case: tuple, classes: int) -> None:
     references = draw.integers(0, classes, 300)
     predictions = np.where(draw.random(300) < 0.6, references, draw.integers(0, classes, 300))
     name, options = case
-    got = load_metric(name).compute(predictions=predictions, references=references, **dict(options))[name]
+    got = find_metric(name)(predictions, references, 3 if options else 2)
     assert got == pytest.approx(CLASS_REFERENCES[case](predictions, references), abs=1e-12)
 
 
 def test_binary_f1_equals_scikit_learn_and_is_zero_without_hits() -> None:
     draw = np.random.default_rng(0)
     predictions, references = draw.integers(0, 2, 200), draw.integers(0, 2, 200)
-    got = load_metric("f1").compute(predictions=predictions, references=references)["f1"]
+    got = find_metric("f1")(predictions, references, 2)
     assert got == pytest.approx(metrics.f1_score(references, predictions), abs=1e-12)
-    assert load_metric("f1").compute(predictions=[0, 0], references=[1, 0])["f1"] == 0.0
+    assert find_metric("f1")([0, 0], [1, 0], 2) == 0.0
 
 
 def test_exact_match_counts_equal_texts_but_for_white_space_at_their_ends() -> None:
     predictions, references = ["a b", " a b\n", "a  b", "A b", ""], ["a b"] * 4 + [" "]
-    got = load_metric("exact_match").compute(predictions=predictions, references=references)
-    assert got == {"exact_match": pytest.approx(3 / 5)}
+    got = find_metric("exact_match")(predictions, references)
+    assert got == pytest.approx(3 / 5)
 
 
 RATIONALE = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nIn all she sold 48+24 = <<48+24=72>>72 clips.\n#### 72"
@@ -96,14 +97,14 @@ RATIONALE = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nIn all she sold 48
     ],
 )
 def test_final_answers_are_the_same_number_or_words(prediction: str, reference: str, same: bool) -> None:
-    got = load_metric("final_answer").compute(predictions=[prediction], references=[reference])
-    assert got == {"final_answer": float(same)}
+    got = find_metric("final_answer")([prediction], [reference])
+    assert got == float(same)
 
 
 def test_final_answer_is_the_share_of_texts() -> None:
     predictions = ["it is 1", "it is 2", "it is 3", "it is 5"]
     references = [f"#### {number}" for number in range(1, 5)]
-    assert load_metric("final_answer").compute(predictions=predictions, references=references)["final_answer"] == 0.75
+    assert find_metric("final_answer")(predictions, references) == 0.75
 
 
 @pytest.mark.parametrize("decimals", [6, 0], ids=["distinct", "with ties"])
@@ -111,15 +112,15 @@ def test_correlations_equal_scipy(decimals: int) -> None:
     draw = np.random.default_rng(1)
     references = np.round(draw.random(200) * 5, decimals)
     predictions = np.round(references + draw.normal(0, 1, 200), decimals)
-    pearson = load_metric("pearsonr").compute(predictions=predictions, references=references)["pearsonr"]
-    spearman = load_metric("spearmanr").compute(predictions=predictions, references=references)["spearmanr"]
+    pearson = find_metric("pearsonr")(predictions, references)
+    spearman = find_metric("spearmanr")(predictions, references)
     assert pearson == pytest.approx(stats.pearsonr(predictions, references)[0], abs=1e-12)
     assert spearman == pytest.approx(stats.spearmanr(predictions, references)[0], abs=1e-12)
 
 
 @pytest.mark.parametrize("name", ["matthews_correlation", "pearsonr", "spearmanr"])
 def test_constant_predictions_score_zero(name: str) -> None:
-    assert load_metric(name).compute(predictions=[1, 1, 1], references=[0, 1, 1])[name] == 0.0
+    assert find_metric(name)([1, 1, 1], [0, 1, 1]) == 0.0
 
 
 def test_every_glue_task_has_a_score() -> None:
@@ -168,7 +169,7 @@ def script(folder: Path, name: str, returned: str) -> str:
 def test_any_metric_of_evaluate_scores_generated_texts(name, returned, wanted, score, higher, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"prompt": "x", "response": "y"}\n' * 4)
     metric = script(tmp_path, name, returned) + wanted
-    task = load_task("prompts", str(tmp_path / "a.jsonl"), metric=metric).task
+    task = load_task(DataSpec("prompts", str(tmp_path / "a.jsonl"), metric=metric)).task
     assert (task.main_metric, task.higher_is_better) == (f"{name}.py{wanted}", higher)
     got = compute_metrics(task, ["a b", "c e"], ["a b", "c d"])
     assert got == {f"{name}.py{wanted}": pytest.approx(score), "score": pytest.approx(score)}
@@ -188,14 +189,14 @@ def test_a_metric_that_cannot_score_texts_is_one_line_before_any_row_is_read(
 ) -> None:
     metric = script(tmp_path, name, returned) + wanted
     with pytest.raises(InputError) as caught:
-        load_task("prompts", str(tmp_path / "missing"), metric=metric)
+        load_task(DataSpec("prompts", str(tmp_path / "missing"), metric=metric))
     line = str(caught.value)
     assert line.startswith("evaluation.metric: got") and words in line and "\n" not in line
 
 
 def test_a_module_that_is_not_there_is_one_line_with_the_nearest_of_ours(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
-        load_task("prompts", str(tmp_path), metric="exact_mach")
+        load_task(DataSpec("prompts", str(tmp_path), metric="exact_mach"))
     line = str(caught.value)
     assert "'exact_match' (the nearest), or one of perplexity" in line and "Couldn't find a module" in line
     assert "\n" not in line

@@ -9,7 +9,8 @@ from builders.recipes import recipe_for
 
 from distill_llm.common.errors import InputError
 from distill_llm.data.encoding import encode
-from distill_llm.data.tasks import causal_lm, masked_lm
+from distill_llm.data.kinds.causal_lm import causal_lm
+from distill_llm.data.kinds.masked_lm import masked_lm
 from distill_llm.models.finding import check_tokens, open_model
 from distill_llm.pipeline.context import Context
 from distill_llm.recipe.recipe import parse_recipe

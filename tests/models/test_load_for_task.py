@@ -8,7 +8,9 @@ from builders.models import random_batch, tiny_model
 
 from distill_llm.architectures.families import lineage_of
 from distill_llm.common.errors import InputError
-from distill_llm.data.tasks import GLUE, causal_lm, prompts
+from distill_llm.data.glue import GLUE
+from distill_llm.data.kinds.causal_lm import causal_lm
+from distill_llm.data.kinds.prompts import prompts
 from distill_llm.models.checkpoint import load_for_task, load_pretrained
 
 
@@ -74,7 +76,7 @@ def test_a_head_is_not_put_on_a_checkpoint_without_all_weights_below_it(tmp_path
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("task", [causal_lm("text", "text"), prompts()], ids=lambda task: task.kind)
+@pytest.mark.parametrize("task", [causal_lm("text", "text"), prompts()], ids=lambda task: task.kind.name)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_causal_lm_keeps_its_head_and_is_loaded_in_fp32(tmp_path, family, task):
     model = causal_model(family)

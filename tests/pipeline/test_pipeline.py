@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 import distill_llm
 from distill_llm.common.errors import InputError, faults_in
+from distill_llm.data import DataSpec
 from distill_llm.pipeline import folder as run_folder
 from distill_llm.pipeline.caching import cache_teacher
 from distill_llm.pipeline.context import Context
@@ -379,8 +380,8 @@ def test_nothing_that_trained_or_was_pruned_lives_on_when_a_model_is_scored(inpu
 
 
 def test_a_cache_of_other_rows_is_refused_before_any_stage(inputs, tmp_path):
-    data = {name: value for name, value in recipe(inputs)["data"].items() if name != "max_length"}
-    cache_teacher(str(inputs / "teacher"), data, tmp_path / "cache", max_length=16)
+    data = DataSpec(**{**recipe(inputs)["data"], "max_length": 16})
+    cache_teacher(str(inputs / "teacher"), data, tmp_path / "cache")
     teacher = {"model": str(inputs / "teacher"), "cache": str(tmp_path / "cache")}
     given = recipe(inputs, teacher=teacher, distillation={"losses": {"logits": {}}, "max_steps": 1})
     with pytest.raises(InputError, match="^teacher.cache: got .* another data"):

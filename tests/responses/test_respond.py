@@ -10,7 +10,7 @@ from builders.responses import PROMPTS, alone, rows_of, save_teacher, teacher
 from transformers import AutoConfig, PreTrainedModel
 
 from distill_llm.common.errors import InputError
-from distill_llm.data import encode, load_task
+from distill_llm.data import DataSpec, encode, load_task
 from distill_llm.models.checkpoint import load_pretrained
 from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.plan import LayerPlan, PruningPlan
@@ -82,7 +82,7 @@ def test_the_folder_is_read_as_data_of_the_task_prompts_with_the_tokens_that_wer
         options = {**SMALL, "tokenizer": tokenizer, "chat": chat, "keep_truncated": True}
         options["chat_template_kwargs"] = kwargs
         respond(model, PROMPTS, folder, temperature=0, **options)
-        data = load_task("prompts", str(folder), config=AutoConfig.for_model("llama"), chat_template_kwargs=kwargs)
+        data = load_task(DataSpec("prompts", str(folder), chat_template_kwargs=kwargs), AutoConfig.for_model("llama"))
         assert data.task.text_columns == (("messages",) if chat else ("prompt", "response"))
         encoded = encode(data, tokenizer, 64)
         found = [row["input_ids"] for rows in (encoded.train, encoded.test) for row in rows]
@@ -106,7 +106,7 @@ def test_a_stopped_run_goes_on_to_the_files_of_one_without_a_break(stop: int, tm
     with pytest.raises(Stopped):
         respond(stopped, PROMPTS, tmp_path / "stopped", **options)
     with pytest.raises(InputError):  # what is not finished is no data
-        load_task("prompts", str(tmp_path / "stopped"), config=AutoConfig.for_model("llama"))
+        load_task(DataSpec("prompts", str(tmp_path / "stopped")), AutoConfig.for_model("llama"))
     sizes = counting(again := teacher())
     respond(again, PROMPTS, tmp_path / "stopped", **options)
     assert len(sizes) == 11 - stop // 2 * 2

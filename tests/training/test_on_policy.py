@@ -15,7 +15,7 @@ import distill_llm
 from distill_llm import DistillationConfig, DistillationTrainer
 from distill_llm.common.errors import InputError
 from distill_llm.data.encoding import collator, encode
-from distill_llm.data.tasks import prompts as prompts_task
+from distill_llm.data.kinds.prompts import prompts as prompts_task
 from distill_llm.losses.objective import Responses
 from distill_llm.recipe.recipe import load_recipe
 from distill_llm.training.on_policy import MARK, StudentResponses

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from distill_llm.common.files import written_whole
-from distill_llm.data.encoding import LENGTH
+from distill_llm.data.padding import LENGTH
 from distill_llm.pipeline.context import Context
 from distill_llm.pipeline.rounds import Cut, Cutter
 from distill_llm.pipeline.stage import Result, Stage

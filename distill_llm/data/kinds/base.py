@@ -1,0 +1,182 @@
+"""What a kind of task is, and the table of all kinds."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+import numpy as np
+import transformers
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from distill_llm.common.errors import InputError, one_of
+from distill_llm.data.padding import Collator, PaddingCollator, Rows
+from distill_llm.data.sources import Splits
+from distill_llm.data.spec import DataSpec
+from distill_llm.losses.items import Kind as Item
+from distill_llm.losses.labels import IGNORED
+from distill_llm.metrics.registry import Inputs, find_metric, metrics_of
+
+if TYPE_CHECKING:
+    from distill_llm.data.tasks import Task, TaskData
+
+PADDING = "a padding token"
+
+
+@dataclass(frozen=True)
+class TaskKind(ABC):
+    """A kind of task. It has no state: two objects of one class are equal.
+
+    Attributes:
+        name: of the kind, for messages.
+        task_name: what `data.task` calls the user's own rows of this kind; two kinds may share it (see `serves`).
+        auto_class: the class of transformers that loads models with its head.
+        head_classes: how the names of the classes of such models end.
+        pipeline_tag: what the Hub calls the use of such models.
+        item: what an output of the head is about (see `distill_llm.losses.items.kind_of`).
+        settings: fields of `DataSpec` that only some kinds take, those that this one does.
+        metric_inputs: what its metrics compare; None where a score comes from the loss alone.
+        problem_type: of the model's config.
+        is_language_model: whether the outputs are tokens of the vocabulary: the head needs no names of classes, and an
+            evaluation during training measures the loss alone.
+        generates: whether metrics judge texts that the model generates.
+        keeps_head: whether a checkpoint must bring the head: no use is seen in a new one.
+        changes_inputs: whether a row's inputs differ from epoch to epoch, and any token may occur in them.
+        joins_documents: whether rows are cut from a line of documents, so that their number is known once they are encoded.
+        has_distribution: whether an item's outputs are the logits of one probability distribution.
+    """
+
+    name: ClassVar[str]
+    task_name: ClassVar[str]
+    auto_class: ClassVar[str]
+    head_classes: ClassVar[tuple[str, ...]]
+    pipeline_tag: ClassVar[str]
+    item: ClassVar[Item] = "example"
+    settings: ClassVar[frozenset[str]] = frozenset({"columns"})
+    metric_inputs: ClassVar[Inputs | None] = None
+    problem_type: ClassVar[
+        Literal["regression", "single_label_classification", "multi_label_classification"] | None
+    ] = None
+    is_language_model: ClassVar[bool] = False
+    generates: ClassVar[bool] = False
+    keeps_head: ClassVar[bool] = False
+    changes_inputs: ClassVar[bool] = False
+    joins_documents: ClassVar[bool] = False
+    has_distribution: ClassVar[bool] = True
+
+    @abstractmethod
+    def load(self, spec: DataSpec, config: PreTrainedConfig | None, training: bool) -> tuple["Task", Splits]:
+        """The task of the user's own rows, and the rows in splits: `train`, `test` and perhaps `validation`.
+
+        The columns of the rows are the task's text columns and `labels`.
+
+        Args:
+            spec: with a path that exists or is a Hub id; `metric` is looked at elsewhere unless `generates`.
+            config: of the model that the rows are for, or None.
+            training: False where data need no training rows.
+
+        Raises:
+            InputError: naming the field of the recipe.
+        """
+
+    @abstractmethod
+    def encoder(self, task: "Task", tokenizer: PreTrainedTokenizerBase, max_length: int) -> Callable[[Rows], Rows]:
+        """A function from a batch of raw rows to rows of token ids, with `labels` and `length`."""
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> Collator:
+        """A function from encoded rows to a padded batch."""
+        return PaddingCollator(tokenizer)
+
+    def missing(self, task: "Task", tokenizer: PreTrainedTokenizerBase) -> str | None:
+        """What a tokenizer lacks to make rows of a task, in words, or None."""
+        return PADDING if tokenizer.pad_token_id is None else None
+
+    def serves(self, config: PreTrainedConfig | None) -> bool:
+        """Whether a model can have the head, by its config (None: an encoder)."""
+        return True
+
+    def check(self, spec: DataSpec, config: PreTrainedConfig | None) -> None:
+        """Raise InputError where the user's settings do not go together or with the model; nothing is read."""
+        return
+
+    def check_rows(self, data: "TaskData", tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise InputError where raw rows show by a look at some that they cannot be encoded."""
+        return
+
+    def predictions(self, outputs: Any, labels: Any) -> tuple[Any, Any]:
+        """Predictions and references, one of each for an item, from the outputs of a model and its labels.
+
+        Args:
+            outputs: logits (B, C), or (B, T, C) with an output per token.
+            labels: (B,), or (B, T) with -100 where there is none; such items are left out.
+
+        Returns:
+            Two arrays (items,): the classes with the largest logits, and the labels.
+        """
+        outputs, labels = self.items(outputs, labels)
+        return outputs.argmax(-1), labels
+
+    def items(self, outputs: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Outputs (items, C) and labels (items,) of the items with a label."""
+        outputs, labels = np.asarray(outputs), np.asarray(labels)
+        if self.item == "example":
+            return outputs, labels
+        return outputs[labels != IGNORED], labels[labels != IGNORED]
+
+    def has_head(self, classes: Iterable[str] | None) -> bool:
+        """Whether a model of one of these classes (`architectures` of its config) has the head."""
+        return any(name.endswith(self.head_classes) for name in classes or ())
+
+    @property
+    def auto(self) -> Any:
+        """The auto class itself."""
+        return getattr(transformers, self.auto_class)
+
+    def stock_class(self, config: PreTrainedConfig) -> Any:
+        """The class of transformers for models of a family with the head; None where the family has none."""
+        return self.auto._model_mapping.get(type(config), None)
+
+    def check_metric(self, metric: str) -> None:
+        """Raise InputError, naming `evaluation.metric`, where the kind has no such metric."""
+        known = metrics_of([self.metric_inputs] if self.metric_inputs else [])
+        if not known:
+            fix = f"leave it out: a {self.task_name} task is scored by the loss alone"
+            raise InputError("evaluation.metric", metric, fix=fix)
+        if metric not in known:
+            raise InputError("evaluation.metric", metric, one_of(known, metric))
+
+    def scored_by(self, task: "Task", metric: str | None) -> "Task":
+        """The task with a metric of the user's choice as its main one; None: as it is."""
+        if metric is None:
+            return task
+        metrics = tuple(dict.fromkeys((*task.metrics, metric)))
+        higher = find_metric(metric).higher_is_better
+        return replace(task, metrics=metrics, main_metric=metric, higher_is_better=higher)
+
+    def usage(self, config: Mapping[str, Any]) -> tuple[str, str]:
+        """How a student is tried, as Python: an expression for a text, and lines that use `model`, `inputs` and `tokenizer`.
+
+        Args:
+            config: the student's config.json.
+        """
+        return '"A sentence to try it on."', "    logits = model(**inputs).logits\nprint(logits)\n"
+
+
+KINDS: dict[str, TaskKind] = {}
+"""All kinds by name, in the order in which messages list them."""
+
+Class = TypeVar("Class", bound=type[TaskKind])
+
+
+def register(kind: Class) -> Class:
+    """Decorator: puts a kind of task into KINDS."""
+    if kind.name in KINDS:
+        raise InputError("kind", kind.name, fix="choose another name: there is a kind of this name")
+    KINDS[kind.name] = kind()
+    return kind
+
+
+def kind_of_head(classes: Iterable[str] | None) -> TaskKind | None:
+    """The first kind whose head models of these classes have."""
+    classes = tuple(classes or ())
+    return next((kind for kind in KINDS.values() if kind.has_head(classes)), None)
