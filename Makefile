@@ -4,18 +4,20 @@ BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: docs quickstart test test-slow lint clean
+.PHONY: docs quickstart test test-all lint clean
 
 quickstart: .venv/installed  ## prune and distill the embedded model on the embedded data
 	HF_HUB_OFFLINE=1 $(BIN)/distill-llm run recipes/quickstart.yaml --output-dir runs/quickstart
 	@cat runs/quickstart/report.md
 
 # Two workers with a thread each: tiny models gain nothing from more threads, and busy threads wait for one another.
-test: .venv/installed  ## the fast tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
 
-test-slow: .venv/installed  ## all tests, the slow ones too
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m "slow or not slow"
+test: .venv/installed  ## the fast tests
+	$(PYTEST)
+
+test-all: test  ## the fast tests, then the slow ones
+	$(PYTEST) -m slow
 
 docs: .venv/installed  ## the reference pages that are made from the code
 	$(BIN)/python scripts/docs/recipe_reference.py

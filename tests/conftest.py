@@ -1,4 +1,4 @@
-"""Shared fixtures: no Hub, where the quickstart's real weights and the shared data are."""
+"""Shared fixtures: no Hub, where the quickstart's real weights and the shared data are; which rows of grids are slow."""
 
 import importlib.util
 import os
@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from builders.grids import thin
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -31,3 +32,9 @@ def glue_dir() -> Path:
     if not folder.is_dir():
         pytest.skip("no GLUE data: set DISTILL_LLM_GLUE to a folder with CoLA, MRPC, SST-2 and STS-B as TSV files")
     return folder
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Before `-m` chooses among the tests."""
+    thin(items)

@@ -79,3 +79,12 @@ def test_public_names_are_listed_and_exist() -> None:
         module = importlib.import_module(f"distill_llm.{room}")
         for name in getattr(module, "__all__", ()):
             assert hasattr(module, name)
+
+
+def test_test_files_have_names_of_their_own_and_share_only_builders() -> None:
+    tests = sorted(Path(__file__).parent.rglob("test_*.py"))
+    assert len({file.name for file in tests}) == len(tests)
+    for file in tests:
+        for node in ast.walk(ast.parse(file.read_text())):
+            name = node.module if isinstance(node, ast.ImportFrom) else ""
+            assert not (name or "").startswith("test_"), f"{file.name} imports {name}: move it to tests/builders"

@@ -14,14 +14,16 @@ from distill_llm.architectures.modeling_pruned import pruned_class
 from distill_llm.common.errors import InputError
 from distill_llm.common.outputs import nearest
 from distill_llm.data.tasks import Task
-from distill_llm.losses.relations import relation_heads
+from distill_llm.losses.objective import Objective
+from distill_llm.losses.signals import Wanted
+from distill_llm.losses.terms.term import Use
 from distill_llm.models.adapters import UNTIED, tied_adapters, without_adapters
 from distill_llm.models.capture import Recorder
 from distill_llm.models.finding import OpenModel, first_line
-from distill_llm.models.recording import Wanted
 from distill_llm.pruning.units.sizes import second_moment_bytes
 from distill_llm.recipe.recipe import Recipe
-from distill_llm.training.terms import Terms
+from distill_llm.recipe.sections import PruningSection
+from distill_llm.training.terms import Terms, wanted_by
 
 
 def skeleton(model: OpenModel, task: Task | None = None) -> PreTrainedModel:
@@ -72,29 +74,36 @@ def check_signals(recipe: Recipe, teacher: PreTrainedModel, student: PreTrainedM
         InputError: as the first step of the training would.
     """
     losses = recipe.distillation.losses if recipe.distillation else None
-    if losses is None or (losses.attention is None and losses.relations is None):
+    if losses is None or not losses.looks_inside:
         return
-    relations, given = losses.relations, recipe.pruning is None
-    models = {"student": student, "teacher": teacher} if given else {"teacher": teacher}
+    inside = losses.only(losses.looks_inside)
     try:
-        if given:
-            terms = Terms(losses.model_copy(update={"hidden": None, "embeddings": None}), student, teacher)
-            wanted = {side: terms.wanted(side) for side in models}
+        if recipe.pruning is not None:
+            faults = _faults_of_any_cut(inside, teacher, recipe.pruning)
         else:
-            rows = lineage_of(teacher)
-            layers = tuple(i for i in range(len(layers_of(teacher))) if rows is None or rows[i].heads)
-            wanted = {"teacher": Wanted((), layers if losses.attention else (), layers if relations else ())}
-        seen = {side: _widths(model, wanted[side]) for side, model in models.items()}
-        if relations is None or relations.heads is None:
-            return
-        if given:
-            for pair in terms.pairs["relations"]:
-                both = seen["student"].get(pair.student, set()) | seen["teacher"].get(pair.teacher, set())
-                relation_heads(relations.heads, both)
-        else:
-            _check_heads_left(recipe, relations.heads, seen["teacher"], dims_of(teacher.config).head_size)
+            terms = Terms(inside, student, teacher)
+            seen = {
+                side: _widths(model, terms.wanted(side)) for side, model in (("student", student), ("teacher", teacher))
+            }
+            faults = []
+            for name, pairs in terms.pairs.items():
+                for pair in pairs:
+                    both = seen["student"].get(pair.student, set()) | seen["teacher"].get(pair.teacher, set())
+                    faults += inside.only([name]).faults(Use(vector_widths=frozenset(both)))
     except InputError as error:
         raise error.renamed(f"distillation.{error.field}") from None
+    for fault in faults:
+        raise fault.renamed(f"distillation.{fault.field}")
+
+
+def _faults_of_any_cut(losses: Objective, teacher: PreTrainedModel, pruning: PruningSection) -> list[InputError]:
+    """Faults of losses that look inside of layers, whichever of the teacher's layers and heads pruning keeps."""
+    rows = lineage_of(teacher)
+    layers = tuple(i for i in range(len(layers_of(teacher))) if rows is None or rows[i].heads)
+    widths = _widths(teacher, wanted_by(losses, dict.fromkeys(losses.terms(), layers)))
+    moving = pruning.keep is not None and not {"heads", "queries"}.isdisjoint(pruning.units)
+    size = dims_of(teacher.config).head_size if moving and teacher.config.model_type in FAMILIES else None
+    return losses.faults(Use(vector_widths=frozenset().union(*widths.values()), head_size=size))
 
 
 def _widths(model: PreTrainedModel, wanted: Wanted) -> dict[int, set[int]]:
@@ -112,15 +121,6 @@ def _widths(model: PreTrainedModel, wanted: Wanted) -> dict[int, set[int]]:
     except Exception:  # a forward that looks at numbers: the first step of the training tells
         return {}
     return {index: {each.shape[1] * each.shape[3] for each in vectors[:2]} for index, vectors in found.vectors.items()}
-
-
-def _check_heads_left(recipe: Recipe, heads: int, widths: dict[int, set[int]], head_size: int) -> None:
-    """A number of relation heads that is given divides the layers, whichever heads pruning leaves them."""
-    relation_heads(heads, set().union(*widths.values()))
-    assert recipe.pruning is not None
-    if head_size % heads and recipe.pruning.keep is not None and {"heads", "queries"} & set(recipe.pruning.units):
-        accepted = f"nothing, or a divisor of {head_size}, the size of a head: pruning chooses how many heads stay"
-        raise InputError("losses.relations.heads", heads, accepted)
 
 
 def check_disk(recipe: Recipe, teacher: PreTrainedModel, student: nn.Module) -> None:

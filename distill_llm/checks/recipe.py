@@ -12,7 +12,6 @@ import datasets
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from distill_llm.architectures.families import hidden_lineage, width_of
 from distill_llm.checks.models import adapted, check_disk, check_signals, skeleton
 from distill_llm.checks.pruning import check_pruning
 from distill_llm.checks.training import check_training
@@ -24,7 +23,8 @@ from distill_llm.data.padding import LENGTH
 from distill_llm.data.spec import DataSpec
 from distill_llm.data.special_tokens import check_tokenizer
 from distill_llm.data.tasks import Task, TaskData, label_names, same_names
-from distill_llm.losses.mapping import cut_from
+from distill_llm.losses.mapping import cut_from, unequal_widths
+from distill_llm.losses.terms.term import Use
 from distill_llm.models.checkpoint import name_labels
 from distill_llm.models.finding import (
     OpenModel,
@@ -181,46 +181,25 @@ def _check_raw_rows(data: TaskData, teacher: OpenModel) -> None:
 
 
 def _check_losses(recipe: Recipe, task: Task) -> None:
-    if recipe.distillation is None:
-        return
-    logits = recipe.distillation.losses.logits
-    if not task.kind.has_distribution and logits is not None and logits.divergence != "mse":
-        accepted = f"mse where the task is a {task.kind.name}"
-        raise InputError("distillation.losses.logits.divergence", logits.divergence, accepted)
+    if recipe.distillation is not None:
+        use = Use(single_output=not task.kind.has_distribution, packed=task.packing)
+        raise_all(recipe.distillation.losses.faults(use, "distillation.losses"))
 
 
 def _projected(student: OpenModel | None, teacher: OpenModel | None) -> tuple[int, int] | None:
-    """The widths of a given student and its teacher, where its states must be projected to be compared (see `Terms`)."""
-    if student is None or teacher is None:
-        return None
-    if hidden_lineage(student.config) is not None and cut_from(student.config, teacher.config):
-        return None
-    widths = width_of(student.config), width_of(teacher.config)
-    return widths if widths[0] != widths[1] else None
+    """The widths of a given student and its teacher, where its states must be projected to be compared."""
+    return None if student is None or teacher is None else unequal_widths(student.config, teacher.config)
 
 
 def _check_layer_pairs(recipe: Recipe, teacher: OpenModel, student: OpenModel) -> bool:
     """Layers named by the loss terms exist; `student` is the teacher where it is pruned from it."""
     if recipe.distillation is None:
         return True
-    faults = []
     teachers, students = teacher.config.num_hidden_layers, student.config.num_hidden_layers
     if recipe.pruning is not None and recipe.pruning.layers is not None:
         students = len(recipe.pruning.layers)
-    for name in ("hidden", "attention", "relations"):
-        term = getattr(recipe.distillation.losses, name)
-        if term is None:
-            continue
-        field = f"distillation.losses.{name}.layers"
-        if term.layers == "lineage" and recipe.pruning is None and not cut_from(student.config, teacher.config):
-            accepted = "uniform, last or pairs where the student was not pruned from this teacher"
-            faults.append(InputError(field, "lineage", accepted))
-        if not isinstance(term.layers, str):
-            bad = [list(pair) for pair in term.layers if not (0 <= pair[0] < students and 0 <= pair[1] < teachers)]
-            if bad:
-                accepted = f"[student, teacher] pairs below [{students}, {teachers}], counted from 0"
-                faults.append(InputError(field, bad, accepted))
-    raise_all(faults)
+    cut = recipe.pruning is not None or cut_from(student.config, teacher.config)
+    raise_all(recipe.distillation.losses.faults(Use(layers=(students, teachers), cut=cut), "distillation.losses"))
     return True
 
 
@@ -239,7 +218,7 @@ def _check_cache(recipe: Recipe, teacher: OpenModel) -> None:
     given, own = recipe.teacher.dtype, cache.index.settings.dtype
     if given is not None and own not in (None, given):
         raise InputError("teacher.dtype", given, f"{own}, which the teacher of teacher.cache ran in, or nothing")
-    raise_all([fault.renamed(f"distillation.{fault.field}") for fault in cache.faults(recipe.distillation.losses)])
+    raise_all(recipe.distillation.losses.faults(Use(teacher=cache.gives), "distillation.losses"))
 
 
 def check_cached_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train: datasets.Dataset) -> None:
@@ -266,8 +245,6 @@ def _check_responses(recipe: Recipe, task: Task, shorter: OpenModel) -> None:
     field = "distillation.losses.responses"
     if not task.kind.generates:
         raise InputError(field, f"the task {task.name}", "the task prompts")
-    if recipe.teacher.cache is not None:
-        raise InputError(field, "a cached teacher", "a teacher in memory: it never saw the student's answers")
     if recipe.data.packing:
         raise InputError("data.packing", True, f"false with {field}: prompts must be rows of their own")
     check_length(

@@ -19,6 +19,8 @@ from transformers.training_args import OptimizerNames
 from distill_llm.common.errors import InputError, faults_in, one_of, raise_all
 from distill_llm.common.processes import open_processes
 from distill_llm.data.tasks import Task, TaskData
+from distill_llm.losses.objective import parse_objective
+from distill_llm.losses.terms.term import Use
 from distill_llm.models.finding import first_line
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.training.config import DistillationConfig
@@ -94,15 +96,7 @@ def _check_sharding(recipe: Recipe, sharding: str | None, widths: tuple[int, int
     losses, faults = recipe.distillation.losses, []
     if recipe.student is not None and recipe.student.peft is not None:
         faults.append(InputError("student.peft", sharding, "a copy of the student in each process (DDP)"))
-    if losses.responses is not None and sharding != "FSDP2":
-        accepted = "FSDP2 (fsdp_version 2), or DDP"
-        faults.append(InputError("distillation.losses.responses", f"a student sharded by {sharding}", accepted))
-    for name in ("hidden", "embeddings"):
-        if widths is not None and sharding == "DeepSpeed" and getattr(losses, name) is not None:
-            given = f"states of {widths[0]} and {widths[1]} channels under DeepSpeed"
-            accepted = "a student as wide as its teacher, or DDP or FSDP in the place of DeepSpeed"
-            faults.append(InputError(f"distillation.losses.{name}", given, accepted))
-    raise_all(faults)
+    raise_all(faults + losses.faults(Use(widths=widths, sharding=sharding), "distillation.losses"))
 
 
 def _check_stage(recipe: Recipe, stage: Stage, data: TaskData | None) -> DistillationConfig:
@@ -131,10 +125,9 @@ def _check_stage(recipe: Recipe, stage: Stage, data: TaskData | None) -> Distill
         except Exception as error:
             raise _together(error, where, training, section, likely) from None
     kwargs: Any = args.activation_checkpointing_kwargs or {}
-    seen = next((term for term in ("attention", "relations") if term in losses), None)
-    if seen is not None and kwargs.get("use_reentrant"):
+    if kwargs.get("use_reentrant"):
         name = next(n for n in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs") if n in where)
-        raise InputError(f"{where[name]}.{name}.use_reentrant", True, f"false with losses.{seen}")
+        raise_all(parse_objective(losses).faults(Use(reentrant=f"{where[name]}.{name}.use_reentrant")))
     return args
 
 

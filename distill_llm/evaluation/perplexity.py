@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from distill_llm.losses.chunked_head import head_losses
+from distill_llm.losses.head_parts import LabelPart
 from distill_llm.losses.items import targets
 from distill_llm.models.inputs import forward_inputs
 from distill_llm.models.output_head import head_of
@@ -29,6 +30,7 @@ def causal_loss(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[Te
         InputError: the model's logits are not those of a linear head, scaled or capped by its config.
     """
     positions, labels = targets(batch, "next_token")
+    assert labels is not None
     body = model.base_model
     hidden = body(**forward_inputs(body, batch)).last_hidden_state.flatten(0, 1)
-    return head_losses(head_of(model), hidden[positions], labels).labels, len(positions)
+    return head_losses(head_of(model), hidden[positions], [LabelPart(labels)]).sums[0], len(positions)

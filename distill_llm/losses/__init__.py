@@ -13,18 +13,15 @@ if TYPE_CHECKING:
     from distill_llm.losses.hidden import hidden_distance
     from distill_llm.losses.labels import label_loss
     from distill_llm.losses.logits import logits_divergence
-    from distill_llm.losses.objective import (
-        AttentionLoss,
-        EmbeddingsLoss,
-        HiddenLoss,
-        LabelsLoss,
-        LogitsLoss,
-        Objective,
-        RelationsLoss,
-        parse_objective,
-    )
+    from distill_llm.losses.objective import Objective, parse_objective
     from distill_llm.losses.relations import relation_distance
     from distill_llm.losses.schedules import Schedule
+    from distill_llm.losses.terms.attention import AttentionLoss
+    from distill_llm.losses.terms.embeddings import EmbeddingsLoss
+    from distill_llm.losses.terms.hidden import HiddenLoss
+    from distill_llm.losses.terms.labels import LabelsLoss
+    from distill_llm.losses.terms.logits import LogitsLoss
+    from distill_llm.losses.terms.relations import RelationsLoss
 
 _HOMES = {
     "AttentionInputs": "attention",
@@ -32,13 +29,13 @@ _HOMES = {
     "hidden_distance": "hidden",
     "label_loss": "labels",
     "logits_divergence": "logits",
-    "AttentionLoss": "objective",
-    "EmbeddingsLoss": "objective",
-    "HiddenLoss": "objective",
-    "LabelsLoss": "objective",
-    "LogitsLoss": "objective",
+    "AttentionLoss": "terms.attention",
+    "EmbeddingsLoss": "terms.embeddings",
+    "HiddenLoss": "terms.hidden",
+    "LabelsLoss": "terms.labels",
+    "LogitsLoss": "terms.logits",
     "Objective": "objective",
-    "RelationsLoss": "objective",
+    "RelationsLoss": "terms.relations",
     "parse_objective": "objective",
     "relation_distance": "relations",
     "Schedule": "schedules",
@@ -67,3 +64,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

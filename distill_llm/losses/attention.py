@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from distill_llm.losses.distances import MAP_DISTANCES
+
 BLOCK = {"cpu": 2**20}
 OTHER_BLOCK = 2**25
 """Attention probabilities made at a time: few enough for a processor's cache, many enough to keep another device busy."""
@@ -56,15 +58,13 @@ def attention_distance(
 ) -> torch.Tensor:
     """Sum over valid query tokens of the mean over heads of the distance between attention rows.
 
-    `kl` is KL(teacher || student) over the keys (MiniLM, Wang et al., 2020); `mse` the squared difference of
-    probabilities summed over the keys. Head j is compared with head j; where the numbers of heads differ, the maps are
-    averaged over heads first.
+    Head j is compared with head j; where the numbers of heads differ, the maps are averaged over heads first.
 
     Args:
         student: inputs of one student layer.
         teacher: inputs of the mapped teacher layer, no gradient.
         valid: (B, T), 1 at valid tokens and 0 at padding.
-        distance: kl or mse.
+        distance: a name of `distill_llm.losses.distances.MAP_DISTANCES`.
 
     Returns:
         scalar in fp32.
@@ -72,13 +72,12 @@ def attention_distance(
     weight = valid.float()[:, None, :]
     if student.query.shape[1] != teacher.query.shape[1]:
         log_q, log_p = _mean_over_heads(student), _mean_over_heads(teacher)
-    elif distance == "kl":
+    elif distance == "kl":  # the most used one has a gradient by hand, which keeps nothing of size T x T
         total: torch.Tensor = _AttentionKL.apply(student.query, student.key, student, teacher, weight)
         return total / student.query.shape[1]
     else:
         log_q, log_p = student.scores().log_softmax(-1), teacher.scores().log_softmax(-1)
-    rows = (log_p.exp() * (log_p - log_q)) if distance == "kl" else (log_p.exp() - log_q.exp()).square()
-    return (rows.sum(-1).mean(1, keepdim=True) * weight).sum()
+    return (MAP_DISTANCES[distance](log_q, log_p).mean(1, keepdim=True) * weight).sum()
 
 
 def _mean_over_heads(inputs: AttentionInputs) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Divergences of a few items with their gradients: of any divergence by differentiating it, of some by hand."""
+"""Divergences of a few items with their gradients: any divergence by autograd, some by hand."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -47,17 +47,25 @@ def kernel_of(divergence: str, settings: Mapping[str, Any], labelled: bool) -> K
         raise InputError("labels", None, f"labels with {divergence}, which treats the true class apart")
     if divergence in BY_HAND and "top_k" not in settings:
         return partial(BY_HAND[divergence], **settings)
-    return partial(differentiated, divergence=divergence, settings=settings)
+    return partial(_differentiated, divergence=divergence, settings=settings)
 
 
-def differentiated(block: Block, *, divergence: str, settings: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Any divergence, by autograd over the block alone."""
+def by_autograd(function: Callable[..., torch.Tensor]) -> Kernel:
+    """A kernel of any function of (R, C) logits of student and teacher to (R,) values: differentiated, over a block alone."""
+
+    def kernel(block: Block, **settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.enable_grad():
+            student = block.student.detach().requires_grad_()
+            value = function(student, block.teacher, **settings)
+            (gradient,) = torch.autograd.grad(value.sum(), student)
+        return value.detach(), gradient
+
+    return kernel
+
+
+def _differentiated(block: Block, *, divergence: str, settings: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     labels: dict[str, Any] = {"labels": block.labels} if DIVERGENCES[divergence].needs_labels else {}
-    with torch.enable_grad():
-        student = block.student.detach().requires_grad_()
-        value = logits_divergence(student, block.teacher, divergence, **settings, **labels)
-        (gradient,) = torch.autograd.grad(value.sum(), student)
-    return value.detach(), gradient
+    return by_autograd(partial(logits_divergence, divergence=divergence))(block, **settings, **labels)
 
 
 # By hand: two to four times as fast, in the block's own buffers. A divergence needs none to be used.

@@ -1,16 +1,13 @@
 """What losses are averaged over: which outputs of a model count, and which label belongs to each."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from distill_llm.losses.labels import IGNORED
-
-Kind = Literal["example", "token", "next_token"]
-Unit = Literal["labels", "examples", "tokens"]
-UNITS: tuple[Unit, ...] = ("labels", "examples", "tokens")
+from distill_llm.losses.units import Kind
 
 
 def kind_of(model: PreTrainedModel) -> Kind:
@@ -81,7 +78,7 @@ def targets(batch: Mapping[str, Any], kind: Kind, unlabelled: bool = False) -> t
 
 
 def count_items(batch: Mapping[str, Any], kind: Kind) -> torch.Tensor:
-    """(3,) numbers of items in the order of UNITS; made without waiting for the device."""
+    """(3,) numbers of items in the order of `losses.units.UNITS`; made without waiting for the device."""
     valid = valid_tokens(batch)
     examples = valid.new_full((), len(valid), dtype=torch.long)
     return torch.stack([counted(batch, kind).sum(), examples, valid.sum()])

@@ -13,7 +13,7 @@ def label_loss(logits: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.
 
     Args:
         logits: (items, classes); (items, 1) for regression.
-        labels: (items,) class ids; values for regression. An integer of -100 is no label.
+        labels: (items,) class ids; values for regression, of any shape. An integer of -100 is no label.
         smoothing: share of the target spread evenly over the classes (classification only).
 
     Returns:
@@ -22,6 +22,7 @@ def label_loss(logits: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.
     Raises:
         InputError: floats as the labels of several classes.
     """
+    labels = labels.flatten()
     if logits.shape[-1] == 1:
         error = (logits.float().squeeze(-1) - labels.float()).square()
         return error if labels.is_floating_point() else error * (labels != IGNORED)

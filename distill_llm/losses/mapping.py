@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 from transformers import PreTrainedConfig
 
-from distill_llm.architectures.families import LayerLineage, stock_values
+from distill_llm.architectures.families import LayerLineage, hidden_lineage, stock_values, width_of
 from distill_llm.common.errors import InputError
+from distill_llm.losses.layers import layer_faults
 
 
 class LayerPair(NamedTuple):
@@ -29,6 +30,17 @@ def cut_from(student: PreTrainedConfig, teacher: PreTrainedConfig) -> bool:
     sizes = {name: value for name, value in record.get("stock", {}).items() if isinstance(value, int)}
     with stock_values(teacher):
         return all(getattr(teacher, name, None) == value for name, value in sizes.items())
+
+
+def unequal_widths(student: PreTrainedConfig, teacher: PreTrainedConfig) -> tuple[int, int] | None:
+    """The widths of student and teacher where their states must be projected to be compared, else None.
+
+    The states of a student that kept known channels of this teacher are compared with these channels.
+    """
+    if hidden_lineage(student) is not None and cut_from(student, teacher):
+        return None
+    widths = width_of(student), width_of(teacher)
+    return widths if widths[0] != widths[1] else None
 
 
 def relative_lineage(
@@ -113,9 +125,9 @@ def attention_pairs(
 
 
 def _need_lineage(lineage: Sequence[LayerLineage] | None, teacher_layers: int, field: str) -> Sequence[LayerLineage]:
-    if lineage is None:
-        accepted = "uniform, last or [[student, teacher], ...]: this student was not pruned from this teacher"
-        raise InputError(field, "lineage", accepted)
+    for fault in layer_faults("lineage", None, cut=lineage is not None):
+        raise fault.renamed(field)
+    assert lineage is not None
     if max(layer.source for layer in lineage) >= teacher_layers:
         accepted = "the teacher that the student was pruned from: its layers are too few"
         raise InputError("teacher", f"{teacher_layers} layers", accepted)
@@ -130,8 +142,6 @@ def _plain_pairs(
     if layers == "uniform":
         ends = [ceil((index + 1) * teacher_layers / student_layers) - 1 for index in range(student_layers)]
         return [LayerPair(index, end) for index, end in enumerate(ends)]
-    for pair in layers:
-        if not (0 <= pair[0] < student_layers and 0 <= pair[1] < teacher_layers):  # type: ignore[operator]
-            accepted = f"student layers 0 to {student_layers - 1}, teacher layers 0 to {teacher_layers - 1}"
-            raise InputError(field, list(pair), accepted)
+    for fault in layer_faults(layers, (student_layers, teacher_layers), None):
+        raise fault.renamed(field)
     return [LayerPair(*pair) for pair in layers]  # type: ignore[arg-type]

@@ -1,13 +1,9 @@
 """Relations between tokens by their queries, keys or values: what models of any width and head count have in common."""
 
-import math
-
 import torch
 
-from distill_llm.common.errors import InputError
 from distill_llm.losses.attention import AttentionInputs, attention_distance
-
-MOST_HEADS = 12  # where no number is given; that of a BERT base
+from distill_llm.losses.relation_heads import relation_heads
 
 
 def relation_distance(
@@ -50,19 +46,3 @@ def relation_distance(
         return AttentionInputs(divided, divided, divided.shape[-1] ** -0.5, bias)
 
     return attention_distance(relation(student), relation(teacher), valid)
-
-
-def relation_heads(given: int | None, widths: set[int], field: str = "losses.relations.heads") -> int:
-    """The number of relation heads that layers of these widths are divided into: as given, else the most up to MOST_HEADS.
-
-    Raises:
-        InputError: the given one divides not all widths; names the numbers that do.
-    """
-    common = math.gcd(*widths)
-    if given is None:
-        return max(number for number in range(1, MOST_HEADS + 1) if common % number == 0)
-    if common % given:
-        divisors = [str(number) for number in range(1, common + 1) if common % number == 0]
-        accepted = f"a divisor of the widths {', '.join(map(str, sorted(widths)))}: {', '.join(divisors)}"
-        raise InputError(field, given, accepted)
-    return given

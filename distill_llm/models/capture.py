@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 from distill_llm.architectures.families import layers_of
 from distill_llm.common.errors import InputError
+from distill_llm.losses.signals import EMBEDDINGS, Vectors, Wanted
 from distill_llm.models.attention_kernels import Listener, attention_configs, listening
-from distill_llm.models.recording import EMBEDDINGS, Recording, Vectors, Wanted
+from distill_llm.models.recording import Recording
 
 
 class Recorder:
@@ -33,7 +34,7 @@ class Recorder:
     @contextmanager
     def recording(self) -> Iterator[Recording]:
         """Record the forward that runs inside the context, but no recomputation after it (gradient checkpointing)."""
-        result = Recording()
+        result = Recording(wanted=self.wanted)
         with ExitStack() as stack:
             for index in self.wanted.hidden:
                 if index == EMBEDDINGS:
@@ -46,12 +47,12 @@ class Recorder:
             yield result
         pairs = (
             ("attention", self.wanted.attention, result.attention),
-            ("relations", self.wanted.vectors, result.vectors),
+            ("vectors", self.wanted.vectors, result.vectors),
         )
-        for term, wanted, found in pairs:
+        for kind, wanted, found in pairs:
             if missing := sorted(set(wanted) - found.keys()):
                 accepted = "a model with attention by transformers' AttentionInterface (DeBERTa-v2, MPNet: no)"
-                raise InputError(f"losses.{term}", f"{self.name}, layers {missing} not seen", accepted)
+                raise InputError(self.wanted.field(kind), f"{self.name}, layers {missing} not seen", accepted)
 
     def _listening(self, result: Recording) -> AbstractContextManager[None]:
         listeners = {

@@ -1,7 +1,7 @@
 """What is recorded of a forward: hidden states, inputs of attention probabilities, queries, keys and values."""
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,33 +10,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from distill_llm.common.errors import InputError
 from distill_llm.losses.attention import AttentionInputs
-from distill_llm.losses.sparse import SparseTargets
-
-EMBEDDINGS = -1
-"""The layer before the first: its output is what the first reads."""
-
-
-class Vectors(NamedTuple):
-    """What an attention layer was given: queries (B, N, T, D), and keys and values, which may have fewer heads."""
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """Layers to record.
-
-    Attributes:
-        hidden: layers whose output hidden states are wanted; EMBEDDINGS for those that the first layer reads.
-        attention: layers whose attention probabilities are wanted, as queries and keys.
-        vectors: layers whose queries, keys and values are wanted.
-    """
-
-    hidden: tuple[int, ...] = ()
-    attention: tuple[int, ...] = ()
-    vectors: tuple[int, ...] = ()
+from distill_llm.losses.signals import Signals, Vectors, Wanted
 
 
 @dataclass
@@ -46,9 +20,10 @@ class Recording:
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
     attention: dict[int, AttentionInputs] = field(default_factory=dict)
     vectors: dict[int, Vectors] = field(default_factory=dict)
+    wanted: Wanted = field(default_factory=Wanted)
     _biases: list[tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=list, repr=False)
 
-    def with_logits(self, logits: torch.Tensor) -> "Signals":
+    def with_logits(self, logits: torch.Tensor) -> Signals:
         """The recording and the logits, (B, C) or (items, V)."""
         return Signals(self.hidden, self.attention, self.vectors, logits=logits)
 
@@ -66,7 +41,7 @@ class Recording:
             return
         if (beyond := _beyond_the_mask(module, query.shape[2], settings)) is not None:
             accepted = "a model with plain softmax attention (windows and packed rows: with attn_implementation sdpa)"
-            raise InputError("losses.attention", f"{type(module).__name__} with {beyond}", accepted)
+            raise InputError(self.wanted.field("attention"), f"{type(module).__name__} with {beyond}", accepted)
         if key.shape[1] != query.shape[1]:
             key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         scaling, causal = settings.get("scaling"), settings.get("is_causal")
@@ -82,20 +57,6 @@ class Recording:
                 return bias
         self._biases.append((mask, additive_bias(mask, causal, query)))
         return self._biases[-1][1]
-
-
-@dataclass
-class Signals(Recording):
-    """All that a loss may compare: a recording and the logits, (B, C) or (items, V)."""
-
-    logits: torch.Tensor = field(kw_only=True)
-
-
-@dataclass
-class SparseSignals(Signals):
-    """Signals of a teacher known at a few tokens per item: `targets` in place of `logits`, which is (items, 0)."""
-
-    targets: SparseTargets = field(kw_only=True)
 
 
 def _beyond_the_mask(module: nn.Module, length: int, settings: dict[str, Any]) -> str | None:

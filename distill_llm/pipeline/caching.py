@@ -20,6 +20,7 @@ from distill_llm.data.special_tokens import token_count
 from distill_llm.data.tasks import Task, TaskData
 from distill_llm.losses.items import kind_of
 from distill_llm.losses.objective import Objective
+from distill_llm.losses.terms.term import Gives, Use
 from distill_llm.models.checkpoint import load_pretrained
 from distill_llm.models.finding import (
     OpenModel,
@@ -31,7 +32,7 @@ from distill_llm.models.finding import (
     open_model,
 )
 from distill_llm.recipe.recipe import Recipe
-from distill_llm.teachers.cache import CachedTeacher, cache_faults
+from distill_llm.teachers.cache import CachedTeacher, cache_gives
 from distill_llm.teachers.cache_format import INDEX_NAME, CacheIndex, CacheSettings, read_index
 from distill_llm.teachers.cache_writer import CacheSource, Writing, write_cache
 from distill_llm.teachers.online import OnlineTeacher
@@ -53,9 +54,7 @@ def cache_recipe(
     section, losses = recipe.teacher, recipe.distillation.losses if recipe.distillation else None
     if section.cache is None or losses is None:
         raise InputError("teacher.cache", section.cache, "a folder, in a recipe with a distillation section")
-    if losses.responses is not None:
-        fix = "remove it, or teacher.cache: a cached teacher never saw the student's answers"
-        raise InputError("distillation.losses.responses", "a cached teacher", fix=fix)
+    raise_all(losses.faults(Use(teacher=Gives("a cached teacher", new_text=False)), "distillation.losses"))
     usable_output(section.cache, "teacher.cache", INDEX_NAME)
     opened = open_model("teacher.model", section.model)
     settings = CacheSettings(k=k, method=method, seed=recipe.seed)  # type: ignore[arg-type]
@@ -138,8 +137,8 @@ class _Job:
         # A tokenizer may know tokens that the model has no embedding for (Gemma 3's images).
         cut = min(token_count(opened.tokenizer), opened.config.vocab_size) if task.is_language_model else None
         if self.objective is not None:
-            faults = cache_faults(self.objective, CacheIndex(self.settings, cut or task.num_labels, {}, ()))
-            raise_all([fault.renamed(f"distillation.{fault.field}") for fault in faults])
+            held = cache_gives(CacheIndex(self.settings, cut or task.num_labels, {}, ()))
+            raise_all(self.objective.faults(Use(teacher=held), "distillation.losses"))
         model = load_pretrained(opened.path, dtype=getattr(torch, dtype))
         source = CacheSource(
             OnlineTeacher(model),

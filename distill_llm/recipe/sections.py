@@ -19,7 +19,7 @@ from pydantic.functional_validators import ModelWrapValidatorHandler
 
 from distill_llm.common.errors import raise_all
 from distill_llm.common.validation import faults_of
-from distill_llm.losses.objective import LabelsLoss, LogitsLoss, Objective
+from distill_llm.losses.objective import Objective, parse_objective
 from distill_llm.pruning.criteria import CRITERIA, Need, find_criterion
 from distill_llm.pruning.names import Unit
 from distill_llm.recipe.adapter_fields import check_adapter_fields
@@ -291,10 +291,8 @@ class DistillationSection(Section):
     model_config = ConfigDict(extra="allow")
 
     losses: Objective = Field(
-        default_factory=lambda: Objective(
-            labels=LabelsLoss(weight=0.5), logits=LogitsLoss(weight=0.5, temperature=1.0)
-        ),
-        description="the terms of the objective; docs/losses.md has them all",
+        default_factory=lambda: parse_objective({"labels": {"weight": 0.5}, "logits": {"weight": 0.5}}),
+        description="the terms of the objective; docs/reference/losses.md explains them",
     )
 
     @model_validator(mode="wrap")

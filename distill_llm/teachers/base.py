@@ -2,57 +2,38 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from distill_llm.common.errors import InputError
-from distill_llm.losses.objective import Objective
-from distill_llm.models.recording import Signals, Wanted
-
-SIGNALS = {
-    "labels": "labels",
-    "logits": "logits",
-    "embeddings": "hidden",
-    "hidden": "hidden",
-    "attention": "attention",
-    "relations": "vectors",
-}
+from distill_llm.losses.signals import Signals, Wanted
+from distill_llm.losses.terms.term import Gives
 
 
 class Teacher(ABC):
     """Gives the signals that a student learns from.
 
-    A trainer calls, in this order: `faults` and `meet` when it is made, then `place`; `load_state_dict` where a training is
+    A trainer asks, in this order: `gives` and `meet` when it is made, then `place`; `load_state_dict` where a training is
     resumed; `prefetch` in the data loader and `signals` for every micro-batch; `after_step` after every optimizer step;
     `state_dict` for every checkpoint; `close` when the training has ended. Only `meet` and `signals` must be written.
 
     Attributes:
-        gives: the kinds of signals that it has. `logits` stands for any form of outputs; `hidden`, `attention` and `vectors`
-            are those of the layers of `model`.
-        model: the model whose layers are compared with the student's; None where it gives none of a layer.
+        model: the model whose layers are compared with the student's; None of a teacher that gives logits alone.
         compact: whether it can give the outputs of a language model without whole logits, as HeadSignals or SparseSignals.
         prefetches: whether `prefetch` is to be called for the batches of training.
-        judges_new_text: whether it has signals of texts that are in no dataset, such as the student's own answers.
         reads: columns of a dataset that it reads, besides those that the student reads.
     """
 
-    gives: ClassVar[frozenset[str]] = frozenset({"logits"})
     model: PreTrainedModel | None = None
     compact: bool = False
     prefetches: bool = False
-    judges_new_text: bool = True
     reads: tuple[str, ...] = ()
 
-    def faults(self, objective: Objective) -> list[InputError]:
-        """What an objective needs and this teacher does not give."""
-        faults = []
-        for name in objective.terms():
-            if (signal := SIGNALS[name]) not in self.gives | {"labels"}:
-                accepted = f"a teacher that gives {signal}; this one gives {', '.join(sorted(self.gives))}"
-                faults.append(InputError(f"losses.{name}", f"a {type(self).__name__}", accepted))
-        return faults
+    @property
+    def gives(self) -> Gives:
+        """What it can give, under its name in messages; objectives that need more are refused. By default: logits."""
+        return Gives(f"a {type(self).__name__}")
 
     @abstractmethod
     def meet(self, student: PreTrainedModel, tokenizer: Any = None) -> int | None:

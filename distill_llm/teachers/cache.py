@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from distill_llm.common.errors import InputError
 from distill_llm.losses.items import kind_of, valid_tokens
-from distill_llm.losses.objective import Objective
+from distill_llm.losses.signals import Signals, SparseSignals
 from distill_llm.losses.sparse import SparseTargets
+from distill_llm.losses.terms.term import Gives
 from distill_llm.models.fingerprints import teacher_fingerprint, tokenizer_fingerprint
-from distill_llm.models.recording import Signals, SparseSignals
 from distill_llm.teachers.base import Teacher
 from distill_llm.teachers.cache_coding import ItemCoding, Tokens
 from distill_llm.teachers.cache_contents import check_fingerprints, find_examples
@@ -45,7 +45,6 @@ class CachedTeacher(Teacher):
     """
 
     prefetches = True
-    judges_new_text = False
 
     def __init__(
         self,
@@ -73,9 +72,10 @@ class CachedTeacher(Teacher):
         """Where a few tokens of each item are stored."""
         return self.index.coding != "full"
 
-    def faults(self, objective: Objective) -> list[InputError]:
-        """See `cache_faults`."""
-        return cache_faults(objective, self.index)
+    @property
+    def gives(self) -> Gives:
+        """See `cache_gives`."""
+        return cache_gives(self.index)
 
     def meet(self, student: PreTrainedModel, tokenizer: Any = None) -> int | None:
         """See `Teacher.meet`.
@@ -200,20 +200,7 @@ class CachedTeacher(Teacher):
         return dict(zip(self._names, targets.rows(chosen), strict=True))
 
 
-def cache_faults(objective: Objective, index: CacheIndex) -> list[InputError]:
-    """What an objective needs and such a cache does not hold."""
-    faults = []
-    for name in objective.terms():
-        if name not in ("labels", "logits"):
-            accepted = "a teacher in memory: the cache has logits only"
-            faults.append(InputError(f"losses.{name}", "a cached teacher", accepted))
-    logits = objective.logits
-    if index.coding == "full" or logits is None:
-        return faults
-    given = {"divergence": logits.divergence, "temperature": logits.temperature, **logits.settings()}
-    wanted = {"divergence": "forward_kl", "temperature": 1.0}
-    for name, value in given.items():
-        if value != wanted.get(name):
-            accepted = f"{wanted.get(name, 'none')} with a cache of {index.settings.k} of {index.classes} classes"
-            faults.append(InputError(f"losses.logits.{name}", value, accepted))
-    return faults
+def cache_gives(index: CacheIndex) -> Gives:
+    """What such a cache can give: logits, or a few tokens of each item, of the examples of its dataset."""
+    few = None if index.coding == "full" else (index.settings.k, index.classes)
+    return Gives("a cached teacher", few=few, new_text=False)

@@ -33,7 +33,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from distill_llm.common.errors import InputError, one_of
-from distill_llm.losses.items import Kind
+from distill_llm.losses.units import Kind
 
 FORMAT = 4
 INDEX_NAME = "index.json"

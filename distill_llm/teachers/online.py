@@ -3,31 +3,22 @@
 import inspect
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from distill_llm.losses.head import Head
+from distill_llm.losses.signals import HeadSignals, Signals, Wanted
+from distill_llm.losses.terms.term import Gives
 from distill_llm.models.adapters import is_quantized
 from distill_llm.models.capture import Recorder
 from distill_llm.models.checkpoint import converted
 from distill_llm.models.inputs import forward_inputs
 from distill_llm.models.item_logits import item_logits, packed
 from distill_llm.models.output_head import OutputHead, output_head
-from distill_llm.models.recording import Signals, Wanted
 from distill_llm.teachers.base import Teacher
 from distill_llm.teachers.compatibility import shared_classes
-
-
-@dataclass
-class HeadSignals(Signals):
-    """Signals of a language model with `head_inputs` (items, H) and the `head` in place of `logits`, which is (0, V)."""
-
-    head: Head = field(kw_only=True)
-    head_inputs: torch.Tensor = field(kw_only=True)
 
 
 class OnlineTeacher(Teacher):
@@ -40,7 +31,6 @@ class OnlineTeacher(Teacher):
         head: the output map of a language model that can do without logits (see `output_head`), else None.
     """
 
-    gives = frozenset({"logits", "hidden", "attention", "vectors"})
     model: PreTrainedModel
 
     def __init__(self, model: PreTrainedModel):
@@ -51,6 +41,11 @@ class OnlineTeacher(Teacher):
     def head(self) -> OutputHead | None:
         """See the attributes."""
         return output_head(self.model)
+
+    @property
+    def gives(self) -> Gives:
+        """Everything."""
+        return Gives("a model", ("logits", "hidden", "attention", "vectors"))
 
     @property
     def compact(self) -> bool:  # type: ignore[override]

@@ -8,7 +8,8 @@ from transformers import TrainerCallback
 from distill_llm.data.epochs import Epoch
 from distill_llm.data.masked import MaskingCollator
 from distill_llm.data.padding import Features
-from distill_llm.losses.items import Kind, targets
+from distill_llm.losses.items import targets
+from distill_llm.losses.units import Kind
 from distill_llm.teachers.base import Teacher
 
 

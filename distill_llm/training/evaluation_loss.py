@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from distill_llm.losses.items import UNITS, Kind, count_items, first_rows
+from distill_llm.losses.items import count_items, first_rows
+from distill_llm.losses.units import UNITS, Kind
 
 
 class EvaluationLoss:

@@ -1,4 +1,4 @@
-"""The terms `labels` and `logits` of a language model, made inside its forward with no logits held whole."""
+"""Terms about the outputs of a language model, made inside its forward with no logits held whole."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,23 +8,22 @@ import torch
 from torch import nn
 
 from distill_llm.losses.chunked_head import HeadLosses, head_losses
-from distill_llm.losses.schedules import value_at
+from distill_llm.losses.head_parts import Part
+from distill_llm.losses.signals import Batch
 from distill_llm.models.adapters import without_adapters
 from distill_llm.models.item_logits import packed
 from distill_llm.models.output_head import OutputHead
-from distill_llm.models.recording import SparseSignals
-from distill_llm.teachers.online import HeadSignals
-from distill_llm.training.terms import Batch, Terms
+from distill_llm.training.terms import Terms
 
 
 class HeadTerms:
-    """Computes `labels` and `logits` where the student's output map is called, a chunk of items at a time.
+    """Computes terms about outputs where the student's output map is called, a chunk of items at a time.
 
     The loss leaves the forward as `outputs.loss`: whatever wraps the model (DDP, FSDP) sees it as an output of the
     parameters it is made from, and the output map's weight, tied or not, gets its gradient as in any other model.
 
     Args:
-        terms: of the same student and teacher.
+        terms: of the same student and teacher; none of them needs whole logits.
         student: as it is trained, adapters and all.
         head: the student's output map.
     """
@@ -41,21 +40,22 @@ class HeadTerms:
         Args:
             batch: before the forward; the teacher's signals are HeadSignals or SparseSignals.
             positions: (items,) of the flattened tokens that count.
-            factors: by term, 0-dim: what its sum is multiplied by in `outputs.loss`; other terms' are not looked at.
+            factors: by term, 0-dim: what its sum is multiplied by in `outputs.loss`; only terms about outputs are computed.
 
         Yields:
             The sums, unweighted and without gradient, once the forward has run.
         """
         found: dict[str, torch.Tensor] = {}
         losses: list[HeadLosses] = []
+        parts = self._parts(batch, factors)
 
         def receive(hidden: torch.Tensor) -> None:
-            losses.append(self._losses(hidden, batch, factors))
+            losses.append(head_losses(self.head.head, hidden, list(parts.values())))
 
         def attach(module: nn.Module, args: Any, outputs: Any) -> None:
             made = losses.pop()
             outputs["loss"] = made.total
-            found.update({name: getattr(made, name) for name in ("labels", "logits") if name in factors})
+            found.update(zip(parts, made.sums, strict=True))
 
         # First of all hooks on the outputs: those of sharding look for the tensors that have gradients.
         handle = self.student.register_forward_hook(attach, prepend=True)
@@ -65,29 +65,7 @@ class HeadTerms:
         finally:
             handle.remove()
 
-    def _losses(self, hidden: torch.Tensor, batch: Batch, factors: Mapping[str, torch.Tensor]) -> HeadLosses:
-        objective, nothing = self.terms.objective, hidden.new_zeros(())
-        options: dict[str, Any] = {}
-        labels = batch.needed_labels("losses.labels") if "labels" in factors else None
-        if "logits" in factors:
-            section, teacher = objective.logits, batch.target
-            assert section is not None
-            if section.needs_labels:
-                labels = batch.needed_labels(f"losses.logits.divergence {section.divergence}")
-            if isinstance(teacher, SparseSignals):
-                options["targets"] = teacher.targets
-            else:
-                assert isinstance(teacher, HeadSignals)
-                options |= {"teacher": teacher.head, "teacher_hidden": teacher.head_inputs}
-            options |= {"divergence": section.divergence, "settings": section.settings()}
-            options["temperature"] = value_at(section.temperature, batch.step, batch.steps)
-        return head_losses(
-            self.head.head,
-            hidden,
-            labels,
-            label_weight=factors.get("labels", nothing),
-            logits_weight=factors.get("logits", nothing),
-            classes=self.terms.classes,
-            smoothing=self.terms.smoothing,
-            **options,
-        )
+    def _parts(self, batch: Batch, factors: Mapping[str, torch.Tensor]) -> dict[str, Part]:
+        terms = ((name, self.terms.terms[name]) for name in factors)
+        made = ((name, term.in_head(batch, self.terms.match, factors[name])) for name, term in terms)
+        return {name: part for name, part in made if part is not None}

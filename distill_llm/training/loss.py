@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,18 +10,37 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from distill_llm.losses.chunked_head import head_losses
+from distill_llm.losses.head_parts import LabelPart
 from distill_llm.losses.items import aligned_labels, first_rows, sequence_numbers, targets, valid_tokens
 from distill_llm.losses.labels import label_loss
+from distill_llm.losses.matching import MatchSettings
 from distill_llm.losses.objective import Objective
+from distill_llm.losses.signals import Batch, Signals
 from distill_llm.models.adapters import without_adapters
 from distill_llm.models.capture import Recorder
 from distill_llm.models.inputs import forward_inputs
 from distill_llm.models.item_logits import item_logits, packed
 from distill_llm.models.output_head import output_head
-from distill_llm.models.recording import Signals
 from distill_llm.teachers.base import Teacher
 from distill_llm.training.head_terms import HeadTerms
-from distill_llm.training.terms import Batch, Terms
+from distill_llm.training.terms import Terms
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """What a training's arguments say about its loss.
+
+    Attributes:
+        teacher_dtype: what the teacher's weights are held in; None: `precision`.
+        precision: of the student's mixed precision, if any.
+        smoothing: of labels.
+        seed: of the projections' first weights.
+    """
+
+    teacher_dtype: torch.dtype | None = None
+    precision: torch.dtype | None = None
+    smoothing: float = 0.0
+    seed: int = 0
 
 
 class TrainingLoss:
@@ -36,10 +55,7 @@ class TrainingLoss:
         teacher: may be None where the objective needs none; a teacher that is not needed is not kept.
         tokenizer: of the data, for vocabularies of different sizes.
         device: where the student trains.
-        teacher_dtype: what the teacher's weights are held in; None: `precision`.
-        precision: of the student's mixed precision, if any.
-        smoothing: of labels.
-        seed: of the projections' first weights.
+        settings: see `LossSettings`.
 
     Attributes:
         student: without its adapters.
@@ -57,23 +73,24 @@ class TrainingLoss:
         teacher: Teacher | None,
         tokenizer: Any,
         device: torch.device,
-        teacher_dtype: torch.dtype | None = None,
-        precision: torch.dtype | None = None,
-        smoothing: float = 0.0,
-        seed: int = 0,
+        settings: LossSettings | None = None,
     ):
+        settings = settings or LossSettings()
         self.objective = objective
         student: PreTrainedModel = without_adapters(model)
         self.student = student
         self.teacher = teacher = teacher if objective.needs_teacher else None
         classes = teacher.meet(student, tokenizer) if teacher else None
-        self.terms = Terms(objective, student, teacher.model if teacher else None, smoothing, classes, seed, precision)
+        shared = MatchSettings(settings.smoothing, classes, settings.seed, settings.precision)
+        self.terms = Terms(objective, student, teacher.model if teacher else None, shared)
         self.terms.projections.to(device)
         if teacher is not None:
-            teacher.place(device, teacher_dtype or precision, self.terms.wanted("teacher"))
+            teacher.place(device, settings.teacher_dtype or settings.precision, self.terms.wanted("teacher"))
         self.recorder = Recorder(student, self.terms.wanted("student"))
         self.head, self.head_terms = output_head(student), None
-        fits = self.terms.needs_outputs and (objective.logits is None or (teacher is not None and teacher.compact))
+        fits = self.terms.needs_outputs and not self.terms.needs_logits
+        if self.terms.needs_teacher_outputs:
+            fits = fits and teacher is not None and teacher.compact
         if self.head is not None and fits:
             self.head_terms = HeadTerms(self.terms, model, self.head)
 
@@ -122,7 +139,7 @@ class TrainingLoss:
     def _signals(self, inputs: dict[str, Any], step: int, positions: torch.Tensor | None) -> Signals | None:
         if self.teacher is None:
             return None
-        if self.objective.logits is None:  # its head runs on no token
+        if not self.terms.needs_teacher_outputs:  # its head runs on no token
             return self.teacher.signals(inputs, step, None if positions is None else positions[:0])
         return self.teacher.signals(inputs, step, positions, compact=self.head_terms is not None)
 
@@ -138,9 +155,10 @@ class TrainingLoss:
         if head is None:
             return self.of_labels(model, inputs, rows)[0]
         positions, labels = targets(first_rows(inputs, rows), self.terms.kind)
+        assert labels is not None
 
         def receive(hidden: torch.Tensor) -> None:
-            sums.append(head_losses(head.head, hidden, labels).labels)
+            sums.append(head_losses(head.head, hidden, [LabelPart(labels)]).sums[0])
 
         with torch.no_grad(), packed(self.student, positions), head.handing_on(receive):
             model(**forward_inputs(self.student, inputs))

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.losses.items import kind_of
 from distill_llm.losses.objective import Objective
+from distill_llm.losses.terms.term import Use
 from distill_llm.models.adapters import UNTIED, is_quantized, tied_adapters, without_adapters
 from distill_llm.teachers.base import Teacher
 
@@ -68,14 +69,13 @@ def check_teacher(teacher: Teacher | None, student: PreTrainedModel, objective: 
         InputError: no teacher, terms that it has no signals for, a divergence of probabilities of a single output.
     """
     if teacher is not None:
-        raise_all(teacher.faults(objective))
+        raise_all(objective.faults(Use(teacher=teacher.gives)))
     if objective.needs_teacher and teacher is None:
-        terms = [name for name in objective.terms() if name != "labels"]
+        terms = [name for name, term in objective.terms().items() if term.needs_teacher]
         raise InputError("teacher", None, f"a model, since the objective has {', '.join(terms)}")
     single = type(student).__name__.endswith("ForSequenceClassification") and student.config.num_labels == 1
-    if single and objective.logits and objective.logits.divergence != "mse":
-        accepted = "mse, for a student with a single output"
-        raise InputError("losses.logits.divergence", objective.logits.divergence, accepted)
+    for fault in objective.faults(Use(single_output=single)):
+        raise fault
 
 
 def check_arguments(args: TrainingArguments, objective: Objective, options: Mapping[str, Any]) -> None:
@@ -95,9 +95,8 @@ def check_arguments(args: TrainingArguments, objective: Objective, options: Mapp
         if options.get(name) is not None:
             raise InputError(name, type(options[name]).__name__, accepted)
     if (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
-        for name in objective.terms():
-            if name in ("attention", "relations"):
-                raise InputError("activation_checkpointing_kwargs.use_reentrant", True, f"false with losses.{name}")
+        for fault in objective.faults(Use(reentrant="activation_checkpointing_kwargs.use_reentrant")):
+            raise fault
 
 
 def compiling(training: Mapping[str, Any]) -> list[InputError]:
@@ -108,25 +107,3 @@ def compiling(training: Mapping[str, Any]) -> list[InputError]:
         given = [("torch_compile", f"{launched} (ACCELERATE_DYNAMO_BACKEND)")]
     accepted = "nothing: losses look into the student's forward, which compiled code would pass by"
     return [InputError(name, value, accepted) for name, value in given[:1]]
-
-
-def check_responses(teacher: Teacher | None, kind: str, gathered: bool) -> None:
-    """Whether the student can answer prompts while it trains.
-
-    Args:
-        teacher: None is refused elsewhere.
-        kind: of the student (see `kind_of`).
-        gathered: whether each process has the student's whole weights, or can have them for a while.
-
-    Raises:
-        InputError: a student that does not generate, a teacher that is not there to judge, weights that stay sharded.
-    """
-    if kind != "next_token":
-        raise InputError("losses.responses", "a student that does not generate", "a causal language model")
-    if teacher is not None and not teacher.judges_new_text:
-        accepted = "a teacher in memory: this one never saw the student's answers"
-        raise InputError("losses.responses", f"a {type(teacher).__name__}", accepted)
-    if not gathered:
-        raise InputError(
-            "losses.responses", "a student sharded by DeepSpeed or FSDP1", "FSDP2 (fsdp_version 2), or DDP"
-        )

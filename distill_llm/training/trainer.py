@@ -13,10 +13,12 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 
 from distill_llm.architectures.modeling_pruned import CODE_NAMES
-from distill_llm.common.errors import InputError
+from distill_llm.common.errors import InputError, raise_all
 from distill_llm.data.epochs import Epoch
-from distill_llm.losses.items import UNITS, count_items
+from distill_llm.losses.items import count_items
 from distill_llm.losses.objective import Objective, parse_objective
+from distill_llm.losses.terms.term import Use
+from distill_llm.losses.units import UNITS
 from distill_llm.models.adapters import without_adapters
 from distill_llm.teachers.base import Teacher
 from distill_llm.teachers.wrapping import as_teacher
@@ -24,10 +26,10 @@ from distill_llm.training import projections, teacher_state
 from distill_llm.training.batches import EpochBegins, TrainingCollator
 from distill_llm.training.config import DistillationConfig
 from distill_llm.training.evaluation_loss import EvaluationLoss
-from distill_llm.training.loss import TrainingLoss
+from distill_llm.training.loss import LossSettings, TrainingLoss
 from distill_llm.training.on_policy import MARK, StudentResponses
 from distill_llm.training.order import GlobalBatchSampler
-from distill_llm.training.refusals import check_arguments, check_model, check_responses, check_teacher
+from distill_llm.training.refusals import check_arguments, check_model, check_teacher
 from distill_llm.training.shards import clip_with, whole
 from distill_llm.training.teacher_state import StepsDone
 
@@ -78,10 +80,12 @@ class DistillationTrainer(Trainer):
             source,
             self.processing_class,
             args.device,
-            teacher_dtype=getattr(torch, args.teacher_dtype) if args.teacher_dtype else None,
-            precision=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
-            smoothing=args.label_smoothing_factor,
-            seed=args.seed,
+            LossSettings(
+                teacher_dtype=getattr(torch, args.teacher_dtype) if args.teacher_dtype else None,
+                precision=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+                smoothing=args.label_smoothing_factor,
+                seed=args.seed,
+            ),
         )
         self.terms, self.teacher = self.loss.terms, self.loss.teacher
         self.epoch = Epoch()
@@ -91,14 +95,9 @@ class DistillationTrainer(Trainer):
         if len(self.terms.projections) and self.lr_scheduler is not None:
             accepted = "an optimizer without a scheduler: the projections of hidden states join the optimizer"
             raise InputError("optimizers", type(self.lr_scheduler).__name__, accepted)
-        if len(self.terms.projections) and self.is_deepspeed_enabled:
-            accepted = "a student as wide as its teacher, or DDP or FSDP in the place of DeepSpeed"
-            raise InputError("losses.hidden", "states of other widths under DeepSpeed", accepted)
+        raise_all(objective.faults(Use(kind=self.terms.kind, widths=self.terms.match.widths, sharding=self._sharding)))
         self.responses: StudentResponses | None = None
         if objective.responses is not None:
-            fsdp = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-            unfit = self.is_deepspeed_enabled or (fsdp is not None and fsdp.fsdp_version == 1)
-            check_responses(source, self.loss.terms.kind, gathered=not unfit)
             self.responses = StudentResponses(objective.responses, self.data_collator, args.seed)
         self._evaluated = EvaluationLoss(self.accelerator, self.terms.kind)
         self._logged_terms = torch.zeros(len(objective.terms()), device=args.device)
@@ -122,7 +121,7 @@ class DistillationTrainer(Trainer):
         step = self.state.global_step
         answered = self.responses is not None and self.responses.chosen(step)
         for name in self._logged_steps:
-            self._logged_steps[name] += not (answered and name == "labels")
+            self._logged_steps[name] += not (answered and self.terms.terms[name].of_data)
         if self.responses is None or not answered:
             return batches, counts
         student = self.accelerator.unwrap_model(self.model)
@@ -168,11 +167,12 @@ class DistillationTrainer(Trainer):
         step, steps = self.state.global_step, self.state.max_steps
         weights = self.objective.weights(step, steps)
         factors = {name: weights[name] * shares[name] for name in shares}
-        if answered and "labels" in factors:  # its own answers are no truth to the student
-            factors["labels"] = 0.0 * factors["labels"]
+        untrue = [name for name in shares if answered and self.terms.terms[name].of_data]
+        for name in untrue:  # its own answers are no truth to the student
+            factors[name] = 0.0 * factors[name]
         loss, sums, outputs = self.loss(model, inputs, factors, step, steps)
-        if answered and "labels" in sums:
-            sums["labels"] = torch.zeros_like(sums["labels"])
+        for name in untrue:
+            sums[name] = torch.zeros_like(sums[name])
         self._logged_terms += torch.stack([sums[name].detach() * shares[name] for name in shares])
         return (loss, outputs) if return_outputs else loss
 
@@ -227,6 +227,14 @@ class DistillationTrainer(Trainer):
     def _clip_shards(self, model: nn.Module, longest: float) -> torch.Tensor:
         norm = super()._get_grad_norm(model)  # accelerate knows the model by the list of its own parameters
         return clip_with(norm, model.parameters(), self.terms.projections.parameters(), longest)
+
+    @property
+    def _sharding(self) -> str | None:
+        """What divides the student among processes; None: nothing."""
+        if self.is_deepspeed_enabled:
+            return "DeepSpeed"
+        fsdp = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        return None if fsdp is None else f"FSDP{fsdp.fsdp_version}"
 
     @property
     def _sees_all_gradients(self) -> bool:

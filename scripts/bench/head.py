@@ -26,6 +26,7 @@ import torch
 
 from distill_llm.losses.chunked_head import head_losses
 from distill_llm.losses.head import Head
+from distill_llm.losses.head_parts import Comparison, DivergencePart, LabelPart
 from distill_llm.losses.labels import label_loss
 from distill_llm.losses.logits import logits_divergence
 from distill_llm.measuring.counting import _LiveStorages
@@ -72,12 +73,12 @@ class Case:
         return head_losses(
             Head(self.weight),
             self.hidden,
-            self.labels,
-            Head(self.teacher_weight),
-            self.teacher_hidden,
-            label_weight=half,
-            logits_weight=half,
-            temperature=TEMPERATURE,
+            [
+                LabelPart(self.labels, factor=half),
+                DivergencePart(
+                    Comparison(temperature=TEMPERATURE), Head(self.teacher_weight), self.teacher_hidden, factor=half
+                ),
+            ],
         ).total
 
     def dense(self) -> torch.Tensor:

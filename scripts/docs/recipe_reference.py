@@ -8,6 +8,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from distill_llm.losses.objective import Objective, sections
+from distill_llm.losses.registry import NameIn
 from distill_llm.losses.schedules import Schedule
 from distill_llm.recipe.recipe import Recipe
 
@@ -25,6 +27,19 @@ def sections_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [found for part in get_args(annotation) for found in sections_in(part)]
+
+
+def fields_of(section: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The fields of a section; those of the objective are the registered terms."""
+    if section is not Objective:
+        return section.model_fields
+    return {name: FieldInfo.from_annotated_attribute(inner, None) for name, inner in sections().items()}
+
+
+def value_of(field: FieldInfo) -> str:
+    """What a field takes, in words."""
+    named = [rule.func.registered for rule in field.metadata if isinstance(getattr(rule, "func", None), NameIn)]
+    return ", ".join(f"`{name}`" for name in named[0]) if named else words(field.annotation)
 
 
 def words(annotation: Any) -> str:
@@ -63,11 +78,11 @@ def default_of(field: FieldInfo) -> str:
 def table(section: type[BaseModel]) -> list[str]:
     """The plain fields of a section."""
     rows = ["| field | value | default | meaning |", "| --- | --- | --- | --- |"]
-    for name, field in section.model_fields.items():
+    for name, field in fields_of(section).items():
         inner = sections_in(field.annotation)
         meaning = field.description or (summary(inner[0]) if inner else "")
         meaning = " ".join(meaning.split()).replace("|", "\\|")
-        rows.append(f"| `{name}` | {words(field.annotation)} | {default_of(field)} | {meaning} |")
+        rows.append(f"| `{name}` | {value_of(field)} | {default_of(field)} | {meaning} |")
     return rows
 
 
@@ -79,7 +94,7 @@ def summary(section: type[BaseModel]) -> str:
 def described(path: str, section: type[BaseModel]) -> list[str]:
     """A section's heading, meaning and fields, then the sections within it; schedules have one place at the end."""
     lines = ["", f"## `{path}`", "", summary(section), "", *table(section)]
-    for name, field in section.model_fields.items():
+    for name, field in fields_of(section).items():
         for inner in sections_in(field.annotation)[:1]:
             if inner is not Schedule:
                 lines += described(f"{path}.{name}", inner)

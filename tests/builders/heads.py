@@ -1,12 +1,24 @@
 """Label loss and divergences of whole logits by their formulas, and small heads to compare with."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from distill_llm.losses.chunked_head import HeadLosses, head_losses
+from distill_llm.losses.chunked_head import head_losses
 from distill_llm.losses.head import Head
+from distill_llm.losses.head_parts import Comparison, DivergencePart, LabelPart, Part, SparsePart
+from distill_llm.losses.sparse import SparseTargets
+
+
+class HeadSums(NamedTuple):
+    """Label loss and divergence, summed over items, and both by their weights."""
+
+    total: torch.Tensor
+    labels: torch.Tensor
+    logits: torch.Tensor
+
 
 ITEMS, CLASSES, TEACHER_CLASSES = 23, 37, 41
 
@@ -72,7 +84,7 @@ def dense(
     temperature: float = 1.0,
     classes: int | None = None,
     smoothing: float = 0.0,
-) -> HeadLosses:
+) -> HeadSums:
     logits = dense_logits(student, hidden)
     label_sum = value = logits.new_zeros(())
     if labels is not None:
@@ -82,7 +94,38 @@ def dense(
         target = dense_logits(teacher, teacher_hidden)[:, :shared].detach()
         s, t = logits[:, :shared] / temperature, target / temperature
         value = temperature**2 * dense_divergence(divergence, s, t, labels, **(settings or {})).sum()
-    return HeadLosses(label_weight * label_sum + logits_weight * value, label_sum, value)
+    return HeadSums(label_weight * label_sum + logits_weight * value, label_sum, value)
+
+
+def chunked(
+    student: Head,
+    student_hidden: torch.Tensor,
+    labels: torch.Tensor | None = None,
+    teacher: Head | None = None,
+    teacher_hidden: torch.Tensor | None = None,
+    *,
+    targets: SparseTargets | None = None,
+    label_weight: float | torch.Tensor = 1.0,
+    logits_weight: float | torch.Tensor = 1.0,
+    divergence: str = "forward_kl",
+    settings: Mapping[str, Any] | None = None,
+    temperature: float = 1.0,
+    classes: int | None = None,
+    smoothing: float = 0.0,
+    chunk: int | None = None,
+) -> HeadSums:
+    """`head_losses` with a part for the labels, if there are any, and one for a teacher or sparse targets, if there are any."""
+    how, parts = Comparison(divergence, settings or {}, temperature, classes), dict[str, Part]()
+    if labels is not None:
+        parts["labels"] = LabelPart(labels, smoothing, label_weight)
+    if teacher is not None and teacher_hidden is not None:
+        parts["logits"] = DivergencePart(how, teacher, teacher_hidden, labels, logits_weight)
+    if targets is not None:
+        parts["logits"] = SparsePart(how, targets, logits_weight)
+    found = head_losses(student, student_hidden, list(parts.values()), chunk)
+    sums = dict(zip(parts, found.sums, strict=True))
+    nothing = student_hidden.new_zeros((), dtype=torch.float32)
+    return HeadSums(found.total, sums.get("labels", nothing), sums.get("logits", nothing))
 
 
 def case(seed: int = 0, items: int = ITEMS, bias: bool = True, **post: Any) -> dict[str, Any]:
@@ -121,7 +164,7 @@ def leaves(given: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def gradients(function: Any, given: dict[str, Any], **options: Any) -> tuple[HeadLosses, list[torch.Tensor]]:
+def gradients(function: Any, given: dict[str, Any], **options: Any) -> tuple[HeadSums, list[torch.Tensor]]:
     found = function(*given.values(), **options)
     wanted = [given["hidden"], given["student"].weight, given["student"].bias]
     return found, list(torch.autograd.grad(found.total, [tensor for tensor in wanted if tensor is not None]))
@@ -130,7 +173,7 @@ def gradients(function: Any, given: dict[str, Any], **options: Any) -> tuple[Hea
 def assert_equals_dense(given: dict[str, Any], chunk: int = 7, **options: Any) -> None:
     """Chunked in fp32 equals dense in fp64: values to 1e-5 of their size, gradients to 1e-5 of their largest entry."""
     exact, expected = gradients(dense, leaves(given, torch.float64), **options)
-    found, got = gradients(head_losses, leaves(given, torch.float32), chunk=chunk, **options)
+    found, got = gradients(chunked, leaves(given, torch.float32), chunk=chunk, **options)
     for one, other in zip(found, exact, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
     for one, other in zip(got, expected, strict=True):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from distill_llm.measuring.counting import _LiveStorages
 from distill_llm.pruning.importance import Importance
 from distill_llm.pruning.plan import LayerPlan, PruningPlan
 
@@ -110,6 +111,20 @@ def inputs_of(modules: list[nn.Module]) -> Iterator[dict[int, torch.Tensor]]:
     yield seen
     for handle in handles:
         handle.remove()
+
+
+class Held(_LiveStorages):
+    """Bytes of tensors, but for those on the meta device, which hold nothing."""
+
+    def _follow(self, storage):
+        if storage.device.type != "meta":
+            super()._follow(storage)
+
+
+def assert_close(mine: dict[str, torch.Tensor], its: dict[str, torch.Tensor]) -> None:
+    """Statistics of units, field by field."""
+    for field, values in mine.items():
+        torch.testing.assert_close(values, its[field], rtol=1e-4, atol=1e-6, msg=field)
 
 
 def processor_with_bf16(monkeypatch, answer: bool) -> None:

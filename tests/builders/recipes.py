@@ -1,9 +1,12 @@
 """Small real inputs for recipes: a model with its tokenizer, labelled rows, a recipe that fits both."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import yaml
+from builders.causal import causal_model, word_tokenizer
 from builders.models import tiny_model
 from transformers import BertTokenizer
 
@@ -73,3 +76,20 @@ def faults_at_the_door(recipe: Recipe) -> list[str]:
     except InputError as error:
         return [str(fault) for fault in faults_in(error)]
     return []
+
+
+def write_decoder(folder: Path, family: str = "llama", tokenizer: Any = None, **model: Any) -> None:
+    """A tiny causal LM with a tokenizer of words that has no padding token."""
+    shutil.rmtree(folder, ignore_errors=True)
+    causal_model(family, **model).save_pretrained(folder)
+    (tokenizer or word_tokenizer()).save_pretrained(folder)
+
+
+def causal_recipe(folder: Path, task: str = "text", **changes: Any) -> Recipe:
+    """A recipe for language modelling without pruning: the teacher learns, and teaches a student of its kind."""
+    (folder / "text.txt").write_text("\n\n".join(f"w{i} w{i + 1}" for i in range(40)))
+    chats = [{"prompt": f"w{i}", "response": f"w{i + 1}"} for i in range(40)]
+    (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    path = folder / ("text.txt" if task == "text" else "chats.jsonl")
+    data = {"task": task, "path": str(path), "max_length": 16}
+    return recipe_with(folder, **{"data": data, "pruning": None, "student__model": str(folder / "teacher"), **changes})

@@ -7,9 +7,9 @@ from collections import namedtuple
 import pytest
 import torch
 import yaml
-from builders.causal import causal_model, word_tokenizer
+from builders.causal import word_tokenizer
 from builders.models import tiny_model
-from builders.recipes import WORDS, recipe_with, write_model, write_recipe, write_rows
+from builders.recipes import WORDS, causal_recipe, recipe_with, write_decoder, write_model, write_recipe, write_rows
 from builders.recipes import faults_at_the_door as faults
 from transformers import AutoTokenizer
 
@@ -65,7 +65,11 @@ def test_a_recipe_that_fits_passes_and_writes_nothing(folder):
         ({"hub": {"repo_id": "me/a..b"}}, "hub.repo_id", "OWNER/NAME"),
         ({"hub": {"repo_id": "me/student"}}, "hub.repo_id", "HF_HUB_OFFLINE"),
         ({"pruning": {"layers": [0, 3]}}, "pruning.layers", "indices from 0 to 2"),
-        ({"distillation__losses__hidden": {"layers": [[3, 0]]}}, "distillation.losses.hidden.layers", "[3, 3]"),
+        (
+            {"distillation__losses__hidden": {"layers": [[3, 0]]}},
+            "distillation.losses.hidden.layers",
+            "student layers 0 to 2",
+        ),
     ],
 )
 def test_one_thing_wrong_gives_one_line_with_field_given_and_accepted(folder, changes, field, words):
@@ -346,23 +350,6 @@ def test_paths_may_begin_with_the_home_folder(folder, monkeypatch):
     assert faults(recipe) == []
     (folder / "run").write_text("")
     assert faults(recipe)[0].startswith("output_dir: got ")
-
-
-def write_decoder(folder, family="llama", tokenizer=None, **model):
-    """A tiny causal LM with a tokenizer of words that has no padding token."""
-    shutil.rmtree(folder, ignore_errors=True)
-    causal_model(family, **model).save_pretrained(folder)
-    (tokenizer or word_tokenizer()).save_pretrained(folder)
-
-
-def causal_recipe(folder, task="text", **changes):
-    """A recipe for language modelling without pruning: the teacher learns, and teaches a student of its kind."""
-    (folder / "text.txt").write_text("\n\n".join(f"w{i} w{i + 1}" for i in range(40)))
-    chats = [{"prompt": f"w{i}", "response": f"w{i + 1}"} for i in range(40)]
-    (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
-    path = folder / ("text.txt" if task == "text" else "chats.jsonl")
-    data = {"task": task, "path": str(path), "max_length": 16}
-    return recipe_with(folder, **{"data": data, "pruning": None, "student__model": str(folder / "teacher"), **changes})
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

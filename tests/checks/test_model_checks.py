@@ -6,9 +6,8 @@ from collections import namedtuple
 from contextlib import contextmanager
 
 import pytest
+from builders.recipes import causal_recipe, recipe_with, write_decoder, write_model, write_rows
 from builders.recipes import faults_at_the_door as faults
-from builders.recipes import recipe_with, write_model, write_rows
-from test_checks import causal_recipe, write_decoder
 
 from distill_llm.models.checkpoint import load_pretrained
 from distill_llm.pruning.cutting.surgery import prune
@@ -124,6 +123,7 @@ def test_adapters_on_tied_weights_are_refused_and_copies_to_save_are_not(folder,
     assert faults(causal_recipe(folder, student__peft=fields)) == []
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("side", ["teacher", "student", "pruned"])
 @pytest.mark.parametrize("family", ["gemma2", "bloom", "mpnet", "deberta-v2", "llama", "gpt2", "distilbert"])
 def test_attention_that_cannot_be_seen_is_refused_before_anything_is_pruned_or_trained(folder, family, side):
@@ -155,7 +155,7 @@ def test_relation_heads_are_checked_against_both_models_and_left_out_they_are_th
     pruned = {"student__model": None, "distillation__losses": {"relations": {"heads": 16}}}
     assert faults(causal_recipe(folder, **pruned, pruning={"keep": 0.9, "units": ["neurons"]})) == []
     (line,) = faults(causal_recipe(folder, **pruned, pruning={"keep": 0.9}))
-    assert line.startswith(f"{field}: got 16; accepted: nothing, or a divisor of 8, the size of a head")
+    assert line.startswith(f"{field}: got 16; leave it out, or give a divisor of 8, the size of a head")
     pruned["distillation__losses"] = {"relations": {"heads": 12}}
     (line,) = faults(causal_recipe(folder, **pruned, pruning={"layers": [0]}))
     assert line.startswith(f"{field}: got 12; accepted: a divisor of the widths 16, 32: ")

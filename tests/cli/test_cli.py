@@ -318,6 +318,7 @@ def test_evaluate_says_which_rows_of_a_lone_file_it_scored(folder):
     assert "rows.csv has no test split: scored are 4 of its rows, the tenth" in call(*EVALUATE).stdout
 
 
+@pytest.mark.slow
 def test_quiet_shows_no_bar_and_no_warning(folder):
     loud, quiet = python("-m", "distill_llm", *EVALUATE), python("-m", "distill_llm", "--quiet", *EVALUATE)
     assert "Evaluating" in loud.stderr

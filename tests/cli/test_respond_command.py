@@ -105,6 +105,7 @@ def test_what_the_template_is_given_is_read_checked_and_kept(folder: Path) -> No
     assert fault(call(*options[:-1])).startswith("--chat-template-kwargs: got None")
 
 
+@pytest.mark.slow
 def test_two_processes_answer_as_one_and_together(folder: Path) -> None:
     save_teacher(folder / "teacher", chat_template=CHAT_TEMPLATE)
     options = ["--data", "prompts.jsonl", "--max-new-tokens", "40", "--samples", "40", "--batch-size", "32", "--chat"]

@@ -6,28 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from builders.models import tiny_model
+from builders.texts import make_tokenizer, sentences
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from distill_llm.common.errors import InputError
 from distill_llm.data import GLUE, TaskData, collator, encode
 from distill_llm.data.epochs import Epoch
 from distill_llm.data.kinds.masked_lm import masked_lm
-
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-
-
-def make_tokenizer(side: str = "right") -> PreTrainedTokenizerFast:
-    """Word `wN` has id 5 + N; texts are put between [CLS] and [SEP]."""
-    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *(f"w{i}" for i in range(95))])} | {"a": 100}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    names = {"pad_token": SPECIAL[0], "unk_token": SPECIAL[1], "cls_token": SPECIAL[2], "sep_token": SPECIAL[3]}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, mask_token=SPECIAL[4], model_max_length=64, padding_side=side, **names
-    )
 
 
 def words(*numbers: int) -> str:
@@ -44,13 +30,6 @@ def pairs() -> TaskData:
 def texts(*documents: str) -> TaskData:
     rows = Dataset.from_dict({"text": list(documents)})
     return TaskData(masked_lm("text", "text"), rows, None, rows)
-
-
-def sentences(count: int, length: int, seed: int = 0) -> list[dict]:
-    """Rows of `length` random words."""
-    draw = torch.Generator().manual_seed(seed)
-    words = torch.randint(10, 60, (count, length), generator=draw).tolist()
-    return [{"input_ids": [2, *row, 3], "attention_mask": [1] * (length + 2), "length": length + 2} for row in words]
 
 
 def test_pairs_become_ids_labels_and_length() -> None:

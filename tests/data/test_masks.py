@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from builders.models import tiny_model
-from test_encoding import make_tokenizer, sentences
+from builders.texts import make_tokenizer, sentences
 from torch.utils.data import BatchSampler, DataLoader
 from transformers import TrainerCallback
 

@@ -52,7 +52,7 @@ def test_groups_of_a_grouped_query_model_are_all_of_their_query_heads_or_those_t
     "call, words",
     [
         (lambda: hidden_pairs("lineage", 2, 6, None), "losses.hidden.layers.*uniform"),
-        (lambda: attention_pairs([(0, 6)], 2, 6, None), "losses.attention.layers.*0 to 5"),
+        (lambda: attention_pairs([(0, 6)], 2, 6, None), "losses.attention.layers.*teacher layers 0 to 5"),
         (lambda: attention_pairs("lineage", 3, 3, LINEAGE), "teacher"),
     ],
 )

@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from distill_llm.common.errors import InputError
-from distill_llm.losses import hidden, parse_objective
+from distill_llm.losses import parse_objective
+from distill_llm.losses.distances import MAP_DISTANCES, STATE_DISTANCES
 from distill_llm.losses.divergences import DIVERGENCES
-from distill_llm.losses.objective import DISTANCES, LogitsLoss
+from distill_llm.losses.terms.logits import LogitsLoss
 
 
 def test_defaults_are_filled_in_and_absent_terms_stay_absent():
@@ -44,8 +45,8 @@ def test_defaults_are_filled_in_and_absent_terms_stay_absent():
         ({"relations": {"pairs": []}}, "losses.relations.pairs", "list"),
         ({"relations": {"heads": 0}}, "losses.relations.heads", "at least 1"),
         ({"logits": {"top_k": 0}}, "losses.logits.top_k", "at least 1"),
-        ({"logits": {"skew": 0.1}}, "losses.logits.skew", "none with forward_kl; it is a setting of skew_kl"),
-        ({"logits": {"divergence": "mse", "top_k": 3}}, "losses.logits.top_k", "none with mse"),
+        ({"logits": {"skew": 0.1}}, "losses.logits.skew", "remove it: forward_kl does not use it, only skew_kl"),
+        ({"logits": {"divergence": "mse", "top_k": 3}}, "losses.logits.top_k", "remove it: mse does not use it"),
         ({"logits": {"divergence": "skew_kl", "skew": 1}}, "losses.logits.skew", "below 1"),
         ({"logits": {"divergence": "jsd", "beta": 1}}, "losses.logits.beta", "below 1 with jsd"),
         ({"labels": {"weight": True}}, "losses.labels.weight", "a number of at least 0, or a schedule"),
@@ -70,7 +71,7 @@ def test_a_wrong_objective_is_one_line_that_names_the_field_and_what_is_accepted
     with pytest.raises(InputError) as error:
         parse_objective(mapping)
     assert error.value.field == field
-    assert words in error.value.accepted
+    assert words in error.value.accepted + error.value.fix
     assert "\n" not in str(error.value)
 
 
@@ -96,8 +97,9 @@ def test_every_divergence_and_distance_is_a_documented_function_whose_settings_a
     settings = {name: row.settings for name, row in DIVERGENCES.items()}
     assert settings["jsd"] == ("beta", "top_k") and settings["mse"] == () and settings["dkd"] == ("alpha", "beta")
     assert [name for name, row in DIVERGENCES.items() if row.needs_labels] == ["dkd"]
-    for name in DISTANCES:
-        assert [*inspect.signature(getattr(hidden, name)).parameters] == ["student", "teacher"]
+    assert list(STATE_DISTANCES) == ["mse", "cosine", "normalized_mse"] and list(MAP_DISTANCES) == ["kl", "mse"]
+    for function in (*STATE_DISTANCES.values(), *MAP_DISTANCES.values()):
+        assert [*inspect.signature(function).parameters] == ["student", "teacher"] and function.__doc__
 
 
 def test_an_objective_is_read_without_torch_and_every_public_name_is_there():

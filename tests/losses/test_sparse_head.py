@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from builders.heads import chunked
 
 from distill_llm.common.errors import InputError
-from distill_llm.losses.chunked_head import head_losses
 from distill_llm.losses.head import Head
 from distill_llm.losses.sparse import SparseTargets
 
@@ -51,7 +51,7 @@ def test_sparse_targets_give_the_values_and_gradients_of_the_dense_formula(class
     expected[0].backward()
     hidden, weight, targets, labels = case(classes, torch.float32)
     options = {"label_weight": 0.4, "logits_weight": torch.tensor(1.7), "classes": classes, "chunk": chunk}
-    found = head_losses(Head(weight, None, 0.7, softcap), hidden, labels, targets=targets, **options)
+    found = chunked(Head(weight, None, 0.7, softcap), hidden, labels, targets=targets, **options)
     found.total.backward()
     for one, other in zip(found, expected, strict=True):
         assert one.item() == pytest.approx(other.item(), rel=1e-5)
@@ -65,17 +65,16 @@ def test_sparse_targets_give_the_values_and_gradients_of_the_dense_formula(class
         ({"divergence": "reverse_kl"}, "divergence: .*reverse_kl"),
         ({"temperature": 2.0}, "divergence: .*2.0"),
         ({"settings": {"top_k": 3}}, "divergence: .*top_k"),
-        ({"teacher": Head(torch.ones(VOCABULARY, 3)), "teacher_hidden": torch.ones(ITEMS, 3)}, "targets: .*one of the"),
     ],
 )
 def test_what_sparse_targets_cannot_tell_is_refused_in_one_line(options, words):
     hidden, weight, targets, labels = case(dtype=torch.float32)
     with pytest.raises(InputError, match=words) as error:
-        head_losses(Head(weight), hidden, labels, targets=targets, **options)
+        chunked(Head(weight), hidden, labels, targets=targets, **options)
     assert "\n" not in str(error.value)
 
 
 def test_targets_of_another_number_of_items_are_refused():
     hidden, weight, targets, _ = case(dtype=torch.float32)
     with pytest.raises(InputError, match="targets: got '22 items'; accepted: the student's 23"):
-        head_losses(Head(weight), hidden, targets=targets.rows(slice(1, None)))
+        chunked(Head(weight), hidden, targets=targets.rows(slice(1, None)))

@@ -1,6 +1,7 @@
 """What is captured equals what the model itself reports, under every kernel, and nothing is left behind."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ from transformers import AutoConfig, AutoModel
 from transformers.integrations import flex_attention as integration
 
 from distill_llm.common.errors import InputError
+from distill_llm.losses.signals import EMBEDDINGS, Wanted
 from distill_llm.models.attention_kernels import _listeners
 from distill_llm.models.capture import Recorder
 from distill_llm.models.item_logits import packed
-from distill_llm.models.recording import EMBEDDINGS, Wanted
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -112,7 +113,7 @@ def test_a_softcap_is_refused_for_attention_probabilities_only():
     batch = random_batch(model, labels=False)
     with Recorder(model, Wanted(vectors=(0,))).recording():
         model(**batch)
-    with pytest.raises(InputError, match="losses.attention: .*softcap"), Recorder(model, Wanted((), (0,))).recording():
+    with pytest.raises(InputError, match="^attention: .*softcap"), Recorder(model, Wanted((), (0,))).recording():
         model(**batch)
 
 
@@ -161,14 +162,20 @@ def test_two_models_of_one_class_are_told_apart():
     assert not torch.equal(one.attention[0].query, two.attention[0].query)
 
 
-@pytest.mark.parametrize("term, wanted", [("attention", Wanted(attention=(0,))), ("relations", Wanted(vectors=(0,)))])
-def test_a_family_whose_attention_cannot_be_seen_is_refused_in_one_line(term, wanted):
+@pytest.mark.parametrize(
+    "field, wanted",
+    [
+        ("losses.attention", Wanted(attention=(0,), fields={"attention": "losses.attention"})),
+        ("losses.relations", Wanted(vectors=(0,), fields={"vectors": "losses.relations"})),
+    ],
+)
+def test_a_family_whose_attention_cannot_be_seen_is_refused_in_one_line(field, wanted):
     config = AutoConfig.for_model(
         "mpnet", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=100
     )
     model = AutoModel.from_config(config).eval()
     with (
-        pytest.raises(InputError, match=rf"losses\.{term}.*MPNetModel") as error,
+        pytest.raises(InputError, match=rf"^{re.escape(field)}: .*MPNetModel") as error,
         Recorder(model, wanted).recording(),
     ):
         model(input_ids=torch.randint(3, 100, (2, 5)))

@@ -4,12 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from builders.heads import dense, dense_logits
+from builders.heads import HeadSums, chunked, dense, dense_logits
 from builders.models import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill_llm.common.errors import InputError
-from distill_llm.losses.chunked_head import HeadLosses, head_losses
 from distill_llm.models.output_head import head_of
 
 
@@ -107,11 +106,11 @@ def test_tied_embeddings_of_a_real_model_get_both_gradients(autocast: bool) -> N
     with torch.no_grad():
         targets = teacher.model(ids).last_hidden_state[:, :-1].flatten(0, 1)
 
-    def student(chunked: bool) -> tuple[HeadLosses, dict[str, torch.Tensor]]:
+    def student(in_chunks: bool) -> tuple[HeadSums, dict[str, torch.Tensor]]:
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             hidden = model.model(ids).last_hidden_state[:, :-1].flatten(0, 1)
-            function, more = (head_losses, {"chunk": 5}) if chunked else (dense, {})
+            function, more = (chunked, {"chunk": 5}) if in_chunks else (dense, {})
             options = {"label_weight": 0.1, "logits_weight": 0.05, "temperature": 2.0, **more}
             found = function(head_of(model), hidden, labels, head_of(teacher), targets, **options)
         found.total.backward()

@@ -1,8 +1,5 @@
 """The launch configurations of recipes/accelerate: what accelerate reads in them, and a whole run under FSDP2."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,31 +9,12 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 from builders.causal import causal_model, word_tokenizer
+from builders.processes import run_script
 
 from distill_llm import load_pretrained
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "accelerate"
 KINDS = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "deepspeed": "DEEPSPEED"}
-# accelerate shards on accelerators only; told that the two CPU processes are some, it does here what it does there.
-RUN = """
-import os, sys
-sys.path[:0] = {path!r}
-import distill_llm
-from accelerate.state import PartialState
-from accelerate.utils import DistributedType
-from distill_llm.pipeline import train_model
-from distill_llm.recipe.recipe import load_recipe
-
-class Config(train_model.DistillationConfig):
-    def __post_init__(self):
-        super().__post_init__()
-        if os.environ.get("ACCELERATE_USE_FSDP"):
-            assert self.device.type == "cpu"
-            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-
-train_model.DistillationConfig = Config
-distill_llm.run(load_recipe({folder!r} + "/own.yaml"), {folder!r} + "/run-" + os.environ.get("WORLD_SIZE", "1"))
-"""
 
 
 def variables(name):
@@ -69,19 +47,12 @@ def test_a_run_under_the_settings_of_fsdp2_ends_with_the_student_of_one_process(
         "evaluation": {"latency": {"batch_size": 2, "sequence_length": 8}},
     }
     sizes = {1: 8, 2: 4}
-    root = Path(__file__).parents[2]
-    (tmp_path / "run.py").write_text(RUN.format(path=[str(root), str(root / "tests")], folder=str(tmp_path)))
-    common = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     sharded = {name: value for name, value in variables("fsdp2").items() if name.startswith(("FSDP", "ACCELERATE"))}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     students = []
     for processes in sizes:
         recipe["distillation"]["per_device_train_batch_size"] = sizes[processes]
         (tmp_path / "own.yaml").write_text(yaml.safe_dump(recipe))
-        command = [sys.executable, *(launcher if processes > 1 else []), str(tmp_path / "run.py")]
-        environment = common | (sharded if processes > 1 else {})
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-6000:]
+        run_script("run_sharded.py", tmp_path, processes=processes, **(sharded if processes > 1 else {}))
         students.append(load_pretrained(tmp_path / f"run-{processes}" / "student").state_dict())
     assert students[0].keys() == students[1].keys()
     for name, tensor in students[0].items():

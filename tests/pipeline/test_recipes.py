@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders.causal import causal_model, word_tokenizer
+from builders.grids import slow
 from builders.recipes import WORDS, write_model
 from transformers import AutoModel, AutoModelForMaskedLM
 
@@ -33,6 +34,7 @@ def sentences(count: int) -> list[str]:
     return [" ".join(WORDS[5 + (i + k) % 7] for k in range(2 + i % 5)) for i in range(count)]
 
 
+@pytest.mark.slow
 def test_bert_sst2_halves_the_layers(tmp_path):
     (tmp_path / "glue").mkdir()
     for split, count in (("train", 32), ("dev", 8)):
@@ -44,6 +46,7 @@ def test_bert_sst2_halves_the_layers(tmp_path):
     assert 0.49 < result.metrics["layer_params_kept"] <= 0.5
 
 
+@pytest.mark.slow
 def test_bert_glue_95_leaves_a_twentieth_of_the_layers(tmp_path):
     (tmp_path / "glue").mkdir()
     labels = ("entailment", "neutral", "contradiction")
@@ -57,6 +60,7 @@ def test_bert_glue_95_leaves_a_twentieth_of_the_layers(tmp_path):
     assert [row["round"] for row in result.metrics["rounds"]] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_bert_to_distilbert_keeps_every_second_layer_of_a_masked_lm_and_loads_as_stock_bert(tmp_path):
     for split, count in (("train", 200), ("test", 40)):
         (tmp_path / "text").mkdir(exist_ok=True)
@@ -87,7 +91,10 @@ def decoder(folder: Path, **sizes) -> str:
     return str(folder / "decoder")
 
 
-@pytest.mark.parametrize("name", ["smollm2_width", "llama_width", "llama_depth"])
+@pytest.mark.parametrize(
+    "name",
+    [*slow("smollm2_width", "llama_width"), "llama_depth"],
+)
 def test_decoder_recipes_run_from_text_to_a_student_that_generates(tmp_path, name):
     layers = 8 if name == "llama_depth" else 2
     small = [setting for setting in SMALL if not setting.startswith(("teacher.train", "final"))]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from builders.families import DECODERS, HIDDEN, QUERIES, family_model
+from builders.grids import slow
 from builders.models import random_batch, tiny_model
 from builders.pruning import inputs_of, layers_in, linears_in, names_of, without
 from scipy.stats import spearmanr
@@ -149,6 +150,7 @@ LEAST = {"attention": 0.9, "ffn": 0.9, "layers": 0.85, "hidden": 0.9}
 LEAST_OF_CHANNELS = {"bert": 0.85, "llama": 0.8, "gpt2": 0.9}
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("kind", [*UNITS, "channels"])
 def test_fisher_and_taylor_rank_every_kind_of_unit_as_brute_force_does(small_parts, kind):
     """Every unit alone is removed and the change of each example's loss measured; the rank correlations show with `-rP`."""
@@ -175,7 +177,9 @@ def test_fisher_and_taylor_rank_every_kind_of_unit_as_brute_force_does(small_par
 WRITERS = dict.fromkeys(("olmo2", "gemma2", "gemma3_text"), ("post_attention_layernorm", "post_feedforward_layernorm"))
 
 
-@pytest.mark.parametrize("family", ["olmo2", "gemma2", "gemma3_text", "cohere", "roberta", "modernbert", "deberta-v2"])
+@pytest.mark.parametrize(
+    "family", ["gemma2", "roberta", *slow("olmo2", "gemma3_text", "cohere", "modernbert", "deberta-v2")]
+)
 def test_channels_are_ranked_as_brute_force_does_wherever_a_family_has_its_norms(family):
     """On the way into the stream, before the linears that read it, or round the stream itself."""
     model = family_model(family, num_hidden_layers=8, intermediate_size=8)

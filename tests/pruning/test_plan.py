@@ -43,6 +43,7 @@ def scores_of(model, criterion="fisher", seed=0):
     return random_scores(layer_shapes(model), criterion, seed)
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("cost", ["params", "flops"])
 @pytest.mark.parametrize("keep", [0.9, 0.5, 0.2])
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from distill_llm.common.errors import InputError
 from distill_llm.losses.items import targets
 from distill_llm.losses.objective import parse_objective
 from distill_llm.losses.sparse import SparseTargets, sparse_cross_entropy, sparse_forward_kl
+from distill_llm.losses.terms.term import Use
 from distill_llm.teachers.cache import CachedTeacher, SparseSignals
 from distill_llm.teachers.cache_coding import ItemCoding
 from distill_llm.teachers.online import OnlineTeacher
@@ -221,9 +222,9 @@ def test_entries_beyond_the_shared_vocabulary_take_no_part(tmp_path):
 )
 def test_objectives_that_need_more_than_the_cache_has_are_refused(caches, losses, field):
     cached = CachedTeacher(caches[2] / "topk")
-    (fault,) = cached.faults(parse_objective(losses))
+    (fault,) = parse_objective(losses).faults(Use(teacher=cached.gives))
     assert fault.field == field
-    assert not cached.faults(parse_objective({"labels": {}, "logits": {"weight": 2.0}}))
+    assert not parse_objective({"labels": {}, "logits": {"weight": 2.0}}).faults(Use(teacher=cached.gives))
 
 
 def test_a_student_on_the_cache_gets_the_gradient_of_the_online_teacher_within_its_noise(tmp_path):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from builders.caches import causal_model, pad, sequences, write
+from builders.heads import chunked
 
-from distill_llm.losses.chunked_head import head_losses
 from distill_llm.losses.head import Head
 from distill_llm.losses.items import targets
 from distill_llm.losses.sparse import SparseTargets, entropy_of, sparse_cross_entropy, sparse_forward_kl
@@ -52,7 +52,7 @@ def test_the_mean_over_samples_is_the_kl_over_the_whole_vocabulary(distance):
 def test_the_chunked_head_reports_the_same_values():
     teacher, student = models(0.3)
     drawn, one = samples(teacher), torch.ones(SAMPLES, 1)
-    found = head_losses(Head(student[:, None]), one, targets=drawn, chunk=700).logits
+    found = chunked(Head(student[:, None]), one, targets=drawn, chunk=700).logits
     torch.testing.assert_close(found, sparse_forward_kl(student.expand(SAMPLES, -1), drawn).sum())
 
 
@@ -70,7 +70,7 @@ def test_what_is_subtracted_is_without_effect_on_the_gradient():
         logits = student.repeat(SAMPLES, 1).requires_grad_()
         sparse_forward_kl(logits, drawn._replace(teacher_nll=nll)).sum().backward()
         weight = student[:, None].clone().requires_grad_()
-        head_losses(Head(weight), torch.ones(SAMPLES, 1), targets=drawn._replace(teacher_nll=nll)).total.backward()
+        chunked(Head(weight), torch.ones(SAMPLES, 1), targets=drawn._replace(teacher_nll=nll)).total.backward()
         gradients.append((logits.grad, weight.grad))
     for one, other in zip(*gradients, strict=True):
         assert torch.equal(one, other)

@@ -2,37 +2,24 @@
 
 import copy
 import json
+import re
 from collections import Counter
 
 import pytest
 import torch
-from builders.causal import THINKING_TEMPLATE, causal_model, data_of, word_tokenizer, words
+from builders.answers import PROMPTS, TOKENIZER, answering_trainer, prompt_rows
+from builders.causal import THINKING_TEMPLATE, causal_model, word_tokenizer, words
 from builders.trainers import with_lora
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import distill_llm
-from distill_llm import DistillationConfig, DistillationTrainer
 from distill_llm.common.errors import InputError
-from distill_llm.data.encoding import collator, encode
-from distill_llm.data.kinds.prompts import prompts as prompts_task
-from distill_llm.losses.objective import Responses
+from distill_llm.data.encoding import collator
+from distill_llm.losses.objective import Responses, parse_objective
+from distill_llm.losses.terms.term import Gives, Use
 from distill_llm.recipe.recipe import load_recipe
 from distill_llm.training.on_policy import MARK, StudentResponses
-from distill_llm.training.refusals import check_responses
-
-TOKENIZER = word_tokenizer()
-PROMPTS = [words(*range(i, i + 2 + i % 3)) for i in range(12)]
-ANSWERS = [words(*range(40 + i, 42 + i)) for i in range(12)]
-
-
-def data(prompts=PROMPTS):
-    return encode(data_of(prompts_task(), prompt=prompts, response=ANSWERS), TOKENIZER, 32)
-
-
-def repeated():
-    """Every prompt three times."""
-    return data([PROMPTS[row // 3] for row in range(12)])
 
 
 def batch_of(rows):
@@ -53,7 +40,7 @@ def greedy(model, ids, tokens):
 
 def test_a_batch_has_the_prompts_and_the_students_own_answers():
     model = causal_model().eval().train()
-    pad, batch = batch_of(data())
+    pad, batch = batch_of(prompt_rows())
     made = StudentResponses(Responses(temperature=0, max_new_tokens=5), pad, 0)(model, batch, 0)
     assert made.pop(MARK) and model.training and set(made) == set(batch)
     for row in range(4):
@@ -68,7 +55,7 @@ def test_a_batch_has_the_prompts_and_the_students_own_answers():
 
 def test_draws_depend_on_seed_step_and_place_alone():
     model = causal_model()
-    pad, batch = batch_of(data())
+    pad, batch = batch_of(prompt_rows())
 
     def drawn(seed=0, step=0, rows=slice(None)):
         chosen = {name: values[rows] for name, values in batch.items()}
@@ -82,44 +69,25 @@ def test_draws_depend_on_seed_step_and_place_alone():
 
 @pytest.mark.parametrize("size", [4, 2, 1])
 def test_the_same_prompt_in_a_step_gets_the_same_answers_however_the_batch_is_split(tmp_path, size):
-    rows, answers = data([PROMPTS[0]] * 12), []
+    rows, answers = prompt_rows([PROMPTS[0]] * 12), []
     losses = {"logits": {}, "responses": {"share": 1.0, "max_new_tokens": 6, "temperature": 3.0}}
     for split in (4, size):
         sizes = {"per_device_train_batch_size": split, "gradient_accumulation_steps": 4 // split}
-        trainer = trainer_of(tmp_path, causal_model(), causal_model(num_hidden_layers=3), rows, losses, **sizes)
+        trainer = answering_trainer(tmp_path, causal_model(), causal_model(num_hidden_layers=3), rows, losses, **sizes)
         batches, _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 4 // split, torch.device("cpu"))
         answers.append([row[row != -100].tolist() for batch in batches for row in batch["labels"]])
     assert answers[0] == answers[1] and len(set(map(tuple, answers[0]))) == 4
 
 
 def test_the_share_of_batches_is_the_students():
-    answers = StudentResponses(Responses(share=0.3), batch_of(data())[0], 0)
+    answers = StudentResponses(Responses(share=0.3), batch_of(prompt_rows())[0], 0)
     chosen = [answers.chosen(step) for step in range(2000)]
     assert 0.25 < sum(chosen) / len(chosen) < 0.35
 
 
-def trainer_of(folder, student, teacher, rows, losses, **args):
-    settings = {
-        "max_steps": 1,
-        "per_device_train_batch_size": 4,
-        "report_to": "none",
-        "use_cpu": True,
-        "save_strategy": "no",
-    }
-    config = DistillationConfig(output_dir=str(folder), losses=losses, **{**settings, **args})
-    return DistillationTrainer(
-        model=student,
-        teacher=teacher,
-        args=config,
-        train_dataset=rows.train,
-        data_collator=collator(rows.task, TOKENIZER),
-        processing_class=TOKENIZER,
-    )
-
-
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_gradient_is_that_of_the_divergence_over_the_students_tokens(tmp_path, accumulation, monkeypatch):
-    rows, student, teacher = data(), causal_model(), causal_model(num_hidden_layers=3)
+    rows, student, teacher = prompt_rows(), causal_model(), causal_model(num_hidden_layers=3)
     before = copy.deepcopy(student).eval()
     losses = {
         "labels": {"weight": 1.0},
@@ -127,7 +95,7 @@ def test_the_gradient_is_that_of_the_divergence_over_the_students_tokens(tmp_pat
         "responses": {"share": 1.0, "temperature": 0, "max_new_tokens": 4},
     }
     size = 4 // accumulation
-    trainer = trainer_of(
+    trainer = answering_trainer(
         tmp_path,
         student,
         teacher,
@@ -166,11 +134,11 @@ def test_the_gradient_is_that_of_the_divergence_over_the_students_tokens(tmp_pat
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_log_has_the_mean_of_the_label_loss_over_the_steps_that_it_counted_in(tmp_path, accumulation):
-    rows, student, teacher = data(), causal_model(), causal_model(num_hidden_layers=3)
+    rows, student, teacher = prompt_rows(), causal_model(), causal_model(num_hidden_layers=3)
     losses = {"labels": {}, "logits": {}, "responses": {"share": 0.5, "max_new_tokens": 4}}
     settings = {"per_device_train_batch_size": 12 // accumulation, "gradient_accumulation_steps": accumulation}
     args = {"max_steps": 6, "learning_rate": 0.0, "logging_steps": 2, **settings}  # each step sees all of the data
-    trainer = trainer_of(tmp_path, student, teacher, rows, losses, **args)
+    trainer = answering_trainer(tmp_path, student, teacher, rows, losses, **args)
     trainer.train()
     answered = [trainer.responses.chosen(step) for step in range(6)]
     assert answered == [False, False, True, True, False, True]
@@ -187,15 +155,15 @@ def test_the_log_has_the_mean_of_the_label_loss_over_the_steps_that_it_counted_i
 
 
 def test_a_stopped_training_goes_on_with_the_same_draws(tmp_path):
-    rows, teacher = data(), causal_model(num_hidden_layers=3)
+    rows, teacher = prompt_rows(), causal_model(num_hidden_layers=3)
     losses = {"labels": {}, "logits": {}, "responses": {"max_new_tokens": 4}}
     whole, args = causal_model(), {"max_steps": 4, "learning_rate": 1e-2, "logging_steps": 2}
-    unbroken = trainer_of(tmp_path / "a", whole, teacher, rows, losses, **args)
+    unbroken = answering_trainer(tmp_path / "a", whole, teacher, rows, losses, **args)
     unbroken.train()
     args |= {"save_strategy": "steps", "save_steps": 2}
-    trainer_of(tmp_path / "b", causal_model(), teacher, rows, losses, **args).train()
+    answering_trainer(tmp_path / "b", causal_model(), teacher, rows, losses, **args).train()
     resumed = causal_model()
-    trainer = trainer_of(tmp_path / "b", resumed, teacher, rows, losses, **args)
+    trainer = answering_trainer(tmp_path / "b", resumed, teacher, rows, losses, **args)
     trainer.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2"))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
     logs = [
@@ -222,10 +190,10 @@ class Conversions(TorchDispatchMode):
 def test_answers_are_generated_in_mixed_precision_with_weights_converted_once_for_all_tokens(
     tmp_path, monkeypatch, adapted
 ):
-    rows, teacher, plain = data(), causal_model(num_hidden_layers=3), causal_model()
+    rows, teacher, plain = prompt_rows(), causal_model(num_hidden_layers=3), causal_model()
     student = with_lora(plain) if adapted else plain
     losses = {"logits": {}, "responses": {"share": 1.0, "temperature": 0, "max_new_tokens": 6}}
-    trainer = trainer_of(tmp_path, student, teacher, rows, losses, bf16=True, optim="sgd", learning_rate=1.0)
+    trainer = answering_trainer(tmp_path, student, teacher, rows, losses, bf16=True, optim="sgd", learning_rate=1.0)
     conversions, dtypes, answer = Conversions(), [], StudentResponses.__call__
 
     def watched(self, *args):
@@ -245,18 +213,28 @@ def test_answers_are_generated_in_mixed_precision_with_weights_converted_once_fo
     assert not any(torch.equal(p, before[name]) for name, p in learned.items())
 
 
-@pytest.mark.parametrize("kind, teacher, gathered", [("token", None, True), ("next_token", None, False)])
-def test_students_that_cannot_generate_while_they_train_are_refused(kind, teacher, gathered):
-    with pytest.raises(InputError, match="losses.responses: .*" + ("FSDP2" if not gathered else "causal")):
-        check_responses(teacher, kind, gathered)
+@pytest.mark.parametrize(
+    "use, words",
+    [
+        (Use(kind="token"), "a causal language model"),
+        (Use(sharding="DeepSpeed"), "FSDP2"),
+        (Use(sharding="FSDP1"), "FSDP2"),
+        (Use(teacher=Gives("a cached teacher", new_text=False)), "'a cached teacher'.*never saw the student's answers"),
+    ],
+)
+def test_students_that_cannot_generate_while_they_train_are_refused(use, words):
+    objective = parse_objective({"logits": {}, "responses": {}})
+    (fault,) = objective.faults(use)
+    assert re.match(f"losses.responses: .*{words}", str(fault))
+    assert not objective.faults(Use(kind="next_token", sharding="FSDP2", teacher=Gives("a model")))
 
 
 def test_what_cannot_answer_is_refused(tmp_path):
-    rows, teacher = data(), causal_model()
+    rows, teacher = prompt_rows(), causal_model()
     with pytest.raises(InputError, match="losses.responses: got 'labels alone'"):
-        trainer_of(tmp_path, causal_model(), teacher, rows, {"labels": {}, "responses": {}})
+        answering_trainer(tmp_path, causal_model(), teacher, rows, {"labels": {}, "responses": {}})
     with pytest.raises(InputError, match="losses.responses.share: got 0"):
-        trainer_of(tmp_path, causal_model(), teacher, rows, {"logits": {}, "responses": {"share": 0}})
+        answering_trainer(tmp_path, causal_model(), teacher, rows, {"logits": {}, "responses": {"share": 0}})
     pad, batch = batch_of(rows)
     with pytest.raises(InputError, match="data.packing: got True"):
         StudentResponses(Responses(), pad, 0)(teacher, {**batch, "position_ids": batch["input_ids"]}, 0)
@@ -299,12 +277,12 @@ def test_the_recipe_teaches_a_smaller_model_on_its_own_answers_in_a_chat_and_sco
 
 def test_rows_of_a_padded_vocabulary_are_never_drawn():
     model = causal_model(vocab_size=128)  # the tokenizer has 97
-    pad, batch = batch_of(data())
+    pad, batch = batch_of(prompt_rows())
     made = StudentResponses(Responses(max_new_tokens=8, temperature=5.0), pad, 0)(model, batch, 0)
     assert made["input_ids"].max() < len(TOKENIZER)
 
 
 def test_text_has_no_prompts_to_answer(tmp_path):
-    pad, batch = batch_of(data())
+    pad, batch = batch_of(prompt_rows())
     with pytest.raises(InputError, match="rows without a prompt"):
         StudentResponses(Responses(), pad, 0)(causal_model(), {**batch, "labels": batch["input_ids"]}, 0)

@@ -7,9 +7,10 @@ from builders.trainers import causal_model, model_of, rows, step_gradient, train
 from transformers.integrations import flash_attention
 
 from distill_llm.common.errors import InputError
+from distill_llm.losses.signals import Wanted
 from distill_llm.models.capture import Recorder
 from distill_llm.models.output_head import output_head
-from distill_llm.models.recording import Recording, Wanted
+from distill_llm.models.recording import Recording
 
 LOSSES = {
     "labels": {},
@@ -86,7 +87,7 @@ def test_attention_that_no_mask_tells_of_is_refused(monkeypatch, family, words):
     row = {name: values[None] for name, values in packed_row().items()}
     inputs = {"input_ids": row["input_ids"], "use_cache": False}
     packing = {"position_ids": row["position_ids"]} if family == "llama" else {}
-    refused = pytest.raises(InputError, match=f"losses.attention: .* with {words}.*sdpa")
+    refused = pytest.raises(InputError, match=f"attention: .* with {words}.*sdpa")
     with refused as error, Recorder(model, Wanted(attention=(0,))).recording():
         model(**inputs, **packing)
     assert "\n" not in str(error.value)
@@ -99,5 +100,5 @@ def test_attention_that_no_mask_tells_of_is_refused(monkeypatch, family, words):
 def test_attention_sinks_are_refused_under_any_kernel():
     model, query = causal_model(), torch.randn(1, 4, 3, 8)
     module = model.model.layers[0].self_attn
-    with pytest.raises(InputError, match="losses.attention: .*s_aux"):
+    with pytest.raises(InputError, match="attention: .*s_aux"):
         Recording().add_attention(0, module, query, query, None, {"s_aux": torch.zeros(4)})

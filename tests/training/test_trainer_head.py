@@ -46,6 +46,7 @@ def test_scaled_capped_and_tied_heads_give_the_gradients_and_logs_of_whole_logit
     assert_same_step(both_ways(monkeypatch, tmp_path, student, teacher, rows(teacher), BOTH))
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("head", ["masked-lm", "causal-lm"])
 @pytest.mark.parametrize(
     "losses, settings",
@@ -83,7 +84,7 @@ def test_padded_vocabularies_are_compared_over_the_tokens_of_the_tokenizer(tmp_p
 
 @pytest.mark.parametrize("top_k", [None, 5])
 def test_a_divergence_registered_as_the_page_says_is_trained_with_in_chunks_as_whole(tmp_path, monkeypatch, top_k):
-    page = (Path(__file__).parents[2] / "docs" / "losses.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "development" / "add-a-loss.md").read_text()
     example = re.search(r"```python\n(.*?def hellinger.*?)```", page, re.DOTALL).group(1)
     own = {} if top_k is None else {"top_k": top_k}
     losses = {"logits": {"divergence": "hellinger", "temperature": 2.0, **own}}
@@ -120,6 +121,7 @@ class Sizes(TorchDispatchMode):
         return result
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("head", ["masked-lm", "causal-lm"])
 @pytest.mark.parametrize("name", ["labels", "logits", "hidden", "all"])
 def test_neither_training_nor_evaluation_holds_more_logits_than_a_chunk(tmp_path, monkeypatch, head, name):

@@ -8,9 +8,9 @@ from distill_llm.pipeline.stages.recover import Recover
 from distill_llm.pipeline.stages.report import Report
 from distill_llm.pipeline.stages.teacher import Teacher
 
-FIRST: tuple[type[Stage], ...] = (Teacher,)
-EACH_ROUND: tuple[type[Stage], ...] = (Prune, Recover)
-LAST: tuple[type[Stage], ...] = (Report, Push)
+FIRST: list[type[Stage]] = [Teacher]
+EACH_ROUND: list[type[Stage]] = [Prune, Recover]
+LAST: list[type[Stage]] = [Report, Push]
 
 
 def stages_of(run: Context) -> list[Stage]:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from distill_llm.common.errors import InputError
 from distill_llm.losses.items import kind_of, targets, valid_tokens
+from distill_llm.losses.labels import label_loss
 from distill_llm.models.inputs import forward_inputs
 from distill_llm.models.item_logits import item_logits, packed
 
@@ -41,7 +42,7 @@ def calibration_loss(
         else:
             labels = torch.multinomial(predicted.softmax(-1), 1, generator=generator).squeeze(-1)
     assert labels is not None
-    return label_loss(logits, labels)
+    return label_loss(logits, labels).sum()
 
 
 def items_of(model: PreTrainedModel, batch: Batch, labelled: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -85,13 +86,6 @@ def _check_labels(logits: torch.Tensor, labels: torch.Tensor, given: torch.Tenso
             "one value for each" if classes == 1 else f"one whole number for each, of {classes} classes, or loss='kl'"
         )
         raise InputError("labels", f"{given.dtype} of shape {list(given.shape)}", accepted)
-
-
-def label_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The sum over items of their cross-entropy, or, of a regression (C = 1), of their squared error."""
-    if logits.shape[-1] == 1:
-        return nn.functional.mse_loss(logits.flatten(), labels.float().flatten(), reduction="sum")
-    return nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum")
 
 
 def divergence(target: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

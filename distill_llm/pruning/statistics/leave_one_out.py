@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from distill_llm.architectures.families import layers_of
 from distill_llm.architectures.modes import forward_as, frozen
 from distill_llm.common.errors import InputError, one_of
+from distill_llm.losses.labels import label_loss
 from distill_llm.models.placement import streamed
-from distill_llm.pruning.statistics.calibration_loss import divergence, items_of, label_loss
+from distill_llm.pruning.statistics.calibration_loss import divergence, items_of
 from distill_llm.pruning.statistics.processes import process, sum_over_processes
 from distill_llm.pruning.statistics.record import Statistics
 
@@ -65,7 +66,7 @@ def leave_one_out(
             batch = {name: value.to(at) for name, value in batch.items()}
             with _outputs(layers) as given:
                 dense, labels = items_of(model, batch, labelled)
-            whole = 0.0 if labels is None else label_loss(dense, labels)
+            whole = 0.0 if labels is None else label_loss(dense, labels).sum()
             totals[-1] = len(dense)
             for i, layer in enumerate(layers):
                 with ExitStack() as stack:
@@ -73,7 +74,7 @@ def leave_one_out(
                         stack.enter_context(forward_as(before, _again(output)))
                     stack.enter_context(forward_as(layer, _passing_on(given[i])))
                     logits, _ = items_of(model, batch, labelled)
-                totals[i] = divergence(dense, logits) if labels is None else label_loss(logits, labels) - whole
+                totals[i] = divergence(dense, logits) if labels is None else label_loss(logits, labels).sum() - whole
             exact += totals.cpu().double()
     if sharded:
         sum_over_processes([exact])

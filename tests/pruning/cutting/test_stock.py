@@ -60,6 +60,7 @@ def test_the_list_of_families_says_what_is_tested_here():
         assert row.dividing == ("heads" in row.stock and not odd), family
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("units", EVERY_UNIT)
 @pytest.mark.parametrize("name", [*STOCK, "falcon-grouped", "llama-many-heads", "llama-tied"])
 def test_uniform_students_are_plain_models_where_the_familys_config_can_say_them(tmp_path, name, units):

@@ -45,6 +45,7 @@ def smallest_step(model, options) -> float:
     return step / layer_params(model)
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("keep", [0.8, 0.5])
 @pytest.mark.parametrize(
     "options",
@@ -74,6 +75,7 @@ def test_budgets_hold_for_what_is_left_of_the_pruned_model(case, options, keep):
         assert len(set(sizes_of(student))) == 1
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("criterion", ["fisher", "taylor"])
 @pytest.mark.parametrize("step", [1, 4, 16])
 def test_channels_in_steps_and_heads_leave_no_more_than_the_best_pair_of_numbers(case, criterion, step):
@@ -137,6 +139,7 @@ def uneven():
     return model, collect_statistics(model, [family_batch(model)], "kl")
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("options", [{}, {"scope": "local"}, {"uniform": True}], ids=str)
 @pytest.mark.parametrize("criterion", ["fisher", "taylor"])
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from builders.families import EVERY, LAYERS, family_batch, family_model
+from builders.grids import layouts_first
 
 from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.plan import LayerPlan, PruningPlan, keep_layers
@@ -16,7 +17,7 @@ def near(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
     return float((found - expected).abs().max()) <= tolerance * float(expected.abs().max())
 
 
-@pytest.mark.parametrize("name", [*EVERY, "opt-post-norm"])
+@pytest.mark.parametrize("name", layouts_first([*EVERY, "opt-post-norm"]))
 def test_every_way_of_collecting_finds_the_same_of_every_family(name, monkeypatch):
     monkeypatch.setattr(fast_backward, "fast_bf16", lambda device: True)
     model = family_model("opt", do_layer_norm_before=False) if name == "opt-post-norm" else family_model(name)

@@ -5,11 +5,10 @@ from contextlib import ExitStack, contextmanager
 import pytest
 import torch
 from builders.families import HIDDEN, NEURONS, QUERIES, family_batch, family_model
-from builders.pruning import processor_with_bf16
+from builders.pruning import Held, assert_close, processor_with_bf16
 from torch.nn import functional as F
 
 from distill_llm.common.errors import InputError
-from distill_llm.measuring.counting import _LiveStorages
 from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.importance import score
 from distill_llm.pruning.plan import LayerPlan, PruningPlan
@@ -301,6 +300,7 @@ def test_several_labels_of_an_example_are_refused_in_one_line(labels):
         collect_statistics(family_model("bert", num_labels=1), [{**batch, "labels": torch.ones(3, 3)}])
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("hidden", [True, False])
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
 def test_checkpointing_finds_the_same_and_holds_less(name, hidden):
@@ -341,16 +341,3 @@ def test_quick_products_hold_a_copy_of_one_weight_at_a_time(monkeypatch):
         peaks.append(live.peak)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.model.layers.parameters())
     assert peaks[1] - peaks[0] < 0.05 * weights
-
-
-class Held(_LiveStorages):
-    """Bytes of tensors, but for those on the meta device, which hold nothing."""
-
-    def _follow(self, storage):
-        if storage.device.type != "meta":
-            super()._follow(storage)
-
-
-def assert_close(mine, its):
-    for field, values in mine.items():
-        torch.testing.assert_close(values, its[field], rtol=1e-4, atol=1e-6, msg=field)

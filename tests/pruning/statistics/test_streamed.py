@@ -3,8 +3,7 @@
 import pytest
 import torch
 from builders.families import family_batch, family_model
-from builders.pruning import processor_with_bf16
-from test_statistics_units import Held, assert_close
+from builders.pruning import Held, assert_close, processor_with_bf16
 
 from distill_llm import fit_bypasses, keep_layers, prune
 from distill_llm.architectures.families import layers_of
@@ -31,6 +30,7 @@ def state_of(model):
     return {name: (id(tensor), tensor.data_ptr()) for name, tensor in tensors}
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("name", ["bert", "gpt2", "gemma2", "gpt_neox", "olmo2"])
 def test_statistics_are_the_same_and_the_model_stays_where_it_was(monkeypatch, name, exact):

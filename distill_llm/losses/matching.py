@@ -1,0 +1,167 @@
+"""A student and its teacher, matched: which layers, heads and channels of the two are compared, and how."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from distill_llm.architectures.families import FAMILIES, dims_of, hidden_lineage, layers_of, lineage_of
+from distill_llm.common.errors import InputError
+from distill_llm.losses.hidden import hidden_distance
+from distill_llm.losses.items import kind_of
+from distill_llm.losses.mapping import (
+    LayerPair,
+    attention_pairs,
+    cut_from,
+    hidden_pairs,
+    query_heads,
+    relative_lineage,
+    unequal_widths,
+)
+from distill_llm.losses.signals import EMBEDDINGS, Batch
+
+
+@dataclass(frozen=True)
+class MatchSettings:
+    """What terms of one training share.
+
+    Attributes:
+        smoothing: of labels.
+        classes: compare logits over the first `classes` entries only (vocabularies of padded sizes); None: all.
+        seed: of the projections' first weights.
+        precision: what the projections multiply in, as mixed precision has it for the student; None: their own.
+    """
+
+    smoothing: float = 0.0
+    classes: int | None = None
+    seed: int = 0
+    precision: torch.dtype | None = None
+
+
+class Match:
+    """What terms ask about the student and the teacher that they compare.
+
+    Args:
+        student: a model with the head that it is trained with.
+        teacher: None where it is no model in memory: then there are no layers to compare.
+        settings: see `MatchSettings`.
+
+    Attributes:
+        kind: what an output of the models is about.
+        smoothing, classes: see `MatchSettings`.
+        projections: learned bias-free maps from the student's width to the teacher's, by layer pair; empty where the
+            widths agree, and where the student was cut from the teacher and keeps known channels of it. They belong to
+            the loss, not to the student.
+        widths: of student and teacher, where there are projections.
+    """
+
+    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel | None, settings: MatchSettings):
+        self.settings, self.kind = settings, kind_of(student)
+        self.smoothing, self.classes = settings.smoothing, settings.classes
+        self.projections = nn.ModuleDict()
+        self.widths: tuple[int, int] | None = None
+        self._indices: dict[tuple[int, ...], torch.Tensor] = {}
+        if teacher is not None:
+            self._configs = student.config, teacher.config
+            self._rows = lineage_of(student), lineage_of(teacher)
+            self._counts = len(layers_of(student)), len(layers_of(teacher))
+
+    def hidden_pairs(self, layers: str | Sequence[tuple[int, int]], field: str) -> list[LayerPair]:
+        """Layers whose outputs are compared (see `mapping.hidden_pairs`); `field` is what errors call the setting."""
+        return hidden_pairs(layers, *self._counts, self._lineage, field)
+
+    def attention_pairs(self, layers: str | Sequence[tuple[int, int]], field: str) -> list[LayerPair]:
+        """Layers and heads whose attention is compared (see `mapping.attention_pairs`), but for those without any head."""
+        own, original = self._rows
+        pairs = attention_pairs(layers, *self._counts, self._lineage, field, self._group_size)
+        pairs = [pair for pair in pairs if own is None or own[pair.student].heads]
+        return [pair for pair in pairs if original is None or original[pair.teacher].heads]
+
+    @property
+    def _group_size(self) -> int:
+        """Query heads that share a key-value head in a student with lineage in this teacher; 1 where it does not matter."""
+        if self._rows[0] is None or not cut_from(*self._configs):
+            return 1
+        dims = dims_of(self._configs[0])
+        return dims.queries // dims.groups
+
+    @cached_property
+    def _lineage(self) -> "Sequence | None":
+        """The student's lineage counted in this teacher; None: it was not cut from it."""
+        own, original = self._rows
+        if own is None or not cut_from(*self._configs):
+            return None
+        return own if original is None else relative_lineage(own, original, self._group_size)
+
+    def vector_widths(self, pair: LayerPair) -> set[int]:
+        """Channels of all heads' queries and of all heads' keys in two layers, where the families' sizes are known."""
+        widths: set[int] = set()
+        for config, rows, layer in zip(self._configs, self._rows, (pair.student, pair.teacher), strict=True):
+            if config.model_type not in FAMILIES:
+                continue
+            dims = dims_of(config)
+            if rows is None:
+                widths |= {dims.queries * dims.head_size, dims.groups * dims.head_size}
+            else:
+                queries = query_heads(rows[layer], dims.queries // dims.groups)
+                widths |= {len(queries) * dims.head_size, len(rows[layer].heads) * dims.head_size}
+        return widths
+
+    @cached_property
+    def _channels(self) -> tuple[int, ...] | None:
+        """The teacher's channels that the student kept, counted in this teacher; None: the same, or projected."""
+        own, original = self._configs
+        kept, there = hidden_lineage(own) if cut_from(own, original) else None, hidden_lineage(original)
+        if kept is None or there is None:
+            return kept
+        if not set(kept) <= set(there):
+            accepted = "a teacher that has all channels of the student"
+            raise InputError("teacher", f"a model without {len(set(kept) - set(there))} of them", accepted)
+        return tuple(map(there.index, kept))
+
+    def project(self, pairs: Sequence[LayerPair]) -> None:
+        """Make projections for states of these pairs, where student and teacher are of unequal width.
+
+        Raises:
+            InputError: the student kept channels that this teacher does not have.
+        """
+        widths = unequal_widths(*self._configs)
+        if self._channels is not None or widths is None:
+            return
+        self.widths = widths
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        for pair in sorted(pairs, key=lambda pair: pair.student == EMBEDDINGS):
+            linear = torch.nn.utils.skip_init(nn.Linear, *widths, bias=False)
+            nn.init.normal_(linear.weight, std=widths[0] ** -0.5, generator=generator)
+            self.projections[_name(pair)] = linear
+
+    def states(self, batch: Batch, pair: LayerPair) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two (B, T, H) hidden states of a pair as they are compared: in the same channels, or projected."""
+        state, target = batch.own.hidden[pair.student], batch.target.hidden[pair.teacher]
+        if self._channels is not None:
+            target = target.index_select(-1, self.indices(self._channels, target.device))
+        if (name := _name(pair)) in self.projections:
+            precision = self.settings.precision
+            with torch.autocast(state.device.type, precision, enabled=precision is not None):
+                state = self.projections[name](state)
+        return state, target
+
+    def state_distance(self, batch: Batch, pairs: Sequence[LayerPair], distance: str) -> torch.Tensor:
+        """The sum over valid tokens of the mean over pairs of a distance of hidden states (see `hidden_distance`)."""
+        total = batch.zero()
+        for pair in pairs:
+            total = total + (hidden_distance(*self.states(batch, pair), distance) * batch.valid.float()).sum()
+        return total / len(pairs)
+
+    def indices(self, chosen: tuple[int, ...], device: torch.device) -> torch.Tensor:
+        """A choice of heads or channels as a tensor, put on the device once."""
+        if chosen not in self._indices:
+            self._indices[chosen] = torch.tensor(chosen, device=device)
+        return self._indices[chosen]
+
+
+def _name(pair: LayerPair) -> str:
+    return "embeddings" if pair.student == EMBEDDINGS else f"{pair.student}-{pair.teacher}"

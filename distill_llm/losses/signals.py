@@ -1,0 +1,125 @@
+"""What the terms of a loss are computed from: the signals of both models, and the batch that they belong to."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from distill_llm.common.errors import InputError
+from distill_llm.losses.attention import AttentionInputs
+from distill_llm.losses.head import Head
+from distill_llm.losses.sparse import SparseTargets
+
+EMBEDDINGS = -1  # the layer before the first: its output is what the first reads
+
+
+class Vectors(NamedTuple):
+    """What an attention layer was given: queries (B, N, T, D), and keys and values, which may have fewer heads."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Layers to record.
+
+    Attributes:
+        hidden: layers whose output hidden states are wanted; EMBEDDINGS for those that the first layer reads.
+        attention: layers whose attention probabilities are wanted, as queries and keys.
+        vectors: layers whose queries, keys and values are wanted.
+        fields: by kind of signal, the setting that asks for it: what an error names.
+    """
+
+    hidden: tuple[int, ...] = ()
+    attention: tuple[int, ...] = ()
+    vectors: tuple[int, ...] = ()
+    fields: Mapping[str, str] = field(default_factory=dict)
+
+    def field(self, kind: str) -> str:
+        """What an error about signals of a kind names: the setting that asks for them, or the kind itself."""
+        return self.fields.get(kind, kind)
+
+
+@dataclass
+class Signals:
+    """The signals of a batch.
+
+    Attributes:
+        hidden: by layer, (B, T, H) output hidden states.
+        attention: by layer, what attention probabilities were computed from.
+        vectors: by layer, queries, keys and values.
+        logits: (B, C), or (items, V) of a model with an output per token.
+    """
+
+    hidden: dict[int, torch.Tensor] = field(default_factory=dict)
+    attention: dict[int, AttentionInputs] = field(default_factory=dict)
+    vectors: dict[int, Vectors] = field(default_factory=dict)
+    logits: torch.Tensor = field(kw_only=True)
+
+
+@dataclass
+class SparseSignals(Signals):
+    """Signals of a teacher known at a few tokens per item: `targets` in place of `logits`, which is (items, 0)."""
+
+    targets: SparseTargets = field(kw_only=True)
+
+
+@dataclass
+class HeadSignals(Signals):
+    """Signals of a language model with `head_inputs` (items, H) and the `head` in place of `logits`, which is (0, V)."""
+
+    head: Head = field(kw_only=True)
+    head_inputs: torch.Tensor = field(kw_only=True)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What terms are computed from.
+
+    Attributes:
+        teacher: None where the objective does not need a teacher.
+        labels: (B,) or (items,) as the logits have them; None where the data has none.
+        valid: (B, T), 1 at valid tokens and 0 at padding.
+        step, steps: optimizer steps done, and those of the whole training.
+        student: of the training forward; None before it.
+        sequences: (B, T) of packed rows, the number of the sequence that each token belongs to; None: a sequence per row.
+    """
+
+    teacher: Signals | None
+    labels: torch.Tensor | None
+    valid: torch.Tensor
+    step: int = 0
+    steps: int = 1
+    student: Signals | None = None
+    sequences: torch.Tensor | None = None
+
+    @property
+    def own(self) -> Signals:
+        """The student's signals."""
+        assert self.student is not None
+        return self.student
+
+    @property
+    def target(self) -> Signals:
+        """The teacher's signals, for a term that needs them."""
+        assert self.teacher is not None
+        return self.teacher
+
+    def zero(self) -> torch.Tensor:
+        """0 in fp32 on the device of the student's signals."""
+        return self.own.logits.new_zeros((), dtype=torch.float32)
+
+    def needed_labels(self, field: str) -> torch.Tensor:
+        """The labels, for a term that needs them.
+
+        Raises:
+            InputError: there are none.
+        """
+        if self.labels is None:
+            raise InputError(
+                field, "a batch without labels", f"data with a labels column, or an objective without {field}"
+            )
+        return self.labels.flatten()

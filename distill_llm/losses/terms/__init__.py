@@ -1,0 +1,7 @@
+"""The terms of a loss, a file each; BUILT_IN is their order in objectives, logs and messages.
+
+A new term is a file beside these and its name in BUILT_IN; outside of the package, a module that is imported before the
+objective is read (docs/development/add-a-loss.md).
+"""
+
+BUILT_IN = ("labels", "logits", "embeddings", "hidden", "attention", "relations")

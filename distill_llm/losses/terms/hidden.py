@@ -1,0 +1,32 @@
+"""The distance of hidden states."""
+
+from typing import TYPE_CHECKING, ClassVar
+
+from distill_llm.losses.distances import StateDistance
+from distill_llm.losses.terms.paired import PairedTerm
+from distill_llm.losses.terms.term import Signal, term
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from distill_llm.losses.mapping import LayerPair
+    from distill_llm.losses.matching import Match
+    from distill_llm.losses.signals import Batch
+
+
+@term("hidden")
+class HiddenLoss(PairedTerm):
+    """Distance between hidden states of mapped layers."""
+
+    signals: ClassVar[tuple[Signal, ...]] = ("hidden",)
+    projects: ClassVar[bool] = True
+
+    distance: StateDistance = "mse"
+
+    def layer_pairs(self, match: "Match") -> "list[LayerPair]":
+        """See `hidden_pairs`."""
+        return match.hidden_pairs(self.layers, "losses.hidden.layers")
+
+    def sum(self, batch: "Batch", match: "Match", pairs: "list[LayerPair]") -> "Tensor":
+        """The sum over valid tokens of the mean over layer pairs (see `hidden_distance`)."""
+        return match.state_distance(batch, pairs, self.distance)

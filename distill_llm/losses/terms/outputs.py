@@ -1,0 +1,55 @@
+"""A term that compares the two models' outputs item by item."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, ClassVar
+
+from distill_llm.common.errors import InputError
+from distill_llm.losses.terms.term import Signal, Term, Use
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from distill_llm.losses.head_parts import Comparison, Part
+    from distill_llm.losses.mapping import LayerPair
+    from distill_llm.losses.matching import Match
+    from distill_llm.losses.signals import Batch
+
+
+class OutputTerm(Term):
+    """Base of terms with a value for the outputs of each item; a language model's logits are never held whole for them."""
+
+    signals: ClassVar[tuple[Signal, ...]] = ("logits",)
+
+    def of_items(self, student: "Tensor", teacher: "Tensor") -> "Tensor":
+        """The value of each item, (items,), of (items, C) logits in fp32; the teacher's have no gradient."""
+        raise NotImplementedError
+
+    def faults(self, use: Use) -> Iterator[InputError]:
+        """Values of whole outputs cannot be had from a few tokens of each item."""
+        yield from super().faults(use)
+        if use.teacher is not None and use.teacher.few is not None:
+            k, classes = use.teacher.few
+            given = f"a cache of {k} of {classes} classes"
+            yield InputError("", given, "a teacher in memory, or a cache of all classes")
+
+    def sum(self, batch: "Batch", match: "Match", pairs: "list[LayerPair]") -> "Tensor":
+        """The sum over the outputs that count."""
+        student, teacher = (each.logits[..., : match.classes].float() for each in (batch.own, batch.target))
+        return self.of_items(student, teacher).sum()
+
+    def in_head(self, batch: "Batch", match: "Match", factor: "Tensor") -> "Part | None":
+        """The same, a block of items at a time."""
+        from distill_llm.losses.head_parts import Comparison
+
+        return self.part(Comparison(self.of_items, classes=match.classes), batch, factor)
+
+    @staticmethod
+    def part(how: "Comparison", batch: "Batch", factor: "Tensor", labels: "Tensor | None" = None) -> "Part":
+        """The part of the head's losses for the signals that the teacher gives."""
+        from distill_llm.losses.head_parts import DivergencePart, SparsePart
+        from distill_llm.losses.signals import HeadSignals, SparseSignals
+
+        if isinstance(batch.target, SparseSignals):
+            return SparsePart(how, batch.target.targets, factor)
+        assert isinstance(batch.target, HeadSignals)
+        return DivergencePart(how, batch.target.head, batch.target.head_inputs, labels, factor)

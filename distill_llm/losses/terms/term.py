@@ -1,0 +1,180 @@
+"""What a term of the loss is: its settings, what it reads, what it is averaged over, its sum, and what it goes with.
+
+A term is read and checked without torch, so its file imports what needs torch inside its methods.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from distill_llm.common.errors import InputError
+from distill_llm.losses.schedules import Weight
+from distill_llm.losses.terms import BUILT_IN
+from distill_llm.losses.units import OUTPUT_UNITS, Kind, Unit
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from distill_llm.losses.head_parts import Part
+    from distill_llm.losses.mapping import LayerPair
+    from distill_llm.losses.matching import Match
+    from distill_llm.losses.signals import Batch
+
+Signal = Literal["logits", "hidden", "attention", "vectors"]
+INSIDE: tuple[Signal, ...] = ("attention", "vectors")
+"""Signals that are made inside of layers, by their attention."""
+
+
+@dataclass(frozen=True)
+class Gives:
+    """What a teacher can give.
+
+    Attributes:
+        name: what messages call the teacher.
+        signals: the kinds of signals that it has; `logits` stands for any form of outputs.
+        few: (k, classes) of a teacher that knows at most k classes of each item; None: all classes.
+        new_text: whether it has signals of text that is in no dataset, such as the student's own answers.
+    """
+
+    name: str
+    signals: tuple[Signal, ...] = ("logits",)
+    few: tuple[int, int] | None = None
+    new_text: bool = True
+
+
+@dataclass(frozen=True)
+class Use:
+    """What an objective is to be used with, as far as the one who asks knows it; what is left out raises no fault.
+
+    Attributes:
+        teacher: what the teacher can give.
+        single_output: whether the student has one output, the value of a regression.
+        reentrant: the field that asks for checkpointing of the re-entrant kind.
+        layers: numbers of layers of student and teacher.
+        cut: whether the student was, or will be, pruned from this teacher.
+        widths: of the hidden states of student and teacher, where projections are to make up for the difference.
+        sharding: DeepSpeed, FSDP1 or FSDP2, where the student is divided among processes.
+        vector_widths: channels of all heads' queries and keys in layers that are compared with each other.
+        head_size: channels of a head, where pruning chooses how many heads stay.
+        kind: what an output of the student is about.
+        packed: whether rows hold several sequences.
+    """
+
+    teacher: Gives | None = None
+    single_output: bool = False
+    reentrant: str | None = None
+    layers: tuple[int, int] | None = None
+    cut: bool | None = None
+    widths: tuple[int, int] | None = None
+    sharding: str | None = None
+    vector_widths: frozenset[int] = frozenset()
+    head_size: int | None = None
+    kind: Kind | None = None
+    packed: bool = False
+
+
+class Term(BaseModel):
+    """Base of all terms: a section of an objective whose fields are the settings of the term.
+
+    Attributes:
+        name: what objectives and logs call it; set by `@term(name)`.
+        signals: what it reads of the student and, if `needs_teacher`, of the teacher. `logits` are those of the items that
+            count; the others are recorded at the layers of `layer_pairs`.
+        needs_teacher: whether it compares the student with a teacher.
+        of_data: whether it compares with the labels of the data: a batch that the student answered itself has none.
+        projects: whether it compares states that must be projected where widths differ.
+        packed_rows: whether it keeps sequences that share a row apart.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: ClassVar[str]
+    signals: ClassVar[tuple[Signal, ...]] = ()
+    needs_teacher: ClassVar[bool] = True
+    of_data: ClassVar[bool] = False
+    projects: ClassVar[bool] = False
+    packed_rows: ClassVar[bool] = True
+
+    weight: Weight = Field(default=1.0, description="Factor of the term in the whole loss: a number or a schedule.")
+
+    def unit(self, kind: Kind) -> Unit:
+        """What the sum is divided by the number of, for a model whose outputs are about `kind`."""
+        return OUTPUT_UNITS[kind] if "logits" in self.signals else "tokens"
+
+    def layer_pairs(self, match: "Match") -> "list[LayerPair]":
+        """The layers of student and teacher that are compared.
+
+        Raises:
+            InputError: layers that do not exist, or settings that do not fit them.
+        """
+        return []
+
+    def sum(self, batch: "Batch", match: "Match", pairs: "list[LayerPair]") -> "Tensor":
+        """The sum over the items of a batch, 0-dim in fp32; `pairs` are what `layer_pairs` gave."""
+        raise NotImplementedError
+
+    def in_head(self, batch: "Batch", match: "Match", factor: "Tensor") -> "Part | None":
+        """The term as a part of `head_losses`, before the student's forward; None: it needs whole logits.
+
+        Args:
+            factor: 0-dim, what the sum is multiplied by in the loss.
+        """
+        return None
+
+    @classmethod
+    def needs_logits(cls) -> bool:
+        """Whether the term needs the whole logits of a language model."""
+        return "logits" in cls.signals and cls.in_head is Term.in_head
+
+    @classmethod
+    def looks_inside(cls) -> bool:
+        """Whether it reads what attention does inside of layers."""
+        return not set(INSIDE).isdisjoint(cls.signals)
+
+    def faults(self, use: Use) -> Iterator[InputError]:
+        """What the term does not go with; fields are named as within the term's section.
+
+        A term that overrides this goes on with the faults of this one: `yield from super().faults(use)`.
+        """
+        had = use.teacher.signals if use.teacher is not None else self.signals
+        missing = [signal for signal in self.signals if signal not in had]
+        if use.teacher is not None and self.needs_teacher and missing:
+            accepted = f"a teacher that gives {', '.join(missing)}: this one gives {', '.join(had)} only"
+            yield InputError("", use.teacher.name, accepted)
+        if use.packed and not self.packed_rows:
+            yield InputError("", "rows of several sequences", "rows of one sequence each (data.packing: false)")
+        if self.projects and use.widths is not None and use.sharding == "DeepSpeed":
+            given = f"states of {use.widths[0]} and {use.widths[1]} channels under DeepSpeed"
+            yield InputError("", given, "a student as wide as its teacher, or DDP or FSDP in the place of DeepSpeed")
+
+
+TERMS: dict[str, type[Term]] = {}
+AnyTerm = TypeVar("AnyTerm", bound=type[Term])
+
+
+def term(name: str) -> Callable[[AnyTerm], AnyTerm]:
+    """A decorator: the class becomes the term that objectives call `name`.
+
+    Raises:
+        ValueError: another class has the name.
+    """
+
+    def register(cls: AnyTerm) -> AnyTerm:
+        known: Any = TERMS.get(name, cls)
+        same = (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__)
+        if name == "responses" or not name.isidentifier() or not same:
+            raise ValueError(f"{name!r} cannot name a term: it is no identifier, or taken")
+        cls.name, TERMS[name] = name, cls
+        return cls
+
+    return register
+
+
+def all_terms() -> dict[str, type[Term]]:
+    """Every term by name: those of the package in the order of BUILT_IN, then others as they were imported."""
+    for name in BUILT_IN:
+        import_module(f"distill_llm.losses.terms.{name}")
+    return {name: TERMS[name] for name in (*BUILT_IN, *(name for name in TERMS if name not in BUILT_IN))}

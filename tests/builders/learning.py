@@ -1,0 +1,91 @@
+"""What students learn from the same global batches, in one process or in several that run this together."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from builders.answers import PROMPTS, answering_trainer, prompt_rows
+from builders.causal import causal_model as talker
+from builders.trainers import TERMS, cached, model_of, rows, trainer_of, with_lora
+
+from distill_llm import DistillationTrainer
+
+LOSSES = TERMS | {"both": {"labels": {}, "logits": {}}}
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
+Learned = tuple[dict[str, torch.Tensor], list[dict[str, float]], list[int]]
+Cases = list[tuple[str, int, list[str]]]
+"""Head, width of the student and names: terms of TERMS, or `both`, and settings; of the head `answers`, shares of them."""
+
+
+def learned(folder: Path, cases: Cases) -> dict[str, Learned]:
+    """By head and name: weights, logged losses, and the number of labels in each batch that this process saw."""
+    found = {}
+    for head, width, names in cases:
+        for name in names:
+            answers = head == "answers"
+            found[f"{head} {name}"] = of_answers(folder, float(name)) if answers else of_rows(folder, head, width, name)
+    return found
+
+
+def trained(trainer: DistillationTrainer) -> Learned:
+    """Train; what `learned` says."""
+    seen: list[int] = []
+    loss: Any = trainer.loss
+
+    def counting(model, batch, *rest):
+        seen.append(int((batch["labels"] >= 0).sum()))
+        return loss(model, batch, *rest)
+
+    trainer.loss = counting
+    trainer.train()
+    trainer.loss = loss
+    history = [log for log in trainer.state.log_history if "loss" in log]
+    logs = [{name: value for name, value in log.items() if name.startswith("loss")} for log in history]
+    projections = trainer.terms.projections.state_dict(prefix="projection.")
+    return {**trainer.model.state_dict(), **projections}, logs, seen
+
+
+def of_rows(folder: Path, head: str, width: int, name: str) -> Learned:
+    """Four steps on labelled rows, and the loss of evaluation afterwards."""
+    teacher = model_of(head, layers=4)
+    tied = {"tie_word_embeddings": True} if "tied" in name else {}
+    student = model_of(head, layers=2, seed=1, hidden=width, **tied)
+    if "lora" in name:
+        student = with_lora(student)
+    data = rows(teacher, count=32 if "one rank" in name else 20)
+    trainer = trainer_of(
+        folder,
+        student,
+        cached(folder / "cache", teacher, data, k=20) if "cached" in name else teacher,
+        data,
+        LOSSES[name.split()[0]],
+        ddp_find_unused_parameters=False if "strict" in name else None,
+        max_steps=4,
+        optim="sgd",
+        learning_rate=0.1,
+        per_device_eval_batch_size=8 if PROCESSES == 1 else 3,  # of two, the last process only repeats rows at the end
+        per_device_train_batch_size=8 // PROCESSES,
+        train_sampling_strategy="group_by_length",
+        logging_steps=2,
+    )
+    if "one rank" in name:  # of each global batch the first four rows are rank 0's, the others rank 1's
+        order = list(trainer._get_train_sampler())
+        for start in range(4, 32, 8):
+            for index in order[start : start + 4]:
+                data[index]["labels"].fill_(-100)
+    assert (trainer.loss.head_terms is not None) == (head != "sequence-classification" and name != "hidden")
+    weights, logs, seen = trained(trainer)
+    logs[-1]["eval_loss"] = trainer.evaluate()["eval_loss"]
+    return weights, logs, seen
+
+
+def of_answers(folder: Path, share: float) -> Learned:
+    """Four steps on the student's own answers, which are of uneven length; each prompt comes three times."""
+    student = talker()
+    student.generation_config.eos_token_id = list(range(4, 70))
+    losses = {"labels": {}, "logits": {}, "responses": {"share": share, "max_new_tokens": 6}}
+    settings = {"optim": "sgd", "learning_rate": 0.5, "max_steps": 4, "logging_steps": 2}
+    settings |= {"per_device_train_batch_size": 4 // PROCESSES, "gradient_accumulation_steps": 2}
+    rows = prompt_rows([PROMPTS[row // 3] for row in range(12)])
+    return trained(answering_trainer(folder, student, talker(num_hidden_layers=3), rows, losses, **settings))
