@@ -11,7 +11,7 @@ quickstart: .venv/installed  ## prune and distill the embedded model on the embe
 	@cat runs/quickstart/report.md
 
 # Two workers with a thread each: tiny models gain nothing from more threads, and busy threads wait for one another.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test: .venv/installed  ## the fast tests
 	$(PYTEST)

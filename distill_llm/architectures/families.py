@@ -1,20 +1,16 @@
-"""The families of transformers that can be pruned, a row each, and what a pruned model's config says of itself.
+"""The families of transformers that can be pruned, a row each.
 
 Needs torch and transformers only: checkpoints of pruned models hold a copy of this file beside `modeling_pruned.py`.
-
-A pruned model's `config.pruning` holds `layers`, a row per layer: `source`, the layer of the original teacher it comes from,
-and the kept `heads` (KV groups where queries share keys), `neurons` and, where some of a kept group's queries are gone,
-`queries`, as ranges of the original teacher's indices ("0,3-5"); `hidden`, the kept channels of the residual stream, where
-some are gone; and `stock`, the original's sizes.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from .lineage import lineage_of, stock_values
 
 
 @dataclass(frozen=True)
@@ -204,18 +200,6 @@ class Dims(NamedTuple):
     groups: int
 
 
-class LayerLineage(NamedTuple):
-    """From which layer of the original teacher a student's layer was made, and its heads (groups), neurons and queries.
-
-    `queries` is None where every query of the kept groups stays.
-    """
-
-    source: int
-    heads: tuple[int, ...]
-    neurons: tuple[int, ...]
-    queries: tuple[int, ...] | None = None
-
-
 def family_of(model: PreTrainedModel | PreTrainedConfig) -> Family:
     """The family row of a model or config.
 
@@ -272,8 +256,10 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
 def width_of(model: PreTrainedModel | PreTrainedConfig) -> int:
     """Channels of the residual stream of any model, pruned or not."""
     config = model if isinstance(model, PreTrainedConfig) else model.config
-    kept = hidden_lineage(config)
-    return config.get_text_config().hidden_size if kept is None else len(kept)
+    lineage = lineage_of(config)
+    if lineage is None or lineage.hidden is None:
+        return config.get_text_config().hidden_size
+    return len(lineage.hidden)
 
 
 def dims_of(config: PreTrainedConfig) -> Dims:
@@ -285,60 +271,3 @@ def dims_of(config: PreTrainedConfig) -> Dims:
         if config.model_type == "falcon":
             groups = config.num_kv_heads if config.new_decoder_architecture else 1 if config.multi_query else queries
         return Dims(head_size, queries, groups)
-
-
-def pack_indices(indices: Iterable[int]) -> str:
-    """Ascending indices as ranges: (0, 3, 4, 5) -> "0,3-5"."""
-    ranges: list[list[int]] = []
-    for index in indices:
-        if ranges and index == ranges[-1][1] + 1:
-            ranges[-1][1] = index
-        else:
-            ranges.append([index, index])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
-
-
-def unpack_indices(text: str) -> tuple[int, ...]:
-    """The reverse of `pack_indices`."""
-    indices: list[int] = []
-    for part in filter(None, text.split(",")):
-        first, _, last = part.partition("-")
-        indices.extend(range(int(first), int(last or first) + 1))
-    return tuple(indices)
-
-
-def lineage_of(model: PreTrainedModel | PreTrainedConfig) -> tuple[LayerLineage, ...] | None:
-    """A row per layer of a pruned model; None for a model that was never pruned."""
-    config = model if isinstance(model, PreTrainedConfig) else model.config
-    record = getattr(config, "pruning", None)
-    if record is None:
-        return None
-    return tuple(
-        LayerLineage(
-            row["source"],
-            unpack_indices(row["heads"]),
-            unpack_indices(row["neurons"]),
-            unpack_indices(row["queries"]) if "queries" in row else None,
-        )
-        for row in record["layers"]
-    )
-
-
-def hidden_lineage(config: PreTrainedConfig) -> tuple[int, ...] | None:
-    """The channels of the original's residual stream that a pruned model keeps; None: all."""
-    kept = (getattr(config, "pruning", None) or {}).get("hidden")
-    return None if kept is None else unpack_indices(kept)
-
-
-@contextmanager
-def stock_values(config: PreTrainedConfig) -> Iterator[None]:
-    """Within the context a pruned model's config says what its original's config said."""
-    stock = (getattr(config, "pruning", None) or {}).get("stock", {})
-    own = {name: getattr(config, name) for name in stock}
-    for name, value in stock.items():
-        setattr(config, name, value)
-    try:
-        yield
-    finally:
-        for name, value in own.items():
-            setattr(config, name, value)

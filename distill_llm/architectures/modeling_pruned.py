@@ -1,9 +1,9 @@
 """Models whose layers keep fewer heads, neurons and channels, and the cutting that makes them.
 
-Needs torch, transformers and `families.py` only. `save_pretrained` of a pruned model puts a copy of both files into the
-checkpoint, so `AutoModelFor...from_pretrained(folder, trust_remote_code=True)` works where distill_llm is not installed.
+Needs torch, transformers, `families.py` and `lineage.py` only. `save_pretrained` of a pruned model puts copies of these files
+into the checkpoint, so `AutoModelFor...from_pretrained(folder, trust_remote_code=True)` works where distill_llm is not installed.
 
-A pruned model is built as its original was, then `shrink` leaves what its config's `pruning` keeps (see `families.py`). So
+A pruned model is built as its original was, then `shrink` leaves what its config's `pruning` keeps (see `lineage.py`). So
 whatever depends on a layer's place (its attention window, its scale, its norms) stays as it was in the original. The config's
 own sizes are the original's too, but for the number and kinds of layers.
 
@@ -16,7 +16,7 @@ import inspect
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformers
@@ -25,20 +25,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
-from .families import (
-    Dims,
-    Family,
-    LayerLineage,
-    dims_of,
-    family_of,
-    hidden_lineage,
-    layers_of,
-    lineage_of,
-    stock_values,
-)
+from .families import Dims, Family, dims_of, family_of, layers_of
+from .lineage import LAYER_UNITS, Counts, LayerPlan, ModelPlan, lineage_of, stock_values
 
 STOCK_PREFIX = "Pruned"
-CODE_NAMES = ("modeling_pruned.py", "families.py")
+CODE_NAMES = ("modeling_pruned.py", "families.py", "lineage.py")
 # What attention modules and configs call their own sizes.
 _QUERIES = ("num_attention_heads", "num_heads", "n_heads")
 _GROUPS = ("num_key_value_heads", "num_kv_heads")
@@ -46,14 +37,6 @@ _WIDTHS = ("all_head_size", "split_size")
 
 
 # The axes of parameters, and what a selection of units keeps along them.
-
-
-class Sizes(NamedTuple):
-    """Query heads, key-value heads (groups) and neurons of a layer as it is now."""
-
-    queries: int
-    groups: int
-    neurons: int
 
 
 def inputs_of(module: nn.Module) -> int:
@@ -68,21 +51,16 @@ def outputs_of(module: nn.Module) -> int:
     return weight.shape[1 if isinstance(module, Conv1D) else 0]
 
 
-def layer_sizes(layer: nn.Module, family: Family, dims: Dims) -> Sizes:
-    """Sizes of a layer, pruned or not."""
+def layer_counts(layer: nn.Module, family: Family, dims: Dims) -> dict[str, int]:
+    """How many units of every kind a layer has, pruned or not."""
     queries = inputs_of(layer.get_submodule(family.attention_out)) // dims.head_size
     neurons = inputs_of(layer.get_submodule(family.ffn_out))
     if not queries:
-        return Sizes(0, 0, neurons)
+        return {"heads": 0, "neurons": neurons, "queries": 0}
     path, layout = next((path, layout) for path, layout in family.attention_in.items() if "kv" in layout)
     heads = outputs_of(layer.get_submodule(path)) // dims.head_size
-    return Sizes(queries, heads if layout == "kv" else (heads - queries) // 2, neurons)
-
-
-def all_queries(heads: Sequence[int], sizes: Sizes) -> tuple[int, ...]:
-    """The query heads of these groups."""
-    shared = sizes.queries // sizes.groups if sizes.groups else 0
-    return tuple(group * shared + i for group in heads for i in range(shared))
+    groups = heads if layout == "kv" else (heads - queries) // 2
+    return {"heads": groups, "neurons": neurons, "queries": queries}
 
 
 def _spread(indices: Sequence[int], size: int) -> torch.Tensor:
@@ -92,23 +70,24 @@ def _spread(indices: Sequence[int], size: int) -> torch.Tensor:
     return (heads[:, None] * size + torch.arange(size, device="cpu")).flatten()
 
 
-def kept_channels(layout: str, row: LayerLineage, sizes: Sizes, head_size: int) -> torch.Tensor:
-    """Which channels of a dimension laid out as `layout` stay in a layer of `sizes` that keeps `row`'s units."""
-    queries = all_queries(row.heads, sizes) if row.queries is None else row.queries
+_KINDS = {unit.letter: kind for kind, unit in LAYER_UNITS.items()}
+
+
+def kept_channels(layout: str, row: LayerPlan, counts: Counts, head_size: int) -> torch.Tensor:
+    """Which channels of a dimension laid out as `layout` stay in a layer with `counts` that keeps `row`'s units."""
     if layout.startswith("("):
-        shared, rows = sizes.queries // sizes.groups, []
+        shared, rows, queries = counts["queries"] // counts["heads"], [], row.indices("queries", counts)
         for group in row.heads:
             start = group * (shared + 2)
             rows += [start + query % shared for query in queries if query // shared == group]
             rows += [start + shared, start + shared + 1]
         return _spread(rows, head_size)
-    parts = {"q": (queries, sizes.queries), "kv": (row.heads, sizes.groups), "n": (row.neurons, sizes.neurons)}
     found, offset = [], 0
     for part in layout.split():
-        indices, count = parts[part.rstrip("/[]")]
-        size = head_size if part in ("q", "kv") else 1
-        found.append(_spread(indices, size) + offset)
-        offset += count * size
+        kind = _KINDS[part.rstrip("/[]")]
+        size = head_size if LAYER_UNITS[kind].by_head and part.isalpha() else 1
+        found.append(_spread(row.indices(kind, counts), size) + offset)
+        offset += counts[kind] * size
     return torch.cat(found)
 
 
@@ -134,7 +113,8 @@ def hidden_dims(model: PreTrainedModel, sources: Sequence[int] | None = None) ->
         sources: which layer of the original each layer is; None: what the config says.
     """
     if sources is None:
-        sources = [row.source for row in lineage_of(model) or ()]
+        lineage = lineage_of(model)
+        sources = [row.source for row in lineage.layers] if lineage else []
     axes, prefix, found = _hidden_axes(model), layer_prefix(model), {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         original = name
@@ -242,38 +222,31 @@ class LayerConfig:
         setattr(self.shared, name, value)
 
 
-def shrink(
-    model: PreTrainedModel,
-    rows: Sequence[LayerLineage],
-    hidden: Sequence[int] | None,
-    *,
-    original: Sequence[LayerLineage],
-    values: bool,
-) -> None:
-    """Leave in `model` only the layers, heads, neurons and channels that are named.
+def shrink(model: PreTrainedModel, plan: ModelPlan, *, lineage: ModelPlan, values: bool) -> None:
+    """Leave in `model` only what a plan keeps.
 
     Args:
-        rows: what stays, a row per remaining layer, in indices of `model` as it is.
-        hidden: channels of the residual stream that stay; None: all.
-        original: the same rows in indices of the original teacher.
+        plan: what stays, in indices of `model` as it is.
+        lineage: the same in indices of the original teacher.
         values: take the kept values along; without, new weights are not initialised (they are about to be loaded).
     """
     family, dims = family_of(model), dims_of(model.config)
     parent, _, name = layer_prefix(model).rstrip(".").rpartition(".")
     layers = layers_of(model)
-    kept = nn.ModuleList(layers[row.source] for row in rows)
+    kept = nn.ModuleList(layers[row.source] for row in plan.layers)
     setattr(model.get_submodule(parent), name, kept)
-    for index, (layer, row, source) in enumerate(zip(kept, rows, original, strict=True)):
-        sizes = layer_sizes(layer, family, dims)
+    for index, (layer, row, source) in enumerate(zip(kept, plan.layers, lineage.layers, strict=True)):
+        counts = layer_counts(layer, family, dims)
         for name, (dim, layout) in layer_axes(layer, family).items():
-            if sizes.queries or "n" in layout:
-                _cut(layer, name, dim, kept_channels(layout, row, sizes, dims.head_size), values)
+            if counts["queries"] or "n" in layout:
+                _cut(layer, name, dim, kept_channels(layout, row, counts, dims.head_size), values)
         for module in layer.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
                 setattr(module, "layer_idx", index)  # noqa: B010
-        _resize_attention(layer, family, dims, row, source, sizes)
-    if hidden is not None:
-        _cut_hidden(model, torch.tensor(hidden, device="cpu"), [row.source for row in original], values)
+        _resize_attention(layer, family, dims, row.counts(counts), source)
+    if plan.hidden is not None:
+        sources = [row.source for row in lineage.layers]
+        _cut_hidden(model, torch.tensor(plan.hidden, device="cpu"), sources, values)
 
 
 def _cut(root: nn.Module, name: str, dim: int, kept: torch.Tensor, values: bool) -> None:
@@ -321,19 +294,22 @@ def _cut_hidden(model: PreTrainedModel, kept: torch.Tensor, sources: Sequence[in
         _note_sizes(module)
 
 
-def _resize_attention(
-    layer: nn.Module, family: Family, dims: Dims, row: LayerLineage, source: LayerLineage, before: Sizes
-) -> None:
-    """Bring the attention module's own records of its size up to date; none is left without heads."""
+def _resize_attention(layer: nn.Module, family: Family, dims: Dims, counts: Counts, source: LayerPlan) -> None:
+    """Bring the attention module's own records of its size up to date; none is left without heads.
+
+    Args:
+        counts: how many units the layer has now.
+        source: which of the original teacher's they are.
+    """
     attention: Any = layer.get_submodule(family.attention)
-    if not row.heads:
+    if not counts["heads"]:
         inside, _, name = family.attention_out.rpartition(".")
         own = (name, attention.get_submodule(name)) if inside == family.attention else ()
         path, _, name = family.attention.rpartition(".")
         empty = NoHeads(getattr(attention, "layer_idx", None), family.adds_residual, *own)
         setattr(layer.get_submodule(path), name, empty)
         return
-    queries, groups = len(all_queries(row.heads, before) if row.queries is None else row.queries), len(row.heads)
+    queries, groups = counts["queries"], counts["heads"]
     sizes = dict.fromkeys(_QUERIES, queries) | dict.fromkeys(_GROUPS, groups)
     sizes |= {"num_key_value_groups": queries // groups}
     sizes |= dict.fromkeys((*_WIDTHS, *family.attention_widths), queries * dims.head_size)
@@ -343,7 +319,7 @@ def _resize_attention(
     if family.reads_config:
         shared = getattr(attention.config, "shared", attention.config)
         attention.config = LayerConfig(shared, {"num_attention_heads": queries, "num_key_value_heads": groups})
-    kept_heads = source.queries or all_queries(source.heads, Sizes(dims.queries, dims.groups, 0))
+    kept_heads = source.indices("queries", {"heads": dims.groups, "queries": dims.queries})
     if family.per_head_inputs and len(kept_heads) < dims.queries:
         if not hasattr(attention, "kept_heads"):
             attention.register_forward_pre_hook(_select_heads, with_kwargs=True)
@@ -378,9 +354,9 @@ class PrunedModel:
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
         with stock_values(config):
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        lineage, hidden = lineage_of(config), hidden_lineage(config)
+        lineage = lineage_of(config)
         assert lineage is not None
-        shrink(self, lineage, hidden, original=lineage, values=False)  # type: ignore[arg-type]
+        shrink(self, lineage, lineage=lineage, values=False)  # type: ignore[arg-type]
 
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> None:
         """As `PreTrainedModel.save_pretrained`; the folder also gets the code, so that stock transformers can load it."""

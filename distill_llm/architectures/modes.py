@@ -1,6 +1,6 @@
-"""Models held still for a while: eval mode, no gradients, another forward; all of it undone at the end."""
+"""Models held still for a while: eval mode, no gradients, another forward. Everything is undone at the end."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,17 +8,28 @@ from torch import nn
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradient for any weight; both restored."""
-    modes, flags = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
-    model.eval().requires_grad_(False)
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode within the context; every module gets its own mode back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
     try:
         yield
     finally:
-        for module, mode in zip(model.modules(), modes, strict=True):
-            module.training = mode
-        for parameter, flag in zip(model.parameters(), flags, strict=True):
-            parameter.requires_grad_(flag)
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Eval mode, and no gradient for any weight, within the context; both are restored."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    with evaluating(model):
+        model.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
 
 
 @contextmanager
@@ -35,13 +46,7 @@ def forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]
             module.forward = own
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the block; every module gets its own mode back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+def passed_on(args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> Any:
+    """What a layer that is skipped gives: the hidden states that it reads, beside the rest of its `output` (a cache)."""
+    entering = args[0] if args else kwargs["hidden_states"]
+    return (entering, *output[1:]) if isinstance(output, tuple) else entering

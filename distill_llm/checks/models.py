@@ -9,20 +9,22 @@ import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
-from distill_llm.architectures.families import FAMILIES, dims_of, layers_of, lineage_of
+from distill_llm.architectures.families import FAMILIES, dims_of, layers_of
+from distill_llm.architectures.lineage import lineage_of
 from distill_llm.architectures.modeling_pruned import pruned_class
-from distill_llm.common.errors import InputError
+from distill_llm.common.errors import InputError, first_line, raise_all
 from distill_llm.common.outputs import nearest
 from distill_llm.data.tasks import Task
 from distill_llm.losses.objective import Objective
 from distill_llm.losses.signals import Wanted
 from distill_llm.losses.terms.term import Use
-from distill_llm.models.adapters import UNTIED, tied_adapters, without_adapters
+from distill_llm.models.adapters import without_adapters
 from distill_llm.models.capture import Recorder
-from distill_llm.models.finding import OpenModel, first_line
+from distill_llm.models.finding import OpenModel
 from distill_llm.pruning.units.sizes import second_moment_bytes
+from distill_llm.recipe.pruning import PruningSection
 from distill_llm.recipe.recipe import Recipe
-from distill_llm.recipe.sections import PruningSection
+from distill_llm.training.refusals import adapter_faults
 from distill_llm.training.terms import Terms, wanted_by
 
 
@@ -59,8 +61,7 @@ def adapted(recipe: Recipe, student: PreTrainedModel) -> nn.Module:
             model = get_peft_model(copy.deepcopy(student), LoraConfig(**fields))
     except Exception as error:
         raise InputError("student.peft", fields, f"adapters that fit the model ({first_line(error)})") from None
-    if tied := tied_adapters(model):
-        raise InputError("student.peft.target_modules", ", ".join(tied), UNTIED)
+    raise_all(adapter_faults(model, "student.peft.target_modules"))
     return model
 
 
@@ -98,8 +99,8 @@ def check_signals(recipe: Recipe, teacher: PreTrainedModel, student: PreTrainedM
 
 def _faults_of_any_cut(losses: Objective, teacher: PreTrainedModel, pruning: PruningSection) -> list[InputError]:
     """Faults of losses that look inside of layers, whichever of the teacher's layers and heads pruning keeps."""
-    rows = lineage_of(teacher)
-    layers = tuple(i for i in range(len(layers_of(teacher))) if rows is None or rows[i].heads)
+    lineage = lineage_of(teacher)
+    layers = tuple(i for i in range(len(layers_of(teacher))) if lineage is None or lineage.layers[i].heads)
     widths = _widths(teacher, wanted_by(losses, dict.fromkeys(losses.terms(), layers)))
     moving = pruning.keep is not None and not {"heads", "queries"}.isdisjoint(pruning.units)
     size = dims_of(teacher.config).head_size if moving and teacher.config.model_type in FAMILIES else None

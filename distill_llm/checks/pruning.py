@@ -11,7 +11,7 @@ from distill_llm.data.kinds.causal_lm import CausalLM
 from distill_llm.models.finding import OpenModel
 from distill_llm.pruning.planning.budgets import least_share
 from distill_llm.pruning.planning.candidate import Limits, Rules
-from distill_llm.pruning.units.sizes import layer_shapes
+from distill_llm.pruning.units.sizes import counts_of
 from distill_llm.recipe.recipe import Recipe, budget_batch
 
 
@@ -56,8 +56,8 @@ def check_pruning(recipe: Recipe, teacher: OpenModel, skeleton: PreTrainedModel)
         if pruning.layers is not None and pruning.layers[0] != 0:
             accepted = f"layers with 0: a convolution follows the first layer of {teacher.name}"
             raise InputError("pruning.layers", pruning.layers, accepted)
-    shapes = layer_shapes(skeleton)
-    heads, neurons = max(shape.heads for shape in shapes), max(shape.neurons for shape in shapes)
+    counts = counts_of(skeleton)
+    heads, neurons = (max(each[kind] for each in counts) for kind in ("heads", "neurons"))
     for name, most, what in (
         ("round_to", max(neurons, 1), "FFN neurons"),
         ("min_heads", heads, "heads (KV groups)"),

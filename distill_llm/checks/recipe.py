@@ -1,74 +1,73 @@
 """Errors at the door: a recipe is checked whole (models, data, disk, device) before the first heavy second."""
 
 import copy
-import importlib.util
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 import datasets
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from distill_llm.checks.faults import Collector, in_one_line
 from distill_llm.checks.models import adapted, check_disk, check_signals, skeleton
 from distill_llm.checks.pruning import check_pruning
 from distill_llm.checks.training import check_training
-from distill_llm.common.errors import InputError, faults_in, raise_all
+from distill_llm.common.errors import InputError, raise_all
 from distill_llm.common.outputs import usable_output
-from distill_llm.data.encoding import most_tokens
+from distill_llm.data.encoding import encode, most_tokens
 from distill_llm.data.loading import load_task
 from distill_llm.data.padding import LENGTH
 from distill_llm.data.spec import DataSpec
 from distill_llm.data.special_tokens import check_tokenizer
 from distill_llm.data.tasks import Task, TaskData, label_names, same_names
+from distill_llm.evaluation.rules import ScoringFields, scoring_faults
 from distill_llm.losses.mapping import cut_from, unequal_widths
 from distill_llm.losses.terms.term import Use
 from distill_llm.models.checkpoint import name_labels
 from distill_llm.models.finding import (
     OpenModel,
     check_head,
-    check_length,
-    longest_input,
+    check_tokens,
+    identity_of,
     open_model,
-    resolve_model,
 )
+from distill_llm.models.limits import length_faults, limits_of, longest_input, room_faults
+from distill_llm.models.quantized import quantization_faults
+from distill_llm.recipe.pruning import PruningSection
 from distill_llm.recipe.recipe import RECIPE, Recipe
-from distill_llm.recipe.sections import PruningSection
 from distill_llm.report.hub import check_push
-
-T = TypeVar("T")
-
-
-class _Collector:
-    """Runs checks that raise InputError, and keeps the faults of all of them."""
-
-    def __init__(self) -> None:
-        self.faults: list[InputError] = []
-
-    def run(self, check: Callable[..., T], *args: Any) -> T | None:
-        """The check's result, or None where it found a fault or an input is None (its own fault is known already)."""
-        if any(arg is None for arg in args):
-            return None
-        try:
-            return check(*args)
-        except InputError as error:
-            self.faults += faults_in(error)
-            return None
+from distill_llm.teachers.cache import CachedTeacher
 
 
-def check_recipe(recipe: Recipe) -> None:
-    """Check everything that can be known before any weight is read or written.
+@dataclass(frozen=True)
+class Opened:
+    """What the door opened and read of a recipe, for the stages to go on with.
+
+    Attributes:
+        recipe: checked.
+        teacher: with config and tokenizer.
+        student: of a student that is given; None: pruning makes it of the teacher.
+        data: the task's raw rows.
+    """
+
+    recipe: Recipe
+    teacher: OpenModel
+    student: OpenModel | None
+    data: TaskData
+
+
+def open_recipe(recipe: Recipe) -> Opened:
+    """Open everything that a recipe names, and check all that can be known before any weight is read or written.
 
     Raises:
         InputError: one line per fault (`faults_in(error)`).
     """
-    found = _Collector()
+    found = Collector()
     teacher = found.run(open_model, "teacher.model", recipe.teacher.model)
     name = recipe.student.model if recipe.student else None
     student = found.run(open_model, "student.model", name)
-    data = found.run(check_data, recipe)
+    data = found.run(lambda: load_rows(recipe, teacher))
     task = data.task if data else None
     if recipe.teacher.train is None:
         found.run(check_head, teacher, task)
@@ -76,12 +75,13 @@ def check_recipe(recipe: Recipe) -> None:
         found.run(_check_student, recipe, student, teacher, task)
     found.run(check_pruning, recipe, teacher, found.run(skeleton, teacher))
     shorter = _shorter(teacher, student)
-    found.run(_check_lengths, recipe, shorter)
-    found.run(_check_rows, recipe, teacher, shorter, task)
+    found.ask(_length_faults, recipe, shorter)
+    found.run(_check_rows, recipe, teacher, task)
+    found.ask(_answer_faults, recipe, shorter, task)
     found.run(_check_raw_rows, data, teacher)
-    found.run(_check_losses, recipe, task)
+    found.ask(_loss_faults, recipe, task)
     found.run(_check_cache, recipe, teacher)
-    found.run(_check_responses, recipe, task, shorter)
+    found.ask(_response_faults, recipe, task, shorter)
     paired = found.run(_check_layer_pairs, recipe, teacher, teacher if name is None else student)
     found.run(lambda: check_training(recipe, data, _projected(student, teacher)))
     found.run(usable_output, recipe.output_dir, "output_dir", RECIPE)
@@ -92,12 +92,18 @@ def check_recipe(recipe: Recipe) -> None:
         found.run(check_signals, recipe, whole, learner)
     found.run(check_disk, recipe, whole, found.run(adapted, recipe, learner))
     raise_all(found.faults)
+    assert teacher is not None and data is not None
+    return Opened(recipe, teacher, student, data)
 
 
-def check_data(recipe: Recipe) -> TaskData:
-    """Load the task's raw rows (not tokenized) and check that there are enough of them."""
-    with _quiet_datasets():
-        data = load_task(data_spec(recipe), _teacher_config(recipe))
+def load_rows(recipe: Recipe, teacher: OpenModel | None) -> TaskData:
+    """The task's raw rows (not tokenized), once it is known that there are enough of them.
+
+    Args:
+        teacher: decides what some tasks are; None where it could not be opened.
+    """
+    with _quiet_datasets(), in_one_line("data.path", recipe.data.path, "data that can be read"):
+        data = load_task(data_spec(recipe), teacher.config if teacher else None)
     calibration = recipe.pruning.calibration_examples if recipe.pruning and recipe.pruning.keep else 0
     if calibration == PruningSection.model_fields["calibration_examples"].default:
         calibration = 0  # asks for no number: all rows where there are fewer
@@ -116,12 +122,20 @@ def data_spec(recipe: Recipe) -> DataSpec:
     return DataSpec(**own, seed=recipe.seed, metric=metric, max_new_tokens=new)
 
 
-def _teacher_config(recipe: Recipe) -> PreTrainedConfig | None:
-    """The teacher's config, which decides what some tasks are; None where it cannot be had, which `open_model` reports."""
-    try:
-        return AutoConfig.from_pretrained(resolve_model(recipe.teacher.model))
-    except (OSError, ValueError, StrictDataclassError):
-        return None
+def encoded_rows(opened: Opened) -> TaskData:
+    """The task's rows as token ids, once it is known that the models can read them and answer their prompts.
+
+    Raises:
+        InputError: a token without an embedding; a prompt that leaves no room for its response.
+    """
+    recipe, tokenizer = opened.recipe, opened.teacher.tokenizer
+    data = check_tokens(encode(opened.data, tokenizer, recipe.data.max_length), opened.teacher)
+    shorter = _shorter(opened.teacher, opened.student)
+    assert shorter is not None
+    limits, fields = limits_of(shorter.config, shorter.name), ScoringFields("data", "evaluation.max_new_tokens")
+    for rows in (data.test, data.validation):
+        raise_all(scoring_faults(limits, rows, data.task, fields) if rows is not None else [])
+    return data
 
 
 @contextmanager
@@ -159,31 +173,37 @@ def _shorter(*models: OpenModel | None) -> OpenModel | None:
     return min(there, key=lambda model: longest_input(model.config) or math.inf, default=None)
 
 
-def _check_lengths(recipe: Recipe, shorter: OpenModel) -> None:
-    found = _Collector()
-    found.run(check_length, shorter, "data.max_length", recipe.data.max_length)
-    found.run(check_length, shorter, "evaluation.latency.sequence_length", recipe.evaluation.latency.sequence_length)
-    raise_all(found.faults)
+def _length_faults(recipe: Recipe, shorter: OpenModel) -> list[InputError]:
+    limits, latency = limits_of(shorter.config, shorter.name), recipe.evaluation.latency
+    return [
+        *length_faults(limits, recipe.data.max_length, "data.max_length"),
+        *length_faults(limits, latency.sequence_length, "evaluation.latency.sequence_length"),
+    ]
 
 
-def _check_rows(recipe: Recipe, teacher: OpenModel, shorter: OpenModel, task: Task) -> None:
-    """The tokenizer can make the task's rows, and the models have room for what they are to generate."""
+def _check_rows(recipe: Recipe, teacher: OpenModel, task: Task) -> None:
+    """The tokenizer can make the task's rows."""
     check_tokenizer(task, teacher.tokenizer, teacher.field)
     most_tokens(task, teacher.tokenizer, recipe.data.max_length)
-    longest, cut, new = longest_input(shorter.config), recipe.data.max_length, task.max_new_tokens
-    if task.kind.generates and task.metrics and longest is not None and cut < longest < cut + new:
-        accepted = f"at most {longest - cut}: {shorter.name} takes {longest} tokens, data.max_length is {cut}"
-        raise InputError("evaluation.max_new_tokens", new, accepted)
+
+
+def _answer_faults(recipe: Recipe, shorter: OpenModel, task: Task) -> list[InputError]:
+    """The models have room for what they are to generate, however long the prompts are."""
+    limits, cut = limits_of(shorter.config, shorter.name), recipe.data.max_length
+    if not (task.kind.generates and task.metrics) or limits.longest is None or cut >= limits.longest:
+        return []
+    return room_faults(limits, cut, task.max_new_tokens, "evaluation.max_new_tokens", "data.max_length")
 
 
 def _check_raw_rows(data: TaskData, teacher: OpenModel) -> None:
     data.task.kind.check_rows(data, teacher.tokenizer)
 
 
-def _check_losses(recipe: Recipe, task: Task) -> None:
-    if recipe.distillation is not None:
-        use = Use(single_output=not task.kind.has_distribution, packed=task.packing)
-        raise_all(recipe.distillation.losses.faults(use, "distillation.losses"))
+def _loss_faults(recipe: Recipe, task: Task) -> list[InputError]:
+    if recipe.distillation is None:
+        return []
+    use = Use(single_output=not task.kind.has_distribution, packed=task.packing)
+    return recipe.distillation.losses.faults(use, "distillation.losses")
 
 
 def _projected(student: OpenModel | None, teacher: OpenModel | None) -> tuple[int, int] | None:
@@ -207,9 +227,6 @@ def _check_cache(recipe: Recipe, teacher: OpenModel) -> None:
     """The cache is whole, of this teacher, precision and tokenizer, and has what the losses need; its rows are compared later."""
     if recipe.teacher.cache is None or recipe.distillation is None:
         return
-    from distill_llm.models.finding import identity_of
-    from distill_llm.teachers.cache import CachedTeacher
-
     local = Path(teacher.path).exists()  # a Hub id's weights may not be here yet: they are compared before training
     try:
         cache = CachedTeacher(recipe.teacher.cache, identity_of(teacher.path) if local else None, teacher.tokenizer)
@@ -217,39 +234,35 @@ def _check_cache(recipe: Recipe, teacher: OpenModel) -> None:
         raise InputError("teacher.cache", str(recipe.teacher.cache), f"{error.accepted} ({error.field})") from None
     given, own = recipe.teacher.dtype, cache.index.settings.dtype
     if given is not None and own not in (None, given):
-        raise InputError("teacher.dtype", given, f"{own}, which the teacher of teacher.cache ran in, or nothing")
+        fix = f"leave it out, or take {own}, in which the teacher of teacher.cache ran"
+        raise InputError("teacher.dtype", given, fix=fix)
     raise_all(recipe.distillation.losses.faults(Use(teacher=cache.gives), "distillation.losses"))
 
 
-def check_cached_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train: datasets.Dataset) -> None:
+def check_cached_rows(opened: Opened, train: datasets.Dataset) -> None:
     """The cache that a recipe learns from was written for these encoded rows; teacher and losses are checked before."""
-    if recipe.teacher.cache is None:
+    folder = opened.recipe.teacher.cache
+    if folder is None:
         return
-    from distill_llm.teachers.cache import CachedTeacher
-
     known = [name for name in train.column_names if name != LENGTH]
     try:
-        CachedTeacher(recipe.teacher.cache, None, tokenizer, train.select_columns(known))
+        CachedTeacher(folder, None, opened.teacher.tokenizer, train.select_columns(known))
     except InputError as error:
-        raise InputError("teacher.cache", str(recipe.teacher.cache), f"{error.accepted} ({error.given})") from None
+        raise InputError("teacher.cache", str(folder), f"{error.accepted} ({error.given})") from None
 
 
-def _check_responses(recipe: Recipe, task: Task, shorter: OpenModel) -> None:
-    """Whether the student can answer prompts while it learns; and whether a quantised teacher can be had."""
-    if recipe.teacher.quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
-        accepted = "nothing without the package bitsandbytes (pip install bitsandbytes)"
-        raise InputError("teacher.quantization", recipe.teacher.quantization, accepted)
+def _response_faults(recipe: Recipe, task: Task, shorter: OpenModel) -> list[InputError]:
+    """The student can answer prompts while it learns; a quantised teacher can be had."""
+    faults = quantization_faults(recipe.teacher.quantization, "teacher.quantization")
     responses = recipe.distillation.losses.responses if recipe.distillation else None
     if responses is None:
-        return
+        return faults
     field = "distillation.losses.responses"
     if not task.kind.generates:
-        raise InputError(field, f"the task {task.name}", "the task prompts")
-    if recipe.data.packing:
-        raise InputError("data.packing", True, f"false with {field}: prompts must be rows of their own")
-    check_length(
-        shorter, f"data.max_length + {field}.max_new_tokens", recipe.data.max_length + responses.max_new_tokens
-    )
+        return [*faults, InputError(field, f"the task {task.name}", "the task prompts")]
+    most = recipe.data.max_length + responses.max_new_tokens
+    limits = limits_of(shorter.config, shorter.name)
+    return faults + length_faults(limits, most, f"data.max_length + {field}.max_new_tokens")
 
 
 def _check_hub(recipe: Recipe) -> None:

@@ -16,12 +16,11 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import integration_utils as integrations
 from transformers.training_args import OptimizerNames
 
-from distill_llm.common.errors import InputError, faults_in, one_of, raise_all
+from distill_llm.common.errors import InputError, faults_in, first_line, one_of, raise_all
 from distill_llm.common.processes import open_processes
 from distill_llm.data.tasks import Task, TaskData
 from distill_llm.losses.objective import parse_objective
 from distill_llm.losses.terms.term import Use
-from distill_llm.models.finding import first_line
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.training.config import DistillationConfig
 from distill_llm.training.refusals import compiling
@@ -192,7 +191,7 @@ def _installed(training: Mapping[str, Any]) -> list[InputError]:
     if package is not None and find_spec(package) is None:
         faults.append(InputError("optim", optimizer, f"adamw_torch, or install {package}"))
     if training.get("deepspeed") and find_spec("deepspeed") is None:
-        faults.append(InputError("deepspeed", training["deepspeed"], "nothing where deepspeed is not installed"))
+        faults.append(InputError("deepspeed", training["deepspeed"], fix="install deepspeed, or leave it out"))
     reporters = training["report_to"]
     for name in reporters if isinstance(reporters, list) else [reporters]:
         known = ("none", "all", *integrations.INTEGRATION_TO_CALLBACK)

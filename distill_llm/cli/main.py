@@ -15,10 +15,10 @@ from distill_llm.cli import cache as cache_command
 from distill_llm.cli import respond as responses
 from distill_llm.cli.group import CommandGroup, is_main_process
 from distill_llm.cli.options import as_options, read_columns
-from distill_llm.common.errors import InputError, faults_in
+from distill_llm.common.errors import InputError, faults_in, raise_all
 from distill_llm.common.outputs import usable_file
+from distill_llm.recipe.pruning import PruningSection
 from distill_llm.recipe.recipe import Recipe, load_recipe, parse_recipe, recipe_descriptions, recipe_folder
-from distill_llm.recipe.sections import PruningSection
 from distill_llm.recipe.yaml_input import override, read_mapping
 
 if TYPE_CHECKING:
@@ -199,7 +199,8 @@ def evaluate(
     from distill_llm.data.sources import resolve_path
     from distill_llm.data.spec import DataSpec
     from distill_llm.evaluation.evaluate import evaluate_model
-    from distill_llm.models.finding import check_head, check_length, check_tokens, open_model
+    from distill_llm.models.finding import check_head, check_tokens, open_model
+    from distill_llm.models.limits import length_faults, limits_of
 
     names = read_columns(columns)
     with as_options():
@@ -217,9 +218,10 @@ def evaluate(
         )
         rows = load_task(spec, opened.config, training=False)
         check_head(opened, rows.task)
-        check_length(opened, "--max-length", max_length)
+        limits = limits_of(opened.config, opened.name)
+        raise_all(length_faults(limits, max_length, "--max-length"))
         rows.task.kind.check_rows(rows, opened.tokenizer)
-        encoded = check_tokens(encode(rows, opened.tokenizer, max_length), opened.tokenizer, opened.path)
+        encoded = check_tokens(encode(rows, opened.tokenizer, max_length), opened)
         metrics = evaluate_model(
             _load_model(opened),
             encoded.test,
@@ -249,12 +251,13 @@ def profile(
 ) -> None:
     """Parameters, FLOPs, memory and latency of a model on this device, as a table; two models side by side."""
     from distill_llm.measuring import profiling
-    from distill_llm.models.finding import check_length, open_model
+    from distill_llm.models.finding import open_model
+    from distill_llm.models.limits import length_faults, limits_of
 
     names = {"MODEL": model} | ({"--against": against} if against is not None else {})
     opened = [open_model(field, name, tokenizer=False) for field, name in names.items()]
     for each in opened:
-        check_length(each, "--sequence-length", sequence_length)
+        raise_all(length_faults(limits_of(each.config, each.name), sequence_length, "--sequence-length"))
     models = [_load_model(each) for each in opened]
     measure: Any = profiling.profile if against is None else profiling.compare
     result = measure(*models, batch_size, sequence_length)

@@ -10,6 +10,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from distill_llm.architectures.modeling_pruned import STOCK_PREFIX
+from distill_llm.common.errors import InputError
 
 PACKED_FAMILIES = (
     "llama",
@@ -33,6 +34,19 @@ PACKED_FAMILIES = (
     "gpt_neox",
 )
 """Families that keep the sequences of a packed row apart by their `position_ids`; all others mix them silently."""
+
+
+def keeps_packed_apart(family: str) -> bool:
+    """Whether models of a family (`model_type`) keep the sequences of a packed row apart."""
+    return family in PACKED_FAMILIES
+
+
+def packing_faults(family: str, field: str, given: Any = "packed rows") -> list[InputError]:
+    """A fault where packed rows are for a family that would mix their sequences; `given` is what the user gave."""
+    if keeps_packed_apart(family):
+        return []
+    fix = f"leave packing out: {family} mixes the sequences of a row (these do not: {', '.join(PACKED_FAMILIES)})"
+    return [InputError(field, given, fix=fix)]
 
 
 def is_decoder(config: PreTrainedConfig) -> bool:

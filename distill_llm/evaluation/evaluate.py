@@ -13,17 +13,19 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from distill_llm.architectures.modes import evaluating
-from distill_llm.common.errors import InputError
+from distill_llm.common.errors import InputError, raise_all
 from distill_llm.common.progress import progress_bar
 from distill_llm.data.causal import CausalCollator
 from distill_llm.data.padding import LENGTH, Collator
 from distill_llm.data.tasks import Task
 from distill_llm.evaluation.generation import respond
 from distill_llm.evaluation.perplexity import causal_loss
+from distill_llm.evaluation.rules import scoring_faults
 from distill_llm.losses.labels import IGNORED
 from distill_llm.metrics.modules import text_score
 from distill_llm.metrics.registry import find_metric
 from distill_llm.models.item_logits import item_logits, packed
+from distill_llm.models.limits import limits_of
 
 
 def evaluate_model(
@@ -51,11 +53,13 @@ def evaluate_model(
 
     Raises:
         ValueError: the dataset is empty.
-        InputError: a language model has no token to predict in it.
+        InputError: the model cannot read a row, or has no room for a response (see `scoring_faults`); a language model has no
+            token to predict.
         FloatingPointError: the model gave an output that is not finite.
     """
     if not len(dataset):
         raise ValueError("dataset: got no rows; accepted: at least one")
+    raise_all(scoring_faults(limits_of(model.config, type(model).__name__), dataset, task))
     if not task.is_language_model:
         return compute_metrics(task, *predict(model, dataset, task, collator, batch_size=batch_size, progress=progress))
     with evaluating(model):
@@ -89,11 +93,11 @@ def predict(
     for batch in _batches(model, dataset, order, collator, batch_size, progress):
         labels = batch.pop("labels").cpu().numpy()
         with torch.inference_mode():
-            logits = model(**batch).logits.float().cpu()
-        if not torch.isfinite(logits).all():
+            outputs = task.kind.outputs(model(**batch)).float().cpu()
+        if not torch.isfinite(outputs).all():
             raise FloatingPointError(f"{type(model).__name__} gave outputs that are not finite on {task.name}")
         rows = range(len(labels))
-        found += [task.kind.predictions(logits[row : row + 1], labels[row : row + 1]) for row in rows]
+        found += [task.kind.predictions(outputs[row : row + 1], labels[row : row + 1]) for row in rows]
     in_order = [found[place] for place in np.argsort(order)]
     predictions, references = (np.concatenate(each) for each in zip(*in_order, strict=True))
     return predictions, references

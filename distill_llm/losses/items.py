@@ -9,13 +9,20 @@ from transformers import PreTrainedModel
 from distill_llm.losses.labels import IGNORED
 from distill_llm.losses.units import Kind
 
+ITEMS: dict[str, Kind] = {
+    "ForSequenceClassification": "example",
+    "ForTokenClassification": "token",
+    "ForMaskedLM": "token",
+    "ForCausalLM": "next_token",
+    "GPT2LMHeadModel": "next_token",
+}
+"""What an output is about, by the end of the model's class name: all heads that can be trained. A task kind adds its own."""
+
 
 def kind_of(model: PreTrainedModel) -> Kind:
     """What an output of the model's head is about: the `example`, its own `token`, or the `next_token` (causal LM)."""
     name = type(model).__name__
-    if name.endswith(("ForCausalLM", "GPT2LMHeadModel")):
-        return "next_token"
-    return "token" if name.endswith(("ForMaskedLM", "ForTokenClassification")) else "example"
+    return next((item for head, item in ITEMS.items() if name.endswith(head)), "example")
 
 
 def valid_tokens(batch: Mapping[str, Any]) -> torch.Tensor:

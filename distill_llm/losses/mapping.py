@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from transformers import PreTrainedConfig
 
-from distill_llm.architectures.families import LayerLineage, hidden_lineage, stock_values, width_of
+from distill_llm.architectures.families import width_of
+from distill_llm.architectures.lineage import LayerPlan, lineage_of, stock_values
 from distill_llm.common.errors import InputError
 from distill_llm.losses.layers import layer_faults
 
@@ -37,15 +38,16 @@ def unequal_widths(student: PreTrainedConfig, teacher: PreTrainedConfig) -> tupl
 
     The states of a student that kept known channels of this teacher are compared with these channels.
     """
-    if hidden_lineage(student) is not None and cut_from(student, teacher):
+    lineage = lineage_of(student)
+    if lineage is not None and lineage.hidden is not None and cut_from(student, teacher):
         return None
     widths = width_of(student), width_of(teacher)
     return widths if widths[0] != widths[1] else None
 
 
 def relative_lineage(
-    student: Sequence[LayerLineage], teacher: Sequence[LayerLineage], group_size: int = 1
-) -> tuple[LayerLineage, ...]:
+    student: Sequence[LayerPlan], teacher: Sequence[LayerPlan], group_size: int = 1
+) -> tuple[LayerPlan, ...]:
     """The student's lineage counted in a teacher that is itself pruned, both given in indices of the original model.
 
     Args:
@@ -56,30 +58,27 @@ def relative_lineage(
         InputError: if the student has a layer, head or neuron that this teacher has not.
     """
     position = {layer.source: index for index, layer in enumerate(teacher)}
-    found = []
+    found, original = [], {"heads": 1, "queries": group_size}
     for layer in student:
-        own = teacher[position[layer.source]] if layer.source in position else LayerLineage(0, (), (), ())
-        queries, own_queries = query_heads(layer, group_size), query_heads(own, group_size)
-        units = ((layer.heads, own.heads), (layer.neurons, own.neurons), (queries, own_queries))
-        if layer.source not in position or any(not set(kept) <= set(there) for kept, there in units):
+        try:
+            place = position[layer.source]
+            found.append(layer.counted_in(teacher[place], place, original))
+        except (KeyError, ValueError):
             accepted = "a teacher that has all layers, heads and neurons of the student"
-            raise InputError("teacher", f"a pruned model without all parts of layer {layer.source}", accepted)
-        found.append(LayerLineage(position[layer.source], *(tuple(map(there.index, kept)) for kept, there in units)))
+            raise InputError("teacher", f"a pruned model without all parts of layer {layer.source}", accepted) from None
     return tuple(found)
 
 
-def query_heads(layer: LayerLineage, group_size: int) -> tuple[int, ...]:
+def query_heads(layer: LayerPlan, group_size: int) -> tuple[int, ...]:
     """The query heads that a layer keeps; `group_size` of them share a key-value head in the original model."""
-    if layer.queries is not None:
-        return layer.queries
-    return tuple(group * group_size + i for group in layer.heads for i in range(group_size))
+    return tuple(layer.indices("queries", {"heads": 1, "queries": group_size}))
 
 
 def hidden_pairs(
     layers: str | Sequence[tuple[int, int]],
     student_layers: int,
     teacher_layers: int,
-    lineage: Sequence[LayerLineage] | None,
+    lineage: Sequence[LayerPlan] | None,
     field: str = "losses.hidden.layers",
 ) -> list[LayerPair]:
     """The layers whose outputs are compared.
@@ -108,7 +107,7 @@ def attention_pairs(
     layers: str | Sequence[tuple[int, int]],
     student_layers: int,
     teacher_layers: int,
-    lineage: Sequence[LayerLineage] | None,
+    lineage: Sequence[LayerPlan] | None,
     field: str = "losses.attention.layers",
     group_size: int = 1,
 ) -> list[LayerPair]:
@@ -124,7 +123,7 @@ def attention_pairs(
     return _plain_pairs(layers, student_layers, teacher_layers, field)
 
 
-def _need_lineage(lineage: Sequence[LayerLineage] | None, teacher_layers: int, field: str) -> Sequence[LayerLineage]:
+def _need_lineage(lineage: Sequence[LayerPlan] | None, teacher_layers: int, field: str) -> Sequence[LayerPlan]:
     for fault in layer_faults("lineage", None, cut=lineage is not None):
         raise fault.renamed(field)
     assert lineage is not None

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from distill_llm.architectures.families import FAMILIES, dims_of, hidden_lineage, layers_of, lineage_of
+from distill_llm.architectures.families import FAMILIES, dims_of, layers_of
+from distill_llm.architectures.lineage import lineage_of
 from distill_llm.common.errors import InputError
 from distill_llm.losses.hidden import hidden_distance
 from distill_llm.losses.items import kind_of
@@ -66,7 +67,8 @@ class Match:
         self._indices: dict[tuple[int, ...], torch.Tensor] = {}
         if teacher is not None:
             self._configs = student.config, teacher.config
-            self._rows = lineage_of(student), lineage_of(teacher)
+            self._lineages = lineage_of(student), lineage_of(teacher)
+            self._rows = [None if lineage is None else lineage.layers for lineage in self._lineages]
             self._counts = len(layers_of(student)), len(layers_of(teacher))
 
     def hidden_pairs(self, layers: str | Sequence[tuple[int, int]], field: str) -> list[LayerPair]:
@@ -113,8 +115,9 @@ class Match:
     @cached_property
     def _channels(self) -> tuple[int, ...] | None:
         """The teacher's channels that the student kept, counted in this teacher; None: the same, or projected."""
-        own, original = self._configs
-        kept, there = hidden_lineage(own) if cut_from(own, original) else None, hidden_lineage(original)
+        kept, there = (None if lineage is None else lineage.hidden for lineage in self._lineages)
+        if not cut_from(*self._configs):
+            return None
         if kept is None or there is None:
             return kept
         if not set(kept) <= set(there):

@@ -43,6 +43,8 @@ class Responses(BaseModel):
             yield InputError("", "a student that does not generate", "a causal language model")
         if use.teacher is not None and not use.teacher.new_text:
             yield InputError("", use.teacher.name, "a teacher in memory: it never saw the student's answers")
+        if use.packed:
+            yield InputError("", "rows of several sequences", "a prompt in each row (data.packing: false)")
         if use.sharding not in (None, "FSDP2"):
             yield InputError("", f"a student sharded by {use.sharding}", "FSDP2 (fsdp_version 2), or DDP")
 

@@ -1,9 +1,9 @@
-"""Times taken in pairs: two models, or two parts of one, take turns on a device."""
+"""Times of forward passes, alone and in pairs: two models, or two parts of one, take turns on a device."""
 
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -11,12 +11,40 @@ from transformers import PreTrainedModel
 from distill_llm.architectures.modes import evaluating
 from distill_llm.measuring.counting import full_length_inputs
 
+T = TypeVar("T")
+WARM_UP = 3
+"""Runs that are not timed, before those that are."""
+
 Clock = Callable[[Callable[[], Any], Callable[[], Any]], tuple[float, float]]
 """Of two things to run: the seconds that the first takes, and how many times as long the second takes."""
 
-
 Measure = Callable[[PreTrainedModel, PreTrainedModel], float]
 """How many times as long the first model's forward pass takes as the second's."""
+
+
+def seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """How long `run` takes on a device, with nothing recorded for gradients and nothing left running there."""
+    with torch.inference_mode():
+        _wait(device)
+        start = time.perf_counter()
+        run()
+        _wait(device)
+        return time.perf_counter() - start
+
+
+def in_turns(first: Callable[[], T], second: Callable[[], T], repeats: int) -> list[tuple[T, T]]:
+    """Call both `repeats` times and pair what they return, in this order.
+
+    Which of the two goes first changes every time, so that a slow moment of the machine hits both alike.
+    """
+    pairs = []
+    for repeat in range(repeats):
+        if repeat % 2:
+            after, before = second(), first()
+        else:
+            before, after = first(), second()
+        pairs.append((before, after))
+    return pairs
 
 
 def relative_latency(
@@ -28,31 +56,24 @@ def relative_latency(
         return on_device(other.device)(lambda: other(**inputs[1]), lambda: model(**inputs[0]))[1]
 
 
-def on_device(device: torch.device, fewest: int = 11, most: int = 101, seconds: float = 0.5) -> Clock:
-    """A clock for things that run on a device: between `fewest` and `most` pairs, about `seconds` of them, after a warm-up.
-
-    The two take turns, and which goes first changes every time, so that a slow moment of the machine hits both.
-    """
-
-    def run(call: Callable[[], Any]) -> float:
-        _wait(device)
-        start = time.perf_counter()
-        call()
-        _wait(device)
-        return time.perf_counter() - start
+def on_device(device: torch.device, fewest: int = 11, most: int = 101, budget: float = 0.5) -> Clock:
+    """A clock for a device: after a warm-up it times between `fewest` and `most` pairs, about `budget` seconds of them."""
 
     def clock(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[float, float]:
-        with torch.inference_mode():
-            for _ in range(3):
-                once = run(first) + run(second)
-            times = []
-            for repeat in range(min(most, max(fewest, int(seconds / once)))):
-                times.append((run(first), run(second)) if repeat % 2 else (run(second), run(first))[::-1])
+        def time_first() -> float:
+            return seconds(first, device)
+
+        def time_second() -> float:
+            return seconds(second, device)
+
+        once = sum(in_turns(time_first, time_second, WARM_UP)[-1])
+        times = in_turns(time_first, time_second, min(most, max(fewest, int(budget / once))))
         return statistics.median(a for a, _ in times), statistics.median(b / a for a, b in times)
 
     return clock
 
 
 def _wait(device: torch.device) -> None:
+    """Until the device has done all that it was asked for."""
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()

@@ -7,8 +7,7 @@ model's own dtype and on the device it is on. A pruned model needs nothing speci
 import platform
 import statistics
 import subprocess
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +16,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from distill_llm.architectures.modes import evaluating
+from distill_llm.measuring.clocks import WARM_UP, in_turns, seconds
 from distill_llm.measuring.counting import (
     at_least_one,
     count_flops,
@@ -26,7 +26,6 @@ from distill_llm.measuring.counting import (
     weights_memory,
 )
 
-WARM_UP = 3
 MEGABYTE = 10**6
 
 
@@ -94,10 +93,9 @@ def profile(model: PreTrainedModel, batch_size: int = 32, sequence_length: int =
     """
     inputs = full_length_inputs(model, batch_size, sequence_length)
     at_least_one("repeats", repeats)
+    timer = _timer(model, inputs)
     with evaluating(model):
-        for _ in range(WARM_UP):
-            _seconds(model, inputs)
-        times = [_seconds(model, inputs) for _ in range(repeats)]
+        times = [timer() for _ in range(WARM_UP + repeats)][WARM_UP:]
     return _profile(model, inputs, times)
 
 
@@ -114,21 +112,16 @@ def compare(
     Each repeat times both models, the one to go first changing every time, and gives one ratio; the speed-up is the
     median of these paired ratios. See `profile` for the arguments and errors.
     """
-    pair = (model, other)
-    inputs = [full_length_inputs(each, batch_size, sequence_length) for each in pair]
+    inputs = [full_length_inputs(each, batch_size, sequence_length) for each in (model, other)]
     at_least_one("repeats", repeats)
-    times: tuple[list[float], list[float]] = ([], [])
+    timers = _timer(model, inputs[0]), _timer(other, inputs[1])
     with evaluating(model), evaluating(other):
-        for _ in range(WARM_UP):
-            for each, batch in zip(pair, inputs, strict=True):
-                _seconds(each, batch)
-        for repeat in range(repeats):
-            for index in (repeat % 2, 1 - repeat % 2):
-                times[index].append(_seconds(pair[index], inputs[index]))
-    ratios = [theirs / ours for ours, theirs in zip(*times, strict=True)]
+        in_turns(*timers, WARM_UP)
+        pairs = in_turns(*timers, repeats)
+    ratios = [theirs / ours for ours, theirs in pairs]
     return Comparison(
-        model=_profile(model, inputs[0], times[0]),
-        other=_profile(other, inputs[1], times[1]),
+        model=_profile(model, inputs[0], [ours for ours, _ in pairs]),
+        other=_profile(other, inputs[1], [theirs for _, theirs in pairs]),
         speedup=statistics.median(ratios),
         speedup_min=min(ratios),
         speedup_max=max(ratios),
@@ -205,18 +198,9 @@ def _profile(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], times: 
     )
 
 
-def _seconds(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> float:
-    with torch.inference_mode():
-        _synchronize(model.device)
-        start = time.perf_counter()
-        model(**inputs)
-        _synchronize(model.device)
-        return time.perf_counter() - start
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+def _timer(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> Callable[[], float]:
+    """Times one forward pass."""
+    return lambda: seconds(lambda: model(**inputs), model.device)
 
 
 def _processor() -> str:

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from distill_llm.common.errors import InputError, first_line, one_of
+from distill_llm.common.errors import InputError, first_line, one_of, raise_all
 from distill_llm.data.sources import resolve_path
 from distill_llm.data.tasks import Task, TaskData, label_names, same_names
 from distill_llm.models.gguf import SUFFIX, plain_checkpoint
+from distill_llm.models.limits import RowFacts, beyond_vocabulary, limits_of, masking_faults, read_rows, row_faults
 
 DTYPES = ("float32", "bfloat16", "float16")
 WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
@@ -37,7 +37,7 @@ class OpenModel:
 def resolve_model(name: str, field: str = "model") -> str:
     """Where a model is: a folder, or a Hub id. A GGUF file is read once into a folder of the cache."""
     path = resolve_path(name, field)
-    return str(plain_checkpoint(path, field)) if path.endswith(SUFFIX) and Path(path).is_file() else path
+    return str(plain_checkpoint(path, field)) if path.endswith(SUFFIX) and os.path.isfile(path) else path
 
 
 def open_model(field: str, name: str, tokenizer: bool = True) -> OpenModel:
@@ -48,7 +48,7 @@ def open_model(field: str, name: str, tokenizer: bool = True) -> OpenModel:
     """
     path = resolve_model(name, field)
     local = Path(path)
-    if local.exists():
+    if os.path.exists(path):
         if not (local / "config.json").is_file():
             raise InputError(field, name, "a folder with a config.json, as save_pretrained writes it")
         if tokenizer and not any(any(local.glob(pattern)) for pattern in TOKENIZER_FILES):
@@ -58,7 +58,7 @@ def open_model(field: str, name: str, tokenizer: bool = True) -> OpenModel:
         raise InputError(field, name, "an existing folder or GGUF file, a Hub id, or package://PACKAGE/PATH")
     try:
         config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, StrictDataclassError) as error:
+    except Exception as error:  # each family's config raises its own kinds
         raise InputError(field, name, _reason("a model that transformers can open", path, error)) from None
     if not tokenizer:
         return OpenModel(field, name, path, config)
@@ -70,49 +70,36 @@ def open_model(field: str, name: str, tokenizer: bool = True) -> OpenModel:
     return OpenModel(field, name, path, config, found)
 
 
-def _beyond(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """Tokens of a tokenizer for which a model has no embedding, by their id."""
-    vocabulary = getattr(config, "vocab_size", None)
-    if vocabulary is None or len(tokenizer) <= vocabulary:
-        return {}
-    return {number: token for token, number in tokenizer.get_vocab().items() if number >= vocabulary}
-
-
 def _check_vocabulary(field: str, name: str, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """The model has an embedding for all tokens but added ones that no row has to hold (Gemma 3's image token)."""
-    beyond = _beyond(config, tokenizer)
+    limits = limits_of(config, name)
+    beyond = beyond_vocabulary(limits, tokenizer)
     if not beyond:
         return
     kinds = ("pad", "bos", "eos", "cls", "sep", "mask", "unk")
     needed = {getattr(tokenizer, f"{kind}_token_id") for kind in kinds} | set(tokenizer("a")["input_ids"])
     if needed & beyond.keys() or not beyond.keys() <= tokenizer.added_tokens_decoder.keys():
-        accepted = f"a tokenizer of at most {config.vocab_size} tokens, the model's; it has {len(tokenizer)}"
+        accepted = f"a tokenizer of at most {limits.vocabulary} tokens, the model's; it has {len(tokenizer)}"
         raise InputError(field, name, accepted)
     shown = ", ".join(list(beyond.values())[:3]) + (", ..." if len(beyond) > 3 else "")
     line = "%s has no embedding for %d of its tokenizer's tokens (%s): no text may hold them"
     logging.getLogger(__name__).warning(line, name, len(beyond), shown)
 
 
-def check_tokens(data: TaskData, tokenizer: PreTrainedTokenizerBase, path: str) -> TaskData:
+def check_tokens(data: TaskData, model: OpenModel, field: str = "data") -> TaskData:
     """Encoded rows as they are, once it is known that a model has an embedding for all of their tokens.
-
-    Args:
-        path: where the model is.
 
     Raises:
         InputError: where a row holds a token beyond the model's vocabulary, or may come to hold one (masked words).
     """
-    config = AutoConfig.from_pretrained(path)
-    if not (beyond := _beyond(config, tokenizer)):
+    limits = limits_of(model.config, model.name)
+    if not beyond_vocabulary(limits, model.tokenizer):
         return data
     if data.task.kind.changes_inputs:  # a masked word may become any token
-        accepted = f"one whose tokenizer has at most its {config.vocab_size} tokens for masked words; {len(tokenizer)}"
-        raise InputError("model", path, accepted)
+        raise_all(masking_faults(limits, len(model.tokenizer), model.field, model.name))
     for split in (data.train, data.validation, data.test):
-        for row, ids in enumerate(split["input_ids"] if split is not None else ()):
-            if (largest := max(ids, default=0)) in beyond:
-                given = f"{beyond[largest]!r} in a text (row {row})"
-                raise InputError("data", given, f"texts of the model's own {config.vocab_size} tokens")
+        beyond = read_rows(split, limits).beyond if split is not None else None
+        raise_all(row_faults(limits, RowFacts(beyond=beyond), field, model.tokenizer))
     return data
 
 
@@ -125,7 +112,7 @@ def _check_weights(field: str, name: str, folder: Path) -> None:
     if file.suffix == ".json":
         try:
             files = [folder / shard for shard in sorted(set(json.loads(file.read_text())["weight_map"].values()))]
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
             raise InputError(field, name, f"a folder with its weights ({file.name} cannot be read)") from None
     for each in files:
         if not each.is_file():
@@ -141,7 +128,7 @@ def _check_weights(field: str, name: str, folder: Path) -> None:
 
 def _reason(wanted: str, path: str, error: Exception) -> str:
     """What was wanted, and in a few words why it could not be had."""
-    if Path(path).exists():
+    if os.path.exists(path):
         return f"{wanted} ({first_line(error)})"
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         return "an existing folder, or a Hub id in the local cache: the Hub is off (HF_HUB_OFFLINE is set)"
@@ -174,22 +161,6 @@ def check_head(model: OpenModel, task: Task) -> None:
         )
 
 
-def longest_input(config: PreTrainedConfig) -> int | None:
-    """The most tokens a model takes at once; None where its config sets no bound."""
-    positions = getattr(config, "max_position_embeddings", None)
-    # Positions of these are counted from behind the padding's, MPNet's whatever its config says.
-    if positions is not None and config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
-        positions -= 2 if config.model_type == "mpnet" else (config.pad_token_id or 0) + 1
-    return positions
-
-
-def check_length(model: OpenModel, field: str, tokens: int) -> None:
-    """Raise InputError where `tokens` at once are more than the model takes."""
-    longest = longest_input(model.config)
-    if longest is not None and tokens > longest:
-        raise InputError(field, tokens, f"at most {longest}, the longest input of {model.name}")
-
-
 def chosen_dtype(given: str | None, device: torch.device) -> str:
     """The precision of a teacher's weights where it only answers: as given, else bfloat16 on CUDA and float32 elsewhere.
 
@@ -203,7 +174,7 @@ def chosen_dtype(given: str | None, device: torch.device) -> str:
 
 def identity_of(path: str) -> str:
     """The folder that a teacher is known by: a Hub id's is its snapshot in the local cache."""
-    if Path(path).exists():
+    if os.path.exists(path):
         return path
     from huggingface_hub import snapshot_download
 

@@ -36,9 +36,8 @@ def plain_checkpoint(file: str | os.PathLike, field: str = "model") -> Path:
     with open_processes().main_process_first():
         if not folder.is_dir():
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with TemporaryDirectory(
-                dir=folder.parent
-            ) as own:  # of this process alone: another one may convert the same file
+            # Another run may convert the same file now: each writes a folder of its own, and the first one stays.
+            with TemporaryDirectory(dir=folder.parent) as own:
                 try:
                     _convert(file, Path(own) / "model")
                 except (OSError, ValueError, NotImplementedError) as error:

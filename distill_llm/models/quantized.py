@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from distill_llm.common.errors import InputError, one_of
+from distill_llm.common.errors import InputError, one_of, raise_all
 from distill_llm.models.checkpoint import load_pretrained
 
 QUANTIZATIONS = ("8bit", "4bit")
@@ -38,15 +38,21 @@ def load_teacher(
     settings: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     if device is not None:
         settings["device_map"] = {"": torch.device(device)}
+    raise_all(quantization_faults(quantization, "quantization"))
     if quantization is not None:
-        if quantization not in QUANTIZATIONS:
-            raise InputError("quantization", quantization, one_of(QUANTIZATIONS, str(quantization)))
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise InputError(
-                "quantization", quantization, "None without the package bitsandbytes (pip install bitsandbytes)"
-            )
         settings["quantization_config"] = _settings(quantization, dtype)
     return load_pretrained(path, **settings).eval()
+
+
+def quantization_faults(quantization: str | None, field: str) -> list[InputError]:
+    """A fault of an unknown way to round weights, or of one whose package is not installed."""
+    if quantization is None:
+        return []
+    if quantization not in QUANTIZATIONS:
+        return [InputError(field, quantization, one_of(QUANTIZATIONS, str(quantization)))]
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return [InputError(field, quantization, fix="install bitsandbytes (pip install bitsandbytes), or leave it out")]
+    return []
 
 
 def _settings(quantization: str, dtype: torch.dtype | None) -> BitsAndBytesConfig:

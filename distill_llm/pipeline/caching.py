@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from distill_llm.checks.recipe import check_data
+from distill_llm.checks.recipe import load_rows
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.common.outputs import usable_output
 from distill_llm.common.processes import open_processes
@@ -25,12 +25,12 @@ from distill_llm.models.checkpoint import load_pretrained
 from distill_llm.models.finding import (
     OpenModel,
     check_head,
-    check_length,
     check_tokens,
     chosen_dtype,
     identity_of,
     open_model,
 )
+from distill_llm.models.limits import length_faults, limits_of
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.teachers.cache import CachedTeacher, cache_gives
 from distill_llm.teachers.cache_format import INDEX_NAME, CacheIndex, CacheSettings, read_index
@@ -62,7 +62,9 @@ def cache_recipe(
     if dtype is not None and section.dtype not in (None, dtype):
         raise InputError("dtype", dtype, fix=f"leave it out, or give the recipe's teacher.dtype, {section.dtype}")
     dtype = dtype or section.dtype
-    return _Job(opened, lambda: check_data(recipe), section.cache, length, settings, batch_size, dtype, losses).write()
+    return _Job(
+        opened, lambda: load_rows(recipe, opened), section.cache, length, settings, batch_size, dtype, losses
+    ).write()
 
 
 def cache_teacher(
@@ -168,10 +170,8 @@ class _Job:
             accepted = "a task whose inputs stay the same in every epoch: masked words change"
             raise InputError("task", rows.task.name, accepted)
         check_head(opened, rows.task)
-        check_length(opened, *self.length)
-        return rows.task, check_tokens(
-            encode(rows, opened.tokenizer, self.length[1]), opened.tokenizer, opened.path
-        ).train
+        raise_all(length_faults(limits_of(opened.config, opened.name), self.length[1], self.length[0]))
+        return rows.task, check_tokens(encode(rows, opened.tokenizer, self.length[1]), opened).train
 
 
 def cached_teacher(folder: str | Path, teacher: str, tokenizer: Any, train: Any) -> CachedTeacher:

@@ -7,44 +7,42 @@ from typing import Any
 import torch
 from accelerate.utils.memory import clear_device_cache
 from rich.console import Console
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distill_llm.checks.recipe import check_data
+from distill_llm.checks.recipe import Opened, encoded_rows
 from distill_llm.common.processes import open_processes
-from distill_llm.data.encoding import collator, encode
+from distill_llm.data.encoding import collator
 from distill_llm.data.padding import Collator
 from distill_llm.data.tasks import TaskData
 from distill_llm.evaluation.evaluate import evaluate_model
 from distill_llm.models.checkpoint import converted, load_pretrained
-from distill_llm.models.finding import check_tokens, resolve_model
-from distill_llm.recipe.recipe import Recipe
+from distill_llm.models.finding import OpenModel
 
 
 class Context:
-    """What the stages of a run share. Everything is read when it is first asked for.
+    """What the stages of a run share. Rows are encoded when they are first asked for.
 
     Args:
-        recipe: checked already.
+        opened: what the door opened of the recipe.
     """
 
-    def __init__(self, recipe: Recipe):
-        self.recipe, self.folder = recipe, Path(recipe.output_dir)
+    def __init__(self, opened: Opened):
+        self.opened, self.recipe, self.folder = opened, opened.recipe, Path(opened.recipe.output_dir)
         self.processes = open_processes()
-        self.teacher_path = resolve_model(recipe.teacher.model)
+        self.teacher_path = opened.teacher.path
         self.student_dir = self.folder / "student"
         self.metrics_file, self.report_file = self.folder / "metrics.json", self.folder / "report.md"
 
-    @cached_property
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of teacher and student."""
-        return AutoTokenizer.from_pretrained(self.teacher_path)
+        return self.opened.teacher.tokenizer
 
     @cached_property
     def data(self) -> TaskData:
         """The encoded rows. Process 0 tokenizes; the others read its cache."""
         with self.processes.main_process_first():
-            rows = encode(check_data(self.recipe), self.tokenizer, self.recipe.data.max_length)
-            return check_tokens(rows, self.tokenizer, self.teacher_path)
+            return encoded_rows(self.opened)
 
     @cached_property
     def collator(self) -> Collator:
@@ -54,13 +52,12 @@ class Context:
     @cached_property
     def teacher_dtype(self) -> torch.dtype:
         """The dtype that the teacher is scored and measured in: its checkpoint's, even where it is fine-tuned here in fp32."""
-        return _dtype_of(self.teacher_path)
+        return _dtype_of(self.opened.teacher)
 
     @cached_property
     def student_dtype(self) -> torch.dtype:
         """The dtype that students are scored and written in: that of the checkpoint they are made from."""
-        given = self.recipe.student.model if self.recipe.student else None
-        return self.teacher_dtype if given is None else _dtype_of(resolve_model(given))
+        return _dtype_of(self.opened.student or self.opened.teacher)
 
     def load(
         self, path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | None = None
@@ -106,6 +103,7 @@ class Context:
             Console(soft_wrap=True).print(text, markup=False, highlight=False)
 
 
-def _dtype_of(path: str | Path) -> torch.dtype:
+def _dtype_of(model: OpenModel) -> torch.dtype:
     """The dtype that a checkpoint's config.json names; fp32 where it names none."""
-    return AutoConfig.from_pretrained(path).dtype or torch.float32
+    dtype: Any = model.config.dtype
+    return dtype or torch.float32

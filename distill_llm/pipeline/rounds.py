@@ -1,22 +1,16 @@
-"""The removal of a round: what every unit is worth, the plan, and the cut itself, once or several times over."""
+"""The removal of a round: a plan and a cut, once or several times over."""
 
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from distill_llm.common.files import written_whole
-from distill_llm.common.progress import progress_bar
 from distill_llm.losses.items import kind_of
 from distill_llm.measuring.clocks import relative_latency
-from distill_llm.models.fingerprints import teacher_fingerprint
-from distill_llm.pruning.compensation.bypass import Bypasses, fit_bypasses, outputs_taken_over
+from distill_llm.pipeline.calibration import Calibration
 from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.importance import score
 from distill_llm.pruning.plan import PruningPlan, keep_layers
@@ -25,24 +19,19 @@ from distill_llm.pruning.planning.candidate import Limits
 from distill_llm.pruning.planning.latency import latency_costs, plan_for_latency
 from distill_llm.pruning.planning.planner import plan_pruning
 from distill_llm.pruning.planning.small_cuts import compose_plans, cut_shares
-from distill_llm.pruning.statistics.calibration_pass import CalibrationPass
-from distill_llm.pruning.statistics.collecting import collect_statistics
-from distill_llm.pruning.statistics.layer_moments import LayerMoments
-from distill_llm.pruning.statistics.leave_one_out import leave_one_out
+from distill_llm.pruning.statistics.calibration_pass import Batches
 from distill_llm.pruning.statistics.processes import from_main_process, process
 from distill_llm.pruning.statistics.record import Statistics
 from distill_llm.recipe.recipe import Recipe, budget_batch
 
-Batches = Iterable[Mapping[str, torch.Tensor]]
-
 
 @dataclass(frozen=True)
 class Cut:
-    """What a removal came to.
+    """The result of a removal.
 
     Attributes:
         plan: for the model that was cut.
-        model: what is left of it, compensated if that was asked for.
+        model: the pruned model, after compensation where the section asks for it.
         kept: the share of the teacher's cost that is left.
         compensated: whether anything took over what was removed.
     """
@@ -57,14 +46,16 @@ class Cutter:
     """Cuts models as a recipe's pruning section says. All processes of a run call it together.
 
     Args:
-        recipe: checked already, with a pruning section.
-        batches: the calibration data of a cut, counted from 0 in every round; the same on every process and at every reading.
-        device: computes a layer at a time what models elsewhere do with these data; None: they are where they compute.
+        recipe: a checked recipe with a pruning section.
+        batches: opens the calibration data of a cut; cuts are counted from 0 in every round. The data are the same on every
+            process and each time.
+        device: where to compute a layer at a time with models that are elsewhere; None: where the models are.
     """
 
     def __init__(self, recipe: Recipe, batches: Callable[[int], Batches], device: torch.device | None = None):
         assert recipe.pruning is not None
-        self.recipe, self.section, self.batches, self.device = recipe, recipe.pruning, batches, device
+        self.recipe, self.section = recipe, recipe.pruning
+        self.calibration = Calibration(recipe.pruning, recipe.seed, batches, device)
         self.is_main = process()[0] == 0
 
     def cut(self, student: PreTrainedModel, teacher: PreTrainedModel, keep: float, file: Path | None = None) -> Cut:
@@ -74,15 +65,15 @@ class Cutter:
             student: unchanged, in eval mode.
             teacher: what `keep` is a share of.
             keep: share of the cost of the teacher's layers; of its latency with cost latency.
-            file: where the student's statistics are, or are to be kept.
+            file: where the statistics of the student are kept: read if they are there, else written.
         """
         plan, model, compensated = None, student, self.section.folds
         for number, share in enumerate(cut_shares(self.share(student, teacher), keep, self.section.cuts)):
-            statistics = self.statistics(model, number, None if number else file)
+            statistics = self.calibration.statistics(model, number, None if number else file)
             chosen = from_main_process(self._plan(model, teacher, statistics, share) if self.is_main else None)
             plan = chosen if plan is None else compose_plans(student, plan, chosen)
-            bypasses = self._bypasses(model, chosen, number)
-            folded = self._with_moments(statistics, model, number) if self.section.folds else None
+            bypasses = self.calibration.bypasses(model, chosen, number)
+            folded = self.calibration.with_moments(statistics, model, number) if self.section.folds else None
             model = prune(model, chosen, folded, bypasses=bypasses)
             compensated |= bool(bypasses)
         assert plan is not None and plan.kept is not None
@@ -99,7 +90,7 @@ class Cutter:
         """Keep the layers that the section names."""
         assert self.section.layers is not None
         plan = keep_layers(student, self.section.layers)
-        bypasses = self._bypasses(student, plan, 0)
+        bypasses = self.calibration.bypasses(student, plan)
         kept = plan.share(student, self.section.cost, *self.batch(student))
         return Cut(plan, prune(student, plan, bypasses=bypasses), kept, bool(bypasses))
 
@@ -133,139 +124,3 @@ class Cutter:
             return plan_for_latency(model, scores, share, dense=teacher, costs=costs, **options)
         left = min(1.0, share / self.share(model, teacher))
         return plan_pruning(model, scores, left, cost=section.cost, **options)
-
-    # Statistics.
-
-    @cached_property
-    def loss(self) -> str:
-        """What gradients are taken of."""
-        return self.section.loss or ("labels" if "labels" in next(iter(self.batches(0))) else "kl")
-
-    @cached_property
-    def _rows(self) -> str:
-        """A hash of the first cut's calibration data."""
-        digest = hashlib.blake2b(digest_size=16)
-        for batch in self.batches(0):
-            for name in sorted(batch):
-                digest.update(f"{name}{tuple(batch[name].shape)}{batch[name].dtype}".encode())
-                digest.update(batch[name].contiguous().numpy().tobytes())
-        return digest.hexdigest()
-
-    def statistics(self, model: PreTrainedModel, number: int = 0, file: Path | None = None) -> Statistics:
-        """Of the model on a cut's calibration data: from the file where it has all that is needed, else in one pass, and kept
-        there. Without a file only what this section needs is collected; with one of the user's also the loss's gradients, so that
-        the next criterion finds them.
-
-        On several processes each sees a part of the batches, and all end with the same sums.
-        """
-        section, loss = self.section, self.loss
-        needs_gradients, needs_without = self._needs_gradients, section.needs("leave_one_out")
-        users = file is not None and section.statistics is not None and file == section.statistics.expanduser()
-        with_loss = needs_gradients or users
-        identity: dict[str, Any] = {}
-        found: Statistics | None = None
-        if file is not None:
-            identity = {"model": teacher_fingerprint(model), "rows": self._rows, "precision": section.precision}
-            identity |= {"moment_share": section.moment_share} if self.section.holds_moments else {}
-            usable = from_main_process(self._usable(file, identity, needs_gradients))
-            found = Statistics.load(file) if usable else None
-        if found is not None and (found.without is not None or not needs_without):
-            return found
-        statistics = found or collect_statistics(
-            model,
-            self._shown(number, "Calibrating"),
-            loss if with_loss else None,
-            moments=self.section.holds_moments,
-            moment_share=section.moment_share,
-            hidden_moments=self._hidden_moments,
-            hidden=file is not None or "hidden" in section.units,
-            precision=self._precision,
-            checkpointing=section.checkpointing,
-            seed=self.recipe.seed,
-            sharded=True,
-            device=self.device,
-        )
-        if needs_without:
-            shown, precision = self._shown(number, "Leaving layers out"), self._precision
-            statistics = leave_one_out(
-                model, shown, statistics, loss, precision=precision, sharded=True, device=self.device
-            )
-        if file is not None and self.is_main:
-            _keep(statistics, file, {**identity, "loss": loss if with_loss or needs_without else None})
-        return statistics
-
-    def _with_moments(self, statistics: Statistics, model: PreTrainedModel, number: int) -> Statistics:
-        """The statistics of a cut with the second moments that compensation needs."""
-        section = self.section
-        if section.moment_layers is None or statistics.moments:
-            return statistics
-        loss = self.loss if self._needs_gradients else None
-        calibration = CalibrationPass(
-            model,
-            loss,
-            precision=self._precision,
-            checkpointing=section.checkpointing,
-            seed=self.recipe.seed,
-            sharded=True,
-            device=self.device,
-        )
-        batches = partial(self._shown, number, "Second moments")
-        return replace(
-            statistics, moments=LayerMoments(calibration, batches, section.moment_layers, section.moment_share)
-        )
-
-    def _bypasses(self, model: PreTrainedModel, plan: PruningPlan, number: int) -> Bypasses | None:
-        """What the FFNs that stay take over of what a cut's plan removes whole; None where there is nothing to."""
-        if not (self.section.compensate and outputs_taken_over(model, plan)):
-            return None
-        shown = self._shown(number, "Fitting bypasses")
-        return fit_bypasses(model, plan, shown, precision=self._precision, sharded=True, device=self.device)
-
-    @property
-    def _needs_gradients(self) -> bool:
-        return self.section.needs("gradients")
-
-    @property
-    def _hidden_moments(self) -> bool:
-        """Whether compensation needs second moments of the residual stream."""
-        return self.section.compensate and "hidden" in self.section.units
-
-    @property
-    def _precision(self) -> torch.dtype | None:
-        return None if self.section.precision is None else getattr(torch, self.section.precision)
-
-    def _shown(self, number: int, title: str) -> Batches:
-        return progress_bar(self.batches(number), desc=title, leave=False, shown=self.is_main)
-
-    def _usable(self, file: Path, identity: Mapping[str, Any], needs_gradients: bool) -> bool:
-        """Whether a file has statistics of this model and these rows, with what this section needs."""
-        try:
-            record = json.loads(_record_of(file).read_text())
-        except (OSError, ValueError):
-            return False
-        if not file.is_file() or {name: record.get(name) for name in identity} != identity:
-            return False
-        needs_loss = needs_gradients or self.section.needs("leave_one_out")
-        if needs_loss and record.get("loss") not in (self.loss, *([] if needs_gradients else [None])):
-            return False
-        if self._hidden_moments and not record.get("hidden_moments"):
-            return False
-        return (record["gradients"] or not needs_gradients) and (record["moments"] or not self.section.holds_moments)
-
-
-def _record_of(file: Path) -> Path:
-    return file.with_suffix(".json")
-
-
-def _keep(statistics: Statistics, file: Path, record: dict[str, Any]) -> None:
-    """The statistics, and beside them what they are of: last, so that it never speaks of another file."""
-    _record_of(file).unlink(missing_ok=True)
-    with written_whole(file) as path:
-        statistics.save(path)
-    record |= {"gradients": statistics.has_gradients, "moments": bool(statistics.moments)}
-    record |= {"hidden_moments": bool(statistics.hidden_moments)}
-    with written_whole(_record_of(file)) as path:
-        path.write_text(json.dumps(record) + "\n")
-
-
-# Costs.

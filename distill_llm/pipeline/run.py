@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill_llm.checks.recipe import check_cached_rows, check_recipe
-from distill_llm.common.errors import InputError, raise_all
+from distill_llm.checks.prune import open_pruning
+from distill_llm.checks.recipe import check_cached_rows, open_recipe
 from distill_llm.common.files import written_whole
-from distill_llm.common.outputs import usable_output
 from distill_llm.pipeline.context import Context
 from distill_llm.pipeline.folder import RunFolder
 from distill_llm.pipeline.stages import own_sections, stages_of
@@ -39,10 +38,9 @@ def run(recipe: Recipe | Mapping[str, Any], output_dir: str | Path | None = None
     recipe = recipe if isinstance(recipe, Recipe) else parse_recipe(dict(recipe))
     if output_dir is not None:
         recipe = recipe.model_copy(update={"output_dir": Path(output_dir).expanduser()})
-    check_recipe(recipe)
-    context = Context(recipe)
+    context = Context(open_recipe(recipe))
     train = context.data.train  # on all processes at once: reading it waits for process 0
-    check_cached_rows(recipe, context.tokenizer, train)
+    check_cached_rows(context.opened, train)
     stages = stages_of(context)
     folder = RunFolder(context.folder, recipe.to_yaml(), stages, own_sections())
     for stage in stages:
@@ -65,13 +63,10 @@ def prune_recipe(recipe: Recipe) -> Path:
     Raises:
         InputError: for anything wrong in the recipe, also what pruning alone would leave undone, before any work.
     """
+    context = Context(open_pruning(recipe))
     target, section = recipe.output_dir, recipe.pruning
-    usable_output(target)
-    raise_all(_unused(recipe))
-    check_recipe(recipe)
     assert section is not None and section.keep is not None
     file = section.statistics.expanduser() if section.statistics is not None else None
-    context = Context(recipe)
     teacher = models_to_cut(context, context.teacher_path, context.teacher_path)[0]
     cut = cut_model(context, teacher, teacher, section.keep, file)
     if not context.processes.is_main_process:
@@ -87,22 +82,3 @@ def prune_recipe(recipe: Recipe) -> Path:
     share = f"{plan.kept:.1%} of {of} kept" + (f" ({plan.note})" if plan.note else "")
     context.say(f"prune: {share}, {context.data.task.main_metric} {scores[0]:.4f} -> {scores[1]:.4f}")
     return target
-
-
-def _unused(recipe: Recipe) -> list[InputError]:
-    """Faults of what a recipe says of a run's other stages, which pruning alone does not have."""
-    section = recipe.pruning
-    given = {
-        "teacher.train": recipe.teacher.train,
-        "teacher.cache": recipe.teacher.cache,
-        "student": recipe.student,
-        "distillation": recipe.distillation,
-        "hub": recipe.hub,
-        "pruning.layers": section.layers if section else None,
-        "pruning.rounds": section.rounds if section and section.rounds > 1 else None,
-    }
-    fix = "leave it out: this only prunes a model (`distill-llm run` takes a recipe with it)"
-    faults = [InputError(name, value, fix=fix) for name, value in given.items() if value is not None]
-    if not faults and (section is None or section.keep is None):
-        faults = [InputError("pruning.keep", None, "a share above 0, at most 1")]
-    return faults

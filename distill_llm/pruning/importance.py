@@ -9,10 +9,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from distill_llm.architectures.lineage import Counts
 from distill_llm.common.errors import InputError
 from distill_llm.pruning.criteria import Criterion, Seen, find_criterion, is_comparable, ranks_layers_only
 from distill_llm.pruning.statistics.record import BY_LAYER, WHOLE, Statistics, UnitStatistics
-from distill_llm.pruning.units.sizes import LayerShape
 
 
 @dataclass(frozen=True)
@@ -53,18 +53,16 @@ class Importance:
                     scored_by = f"a criterion other than {self.criterion}, which ranks layers"
                 raise InputError("criterion", self.criterion, f"scores of {unit}: {scored_by}")
 
-    def check(self, shapes: Sequence[LayerShape], hidden: int) -> None:
+    def check(self, counts: Sequence[Counts], hidden: int) -> None:
         """Raise InputError unless the scores are of a model with these layers, `hidden` channels wide."""
-        counts = [tuple(map(len, rows)) for rows in (self.heads, self.neurons, self.queries)]
-        wanted = list(
-            zip(*((s.heads, s.neurons, s.heads if s.queries is None else s.queries) for s in shapes), strict=True)
-        )
+        found = {kind: [len(row) for row in getattr(self, kind)] for kind in BY_LAYER}
         width = 0 if self.hidden is None else len(self.hidden)
         # Empty: not scored, which `require` judges.
-        differ = [own != theirs for own, theirs in zip(counts, wanted, strict=True) if own]
-        if len(self.layers) != len(shapes) or any(differ) or width not in (0, hidden):
-            own = f"{len(self.layers)} layers {list(zip(*filter(None, counts), strict=False))[:2]}..., {width} channels"
-            raise InputError("scores", own, f"scores of this model, {list(shapes)[:2]}..., {hidden} channels")
+        differ = [own != [each[kind] for each in counts] for kind, own in found.items() if own]
+        if len(self.layers) != len(counts) or any(differ) or width not in (0, hidden):
+            some = {kind: own[:2] for kind, own in found.items() if own}
+            own = f"{len(self.layers)} layers {some}..., {width} channels"
+            raise InputError("scores", own, f"scores of this model, {list(counts)[:2]}..., {hidden} channels")
 
     def save(self, path: str | os.PathLike) -> None:
         """Write as safetensors."""

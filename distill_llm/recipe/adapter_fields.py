@@ -13,7 +13,7 @@ def check_adapter_fields(fields: dict[str, Any]) -> dict[str, Any]:
         InputError: peft is missing, or a name or value that LoraConfig does not take.
     """
     if importlib.util.find_spec("peft") is None:
-        raise InputError("", fields, "nothing without the package peft (pip install peft)")
+        raise InputError("", fields, fix="install peft (pip install peft), or remove it")
     from dataclasses import fields as dataclass_fields
 
     from peft import LoraConfig

@@ -9,13 +9,13 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from distill_llm.common.errors import InputError, InputErrors, one_of, raise_all
 from distill_llm.common.validation import faults_of
+from distill_llm.recipe.pruning import PruningSection
+from distill_llm.recipe.section import Section
 from distill_llm.recipe.sections import (
     DataSection,
     DistillationSection,
     EvaluationSection,
     HubSection,
-    PruningSection,
-    Section,
     StudentSection,
     TeacherSection,
     training_fields,
@@ -65,7 +65,7 @@ class Recipe(Section):
         if self.pruning is None and given is None:
             faults.append(InputError("pruning", None, "a pruning section, or student.model for distillation alone"))
         if self.pruning is not None and given is not None:
-            faults.append(InputError("student.model", given, "nothing where pruning makes the student"))
+            faults.append(InputError("student.model", given, fix="remove it: pruning makes the student of the teacher"))
         if self.student is not None and self.distillation is None:
             faults.append(InputError("distillation", None, "a distillation section where there is a student section"))
         if self.teacher.cache is not None:
@@ -74,22 +74,22 @@ class Recipe(Section):
             self.distillation and self.distillation.losses.needs_teacher
         ):
             given = self.teacher.quantization
-            faults.append(InputError("teacher.quantization", given, "nothing where no loss needs the teacher"))
+            faults.append(InputError("teacher.quantization", given, fix="remove it: no loss needs the teacher"))
         if self.final and self.distillation is None:
-            faults.append(InputError("final", self.final, "nothing without a distillation section"))
+            faults.append(InputError("final", self.final, fix="remove it, or add a distillation section"))
         raise_all(faults)
         return self
 
     def _cache_faults(self) -> list[InputError]:
         faults, cache = [], str(self.teacher.cache)
         if self.teacher.train is not None:
-            faults.append(
-                InputError("teacher.cache", cache, "nothing with teacher.train: a cache is of a finished teacher")
-            )
+            fix = "remove it, or teacher.train: a cache is of a teacher whose training is over"
+            faults.append(InputError("teacher.cache", cache, fix=fix))
         if self.teacher.quantization is not None:
-            faults.append(InputError("teacher.quantization", self.teacher.quantization, "nothing with teacher.cache"))
+            fix = "remove it: with teacher.cache there is no teacher in memory"
+            faults.append(InputError("teacher.quantization", self.teacher.quantization, fix=fix))
         if self.distillation is None or not self.distillation.losses.needs_teacher:
-            faults.append(InputError("teacher.cache", cache, "nothing where no loss needs the teacher"))
+            faults.append(InputError("teacher.cache", cache, fix="remove it: no loss needs the teacher"))
         return faults
 
     def training(self, stage: Literal["teacher", "recovery", "final"]) -> dict[str, Any]:

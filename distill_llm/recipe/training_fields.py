@@ -14,29 +14,29 @@ from pydantic import TypeAdapter, ValidationError
 from distill_llm.common.errors import InputError
 
 RESERVED = {
-    "output_dir": "output_dir at the top of the recipe",
-    "seed": "seed at the top of the recipe",
-    "do_train": "nothing: the run decides which stage trains",
-    "do_eval": "nothing: every stage is evaluated",
-    "do_predict": "nothing: every stage is evaluated",
-    "resume_from_checkpoint": "nothing: the same command again goes on where it stopped",
-    "push_to_hub": "the hub section, or `distill-llm push`",
-    "hub_model_id": "hub.repo_id",
-    "hub_private_repo": "hub.private",
-    "hub_token": "the token of `hf auth login`, never one in a recipe",
-    "local_rank": "nothing: `accelerate launch` sets it",
-    "ignore_data_skip": "nothing: a stopped run goes on with the rows that it had not seen",
-    "save_only_model": "nothing: a stopped run goes on from the optimizer's state too",
+    "output_dir": "set output_dir at the top of the recipe",
+    "seed": "set seed at the top of the recipe",
+    "do_train": "remove it: the run decides which stage trains",
+    "do_eval": "remove it: every stage is evaluated",
+    "do_predict": "remove it: every stage is evaluated",
+    "resume_from_checkpoint": "remove it: the same command again goes on where it stopped",
+    "push_to_hub": "add a hub section, or use `distill-llm push`",
+    "hub_model_id": "set hub.repo_id",
+    "hub_private_repo": "set hub.private",
+    "hub_token": "remove it: the token is that of `hf auth login`, never one in a recipe",
+    "local_rank": "remove it: `accelerate launch` sets it",
+    "ignore_data_skip": "remove it: a stopped run goes on with the rows that it had not seen",
+    "save_only_model": "remove it: a stopped run goes on from the optimizer's state too",
 }
-"""Fields that a recipe may not set where others of TrainingArguments stand, and what to use in their place."""
+"""Fields that a recipe may not set where others of TrainingArguments stand, and what to do instead."""
 
 RENAMED = {
-    "group_by_length": "train_sampling_strategy: group_by_length",
-    "evaluation_strategy": "eval_strategy",
-    "warmup_ratio": "warmup_steps with a number below 1",
-    "no_cuda": "use_cpu",
+    "group_by_length": "write train_sampling_strategy: group_by_length",
+    "evaluation_strategy": "write eval_strategy",
+    "warmup_ratio": "write warmup_steps with a number below 1",
+    "no_cuda": "write use_cpu",
 }
-"""Fields of earlier versions of transformers, and what says the same now."""
+"""Fields of earlier versions of transformers, and how to say the same now."""
 
 MINIMUM = {
     "per_device_train_batch_size": 1,
@@ -107,9 +107,9 @@ def check_training_fields(
     known, clean, faults = training_fields(), {}, []
     for name, value in given.items():
         if name in RESERVED:
-            faults.append(InputError(name, value, RESERVED[name]))
+            faults.append(InputError(name, value, fix=RESERVED[name]))
         elif name not in known and name in RENAMED:
-            faults.append(InputError(name, value, RENAMED[name]))
+            faults.append(InputError(name, value, fix=RENAMED[name]))
         elif name not in known:
             # TrainingArguments has over a hundred fields: only the nearest is worth naming.
             near = get_close_matches(str(name), [*also, *(set(known) - set(RESERVED))], n=1)

@@ -27,8 +27,9 @@ from distill_llm.data.chats import check_template_kwargs
 from distill_llm.data.kinds.prompts import prompts as prompts_task
 from distill_llm.data.special_tokens import check_tokenizer
 from distill_llm.models.checkpoint import load_pretrained
-from distill_llm.models.finding import OpenModel, check_head, chosen_dtype, longest_input, open_model
+from distill_llm.models.finding import OpenModel, check_head, chosen_dtype, open_model
 from distill_llm.models.fingerprints import teacher_fingerprint, tokenizer_fingerprint
+from distill_llm.models.limits import limits_of
 from distill_llm.responses.decoding import Decoder
 from distill_llm.responses.folder import Counts, ResponseFolder, kept_rows
 from distill_llm.responses.prompts import Prompt, Source, encode_prompts, read_contents
@@ -190,7 +191,7 @@ def _dtype(teacher: str | PreTrainedModel, given: str | None, device: torch.devi
 
 def _check_lengths(prompts: Sequence[Prompt], opened: OpenModel, max_new_tokens: int) -> None:
     """Whether every prompt leaves room for a response."""
-    bound = longest_input(opened.config.get_text_config())
+    bound = limits_of(opened.config, opened.name).longest
     longest = max(len(prompt.ids) for prompt in prompts)
     if bound is None or longest + max_new_tokens <= bound:
         return

@@ -22,18 +22,21 @@ class Teacher(ABC):
         model: the model whose layers are compared with the student's; None of a teacher that gives logits alone.
         compact: whether it can give the outputs of a language model without whole logits, as HeadSignals or SparseSignals.
         prefetches: whether `prefetch` is to be called for the batches of training.
-        reads: columns of a dataset that it reads, besides those that the student reads.
     """
 
     model: PreTrainedModel | None = None
     compact: bool = False
     prefetches: bool = False
-    reads: tuple[str, ...] = ()
 
     @property
     def gives(self) -> Gives:
         """What it can give, under its name in messages; objectives that need more are refused. By default: logits."""
         return Gives(f"a {type(self).__name__}")
+
+    @property
+    def readers(self) -> tuple[PreTrainedModel, ...]:
+        """Models that read batches: columns that they take are kept, and rows must fit them. By default `model` alone."""
+        return () if self.model is None else (self.model,)
 
     @abstractmethod
     def meet(self, student: PreTrainedModel, tokenizer: Any = None) -> int | None:

@@ -1,6 +1,5 @@
 """A teacher that is a model in memory: its signals are computed for every batch."""
 
-import inspect
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import cached_property
@@ -51,11 +50,6 @@ class OnlineTeacher(Teacher):
     def compact(self) -> bool:  # type: ignore[override]
         """Where there is a head."""
         return self.head is not None
-
-    @property
-    def reads(self) -> tuple[str, ...]:  # type: ignore[override]
-        """What the model's forward takes."""
-        return tuple(inspect.signature(self.model.forward).parameters)
 
     def meet(self, student: PreTrainedModel, tokenizer: Any = None) -> int | None:
         """See `Teacher.meet` and `shared_classes`."""

@@ -5,10 +5,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from distill_llm.common.errors import InputError
+from distill_llm.common.errors import InputError, raise_all
 from distill_llm.data.causal import CausalCollator
 from distill_llm.losses.labels import IGNORED
 from distill_llm.losses.objective import Responses
+from distill_llm.losses.terms.term import Use
 from distill_llm.responses.decoding import Decoder
 from distill_llm.responses.sampling import Sampling, random_numbers
 
@@ -37,7 +38,7 @@ class StudentResponses:
             raise InputError(
                 "losses.responses", given, "data of the task prompts, with the collator that load_task's data have"
             )
-        self.share, self.collator, self.seed = settings.share, collator, seed
+        self.settings, self.share, self.collator, self.seed = settings, settings.share, collator, seed
         self.sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, settings.top_k)
 
     def chosen(self, step: int) -> bool:
@@ -59,7 +60,7 @@ class StudentResponses:
             InputError: a packed batch, rows without prompts, or logits of the student that are not numbers.
         """
         if "position_ids" in batch:
-            raise InputError("data.packing", True, "false with losses.responses: prompts must be rows of their own")
+            raise_all([fault.renamed("losses.responses") for fault in self.settings.faults(Use(packed=True))])
         device = batch["input_ids"].device
         prompts = [_prompt(batch, row) for row in range(len(batch["input_ids"]))]
         if not all(prompts):

@@ -1,24 +1,54 @@
-"""What `DistillationTrainer` refuses, each in one line, before anything is set up."""
+"""What training refuses, each in one line, before anything is set up.
+
+Each rule stands here once, as a function from facts to faults. `DistillationTrainer` asks it under the names of its
+arguments, the door of recipes under the names of the recipe's fields.
+"""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from transformers import PreTrainedModel, TrainingArguments
 
 from distill_llm.common.errors import InputError, raise_all
-from distill_llm.losses.items import kind_of
+from distill_llm.data.masked import MaskingCollator
+from distill_llm.losses.items import ITEMS, kind_of
 from distill_llm.losses.objective import Objective
 from distill_llm.losses.terms.term import Use
 from distill_llm.models.adapters import UNTIED, is_quantized, tied_adapters, without_adapters
+from distill_llm.models.limits import (
+    InputLimits,
+    RowFacts,
+    beyond_vocabulary,
+    longest_prompt,
+    masking_faults,
+    read_rows,
+    room_faults,
+    row_faults,
+)
 from distill_llm.teachers.base import Teacher
 
-HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForMaskedLM", "ForCausalLM", "GPT2LMHeadModel")
 UNUSED = {
-    "model_init": "None: the student is given as a model, made once",
-    "compute_loss_func": "None: the loss is the objective of DistillationConfig",
+    "model_init": "leave it out: the student is given as a model, made once",
+    "compute_loss_func": "leave it out: the loss is the objective of DistillationConfig",
 }
 COMPILING = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
+
+
+def compiling(training: Mapping[str, Any]) -> list[InputError]:
+    """The fault of fields, or of an `accelerate launch`, that would compile the student: the first alone."""
+    given = [(name, training[name]) for name in COMPILING if training.get(name)]
+    launched = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if not given and launched.lower() != "no":
+        given = [("torch_compile", f"{launched} (ACCELERATE_DYNAMO_BACKEND)")]
+    fix = "leave it out: losses look into the student's forward, which compiled code does not run"
+    return [InputError(name, value, fix=fix) for name, value in given[:1]]
+
+
+def adapter_faults(model: Any, field: str) -> list[InputError]:
+    """A fault of adapters on weights that the model has twice; `field` names what says where they go."""
+    tied = tied_adapters(model)
+    return [InputError(field, ", ".join(tied), UNTIED)] if tied else []
 
 
 def check_model(model: Any) -> None:
@@ -28,18 +58,17 @@ def check_model(model: Any) -> None:
         model: a transformers model, or a PeftModel around one.
 
     Raises:
-        InputError: another head than those of HEADS, labels that are neither one class nor one value per item, adapters
+        InputError: another head than those of ITEMS, labels that are neither one class nor one value per item, adapters
             that lengthen the input or are on tied weights, or quantised weights with nothing to train.
     """
     adapted = without_adapters(model) is not model
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise InputError("model", type(model.active_peft_config).__name__, "LoRA or another adapter inside of layers")
-    if tied := tied_adapters(model):
-        raise InputError("model", f"adapters on {', '.join(tied)}", UNTIED)
+    raise_all(adapter_faults(model, "model"))
     model = without_adapters(model)
     name = type(model).__name__
-    if not (isinstance(model, PreTrainedModel) and name.endswith(HEADS)):
-        raise InputError("model", name, "a transformers model whose class ends in " + " or ".join(HEADS))
+    if not (isinstance(model, PreTrainedModel) and name.endswith(tuple(ITEMS))):
+        raise InputError("model", name, "a transformers model whose class ends in " + " or ".join(ITEMS))
     if is_quantized(model) and not adapted:
         raise InputError(
             "model", f"a quantised {name}", "a PeftModel around it (LoRA): its own weights cannot be trained"
@@ -74,8 +103,7 @@ def check_teacher(teacher: Teacher | None, student: PreTrainedModel, objective: 
         terms = [name for name, term in objective.terms().items() if term.needs_teacher]
         raise InputError("teacher", None, f"a model, since the objective has {', '.join(terms)}")
     single = type(student).__name__.endswith("ForSequenceClassification") and student.config.num_labels == 1
-    for fault in objective.faults(Use(single_output=single)):
-        raise fault
+    raise_all(objective.faults(Use(single_output=single)))
 
 
 def check_arguments(args: TrainingArguments, objective: Objective, options: Mapping[str, Any]) -> None:
@@ -89,21 +117,70 @@ def check_arguments(args: TrainingArguments, objective: Objective, options: Mapp
     Raises:
         InputError: names the argument.
     """
-    for fault in compiling(vars(args)):
-        raise fault
-    for name, accepted in UNUSED.items():
+    raise_all(compiling(vars(args)))
+    for name, fix in UNUSED.items():
         if options.get(name) is not None:
-            raise InputError(name, type(options[name]).__name__, accepted)
+            raise InputError(name, type(options[name]).__name__, fix=fix)
     if (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
-        for fault in objective.faults(Use(reentrant="activation_checkpointing_kwargs.use_reentrant")):
-            raise fault
+        raise_all(objective.faults(Use(reentrant="activation_checkpointing_kwargs.use_reentrant")))
 
 
-def compiling(training: Mapping[str, Any]) -> list[InputError]:
-    """The fault of fields, or of an `accelerate launch`, that would compile the student: the first alone."""
-    given = [(name, training[name]) for name in COMPILING if training.get(name)]
-    launched = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
-    if not given and launched.lower() != "no":
-        given = [("torch_compile", f"{launched} (ACCELERATE_DYNAMO_BACKEND)")]
-    accepted = "nothing: losses look into the student's forward, which compiled code would pass by"
-    return [InputError(name, value, accepted) for name, value in given[:1]]
+def check_datasets(
+    datasets: Mapping[str, Any], models: Collection[InputLimits], tokenizer: Any, collator: Any = None
+) -> None:
+    """Whether student and teacher can read the rows: their lengths, their tokens, and whether they are packed.
+
+    Args:
+        datasets: by the name of the trainer's argument, one or several by name; None, and data sets that make their rows on the
+            fly, are not read.
+        models: the limits of student and teacher.
+        tokenizer: of the data; where it has no token beyond a model's vocabulary, the rows' tokens are not looked at.
+        collator: of the batches.
+
+    Raises:
+        InputError: names the argument.
+    """
+    counts = hasattr(tokenizer, "get_vocab") and hasattr(tokenizer, "__len__")
+    namer = tokenizer if hasattr(tokenizer, "convert_ids_to_tokens") else None
+    for limits in models:
+        if isinstance(collator, MaskingCollator):
+            raise_all(masking_faults(limits, collator.vocabulary, "data_collator", "masks drawn"))
+        tokens = not counts or bool(beyond_vocabulary(limits, tokenizer))
+        for name, given in datasets.items():
+            several = given if isinstance(given, Mapping) else {"": given}
+            for part, rows in several.items():
+                field = f"{name}.{part}" if part else name
+                raise_all(row_faults(limits, read_rows(rows, limits, tokens), field, namer))
+
+
+def check_prompts(rows: Any, models: Collection[InputLimits], new_tokens: int) -> None:
+    """Whether student and teacher have room for the student's own responses behind every prompt.
+
+    Args:
+        rows: of the training, with labels at the responses.
+        models: the limits of student and teacher.
+        new_tokens: the most of a response.
+
+    Raises:
+        InputError: names the setting.
+    """
+    longest = longest_prompt(rows)
+    for limits in models:
+        raise_all(room_faults(limits, longest, new_tokens, "losses.responses.max_new_tokens", "the longest prompt"))
+
+
+def check_batch(batch: Mapping[str, Any], models: Collection[InputLimits]) -> None:
+    """Whether student and teacher have positions for the rows of a batch, which may come from a data set that was not read.
+
+    The device is waited for only where a batch is wider than a model has positions.
+
+    Raises:
+        InputError: a row is too long.
+    """
+    ids, longest = batch.get("input_ids"), [limits.longest for limits in models if limits.longest is not None]
+    if ids is None or "position_ids" in batch or ids.shape[-1] <= min(longest, default=ids.shape[-1]):
+        return
+    mask = batch.get("attention_mask")
+    facts = RowFacts(longest=ids.shape[-1] if mask is None else int(mask.sum(-1).max()))
+    for limits in models:
+        raise_all(row_faults(limits, facts, "input_ids"))

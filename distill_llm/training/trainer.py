@@ -1,5 +1,6 @@
 """`DistillationTrainer`: a transformers Trainer whose loss compares a student with a teacher."""
 
+import inspect
 import os
 import shutil
 from typing import Any
@@ -20,6 +21,7 @@ from distill_llm.losses.objective import Objective, parse_objective
 from distill_llm.losses.terms.term import Use
 from distill_llm.losses.units import UNITS
 from distill_llm.models.adapters import without_adapters
+from distill_llm.models.limits import limits_of
 from distill_llm.teachers.base import Teacher
 from distill_llm.teachers.wrapping import as_teacher
 from distill_llm.training import projections, teacher_state
@@ -29,7 +31,14 @@ from distill_llm.training.evaluation_loss import EvaluationLoss
 from distill_llm.training.loss import LossSettings, TrainingLoss
 from distill_llm.training.on_policy import MARK, StudentResponses
 from distill_llm.training.order import GlobalBatchSampler
-from distill_llm.training.refusals import check_arguments, check_model, check_teacher
+from distill_llm.training.refusals import (
+    check_arguments,
+    check_batch,
+    check_datasets,
+    check_model,
+    check_prompts,
+    check_teacher,
+)
 from distill_llm.training.shards import clip_with, whole
 from distill_llm.training.teacher_state import StepsDone
 
@@ -88,6 +97,10 @@ class DistillationTrainer(Trainer):
             ),
         )
         self.terms, self.teacher = self.loss.terms, self.loss.teacher
+        self._limits = [limits_of(without_adapters(model).config, "the student")]
+        self._limits += [limits_of(reader.config, "the teacher") for reader in self._readers]
+        rows = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
+        check_datasets(rows, self._limits, self.processing_class, self.data_collator)
         self.epoch = Epoch()
         self.add_callback(EpochBegins(self.epoch))
         if self.teacher is not None:
@@ -98,6 +111,7 @@ class DistillationTrainer(Trainer):
         raise_all(objective.faults(Use(kind=self.terms.kind, widths=self.terms.match.widths, sharding=self._sharding)))
         self.responses: StudentResponses | None = None
         if objective.responses is not None:
+            check_prompts(self.train_dataset, self._limits, objective.responses.max_new_tokens)
             self.responses = StudentResponses(objective.responses, self.data_collator, args.seed)
         self._evaluated = EvaluationLoss(self.accelerator, self.terms.kind)
         self._logged_terms = torch.zeros(len(objective.terms()), device=args.device)
@@ -110,6 +124,11 @@ class DistillationTrainer(Trainer):
         finally:
             if self.teacher is not None:
                 self.teacher.close()
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """As `Trainer._prepare_inputs`, once the models have positions for the batch."""
+        check_batch(inputs, self._limits)
+        return super()._prepare_inputs(inputs)
 
     # One place where everything is reduced: sums of this batch over counts of the whole accumulated batch.
 
@@ -229,6 +248,11 @@ class DistillationTrainer(Trainer):
         return clip_with(norm, model.parameters(), self.terms.projections.parameters(), longest)
 
     @property
+    def _readers(self) -> tuple[PreTrainedModel, ...]:
+        """The teacher's models that read batches."""
+        return () if self.teacher is None else self.teacher.readers
+
+    @property
     def _sharding(self) -> str | None:
         """What divides the student among processes; None: nothing."""
         if self.is_deepspeed_enabled:
@@ -283,8 +307,8 @@ class DistillationTrainer(Trainer):
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             known: list[str] = self._signature_columns or []
-            read = self.teacher.reads if self.teacher is not None else ()
-            self._signature_columns = [*known, *(name for name in read if name not in known)]  # type: ignore
+            read = [name for reader in self._readers for name in inspect.signature(reader.forward).parameters]
+            self._signature_columns = list(dict.fromkeys([*known, *read]))  # type: ignore
 
     # Projections belong to the loss: optimised and checkpointed with the run, never part of the student.
 

@@ -37,24 +37,24 @@ from rich.table import Table
 from scipy.stats import spearmanr
 from transformers import AutoTokenizer, PreTrainedModel
 
-from distill_llm import Statistics, collect_statistics, load_pretrained, score
+from distill_llm import CalibrationSettings, Statistics, collect_statistics, load_pretrained, score
 from distill_llm.architectures.families import family_of, layers_of
 from distill_llm.data.causal import document_packer
 from distill_llm.measuring.counting import _LiveStorages, weights_memory
-from distill_llm.pruning.units.sizes import sizes_of
+from distill_llm.pruning.units.sizes import counts_of
 
 Batches = Sequence[Mapping[str, torch.Tensor]]
 FLOOR, EXACT = "forward", "everything, exact"
-OURS: dict[str, dict[str, Any]] = {
-    "heads, neurons, layers": {"hidden": False, "moments": False},
-    "+ channels": {"moments": False},
-    "+ moments": {"hidden": False},
-    "everything": {},
-    "moments of all tokens": {"moment_share": 1.0},
-    EXACT: {"exact": True},
-    "everything, bf16": {"precision": torch.bfloat16},
-    "everything, checkpointed": {"checkpointing": True},
-    "the rest, checkpointed": {"checkpointing": True, "moments": False},
+OURS: dict[str, CalibrationSettings] = {
+    "heads, neurons, layers": CalibrationSettings(hidden=False, moments=False),
+    "+ channels": CalibrationSettings(moments=False),
+    "+ moments": CalibrationSettings(hidden=False),
+    "everything": CalibrationSettings(),
+    "moments of all tokens": CalibrationSettings(moment_share=1.0),
+    EXACT: CalibrationSettings(exact=True),
+    "everything, bf16": CalibrationSettings(precision=torch.bfloat16),
+    "everything, checkpointed": CalibrationSettings(checkpointing=True),
+    "the rest, checkpointed": CalibrationSettings(checkpointing=True, moments=False),
 }
 
 
@@ -96,7 +96,7 @@ def torch_pruning_taylor(model: PreTrainedModel, batches: Batches) -> Callable[[
     graph = torch_pruning.DependencyGraph().build_dependency(model, example_inputs=example)
     family = family_of(model)
     paths = [next(iter(family.ffn_in))]
-    if all(size.queries == size.groups for size in sizes_of(model)):
+    if all(each["queries"] == each["heads"] for each in counts_of(model)):
         paths.append(next(iter(family.attention_in)))
     roots = [layer.get_submodule(path) for layer in layers_of(model) for path in paths]
     cut = torch_pruning.prune_linear_out_channels
@@ -218,7 +218,7 @@ def main() -> None:
 
     def collecting(name: str) -> Callable[[], None]:
         def work() -> None:
-            found[name] = collect_statistics(model, batches, **OURS[name])
+            found[name] = collect_statistics(model, batches, settings=OURS[name])
 
         return work
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from distill_llm import collect_statistics, compare, plan_pruning, prune, score
+from distill_llm import CalibrationSettings, collect_statistics, compare, plan_pruning, prune, score
 from distill_llm.pruning.planning.latency import latency_costs, plan_for_latency
 
 Row = dict[str, float | str | None]
@@ -49,7 +49,10 @@ def main() -> None:
     options = parser.parse_args()
     setting = common.setting(options, options.examples)
     teacher, batch = setting.teacher, (options.batch_size, options.sequence_length)
-    scores = score(collect_statistics(teacher, setting.batches(setting.rows, 32), moments=False), "fisher")
+    scores = score(
+        collect_statistics(teacher, setting.batches(setting.rows, 32), settings=CalibrationSettings(moments=False)),
+        "fisher",
+    )
     start = time.perf_counter()
     costs = latency_costs(teacher, *batch)
     rows: dict[str, Row] = {}

@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from distill_llm import Statistics, collect_statistics, fit_bypasses, plan_pruning, prune, score
+from distill_llm import CalibrationSettings, Statistics, collect_statistics, fit_bypasses, plan_pruning, prune, score
 from distill_llm.architectures.families import layers_of
 from distill_llm.data.causal import CausalCollator
 from distill_llm.measuring.counting import count_params
@@ -57,7 +57,9 @@ def ours(model: PreTrainedModel, batches: Batches, keep: float, statistics: Stat
         student, left, cuts = model, 1.0, 5
         for number in range(1, cuts + 1):
             share = 1 - (1 - keep) * number / cuts
-            found = collect_statistics(student, batches, hidden=False, moment_share=1.0, precision=torch.bfloat16)
+            found = collect_statistics(
+                student, batches, settings=CalibrationSettings(hidden=False, moment_share=1.0, precision=torch.bfloat16)
+            )
             student = prune(student, plan_pruning(student, score(found, "fisher"), share / left), found)
             left = share
         return student
@@ -180,7 +182,9 @@ def main() -> None:
     batches = [{name: values.to(model.device) for name, values in batch.items()} for batch in batches]
     total, in_layers = count_params(model)
     keep = 1 - options.removed * total / in_layers
-    statistics = collect_statistics(model, batches, hidden=False, precision=torch.bfloat16)
+    statistics = collect_statistics(
+        model, batches, settings=CalibrationSettings(hidden=False, precision=torch.bfloat16)
+    )
     dense = perplexity(model, unseen, collate)
     result: dict[str, dict[str, float]] = {}
     failed: dict[str, str] = {}

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from distill_llm import Importance, Statistics, collect_statistics, plan_pruning, prune, score
+from distill_llm import CalibrationSettings, Importance, Statistics, collect_statistics, plan_pruning, prune, score
 from distill_llm.architectures.families import layers_of
 from distill_llm.measuring.counting import count_params
 from distill_llm.pruning.units.costs import unit_costs
@@ -183,7 +183,7 @@ def in_cuts(given: Subject, keep: float, cuts: int, criterion: str) -> PreTraine
     student, left = given.model, 1.0
     for number in range(1, cuts + 1):
         share = 1 - (1 - keep) * number / cuts
-        statistics = collect_statistics(student, given.batches, hidden=False)
+        statistics = collect_statistics(student, given.batches, settings=CalibrationSettings(hidden=False))
         plan = plan_pruning(student, score(statistics, criterion), share / left)
         student, left = prune(student, plan, statistics), share
     return student
@@ -213,7 +213,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=4, help="of TextPruner's third row, and our cuts; 1: neither")
     args = parser.parse_args()
     given = subject(args)
-    statistics = collect_statistics(given.model, given.batches, hidden=False)
+    statistics = collect_statistics(given.model, given.batches, settings=CalibrationSettings(hidden=False))
     dense = given.dev(given.model)
     result: dict[str, list[dict[str, float]]] = {}
     for criterion in ("fisher", "taylor"):

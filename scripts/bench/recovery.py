@@ -32,6 +32,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from distill_llm import (
+    CalibrationSettings,
     DistillationConfig,
     DistillationTrainer,
     collect_statistics,
@@ -82,7 +83,9 @@ def pruned(
         part = rows[(number - 1) * each : number * each]
         batches = [collate(part[begin : begin + 4]) for begin in range(0, each, 4)]
         batches = [{name: values.to(teacher.device) for name, values in batch.items()} for batch in batches]
-        statistics = collect_statistics(model, batches, hidden=False, precision=torch.bfloat16)
+        statistics = collect_statistics(
+            model, batches, settings=CalibrationSettings(hidden=False, precision=torch.bfloat16)
+        )
         model = prune(model, plan_pruning(model, score(statistics, "fisher"), share / left), statistics)
         left = share
         print(f"cut {number} of {cuts}: {share:.3f} of the layers' parameters left", flush=True)

@@ -30,6 +30,7 @@ from builders.families import (
     outputs_of,
     uneven_plan,
 )
+from builders.grids import layouts_first
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -197,7 +198,7 @@ def heads_of(family: str) -> list[str]:
 @pytest.mark.parametrize(
     ("family", "head", "own"),
     [
-        *((family, head, {}) for family in FAMILIES for head in heads_of(family)),
+        *layouts_first([(family, head, {}) for family in FAMILIES for head in heads_of(family)]),
         ("deberta-v2", "masked-lm", {"legacy": False}),
     ],
 )

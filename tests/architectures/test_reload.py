@@ -8,7 +8,7 @@ from builders.checkpoints import WITHOUT_PACKAGE, run_elsewhere, save_all
 from builders.families import EVERY, QUERIES, family_batch, family_model, outputs_of, uneven_plan, uniform_plan
 from transformers import BitsAndBytesConfig
 
-from distill_llm.architectures.families import lineage_of
+from distill_llm.architectures.lineage import lineage_of
 from distill_llm.models.checkpoint import load_pretrained
 from distill_llm.pruning.cutting.surgery import prune, stock_expressible
 from distill_llm.pruning.plan import PruningPlan, full_plan
@@ -49,6 +49,7 @@ def saved(students, tmp_path_factory):
     return folder, save_all(students, family_batch(students["bert"]), folder)
 
 
+@pytest.mark.slow
 def test_plain_transformers_reloads_every_family_bit_equal_where_this_package_is_not_installed(students, saved):
     folder, expected = saved
     found = run_elsewhere(WITHOUT_PACKAGE, folder)

@@ -6,6 +6,7 @@ from builders.models import random_batch, tiny_model
 from distill_llm.pruning.statistics.collecting import collect_statistics
 from distill_llm.pruning.statistics.leave_one_out import leave_one_out
 from distill_llm.pruning.statistics.record import Statistics
+from distill_llm.pruning.statistics.settings import CalibrationSettings
 
 CASES = {
     "bert": ("labels", 5),
@@ -23,5 +24,9 @@ def statistics_of(case: str) -> Statistics:
     batches = [random_batch(model, batch=2 + i % 3, length=6 + i, seed=i) for i in range(count)]
     if case == "llama":
         batches = [{**b, "labels": b["input_ids"].masked_fill(b["attention_mask"] == 0, -100)} for b in batches]
-    found = collect_statistics(model, batches, loss, hidden_moments=True, exact=True, sharded=True)
-    return leave_one_out(model, batches, found, "labels" if loss == "labels" else "kl", sharded=True)
+    found = collect_statistics(
+        model, batches, loss, settings=CalibrationSettings(hidden_moments=True, exact=True, sharded=True)
+    )
+    return leave_one_out(
+        model, batches, found, "labels" if loss == "labels" else "kl", settings=CalibrationSettings(sharded=True)
+    )

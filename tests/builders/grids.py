@@ -11,13 +11,15 @@ LAYOUTS = frozenset({"bert", "deberta-v2", "modernbert", "llama", "gemma2", "gpt
 
 
 def slow(*values: Any) -> list:
-    """Parameters of a test, all of them slow."""
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+    """Parameters of a test, all of them slow; a tuple is a row of several."""
+    rows = [value if isinstance(value, tuple) else (value,) for value in values]
+    return [pytest.param(*row, marks=pytest.mark.slow) for row in rows]
 
 
-def layouts_first(names: Sequence[str]) -> list:
-    """Parameters of a test: families of other layouts than LAYOUTS are slow."""
-    return [parameter for name in names for parameter in ([name] if name in LAYOUTS else slow(name))]
+def layouts_first(values: Sequence[str | tuple]) -> list:
+    """Parameters of a test, families or rows that begin with one: those of no family in LAYOUTS are slow."""
+    fast = [value for value in values if (value[0] if isinstance(value, tuple) else value) in LAYOUTS]
+    return [*fast, *slow(*(value for value in values if value not in fast))]
 
 
 def covering(rows: Sequence[Sequence[Hashable]], strength: int) -> list[int]:

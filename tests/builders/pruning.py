@@ -11,6 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from distill_llm.measuring.counting import _LiveStorages
 from distill_llm.pruning.importance import Importance
 from distill_llm.pruning.plan import LayerPlan, PruningPlan
+from distill_llm.pruning.statistics.collecting import collect_statistics
+from distill_llm.pruning.statistics.record import Statistics
+from distill_llm.pruning.statistics.settings import CalibrationSettings
 
 # Inside a layer: query, key, value, attention output, FFN up, FFN down.
 BERT_NAMES = (
@@ -55,6 +58,11 @@ def plan_of(model: nn.Module, rows=UNEVEN) -> PruningPlan:
     return PruningPlan(model.config.model_type, tuple(LayerPlan(i, tuple(h), tuple(n)) for i, h, n, *_ in rows))
 
 
+def counts(heads: float, neurons: float, shared: float = 1) -> dict[str, float]:
+    """Numbers of units of a layer, `shared` queries in every group."""
+    return {"heads": heads, "neurons": neurons, "queries": heads * shared}
+
+
 def without(model: nn.Module, layer: int, kind: str, unit: int = 0) -> PruningPlan:
     """The plan that removes one head or neuron of a layer, or the layer."""
     rows = []
@@ -69,14 +77,19 @@ def without(model: nn.Module, layer: int, kind: str, unit: int = 0) -> PruningPl
     return plan_of(model, rows)
 
 
-def random_scores(shapes, criterion: str = "fisher", seed: int = 0) -> Importance:
-    """Scores for layers of (heads, neurons), all different; a head is worth what its 16 times as many parameters are."""
+def collect(model: nn.Module, batches, loss="labels", teacher=None, **settings) -> Statistics:
+    """Statistics, with settings by their names; second moments are of all tokens unless `moment_share` says otherwise."""
+    return collect_statistics(model, batches, loss, teacher, CalibrationSettings(**{"moment_share": 1.0, **settings}))
+
+
+def random_scores(counts, criterion: str = "fisher", seed: int = 0) -> Importance:
+    """Scores for layers with so many units, all different; a head is worth what its 16 times as many parameters are."""
     generator = torch.Generator().manual_seed(seed)
     return Importance(
         criterion,
-        tuple(16 * torch.rand(heads, generator=generator) for heads, *_ in shapes),
-        tuple(torch.rand(neurons, generator=generator) for _, neurons, *_ in shapes),
-        torch.rand(len(shapes), generator=generator),
+        tuple(16 * torch.rand(heads, generator=generator) for heads in (each["heads"] for each in counts)),
+        tuple(torch.rand(neurons, generator=generator) for neurons in (each["neurons"] for each in counts)),
+        torch.rand(len(counts), generator=generator),
     )
 
 

@@ -10,7 +10,7 @@ from builders.causal import causal_model, word_tokenizer
 from builders.models import tiny_model
 from transformers import BertTokenizer
 
-from distill_llm.checks.recipe import check_recipe
+from distill_llm.checks.recipe import open_recipe
 from distill_llm.common.errors import InputError, faults_in
 from distill_llm.recipe.recipe import Recipe, parse_recipe
 
@@ -72,7 +72,7 @@ def recipe_with(folder: Path, **changes: Any) -> Recipe:
 def faults_at_the_door(recipe: Recipe) -> list[str]:
     """The lines of the recipe's faults; none where it passes."""
     try:
-        check_recipe(recipe)
+        open_recipe(recipe)
     except InputError as error:
         return [str(fault) for fault in faults_in(error)]
     return []

@@ -9,7 +9,7 @@ from builders.models import random_batch, tiny_model
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, default_data_collator
 
-from distill_llm.architectures.families import LayerLineage, pack_indices
+from distill_llm.architectures.lineage import LayerPlan, ModelPlan, packed
 from distill_llm.architectures.modeling_pruned import pruned_class
 from distill_llm.losses import chunked_head
 from distill_llm.losses.items import kind_of
@@ -52,19 +52,12 @@ class Vocabulary:
 
 
 def student_of_rows(
-    teacher: PreTrainedModel, rows: list[LayerLineage], hidden: tuple[int, ...] | None = None
+    teacher: PreTrainedModel, rows: list[LayerPlan], hidden: tuple[int, ...] | None = None
 ) -> PreTrainedModel:
     """A pruned student with random weights that keeps these rows, and channels, of a teacher."""
     config = copy.deepcopy(teacher.config)
-    packed = [
-        {name: pack_indices(kept) for name, kept in row._asdict().items() if isinstance(kept, tuple)} for row in rows
-    ]
-    config.pruning = {
-        "layers": [{"source": row.source, **own} for row, own in zip(rows, packed, strict=True)],
-        "stock": {name: getattr(config, name) for name in SIZES if hasattr(config, name)},
-    }
-    if hidden is not None:
-        config.pruning["hidden"] = pack_indices(hidden)
+    stock = {name: getattr(config, name) for name in SIZES if hasattr(config, name)}
+    config.pruning = packed(ModelPlan(rows, hidden=hidden), stock)
     config.num_hidden_layers = len(rows)
     student = pruned_class(type(teacher))(config)
     with torch.no_grad():
@@ -75,7 +68,7 @@ def student_of_rows(
 
 def pruned_student(teacher: PreTrainedModel) -> PreTrainedModel:
     """Layers 1 and 3 of a four-layer teacher, with some of its heads and neurons."""
-    rows = [LayerLineage(1, (0, 2), tuple(range(40))), LayerLineage(3, (1, 2, 3), tuple(range(9, 64)))]
+    rows = [LayerPlan(1, (0, 2), tuple(range(40))), LayerPlan(3, (1, 2, 3), tuple(range(9, 64)))]
     return student_of_rows(teacher, rows)
 
 

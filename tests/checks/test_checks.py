@@ -14,10 +14,10 @@ from builders.recipes import faults_at_the_door as faults
 from transformers import AutoTokenizer
 
 from distill_llm.checks import models as model_checks
-from distill_llm.checks.recipe import check_data
+from distill_llm.checks.recipe import open_recipe
 from distill_llm.common.errors import InputError
 from distill_llm.models.checkpoint import load_pretrained
-from distill_llm.models.finding import longest_input
+from distill_llm.models.limits import longest_input
 from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.importance import Importance
 from distill_llm.pruning.plan import LayerPlan, PruningPlan
@@ -129,8 +129,7 @@ def test_label_names_in_another_order_are_the_order_of_ones_own_data_and_refused
         write_model(folder / name, layers=2, **names)
 
     named("teacher", "POS", "NEG")
-    assert faults(recipe_with(folder)) == []
-    assert check_data(recipe_with(folder)).task.label_names == ("POS", "NEG")
+    assert open_recipe(recipe_with(folder)).data.task.label_names == ("POS", "NEG")
     student = {"student__model": str(folder / "student"), "pruning": None}
     named("student", "neg", "pos")
     (line,) = faults(recipe_with(folder, **student))
@@ -356,8 +355,8 @@ def test_paths_may_begin_with_the_home_folder(folder, monkeypatch):
 @pytest.mark.parametrize("task", ["text", "prompts"])
 def test_recipes_for_decoders_without_a_padding_token_pass(folder, family, task):
     write_decoder(folder / "teacher", family)
-    assert check_data(causal_recipe(folder, task)).task.kind.name == ("causal_lm" if task == "text" else "prompts")
-    assert faults(causal_recipe(folder, task)) == []
+    opened = open_recipe(causal_recipe(folder, task))
+    assert opened.data.task.kind.name == ("causal_lm" if task == "text" else "prompts")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from typer.testing import CliRunner
 
 from distill_llm.architectures.families import FAMILIES
-from distill_llm.checks.recipe import check_recipe
+from distill_llm.checks.recipe import open_recipe
 from distill_llm.cli.main import app
 from distill_llm.common.errors import InputError, InputErrors
 from distill_llm.common.outputs import usable_output
@@ -57,10 +57,10 @@ def calls(tmp_path, monkeypatch):
     seen: list = []
     fake = types.ModuleType("distill_llm.pipeline.run")
     result = types.SimpleNamespace(metrics={}, student_dir=Path("student"), report=Path("report.md"))
-    fake.run = lambda recipe, output_dir: check_recipe(recipe) or seen.append((recipe, output_dir)) or result
+    fake.run = lambda recipe, output_dir: open_recipe(recipe) or seen.append((recipe, output_dir)) or result
     fake.prune_recipe = lambda recipe: usable_output(recipe.output_dir) or seen.append(recipe) or Path("pruned")
     monkeypatch.setitem(sys.modules, "distill_llm.pipeline.run", fake)
-    monkeypatch.setattr(sys.modules["distill_llm"], "pipeline", fake, raising=False)
+    monkeypatch.setattr("distill_llm.pipeline.run", fake, raising=False)  # another test may have imported the real one
     return seen
 
 

@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState
 from builders.causal import causal_model, word_tokenizer
 from builders.recipes import recipe_for, recipe_with, write_model, write_rows
 
-from distill_llm.checks.recipe import check_recipe
+from distill_llm.checks.recipe import open_recipe
 from distill_llm.data import DataSpec
 from distill_llm.models.gguf import plain_checkpoint
 from distill_llm.pipeline.caching import cache_teacher
@@ -48,7 +48,7 @@ def gguf_teacher(folder):
 
 
 def pruned_recipe(folder):
-    Context(parse_recipe(recipe_for(folder, distillation=None)))
+    Context(open_recipe(parse_recipe(recipe_for(folder, distillation=None))))
 
 
 def own_cache(folder):
@@ -65,8 +65,8 @@ def own_responses(folder):
 @pytest.mark.parametrize(
     "work",
     [
-        lambda folder: check_recipe(recipe_with(folder)),
-        lambda folder: check_recipe(recipe_with(folder, teacher__train={"num_train_epochs": 1})),
+        lambda folder: open_recipe(recipe_with(folder)),
+        lambda folder: open_recipe(recipe_with(folder, teacher__train={"num_train_epochs": 1})),
         lambda folder: RunFolder(folder / "run", "seed: 0\n"),
         pruned_recipe,
         own_cache,
@@ -90,5 +90,5 @@ def test_the_limit_of_a_recipe_that_has_one_holds_on_the_cpu_too(tmp_path, begun
     write_model(tmp_path / "teacher")
     write_rows(tmp_path / "rows.csv")
     with pytest.raises(Begun):
-        check_recipe(recipe_with(tmp_path, distillation__ddp_timeout=100, distillation__use_cpu=True))
+        open_recipe(recipe_with(tmp_path, distillation__ddp_timeout=100, distillation__use_cpu=True))
     assert begun["timeout"] == timedelta(seconds=100) and begun["backend"] == "gloo"

@@ -2,11 +2,11 @@
 
 import pytest
 
-from distill_llm.architectures.families import LayerLineage
+from distill_llm.architectures.lineage import LayerPlan
 from distill_llm.common.errors import InputError
 from distill_llm.losses.mapping import LayerPair, attention_pairs, hidden_pairs, relative_lineage
 
-LINEAGE = (LayerLineage(1, (0, 2), (5, 6)), LayerLineage(2, (), (1,)), LayerLineage(4, (3,), ()))
+LINEAGE = (LayerPlan(1, (0, 2), (5, 6)), LayerPlan(2, (), (1,)), LayerPlan(4, (3,), ()))
 
 
 def test_lineage_compares_a_hidden_state_with_the_input_of_the_layer_the_next_one_came_from():
@@ -28,24 +28,24 @@ def test_last_and_explicit_pairs():
 
 
 def test_lineage_in_a_pruned_teacher_is_counted_in_its_own_layers_and_heads():
-    teacher = (LayerLineage(1, (0, 2, 3), (4, 5, 6)), LayerLineage(4, (1, 3), (0,)))
-    student = (LayerLineage(1, (2, 3), (6,)), LayerLineage(4, (3,), ()))
+    teacher = (LayerPlan(1, (0, 2, 3), (4, 5, 6)), LayerPlan(4, (1, 3), (0,)))
+    student = (LayerPlan(1, (2, 3), (6,)), LayerPlan(4, (3,), ()))
     assert relative_lineage(student, teacher) == (
-        LayerLineage(0, (1, 2), (2,), (1, 2)),
-        LayerLineage(1, (1,), (), (1,)),
+        LayerPlan(0, (1, 2), (2,), (1, 2)),
+        LayerPlan(1, (1,), (), (1,)),
     )
     with pytest.raises(InputError, match="teacher"):
-        relative_lineage((LayerLineage(2, (), ()),), teacher)
+        relative_lineage((LayerPlan(2, (), ()),), teacher)
 
 
 def test_groups_of_a_grouped_query_model_are_all_of_their_query_heads_or_those_that_are_left():
-    rows = (LayerLineage(1, (0, 2), (5,)), LayerLineage(2, (1,), (5,), (3,)))
+    rows = (LayerPlan(1, (0, 2), (5,)), LayerPlan(2, (1,), (5,), (3,)))
     assert attention_pairs("lineage", 2, 6, rows, group_size=2) == [(0, 1, (0, 1, 4, 5)), (1, 2, (3,))]
-    teacher = (LayerLineage(1, (0, 1, 2), (5,), (0, 1, 3, 4, 5)), LayerLineage(2, (1, 2), (5,)))
+    teacher = (LayerPlan(1, (0, 1, 2), (5,), (0, 1, 3, 4, 5)), LayerPlan(2, (1, 2), (5,)))
     found = relative_lineage(rows, teacher, group_size=2)
-    assert found == (LayerLineage(0, (0, 2), (0,), (0, 1, 3, 4)), LayerLineage(1, (0,), (0,), (1,)))
+    assert found == (LayerPlan(0, (0, 2), (0,), (0, 1, 3, 4)), LayerPlan(1, (0,), (0,), (1,)))
     with pytest.raises(InputError, match="teacher"):
-        relative_lineage((LayerLineage(1, (1,), (5,)),), teacher, group_size=2)
+        relative_lineage((LayerPlan(1, (1,), (5,)),), teacher, group_size=2)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Counts against hand arithmetic and torch.utils.flop_counter; times only for their shape, never for their size."""
 
 import io
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -234,11 +235,14 @@ def test_compare_pairs_the_times_of_both_models_in_turn(monkeypatch: pytest.Monk
     calls = []
     given = {id(student): [0.001, 0.002, 0.004], id(teacher): [0.002, 0.006, 0.004]}
 
-    def seconds(model: nn.Module, inputs: object) -> float:
-        calls.append("student" if model is student else "teacher")
-        return given[id(model)].pop(0) if len(calls) > 6 else 0.0
+    def timer(model: nn.Module, inputs: object) -> Callable[[], float]:
+        def seconds() -> float:
+            calls.append("student" if model is student else "teacher")
+            return given[id(model)].pop(0) if len(calls) > 6 else 0.0
 
-    monkeypatch.setattr("distill_llm.measuring.profiling._seconds", seconds)
+        return seconds
+
+    monkeypatch.setattr("distill_llm.measuring.profiling._timer", timer)
     result = compare(student, teacher, B, T, repeats=3)
     assert calls[6:] == ["student", "teacher", "teacher", "student", "student", "teacher"]
     # ratios of the pairs: 2, 3, 1

@@ -17,17 +17,18 @@ from builders.checkpoints import (
     stock_student,
     student_of,
 )
+from builders.grids import slow
 from builders.models import FAMILIES, random_batch, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForPreTraining, PreTrainedModel
 
-from distill_llm.architectures.families import lineage_of
+from distill_llm.architectures.lineage import lineage_of
 from distill_llm.common.errors import InputError
 from distill_llm.models.checkpoint import load_pretrained
 from distill_llm.pruning.cutting.surgery import prune
 
 
-@pytest.mark.parametrize("code", [WITH_PACKAGE, WITHOUT_PACKAGE], ids=["load_pretrained", "trust_remote_code"])
+@pytest.mark.parametrize("code", [WITHOUT_PACKAGE, *slow(WITH_PACKAGE)], ids=["trust_remote_code", "load_pretrained"])
 def test_a_fresh_process_reloads_students_bit_equal(tmp_path, code):
     models = {family: student_of(family, head) for family, head in HEADS_OF.items()}
     models["bert-token"] = student_of("bert", "token-classification", num_labels=5)

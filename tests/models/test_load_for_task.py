@@ -6,7 +6,7 @@ from builders.causal import causal_model
 from builders.checkpoints import spoil, student_of
 from builders.models import random_batch, tiny_model
 
-from distill_llm.architectures.families import lineage_of
+from distill_llm.architectures.lineage import lineage_of
 from distill_llm.common.errors import InputError
 from distill_llm.data.glue import GLUE
 from distill_llm.data.kinds.causal_lm import causal_lm

@@ -9,10 +9,11 @@ import torch
 from builders.causal import causal_model, word_tokenizer, words
 from builders.grids import slow
 from builders.recipes import recipe_for, write_model, write_rows
-from safetensors.torch import load_file
+from builders.runs import same, weights
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import distill_llm
+from distill_llm.checks.recipe import open_recipe
 from distill_llm.pipeline.context import Context
 from distill_llm.pipeline.run import prune_recipe
 from distill_llm.recipe.recipe import parse_recipe
@@ -46,21 +47,13 @@ def recipe(folder: Path, dtype: torch.dtype, **sections) -> dict:
     }
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
 def dtypes(folder: Path) -> set[torch.dtype]:
     return {tensor.dtype for tensor in weights(folder).values()}
 
 
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
-
-
 def score(given: dict, model: Path, **options) -> float:
     """What a model scores as anyone loads it."""
-    return Context(parse_recipe(given)).evaluate(distill_llm.load_pretrained(model, **options))["score"]
+    return Context(open_recipe(parse_recipe(given))).evaluate(distill_llm.load_pretrained(model, **options))["score"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, *slow(torch.float32)], ids=str)
@@ -135,9 +128,9 @@ def test_a_teacher_that_is_fine_tuned_here_is_kept_in_float32_and_measured_in_th
 
 def test_a_checkpoint_whose_config_names_no_dtype_gives_a_student_in_float32(tmp_path):
     given = recipe(tmp_path, torch.bfloat16)
-    assert Context(parse_recipe(given)).student_dtype == torch.bfloat16
+    assert Context(open_recipe(parse_recipe(given))).student_dtype == torch.bfloat16
     file = tmp_path / "teacher" / "config.json"
     file.write_text(
         json.dumps({name: value for name, value in json.loads(file.read_text()).items() if name != "dtype"})
     )
-    assert Context(parse_recipe(given)).student_dtype == torch.float32
+    assert Context(open_recipe(parse_recipe(given))).student_dtype == torch.float32

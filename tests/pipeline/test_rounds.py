@@ -6,9 +6,11 @@ import pytest
 import torch
 from builders.families import family_batch, family_model
 from builders.models import random_batch, tiny_model
+from builders.pruning import collect
 from builders.recipes import recipe_for
 from datasets import Dataset
 
+from distill_llm.pipeline import calibration as calibrating
 from distill_llm.pipeline import rounds as cutting
 from distill_llm.pipeline.rounds import Cutter
 from distill_llm.pipeline.stages.prune import calibration
@@ -23,7 +25,7 @@ from distill_llm.pruning.planning.small_cuts import cut_shares
 from distill_llm.pruning.statistics.collecting import collect_statistics
 from distill_llm.pruning.statistics.record import Statistics
 from distill_llm.pruning.units.costs import unit_costs
-from distill_llm.pruning.units.sizes import sizes_of
+from distill_llm.pruning.units.sizes import counts_of
 from distill_llm.recipe.recipe import budget_batch, parse_recipe
 
 
@@ -195,17 +197,17 @@ def test_cuts_read_other_training_rows_while_there_are_any():
 def test_channels_are_measured_where_a_file_keeps_them_or_they_may_go(model, tmp_path):
     file = tmp_path / "statistics.safetensors"
     for units, given, count in ((["heads"], None, 0), (["heads"], file, 32), (["hidden"], None, 32)):
-        found = cutter(tmp_path, Counted(model), units=units).statistics(model, 0, given)
+        found = cutter(tmp_path, Counted(model), units=units).calibration.statistics(model, 0, given)
         assert len(found.hidden.fisher) == count
 
 
 def test_the_recipe_says_how_statistics_are_measured(model, tmp_path, monkeypatch):
     file, asked = tmp_path / "statistics.safetensors", []
     options = {"precision": "bfloat16", "moment_share": 0.5, "checkpointing": True}
-    collect = lambda *args, **more: asked.append(more) or collect_statistics(*args, **more)  # noqa: E731
-    monkeypatch.setattr(cutting, "collect_statistics", collect)
+    collect = lambda *args, settings: asked.append(settings) or collect_statistics(*args, settings=settings)  # noqa: E731
+    monkeypatch.setattr(calibrating, "collect_statistics", collect)
     cutter(tmp_path, Counted(model), **options).cut(model, model, 0.5, file)
-    assert {name: asked[0][name] for name in options} == {**options, "precision": torch.bfloat16}
+    assert {name: getattr(asked[0], name) for name in options} == {**options, "precision": torch.bfloat16}
     cutter(tmp_path, Counted(model), **options).cut(model, model, 0.3, file)
     assert len(asked) == 1
     cutter(tmp_path, Counted(model)).cut(model, model, 0.5, file)
@@ -220,7 +222,7 @@ def test_moments_of_a_few_layers_at_a_time_give_the_same_cut(model, tmp_path, cr
     assert found.plan == whole.plan and Statistics.load(file).moments == ()
     for one, other in zip(found.model.parameters(), whole.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
-    monkeypatch.setattr(cutting, "collect_statistics", None)
+    monkeypatch.setattr(calibrating, "collect_statistics", None)
     assert cutter(tmp_path, few, criterion=criterion, moment_layers=4).cut(model, model, 0.3, file).kept <= 0.3
 
 
@@ -235,7 +237,7 @@ def test_another_budget_or_criterion_reads_the_file_and_no_data(model, tmp_path,
     file = tmp_path / "statistics.safetensors"
     cutter(tmp_path, Counted(model)).cut(model, model, 0.5, file)
     fresh = cutter(tmp_path, Counted(model), criterion="wanda").cut(model, model, 0.3)
-    monkeypatch.setattr(cutting, "collect_statistics", None)
+    monkeypatch.setattr(calibrating, "collect_statistics", None)
     for pruning in (
         {"criterion": "wanda"},
         {"criterion": "magnitude"},
@@ -257,7 +259,7 @@ def test_a_users_file_serves_every_later_criterion(model, tmp_path, monkeypatch)
     cutter(tmp_path, Counted(model), criterion="activation", statistics=str(kept)).cut(model, model, 0.5, own)
     assert not Statistics.load(own).has_gradients
     fresh = cutter(tmp_path, Counted(model)).cut(model, model, 0.4)
-    monkeypatch.setattr(cutting, "collect_statistics", None)
+    monkeypatch.setattr(calibrating, "collect_statistics", None)
     for criterion in ("fisher", "taylor", "wanda", "magnitude"):
         batches = Counted(model)
         again = cutter(tmp_path, batches, criterion=criterion, statistics=str(kept)).cut(model, model, 0.4, kept)
@@ -270,7 +272,7 @@ def test_a_users_file_serves_every_later_criterion(model, tmp_path, monkeypatch)
 def test_a_file_keeps_what_the_first_of_several_cuts_measured(model, tmp_path, monkeypatch):
     file = tmp_path / "statistics.safetensors"
     cutter(tmp_path, Counted(model), cuts=3).cut(model, model, 0.5, file)
-    monkeypatch.setattr(cutting, "collect_statistics", None)
+    monkeypatch.setattr(calibrating, "collect_statistics", None)
     assert cutter(tmp_path, Counted(model)).cut(model, model, 0.3, file).kept == pytest.approx(0.3, rel=0.01)
 
 
@@ -296,14 +298,34 @@ def test_statistics_of_another_model_other_rows_or_less_are_measured_anew(model,
     assert measured(Counted(model, count=2)), "a file that nobody knows"
 
 
+def test_statistics_of_another_precision_are_measured_anew(tmp_path):
+    """The same weights and rows, under autocast or in another dtype, have other statistics."""
+    file, model = tmp_path / "statistics.safetensors", tiny_model(layers=4)
+
+    def measured(given, **pruning) -> bool:
+        before = file.stat().st_mtime_ns if file.is_file() else 0
+        cutter(tmp_path, Counted(model), compensate=False, **pruning).cut(given, given, 0.5, file)
+        return file.stat().st_mtime_ns != before
+
+    assert measured(model) and not measured(model)
+    assert measured(model, precision="bfloat16"), "autocast"
+    assert not measured(model, precision="bfloat16")
+    half = tiny_model(layers=4).to(torch.bfloat16)
+    assert measured(half, precision="bfloat16"), "weights of another dtype"
+    assert measured(half) and not measured(half)
+    found = Statistics.load(file)
+    assert torch.equal(found.neurons[0].fisher, collect(half, Counted(model), seed=0).neurons[0].fisher)
+    assert measured(half.float()), "rounded weights, held in the first dtype"
+
+
 def test_leave_one_out_completes_statistics_that_are_there(model, tmp_path, monkeypatch):
     file, options = tmp_path / "statistics.safetensors", {"criterion": "leave_one_out", "units": ["layers"]}
     cutter(tmp_path, Counted(model)).cut(model, model, 0.5, file)
-    monkeypatch.setattr(cutting, "collect_statistics", None)
+    monkeypatch.setattr(calibrating, "collect_statistics", None)
     plan = cutter(tmp_path, Counted(model), **options).cut(model, model, 0.5, file).plan
     without = Statistics.load(file).without
     assert {row.source for row in plan.layers} == set(without.topk(2).indices.tolist())
-    monkeypatch.setattr(cutting, "leave_one_out", None)
+    monkeypatch.setattr(calibrating, "leave_one_out", None)
     assert cutter(tmp_path, Counted(model), **options).cut(model, model, 0.5, file).plan == plan
     assert Statistics.load(file).has_gradients
 
@@ -313,17 +335,17 @@ def test_without_labels_gradients_are_of_the_models_own_predictions(model, tmp_p
     found = cutter(tmp_path, batches).cut(model, model, 0.5)
     plan = plan_pruning(model, score(collect_statistics(model, batches.batches, "kl")), 0.5)
     assert found.plan.layers == plan.layers
-    assert cutter(tmp_path, Counted(model)).loss == "labels"
-    assert cutter(tmp_path, Counted(model), loss="kl").loss == "kl"
+    assert cutter(tmp_path, Counted(model)).calibration.loss == "labels"
+    assert cutter(tmp_path, Counted(model), loss="kl").calibration.loss == "kl"
 
 
 def test_latency_is_held_against_the_teacher_in_every_cut(model, tmp_path, monkeypatch):
     """A clock that knows the layers' costs: what is kept of it is what was asked for."""
-    costs = fit_costs([[32, 4, 4, 64, 3.0], [32, 0, 0, 64, 2.0], [32, 4, 4, 0, 1.5]], sizes_of(model)[0], 32)
+    costs = fit_costs([[32, 4, 4, 64, 3.0], [32, 0, 0, 64, 2.0], [32, 4, 4, 0, 1.5]], counts_of(model)[0], 32)
 
     def relative(pruned, dense, batch_size, sequence_length):
         assert (batch_size, sequence_length) == (2, 8), "those of evaluation.latency"
-        spent = [2.0 + costs.of([(s.groups, s.neurons, s.queries) for s in sizes_of(m)]) for m in (pruned, dense)]
+        spent = [2.0 + costs.of(counts_of(m)) for m in (pruned, dense)]
         return spent[0] / spent[1]
 
     monkeypatch.setattr(cutting, "latency_costs", lambda *args: costs)

@@ -23,7 +23,8 @@ from distill_llm.pruning.names import UNITS
 from distill_llm.pruning.plan import full_plan
 from distill_llm.pruning.statistics.collecting import collect_statistics
 from distill_llm.pruning.statistics.leave_one_out import leave_one_out
-from distill_llm.pruning.units.sizes import layer_shapes
+from distill_llm.pruning.statistics.settings import CalibrationSettings
+from distill_llm.pruning.units.sizes import counts_of
 
 
 def losses_of(model, batch) -> torch.Tensor:
@@ -36,8 +37,8 @@ def losses_of(model, batch) -> torch.Tensor:
 def changes(model, batch, kind, losses=losses_of) -> torch.Tensor:
     """(units, B): how much every example's loss changes without each unit, over all layers."""
     before, found = losses(model, batch), []
-    for layer, shape in enumerate(layer_shapes(model)):
-        for unit in range(1 if kind == "layers" else getattr(shape, kind)):
+    for layer, shape in enumerate(counts_of(model)):
+        for unit in range(1 if kind == "layers" else shape[kind]):
             with masked(model, without(model, layer, kind, unit)):
                 found.append(losses(model, batch) - before)
     return torch.stack(found)
@@ -57,7 +58,7 @@ def nearly_linear(request):
         for pair in linears_in(model):
             for module in pair:
                 module.weight *= 0.1
-    return model, batch, collect_statistics(model, [batch], exact=True)
+    return model, batch, collect_statistics(model, [batch], settings=CalibrationSettings(exact=True))
 
 
 @pytest.mark.parametrize("kind", ["heads", "neurons"])
@@ -95,7 +96,7 @@ def small_parts(request):
                 layer.get_submodule(path).weight *= 0.01
     batch = random_batch(model, batch=16, length=12, padded=False, labels=request.param == "bert")
     batch.setdefault("labels", batch["input_ids"])
-    return request.param, model, batch, collect_statistics(model, [batch], exact=True)
+    return request.param, model, batch, collect_statistics(model, [batch], settings=CalibrationSettings(exact=True))
 
 
 def sums_of_losses(model, batch) -> torch.Tensor:
@@ -133,7 +134,7 @@ def without_each(family, model, batch, kind) -> torch.Tensor:
     if kind == "hidden":
         inside = [layer.get_submodule(path) for layer in layers_of(model) for path in READERS[family]]
         places = [[*inside, *map(model.get_submodule, AFTER[family])]]
-    groups, every = layer_shapes(model)[0].heads, 8 if kind in ("neurons", "ffn") else HIDDEN
+    groups, every = counts_of(model)[0]["heads"], 8 if kind in ("neurons", "ffn") else HIDDEN
     size = {"heads": HIDDEN // groups, "queries": HIDDEN // QUERIES, "neurons": 1, "hidden": 1}.get(kind, every)
     for modules in places:
         for start in range(0, every, size):
@@ -192,7 +193,7 @@ def test_channels_are_ranked_as_brute_force_does_wherever_a_family_has_its_norms
     batch = random_batch(model, batch=16, length=12, padded=False, labels=family not in DECODERS)
     batch.setdefault("labels", batch["input_ids"])
     change = without_each(family, model, batch, "channels") - sums_of_losses(model, batch)
-    statistics = collect_statistics(model, [batch], exact=True)
+    statistics = collect_statistics(model, [batch], settings=CalibrationSettings(exact=True))
     for criterion, measured in (("fisher", change.square().mean(1)), ("taylor", change.abs().mean(1))):
         correlation = spearmanr(score(statistics, criterion).hidden, measured).statistic
         print(f"{family}, {criterion}: rank correlation {correlation:.3f}")
@@ -230,8 +231,10 @@ def test_taylor_and_fisher_are_the_change_of_loss_where_the_loss_is_linear_in_th
             return linear_loss(model(**batch), batch)
 
     change = changes(model, batch, kind, losses)
-    statistics = collect_statistics(model, [batch], lambda out, given: linear_loss(out, given).sum(), exact=True)
-    units = 1 if kind == "layers" else getattr(layer_shapes(model)[-1], kind)
+    statistics = collect_statistics(
+        model, [batch], lambda out, given: linear_loss(out, given).sum(), settings=CalibrationSettings(exact=True)
+    )
+    units = 1 if kind == "layers" else counts_of(model)[-1][kind]
     for criterion, measured in (("taylor", change.abs().mean(1)), ("fisher", change.square().mean(1))):
         values = getattr(score(statistics, criterion), kind)[-1].reshape(-1)
         np.testing.assert_allclose(values, measured[-units:], rtol=1e-3, atol=1e-3 * float(measured[-units:].max()))
@@ -240,7 +243,7 @@ def test_taylor_and_fisher_are_the_change_of_loss_where_the_loss_is_linear_in_th
 @pytest.mark.parametrize("family", ["bert", "distilbert"])
 def test_magnitude_is_the_norm_of_the_weights_that_make_and_use_the_unit(family):
     model = tiny_model(family)
-    found = score(collect_statistics(model, [], loss=None, moments=False), "magnitude")
+    found = score(collect_statistics(model, [], loss=None, settings=CalibrationSettings(moments=False)), "magnitude")
     query, key, value, out, up, down = (layers_in(model)[1].get_submodule(n).weight.detach() for n in names_of(model))
     heads, neurons = [], []
     for head in range(4):

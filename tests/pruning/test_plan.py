@@ -14,7 +14,7 @@ from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.plan import LayerPlan, PruningPlan, full_plan, keep_layers
 from distill_llm.pruning.planning.planner import plan_pruning
 from distill_llm.pruning.units.costs import unit_costs
-from distill_llm.pruning.units.sizes import layer_shapes
+from distill_llm.pruning.units.sizes import counts_of
 
 TOKENS = 16
 
@@ -40,7 +40,7 @@ def counted(model, plan, cost="params") -> float:
 
 
 def scores_of(model, criterion="fisher", seed=0):
-    return random_scores(layer_shapes(model), criterion, seed)
+    return random_scores(counts_of(model), criterion, seed)
 
 
 @pytest.mark.grid(2)
@@ -269,7 +269,7 @@ def test_budgets_count_the_queries_that_each_layer_has_left():
         return sum(p.numel() for p in model.model.layers.parameters())
 
     costs = unit_costs(student)
-    assert costs.of(layer_shapes(student)) == params(student)
+    assert costs.of(counts_of(student)) == params(student)
     assert full_plan(student).share(student) == 1.0
     plan = keep_layers(student, [0, 1])
     assert plan.kept == pytest.approx(params(prune(student, plan)) / params(student))

@@ -11,7 +11,7 @@ from distill_llm.common.errors import InputError
 from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.plan import LayerPlan, PruningPlan, full_plan
 from distill_llm.pruning.planning.planner import plan_pruning
-from distill_llm.pruning.units.sizes import layer_shapes
+from distill_llm.pruning.units.sizes import counts_of
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def model():
 
 
 def test_plans_survive_json_and_have_the_documented_form(model, tmp_path):
-    plan = plan_pruning(model, random_scores(layer_shapes(model)), 0.4)
+    plan = plan_pruning(model, random_scores(counts_of(model)), 0.4)
     plan.save(tmp_path / "plan.json")
     assert PruningPlan.load(tmp_path / "plan.json") == plan
     record = json.loads((tmp_path / "plan.json").read_text())

@@ -7,7 +7,9 @@ import torch
 from builders.causal import causal_model, word_tokenizer
 from builders.models import tiny_model
 
+from distill_llm.checks.recipe import Opened
 from distill_llm.models.checkpoint import converted, load_pretrained
+from distill_llm.models.finding import open_model
 from distill_llm.pipeline.context import Context
 from distill_llm.pipeline.stages.recover import recovery_teacher
 from distill_llm.recipe.recipe import parse_recipe
@@ -64,4 +66,5 @@ def test_a_recipes_teacher_is_loaded_in_the_precision_that_it_is_held_in(tmp_pat
             "output_dir": str(tmp_path / "run"),
         }
     )
-    assert recovery_teacher(Context(recipe), tmp_path / "teacher", "final").dtype == wanted
+    opened = Opened(recipe, open_model("teacher.model", recipe.teacher.model), None, None)
+    assert recovery_teacher(Context(opened), tmp_path / "teacher", "final").dtype == wanted

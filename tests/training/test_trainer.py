@@ -18,7 +18,7 @@ from builders.trainers import (
     trainer_of,
 )
 
-from distill_llm.architectures.families import LayerLineage
+from distill_llm.architectures.lineage import LayerPlan
 from distill_llm.training.trainer import DistillationTrainer
 
 
@@ -142,7 +142,7 @@ def test_a_masked_lm_head_gets_the_counted_tokens_only_and_gives_the_loss_of_who
 
 def test_lineage_gives_zero_hidden_and_attention_loss_for_an_unchanged_copy(tmp_path):
     teacher = tiny_model(layers=3, **NO_DROPOUT)
-    student = student_of_rows(teacher, [LayerLineage(i, (0, 1, 2, 3), tuple(range(64))) for i in range(3)])
+    student = student_of_rows(teacher, [LayerPlan(i, (0, 1, 2, 3), tuple(range(64))) for i in range(3)])
     student.load_state_dict(teacher.state_dict())
     losses = {"logits": {}, "hidden": {}, "attention": {}}
     _, log = step_gradient(tmp_path, student, teacher, rows(teacher), losses)

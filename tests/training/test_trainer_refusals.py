@@ -6,11 +6,12 @@ import pytest
 import torch
 import transformers
 from builders.models import tiny_model
-from builders.trainers import rows, trainer_of
+from builders.trainers import causal_model, rows, trainer_of
+from datasets import Dataset
 from transformers import TrainingArguments
 
 from distill_llm.common.errors import InputError
-from distill_llm.training.trainer import DistillationTrainer
+from distill_llm.training.trainer import DistillationConfig, DistillationTrainer
 
 
 @pytest.mark.parametrize(
@@ -26,7 +27,7 @@ from distill_llm.training.trainer import DistillationTrainer
         ({"student": {"head": "token-classification", "num_labels": 1}}, "num_labels: got 1"),
         ({"settings": {"model_init": tiny_model}}, "model_init: "),
         ({"settings": {"compute_loss_func": print}}, "compute_loss_func: "),
-        ({"settings": {"torch_compile": True}}, "torch_compile: got True; accepted: nothing: losses look into"),
+        ({"settings": {"torch_compile": True}}, "torch_compile: got True; leave it out: losses look into"),
         ({"losses": {"hidden": {}}}, "losses.hidden.layers.*uniform"),
         ({"losses": {"hidden": {"layers": [[9, 0]]}}}, "losses.hidden.layers"),
         ({"losses": {"logits": {"temperature": 0}}}, "losses.logits.temperature"),
@@ -117,3 +118,79 @@ def test_a_process_that_sees_several_devices_trains_on_the_first_and_says_so_onc
     assert not isinstance(trainer.model_wrapped, torch.nn.DataParallel)
     for name, parameter in expected.model.named_parameters():
         torch.testing.assert_close(trainer.model.get_parameter(name), parameter, rtol=0, atol=0)
+
+
+def ids_of(*rows: list[int], **columns: list) -> Dataset:
+    """Rows of a language model, each token its own label."""
+    masks = [[1] * len(ids) for ids in rows]
+    return Dataset.from_dict({"input_ids": rows, "attention_mask": masks, "labels": rows, **columns})
+
+
+class OnTheFly(torch.utils.data.Dataset):
+    """A data set whose rows are made when they are asked for: none is read at the door."""
+
+    def __init__(self, rows: Dataset):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {name: torch.tensor(values) for name, values in self.rows[index].items()}
+
+
+@pytest.mark.parametrize("kind", [Dataset, list, OnTheFly])
+@pytest.mark.parametrize("shorter", ["student", "teacher"])
+def test_rows_longer_than_the_positions_of_student_or_teacher_are_refused(tmp_path, kind, shorter):
+    sizes = [24 if name == shorter else 64 for name in ("student", "teacher")]
+    student, teacher = (causal_model(layers=1, max_position_embeddings=size) for size in sizes)
+    for length, passes in ((24, True), (25, False)):
+        rows = ids_of([5] * 9, [7] * length)
+        data = kind(rows.with_format("torch")) if kind is list else OnTheFly(rows) if kind is OnTheFly else rows
+        settings = {"per_device_train_batch_size": 1, "max_steps": 2, "losses": {"logits": {}}}
+        if passes:
+            trainer_of(tmp_path, student, teacher, data, **settings).train()
+            continue
+        field = "input_ids" if kind is OnTheFly else "train_dataset"
+        line = f"{field}: got 'a row of 25 tokens'; accepted: rows of at most 24 tokens, the longest input of the {shorter}"
+        with pytest.raises(InputError, match=f"^{line}$"):
+            trainer = trainer_of(tmp_path, student, teacher, data, **settings)
+            assert kind is OnTheFly
+            trainer.train()
+
+
+def test_rows_with_tokens_beyond_the_vocabulary_are_refused(tmp_path):
+    student = causal_model(layers=1)  # of 100 tokens
+    trainer_of(tmp_path, student, None, ids_of([5, 99], [7]), {"labels": {}})
+    line = "^train_dataset: got 'token 100 in row 2'; accepted: texts of the 100 tokens of the student$"
+    with pytest.raises(InputError, match=line):
+        trainer_of(tmp_path, student, None, ids_of([5, 99], [7], [8, 100, 101]), {"labels": {}})
+
+
+@pytest.mark.parametrize("family", ["opt", "bloom", "falcon", "llama"])
+def test_packed_rows_for_a_family_that_mixes_them_are_refused(tmp_path, family):
+    student = causal_model(family, layers=1)
+    whole = ids_of([5, 6, 7], [8, 9, 5], position_ids=[[0, 1, 2], [0, 1, 2]])
+    packed = ids_of([5, 6, 7], [8, 9, 5], position_ids=[[0, 1, 2], [0, 1, 0]])
+    trainer_of(tmp_path, student, None, whole, {"labels": {}})
+    if family == "llama":
+        trainer_of(tmp_path, student, None, packed, {"labels": {}})
+        return
+    with pytest.raises(InputError, match=f"^train_dataset: got 'packed rows'; leave packing out: {family} mixes"):
+        trainer_of(tmp_path, student, None, packed, {"labels": {}})
+
+
+def test_packed_rows_may_be_longer_than_the_positions_of_their_sequences(tmp_path):
+    student = causal_model(layers=1, max_position_embeddings=8)
+    rows = ids_of([5] * 16, position_ids=[[*range(8), *range(8)]])
+    trainer_of(tmp_path, student, None, rows, {"labels": {}}).train()
+    with pytest.raises(InputError, match="train_dataset: got 'a row of 9 tokens'"):
+        trainer_of(tmp_path, student, None, ids_of([5] * 9, position_ids=[[*range(9)]]), {"labels": {}})
+
+
+def test_each_of_several_sets_to_evaluate_on_is_named(tmp_path):
+    student, fine = causal_model(layers=1, max_position_embeddings=8), ids_of([5] * 8)
+    args = DistillationConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True, losses={"labels": {}})
+    given = {"fine": fine, "long": ids_of([5] * 9)}
+    with pytest.raises(InputError, match="^eval_dataset.long: got 'a row of 9 tokens'"):
+        DistillationTrainer(student, None, args, train_dataset=fine, eval_dataset=given)

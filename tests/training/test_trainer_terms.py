@@ -15,7 +15,7 @@ from builders.trainers import (
     trainer_of,
 )
 
-from distill_llm.architectures.families import LayerLineage
+from distill_llm.architectures.lineage import LayerPlan
 from distill_llm.common.errors import InputError
 from distill_llm.losses.schedules import Schedule
 
@@ -101,7 +101,7 @@ def test_embeddings_of_another_width_are_projected_and_their_projection_learns(t
 def test_a_student_that_keeps_known_channels_is_compared_with_these_and_needs_no_projection(tmp_path):
     teacher = causal_model(layers=4)
     kept = (*range(0, 32, 2), 31)
-    student = student_of_rows(teacher, [LayerLineage(i, (0, 1), tuple(range(64))) for i in (1, 3)], hidden=kept)
+    student = student_of_rows(teacher, [LayerPlan(i, (0, 1), tuple(range(64))) for i in (1, 3)], hidden=kept)
     data = rows(teacher)
     found, log = step_gradient(tmp_path, student, teacher, data, {"hidden": {"layers": "uniform"}, "embeddings": {}})
     assert not any(name.startswith("projection") for name in found)
@@ -118,7 +118,7 @@ def test_a_student_that_keeps_known_channels_is_compared_with_these_and_needs_no
 
 def test_a_pruned_student_of_another_model_than_its_teacher_is_projected_as_any_student_of_another_width(tmp_path):
     original, teacher = causal_model(layers=4), causal_model(layers=6, hidden_size=64, seed=1)
-    lineage = [LayerLineage(i, (0, 1), tuple(range(64))) for i in (1, 3)]
+    lineage = [LayerPlan(i, (0, 1), tuple(range(64))) for i in (1, 3)]
     student = student_of_rows(original, lineage, hidden=tuple(range(0, 32, 2)))
     data, losses = rows(teacher), {"hidden": {"layers": "uniform"}, "embeddings": {}}
     trainer = trainer_of(tmp_path, student, teacher, data, losses, learning_rate=0.0)
@@ -143,7 +143,7 @@ def test_a_pruned_student_of_another_model_than_its_teacher_is_projected_as_any_
 @pytest.mark.parametrize("term", ["hidden", "attention", "relations"])
 def test_lineage_is_refused_of_a_teacher_that_the_student_was_not_cut_from(tmp_path, term, other):
     def cut(model, *layers):
-        return student_of_rows(model, [LayerLineage(i, (0, 1), tuple(range(64))) for i in layers])
+        return student_of_rows(model, [LayerPlan(i, (0, 1), tuple(range(64))) for i in layers])
 
     pruned = "pruned" in other
     sizes = {"layers": 6} if pruned else {"layers": 4, **other}
@@ -158,7 +158,7 @@ def test_lineage_is_refused_of_a_teacher_that_the_student_was_not_cut_from(tmp_p
 
 def test_lineage_of_a_grouped_query_model_compares_all_queries_of_the_kept_groups(tmp_path):
     teacher = causal_model(layers=4, attn_implementation="eager")
-    student = student_of_rows(teacher, [LayerLineage(i, (1,), tuple(range(64))) for i in (1, 3)])
+    student = student_of_rows(teacher, [LayerPlan(i, (1,), tuple(range(64))) for i in (1, 3)])
     data = rows(teacher)
     _, log = step_gradient(tmp_path, student, teacher, data, {"attention": {}})
     batch = stacked(data, "input_ids", "attention_mask")

@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import transformers
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from distill_llm.common.errors import InputError, one_of
 from distill_llm.data.padding import Collator, PaddingCollator, Rows
 from distill_llm.data.sources import Splits
 from distill_llm.data.spec import DataSpec
-from distill_llm.losses.items import Kind as Item
+from distill_llm.losses.items import ITEMS
 from distill_llm.losses.labels import IGNORED
+from distill_llm.losses.units import Kind as Item
 from distill_llm.metrics.registry import Inputs, find_metric, metrics_of
 
 if TYPE_CHECKING:
@@ -103,6 +105,10 @@ class TaskKind(ABC):
         """Raise InputError where raw rows show by a look at some that they cannot be encoded."""
         return
 
+    def outputs(self, result: Any) -> Tensor:
+        """What `predictions` takes of the result of a model's forward: the logits."""
+        return result.logits  # type: ignore[no-any-return]
+
     def predictions(self, outputs: Any, labels: Any) -> tuple[Any, Any]:
         """Predictions and references, one of each for an item, from the outputs of a model and its labels.
 
@@ -169,10 +175,13 @@ Class = TypeVar("Class", bound=type[TaskKind])
 
 
 def register(kind: Class) -> Class:
-    """Decorator: puts a kind of task into KINDS."""
+    """Decorator: puts a kind of task into KINDS, and a head that is new to the losses into their table."""
     if kind.name in KINDS:
         raise InputError("kind", kind.name, fix="choose another name: there is a kind of this name")
     KINDS[kind.name] = kind()
+    for head in kind.head_classes:
+        if not any(known.endswith(head) for known in ITEMS):  # of the heads LMHeadModel, GPT-2's can be trained
+            ITEMS[head] = kind.item
     return kind
 
 

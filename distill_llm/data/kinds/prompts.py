@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from distill_llm.common.errors import InputError
-from distill_llm.data.decoders import PACKED_FAMILIES, is_decoder
+from distill_llm.common.errors import InputError, raise_all
+from distill_llm.data.decoders import is_decoder, packing_faults
 from distill_llm.data.kinds.base import KINDS, register
 from distill_llm.data.kinds.causal_lm import Decoding
 from distill_llm.data.padding import Rows
@@ -45,9 +45,8 @@ class Prompts(Decoding):
         if not is_decoder(config):
             accepted = f"a task for encoders, such as text or classification: a {config.model_type} answers no prompts"
             raise InputError("data.task", spec.task, accepted)
-        if spec.packing and config.model_type not in PACKED_FAMILIES:
-            accepted = f"false for {config.model_type} (these keep packed rows apart: {', '.join(PACKED_FAMILIES)})"
-            raise InputError("data.packing", True, accepted)
+        if spec.packing:
+            raise_all(packing_faults(config.model_type, "data.packing", given=True))
 
     def check_metric(self, metric: str) -> None:
         """Perplexity, a metric of texts, or a module of `evaluate` that compares texts."""

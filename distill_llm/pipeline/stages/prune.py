@@ -19,8 +19,8 @@ from distill_llm.pipeline.stage import Result, Stage
 from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.plan import PruningPlan
 from distill_llm.pruning.planning.budgets import share_of
+from distill_llm.recipe.pruning import PruningSection
 from distill_llm.recipe.recipe import Recipe
-from distill_llm.recipe.sections import PruningSection
 
 # The largest calibration batch: its activations and a language model's logits are in memory at once.
 CALIBRATION_BATCH, CALIBRATION_TOKENS = 32, 2048

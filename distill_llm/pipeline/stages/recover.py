@@ -9,7 +9,6 @@ from transformers import AutoConfig, PreTrainedModel, set_seed
 
 from distill_llm.data.tasks import label_names
 from distill_llm.models.checkpoint import load_for_task, load_pretrained
-from distill_llm.models.finding import resolve_model
 from distill_llm.models.quantized import load_teacher
 from distill_llm.pipeline.caching import cached_teacher
 from distill_llm.pipeline.context import Context
@@ -84,10 +83,10 @@ class Recover(Stage):
         if recipe.pruning is not None:
             assert path is not None
             return load_pretrained(path, dtype=torch.float32)
-        assert recipe.student is not None and recipe.student.model is not None
+        assert self.run.opened.student is not None
         set_seed(recipe.seed)
         names = label_names(AutoConfig.from_pretrained(teacher))
-        return load_for_task(resolve_model(recipe.student.model), self.run.data.task, names, of_task=True)
+        return load_for_task(self.run.opened.student.path, self.run.data.task, names, of_task=True)
 
 
 def recovery_teacher(run: Context, path: Path | str, fields: Fields) -> PreTrainedModel | Teacher:

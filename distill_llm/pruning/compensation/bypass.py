@@ -32,7 +32,8 @@ from distill_llm.pruning.statistics.calibration_pass import CalibrationPass, fir
 from distill_llm.pruning.statistics.hooks import CalibrationBatch
 from distill_llm.pruning.statistics.moments import Moments, MomentsSum
 from distill_llm.pruning.statistics.processes import sum_over_processes
-from distill_llm.pruning.units.sizes import linear, sizes_of, weight_of
+from distill_llm.pruning.statistics.settings import DEFAULT_SETTINGS, CalibrationSettings
+from distill_llm.pruning.units.sizes import counts_of, linear, weight_of
 
 # A module of a layer: the layer, and the path in it.
 Place = tuple[int, str]
@@ -83,12 +84,12 @@ def outputs_taken_over(model: PreTrainedModel, plan: PruningPlan) -> dict[int, l
     family, rows = family_of(model), {row.source: row for row in plan.layers}
     found: dict[int, list[Place]] = {}
     last: int | None = None
-    for layer, size in enumerate(sizes_of(model)):
+    for layer, has in enumerate(counts_of(model)):
         row = rows.get(layer)
         if family.parallel and row is not None and row.neurons:
             last = layer
-        gone = [(layer, family.attention_out)] if row is None or (size.queries and not row.heads) else []
-        if row is None or (size.neurons and not row.neurons):
+        gone = [(layer, family.attention_out)] if row is None or (has["queries"] and not row.heads) else []
+        if row is None or (has["neurons"] and not row.neurons):
             gone.append((layer, family.ffn_out))
         if last is not None and gone:
             found.setdefault(last, []).extend(gone)
@@ -117,10 +118,7 @@ def fit_bypasses(
     model: PreTrainedModel,
     plan: PruningPlan,
     dataloader: Iterable[Mapping[str, torch.Tensor]],
-    *,
-    precision: torch.dtype | None = None,
-    sharded: bool = False,
-    device: torch.device | str | None = None,
+    settings: CalibrationSettings = DEFAULT_SETTINGS,
 ) -> Bypasses:
     """One forward pass for what `prune(model, plan, ..., bypasses=)` needs; none where the plan removes nothing whole.
 
@@ -132,7 +130,7 @@ def fit_bypasses(
         model: the model that is to be pruned; unchanged.
         plan: what stays of it.
         dataloader: batches as for `collect_statistics`; no labels are read.
-        precision, sharded, device: as for `collect_statistics`.
+        settings: how the pass runs: precision, device, whether it is sharded.
 
     Returns:
         The bypasses, of all tokens; (I + H)^2 fp32 numbers for each FFN that takes over.
@@ -141,8 +139,7 @@ def fit_bypasses(
         InputError: if the plan does not fit the model, or the model is offloaded or spread over devices.
     """
     plan.check(model)
-    at = None if device is None else torch.device(device)
-    calibration = CalibrationPass(model, None, precision=precision, sharded=sharded, device=at)
+    calibration = CalibrationPass(model, None, settings=settings)
     taken, runs = outputs_taken_over(model, plan), runs_taken_over(model, plan)
     shown, batches = first_of(dataloader) if taken else (None, [])
     norm = None if shown is None else _closing_norm(model, min(taken), shown)
@@ -166,7 +163,7 @@ def fit_bypasses(
                 tap.watch_outputs([(linear(layers[source], path), source in stay) for source, path in taken[i]])
             stack.callback(tap.remove)
         calibration.over(batches, state, add)
-    if sharded:
+    if settings.sharded:
         sum_over_processes([tensor for tap in taps.values() for tensor in tap.moments.tensors()])
     moments = {i: tap.moments.finish() for i, tap in taps.items()}
     if norm:

@@ -12,17 +12,18 @@ import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from distill_llm.architectures.families import LayerLineage, dims_of, family_of, layers_of, width_of
+from distill_llm.architectures.families import dims_of, family_of, layers_of, width_of
+from distill_llm.architectures.lineage import LayerPlan
 from distill_llm.architectures.modeling_pruned import hidden_dims, kept_channels, layer_axes, layer_prefix
 from distill_llm.common.errors import InputError
 from distill_llm.pruning.compensation.linear import compensate_linear
 from distill_llm.pruning.statistics.moments import Moments
 from distill_llm.pruning.statistics.record import Statistics
-from distill_llm.pruning.units.sizes import sizes_of, weight_of
+from distill_llm.pruning.units.sizes import counts_of, weight_of
 
 
 def repaired_stream(
-    model: PreTrainedModel, rows: Sequence[LayerLineage], kept: torch.Tensor, statistics: Statistics
+    model: PreTrainedModel, rows: Sequence[LayerPlan], kept: torch.Tensor, statistics: Statistics
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
     """New weights and biases of the norms and readers of a residual stream that keeps some channels.
 
@@ -37,7 +38,7 @@ def repaired_stream(
     Raises:
         InputError: statistics of another model.
     """
-    family, dims, sizes, prefix = family_of(model), dims_of(model.config), sizes_of(model), layer_prefix(model)
+    family, dims, counts, prefix = family_of(model), dims_of(model.config), counts_of(model), layer_prefix(model)
     place, spans = {row.source: i for i, row in enumerate(rows)}, hidden_dims(model)
     modules = dict(model.named_modules())
     found: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
@@ -64,7 +65,7 @@ def repaired_stream(
                 row = rows[place[int(index)]]
                 dim, layout = layer_axes(layers_of(model)[int(index)], family).get(f"{path}.weight", (into, ""))
                 if dim != into:
-                    outputs = kept_channels(layout, row, sizes[int(index)], dims.head_size)
+                    outputs = kept_channels(layout, row, counts[int(index)], dims.head_size)
             found[own] = weight[outputs], None if bias is None else bias[outputs]
     return found
 

@@ -10,16 +10,17 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from distill_llm.architectures.families import LayerLineage, dims_of, family_of, layers_of
+from distill_llm.architectures.families import dims_of, family_of, layers_of
+from distill_llm.architectures.lineage import Counts, LayerPlan
 from distill_llm.architectures.modeling_pruned import (
-    Sizes,
     hidden_dims,
     inputs_of,
     kept_channels,
     layer_axes,
 )
+from distill_llm.architectures.modes import passed_on
 from distill_llm.pruning.plan import PruningPlan
-from distill_llm.pruning.units.sizes import linear, sizes_of
+from distill_llm.pruning.units.sizes import counts_of, linear
 
 
 @contextmanager
@@ -33,7 +34,7 @@ def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[PreTrainedMode
         InputError: if the plan does not fit the model.
     """
     plan.check(model)
-    family, head_size, sizes = family_of(model), dims_of(model.config).head_size, sizes_of(model)
+    family, head_size, counts = family_of(model), dims_of(model.config).head_size, counts_of(model)
     rows = {row.source: row for row in plan.layers}
     with ExitStack() as stack:
         if plan.hidden is not None:
@@ -42,13 +43,13 @@ def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[PreTrainedMode
             if index not in rows:
                 stack.callback(layer.register_forward_hook(_pass_on, with_kwargs=True).remove)
                 continue
-            row = LayerLineage(index, rows[index].heads, rows[index].neurons, rows[index].queries)
+            row = rows[index]
             for path, layout in ((family.attention_out, "q"), (family.ffn_out, "n")):
                 module = linear(layer, path)
                 mask = torch.zeros(inputs_of(module), device=module.weight.device)
-                mask[kept_channels(layout, row, sizes[index], head_size)] = 1
+                mask[kept_channels(layout, row, counts[index], head_size)] = 1
                 stack.callback(module.register_forward_pre_hook(_multiply(mask)).remove)
-            stack.enter_context(_norms_over_heads(model, layer, row, sizes[index]))
+            stack.enter_context(_norms_over_heads(model, layer, row, counts[index]))
         yield model
 
 
@@ -57,18 +58,17 @@ def _multiply(mask: torch.Tensor) -> Callable:
 
 
 def _pass_on(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-    entering = args[0] if args else kwargs["hidden_states"]
-    return (entering, *output[1:]) if isinstance(output, tuple) else entering
+    return passed_on(args, kwargs, output)
 
 
 @contextmanager
-def _norms_over_heads(model: PreTrainedModel, layer: nn.Module, row: LayerLineage, sizes: Sizes) -> Iterator[None]:
+def _norms_over_heads(model: PreTrainedModel, layer: nn.Module, row: LayerPlan, counts: Counts) -> Iterator[None]:
     """Norms that span all heads (OLMo2) see the kept ones only."""
     with ExitStack() as stack:
         for name, (_, layout) in layer_axes(layer, family_of(model)).items():
             path, _, last = name.rpartition(".")
             if last == "weight" and layout in ("q", "kv") and row.heads and _is_norm(layer.get_submodule(path)):
-                kept = kept_channels(layout, row, sizes, dims_of(model.config).head_size)
+                kept = kept_channels(layout, row, counts, dims_of(model.config).head_size)
                 stack.enter_context(_norm_over(layer.get_submodule(path), kept))
         yield
 

@@ -8,9 +8,9 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from distill_llm.architectures.families import LayerLineage, dims_of, family_of, pack_indices, stock_values
-from distill_llm.architectures.modeling_pruned import Sizes
-from distill_llm.pruning.units.sizes import hidden_size, sizes_of
+from distill_llm.architectures.families import dims_of, family_of
+from distill_llm.architectures.lineage import Counts, ModelPlan, packed, stock_values
+from distill_llm.pruning.units.sizes import counts_of, hidden_size
 
 # What configs say layer by layer.
 _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
@@ -47,39 +47,29 @@ def stock_record(config: PreTrainedConfig) -> dict[str, Any]:
     return record | {name: said[name] for name in kept if said.get(name) is not None}
 
 
-def write_sizes(
-    config: PreTrainedConfig,
-    stock: dict[str, Any],
-    lineage: tuple[LayerLineage, ...],
-    hidden: tuple[int, ...] | None,
-) -> None:
-    """The original's values, but for the number and kinds of layers."""
+def write_lineage(config: PreTrainedConfig, stock: dict[str, Any], lineage: ModelPlan) -> None:
+    """Note a lineage; of what the original's config says, the number and the kinds of layers follow it."""
     for name, value in stock.items():
         if isinstance(value, list):
-            value = [value[row.source] for row in lineage]
+            value = [value[row.source] for row in lineage.layers]
         setattr(config, name, value)
-    config.num_hidden_layers = len(lineage)
-    rows = []
-    for row in lineage:
-        record = {"source": row.source, "heads": pack_indices(row.heads), "neurons": pack_indices(row.neurons)}
-        rows.append(record | ({} if row.queries is None else {"queries": pack_indices(row.queries)}))
-    config.pruning = {"layers": rows, "stock": stock}
-    if hidden is not None:
-        config.pruning["hidden"] = pack_indices(hidden)
+    config.num_hidden_layers = len(lineage.layers)
+    config.pruning = packed(lineage, stock)
 
 
-def stock_config(config: PreTrainedConfig, sizes: Sizes, width: int) -> PreTrainedConfig:
-    """What the family's own config says of a model of `config`'s kind whose layers all have `sizes`, `width` channels wide.
+def stock_config(config: PreTrainedConfig, counts: Counts, width: int) -> PreTrainedConfig:
+    """What the family's own config says of a model of `config`'s kind whose layers all have `counts`, `width` channels wide.
 
     Raises:
         NotStock: where the config refuses these numbers.
     """
     family, dims, own = family_of(config), dims_of(config), copy.deepcopy(config)
-    said = {"num_attention_heads": sizes.queries, "num_key_value_heads": sizes.groups, "num_kv_heads": sizes.groups}
+    queries, groups = counts["queries"], counts["heads"]
+    said = {"num_attention_heads": queries, "num_key_value_heads": groups, "num_kv_heads": groups}
     stock_width = stock_record(config)["hidden_size"]
-    if (sizes.queries, width) != (dims.queries, stock_width):
+    if (queries, width) != (dims.queries, stock_width):
         said["head_dim"] = dims.head_size
-    said |= {family.ffn_config: sizes.neurons} if family.ffn_config else {}
+    said |= {family.ffn_config: counts["neurons"]} if family.ffn_config else {}
     said |= {name: width for name in family.hidden_fields if getattr(config, name, None) == stock_width}
     try:
         for name, value in said.items():
@@ -100,7 +90,7 @@ def stock_accepts(config: PreTrainedConfig, queries: int, groups: int, width: in
     with stock_values(config):
         neurons = getattr(config, family_of(config).ffn_config, None)
         try:
-            stock_config(config, Sizes(queries, groups, neurons), width)  # type: ignore[arg-type]
+            stock_config(config, {"heads": groups, "neurons": neurons, "queries": queries}, width)  # type: ignore[dict-item]
         except NotStock:
             return False
     return True
@@ -127,12 +117,12 @@ def stock_twin(student: PreTrainedModel, base: type[PreTrainedModel]) -> tuple[P
     Raises:
         NotStock: if no stock config can say what it is.
     """
-    sizes = set(sizes_of(student))
-    if len(sizes) > 1:
+    counts = counts_of(student)
+    if any(each != counts[0] for each in counts):
         raise NotStock("its layers keep different numbers of heads or neurons")
-    if 0 in (only := sizes.pop()):
+    if 0 in counts[0].values():
         raise NotStock("its layers have no attention or no FFN left")
-    config = stock_config(student.config, only, hidden_size(student))
+    config = stock_config(student.config, counts[0], hidden_size(student))
     try:
         with torch.device("meta"):
             stock = base._from_config(copy.deepcopy(config))

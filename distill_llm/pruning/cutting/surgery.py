@@ -8,16 +8,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from distill_llm.architectures.families import (
-    LayerLineage,
-    dims_of,
-    family_of,
-    hidden_lineage,
-    layers_of,
-    lineage_of,
-)
+from distill_llm.architectures.families import dims_of, family_of, layers_of
+from distill_llm.architectures.lineage import ModelPlan, compose, lineage_of
 from distill_llm.architectures.modeling_pruned import (
-    all_queries,
     kept_channels,
     layer_prefix,
     pruned_class,
@@ -29,31 +22,18 @@ from distill_llm.models.placement import check_in_memory
 from distill_llm.pruning.compensation.bypass import Bypasses
 from distill_llm.pruning.compensation.channels import repaired_stream
 from distill_llm.pruning.compensation.linear import compensate_linear
-from distill_llm.pruning.cutting.stock import NotStock, become_stock, stock_record, stock_twin, write_sizes
-from distill_llm.pruning.plan import PruningPlan
+from distill_llm.pruning.cutting.stock import NotStock, become_stock, stock_record, stock_twin, write_lineage
+from distill_llm.pruning.plan import PruningPlan, full_plan
 from distill_llm.pruning.statistics.moments import Moments
 from distill_llm.pruning.statistics.record import Statistics
-from distill_llm.pruning.units.sizes import linear, sizes_of, weight_of
+from distill_llm.pruning.units.sizes import counts_of, linear, weight_of
 
 
-def compose_lineage(model: PreTrainedModel, plan: PruningPlan) -> tuple[LayerLineage, ...]:
+def lineage_after(model: PreTrainedModel, plan: PruningPlan) -> ModelPlan:
     """The lineage of the model that `plan` makes of `model`: indices into the original teacher, over all rounds so far."""
-    sizes = sizes_of(model)
-    before = lineage_of(model) or tuple(
-        LayerLineage(i, tuple(range(s.groups)), tuple(range(s.neurons))) for i, s in enumerate(sizes)
-    )
     dims = dims_of(model.config)
-    shared = dims.queries // dims.groups
-    composed = []
-    for row in plan.layers:
-        old, size = before[row.source], sizes[row.source]
-        heads = tuple(old.heads[i] for i in row.heads)
-        every = tuple(group * shared + i for group in heads for i in range(shared))
-        known = old.queries or tuple(group * shared + i for group in old.heads for i in range(shared))
-        queries = tuple(known[i] for i in (all_queries(row.heads, size) if row.queries is None else row.queries))
-        neurons = tuple(old.neurons[i] for i in row.neurons)
-        composed.append(LayerLineage(old.source, heads, neurons, None if queries == every else queries))
-    return tuple(composed)
+    original = {"heads": dims.groups, "queries": dims.queries}
+    return compose(lineage_of(model) or full_plan(model), plan, lambda layer: original)
 
 
 def prune(
@@ -84,14 +64,13 @@ def prune(
     check_in_memory(model)
     if compensate is not None:
         _check_statistics(model, compensate)
-    lineage, hidden = compose_lineage(model, plan), _compose_hidden(model, plan)
-    rows = [LayerLineage(row.source, row.heads, row.neurons, row.queries) for row in plan.layers]
-    repaired = _repaired(model, rows, plan, compensate, bypasses)
+    lineage = lineage_after(model, plan)
+    repaired = _repaired(model, plan, compensate, bypasses)
     if compensate is not None and plan.hidden is not None:
-        repaired |= repaired_stream(model, rows, torch.tensor(plan.hidden), compensate)
+        repaired |= repaired_stream(model, plan.layers, torch.tensor(plan.hidden), compensate)
     stock = stock_record(model.config)
     student = _structure_of(model)
-    shrink(student, rows, plan.hidden, original=lineage, values=True)
+    shrink(student, plan, lineage=lineage, values=True)
     modules: dict[str, Any] = dict(student.named_modules())
     for name, (weight, bias) in repaired.items():
         if (module := modules.get(name)) is None:  # of an attention that is gone
@@ -100,7 +79,7 @@ def prune(
         if bias is not None:
             module.bias = nn.Parameter(bias)
     _own_weights(student, model)
-    write_sizes(student.config, stock, lineage, hidden)
+    write_lineage(student.config, stock, lineage)
     base = stock_class(type(model))
     try:
         become_stock(student, base)
@@ -145,16 +124,8 @@ def _own_weights(student: PreTrainedModel, model: PreTrainedModel) -> None:
             setattr(student.get_submodule(parent), last, own)
 
 
-def _compose_hidden(model: PreTrainedModel, plan: PruningPlan) -> tuple[int, ...] | None:
-    before = hidden_lineage(model.config)
-    if plan.hidden is None:
-        return before
-    return tuple(plan.hidden) if before is None else tuple(before[i] for i in plan.hidden)
-
-
 def _repaired(
     model: PreTrainedModel,
-    rows: list[LayerLineage],
     plan: PruningPlan,
     statistics: Statistics | None,
     bypasses: Bypasses | None,
@@ -163,13 +134,13 @@ def _repaired(
     that lose an input or take over what others added, and those of norms that take another's place."""
     family, dims, prefix, found = family_of(model), dims_of(model.config), layer_prefix(model), {}
     out = slice(None) if plan.hidden is None else torch.tensor(plan.hidden)
-    sizes = sizes_of(model)
-    for index, row in enumerate(rows):
+    counts = counts_of(model)
+    for index, row in enumerate(plan.layers):
         for kind, (path, layout) in enumerate(((family.attention_out, "q"), (family.ffn_out, "n"))):
             if bypasses is not None and (row.source, path) in bypasses.outputs:
                 continue  # all but its bias is another's
             module = linear(layers_of(model)[row.source], path)
-            kept = kept_channels(layout, row, sizes[row.source], dims.head_size)
+            kept = kept_channels(layout, row, counts[row.source], dims.head_size)
             if bypasses is not None and kind == 1 and row.source in bypasses.moments:
                 weight, bias = bypasses.folded(module, row.source, kept)
             elif statistics is None or len(kept) == weight_of(module).shape[1]:
@@ -198,5 +169,5 @@ def _moments(statistics: Statistics, layer: int, kind: int) -> Moments:
 
 def _check_statistics(model: PreTrainedModel, statistics: Statistics) -> None:
     found = [(len(of.taylor), len(its.taylor)) for of, its in zip(statistics.heads, statistics.neurons, strict=True)]
-    if found != [(size.groups, size.neurons) for size in sizes_of(model)]:
+    if found != [(each["heads"], each["neurons"]) for each in counts_of(model)]:
         raise InputError("compensate", "statistics of a model of other sizes", "statistics of the model that is pruned")

@@ -4,7 +4,7 @@ from transformers import PreTrainedModel
 
 from distill_llm.pruning.planning.candidate import Rules
 from distill_llm.pruning.units.costs import unit_costs
-from distill_llm.pruning.units.sizes import hidden_size, layer_shapes, sizes_of, sources_in
+from distill_llm.pruning.units.sizes import counts_of, hidden_size, sources_in
 
 
 def share_of(
@@ -12,13 +12,13 @@ def share_of(
 ) -> float:
     """The share of the teacher's layers' cost (see `unit_costs`) that the student's layers have."""
     costs = unit_costs(teacher, cost, batch_size, sequence_length)
-    left, whole = ([(s.groups, s.neurons, s.queries) for s in sizes_of(model)] for model in (student, teacher))
-    return costs.of(left, hidden_size(student), sources_in(student, teacher)) / costs.of(whole)
+    left = costs.of(counts_of(student), hidden_size(student), sources_in(student, teacher))
+    return left / costs.of(counts_of(teacher))
 
 
 def least_share(model: PreTrainedModel, rules: Rules, cost: str, batch_size: int, sequence_length: int) -> float:
     """The share of the layers' cost that stays when all that the rules let go is removed; one layer always stays."""
-    costs, shapes = unit_costs(model, cost, batch_size, sequence_length), layer_shapes(model)
+    costs, shapes = unit_costs(model, cost, batch_size, sequence_length), counts_of(model)
     rows, width = rules.least(shapes), rules.least_width(costs.hidden)
     left = costs.of(rows, width)
     if "layers" in rules.units:

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import torch
 
+from distill_llm.architectures.lineage import Counts
 from distill_llm.common.errors import InputError
 from distill_llm.pruning.importance import Importance
 from distill_llm.pruning.names import UNITS
 from distill_llm.pruning.plan import LayerPlan, PruningPlan
 from distill_llm.pruning.units.costs import Costs
-from distill_llm.pruning.units.sizes import LayerShape
 
 NEAR = 0.99
 """The part of a budget that a plan should use at least."""
@@ -42,19 +42,21 @@ class Rules:
     local: bool = False
     anchored: bool = False
 
-    def least(self, shapes: Sequence[LayerShape]) -> list[LayerShape]:
+    def least(self, shapes: Sequence[Counts]) -> list[Counts]:
         """What has to stay of every layer as long as the layer stays."""
-        rows, limits, multiple = [], self.limits, -(-self.limits.neurons // self.round_to) * self.round_to
+        rows: list[Counts] = []
+        limits, multiple = self.limits, -(-self.limits.neurons // self.round_to) * self.round_to
         least_heads = max(limits.heads, int(self.local and "heads" in self.units))
         for shape in shapes:
-            heads, neurons = shape.heads, shape.neurons
-            queries = (shape.queries or heads) // heads if heads else 0
+            heads, neurons = shape["heads"], shape["neurons"]
+            queries = shape["queries"] // heads if heads else 0
             if "heads" in self.units or ("attention" in self.units and not limits.heads):
-                heads = min(least_heads, heads, fewest(s.heads for s in shapes) if self.uniform else heads)
+                heads = min(least_heads, heads, fewest(s["heads"] for s in shapes) if self.uniform else heads)
             if "neurons" in self.units or ("ffn" in self.units and not limits.neurons):
-                has = min(neurons, fewest(s.neurons for s in shapes)) if self.uniform else neurons
+                has = min(neurons, fewest(s["neurons"] for s in shapes)) if self.uniform else neurons
                 neurons = multiple if multiple <= has else has
-            rows.append(LayerShape(heads, neurons, heads * (min(queries, 1) if "queries" in self.units else queries)))
+            queries = heads * (min(queries, 1) if "queries" in self.units else queries)
+            rows.append({"heads": heads, "neurons": neurons, "queries": queries})
         return rows
 
     def last_layers(self, count: int) -> range:
@@ -74,25 +76,24 @@ def fewest(counts: Iterable[int]) -> int:
 class Choice:
     """What stays, while it is being chosen: per layer the kept heads, queries of a group, and neurons; the kept channels."""
 
-    def __init__(
-        self, scores: Importance, shapes: Sequence[LayerShape], costs: Costs, budget: float, rules: Rules
-    ) -> None:
+    def __init__(self, scores: Importance, shapes: Sequence[Counts], costs: Costs, budget: float, rules: Rules) -> None:
         self.scores, self.shapes, self.costs, self.budget, self.rules = scores, shapes, costs, budget, rules
         self.alive = [True] * len(shapes)
-        self.heads = [torch.ones(s.heads, dtype=torch.bool) for s in shapes]
-        self.neurons = [torch.ones(s.neurons, dtype=torch.bool) for s in shapes]
-        self.shared = [(s.queries or s.heads) // s.heads if s.heads else 1 for s in shapes]
+        self.heads = [torch.ones(s["heads"], dtype=torch.bool) for s in shapes]
+        self.neurons = [torch.ones(s["neurons"], dtype=torch.bool) for s in shapes]
+        self.shared = [s["queries"] // s["heads"] if s["heads"] else 1 for s in shapes]
         self.slots = list(self.shared)
         # The same as numbers, to be quick.
-        self.head_count = [s.heads for s in shapes]
-        self.neuron_count = [s.neurons for s in shapes]
+        self.head_count = [s["heads"] for s in shapes]
+        self.neuron_count = [s["neurons"] for s in shapes]
         self.width = costs.hidden
         self.least = rules.least(shapes)
         least_width = rules.least_width(costs.hidden)
         self._least_costs = [costs.of([row], least_width, [i]) for i, row in enumerate(self.least)]
 
-    def shape(self, i: int) -> LayerShape:
-        return LayerShape(self.head_count[i], self.neuron_count[i], self.head_count[i] * self.slots[i])
+    def shape(self, i: int) -> Counts:
+        heads = self.head_count[i]
+        return {"heads": heads, "neurons": self.neuron_count[i], "queries": heads * self.slots[i]}
 
     def living(self) -> list[int]:
         return [i for i, alive in enumerate(self.alive) if alive]
@@ -142,7 +143,7 @@ class Choice:
             self.alive[i] = False
         elif kind in ("heads", "attention"):
             gone = self.heads[i] if kind == "attention" else self.heads[i][j : j + 1]
-            if self.head_count[i] - int(gone.sum()) < self.least[i].heads or not gone.any():
+            if self.head_count[i] - int(gone.sum()) < self.least[i]["heads"] or not gone.any():
                 return False
             self.head_count[i] -= int(gone.sum())
             gone[:] = False
@@ -152,7 +153,7 @@ class Choice:
             self.slots[i] -= 1
         else:
             gone = self.neurons[i] if kind == "ffn" else self.neurons[i][j : j + 1]
-            if self.neuron_count[i] - int(gone.sum()) < self.least[i].neurons or not gone.any():
+            if self.neuron_count[i] - int(gone.sum()) < self.least[i]["neurons"] or not gone.any():
                 return False
             self.neuron_count[i] -= int(gone.sum())
             gone[:] = False
@@ -202,12 +203,12 @@ class Choice:
         share, note = self.cost() / self.costs.of(self.shapes), None
         if abs(share - keep) > 0.01 * keep:
             note = f"kept {share:.4f} of the layers' {self.costs.name} where {keep} was asked for: "
-            sizes = [{shape[k] for shape in self.shapes} - {0} for k in (0, 1)]
+            sizes = [{shape[k] for shape in self.shapes} - {0} for k in ("heads", "neurons")]
             uneven = self.rules.uniform and max(map(len, sizes)) > 1
             note += "these units come in larger steps" + (
                 ", and no layer keeps more than the smallest" if uneven else ""
             )
-        return PruningPlan(model_type, tuple(rows), share, note, self._channels())
+        return PruningPlan(model_type, tuple(rows), share, note, hidden=self._channels())
 
     def _channels(self) -> tuple[int, ...] | None:
         if self.width == self.costs.hidden:

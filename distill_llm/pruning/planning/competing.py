@@ -18,7 +18,7 @@ from distill_llm.pruning.plan import PruningPlan
 from distill_llm.pruning.planning.candidate import NEAR, NO_LIMITS, Choice, Limits, Rules
 from distill_llm.pruning.planning.even_shares import keep_shares
 from distill_llm.pruning.units.costs import Costs
-from distill_llm.pruning.units.sizes import hidden_size, layer_shapes
+from distill_llm.pruning.units.sizes import counts_of, hidden_size
 
 
 def check_settings(
@@ -43,7 +43,7 @@ def check_settings(
     for fault in competing_faults(units, scores.criterion, scope, uniform, scores.layer_criterion):
         raise fault
     scores.require(units)
-    scores.check(layer_shapes(model), hidden_size(model))
+    scores.check(counts_of(model), hidden_size(model))
 
 
 def plan_for_costs(
@@ -59,7 +59,7 @@ def plan_for_costs(
 ) -> PruningPlan:
     """`plan_pruning` where what units cost is known."""
     check_settings(model, scores, keep, units, scope, round_to, uniform)
-    shapes = layer_shapes(model)
+    shapes = counts_of(model)
     family = family_of(model)
     if family.anchored and "hidden" in units:
         raise InputError(
@@ -149,7 +149,9 @@ def _made_up(choice: Choice, kind: str) -> float:
     """How much of what a unit takes too much could be made up for with neurons that are gone: for heads only."""
     if kind != "heads" or "neurons" not in choice.rules.units:
         return 0.0
-    gone = sum(s.neurons - n for s, n, on in zip(choice.shapes, choice.neuron_count, choice.alive, strict=True) if on)
+    gone = sum(
+        s["neurons"] - n for s, n, on in zip(choice.shapes, choice.neuron_count, choice.alive, strict=True) if on
+    )
     return gone * choice.costs.neuron_at(choice.width)
 
 
@@ -184,20 +186,20 @@ def _round_neurons(choice: Choice) -> None:
     """Bring every layer's neurons to a multiple of `round_to`, then spend what is left of the budget on whole blocks."""
     alive, step = [i for i, living in enumerate(choice.alive) if living], choice.rules.round_to
     price, scores = choice.costs.neuron_at(choice.width), choice.scores.neurons
-    counts = {i: max(choice.neuron_count[i] // step * step, choice.least[i].neurons) for i in alive}
+    counts = {i: max(choice.neuron_count[i] // step * step, choice.least[i]["neurons"]) for i in alive}
     spare = choice.budget - (choice.cost() - price * sum(choice.neuron_count[i] - counts[i] for i in alive))
     worth = {i: torch.cat([torch.zeros(1), scores[i].sort(descending=True).values.cumsum(0)]) for i in alive}
     while True:
-        group = [i for i in alive if choice.shapes[i].neurons] if choice.rules.uniform else []
+        group = [i for i in alive if choice.shapes[i]["neurons"]] if choice.rules.uniform else []
         if not choice.rules.uniform:
             best = -1.0
             for i in alive:
                 end = counts[i] + step
-                value = (worth[i][end] - worth[i][counts[i]]).item() if end <= choice.shapes[i].neurons else -1.0
+                value = (worth[i][end] - worth[i][counts[i]]).item() if end <= choice.shapes[i]["neurons"] else -1.0
                 if value > best:
                     best, group = value, [i]
         needed = price * step * len(group)
-        if not group or needed > spare or any(counts[i] + step > choice.shapes[i].neurons for i in group):
+        if not group or needed > spare or any(counts[i] + step > choice.shapes[i]["neurons"] for i in group):
             break
         for i in group:
             counts[i] += step

@@ -127,7 +127,7 @@ def _cost_of_shares(choice: Choice, counts: tuple[Counts, Counts, Counts]) -> Ca
 
     def cost(coarse: float, fine: float, width: int | None = None, rounding: Rounding = _exact) -> float:
         columns = heads(coarse, rounding), queries(coarse, rounding), neurons(fine, _exact)
-        rows = [(h, n, h * q) for h, q, n in zip(*columns, strict=True)]
+        rows = [{"heads": h, "neurons": n, "queries": h * q} for h, q, n in zip(*columns, strict=True)]
         return choice.costs.of(rows, choice.width if width is None else width, living)
 
     return cost
@@ -157,11 +157,11 @@ def _counts(choice: Choice, kind: str) -> Counts:
     if kind == "queries":
         has, least = [choice.shared[i] for i in living], [1] * len(living)
     else:
-        has, least = [getattr(shape, kind) for shape in shapes], [getattr(choice.least[i], kind) for i in living]
+        has, least = [shape[kind] for shape in shapes], [choice.least[i][kind] for i in living]
     if kind not in choice.rules.units:
         return lambda share, rounding: list(has)
     if choice.rules.local or kind == "queries":
-        there = fewest(count for count, shape in zip(has, shapes, strict=True) if kind != "queries" or shape.heads)
+        there = fewest(count for count, shape in zip(has, shapes, strict=True) if kind != "queries" or shape["heads"])
         most = [min(count, there) for count in has] if choice.rules.uniform else has
         return lambda share, rounding: [max(rounding(share * m), at) for m, at in zip(most, least, strict=True)]
     # What a layer keeps at least comes first, whatever it is worth.

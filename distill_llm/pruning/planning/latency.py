@@ -21,7 +21,7 @@ from scipy.optimize import nnls
 from transformers import PreTrainedModel
 
 from distill_llm.architectures.families import layers_of
-from distill_llm.architectures.modeling_pruned import Sizes
+from distill_llm.architectures.lineage import Counts
 from distill_llm.common.errors import InputError
 from distill_llm.common.files import written_whole
 from distill_llm.measuring.clocks import Clock, Measure, on_device, relative_latency
@@ -32,7 +32,7 @@ from distill_llm.pruning.plan import PruningPlan, full_plan
 from distill_llm.pruning.planning.competing import plan_for_costs
 from distill_llm.pruning.planning.layer_times import largest_layer, layer_times
 from distill_llm.pruning.units.costs import Costs
-from distill_llm.pruning.units.sizes import head_size_of, hidden_size, sizes_of
+from distill_llm.pruning.units.sizes import counts_of, head_size_of, hidden_size
 
 TOLERANCE = 0.03
 
@@ -70,17 +70,17 @@ def latency_costs(
     if rows is None:
         rows = layer_times(model, batch_size, sequence_length, clock or on_device(model.device))
         _write(file, {"key": key, "columns": ["hidden", "queries", "groups", "neurons", "milliseconds"], "rows": rows})
-    return fit_costs(rows, sizes_of(model)[largest_layer(model)], hidden_size(model))
+    return fit_costs(rows, counts_of(model)[largest_layer(model)], hidden_size(model))
 
 
-def fit_costs(rows: Sequence[Sequence[float]], sizes: Sizes, hidden: int) -> Costs:
+def fit_costs(rows: Sequence[Sequence[float]], counts: Counts, hidden: int) -> Costs:
     """The costs that are nearest to (hidden, queries, groups, neurons, milliseconds) of single layers.
 
     Args:
-        sizes: of the whole layer.
+        counts: of the whole layer.
         hidden: channels of the residual stream that costs are given for.
     """
-    shared = sizes.queries // sizes.groups if sizes.groups else 1
+    shared = counts["queries"] // counts["heads"] if counts["heads"] else 1
     found = {}
     for width in sorted({int(row[0]) for row in rows}):
         table = np.array([row for row in rows if int(row[0]) == width], dtype=float)
@@ -100,8 +100,7 @@ def fit_costs(rows: Sequence[Sequence[float]], sizes: Sizes, hidden: int) -> Cos
 
 def costs_for(student: PreTrainedModel, costs: Costs) -> Costs:
     """The costs of a model, for one that was pruned from it."""
-    size = next((size for size in sizes_of(student) if size.groups), None)
-    shared = size.queries // size.groups if size else costs.shared
+    shared = next((each["queries"] // each["heads"] for each in counts_of(student) if each["heads"]), costs.shared)
     return replace(costs, hidden=hidden_size(student), shared=shared)
 
 
@@ -196,7 +195,7 @@ def _met(tried: Sequence[_Tried], keep: float, tolerance: float) -> bool:
 
 
 def _same(plan: PruningPlan, other: PruningPlan) -> bool:
-    return (plan.layers, plan.hidden) == (other.layers, other.hidden)
+    return (plan.layers, plan.whole) == (other.layers, other.whole)
 
 
 def _next(keep: float, first: _Tried, above: _Tried, below: _Tried | None, low: float) -> float:

@@ -2,9 +2,9 @@
 
 from transformers import PreTrainedModel
 
-from distill_llm.architectures.modeling_pruned import Sizes, all_queries
-from distill_llm.pruning.plan import LayerPlan, PruningPlan
-from distill_llm.pruning.units.sizes import sizes_of
+from distill_llm.architectures.lineage import compose
+from distill_llm.pruning.plan import PruningPlan
+from distill_llm.pruning.units.sizes import counts_of
 
 
 def cut_shares(before: float, after: float, cuts: int) -> list[float]:
@@ -19,17 +19,5 @@ def compose_plans(model: PreTrainedModel, first: PruningPlan, second: PruningPla
         model: what `first` is for.
         second: a plan for `prune(model, first)`; the result has its `kept` and `note`.
     """
-    sizes, layers = sizes_of(model), []
-    for row in second.layers:
-        before = first.layers[row.source]
-        heads = tuple(before.heads[i] for i in row.heads)
-        known = before.queries or all_queries(before.heads, sizes[before.source])
-        left = all_queries(row.heads, Sizes(len(known), len(before.heads), 0)) if row.queries is None else row.queries
-        queries = tuple(known[i] for i in left)
-        whole = queries == all_queries(heads, sizes[before.source])
-        neurons = tuple(before.neurons[i] for i in row.neurons)
-        layers.append(LayerPlan(before.source, heads, neurons, None if whole else queries))
-    hidden = first.hidden
-    if second.hidden is not None:
-        hidden = second.hidden if hidden is None else tuple(hidden[i] for i in second.hidden)
-    return PruningPlan(first.model_type, tuple(layers), second.kept, second.note, hidden)
+    both = compose(first, second, counts_of(model).__getitem__)
+    return PruningPlan(first.model_type, both.layers, second.kept, second.note, whole=both.whole)

@@ -1,4 +1,4 @@
-"""One pass over calibration data, and all that it finds about every unit.
+"""One pass over calibration data, and what it finds out about every unit.
 
 May import of pruning: units.
 """

@@ -1,4 +1,4 @@
-"""What a calibration pass differentiates: the sum over examples of their losses."""
+"""What a calibration pass differentiates: the losses of its examples, summed."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,10 +21,10 @@ SPAN = ("start_positions", "end_positions")
 def calibration_loss(
     model: PreTrainedModel, batch: Batch, loss: Loss | None, teacher: PreTrainedModel | None, generator: torch.Generator
 ) -> torch.Tensor | None:
-    """One forward; the sum over examples of their losses (see `collect_statistics`), fp32; None without a loss.
+    """One forward pass and the sum of its examples' losses (see `collect_statistics`) in fp32; None without a loss.
 
     Raises:
-        InputError: a batch without the labels it needs, or with several for an example.
+        InputError: a batch without the labels that the loss needs, or with several for an example.
     """
     if loss is None or callable(loss):
         outputs = model(**_inputs(model, batch))
@@ -46,13 +46,13 @@ def calibration_loss(
 
 
 def items_of(model: PreTrainedModel, batch: Batch, labelled: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """One forward: logits (items, C) of the outputs that count, fp32, and their labels (items,) where `labelled`.
+    """One forward pass: logits (items, C) in fp32 of the outputs that count, and their labels (items,) if `labelled`.
 
-    An item is an example, with an output per token a token, of question answering a start or an end: there the C classes are
-    the example's tokens, those of padding left out.
+    An item is an example; with one output per token, a token; in question answering, a start or an end, whose C classes are
+    the example's tokens without padding.
 
     Raises:
-        InputError: a batch without labels where they are asked for, or with other labels than one for each item.
+        InputError: a batch without labels where they are asked for, or without exactly one label for each item.
     """
     kind, spans = kind_of(model), type(model).__name__.endswith("ForQuestionAnswering")
     names = SPAN if spans else ("labels",)
@@ -79,7 +79,7 @@ def items_of(model: PreTrainedModel, batch: Batch, labelled: bool) -> tuple[torc
 
 
 def _check_labels(logits: torch.Tensor, labels: torch.Tensor, given: torch.Tensor) -> None:
-    """Refuse flattened labels that are not one for each item: several classes of an example, or their shares."""
+    """Refuse labels that are not one for each item: several classes of an example, or their shares."""
     classes = logits.shape[-1]
     if len(labels) != len(logits) or (classes > 1 and labels.is_floating_point()):
         accepted = (

@@ -1,4 +1,4 @@
-"""Backward products of frozen linears in bf16: gradients for ranking units, at a fraction of the time."""
+"""Backward products of frozen linears in bf16: gradients that are good enough to rank units, in a fraction of the time."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,7 +22,7 @@ def fast_bf16(device: torch.device) -> bool:
 
 
 class _Backward(torch.autograd.Function):
-    """Hands an output on; its gradient goes to the linear's input as gradient @ weight, in bf16."""
+    """Passes an output on; the gradient of the linear's input is gradient @ weight, in bf16."""
 
     @staticmethod
     def forward(ctx: Any, entering: torch.Tensor, output: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -41,9 +41,9 @@ class _Backward(torch.autograd.Function):
 def fast_backward(layers: nn.ModuleList, device: torch.device) -> Iterator[None]:
     """Within the context, gradients pass the fp32 linears of `layers` in bf16, where `device` multiplies faster in it.
 
-    The forward pass is untouched. The weights must need no gradient: they get none. They are rounded as they are needed, so one
-    copy is held at a time. A gradient entry carries a relative rounding error of about 2^-9 for each linear it passes; the
-    order of scores hardly moves (scripts/bench/RESULTS.md).
+    The forward pass is untouched. The weights get no gradient, so they must need none. Each is rounded when it is needed, so one
+    copy is held at a time. An entry of a gradient gains a relative rounding error of about 2^-9 at each linear that it passes;
+    the order of scores hardly moves (scripts/bench/RESULTS.md).
     """
     with ExitStack() as stack:
         for module in layers.modules() if fast_bf16(device) else ():

@@ -1,6 +1,6 @@
-"""Hooks of a calibration pass: what they see at a linear's input, of the residual stream's channels and around a layer.
+"""Hooks of a calibration pass: at the inputs of linears, on the residual stream's channels, and around layers.
 
-Their arithmetic is in fp32 whatever the model computes in. Padding counts in nothing.
+Their arithmetic is in fp32 whatever the model computes in. Padding does not count.
 """
 
 from collections.abc import Callable
@@ -19,9 +19,9 @@ class CalibrationBatch:
     Attributes:
         mask: (R, T), 1 where a token is not padding.
         valid: flat indices of these tokens; None where no token is padding.
-        before: valid tokens of all batches before this one.
-        keys: (valid tokens,) random numbers in [0, 1) that second moments choose tokens by.
-        channels: (B, C), the effects of the residual stream's channels, summed over what was seen of them so far; 0 before.
+        before: how many valid tokens all batches before this one had.
+        keys: (valid tokens,) random numbers in [0, 1), by which second moments choose tokens.
+        channels: (B, C), the effects of the residual stream's channels, summed over the tensors seen so far; a scalar 0 before.
         with_loss: whether there is a backward pass.
     """
 
@@ -35,7 +35,7 @@ class CalibrationBatch:
         self.device, self.with_loss = device, with_loss
 
     def set(self, mask: torch.Tensor, before: int, generator: torch.Generator) -> int:
-        """Look at a batch with an attention mask (B, T) or (B, choices, T); its number of valid tokens."""
+        """Look at a batch with an attention mask (B, T) or (B, choices, T); returns its number of valid tokens."""
         self.examples, self.before = len(mask), before
         rows = mask.flatten(0, -2)
         places = rows.flatten().nonzero().flatten()
@@ -47,7 +47,7 @@ class CalibrationBatch:
 
     @property
     def skipped(self) -> bool:
-        """Whether this forward is not the one that a backward pass follows (a checkpoint's first, or a teacher's)."""
+        """Whether no backward pass follows this forward (the first of a checkpointed layer, or a teacher's)."""
         return self.with_loss and not torch.is_grad_enabled()
 
     def fp32(self) -> torch.autocast:
@@ -55,7 +55,7 @@ class CalibrationBatch:
         return torch.autocast(self.device.type, enabled=False)
 
     def by_token(self, values: torch.Tensor) -> torch.Tensor | None:
-        """(R, T, C) of values of this shape or of one row per token (OPT's FFN); None if they are not of all tokens."""
+        """Values as (R, T, C), given so or as a row per token (OPT's FFN); None if they are not of all tokens."""
         if values.dim() == 3 and values.shape[:2] == self.mask.shape:
             return values
         return values.unflatten(0, self.mask.shape) if values.shape[:-1] == (self.mask.numel(),) else None
@@ -80,7 +80,7 @@ class CalibrationBatch:
         return weights if self.valid is None else weights[self.valid]
 
     def add_moments(self, moments: MomentsSum | None, values: torch.Tensor, gradients: torch.Tensor | None) -> None:
-        """Add the valid tokens of (R, T, C) values, or all of (R, C), by their gradients where there are any."""
+        """Add the valid tokens of (R, T, C) values, or all of (R, C), weighted by their gradients if there are any."""
         if moments is not None:
             weights = None if gradients is None else self.token_weights(gradients)
             flat, valid = (values.flatten(0, 1), self.valid) if values.dim() == 3 else (values, None)
@@ -88,8 +88,10 @@ class CalibrationBatch:
 
 
 def begins_here(entering: torch.Tensor) -> torch.Tensor:
-    """What a linear reads, or a layer without any gives out, as where the backward pass ends unless it goes on: nothing before
-    the first linears has a statistic. (Of layers whose attention and FFN are side by side, both linears of the first are such.)
+    """A tensor with a gradient: `entering` itself, or, if it has none, a leaf in its place, at which the backward pass ends.
+
+    Nothing before the first linears has a statistic, so the backward pass need not go further. (In layers whose attention
+    and FFN are side by side, both linears of the first layer are such ends.)
     """
     return entering if entering.requires_grad or not entering.numel() else entering.detach().requires_grad_()
 
@@ -125,12 +127,12 @@ def tap_hook(batch: CalibrationBatch, sums: UnitSums, moments: MomentsSum | None
 
 
 def reader_hook(batch: CalibrationBatch, channels: UnitSums) -> Callable:
-    """Before every linear that reads the residual stream: statistics of its channels as they are read, of each tensor once.
+    """Before every linear that reads the residual stream: statistics of its channels as they are read, once for each tensor.
 
-    Linears read a branch of the tensor: the gradient there is of what they make of it alone. In the tensor's own is that of all
-    that comes after, where it is the residual stream itself (BERT, OLMo 2).
+    Linears get a branch of the tensor, whose gradient comes through them alone. The gradient of the tensor itself comes from
+    everything after it, where it is the residual stream itself (BERT, OLMo 2).
     """
-    last: list[torch.Tensor] = []  # what was read last, and its branch
+    last: list[torch.Tensor] = []  # the tensor that was read last, and its branch
 
     def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         if not last or last[0] is not args[0]:
@@ -143,11 +145,11 @@ def reader_hook(batch: CalibrationBatch, channels: UnitSums) -> Callable:
 
 
 def see_channels(batch: CalibrationBatch, channels: UnitSums, tensor: torch.Tensor) -> None:
-    """Statistics of the residual stream's channels in a tensor (R, T, C), (R T, C), or (R, C) of a token of every row."""
+    """Statistics of the residual stream's channels in a tensor (R, T, C), (R T, C), or (R, C) of one token of each row."""
     value = batch.by_token(tensor.detach())
     if value is None and tensor.shape[:-1] == batch.mask.shape[:1]:
         value = tensor.detach()
-    of_tokens = tensor.requires_grad == batch.with_loss  # not of positions (DeBERTa)
+    of_tokens = tensor.requires_grad == batch.with_loss  # DeBERTa also reads embeddings of positions
     if batch.skipped or value is None or not of_tokens:
         return
     with batch.fp32():
@@ -162,13 +164,13 @@ def see_channels(batch: CalibrationBatch, channels: UnitSums, tensor: torch.Tens
 
 
 def moments_hook(batch: CalibrationBatch, moments: MomentsSum) -> Callable:
-    """Given a tensor over the residual stream's channels at every forward: its second moments."""
+    """A function that is shown a tensor of the residual stream's channels at every forward, and adds its second moments."""
 
     def see(tensor: torch.Tensor) -> None:
         if batch.skipped:
             return
         value = batch.by_token(tensor.detach())
-        if value is None:  # a head's on chosen tokens, or not of tokens: all count
+        if value is None:  # of tokens that a head has chosen, or not of tokens: all rows count
             with batch.fp32():
                 moments.add(tensor.detach().flatten(0, -2))
         elif not batch.with_loss or not tensor.requires_grad:
@@ -186,7 +188,7 @@ def _add_within(batch: CalibrationBatch, moments: MomentsSum, value: torch.Tenso
 
 
 def layer_hook(batch: CalibrationBatch, sums: UnitSums, similarity: torch.Tensor, index: int) -> Callable:
-    """After a layer, with kwargs: statistics of what it adds to its input, and the sum of their cosines at `index`."""
+    """After a layer, with kwargs: statistics of what it adds to its input. `similarity[index]` sums the cosines of both."""
 
     def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         out = output[0] if isinstance(output, tuple) else output
@@ -206,7 +208,7 @@ def layer_hook(batch: CalibrationBatch, sums: UnitSums, similarity: torch.Tensor
                 sums.add_gradients(effect.view(batch.examples, -1).sum(1, keepdim=True))
 
         if batch.with_loss:
-            out = begins_here(out)  # of a first layer without heads and neurons: its biases have an effect, too
+            out = begins_here(out)  # a first layer without heads and neurons: its biases have an effect, too
             out.register_hook(backward)
         return (out, *output[1:]) if isinstance(output, tuple) else out
 

@@ -18,21 +18,18 @@ from distill_llm.pruning.units.sizes import linear, weight_of
 class LayerMoments(Sequence[tuple[Moments, Moments]]):
     """What `Statistics.moments` holds, collected when it is asked for: `at_once` layers in a pass over the data.
 
-    Those of the pass before are freed first, so it is best asked for in the order of the layers. With
-    `dataclasses.replace(statistics, moments=LayerMoments(...))` compensation needs the memory of a few layers (of an 8B model
-    about 0.9 GB a layer) for as many more passes.
+    The moments of the pass before are freed first, so ask in the order of the layers. With
+    `dataclasses.replace(statistics, moments=LayerMoments(...))` compensation needs the memory of a few layers (about 0.9 GB
+    a layer of an 8B model) and one more pass for each `at_once` layers.
 
     Args:
-        calibration: the model, and the pass that statistics were collected in.
+        calibration: the model, and how the pass ran that the statistics were collected in.
         batches: opens the data of that pass anew.
-        at_once: layers.
-        share: `moment_share` of that pass.
+        at_once: how many layers.
     """
 
-    def __init__(
-        self, calibration: CalibrationPass, batches: Callable[[], Batches], at_once: int, share: float | None = None
-    ):
-        self.calibration, self.batches, self.at_once, self.share = calibration, batches, at_once, share
+    def __init__(self, calibration: CalibrationPass, batches: Callable[[], Batches], at_once: int):
+        self.calibration, self.batches, self.at_once = calibration, batches, at_once
         self._held: dict[int, tuple[Moments, Moments]] = {}
 
     def __len__(self) -> int:
@@ -53,17 +50,18 @@ class LayerMoments(Sequence[tuple[Moments, Moments]]):
 
     def _collect(self, layers: range) -> dict[int, tuple[Moments, Moments]]:
         calibration, family = self.calibration, family_of(self.calibration.model)
+        settings = calibration.settings
         every = list(layers_of(calibration.model))
         taps = [linear(every[i], path) for i in layers for path in (family.attention_out, family.ffn_out)]
-        sums = [MomentsSum(weight_of(tap).shape[1], calibration.at, self.share) for tap in taps]
+        sums = [MomentsSum(weight_of(tap).shape[1], calibration.device, settings.moment_share) for tap in taps]
         batch = calibration.batch()
         with ExitStack() as stack:
-            stack.enter_context(calibration.prepared(from_embeddings=calibration.checkpointing))
+            stack.enter_context(calibration.prepared(from_embeddings=settings.checkpointing))
             for tap, its in zip(taps, sums, strict=True):
                 hook = _input_hook(batch, moments_hook(batch, its))
                 stack.enter_context(tap.register_forward_pre_hook(hook))
             calibration.over(self.batches(), batch)
-        if calibration.sharded:
+        if settings.sharded:
             sum_over_processes([tensor for its in sums for tensor in its.tensors()])
         sums.reverse()
         collected = [sums.pop().finish() for _ in taps]  # each is freed before the next is made
@@ -73,7 +71,7 @@ class LayerMoments(Sequence[tuple[Moments, Moments]]):
 def _input_hook(
     batch: CalibrationBatch, see: Callable[[torch.Tensor], None]
 ) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """Before a linear: what sees its input."""
+    """A hook before a linear that shows its input to `see`."""
 
     def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         entering = begins_here(args[0]) if batch.with_loss and not batch.skipped else args[0]

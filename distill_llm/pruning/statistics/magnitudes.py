@@ -1,19 +1,19 @@
-"""Sums over the weights that make and use a unit: magnitudes, which need no data."""
+"""Magnitudes: sums over the weights that make and use a unit. They need no data."""
 
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
-from distill_llm.architectures.families import LayerLineage, dims_of, family_of, layers_of, width_of
+from distill_llm.architectures.families import dims_of, family_of, layers_of, width_of
+from distill_llm.architectures.lineage import Counts, LayerPlan
 from distill_llm.architectures.modeling_pruned import (
-    Sizes,
     hidden_dims,
     kept_channels,
     layer_axes,
     layer_prefix,
 )
-from distill_llm.pruning.units.sizes import sizes_of
+from distill_llm.pruning.units.sizes import counts_of
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -28,11 +28,10 @@ class UnitWeights:
 
 
 def unit_weights(model: PreTrainedModel, hidden: bool = False) -> UnitWeights:
-    """The rows that make and the columns that use every unit."""
+    """Sums over the rows that make each unit and the columns that use it."""
     family, head_size = family_of(model), dims_of(model.config).head_size
     rows = []
-    for layer, size in zip(layers_of(model), sizes_of(model), strict=True):
-        counts = {"heads": size.groups, "neurons": size.neurons, "queries": size.queries}
+    for layer, counts in zip(layers_of(model), counts_of(model), strict=True):
         totals = {kind: torch.zeros(2, count) for kind, count in counts.items()}
         for name, (dim, layout) in layer_axes(layer, family).items():
             parameter = None if layout.endswith("[]") else layer.get_parameter(name)
@@ -40,11 +39,11 @@ def unit_weights(model: PreTrainedModel, hidden: bool = False) -> UnitWeights:
                 continue
             sums = _along(parameter, dim)
             if "n" in layout:
-                totals["neurons"] += sums.view(2, -1, size.neurons).sum(1)
+                totals["neurons"] += sums.view(2, -1, counts["neurons"]).sum(1)
                 continue
             for kind in ("heads", "queries"):
                 for unit in range(counts[kind]):
-                    totals[kind][:, unit] += sums[:, _channels(layout, kind, unit, size, head_size)].sum(1)
+                    totals[kind][:, unit] += sums[:, _channels(layout, kind, unit, counts, head_size)].sum(1)
         rows.append({kind: (total[0], total[1]) for kind, total in totals.items()})
     return UnitWeights(tuple(rows), _hidden(model) if hidden else (torch.zeros(0), torch.zeros(0)))
 
@@ -55,19 +54,19 @@ def _along(parameter: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.stack([entries.square().sum(1), entries.abs().sum(1)]).cpu()
 
 
-def _channels(layout: str, kind: str, unit: int, size: Sizes, head_size: int) -> torch.Tensor:
-    """A group's channels with all its queries; a query's own, without the key and value that it shares."""
+def _channels(layout: str, kind: str, unit: int, counts: Counts, head_size: int) -> torch.Tensor:
+    """The channels of a group with all its queries, or of a query without the key and value that it shares."""
     if kind == "heads":
-        return kept_channels(layout, LayerLineage(0, (unit,), ()), size, head_size)
+        return kept_channels(layout, LayerPlan(0, (unit,), ()), counts, head_size)
     if layout.startswith("("):
-        shared = size.queries // size.groups
+        shared = counts["queries"] // counts["heads"]
         start = (unit // shared * (shared + 2) + unit % shared) * head_size
         return torch.arange(start, start + head_size)
-    return kept_channels(layout, LayerLineage(0, (), (), (unit,)), size, head_size)
+    return kept_channels(layout, LayerPlan(0, (), (), (unit,)), counts, head_size)
 
 
 def _hidden(model: PreTrainedModel) -> Pair:
-    """Of the matrices of the layers: embeddings and heads are left out, as in what `keep` is a share of."""
+    """Sums over the matrices of the layers. Embeddings and heads are left out, as in the cost that `keep` is a share of."""
     prefix, total = layer_prefix(model), torch.zeros(2, width_of(model))
     for name, dims in hidden_dims(model).items():
         parameter = model.get_parameter(name)

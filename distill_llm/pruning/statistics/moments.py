@@ -1,4 +1,4 @@
-"""Second moments of activations, and the closed-form compensation that uses them."""
+"""Second moments of activations, which compensation is fitted to."""
 
 from math import ceil
 from typing import NamedTuple
@@ -9,8 +9,8 @@ import torch
 class Moments(NamedTuple):
     """Over valid tokens x of C channels: the mean (C,) and the mean of x x^T (C, C), fp32.
 
-    With a loss, a token counts by the norm of the loss's gradient at x over the mean of its example, so that compensation is most
-    exact where the loss feels it (in a classifier's last layer only the first token does).
+    With a loss, each token is weighted by the norm of the loss's gradient at x, divided by the mean norm of its example.
+    Compensation is then most exact where the loss depends on it (in a classifier's last layer, at the first token only).
     """
 
     mean: torch.Tensor
@@ -18,14 +18,14 @@ class Moments(NamedTuple):
 
 
 class MomentsSum:
-    """Sums x and x x^T over tokens, or over a share of them that is drawn at random and counts by its inverse.
+    """Sums x and x x^T over tokens, or over a share of them, drawn at random and weighted by its inverse.
 
-    The product is in fp32: rounded to bf16 its entries made the least squares fail now and then. To keep it cheap, tokens are
-    buffered so that it runs on hundreds of rows at a time, and only the blocks of its upper triangle are made and held.
+    The product is in fp32: with entries rounded to bf16 the least squares failed now and then. To keep it cheap, tokens are
+    buffered so that it runs on hundreds of rows at a time, and only the blocks of its upper triangle are computed and held.
 
     Args:
         channels: C.
-        share: of the tokens that count; None: all until there are half as many as channels, then one in four.
+        share: of the tokens; None: all tokens until there are half as many as channels, then one in four.
     """
 
     rows = 256
@@ -54,9 +54,9 @@ class MomentsSum:
         Args:
             x: (rows, C).
             weights: (tokens, 1), none below 0; None: all 1.
-            keys: (tokens,) uniform random numbers in [0, 1) that the share is drawn by; None: every token is taken.
-            before: tokens of all processes that came before these.
-            valid: (tokens,) the rows of x that are tokens; None: all.
+            keys: (tokens,) uniform random numbers in [0, 1), by which the share is drawn; None: take every token.
+            before: how many tokens of all processes came before these.
+            valid: (tokens,) the rows of x that are tokens; None: all rows.
         """
         tokens = len(x) if valid is None else len(valid)
         weights = torch.ones(tokens, 1, device=x.device) if weights is None else weights
@@ -91,12 +91,12 @@ class MomentsSum:
         self._buffer, self._waiting = [], 0
 
     def tensors(self) -> list[torch.Tensor]:
-        """All sums: rows from the diagonal on, a block of rows at a time."""
+        """All sums; of x x^T, blocks of rows from the diagonal to the right."""
         self._flush()
         return [self.weight, self.sum, *self._upper]
 
     def finish(self) -> Moments:
-        """The means over all tokens added. The sums are gone then: nothing can be added any more."""
+        """The means over all tokens added. The sums are freed, so nothing can be added afterwards."""
         self._flush()
         total = torch.where(self.weight > 0, self.weight, 1.0).float()
         channels = len(self.sum)
@@ -111,9 +111,9 @@ class MomentsSum:
 
 
 def draw(weights: torch.Tensor, keys: torch.Tensor, take: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw `take` of n tokens, each of those with a weight with the same chance; of fewer with a weight, all.
+    """Draw `take` of n tokens. Tokens with a weight above 0 have equal chances; if there are fewer than `take`, all are drawn.
 
-    Nothing waits for the device: where too few have a weight, tokens without fill up.
+    The result always has `take` tokens, so that nothing waits for the device: tokens of weight 0 fill it up.
 
     Args:
         weights: (n,), none below 0.
@@ -121,7 +121,7 @@ def draw(weights: torch.Tensor, keys: torch.Tensor, take: int) -> tuple[torch.Te
         take: from 1 to n.
 
     Returns:
-        indices (take,), and the inverse share of tokens with a weight that were drawn, a scalar tensor.
+        indices (take,), and a scalar tensor: tokens with a weight, divided by those of them that were drawn.
     """
     counts = weights > 0
     chosen = torch.where(counts, keys, 2.0).topk(take, largest=False, sorted=False).indices

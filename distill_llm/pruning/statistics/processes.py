@@ -1,4 +1,4 @@
-"""Statistics on several processes: each takes its part of the calibration batches, and the sums of all are added up."""
+"""Statistics on several processes: each takes its part of the calibration batches, and their sums are added up."""
 
 from collections.abc import Sequence
 from typing import TypeVar
@@ -10,14 +10,14 @@ T = TypeVar("T")
 
 
 def process() -> tuple[int, int]:
-    """This process's number and how many there are; (0, 1) where torch.distributed does not run."""
+    """This process's number, and how many processes there are; (0, 1) where torch.distributed does not run."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
 
 
 def sum_over_processes(tensors: Sequence[torch.Tensor]) -> None:
-    """Add up each tensor over all processes, in place, in fp64 on the way; nothing happens on one process alone.
+    """Add up each tensor over all processes, in place and in fp64. One process alone keeps what it has.
 
     All processes give tensors of the same shapes in the same order.
     """

@@ -1,4 +1,4 @@
-"""What one pass over calibration data finds about every unit of a model, and its file."""
+"""The statistics of every unit of a model that one pass over calibration data finds, and their file."""
 
 import json
 import os
@@ -25,10 +25,10 @@ class UnitStatistics:
         taylor: over examples, |sum over tokens of a g|.
         fisher: over examples, (sum over tokens of a g)^2.
         activation: over tokens, a^2.
-        wanda: over the unit's channels, the norm over tokens of the channel times the L1 norm of the weights that read it; of
-            whole layers, which none reads, the norm alone.
-        magnitude: squared weights (no data).
-        magnitude_l1: absolute weights (no data).
+        wanda: over the unit's channels, the norm over tokens of the channel times the L1 norm of the weights that read it. No
+            weights read whole layers: there it is the norm alone.
+        magnitude: over the weights that make and use the unit, their squares (needs no data).
+        magnitude_l1: over the same weights, their absolute values.
     """
 
     taylor: torch.Tensor
@@ -40,7 +40,7 @@ class UnitStatistics:
 
 
 class StreamTensor(NamedTuple):
-    """A tensor over the residual stream's channels: the names of the norm that gives it out ("": none) and of its readers."""
+    """A tensor of the residual stream's channels: the name of the norm that gives it out ("": none), and its readers'."""
 
     norm: str
     readers: tuple[str, ...]
@@ -48,18 +48,20 @@ class StreamTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Statistics:
-    """What one pass found. `heads` (KV groups where queries share keys), `neurons` and `queries` hold a row per layer;
-    `layers`, `attention` and `ffn` a value per layer, of the whole of it; `hidden` one per channel of the residual stream.
+    """What one pass found.
 
     Attributes:
+        heads, neurons, queries: a row per layer, with a value per unit. A head is a KV group where queries share keys.
+        layers, attention, ffn: a value per layer, of all of it, its attention or its FFN.
+        hidden: a value per channel of the residual stream.
         similarity: per layer, the sum over tokens of the cosine between its input and output.
-        without: per layer, the loss per example without it, less that of the whole model; None if it was not asked for.
-        moments: per layer, weighted first and second moments of the inputs of the attention-output and FFN-down linears; empty if
-            they were not asked for. `LayerMoments` collects them when they are read.
-        hidden_moments: the same of what the norms of the residual stream give out and linears read; empty if they were not asked
-            for.
+        without: per layer, the loss per example without it, less that of the whole model; None before `leave_one_out`.
+        moments: per layer, weighted first and second moments of the inputs of the attention-output and FFN-down linears; empty
+            if they were not collected. `LayerMoments` collects them when they are read.
+        hidden_moments: the same of the tensors that norms of the residual stream give out and linears read; empty if they were
+            not collected.
         examples, tokens: how many were seen, padding left out.
-        has_gradients: whether a loss was given.
+        has_gradients: whether the pass had a loss.
     """
 
     heads: tuple[UnitStatistics, ...]

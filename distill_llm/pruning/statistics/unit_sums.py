@@ -11,11 +11,13 @@ from distill_llm.pruning.units.sizes import weight_of
 
 
 class UnitSums:
-    """Running sums of one tap: the input of a linear (C channels), what a layer adds to its input (one value), or channels.
+    """Running sums of one tensor: the input of a linear (C channels), the residual stream (C channels), or what a layer adds
+    to its input (one value).
 
     Args:
-        readers: the linears that read the tap, if any.
-        sizes: channels of a unit, for each kind of units of this tap.
+        readers: the linears that read the tensor, if any.
+        sizes: how many channels a unit has, for each kind of unit in the tensor.
+        channels: C, where there are no readers.
     """
 
     def __init__(
@@ -45,13 +47,13 @@ class UnitSums:
         return [self.activation, *self.sums, self.whole]
 
     def finish(self, kind: int, squares: torch.Tensor, absolute: torch.Tensor) -> UnitStatistics:
-        """The statistics of a kind of units, with the sums of their weights."""
+        """The statistics of a kind of unit, given sums of squares and of absolute values of their weights."""
         wanda = _by_unit(self.activation.sqrt() * self.read, self.sizes[kind])
         found = (*self.sums[kind], _by_unit(self.activation, self.sizes[kind]), wanda, squares, absolute)
         return UnitStatistics(*(each.float().cpu() for each in found))
 
     def block(self, squares: torch.Tensor, absolute: torch.Tensor) -> UnitStatistics:
-        """The statistics of all units together."""
+        """The statistics of all units together, as of one."""
         wanda = (self.activation.sqrt() * self.read).sum()
         found = (*self.whole, self.activation.sum(), wanda, squares.sum(), absolute.sum())
         return UnitStatistics(*(each.float().cpu()[None] for each in found))
@@ -62,5 +64,5 @@ def _by_unit(per_channel: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def stacked(rows: list[UnitStatistics]) -> UnitStatistics:
-    """Statistics of one unit each, as one of many units."""
+    """Statistics of one unit each, joined."""
     return UnitStatistics(*(torch.cat(values) for values in zip(*(vars(row).values() for row in rows), strict=True)))

@@ -1,6 +1,6 @@
 """What a unit of a model costs: parameters, FLOPs or memory."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -8,13 +8,10 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from distill_llm.architectures.families import layers_of
-from distill_llm.architectures.modeling_pruned import (
-    hidden_dims,
-    layer_axes,
-    layer_prefix,
-)
+from distill_llm.architectures.lineage import LAYER_UNITS
+from distill_llm.architectures.modeling_pruned import hidden_dims, layer_axes, layer_prefix
 from distill_llm.common.errors import InputError, one_of
-from distill_llm.pruning.units.sizes import _family, head_size_of, hidden_size, sizes_of
+from distill_llm.pruning.units.sizes import _family, counts_of, head_size_of, hidden_size
 
 COSTS = ("params", "flops", "memory")
 
@@ -63,17 +60,19 @@ class Costs:
         """`neuron_at` the model's own width."""
         return self.neuron_at()
 
-    def channel(self, shapes: Iterable[tuple]) -> float:
-        """Cost of one channel of the residual stream through layers of (heads, neurons[, queries])."""
-        return self.of(shapes_ := list(shapes), 1) - self.of(shapes_, 0)
+    def channel(self, counts: Iterable[Mapping[str, float]]) -> float:
+        """Cost of one channel of the residual stream through layers with so many units of every kind."""
+        return self.of(counts_ := list(counts), 1) - self.of(counts_, 0)
 
-    def of(self, shapes: Iterable[tuple], hidden: int | None = None, layers: Iterable[int] | None = None) -> float:
-        """Cost of layers of (heads, neurons[, queries]); `layers`: which of the model's, by default one after another."""
+    def of(
+        self, counts: Iterable[Mapping[str, float]], hidden: int | None = None, layers: Iterable[int] | None = None
+    ) -> float:
+        """Cost of layers with so many units of every kind; `layers`: which of the model's, by default one after another."""
         neuron, rest = (self._at(pair, hidden) for pair in (self.neuron_, self.rest_))
-        shapes = list(shapes)
-        places, total = range(len(shapes)) if layers is None else layers, 0.0
-        for (heads, neurons, *more), layer in zip(shapes, places, strict=True):
-            queries = more[0] if more and more[0] is not None else heads * self.shared
+        counts = list(counts)
+        places, total = range(len(counts)) if layers is None else layers, 0.0
+        for row, layer in zip(counts, places, strict=True):
+            heads, queries, neurons = row["heads"], row["queries"], row["neurons"]
             total += (
                 queries * self.query_at(hidden, layer) + heads * self.group_at(hidden, layer) + neurons * neuron + rest
             )
@@ -93,8 +92,8 @@ def unit_costs(model: PreTrainedModel, cost: str = "params", batch_size: int = 3
     """
     if cost not in COSTS:
         raise InputError("cost", cost, one_of(COSTS, cost))
-    family, sizes, hidden, head_size = _family(model), sizes_of(model), hidden_size(model), head_size_of(model)
-    shared = next((size.queries // size.groups for size in sizes if size.groups), 1)
+    family, counts, hidden, head_size = _family(model), counts_of(model), hidden_size(model), head_size_of(model)
+    shared = next((each["queries"] // each["heads"] for each in counts if each["heads"]), 1)
     if cost == "flops":
         rows, products, projections = position_products(model)
         scores = 4.0 * sequence_length * head_size + 2.0 * rows * products * head_size
@@ -105,8 +104,8 @@ def unit_costs(model: PreTrainedModel, cost: str = "params", batch_size: int = 3
     # Counted from the weights themselves, over all layers: biases are not everywhere. Apart: what the residual stream spans.
     totals = {"q": [0.0, 0.0], "kv": [0.0, 0.0], "n": [0.0, 0.0], "": [0.0, 0.0]}
     spans, prefix = hidden_dims(model), layer_prefix(model)
-    for index, (layer, size) in enumerate(zip(layers_of(model), sizes, strict=True)):
-        channels = {"q": size.queries * head_size, "kv": size.groups * head_size, "n": size.neurons, "": 1}
+    for index, (layer, has) in enumerate(zip(layers_of(model), counts, strict=True)):
+        channels = {"q": has["queries"] * head_size, "kv": has["heads"] * head_size, "n": has["neurons"], "": 1}
         axes = layer_axes(layer, family)
         for name, parameter in layer.named_parameters():
             layout = next((axes[path][1] for path in axes if name == path or name.startswith(path + ".")), "")
@@ -114,8 +113,7 @@ def unit_costs(model: PreTrainedModel, cost: str = "params", batch_size: int = 3
             whole = sum(channels[part] for part in parts) or 1
             for part in parts:
                 totals[part][f"{prefix}{index}.{name}" not in spans] += parameter.numel() * channels[part] / whole
-    units = {"q": sum(size.queries for size in sizes), "kv": sum(size.groups for size in sizes)}
-    units |= {"n": sum(size.neurons for size in sizes), "": len(sizes)}
+    units = {unit.letter: sum(each[kind] for each in counts) for kind, unit in LAYER_UNITS.items()} | {"": len(counts)}
     width = torch.finfo(model.dtype).bits / 8 if cost == "memory" else 1.0
     each = {part: (a / hidden / max(units[part], 1), b / max(units[part], 1)) for part, (a, b) in totals.items()}
     query, group, neuron_, rest = ((slope * width, constant * width) for slope, constant in each.values())

@@ -1,27 +1,14 @@
-"""Sizes of a model's layers, what a unit costs, and views of a layer's weights by unit."""
-
-from typing import NamedTuple
+"""How many units a model's layers have, and views of a layer's weights."""
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from distill_llm.architectures.families import Family, dims_of, family_of, layers_of, lineage_of
-from distill_llm.architectures.modeling_pruned import (
-    Sizes,
-    layer_sizes,
-    outputs_of,
-)
+from distill_llm.architectures.families import Family, dims_of, family_of, layers_of
+from distill_llm.architectures.lineage import lineage_of
+from distill_llm.architectures.modeling_pruned import layer_counts, outputs_of
 from distill_llm.common.errors import InputError
-
-
-class LayerShape(NamedTuple):
-    """Numbers of heads (KV groups), FFN neurons and query heads of a layer; `queries` None: as many as heads."""
-
-    heads: int
-    neurons: int
-    queries: int | None = None
 
 
 def linear(layer: nn.Module, path: str) -> nn.Linear | Conv1D:
@@ -50,21 +37,14 @@ def second_moment_bytes(model: PreTrainedModel, inner: bool = True, hidden: bool
     return sum(4 * count**2 for count in channels)
 
 
-def sizes_of(model: PreTrainedModel) -> list[Sizes]:
-    """Query heads, groups and neurons of every layer, as they are now.
+def counts_of(model: PreTrainedModel) -> list[dict[str, int]]:
+    """How many units of every kind each layer has now.
 
     Raises:
         InputError: for a quantized model.
     """
     family, dims = _family(model), dims_of(model.config)
-    return [layer_sizes(layer, family, dims) for layer in layers_of(model)]
-
-
-def layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
-    """Heads, neurons and queries of every layer, as they are now."""
-    dims = dims_of(model.config)
-    grouped = dims.queries != dims.groups  # then always named: a layer may have fewer of every group than another
-    return [LayerShape(s.groups, s.neurons, s.queries if grouped else None) for s in sizes_of(model)]
+    return [layer_counts(layer, family, dims) for layer in layers_of(model)]
 
 
 def _family(model: PreTrainedModel) -> Family:
@@ -91,8 +71,8 @@ def sources_in(student: PreTrainedModel, teacher: PreTrainedModel) -> list[int]:
     lineage, before = lineage_of(student), lineage_of(teacher)
     if lineage is None:
         return list(range(len(layers_of(student))))
-    place = {row.source: i for i, row in enumerate(before)} if before else None
-    return [row.source if place is None else place[row.source] for row in lineage]
+    place = {row.source: i for i, row in enumerate(before.layers)} if before else None
+    return [row.source if place is None else place[row.source] for row in lineage.layers]
 
 
 def head_size_of(model: PreTrainedModel) -> int:

@@ -28,6 +28,7 @@ from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.plan import LayerPlan, PruningPlan, full_plan, keep_layers
 from distill_llm.pruning.statistics import calibration_pass
 from distill_llm.pruning.statistics.collecting import collect_statistics
+from distill_llm.pruning.statistics.settings import CalibrationSettings
 
 DOWN = {"llama": "mlp.down_proj", "granite": "mlp.down_proj", "phi": "mlp.fc2", "gpt2": "mlp.c_proj", "opt": "fc2"}
 
@@ -302,7 +303,7 @@ def test_the_sums_of_two_processes_are_those_of_one(monkeypatch):
     for rank in (0, 1):
         monkeypatch.setattr(calibration_pass, "process", lambda rank=rank: (rank, 2))
         monkeypatch.setattr(bypass, "sum_over_processes", lambda sums: parts.append([s.clone() for s in sums]))
-        fit_bypasses(model, plan, batches, sharded=True)
+        fit_bypasses(model, plan, batches, settings=CalibrationSettings(sharded=True))
     weight, mean, *blocks = (a + b for a, b in zip(*parts, strict=True))  # blocks of rows, from the diagonal on
     assert float(weight) == sum(int(batch["attention_mask"].sum()) for batch in batches), "each batch counts once"
     torch.testing.assert_close(mean / weight, whole.mean.to(weight), rtol=1e-4, atol=1e-4, check_dtype=False)

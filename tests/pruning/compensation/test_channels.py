@@ -17,6 +17,7 @@ from distill_llm.pruning.plan import full_plan
 from distill_llm.pruning.statistics.collecting import collect_statistics
 from distill_llm.pruning.statistics.moments import MomentsSum
 from distill_llm.pruning.statistics.record import Statistics
+from distill_llm.pruning.statistics.settings import CalibrationSettings
 from distill_llm.pruning.units.stream import stream_norms, stream_tensors
 
 HALF = HIDDEN // 2
@@ -24,7 +25,8 @@ HALF = HIDDEN // 2
 
 def collect(model, count=6, loss="kl", **options) -> Statistics:
     batches = [family_batch(model, 8, 20, seed=seed) for seed in range(count)]
-    return collect_statistics(model, batches, loss, hidden_moments=True, moment_share=1.0, **options)
+    settings = CalibrationSettings(hidden_moments=True, moment_share=1.0, **options)
+    return collect_statistics(model, batches, loss, settings=settings)
 
 
 def keeping(model, channels):
@@ -112,7 +114,9 @@ def test_the_weights_solve_the_least_squares_of_what_readers_see(name):
     """By hand, from the norms' outputs: of every valid token, and with the ridge as further rows."""
     model = family_model(name)
     batch = family_batch(model, 8, 20)
-    statistics = collect_statistics(model, [batch], None, hidden_moments=True, moment_share=1.0)
+    statistics = collect_statistics(
+        model, [batch], None, settings=CalibrationSettings(hidden_moments=True, moment_share=1.0)
+    )
     tensors = {
         readers[0]: norm for norm, readers in (tensor for tensor, _ in statistics.hidden_moments) if norm and readers
     }

@@ -1,22 +1,18 @@
 """Compensation against an independent least-squares solution, and what it does to the outputs."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
 from builders.models import random_batch, tiny_model
-from builders.pruning import inputs_of, layers_in, linears_in, plan_of, without
+from builders.pruning import collect, inputs_of, layers_in, linears_in, plan_of, without
 
 from distill_llm.common.errors import InputError
 from distill_llm.measuring.counting import _LiveStorages
 from distill_llm.pruning.compensation.linear import RIDGE, compensate_linear
 from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.plan import full_plan, keep_layers
-from distill_llm.pruning.statistics.collecting import collect_statistics
 from distill_llm.pruning.statistics.moments import Moments, MomentsSum
 
-collect = partial(collect_statistics, moment_share=1.0)
 KEPT = torch.tensor([0, 2, 3, 7, 8])
 
 
@@ -105,7 +101,7 @@ def test_tokens_without_weight_take_no_place_and_the_total_is_unbiased():
 def test_where_the_first_token_alone_has_a_gradient_all_first_tokens_are_taken():
     model = tiny_model(layers=2)
     batches = [random_batch(model, batch=8, length=16, padded=False, seed=seed) for seed in range(20)]
-    part, every = collect_statistics(model, batches, moment_share=0.25), collect(model, batches)
+    part, every = collect(model, batches, moment_share=0.25), collect(model, batches)
     assert torch.equal(part.moments[0][1].second, part.moments[0][1].second.T)
     for mine, its in zip(part.moments[1], every.moments[1], strict=True):
         torch.testing.assert_close(mine.second, its.second, rtol=1e-4, atol=1e-5)

@@ -19,7 +19,8 @@ from builders.families import (
     uniform_plan,
 )
 
-from distill_llm.architectures.families import FAMILIES, lineage_of
+from distill_llm.architectures.families import FAMILIES
+from distill_llm.architectures.lineage import lineage_of
 from distill_llm.models.checkpoint import load_pretrained
 from distill_llm.pruning.cutting.stock import stock_accepts
 from distill_llm.pruning.cutting.surgery import prune, stock_expressible, why_not_stock
@@ -27,7 +28,7 @@ from distill_llm.pruning.importance import Importance
 from distill_llm.pruning.plan import LayerPlan, PruningPlan, keep_layers
 from distill_llm.pruning.planning.planner import plan_pruning
 from distill_llm.pruning.supported import UNITS, supported
-from distill_llm.pruning.units.sizes import hidden_size, layer_shapes, sizes_of
+from distill_llm.pruning.units.sizes import counts_of, hidden_size
 
 EVERY_UNIT = ("heads", "queries", "neurons", "layers", "hidden")
 # Checked against the class and the outputs below.
@@ -81,7 +82,7 @@ def test_uniform_students_are_plain_models_where_the_familys_config_can_say_them
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     batch = family_batch(model)
     assert torch.equal(outputs_of(aligned(loaded), batch), outputs_of(student, batch))
-    assert layer_shapes(loaded) == layer_shapes(student) and hidden_size(loaded) == hidden_size(student)
+    assert counts_of(loaded) == counts_of(student) and hidden_size(loaded) == hidden_size(student)
     assert lineage_of(load_pretrained(tmp_path)) == lineage_of(student)
 
 
@@ -138,10 +139,9 @@ def test_uniform_plans_are_such_that_plain_transformers_can_load_them(name, unit
 
 def random_importance(model) -> Importance:
     """Scores of every unit of a model."""
-    generator, sizes = torch.Generator().manual_seed(0), sizes_of(model)
+    generator, sizes = torch.Generator().manual_seed(0), counts_of(model)
     heads, neurons, queries = (
-        tuple(torch.rand(getattr(size, kind), generator=generator) for size in sizes)
-        for kind in ("groups", "neurons", "queries")
+        tuple(torch.rand(size[kind], generator=generator) for size in sizes) for kind in ("heads", "neurons", "queries")
     )
     layers, hidden = torch.rand(len(sizes), generator=generator), torch.rand(hidden_size(model), generator=generator)
     return Importance("taylor", heads, neurons, layers, queries, hidden=hidden)

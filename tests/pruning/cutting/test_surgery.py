@@ -1,5 +1,7 @@
 """Removal: which weights stay, the lineage over rounds, and that the student is a whole model that learns."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -21,12 +23,12 @@ from builders.pruning import UNEVEN, layers_in, linears_in, plan_of
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from distill_llm.architectures.families import LayerLineage, hidden_lineage, lineage_of
+from distill_llm.architectures.lineage import lineage_of
 from distill_llm.common.errors import InputError
 from distill_llm.pruning.cutting.masking import masked
 from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.plan import LayerPlan, PruningPlan, full_plan
-from distill_llm.pruning.units.sizes import hidden_size, layer_shapes
+from distill_llm.pruning.units.sizes import counts_of, hidden_size
 
 
 def test_a_layer_without_attention_and_ffn_keeps_both_output_biases():
@@ -68,16 +70,16 @@ def test_the_student_shares_no_memory_with_the_model_it_was_made_from():
 def test_lineage_after_two_rounds_names_the_original_teachers_layers_heads_and_neurons():
     model = tiny_model(layers=5)
     once = prune(model, plan_of(model))
-    assert lineage_of(once) == tuple(LayerLineage(i, tuple(h), tuple(n)) for i, h, n in UNEVEN)
+    assert lineage_of(once).layers == tuple(LayerPlan(i, tuple(h), tuple(n)) for i, h, n in UNEVEN)
     second = [(0, (1,), (0, 2, 34)), (2, (1, 3), ()), (3, (0,), (1, 2))]
     twice = prune(once, plan_of(once, second))
-    expected = (LayerLineage(0, (3,), (5, 7, 39)), LayerLineage(3, (1, 3), ()), LayerLineage(4, (2,), (8, 63)))
-    assert lineage_of(twice) == expected
-    at_once = prune(model, plan_of(model, expected))
+    expected = (LayerPlan(0, (3,), (5, 7, 39)), LayerPlan(3, (1, 3), ()), LayerPlan(4, (2,), (8, 63)))
+    assert lineage_of(twice).layers == expected
+    at_once = prune(model, PruningPlan("bert", expected))
     batch = random_batch(model)
     with torch.no_grad():
         assert torch.equal(twice(**batch).logits, at_once(**batch).logits)
-    assert lineage_of(once) == tuple(LayerLineage(i, tuple(h), tuple(n)) for i, h, n in UNEVEN), (
+    assert lineage_of(once).layers == tuple(LayerPlan(i, tuple(h), tuple(n)) for i, h, n in UNEVEN), (
         "its input is untouched"
     )
 
@@ -107,7 +109,7 @@ def test_two_rounds_equal_one_with_the_composed_plan(name):
         name, [(0, heads[-1:], ends[0], last), (1, [], ends[0], None), (4, heads[-1:], [], of_last)], ends[1]
     )
     twice, once, batch = prune(prune(model, first), second), prune(model, composed), family_batch(model)
-    assert lineage_of(twice) == lineage_of(once) and hidden_lineage(twice.config) == tuple(ends[1])
+    assert lineage_of(twice) == lineage_of(once) and lineage_of(twice).hidden == tuple(ends[1])
     assert torch.equal(outputs_of(twice, batch), outputs_of(once, batch))
     between = prune(model, first)
     with masked(between, second):
@@ -128,22 +130,22 @@ def test_a_student_that_became_stock_can_be_pruned_again(units):
     first = uniform_plan(model, units)
     between = prune(model, first)
     assert type(between) is LlamaForCausalLM
-    shape, width = layer_shapes(between)[0], hidden_size(between)
-    rows = [(0, [1], range(0, shape.neurons, 2), None), (2, range(shape.heads), range(5), None)]
+    shape, width = counts_of(between)[0], hidden_size(between)
+    rows = [(0, [1], range(0, shape["neurons"], 2), None), (2, range(shape["heads"]), range(5), None)]
     twice = prune(between, plan_from("llama", rows, range(1, width)))
-    lineage = lineage_of(between)
-    assert lineage_of(twice) == (
-        lineage[0]._replace(heads=lineage[0].heads[1:2], neurons=lineage[0].neurons[::2], queries=queries_of(twice, 0)),
-        lineage[2]._replace(neurons=lineage[2].neurons[:5]),
+    rows, found = lineage_of(between).layers, lineage_of(twice)
+    assert found.layers == (
+        replace(rows[0], heads=rows[0].heads[1:2], neurons=rows[0].neurons[::2], queries=queries_of(twice, 0)),
+        replace(rows[2], neurons=rows[2].neurons[:5]),
     )
-    again = prune(model, plan_from("llama", lineage_of(twice), hidden_lineage(twice.config)))
+    again = prune(model, PruningPlan("llama", found.layers, hidden=found.hidden))
     batch = family_batch(model)
     assert torch.equal(outputs_of(twice, batch), outputs_of(again, batch))
 
 
 def queries_of(student, layer):
     """Query heads of the second group where its first alone stays, else None: all."""
-    return lineage_of(student)[layer].queries and (2,)
+    return lineage_of(student).layers[layer].queries and (2,)
 
 
 def test_what_accelerate_wraps_around_a_teacher_does_not_reach_the_student():

@@ -2,11 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from builders.families import family_model
 from builders.models import tiny_model
-from builders.pruning import layer_params, random_scores
+from builders.pruning import counts, layer_params, random_scores
 
 import distill_llm
 from distill_llm.common.errors import InputError
@@ -16,10 +17,10 @@ from distill_llm.pruning.plan import LayerPlan, PruningPlan, full_plan
 from distill_llm.pruning.planning import latency
 from distill_llm.pruning.planning import layer_times as timing
 from distill_llm.pruning.planning.candidate import Limits
-from distill_llm.pruning.planning.latency import costs_for, latency_costs, plan_for_latency
+from distill_llm.pruning.planning.latency import costs_for, fit_costs, latency_costs, plan_for_latency
 from distill_llm.pruning.planning.planner import plan_pruning
 from distill_llm.pruning.units.costs import unit_costs
-from distill_llm.pruning.units.sizes import layer_shapes, sizes_of
+from distill_llm.pruning.units.sizes import counts_of
 
 BATCH = {"batch_size": 2, "sequence_length": 8}
 
@@ -39,7 +40,9 @@ class FakeClock:
         self.asked += 1
         for run in (first, second):
             assert run()[0].shape[-1] == run.hidden
-        whole, other = (law(run.hidden, *run.sizes) for run in (first, second))
+        whole, other = (
+            law(run.hidden, *map(run.counts.get, ("queries", "heads", "neurons"))) for run in (first, second)
+        )
         return whole / 1e3, other / whole
 
 
@@ -47,13 +50,61 @@ class FakeClock:
 def test_costs_of_units_come_back_from_times_that_follow_a_straight_line(tmp_path, family):
     model = family_model(family)
     costs = latency_costs(model, **BATCH, clock=FakeClock(), cache_dir=tmp_path)
-    size = sizes_of(model)[0]
+    size = counts_of(model)[0]
     for hidden in (32, 16, 20):
-        for groups, neurons, each in ((size.groups, size.neurons, costs.shared), (size.groups // 2, 7, 1)):
+        for groups, neurons, each in ((size["heads"], size["neurons"], costs.shared), (size["heads"] // 2, 7, 1)):
             each = each if costs.shared > 1 else 1
-            shape = (groups, neurons, groups * each)
-            assert costs.of([shape], hidden) == pytest.approx(law(hidden, groups * each, groups, neurons))
+            assert costs.of([counts(groups, neurons, each)], hidden) == pytest.approx(
+                law(hidden, groups * each, groups, neurons)
+            )
     assert costs.name == "latency" and costs.hidden == 32
+
+
+def has(heads: int, queries: int, neurons: int) -> dict[str, int]:
+    return {"heads": heads, "queries": queries, "neurons": neurons}
+
+
+def noisy_rows(units: dict[int, tuple[float, float, float]]) -> list[list[float]]:
+    """Times of single layers that are exactly so many milliseconds a head, a neuron and a layer at each width."""
+    sizes = [(4, 64), (2, 64), (0, 64), (4, 32), (4, 0)]
+    return [
+        [width, heads, heads, neurons, head * heads + neuron * neurons + rest]
+        for width, (head, neuron, rest) in units.items()
+        for heads, neurons in sizes
+    ]
+
+
+def test_noise_makes_no_unit_dearer_in_a_narrower_stream_and_none_cost_less_than_nothing():
+    """At half the width a neuron took longer and a head took less than half: no slope may be below 0 or above the
+    line through the origin."""
+    rows = noisy_rows({32: (0.4, 0.02, 0.5), 16: (0.1, 0.03, 0.5)})
+    costs = fit_costs(rows, has(4, 4, 64), 32)
+    for width in (32, 16, 8, 1):
+        by_hand = 4 * (0.4 * width / 32) + 64 * 0.02 + 0.5
+        assert costs.of([has(4, 4, 64)], width) == pytest.approx(by_hand), width
+        assert costs.of([has(0, 0, 64)], width) == pytest.approx(64 * 0.02 + 0.5), (
+            "a neuron costs what it does when wide"
+        )
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_costs_of_noisy_times_fall_with_the_width_and_never_below_zero(seed):
+    generator = np.random.default_rng(seed)
+    sizes = [(8, 4, 64), (4, 2, 64), (0, 0, 64), (4, 4, 64), (8, 4, 32), (8, 4, 0)]
+    rows = [[hidden, *each, law(hidden, *each) * generator.uniform(0.3, 1.7)] for hidden in (32, 16) for each in sizes]
+    costs, shape = (
+        fit_costs(rows, has(4, 8, 64), 32),
+        [has(4, 8, 64)],
+    )
+    by_width = [costs.of(shape, width) for width in range(1, 33)]
+    assert by_width == sorted(by_width)
+    parts = [
+        costs.group_at(1, 0),
+        costs.query_at(1, 0),
+        costs.neuron_at(1),
+        costs.of([has(0, 0, 0)], 1),
+    ]
+    assert min(parts) >= 0 and by_width[0] > 0
 
 
 @pytest.fixture
@@ -116,7 +167,7 @@ class Stopwatch:
 
 
 def planned(model, keep, watch, **options):
-    scores = options.pop("scores", None) or random_scores(layer_shapes(model))
+    scores = options.pop("scores", None) or random_scores(counts_of(model))
     return plan_for_latency(model, scores, keep, costs=unit_costs(model), measure=watch, **options)
 
 
@@ -138,7 +189,7 @@ def test_what_is_kept_is_a_share_of_the_whole_models_latency_not_of_its_layers(m
 
 def test_a_later_round_is_held_against_the_dense_model(model):
     watch = Stopwatch(power=1.0)
-    student = prune(model, plan_pruning(model, random_scores(layer_shapes(model)), 0.7))
+    student = prune(model, plan_pruning(model, random_scores(counts_of(model)), 0.7))
     plan = planned(student, 0.5, watch, dense=model)
     assert watch.seconds(prune(student, plan)) / watch.seconds(model) == pytest.approx(0.5, rel=0.03)
     faster = planned(student, 0.9, watch, dense=model)
@@ -179,9 +230,8 @@ def test_costs_of_a_dense_model_hold_for_a_narrower_student_with_fewer_queries()
     rows = tuple(LayerPlan(i, (0, 1, 2, 3), tuple(range(64)), (0, 2, 4, 6)) for i in range(5))
     student = prune(model, PruningPlan("llama", rows, hidden=tuple(range(24))))
     dense, own = unit_costs(model), costs_for(student, unit_costs(model))
-    shape = (4, 64, 4)
     assert (own.hidden, own.shared) == (24, 1)
-    assert own.of([shape]) == pytest.approx(dense.of([shape], 24)) == pytest.approx(own.of([(4, 64)]))
+    assert own.of([counts(4, 64)]) == pytest.approx(dense.of([counts(4, 64)], 24))
 
 
 def test_a_plan_of_cost_latency_is_the_one_that_plan_for_latency_makes_of_what_it_measures(model, monkeypatch):
@@ -197,7 +247,7 @@ def test_a_plan_of_cost_latency_is_the_one_that_plan_for_latency_makes_of_what_i
 
     monkeypatch.setattr(latency, "latency_costs", costs)
     monkeypatch.setattr(latency, "relative_latency", relative)
-    scores, options = random_scores(layer_shapes(model)), {"round_to": 4, "limits": Limits(heads=1)}
+    scores, options = random_scores(counts_of(model)), {"round_to": 4, "limits": Limits(heads=1)}
     plan = plan_pruning(model, scores, 0.6, cost="latency", **BATCH, **options)
     assert plan == planned(model, 0.6, watch, scores=scores, **options)
     assert plan.kept == pytest.approx(0.6, rel=0.03)
@@ -206,7 +256,7 @@ def test_a_plan_of_cost_latency_is_the_one_that_plan_for_latency_makes_of_what_i
 
 def test_an_unknown_cost_of_a_plan_is_refused_with_all_that_there_are(model):
     with pytest.raises(InputError, match="cost: got 'time'; accepted: one of params, flops, memory, latency"):
-        plan_pruning(model, random_scores(layer_shapes(model)), 0.6, cost="time")
+        plan_pruning(model, random_scores(counts_of(model)), 0.6, cost="time")
 
 
 def test_what_plans_are_made_and_shown_with_is_public():
@@ -219,7 +269,7 @@ def test_on_this_device_the_pruned_model_takes_about_the_share_that_was_asked_fo
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model = tiny_model(layers=6, hidden=256, heads=8, intermediate=1024)
     batch = {"batch_size": 8, "sequence_length": 64}
-    plan = plan_for_latency(model, random_scores(layer_shapes(model)), 0.6, **batch)
+    plan = plan_for_latency(model, random_scores(counts_of(model)), 0.6, **batch)
     assert plan.note is None or "0.6 was asked for" in plan.note
     speedup = compare(prune(model, plan), model, **batch).speedup
     assert 1 / speedup == pytest.approx(plan.kept, rel=0.25)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from builders.families import HIDDEN, family_batch, family_model
+from builders.pruning import counts
 
 from distill_llm.architectures.families import layers_of
 from distill_llm.common.errors import InputError
@@ -16,8 +17,9 @@ from distill_llm.pruning.planning.candidate import Limits
 from distill_llm.pruning.planning.layer_times import layer_run, layer_times
 from distill_llm.pruning.planning.planner import plan_pruning
 from distill_llm.pruning.statistics.collecting import collect_statistics
+from distill_llm.pruning.statistics.settings import CalibrationSettings
 from distill_llm.pruning.units.costs import unit_costs
-from distill_llm.pruning.units.sizes import hidden_size, sizes_of
+from distill_llm.pruning.units.sizes import counts_of, hidden_size
 
 EVERY = ("heads", "queries", "neurons", "layers", "attention", "ffn", "hidden")
 
@@ -41,7 +43,7 @@ def smallest_step(model, options) -> float:
     if "neurons" in units:
         step = costs.neuron * options.get("round_to", 1) * (len(layers) if options.get("uniform") else 1)
     else:
-        step = costs.channel([(s.groups, s.neurons, s.queries) for s in sizes_of(model)])
+        step = costs.channel(counts_of(model))
     return step / layer_params(model)
 
 
@@ -72,7 +74,7 @@ def test_budgets_hold_for_what_is_left_of_the_pruned_model(case, options, keep):
     if "hidden" in options["units"] and options.get("uniform"):
         assert hidden_size(student) < HIDDEN
     if options.get("uniform"):
-        assert len(set(sizes_of(student))) == 1
+        assert all(each == counts_of(student)[0] for each in counts_of(student))
 
 
 @pytest.mark.grid(2)
@@ -81,16 +83,16 @@ def test_budgets_hold_for_what_is_left_of_the_pruned_model(case, options, keep):
 def test_channels_in_steps_and_heads_leave_no_more_than_the_best_pair_of_numbers(case, criterion, step):
     """Against every number of heads with every width: nothing that would fit stays away, one head aside."""
     model, statistics = case
-    costs, sizes = unit_costs(model), sizes_of(model)
-    neurons, whole = sum(s.neurons for s in sizes), layer_params(model)
-    rest = costs.of([(0, 0)] * len(sizes))
+    costs, sizes = unit_costs(model), counts_of(model)
+    neurons, whole = sum(s["neurons"] for s in sizes), layer_params(model)
+    rest = costs.of([counts(0, 0)] * len(sizes))
     assert rest < 0.1 * whole
 
     def share(heads, width) -> float:
         each = costs.group_at(width) + costs.shared * costs.query_at(width)
-        return (costs.of([(0, 0)] * len(sizes), width) + heads * each + neurons * costs.neuron_at(width)) / whole
+        return (costs.of([counts(0, 0)] * len(sizes), width) + heads * each + neurons * costs.neuron_at(width)) / whole
 
-    every = [share(h, w) for h in range(sum(s.groups for s in sizes) + 1) for w in range(step, HIDDEN + 1, step)]
+    every = [share(h, w) for h in range(sum(s["heads"] for s in sizes) + 1) for w in range(step, HIDDEN + 1, step)]
     for keep in (0.9, 0.7, 0.5, 0.4):
         options = {"units": ("heads", "hidden"), "round_to": step}
         plan = plan_pruning(model, score(statistics, criterion), keep, **options)
@@ -110,10 +112,10 @@ def test_the_last_channels_stay(case, criterion):
 
 def test_what_one_unit_costs_is_what_is_gone_without_it(case):
     model, _ = case
-    costs, size = unit_costs(model), sizes_of(model)[0]
+    costs, size = unit_costs(model), counts_of(model)[0]
     whole = layer_params(model)
-    shared = size.queries // size.groups
-    every = [(tuple(range(s.groups)), tuple(range(s.neurons))) for s in sizes_of(model)]
+    shared = size["queries"] // size["heads"]
+    every = [(tuple(range(s["heads"])), tuple(range(s["neurons"]))) for s in counts_of(model)]
 
     def without(heads=None, neurons=None, queries=None, hidden=None) -> float:
         rows = [LayerPlan(i, h, n) for i, (h, n) in enumerate(every)]
@@ -123,11 +125,10 @@ def test_what_one_unit_costs_is_what_is_gone_without_it(case):
 
     assert without(heads=every[0][0][1:]) == pytest.approx(costs.head)
     assert without(neurons=every[0][1][1:]) == pytest.approx(costs.neuron)
-    shapes = [(s.groups, s.neurons, s.queries) for s in sizes_of(model)]
-    assert without(hidden=tuple(range(1, HIDDEN))) == pytest.approx(costs.channel(shapes))
+    assert without(hidden=tuple(range(1, HIDDEN))) == pytest.approx(costs.channel(counts_of(model)))
     if shared > 1:
-        queries = tuple(q for q in range(size.queries) if q % shared)
-        assert without(queries=queries) == pytest.approx(size.groups * costs.query_at())
+        queries = tuple(q for q in range(size["queries"]) if q % shared)
+        assert without(queries=queries) == pytest.approx(size["heads"] * costs.query_at())
 
 
 @pytest.fixture(scope="module")
@@ -154,11 +155,9 @@ def uneven():
 def test_limits_hold_in_every_layer_down_to_what_they_allow(case, options, criterion, units, limits):
     """The budget is a little above the cost of a model cut down to its limits, so that they bind in every layer."""
     model, statistics = case
-    scores, sizes = score(statistics, criterion), sizes_of(model)
+    scores, sizes = score(statistics, criterion), counts_of(model)
     heads, neurons = limits.heads if "heads" in units else None, limits.neurons if "neurons" in units else None
-    rows = [
-        LayerPlan(i, tuple(range(s.groups))[:heads], tuple(range(s.neurons))[:neurons]) for i, s in enumerate(sizes)
-    ]
+    rows = [LayerPlan(i, range(s["heads"])[:heads], range(s["neurons"])[:neurons]) for i, s in enumerate(sizes)]
     channels = (0,) if "hidden" in units else None
     smallest = prune(model, PruningPlan(model.config.model_type, tuple(rows), hidden=channels))
     least = layer_params(smallest) / layer_params(model)
@@ -174,13 +173,15 @@ def test_limits_hold_in_every_layer_down_to_what_they_allow(case, options, crite
 @pytest.mark.parametrize("scope", ["global", "local"])
 def test_limits_that_small_layers_are_below_already_are_met_by_the_others(uneven, criterion, scope):
     model, statistics = uneven
-    sizes = sizes_of(model)
+    sizes = counts_of(model)
     plan = plan_pruning(model, score(statistics, criterion), 0.75, scope=scope, limits=Limits(2, 14))
     assert 0.99 * 0.75 <= layer_params(prune(model, plan)) / layer_params(model) <= 0.75
     for row, size in zip(plan.layers, sizes, strict=True):
-        assert len(row.heads) >= min(2, size.groups) and len(row.neurons) >= min(14, size.neurons)
+        assert len(row.heads) >= min(2, size["heads"]) and len(row.neurons) >= min(14, size["neurons"])
     if scope == "local":
-        shares = [len(row.neurons) / s.neurons for row, s in zip(plan.layers, sizes, strict=True) if s.neurons > 20]
+        shares = [
+            len(row.neurons) / s["neurons"] for row, s in zip(plan.layers, sizes, strict=True) if s["neurons"] > 20
+        ]
         assert max(shares) - min(shares) < 0.05, "but for the limits, the same share"
 
 
@@ -300,7 +301,7 @@ def test_the_least_score_per_current_cost_goes_first():
     model = family_model("llama")
     scores = score(collect_statistics(model, [family_batch(model)], "kl"))
     costs = unit_costs(model)
-    shapes = [[s.groups, s.neurons] for s in sizes_of(model)]
+    shapes = counts_of(model)
     width, budget = HIDDEN, 0.6 * costs.of(shapes)
     left = {("heads", i, j): float(v) for i, row in enumerate(scores.heads) for j, v in enumerate(row)}
     left |= {("neurons", i, j): float(v) for i, row in enumerate(scores.neurons) for j, v in enumerate(row)}
@@ -322,7 +323,8 @@ def test_the_least_score_per_current_cost_goes_first():
         if unit[0] == "hidden":
             width -= 1
         else:
-            shapes[unit[1]][unit[0] == "neurons"] -= 1
+            shapes[unit[1]][unit[0]] -= 1
+            shapes[unit[1]]["queries"] = 2 * shapes[unit[1]]["heads"]
     plan = plan_pruning(model, scores, 0.6, units=("heads", "neurons", "hidden"))
     mine = {("hidden", 0, j) for j in range(HIDDEN) if plan.hidden is not None and j not in plan.hidden}
     mine |= {("heads", r.source, j) for r in plan.layers for j in range(4) if j not in r.heads}
@@ -333,7 +335,9 @@ def test_the_least_score_per_current_cost_goes_first():
 
 def test_units_without_scores_are_refused():
     model = family_model("llama")
-    scores = score(collect_statistics(model, [family_batch(model)], None, hidden=False), "activation")
+    scores = score(
+        collect_statistics(model, [family_batch(model)], None, settings=CalibrationSettings(hidden=False)), "activation"
+    )
     with pytest.raises(InputError, match="statistics collected with hidden"):
         plan_pruning(model, scores, 0.5, units=("hidden",))
     with pytest.raises(InputError, match="fisher where units has attention together"):
@@ -369,7 +373,7 @@ def test_depth_and_width_go_in_one_plan_layers_by_a_criterion_of_their_own(deep,
     assert [row.source for row in plan.layers] == best, "the layers that stay are the best"
     assert count < total
     widths = {kind: [len(getattr(row, kind)) for row in plan.layers] for kind in ("heads", "neurons")}
-    assert sum(widths["neurons"]) < count * sizes_of(model)[0].neurons, "width goes too"
+    assert sum(widths["neurons"]) < count * counts_of(model)[0]["neurons"], "width goes too"
     if options.get("uniform"):
         assert all(len(set(values)) == 1 for values in widths.values())
         assert hidden_size(student) < HIDDEN or "hidden" not in units
@@ -379,10 +383,10 @@ def test_depth_and_width_go_in_one_plan_layers_by_a_criterion_of_their_own(deep,
 
         def cost(part: float) -> float:
             heads = part if "heads" in units else 1.0
-            row = (heads * size.groups, part * size.neurons, heads * size.queries)
+            row = counts(heads * size["heads"], part * size["neurons"], size["queries"] // size["heads"])
             return costs.of([row] * layers, round(part * HIDDEN) if "hidden" in units else HIDDEN)
 
-        costs, size = unit_costs(model), sizes_of(model)[0]
+        costs, size = unit_costs(model), counts_of(model)[0]
         parts = [k / 1000 for k in range(1001) if cost(k / 1000) <= keep * layer_params(model)]
         return abs(layers / total - max(parts, default=9.0))
 
@@ -398,7 +402,7 @@ def test_scores_of_a_model_of_another_width_or_with_other_queries_are_refused(ot
     model, wider = family_model("llama", head_dim=4), family_model("llama", **other)
     scores = score(collect_statistics(wider, [family_batch(wider)], "kl"))
     assert [len(row) for row in scores.heads + scores.neurons] == [
-        s for k in (1, 2) for s in [z[k] for z in sizes_of(model)]
+        each[kind] for kind in ("heads", "neurons") for each in counts_of(model)
     ]
     with pytest.raises(InputError, match="scores: got '5 layers .*; accepted: scores of this model") as caught:
         plan_pruning(model, scores, 0.7)
@@ -469,7 +473,7 @@ def test_single_layers_of_a_convolved_model_have_a_latency(convolved):
     model, _ = convolved
     clock = lambda first, second: (first() is None, 1.0 + (second() is None))  # noqa: E731
     for index in (0, 3):
-        size = sizes_of(model)[index]
+        size = counts_of(model)[index]
         assert layer_run(model, index, size, HIDDEN, 2, 8)()[0].shape[-1] == HIDDEN
     assert {row[0] for row in layer_times(model, 2, 8, clock)} == {HIDDEN}
 

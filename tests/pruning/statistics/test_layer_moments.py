@@ -14,6 +14,7 @@ from distill_llm.pruning.statistics import calibration_pass, layer_moments
 from distill_llm.pruning.statistics.calibration_pass import CalibrationPass
 from distill_llm.pruning.statistics.collecting import collect_statistics
 from distill_llm.pruning.statistics.layer_moments import LayerMoments
+from distill_llm.pruning.statistics.settings import CalibrationSettings
 
 
 def batches_of(model):
@@ -22,20 +23,26 @@ def batches_of(model):
 
 @pytest.mark.parametrize("at_once", [1, 2, 5])
 @pytest.mark.parametrize(
-    "settings",
-    [{}, {"loss": "kl", "seed": 3}, {"loss": None}, {"checkpointing": True}, {"precision": torch.bfloat16}],
+    ("loss", "settings"),
+    [
+        ("labels", {}),
+        ("kl", {"seed": 3}),
+        (None, {}),
+        ("labels", {"checkpointing": True}),
+        ("labels", {"precision": torch.bfloat16}),
+    ],
     ids=["labels", "kl", "no loss", "checkpointing", "bf16"],
 )
-def test_moments_by_layer_equal_those_of_one_pass(at_once, settings):
-    model = tiny_model(layers=3)
+def test_moments_by_layer_equal_those_of_one_pass(at_once, loss, settings):
+    model, settings = tiny_model(layers=3), CalibrationSettings(moment_share=0.5, **settings)
     batches, opened = batches_of(model), []
-    whole = collect_statistics(model, batches, moment_share=0.5, **settings)
+    whole = collect_statistics(model, batches, loss, settings=settings)
 
     def open_batches():
         opened.append(1)
         return batches
 
-    moments = LayerMoments(CalibrationPass(model, **settings), open_batches, at_once, 0.5)
+    moments = LayerMoments(CalibrationPass(model, loss, settings=settings), open_batches, at_once)
     assert len(moments) == len(whole.moments) == 3
     for mine, its in zip(moments, whole.moments, strict=True):
         for left, right in zip(mine, its, strict=True):
@@ -47,19 +54,20 @@ def test_moments_by_layer_equal_those_of_one_pass(at_once, settings):
 
 def test_the_sums_of_two_processes_are_those_of_one(monkeypatch):
     model, parts = tiny_model(layers=3), []
+    calibration = CalibrationPass(model, settings=CalibrationSettings(moment_share=1.0, sharded=True))
     batches = batches_of(model)
-    whole = collect_statistics(model, batches, moment_share=1.0).moments[1]
+    whole = collect_statistics(model, batches, settings=CalibrationSettings(moment_share=1.0)).moments[1]
     for rank in (0, 1):
         monkeypatch.setattr(calibration_pass, "process", lambda rank=rank: (rank, 2))
         monkeypatch.setattr(layer_moments, "sum_over_processes", lambda sums: parts.append([s.clone() for s in sums]))
-        LayerMoments(CalibrationPass(model, sharded=True), lambda: batches, 1, 1.0)[1]
+        LayerMoments(calibration, lambda: batches, 1)[1]
 
     def both(sums):
         for mine, one, other in zip(sums, *parts, strict=True):
             mine.copy_(one + other)
 
     monkeypatch.setattr(layer_moments, "sum_over_processes", both)
-    found = LayerMoments(CalibrationPass(model, sharded=True), lambda: batches, 1, 1.0)[1]
+    found = LayerMoments(calibration, lambda: batches, 1)[1]
     for mine, its in zip(found, whole, strict=True):
         torch.testing.assert_close(mine.second, its.second, rtol=1e-5, atol=1e-6)
 

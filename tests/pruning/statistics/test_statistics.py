@@ -2,24 +2,21 @@
 
 import copy
 from dataclasses import fields
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from builders.models import random_batch, tiny_model
-from builders.pruning import UNEVEN, inputs_of, layers_in, linears_in, plan_of, processor_with_bf16
+from builders.pruning import UNEVEN, collect, inputs_of, layers_in, linears_in, plan_of, processor_with_bf16
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from distill_llm.common.errors import InputError
 from distill_llm.pruning.compensation.bypass import fit_bypasses
 from distill_llm.pruning.cutting.surgery import prune
-from distill_llm.pruning.statistics.collecting import collect_statistics
 from distill_llm.pruning.statistics.record import Statistics, UnitStatistics
 
 HEAD_SIZE = 8
-collect = partial(collect_statistics, moment_share=1.0)
 
 
 def rows_of(batch):

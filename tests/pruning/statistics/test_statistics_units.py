@@ -14,6 +14,7 @@ from distill_llm.pruning.importance import score
 from distill_llm.pruning.plan import LayerPlan, PruningPlan
 from distill_llm.pruning.statistics.collecting import collect_statistics
 from distill_llm.pruning.statistics.leave_one_out import leave_one_out
+from distill_llm.pruning.statistics.settings import CalibrationSettings
 
 HEAD_SIZE = HIDDEN // QUERIES
 LLAMA = {
@@ -85,7 +86,7 @@ def case(request):
 def test_every_kind_of_unit_has_the_gradient_of_its_mask(case):
     model, batch, names, groups = case
     expected = effects(model, names, batch)
-    statistics = collect_statistics(model, [batch], exact=True)
+    statistics = collect_statistics(model, [batch], settings=CalibrationSettings(exact=True))
     by_query = expected["heads"].unflatten(-1, (QUERIES, HEAD_SIZE)).sum(-1)
     by_group = by_query.unflatten(-1, (groups, -1)).sum(-1)
     for kind, values in (("queries", by_query), ("heads", by_group), ("neurons", expected["neurons"])):
@@ -102,7 +103,10 @@ def test_every_kind_of_unit_has_the_gradient_of_its_mask(case):
 
 def test_without_channels_the_rest_is_the_same(case):
     model, batch, _, _ = case
-    full, part = (collect_statistics(model, [batch], exact=True, hidden=each) for each in (True, False))
+    full, part = (
+        collect_statistics(model, [batch], settings=CalibrationSettings(exact=True, hidden=each))
+        for each in (True, False)
+    )
     for mine, its in zip((*full.heads, *full.neurons), (*part.heads, *part.neurons), strict=True):
         torch.testing.assert_close(mine.fisher, its.fisher)
     assert len(part.hidden.fisher) == 0
@@ -173,7 +177,9 @@ def test_leave_one_out_is_the_loss_of_the_model_that_was_pruned_of_the_layer(cas
 
 def test_in_bf16_the_ranks_stay(case):
     model, batch, _, _ = case
-    full, half = (collect_statistics(model, [batch], precision=p) for p in (None, torch.bfloat16))
+    full, half = (
+        collect_statistics(model, [batch], settings=CalibrationSettings(precision=p)) for p in (None, torch.bfloat16)
+    )
     for kind in ("heads", "neurons"):
         mine, its = (torch.cat([row.fisher for row in getattr(each, kind)]) for each in (full, half))
         ranks = torch.stack([mine, its]).argsort(1).argsort(1).float()
@@ -185,7 +191,7 @@ def test_under_autocast_sums_are_not_rounded_to_it(case):
     """The bf16 activations and gradients of the very pass, added up in fp64; a sum that was bf16 on its way is 2^-9 off."""
     model, batch, names, _ = case
     layer, seen = model.get_submodule(names["layers"])[4], {}
-    statistics = collect_statistics(model, [batch], precision=torch.bfloat16)
+    statistics = collect_statistics(model, [batch], settings=CalibrationSettings(precision=torch.bfloat16))
     norm, down = model.get_submodule(names["last"]), layer.get_submodule(names["down"])
 
     def keep(name, tensor):
@@ -262,7 +268,11 @@ def test_heads_of_questions_have_the_gradients_of_masks(head, loss):
     model.zero_grad()
     given = batch if loss == "kl" else {**batch, **labels}
     statistics = collect_statistics(
-        model, [given], loss, teacher if loss == "kl" else None, exact=True, moment_share=1.0
+        model,
+        [given],
+        loss,
+        teacher if loss == "kl" else None,
+        settings=CalibrationSettings(exact=True, moment_share=1.0),
     )
     heads, neurons, channels = (torch.stack(values) for values in found.values())
     for i in range(5):
@@ -311,7 +321,8 @@ def test_checkpointing_finds_the_same_and_holds_less(name, hidden):
         if name != "bert":
             batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     plain, saving = (
-        collect_statistics(model, batches, exact=True, hidden=hidden, checkpointing=each) for each in (False, True)
+        collect_statistics(model, batches, settings=CalibrationSettings(exact=True, hidden=hidden, checkpointing=each))
+        for each in (False, True)
     )
     for kind in ("heads", "neurons", "queries"):
         for mine, its in zip(getattr(saving, kind), getattr(plain, kind), strict=True):
@@ -326,7 +337,11 @@ def test_checkpointing_finds_the_same_and_holds_less(name, hidden):
     long["labels"] = batches[0]["labels"].repeat(4, *[4] * (batches[0]["labels"].dim() - 1))
     for each in (False, True):
         with Held([*model.parameters(), *long.values()]) as live:
-            collect_statistics(model, [long], moments=False, exact=True, hidden=hidden, checkpointing=each)
+            collect_statistics(
+                model,
+                [long],
+                settings=CalibrationSettings(moments=False, exact=True, hidden=hidden, checkpointing=each),
+            )
         bytes_held.append(live.peak)
     assert bytes_held[1] < 0.6 * bytes_held[0]
 
@@ -337,7 +352,7 @@ def test_quick_products_hold_a_copy_of_one_weight_at_a_time(monkeypatch):
     batch, peaks = family_batch(model, batch=2, length=4), []
     for exact in (True, False):
         with Held([*model.parameters(), *batch.values()]) as live:
-            collect_statistics(model, [batch], "kl", moments=False, exact=exact)
+            collect_statistics(model, [batch], "kl", settings=CalibrationSettings(moments=False, exact=exact))
         peaks.append(live.peak)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.model.layers.parameters())
     assert peaks[1] - peaks[0] < 0.05 * weights

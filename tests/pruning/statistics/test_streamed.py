@@ -12,6 +12,7 @@ from distill_llm.models.placement import streamed
 from distill_llm.pruning.statistics.calibration_pass import CalibrationPass
 from distill_llm.pruning.statistics.collecting import collect_statistics
 from distill_llm.pruning.statistics.layer_moments import LayerMoments
+from distill_llm.pruning.statistics.settings import CalibrationSettings
 
 ELSEWHERE = torch.device("cpu:0")
 
@@ -38,7 +39,10 @@ def test_statistics_are_the_same_and_the_model_stays_where_it_was(monkeypatch, n
     model = family_model(name)
     batches, before = batches_of(model, name), state_of(model)
     options = {"checkpointing": True, "exact": exact, "hidden_moments": True}
-    here, there = (collect_statistics(model, batches, device=device, **options) for device in (None, ELSEWHERE))
+    here, there = (
+        collect_statistics(model, batches, settings=CalibrationSettings(device=device, **options))
+        for device in (None, ELSEWHERE)
+    )
     for kind in ("heads", "neurons", "queries"):
         for mine, its in zip(getattr(there, kind), getattr(here, kind), strict=True):
             assert_close(vars(mine), vars(its))
@@ -58,7 +62,11 @@ def test_one_layers_weights_are_there_at_a_time():
     peaks = []
     for device in (None, ELSEWHERE):
         with Held([*model.parameters(), *batches[0].values()]) as live:
-            collect_statistics(model, batches, device=device, checkpointing=True, moments=False, exact=True)
+            collect_statistics(
+                model,
+                batches,
+                settings=CalibrationSettings(device=device, checkpointing=True, moments=False, exact=True),
+            )
         peaks.append(live.peak)
     assert rest < peaks[1] - peaks[0] < rest + 2 * layer
 
@@ -69,9 +77,20 @@ def test_second_moments_and_bypasses_are_the_same(monkeypatch):
     plan = keep_layers(model, [0, 1, 3, 4])
     found = []
     for device in (None, ELSEWHERE):
-        calibration = CalibrationPass(model, checkpointing=True, exact=True, device=device)
+        calibration = CalibrationPass(
+            model, settings=CalibrationSettings(checkpointing=True, exact=True, device=device)
+        )
         moments = list(LayerMoments(calibration, lambda: batches, 2))
-        found.append((moments, prune(model, plan, bypasses=fit_bypasses(model, plan, batches, device=device))))
+        found.append(
+            (
+                moments,
+                prune(
+                    model,
+                    plan,
+                    bypasses=fit_bypasses(model, plan, batches, settings=CalibrationSettings(device=device)),
+                ),
+            )
+        )
     torch.testing.assert_close(found[1][0], found[0][0])
     for mine, its in zip(found[1][1].parameters(), found[0][1].parameters(), strict=True):
         torch.testing.assert_close(mine, its)
@@ -90,4 +109,4 @@ def test_a_model_generates_as_before():
 def test_gradients_without_checkpointing_would_hold_every_layer():
     model = family_model("llama")
     with pytest.raises(InputError, match="checkpointing: got False; accepted: true where gradients"):
-        collect_statistics(model, batches_of(model, "llama"), device=ELSEWHERE)
+        collect_statistics(model, batches_of(model, "llama"), settings=CalibrationSettings(device=ELSEWHERE))

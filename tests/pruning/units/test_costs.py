@@ -7,17 +7,18 @@ import torch
 from builders.families import ENCODERS, EVERY, HIDDEN, QUERIES, family_model, groups_of, narrows, neurons_of
 from builders.grids import layouts_first
 from builders.models import tiny_model
-from builders.pruning import UNEVEN, flops_of, plan_of, random_scores
+from builders.pruning import UNEVEN, counts, flops_of, plan_of, random_scores
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
-from distill_llm.architectures.families import family_of, layers_of, pack_indices, unpack_indices
+from distill_llm.architectures.families import family_of, layers_of
+from distill_llm.architectures.lineage import pack_indices, unpack_indices
 from distill_llm.common.errors import InputError
 from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.plan import LayerPlan, PruningPlan, full_plan, keep_layers
 from distill_llm.pruning.planning.planner import plan_pruning
 from distill_llm.pruning.units.costs import unit_costs
-from distill_llm.pruning.units.sizes import head_size_of, layer_shapes
+from distill_llm.pruning.units.sizes import counts_of, head_size_of
 
 
 @pytest.mark.parametrize("name", layouts_first(EVERY))
@@ -25,7 +26,7 @@ def test_a_unit_costs_the_parameters_that_are_gone_without_it(name):
     model = family_model(name)
     groups, neurons = groups_of(model), neurons_of(model)
     shared, costs, whole = QUERIES // groups, unit_costs(model), params(model)
-    assert costs.of(layer_shapes(model)) == pytest.approx(whole)
+    assert costs.of(counts_of(model)) == pytest.approx(whole)
     one = full_plan(model)
 
     def gone(**changed):
@@ -41,8 +42,8 @@ def test_a_unit_costs_the_parameters_that_are_gone_without_it(name):
     if not narrows(model):
         return
     narrow = prune(model, replace(one, hidden=tuple(range(5, HIDDEN))))
-    assert params(narrow) == pytest.approx(costs.of(layer_shapes(model), HIDDEN - 5))
-    assert whole - params(narrow) == pytest.approx(5 * costs.channel(layer_shapes(model)))
+    assert params(narrow) == pytest.approx(costs.of(counts_of(model), HIDDEN - 5))
+    assert whole - params(narrow) == pytest.approx(5 * costs.channel(counts_of(model)))
 
 
 def params(model) -> int:
@@ -53,7 +54,7 @@ def params(model) -> int:
 @pytest.mark.parametrize("name", layouts_first(EVERY))
 def test_a_unit_costs_the_flops_that_are_gone_without_it(name):
     model, batch, tokens = family_model(name, attn_implementation="eager"), 3, 12
-    groups, neurons, shapes = groups_of(model), neurons_of(model), layer_shapes(model)
+    groups, neurons, shapes = groups_of(model), neurons_of(model), counts_of(model)
     shared, costs, one = QUERIES // groups, unit_costs(model, "flops", batch, tokens), full_plan(model)
 
     def flops(plan):
@@ -82,15 +83,13 @@ def test_memory_is_the_bytes_of_weights_and_of_the_cache_that_a_forward_pass_lea
         cache = model(torch.full((3, length), 5), use_cache=True).past_key_values
     held = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
     of = unit_costs(model, "memory", 3, length).of
-    assert of(layer_shapes(model)) == pytest.approx(4 * (params(model) + held))
+    assert of(counts_of(model)) == pytest.approx(4 * (params(model) + held))
     windows = {"gemma2": [8, 1000, 8, 1000, 8], "gemma3_text": [8] * 5, "mistral": [8] * 5}.get(name, [1000] * 5)
     expected = 4 * (params(model) + held * sum(windows) / (5 * length))
-    assert unit_costs(model, "memory", 3, 1000).of(layer_shapes(model)) == pytest.approx(expected)
+    assert unit_costs(model, "memory", 3, 1000).of(counts_of(model)) == pytest.approx(expected)
     half, below = model.to(torch.bfloat16), family_model(name, "base")
-    assert unit_costs(half, "memory", 3, 1000).of(layer_shapes(model)) == pytest.approx(expected / 2)
-    assert unit_costs(below, "memory", 3, 1000).of(layer_shapes(model)) == pytest.approx(expected), (
-        "without its head too"
-    )
+    assert unit_costs(half, "memory", 3, 1000).of(counts_of(model)) == pytest.approx(expected / 2)
+    assert unit_costs(below, "memory", 3, 1000).of(counts_of(model)) == pytest.approx(expected), "without its head too"
 
 
 def test_single_queries_take_their_share_of_a_cache_that_holds_one_for_each():
@@ -104,7 +103,7 @@ def test_single_queries_take_their_share_of_a_cache_that_holds_one_for_each():
     whole, left = (sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers) for cache in caches)
     gone = 4 * (params(model) - params(student) + whole - left)
     assert whole > left and gone == pytest.approx(4 * costs.query_at(layer=1))
-    assert costs.of(layer_shapes(student)) == pytest.approx(4 * (params(student) + left))
+    assert costs.of(counts_of(student)) == pytest.approx(4 * (params(student) + left))
 
 
 WINDOWS = (8, 1000, 8, 1000, 8)
@@ -122,13 +121,13 @@ def test_memory_is_of_each_layers_own_window(kept):
     plan = keep_layers(model, kept)
     student = prune(model, plan)
     left, whole = memory(student, [WINDOWS[i] for i in kept]), memory(model, WINDOWS)
-    assert unit_costs(student, "memory", 2, 1000).of(layer_shapes(student)) == pytest.approx(left)
+    assert unit_costs(student, "memory", 2, 1000).of(counts_of(student)) == pytest.approx(left)
     assert plan.share(model, "memory", 2, 1000) == pytest.approx(left / whole)
 
 
 def test_plans_for_memory_know_which_layers_hold_all_keys_and_values():
     model = family_model("gemma2")
-    scores = replace(random_scores(layer_shapes(model)), layers=torch.tensor([1.0, 1.1, 1.2, 1.3, 1.4]))
+    scores = replace(random_scores(counts_of(model)), layers=torch.tensor([1.0, 1.1, 1.2, 1.3, 1.4]))
     budget = {"cost": "memory", "batch_size": 2, "sequence_length": 1000}
     plan = plan_pruning(model, scores, 0.25, units=("layers",), **budget)
     assert [row.source for row in plan.layers] == [0, 2, 4], "those with a window are worth most for what they cost"
@@ -146,13 +145,13 @@ def blocks(scores):
 @pytest.mark.parametrize(("name", "head"), [*((name, None) for name in ENCODERS), ("llama", "sequence-classification")])
 def test_what_generates_nothing_has_no_cache_in_its_memory(name, head):
     model = family_model(name, head)
-    assert unit_costs(model, "memory", 3, 1000).of(layer_shapes(model)) == pytest.approx(4 * params(model))
+    assert unit_costs(model, "memory", 3, 1000).of(counts_of(model)) == pytest.approx(4 * params(model))
 
 
 def test_sizes_of_a_pruned_model_are_its_own_and_the_head_size_stays():
     model = tiny_model(layers=5)
     pruned = prune(model, plan_of(model))
-    assert layer_shapes(pruned) == [(len(heads), len(neurons), None) for _, heads, neurons in UNEVEN]
+    assert counts_of(pruned) == [counts(len(heads), len(neurons)) for _, heads, neurons in UNEVEN]
     assert head_size_of(pruned) == head_size_of(model) == 8
 
 
@@ -160,8 +159,8 @@ def test_costs_do_not_depend_on_which_layer_has_lost_its_attention_or_its_ffn():
     model = tiny_model(layers=5)
     for rows in ([(1, (), range(9)), *UNEVEN[2:]], [(1, (2,), ()), *UNEVEN[2:]]):
         pruned, costs = unit_costs(prune(model, plan_of(model, rows))), unit_costs(model)
-        found = (pruned.head, pruned.neuron, pruned.query_at(), pruned.of([(0, 0)]))
-        assert found == pytest.approx((costs.head, costs.neuron, costs.query_at(), costs.of([(0, 0)])))
+        found = (pruned.head, pruned.neuron, pruned.query_at(), pruned.of([counts(0, 0)]))
+        assert found == pytest.approx((costs.head, costs.neuron, costs.query_at(), costs.of([counts(0, 0)])))
 
 
 def test_an_unknown_cost_is_refused():
@@ -187,14 +186,14 @@ def test_a_family_without_a_row_gets_a_line_that_says_how_to_add_one():
 )
 def test_models_with_parts_that_a_row_does_not_tell_of_are_refused(family, part):
     with pytest.raises(ValueError, match=f"model: got '{family}' with {next(iter(part))}"):
-        layer_shapes(family_model(family, "base", **part))
+        counts_of(family_model(family, "base", **part))
 
 
 def test_a_quantized_model_is_refused():
     model = tiny_model()
     model.is_quantized = True
     with pytest.raises(InputError, match="prune first, then quantize"):
-        layer_shapes(model)
+        counts_of(model)
 
 
 def test_a_model_with_adapters_is_refused():
@@ -203,7 +202,7 @@ def test_a_model_with_adapters_is_refused():
     wrapped.base_layer = layers_of(model)[1].attention.self.query
     layers_of(model)[1].attention.self.query = wrapped
     with pytest.raises(InputError, match="an adapter at attention.self.query"):
-        layer_shapes(model)
+        counts_of(model)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ from distill_llm.pruning.planning.planner import plan_pruning
 from distill_llm.pruning.statistics.collecting import collect_statistics
 from distill_llm.pruning.statistics.leave_one_out import leave_one_out
 from distill_llm.pruning.units.costs import COSTS
-from distill_llm.pruning.units.sizes import sizes_of
+from distill_llm.pruning.units.sizes import counts_of
+from distill_llm.recipe.pruning import PruningSection
 from distill_llm.recipe.recipe import parse_recipe
-from distill_llm.recipe.sections import PruningSection
 
 
 def faults(folder, **pruning) -> list[str]:
@@ -75,15 +75,15 @@ def test_units_and_costs_are_those_of_the_library():
         ),
         (
             {"criterion": "magnitude", "loss": "kl"},
-            "pruning.loss: got 'kl'; accepted: nothing with criterion magnitude",
+            "pruning.loss: got 'kl'; leave it out: criterion magnitude reads no loss",
         ),
         (
             {"units": ["layers"], "layer_criterion": "block_influence"},
-            "pruning.layer_criterion: got 'block_influence'; accepted: nothing where units does not have layers beside",
+            "pruning.layer_criterion: got 'block_influence'; leave it out: it counts only where units has layers beside",
         ),
         (
             {"criterion": "activation", "layer_criterion": "wanda"},
-            "pruning.layer_criterion: got 'wanda'; accepted: nothing where units does not have layers beside",
+            "pruning.layer_criterion: got 'wanda'; leave it out: it counts only where units has layers beside",
         ),
         (
             {"units": ["layers", "ffn"], "layer_criterion": "block_influence"},
@@ -94,9 +94,15 @@ def test_units_and_costs_are_those_of_the_library():
             {"keep": None, "layers": [0], "cost": "latency"},
             "pruning.cost: got 'latency'; accepted: params, flops or memory",
         ),
-        ({"keep": None, "layers": [0], "statistics": "s"}, "pruning.statistics: got 's'; accepted: nothing where"),
-        ({"units": ["layers"], "moment_layers": 1}, "pruning.moment_layers: got 1; accepted: nothing without"),
-        ({"compensate": False, "moment_layers": 4}, "pruning.moment_layers: got 4; accepted: nothing without"),
+        ({"keep": None, "layers": [0], "statistics": "s"}, "pruning.statistics: got 's'; leave it out: `layers`"),
+        (
+            {"units": ["layers"], "moment_layers": 1},
+            "pruning.moment_layers: got 1; leave it out: there are second moments",
+        ),
+        (
+            {"compensate": False, "moment_layers": 4},
+            "pruning.moment_layers: got 4; leave it out: there are second moments",
+        ),
         ({"offload": True}, "pruning.checkpointing: got False; accepted: true with offload"),
         (
             {"offload": True, "checkpointing": True, "cost": "latency"},
@@ -141,13 +147,13 @@ def scored():
 
 def removed(model, plan) -> set[str]:
     """The kinds of units of which a plan removes some."""
-    sizes, found = sizes_of(model), set()
+    sizes, found = counts_of(model), set()
     found |= {"layers"} if len(plan.layers) < len(sizes) else set()
     found |= {"hidden"} if plan.hidden is not None else set()
     for row in plan.layers:
         size = sizes[row.source]
-        found |= {"heads", "attention"} if len(row.heads) < size.groups else set()
-        found |= {"neurons", "ffn"} if len(row.neurons) < size.neurons else set()
+        found |= {"heads", "attention"} if len(row.heads) < size["heads"] else set()
+        found |= {"neurons", "ffn"} if len(row.neurons) < size["neurons"] else set()
         found |= {"queries"} if row.queries is not None else set()
     return found
 

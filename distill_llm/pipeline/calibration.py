@@ -1,0 +1,183 @@
+"""What a round's cuts learn from calibration data: statistics, kept in a file, second moments, and bypasses."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from distill_llm.common.files import written_whole
+from distill_llm.common.progress import progress_bar
+from distill_llm.models.fingerprints import teacher_fingerprint
+from distill_llm.pruning.compensation.bypass import Bypasses, fit_bypasses, outputs_taken_over
+from distill_llm.pruning.plan import PruningPlan
+from distill_llm.pruning.statistics.calibration_pass import Batches, CalibrationPass
+from distill_llm.pruning.statistics.collecting import collect_statistics
+from distill_llm.pruning.statistics.layer_moments import LayerMoments
+from distill_llm.pruning.statistics.leave_one_out import leave_one_out
+from distill_llm.pruning.statistics.processes import from_main_process, process
+from distill_llm.pruning.statistics.record import Statistics
+from distill_llm.pruning.statistics.settings import CalibrationSettings
+from distill_llm.recipe.pruning import PruningSection
+
+
+class Calibration:
+    """Passes over calibration data, with what a pruning section needs of them. All processes of a run call it together.
+
+    Args:
+        section: a checked pruning section.
+        seed: of what is drawn at random.
+        batches, device: see `Cutter`.
+    """
+
+    def __init__(
+        self, section: PruningSection, seed: int, batches: Callable[[int], Batches], device: torch.device | None = None
+    ):
+        self.section, self.batches, self.is_main = section, batches, process()[0] == 0
+        self.settings = CalibrationSettings(
+            moments=section.holds_moments,
+            moment_share=section.moment_share,
+            hidden="hidden" in section.units,
+            hidden_moments=section.compensate and "hidden" in section.units,
+            precision=None if section.precision is None else getattr(torch, section.precision),
+            checkpointing=section.checkpointing,
+            seed=seed,
+            sharded=True,
+            device=device,
+        )
+
+    @cached_property
+    def loss(self) -> str:
+        """What gradients are taken of."""
+        return self.section.loss or ("labels" if "labels" in next(iter(self.batches(0))) else "kl")
+
+    def statistics(self, model: PreTrainedModel, number: int = 0, file: Path | None = None) -> Statistics:
+        """The statistics of a model on a cut's calibration data.
+
+        They are read from the file if it has all that is needed; otherwise they are collected in one pass, and kept there.
+        Without a file only what the section needs is collected. A file of the user's also gets the gradients, so that the next
+        criterion finds them. On several processes each sees a part of the batches, and all end with the same sums.
+        """
+        section, settings = self.section, self.settings
+        kept, found = None, None
+        if file is not None:
+            settings = replace(settings, hidden=True)
+            kept = StatisticsFile(file, self._identity(model))
+            found = kept.read() if from_main_process(kept.has(self._wanted())) else None
+        needs_without = section.needs("leave_one_out")
+        if found is not None and (found.without is not None or not needs_without):
+            return found
+        users = file is not None and section.statistics is not None and file == section.statistics.expanduser()
+        loss = self.loss if section.needs("gradients") or users else None
+        statistics = found or collect_statistics(model, self._shown(number, "Calibrating"), loss, settings=settings)
+        if needs_without:
+            shown = self._shown(number, "Leaving layers out")
+            statistics = leave_one_out(model, shown, statistics, self.loss, settings)
+        if kept is not None and self.is_main:
+            kept.write(statistics, self.loss if needs_without else loss)
+        return statistics
+
+    def with_moments(self, statistics: Statistics, model: PreTrainedModel, number: int = 0) -> Statistics:
+        """The statistics of a cut with the second moments that compensation needs, a few layers at a time if so asked."""
+        at_once = self.section.moment_layers
+        if at_once is None or statistics.moments:
+            return statistics
+        loss = self.loss if self.section.needs("gradients") else None
+        calibration = CalibrationPass(model, loss, settings=self.settings)
+        batches = partial(self._shown, number, "Second moments")
+        return replace(statistics, moments=LayerMoments(calibration, batches, at_once))
+
+    def bypasses(self, model: PreTrainedModel, plan: PruningPlan, number: int = 0) -> Bypasses | None:
+        """What the FFNs that stay take over of what a cut's plan removes whole; None where they take over nothing."""
+        if not (self.section.compensate and outputs_taken_over(model, plan)):
+            return None
+        return fit_bypasses(model, plan, self._shown(number, "Fitting bypasses"), self.settings)
+
+    def _shown(self, number: int, title: str) -> Batches:
+        return progress_bar(self.batches(number), desc=title, leave=False, shown=self.is_main)
+
+    def _wanted(self) -> "Wanted":
+        needs_gradients, settings = self.section.needs("gradients"), self.settings
+        losses: tuple[str | None, ...] = ()
+        if self.section.reads_loss:
+            losses = (self.loss,) if needs_gradients else (self.loss, None)
+        return Wanted(needs_gradients, settings.moments, settings.hidden_moments, losses)
+
+    def _identity(self, model: PreTrainedModel) -> dict[str, Any]:
+        """What statistics depend on: others are of no use."""
+        identity = {"model": teacher_fingerprint(model), "rows": self._rows, "precision": self.section.precision}
+        return identity | ({"moment_share": self.section.moment_share} if self.settings.moments else {})
+
+    @cached_property
+    def _rows(self) -> str:
+        """A hash of the first cut's calibration data."""
+        digest = hashlib.blake2b(digest_size=16)
+        for batch in self.batches(0):
+            for name in sorted(batch):
+                digest.update(f"{name}{tuple(batch[name].shape)}{batch[name].dtype}".encode())
+                digest.update(batch[name].contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What statistics must hold to be of use.
+
+    Attributes:
+        gradients, moments, hidden_moments: whether they must have these.
+        losses: what their gradients may be of; empty: of anything.
+    """
+
+    gradients: bool
+    moments: bool
+    hidden_moments: bool
+    losses: tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
+class StatisticsFile:
+    """A file of statistics, and a record beside it that says what they are of.
+
+    Attributes:
+        path: the file; the record has the same name with `.json`.
+        identity: of the model, the rows and how they are looked at.
+    """
+
+    path: Path
+    identity: dict[str, Any]
+
+    @property
+    def _record(self) -> Path:
+        return self.path.with_suffix(".json")
+
+    def has(self, wanted: Wanted) -> bool:
+        """Whether there are statistics of this identity with all that is wanted."""
+        try:
+            record = json.loads(self._record.read_text())
+        except (OSError, ValueError):
+            return False
+        if not self.path.is_file() or {name: record.get(name) for name in self.identity} != self.identity:
+            return False
+        if wanted.losses and record.get("loss") not in wanted.losses:
+            return False
+        parts = ("gradients", "moments", "hidden_moments")
+        return all(record.get(part) for part in parts if getattr(wanted, part))
+
+    def read(self) -> Statistics:
+        """The statistics."""
+        return Statistics.load(self.path)
+
+    def write(self, statistics: Statistics, loss: str | None) -> None:
+        """Replace the statistics, then the record, so that it never speaks of other statistics."""
+        self._record.unlink(missing_ok=True)
+        with written_whole(self.path) as path:
+            statistics.save(path)
+        has = {"gradients": statistics.has_gradients, "moments": bool(statistics.moments)}
+        has |= {"hidden_moments": bool(statistics.hidden_moments)}
+        with written_whole(self._record) as path:
+            path.write_text(json.dumps({**self.identity, "loss": loss, **has}) + "\n")

@@ -1,0 +1,106 @@
+"""What kinds of tasks say of themselves agrees with transformers, with the losses, and with the recipe."""
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+from builders.causal import causal_model
+from builders.models import tiny_model
+from transformers import AutoConfig
+
+from distill_llm.common.errors import InputError
+from distill_llm.data import GLUE, DataSpec, load_task
+from distill_llm.data.kinds import KINDS, kind_of_head, register
+from distill_llm.losses.items import ITEMS, kind_of
+from distill_llm.metrics.registry import METRICS
+from distill_llm.recipe.sections import DataSection
+from distill_llm.training.refusals import check_model
+
+HEADS = {"classification": "sequence-classification", "regression": "sequence-classification", "masked_lm": "masked-lm"}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: kind.name)
+def test_the_head_is_that_of_the_auto_class_and_its_outputs_are_what_the_losses_take_them_for(kind) -> None:
+    model = tiny_model(head=HEADS[kind.name]) if kind.name in HEADS else causal_model()
+    assert kind.stock_class(model.config) is type(model) and kind.has_head([type(model).__name__])
+    assert kind_of(model) == kind.item
+    assert kind_of_head([f"Pruned{type(model).__name__}"]).auto_class == kind.auto_class
+
+
+def test_a_family_without_the_head_has_no_class_for_it() -> None:
+    assert KINDS["masked_lm"].stock_class(AutoConfig.for_model("llama")) is None
+    assert kind_of_head(["BertForQuestionAnswering"]) is None and kind_of_head(None) is None
+
+
+def test_two_objects_of_a_kind_are_equal_and_two_kinds_are_not() -> None:
+    for kind in KINDS.values():
+        assert kind == type(kind)() and [kind == other for other in KINDS.values()].count(True) == 1
+
+
+def test_a_kind_with_a_head_of_its_own_makes_it_trainable(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice, before = tiny_model(head="multiple-choice"), dict(ITEMS)
+    with pytest.raises(InputError, match="^model: got 'BertForMultipleChoice'"):
+        check_model(choice)
+    monkeypatch.setattr("distill_llm.data.kinds.base.KINDS", {})
+    monkeypatch.setitem(ITEMS, "ForMultipleChoice", "example")
+    del ITEMS["ForMultipleChoice"]
+
+    @register
+    class MultipleChoice(type(KINDS["classification"])):
+        name = "multiple_choice"
+        auto_class = "AutoModelForMultipleChoice"
+        head_classes = ("ForMultipleChoice",)
+
+    check_model(choice)
+    assert before | {"ForMultipleChoice": "example"} == ITEMS and kind_of(choice) == "example"
+
+
+def test_predictions_are_the_largest_logits_of_items_with_a_label() -> None:
+    logits = np.array([[[0, 2, 1], [5, 0, 0]], [[0, 0, 3], [9, 9, 9]]], dtype=float)
+    labels = np.array([[1, 0], [0, -100]])
+    predictions, references = KINDS["masked_lm"].predictions(logits, labels)
+    assert (predictions.tolist(), references.tolist()) == ([1, 0, 2], [1, 0, 0])
+    predictions, references = KINDS["classification"].predictions(logits[:, 0], [1, 0])
+    assert (predictions.tolist(), references.tolist()) == ([1, 2], [1, 0])
+    predictions, _ = KINDS["regression"].predictions(np.array([[0.5], [-1.5]]), np.array([1.0, 2.0]))
+    assert predictions.tolist() == [0.5, -1.5]
+
+
+def test_default_metrics_compare_what_the_kind_predicts() -> None:
+    for task in GLUE.values():
+        assert all(METRICS[name].inputs == task.kind.metric_inputs for name in task.metrics)
+        assert METRICS[task.main_metric].higher_is_better == task.higher_is_better
+
+
+GIVEN = {
+    "columns": {"text": "x"},
+    "join_rows": True,
+    "packing": True,
+    "chat": True,
+    "chat_template_kwargs": {"enable_thinking": False},
+}
+
+
+@pytest.mark.parametrize("task", ["sst2", "embedded", "classification", "text", "prompts"])
+@pytest.mark.parametrize("name", GIVEN)
+def test_a_setting_that_a_task_does_not_take_is_refused_with_the_tasks_that_do(task: str, name: str) -> None:
+    taken = {
+        "columns": "classification, regression, text, prompts",
+        "join_rows": "text",
+        "packing": "prompts",
+        "chat": "prompts",
+        "chat_template_kwargs": "prompts",
+    }[name]
+    if task in taken.split(", "):
+        return
+    with pytest.raises(InputError) as caught:
+        load_task(DataSpec(task, "missing", **{name: GIVEN[name]}))
+    assert caught.value.field == f"data.{name}"
+    assert caught.value.fix == f"leave it out: {task} does not take it (only {taken})"
+
+
+def test_a_spec_says_all_that_the_recipe_says_of_data_with_the_same_defaults() -> None:
+    own = {each.name: each.default for each in fields(DataSpec)}
+    for name, field in DataSection.model_fields.items():
+        if name != "task":
+            assert (own[name] or None) == (field.default or None), name
