@@ -27,10 +27,12 @@ if TYPE_CHECKING:
     from distill_llm.pruning.plan import LayerPlan as LayerPlan
     from distill_llm.pruning.plan import PruningPlan as PruningPlan
     from distill_llm.pruning.plan import keep_layers as keep_layers
-    from distill_llm.pruning.planning.candidate import Limits as Limits
-    from distill_llm.pruning.planning.latency import latency_costs as latency_costs
+    from distill_llm.pruning.planning.latency import LatencySettings as LatencySettings
     from distill_llm.pruning.planning.latency import plan_for_latency as plan_for_latency
+    from distill_llm.pruning.planning.latency_costs import latency_costs as latency_costs
     from distill_llm.pruning.planning.planner import plan_pruning as plan_pruning
+    from distill_llm.pruning.planning.rules import Limits as Limits
+    from distill_llm.pruning.planning.rules import PlanningRules as PlanningRules
     from distill_llm.pruning.statistics.collecting import collect_statistics as collect_statistics
     from distill_llm.pruning.statistics.leave_one_out import leave_one_out as leave_one_out
     from distill_llm.pruning.statistics.record import Statistics as Statistics
@@ -55,9 +57,10 @@ __getattr__, __dir__, __all__ = lazy_names(  # the names above, which are for ty
         "pruning.cutting.surgery": "prune",
         "pruning.importance": "Importance score",
         "pruning.plan": "LayerPlan PruningPlan keep_layers",
-        "pruning.planning.candidate": "Limits",
-        "pruning.planning.latency": "latency_costs plan_for_latency",
+        "pruning.planning.latency": "LatencySettings plan_for_latency",
+        "pruning.planning.latency_costs": "latency_costs",
         "pruning.planning.planner": "plan_pruning",
+        "pruning.planning.rules": "Limits PlanningRules",
         "pruning.statistics.collecting": "collect_statistics",
         "pruning.statistics.leave_one_out": "leave_one_out",
         "pruning.statistics.record": "Statistics",

@@ -1,6 +1,7 @@
 """The pruning section checked at the door, against the model that is to be pruned and the files it writes."""
 
 import math
+from dataclasses import replace
 
 from transformers import PreTrainedModel
 
@@ -10,7 +11,6 @@ from distill_llm.common.outputs import usable_statistics
 from distill_llm.data.kinds.causal_lm import CausalLM
 from distill_llm.models.finding import OpenModel
 from distill_llm.pruning.planning.budgets import least_share
-from distill_llm.pruning.planning.candidate import Limits, Rules
 from distill_llm.pruning.units.sizes import counts_of
 from distill_llm.recipe.recipe import Recipe, budget_batch
 
@@ -67,9 +67,7 @@ def check_pruning(recipe: Recipe, teacher: OpenModel, skeleton: PreTrainedModel)
             raise InputError(f"pruning.{name}", value, f"at most {most}, the {what} of a layer")
     if pruning.keep is not None and pruning.cost != "latency":
         decoder = CausalLM().has_head(config.architectures)
-        local = pruning.uniform or pruning.scope == "local"
-        limits, anchored = Limits(pruning.min_heads, pruning.min_neurons), family_of(config).anchored
-        rules = Rules(frozenset(pruning.units), limits, pruning.round_to, pruning.uniform, local, anchored)
+        rules = replace(pruning.rules, anchored=family_of(config).anchored)
         least = least_share(skeleton, rules, pruning.cost, *budget_batch(recipe, decoder))
         if pruning.keep < least * (1 - 1e-9):
             shown = math.ceil(least * 1e4) / 1e4

@@ -2,21 +2,19 @@
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
 
-from distill_llm.checks.faults import Collector, in_one_line
+from distill_llm.checks.data import open_rows
+from distill_llm.checks.faults import Collector
 from distill_llm.checks.models import adapted, check_disk, check_signals, skeleton
 from distill_llm.checks.pruning import check_pruning
 from distill_llm.checks.training import check_training
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.common.outputs import usable_output
 from distill_llm.data.encoding import encode, most_tokens
-from distill_llm.data.loading import load_task
 from distill_llm.data.padding import LENGTH
 from distill_llm.data.spec import DataSpec
 from distill_llm.data.special_tokens import check_tokenizer
@@ -102,8 +100,7 @@ def load_rows(recipe: Recipe, teacher: OpenModel | None) -> TaskData:
     Args:
         teacher: decides what some tasks are; None where it could not be opened.
     """
-    with _quiet_datasets(), in_one_line("data.path", recipe.data.path, "data that can be read"):
-        data = load_task(data_spec(recipe), teacher.config if teacher else None)
+    data = open_rows(data_spec(recipe), teacher.config if teacher else None)
     calibration = recipe.pruning.calibration_examples if recipe.pruning and recipe.pruning.keep else 0
     if calibration == PruningSection.model_fields["calibration_examples"].default:
         calibration = 0  # asks for no number: all rows where there are fewer
@@ -136,18 +133,6 @@ def encoded_rows(opened: Opened) -> TaskData:
     for rows in (data.test, data.validation):
         raise_all(scoring_faults(limits, rows, data.task, fields) if rows is not None else [])
     return data
-
-
-@contextmanager
-def _quiet_datasets() -> Iterator[None]:
-    """No progress bars of `datasets`, so that a fault stands alone (downloads from the Hub still show theirs)."""
-    shown = datasets.are_progress_bars_disabled() is False
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
 
 
 def _check_student(recipe: Recipe, student: OpenModel, teacher: OpenModel, task: Task) -> None:

@@ -1,13 +1,16 @@
 """`distill-llm cache`: the command line of teacher caches."""
 
 import json
+from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from distill_llm.cli.group import is_main_process
-from distill_llm.common.errors import InputError, InputErrors, faults_in
+from distill_llm.cli.options import as_options
+from distill_llm.common.errors import InputError, raise_all
 from distill_llm.recipe.recipe import Recipe, load_recipe, recipe_names
 
 EXAMPLE = (
@@ -58,38 +61,34 @@ def cache(
         "seed": seed,
     }
     rows = {name: value for name, value in rows.items() if value is not None}
-    coding: dict[str, Any] = {"k": k, "method": method, "batch_size": batch_size, "dtype": dtype}
     recipe = _recipe(teacher, output_dir, settings or [], rows)
     if recipe is None and task is None:
         raise InputError("--task", None, "a task, or a recipe in place of the teacher")
     from distill_llm.data.spec import DataSpec
     from distill_llm.pipeline.caching import cache_recipe, cache_teacher
+    from distill_llm.teachers.cache_format import CacheSettings
 
-    try:
+    own = ("k", "method", "batch_size", "dtype", "output_dir")
+    with as_options(own if recipe is not None else signature(cache).parameters, {"teacher": "TEACHER"}):
+        coding = CacheSettings(k=k, method=method, dtype=dtype)  # type: ignore[arg-type]
         if recipe is not None:
-            items, size = cache_recipe(recipe, **coding)
+            items, size = cache_recipe(recipe, coding, batch_size)
         else:
-            items, size = cache_teacher(teacher, DataSpec(**rows), output_dir, **coding)
-    except InputError as error:
-        raise InputErrors(
-            fault.renamed(_option(fault.field)) if fault.field in (*coding, "max_length", "output_dir") else fault
-            for fault in faults_in(error)
-        ) from None
+            items, size = cache_teacher(teacher, DataSpec(**rows), output_dir, coding, batch_size)
     if is_main_process():
         each = size / max(items, 1)
         print(f"{output_dir}: {items:,} outputs of {teacher}, {size / 1e6:.1f} MB, {each:.0f} bytes each")
 
 
-def _recipe(name: str, output_dir: Path, settings: list[str], rows: dict[str, Any]) -> Recipe | None:
+def _recipe(name: str, output_dir: Path, settings: list[str], rows: Mapping[str, Any]) -> Recipe | None:
     """The recipe of that name, with this cache: a YAML file, or a shipped one that is no folder here; else None."""
     if not (name.endswith((".yaml", ".yml")) or (name in recipe_names() and not Path(name).exists())):
         if settings:
-            raise InputError("--set", settings[0], "nothing without a recipe")
+            raise InputError("--set", settings[0], fix="leave it out: it changes fields of a recipe, and there is none")
         return None
-    for field, value in rows.items():
-        raise InputError(_option(field), value, "nothing beside a recipe, which says it (--set overrides a field)")
+    with as_options({*rows, "data"}):
+        fix = "leave it out: the recipe says it (--set overrides a field)"
+        raise_all(
+            [InputError("data.path" if field == "path" else field, value, fix=fix) for field, value in rows.items()]
+        )
     return load_recipe(name, [*settings, f"teacher.cache={json.dumps(str(output_dir))}"])
-
-
-def _option(field: str) -> str:
-    return {"path": "--data"}.get(field, "--" + field.replace("_", "-"))

@@ -1,51 +1,75 @@
-"""What the command line's options hold beyond plain values, and faults of a recipe under the options' names."""
+"""Types of options that several commands have, and faults under the options' names."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from distill_llm.common.errors import InputError, InputErrors, faults_in, one_of
 from distill_llm.recipe.sections import ColumnsSection
 
-OPTIONS = {
-    "teacher.model": "MODEL",
-    "data.path": "--data",
-    "output_dir": "--output-dir",
-    "evaluation.metric": "--metric",
-    "evaluation.max_new_tokens": "--max-new-tokens",
-    "student_dir": "DIR",
-    "repo_id": "REPO_ID",
-}
-"""Options that are not called as their field is."""
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")]
+OutputDir = Annotated[Path | None, typer.Option(help="The run folder, in place of the recipe's output_dir.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a field; may be repeated.")
+]
+ModelName = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Hub id, folder, GGUF file, or package://PACKAGE/PATH.")
+]
+TaskName = Annotated[str, typer.Option(help="A GLUE task, embedded, text, prompts, classification or regression.")]
+Columns = Annotated[
+    str | None,
+    typer.Option(metavar="NAME=COLUMN,...", help="Columns of your own data, such as text=review,label=mood."),
+]
+DataPath = Annotated[str | None, typer.Option(help="Folder, file or Hub id of the data; GLUE: the Hub's by default.")]
+ChatTemplateKwargs = Annotated[
+    str | None,
+    typer.Option(metavar="YAML", help="What the template is given beside the chats: '{enable_thinking: false}'."),
+]
 
-AS_NAMED = {
-    *(f"data.{name}" for name in ("task", "columns", "max_length")),
-    *(
-        f"pruning.{name}"
-        for name in ("keep", "units", "criterion", "cost", "scope", "round_to", "uniform", "compensate")
-    ),
-    "pruning.calibration_examples",
-}
-"""Fields with an option of their name; others are given by `--set`."""
+SECTIONS = ("data", "pruning", "evaluation")
+"""Sections of a recipe whose fields commands have as options of the same name."""
+OTHERWISE = {"data.path": "data"}
+"""Fields whose option has another name."""
 
 
 @contextmanager
-def as_options(model: str = "MODEL") -> Iterator[None]:
-    """Names the fields of faults as the command line does: `--keep` for `pruning.keep`.
+def as_options(options: Collection[str], arguments: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Names faults as the command line does: `--keep` for `pruning.keep`.
 
     Args:
-        model: the option that a fault of a model's weights is named after.
+        options: the parameters of the command that are options. A field with none of them keeps its name: `--set` gives it.
+        arguments: fields that are arguments without a name, by their metavar.
     """
     try:
         yield
     except InputError as error:
-        raise InputErrors(fault.renamed(_option_name(fault.field, model)) for fault in faults_in(error)) from None
+        raise InputErrors(_renamed(fault, options, arguments or {}) for fault in faults_in(error)) from None
 
 
-def _option_name(field: str, model: str) -> str:
-    if field == "model":
-        return model
-    name = ".".join(field.split(".")[:2])  # data.columns.text: --columns
-    return OPTIONS.get(name, "--" + name.partition(".")[2].replace("_", "-") if name in AS_NAMED else field)
+def _renamed(fault: InputError, options: Collection[str], arguments: Mapping[str, str]) -> InputError:
+    """The fault under the option's name; an option that its text mentions in backticks gets its name, too."""
+
+    def mention(match: re.Match[str]) -> str:
+        return f"`{_written(match[1])}`" if match[1] in options else match[0]
+
+    accepted, fix = (re.sub(r"`(\w+)`", mention, text) for text in (fault.accepted, fault.fix))
+    return InputError(_option(fault.field, options, arguments), fault.given, accepted, fix=fix)
+
+
+def _option(field: str, options: Collection[str], arguments: Mapping[str, str]) -> str:
+    if field in arguments:
+        return arguments[field]
+    names = field.split(".")
+    name = OTHERWISE.get(field) or (names[1] if names[0] in SECTIONS and len(names) > 1 else field)  # data.columns.text
+    return _written(name) if name in options else field
+
+
+def _written(option: str) -> str:
+    return "--" + option.replace("_", "-")
 
 
 def read_columns(text: str | None) -> dict[str, str] | None:

@@ -1,13 +1,18 @@
 """`distill-llm respond`: the command line of generated responses."""
 
+from inspect import signature
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from distill_llm.cli.group import is_main_process
-from distill_llm.common.errors import InputError, InputErrors, faults_in
+from distill_llm.cli.options import ChatTemplateKwargs, as_options
+from distill_llm.cli.output import quiet_weights
 from distill_llm.recipe.yaml_input import read_mapping
+
+if TYPE_CHECKING:
+    from distill_llm.responses.folder import Counts
 
 EXAMPLE = (
     "Example: distill-llm respond HuggingFaceTB/SmolLM2-1.7B-Instruct --data prompts.jsonl --chat --output-dir answers"
@@ -31,10 +36,7 @@ def respond(
         str | None, typer.Option(help="Column of texts or of chats; by default prompt, else messages.")
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Ask texts in the words of the chat template.")] = False,
-    chat_template_kwargs: Annotated[
-        str | None,
-        typer.Option(metavar="YAML", help="What the template is given beside the chats: '{enable_thinking: false}'."),
-    ] = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
     max_prompts: Annotated[int | None, typer.Option(help="Only the first rows.")] = None,
     dtype: Annotated[
         str | None,
@@ -47,16 +49,12 @@ def respond(
     ] = False,
 ) -> None:
     """Let a teacher answer prompts: data to train on. The same command again goes on where it stopped."""
-    from transformers.utils.logging import disable_progress_bar
-
+    quiet_weights()
     from distill_llm.responses.respond import respond as generate
+    from distill_llm.responses.settings import ResponseSettings
 
-    disable_progress_bar()  # of loading weights
-    try:
-        counts = generate(
-            teacher,
-            data,
-            output_dir,
+    with as_options(signature(respond).parameters, {"teacher": "TEACHER", "model": "TEACHER"}):
+        settings = ResponseSettings(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
@@ -71,25 +69,18 @@ def respond(
             dtype=dtype,
             keep_truncated=keep_truncated,
         )
-    except InputError as error:
-        raise InputErrors(
-            InputError(
-                _option(fault.field),
-                fault.given,
-                fault.accepted.replace("keep_truncated", "--keep-truncated"),
-                fix=fault.fix.replace("keep_truncated", "--keep-truncated"),
-            )
-            for fault in faults_in(error)
-        ) from None
+        counts = generate(teacher, data, output_dir, settings)
     if is_main_process():
-        print(f"prompts:   {counts.prompts:,} ({counts.prompts_read - counts.prompts:,} repeated ones left out)")
-        print(f"responses: {counts.responses:,} with {counts.tokens:,} tokens")
-        print(
-            f"truncated: {counts.truncated:,} ({counts.truncated_share:.1%}), {'kept' if keep_truncated else 'left out'}"
-        )
-        print(f"repeated:  {counts.repeated:,} ({counts.repeated_share:.1%}), left out")
-        print(f"kept:      {counts.kept:,} ({counts.kept_share:.1%}) in {output_dir}")
+        for line in _summary(counts, output_dir, keep_truncated):
+            print(line)
 
 
-def _option(field: str) -> str:
-    return {"teacher": "TEACHER", "model": "TEACHER"}.get(field, "--" + field.replace("_", "-"))
+def _summary(counts: "Counts", folder: Path, keep_truncated: bool) -> list[str]:
+    truncated = "kept" if keep_truncated else "left out"
+    return [
+        f"prompts:   {counts.prompts:,} ({counts.prompts_read - counts.prompts:,} repeated ones left out)",
+        f"responses: {counts.responses:,} with {counts.tokens:,} tokens",
+        f"truncated: {counts.truncated:,} ({counts.truncated_share:.1%}), {truncated}",
+        f"repeated:  {counts.repeated:,} ({counts.repeated_share:.1%}), left out",
+        f"kept:      {counts.kept:,} ({counts.kept_share:.1%}) in {folder}",
+    ]

@@ -39,6 +39,14 @@ def as_chats(rows: Rows) -> Rows:
     return {"messages": [[as_turn("user", prompt), as_turn("assistant", response)] for prompt, response in pairs]}
 
 
+def template_faults(kwargs: Mapping[str, Any] | None, are_chats: bool, field: str) -> list[InputError]:
+    """A fault where a chat template is given something and there are no chats to put in its words."""
+    if not kwargs or are_chats:
+        return []
+    fix = "leave it out: the data are no chats; or set `chat`, which makes chats of prompts"
+    return [InputError(field, dict(kwargs), fix=fix)]
+
+
 def check_template_kwargs(kwargs: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, field: str) -> None:
     """Check that a chat template reads every name that it is given; it would silently ignore any other.
 

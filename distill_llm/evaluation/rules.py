@@ -37,4 +37,4 @@ def scoring_faults(
     faults = row_faults(limits, read_rows(rows, limits), fields.rows, tokenizer)
     if not (task.kind.generates and task.metrics) or faults:
         return faults
-    return room_faults(limits, longest_prompt(rows), task.max_new_tokens, fields.max_new_tokens, "the longest prompt")
+    return room_faults(limits, longest_prompt(rows), task.max_new_tokens, fields.max_new_tokens, fields.rows)

@@ -87,19 +87,22 @@ def length_faults(limits: InputLimits, tokens: int, field: str) -> list[InputErr
     return [InputError(field, tokens, f"at most {limits.longest}, the longest input of {limits.name}")]
 
 
-def room_faults(limits: InputLimits, prompt: int, new: int, field: str, prompts: str) -> list[InputError]:
-    """A fault where a response of `new` tokens to a prompt of `prompt` tokens would pass the model's last position.
+def room_faults(limits: InputLimits, prompt: int, new: int, field: str, prompts_field: str) -> list[InputError]:
+    """A fault where a response to the longest prompt would pass the model's last position.
 
     Args:
+        prompt: tokens of the longest prompt.
+        new: the most tokens of a response.
         field: the setting of the response's length.
-        prompts: what the length of prompts is called: a setting, or the longest prompt.
+        prompts_field: what gives the prompts, or their length.
     """
     if limits.longest is None or prompt + new <= limits.longest:
         return []
     room = limits.longest - prompt
     if room < 1:
-        return [InputError(prompts, prompt, f"less than {limits.longest}, the longest input of {limits.name}")]
-    accepted = f"at most {room}: {limits.name} takes {limits.longest} tokens, {prompts} is {prompt}"
+        accepted = f"prompts of less than {limits.longest} tokens, the longest input of {limits.name}"
+        return [InputError(prompts_field, f"a prompt of {prompt} tokens", accepted)]
+    accepted = f"at most {room}: {limits.name} takes {limits.longest} tokens, of which a prompt takes {prompt}"
     return [InputError(field, new, accepted)]
 
 

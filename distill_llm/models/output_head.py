@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.generic import is_flash_attention_requested
 
+from distill_llm.architectures.modes import forward_as
 from distill_llm.common.errors import InputError
 from distill_llm.losses.head import Head
 from distill_llm.models.attention_kernels import attention_configs, kernels_named
@@ -52,7 +53,7 @@ class OutputHead:
             receive(hidden)
             return hidden.new_empty(0, self.linear.out_features)
 
-        with _forward_of(self.linear, forward):
+        with forward_as(self.linear, forward):
             yield
 
 
@@ -115,19 +116,10 @@ def _finishes_as_said(model: PreTrainedModel, head: OutputHead) -> bool:
     # in mixed precision; a few families (Falcon, GPT-J, GPT-Neo) keep the kernel that they were made with.
     half = torch.autocast(model.device.type, torch.bfloat16, enabled=is_flash_attention_requested(model.config))
     eager = kernels_named(attention_configs(model), lambda kernel: "eager")
-    fixed = _forward_of(head.linear, lambda hidden: products)
+    fixed = forward_as(head.linear, lambda hidden: products)
     with torch.no_grad(), half, eager, fixed, torch.random.fork_rng(devices):
         logits = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device)).logits
     expected = products * head.scale
     if head.softcap is not None:
         expected = torch.tanh(expected / head.softcap) * head.softcap
     return logits.shape == expected.shape and torch.allclose(logits.float(), expected, rtol=1e-2, atol=1e-3)
-
-
-@contextmanager
-def _forward_of(linear: nn.Linear, forward: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    linear.forward = forward  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        del linear.forward

@@ -1,4 +1,4 @@
-"""A model that is here whole, held still, and layers whose forward is another for a while."""
+"""Where weights and activations are: whole in memory, checkpointed, or on another device one layer at a time."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,7 +14,7 @@ from distill_llm.common.errors import InputError
 
 
 def check_in_memory(model: nn.Module, one_device: bool = False) -> None:
-    """Raise InputError if weights are not in memory (offloaded), or, with `one_device`, are spread over several devices."""
+    """Raise InputError if weights are offloaded, or, with `one_device`, spread over several devices."""
     devices, accepted = (
         sorted({str(parameter.device) for parameter in model.parameters()}),
         "a model loaded whole on one device",
@@ -27,10 +27,10 @@ def check_in_memory(model: nn.Module, one_device: bool = False) -> None:
 
 @contextmanager
 def checkpointed(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Within the context each layer's forward keeps nothing but its input, and runs again in the backward pass.
+    """Within the context each layer keeps nothing of its forward but the input, and runs again in the backward pass.
 
-    The hidden states that a layer reads must require a gradient. Inside a layer hooks see two forwards, the first of them
-    without gradients. (Chen et al. 2016, "Training deep nets with sublinear memory cost".)
+    The hidden states that a layer reads must require a gradient. Hooks inside a layer see two forwards, the first without
+    gradients. (Chen et al. 2016, "Training deep nets with sublinear memory cost".)
     """
     with ExitStack() as stack:
         for layer in layers:
@@ -48,8 +48,8 @@ def _twice(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def streamed(model: nn.Module, layers: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
     """Within the context the model computes on `device`, with the weights of one of its layers there at a time.
 
-    All else that the model has goes there for as long. What a forward keeps for a backward pass keeps the layers' weights too,
-    but for `checkpointed` layers.
+    Everything outside the layers is there throughout. What a forward keeps for the backward pass also keeps the layers' weights
+    there, unless the layers are `checkpointed`.
     """
     layers = list(layers)
     inside = {id(module) for layer in layers for module in layer.modules()}
@@ -67,7 +67,7 @@ def _on_device(layer: nn.Module, forward: Callable[..., Any], device: torch.devi
 
 @contextmanager
 def placed(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
-    """Within the context the modules' own weights and buffers are copies on `device`; what is shared has one copy."""
+    """Within the context the modules' own weights and buffers are copies on `device`; shared tensors have one copy."""
     tables: list[dict[str, Any]] = [table for module in modules for table in (module._parameters, module._buffers)]
     before = [dict(table) for table in tables]
     copies: dict[int, torch.Tensor] = {}

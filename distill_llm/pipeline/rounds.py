@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -15,13 +14,14 @@ from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.importance import score
 from distill_llm.pruning.plan import PruningPlan, keep_layers
 from distill_llm.pruning.planning.budgets import share_of
-from distill_llm.pruning.planning.candidate import Limits
-from distill_llm.pruning.planning.latency import latency_costs, plan_for_latency
-from distill_llm.pruning.planning.planner import plan_pruning
+from distill_llm.pruning.planning.competing import plan_for_costs
+from distill_llm.pruning.planning.latency import LatencySettings, plan_for_latency
+from distill_llm.pruning.planning.latency_costs import latency_costs
 from distill_llm.pruning.planning.small_cuts import compose_plans, cut_shares
 from distill_llm.pruning.statistics.calibration_pass import Batches
 from distill_llm.pruning.statistics.processes import from_main_process, process
 from distill_llm.pruning.statistics.record import Statistics
+from distill_llm.pruning.units.costs import unit_costs
 from distill_llm.recipe.recipe import Recipe, budget_batch
 
 
@@ -54,7 +54,7 @@ class Cutter:
 
     def __init__(self, recipe: Recipe, batches: Callable[[int], Batches], device: torch.device | None = None):
         assert recipe.pruning is not None
-        self.recipe, self.section = recipe, recipe.pruning
+        self.recipe, self.section, self.rules = recipe, recipe.pruning, recipe.pruning.rules
         self.calibration = Calibration(recipe.pruning, recipe.seed, batches, device)
         self.is_main = process()[0] == 0
 
@@ -109,18 +109,11 @@ class Cutter:
     def _plan(
         self, model: PreTrainedModel, teacher: PreTrainedModel, statistics: Statistics, share: float
     ) -> PruningPlan:
-        section = self.section
+        section, batch = self.section, self.batch(teacher)
         scores = score(statistics, section.criterion, self.recipe.seed, section.layer_criterion)
-        options: dict[str, Any] = {
-            "units": section.units,
-            "scope": section.scope,
-            "round_to": section.round_to,
-            "uniform": section.uniform,
-            "limits": Limits(section.min_heads, section.min_neurons),
-        }
-        options |= dict(zip(("batch_size", "sequence_length"), self.batch(model), strict=True))
         if section.cost == "latency":
-            costs = latency_costs(teacher, *self.batch(teacher))
-            return plan_for_latency(model, scores, share, dense=teacher, costs=costs, **options)
+            settings = LatencySettings(*batch, dense=teacher, costs=latency_costs(teacher, *batch))
+            return plan_for_latency(model, scores, share, settings, self.rules)
         left = min(1.0, share / self.share(model, teacher))
-        return plan_pruning(model, scores, left, cost=section.cost, **options)
+        costs = unit_costs(model, section.cost, *self.batch(model))
+        return plan_for_costs(model, scores, left, costs, self.rules)

@@ -1,7 +1,7 @@
 """What every unit of a model is worth: scores by a criterion, and their file."""
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,15 +54,14 @@ class Importance:
                 raise InputError("criterion", self.criterion, f"scores of {unit}: {scored_by}")
 
     def check(self, counts: Sequence[Counts], hidden: int) -> None:
-        """Raise InputError unless the scores are of a model with these layers, `hidden` channels wide."""
-        found = {kind: [len(row) for row in getattr(self, kind)] for kind in BY_LAYER}
+        """Raise InputError unless the scores are of a model with these units in its layers and `hidden` channels."""
+        # What is empty was not scored: `require` judges that.
+        own = {kind: list(map(len, rows)) for kind in BY_LAYER if (rows := getattr(self, kind))}
+        wanted = {kind: [each[kind] for each in counts] for kind in own}
         width = 0 if self.hidden is None else len(self.hidden)
-        # Empty: not scored, which `require` judges.
-        differ = [own != [each[kind] for each in counts] for kind, own in found.items() if own]
-        if len(self.layers) != len(counts) or any(differ) or width not in (0, hidden):
-            some = {kind: own[:2] for kind, own in found.items() if own}
-            own = f"{len(self.layers)} layers {some}..., {width} channels"
-            raise InputError("scores", own, f"scores of this model, {list(counts)[:2]}..., {hidden} channels")
+        if len(self.layers) != len(counts) or own != wanted or width not in (0, hidden):
+            sizes = _in_words(len(self.layers), own, width), _in_words(len(counts), wanted, hidden)
+            raise InputError("scores", sizes[0], f"scores of this model, {sizes[1]}")
 
     def save(self, path: str | os.PathLike) -> None:
         """Write as safetensors."""
@@ -83,6 +82,12 @@ class Importance:
                 count = sum(key.startswith(f"{kind}.") for key in keys)
                 found[kind] = tuple(file.get_tensor(f"{kind}.{i}") for i in range(count))
             return cls(**file.metadata(), **found)
+
+
+def _in_words(layers: int, counts: Mapping[str, Sequence[int]], width: int) -> str:
+    """A model's size for a message: "4 layers, heads 4 4 2 4, neurons 64 64 64 64, 32 channels", cut after five layers."""
+    units = [f"{kind} {' '.join(map(str, row[:5]))}{' ...' if len(row) > 5 else ''}" for kind, row in counts.items()]
+    return ", ".join([f"{layers} layers", *units, f"{width} channels"])
 
 
 def score(

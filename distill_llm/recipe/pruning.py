@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.pruning.criteria import CRITERIA, Need, find_criterion, ranks_layers_only
 from distill_llm.pruning.names import BLOCKS, Unit, competing_faults
+from distill_llm.pruning.planning.rules import Limits, PlanningRules
 from distill_llm.recipe.section import Section
 
 
@@ -139,6 +140,12 @@ class PruningSection(Section):
     def reads_loss(self) -> bool:
         """Whether one of the criteria depends on the calibration loss."""
         return any(CRITERIA[name].reads_loss for name in self.criteria)
+
+    @property
+    def rules(self) -> PlanningRules:
+        """What a plan may remove."""
+        limits = Limits(self.min_heads, self.min_neurons)
+        return PlanningRules(self.units, self.scope, self.round_to, self.uniform, limits)
 
     @property
     def folds(self) -> bool:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
+from distill_llm.architectures.modes import evaluating
 from distill_llm.common.errors import InputError
 from distill_llm.common.processes import exact_device
 from distill_llm.data.causal import CausalCollator
@@ -37,7 +38,7 @@ class Decoder:
     @contextmanager
     def ready(self) -> Iterator[None]:
         """The model in evaluation mode with plain greedy decoding; both come back afterwards."""
-        before, training = self.model.generation_config, self.model.training
+        before = self.model.generation_config
         self.model.generation_config = GenerationConfig(
             do_sample=False,
             use_cache=True,
@@ -45,13 +46,12 @@ class Decoder:
             eos_token_id=self.ends,
             pad_token_id=self.collator.pad,
         )
-        self.model.eval()
         try:
-            with torch.no_grad():  # no inference mode: what a model in training keeps of a forward must stay usable
+            # No inference mode: what a model in training keeps of a forward must stay usable.
+            with evaluating(self.model), torch.no_grad():
                 yield
         finally:
             self.model.generation_config = before
-            self.model.train(training)
 
     def __call__(self, prompts: Sequence[list[int]], uniforms: np.ndarray | None = None) -> list[list[int]]:
         """The tokens of each answer, its end token among them; call it inside `ready`.

@@ -7,11 +7,8 @@ the same kind of device. Other batches change only the rounding of logits.
 """
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
-from hashlib import blake2b
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -23,17 +20,12 @@ from distill_llm.common.errors import InputError
 from distill_llm.common.processes import open_processes
 from distill_llm.common.progress import progress_bar
 from distill_llm.data.causal import CausalCollator
-from distill_llm.data.chats import check_template_kwargs
-from distill_llm.data.kinds.prompts import prompts as prompts_task
-from distill_llm.data.special_tokens import check_tokenizer
 from distill_llm.models.checkpoint import load_pretrained
-from distill_llm.models.finding import OpenModel, check_head, chosen_dtype, open_model
-from distill_llm.models.fingerprints import teacher_fingerprint, tokenizer_fingerprint
-from distill_llm.models.limits import limits_of
 from distill_llm.responses.decoding import Decoder
 from distill_llm.responses.folder import Counts, ResponseFolder, kept_rows
-from distill_llm.responses.prompts import Prompt, Source, encode_prompts, read_contents
-from distill_llm.responses.sampling import Sampling
+from distill_llm.responses.opening import open_prompts
+from distill_llm.responses.prompts import Source
+from distill_llm.responses.settings import ResponseSettings
 from distill_llm.responses.work import Work
 
 
@@ -41,21 +33,9 @@ def respond(
     teacher: str | PreTrainedModel,
     prompts: Source,
     output_dir: str | Path,
+    settings: ResponseSettings | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    max_new_tokens: int = 256,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    samples: int = 1,
-    seed: int = 0,
-    batch_size: int = 8,
-    prompt_column: str | None = None,
-    chat: bool = False,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    max_prompts: int | None = None,
-    dtype: str | None = None,
-    keep_truncated: bool = False,
     progress: bool = True,
 ) -> Counts:
     """Answer prompts and write the answers as data of the task `prompts` (Kim and Rush, 2016, section 3.2).
@@ -65,56 +45,28 @@ def respond(
 
     Args:
         teacher: folder, Hub id or `package://` path of a causal LM, pruned or not; or the model itself, on its device.
-        prompts: file, folder or Hub id with a column of texts or of chats; a data set; a list of texts or chats. Of a chat, a
-            last turn of the assistant is left out.
+        prompts: file, folder or Hub id with a column of texts or of chats; a data set; a list of texts or chats. If a chat ends
+            with a turn of the assistant, that turn is left out.
         output_dir: new, empty, or of an earlier call; see `distill_llm.responses.folder`.
+        settings: how prompts are read, asked and answered; None: the defaults.
         tokenizer: of a teacher given as model.
-        max_new_tokens, temperature, top_p, top_k, samples, seed: see `Sampling`.
-        batch_size: responses at once.
-        prompt_column: by default `prompt`, else `messages`.
-        chat: ask texts in the words of the chat template; rows are then chats.
-        chat_template_kwargs: what the template is given beside the chats, such as `enable_thinking`.
-        max_prompts: only the first rows.
-        dtype: of a teacher given by name: float32, bfloat16 or float16; by default bfloat16 on CUDA, else float32.
-        keep_truncated: keep responses that reached `max_new_tokens`; may be changed later without generating again.
         progress: show a line on the work ahead and a bar.
 
     Returns:
         The counts, as in `responses.json`.
 
     Raises:
-        InputError: one line that names the argument, before the teacher's weights are loaded; or afterwards, where
+        InputError: one line that names the argument or setting, before the teacher's weights are loaded; or afterwards, where
             no response is left.
     """
-    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, samples, seed)
-    for name, number in (("batch_size", batch_size), ("max_prompts", max_prompts)):
-        if number is not None and number < 1:
-            raise InputError(name, number, "a whole number of at least 1")
-    opened = _opened(teacher, tokenizer)
+    settings = settings or ResponseSettings()
     processes = open_processes()
-    dtype = _dtype(teacher, dtype, processes.device)
-    contents = read_contents(prompts, prompt_column, max_prompts)
-    is_chat = chat or not isinstance(contents[0], str)
-    check_tokenizer(prompts_task(("messages",) if is_chat else ("prompt", "response")), opened.tokenizer, "teacher")
-    if chat_template_kwargs:
-        if not is_chat:
-            raise InputError("chat_template_kwargs", dict(chat_template_kwargs), "nothing for texts without chat")
-        check_template_kwargs(chat_template_kwargs, opened.tokenizer, "chat_template_kwargs")
-    encoded = encode_prompts(contents, opened.tokenizer, chat, chat_template_kwargs)
-    _check_lengths(encoded, opened, max_new_tokens)
-
-    work = Work(encoded, samples, batch_size, max_new_tokens, seed)
-    settings = {**asdict(sampling), "batch_size": batch_size, "prompt_column": prompt_column, "chat": chat}
-    settings["chat_template_kwargs"] = dict(chat_template_kwargs) if chat_template_kwargs else None
-    settings |= {"max_prompts": max_prompts, "dtype": dtype, "shard_responses": work.shard_responses}
-    template = [str(opened.tokenizer.chat_template)] if is_chat else []
-    fingerprints = {
-        "teacher": _teacher_fingerprint(teacher, opened),
-        "tokenizer": _digest([tokenizer_fingerprint(opened.tokenizer), *template]),
-        "data": _digest(prompt.key.hex() for prompt in encoded),
-    }
-    folder = ResponseFolder(Path(output_dir), settings, fingerprints)
-    names = {"teacher": opened.name, "data": prompts if isinstance(prompts, str) else type(prompts).__name__}
+    opened = open_prompts(teacher, prompts, settings, tokenizer, processes.device)
+    work = Work(opened.prompts, settings)
+    folder = ResponseFolder(
+        Path(output_dir), settings.recorded(opened.dtype, work.shard_responses), opened.fingerprints
+    )
+    names = {"teacher": opened.teacher.name, "data": prompts if isinstance(prompts, str) else type(prompts).__name__}
     environment = _environment(processes.device)
     processes.wait_for_everyone()
     if processes.is_main_process:
@@ -126,18 +78,19 @@ def respond(
         tqdm.write(work.announcement(missing))
     if own := missing[processes.process_index :: processes.num_processes]:
         if isinstance(teacher, str):
-            teacher = load_pretrained(opened.path, dtype=getattr(torch, dtype))
+            teacher = load_pretrained(opened.teacher.path, dtype=getattr(torch, opened.dtype))
             teacher.to(processes.device)  # type: ignore[arg-type]
-        _generate(work, own, Decoder(teacher, CausalCollator(opened.tokenizer), sampling, "teacher"), folder, shown)
+        decoder = Decoder(teacher, CausalCollator(opened.teacher.tokenizer), settings, "teacher")
+        _generate(work, own, decoder, folder, shown)
     processes.wait_for_everyone()
 
-    kept, counts = kept_rows(work.by_prompt(folder), len(contents), keep_truncated)
+    kept, counts = kept_rows(work.by_prompt(folder), opened.read, settings.keep_truncated)
     if not kept:
-        accepted = "more: every response was cut off there (keep_truncated keeps them, without generating again)"
-        raise InputError("max_new_tokens", max_new_tokens, accepted)
+        fix = "give more: every response was cut off there (`keep_truncated` keeps them, without generating again)"
+        raise InputError("max_new_tokens", settings.max_new_tokens, fix=fix)
     if processes.is_main_process:
         folder.write_kept(kept)
-        folder.write_about(names, environment, counts, keep_truncated)
+        folder.write_about(names, environment, counts, settings.keep_truncated)
     processes.wait_for_everyone()
     return counts
 
@@ -160,62 +113,6 @@ def _generate(work: Work, shards: Sequence[int], decoder: Decoder, folder: Respo
                 bar.set_postfix_str(f"{tokens / (time.monotonic() - start):,.0f} tokens/s", refresh=False)
                 bar.update(len(batch))
             folder.write_shard(number, rows)
-
-
-def _opened(teacher: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> OpenModel:
-    """The teacher without its weights, if it can answer prompts."""
-    if isinstance(teacher, str):
-        if tokenizer is not None:
-            raise InputError(
-                "tokenizer", type(tokenizer).__name__, "None: it lies with a teacher that is given by name"
-            )
-        opened = open_model("teacher", teacher)
-        check_head(opened, prompts_task())
-        return opened
-    if tokenizer is None:
-        raise InputError("tokenizer", None, "the tokenizer of the teacher, which is given as model")
-    if teacher.config.is_encoder_decoder or not teacher.can_generate():
-        raise InputError("teacher", type(teacher).__name__, "a causal LM, which can generate")
-    return OpenModel("teacher", str(teacher.config.name_or_path), "", teacher.config, tokenizer)
-
-
-def _dtype(teacher: str | PreTrainedModel, given: str | None, device: torch.device) -> str:
-    chosen = chosen_dtype(given, device)
-    if isinstance(teacher, str):
-        return chosen
-    own = str(teacher.dtype).removeprefix("torch.")
-    if given not in (None, own):
-        raise InputError("dtype", given, f"{own}, the dtype of the teacher that is given as model")
-    return own
-
-
-def _check_lengths(prompts: Sequence[Prompt], opened: OpenModel, max_new_tokens: int) -> None:
-    """Whether every prompt leaves room for a response."""
-    bound = limits_of(opened.config, opened.name).longest
-    longest = max(len(prompt.ids) for prompt in prompts)
-    if bound is None or longest + max_new_tokens <= bound:
-        return
-    if max_new_tokens >= bound:
-        raise InputError("max_new_tokens", max_new_tokens, f"less than {bound}, the longest input of {opened.name}")
-    room = bound - max_new_tokens
-    count = sum(len(prompt.ids) > room for prompt in prompts)
-    given = f"a prompt of {longest} tokens ({count} of {len(prompts)} prompts have more than {room})"
-    raise InputError("data", given, f"at most {room}: {opened.name} takes {bound}, less {max_new_tokens} new ones")
-
-
-def _teacher_fingerprint(teacher: str | PreTrainedModel, opened: OpenModel) -> str:
-    if isinstance(teacher, PreTrainedModel):
-        return teacher_fingerprint(teacher)
-    if Path(opened.path).is_dir():
-        return teacher_fingerprint(opened.path)
-    return f"hub:{opened.path}@{getattr(opened.config, '_commit_hash', None)}"
-
-
-def _digest(parts: Iterable[str]) -> str:
-    digest = blake2b(digest_size=16)
-    for part in parts:
-        digest.update(part.encode() + b"\0")
-    return digest.hexdigest()
 
 
 def _environment(device: torch.device) -> dict[str, str]:

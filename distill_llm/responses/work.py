@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from distill_llm.common.errors import InputError
 from distill_llm.responses.folder import ResponseFolder, Row
 from distill_llm.responses.prompts import Prompt
+from distill_llm.responses.settings import ResponseSettings
 
 SHARD_TOKENS = 1 << 12  # at most, unless a single batch has more: what a process loses when it is stopped
 
@@ -14,15 +15,13 @@ class Work:
 
     Args:
         prompts: the different ones.
-        samples: responses to each.
-        batch_size: responses at once.
-        max_new_tokens: most tokens of a response.
-        seed: noted in every row.
+        settings: the number of responses to each and at once, their length, and the seed that every row notes.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], samples: int, batch_size: int, max_new_tokens: int, seed: int):
-        self.prompts, self.samples, self.batch_size = prompts, samples, batch_size
-        self.max_new_tokens, self.seed = max_new_tokens, seed
+    def __init__(self, prompts: Sequence[Prompt], settings: ResponseSettings):
+        samples, batch_size, max_new_tokens = settings.samples, settings.batch_size, settings.max_new_tokens
+        self.prompts, self.batch_size = prompts, batch_size
+        self.max_new_tokens, self.seed = max_new_tokens, settings.seed
         by_length = sorted(range(len(prompts)), key=lambda place: -len(prompts[place].ids))
         self.order = [(place, sample) for place in by_length for sample in range(samples)]
         self.shard_responses = batch_size * max(1, SHARD_TOKENS // (batch_size * max_new_tokens))

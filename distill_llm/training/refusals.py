@@ -166,7 +166,7 @@ def check_prompts(rows: Any, models: Collection[InputLimits], new_tokens: int) -
     """
     longest = longest_prompt(rows)
     for limits in models:
-        raise_all(room_faults(limits, longest, new_tokens, "losses.responses.max_new_tokens", "the longest prompt"))
+        raise_all(room_faults(limits, longest, new_tokens, "losses.responses.max_new_tokens", "train_dataset"))
 
 
 def check_batch(batch: Mapping[str, Any], models: Collection[InputLimits]) -> None:

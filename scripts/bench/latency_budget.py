@@ -14,8 +14,17 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from distill_llm import CalibrationSettings, collect_statistics, compare, plan_pruning, prune, score
-from distill_llm.pruning.planning.latency import latency_costs, plan_for_latency
+from distill_llm import (
+    CalibrationSettings,
+    LatencySettings,
+    collect_statistics,
+    compare,
+    latency_costs,
+    plan_for_latency,
+    plan_pruning,
+    prune,
+    score,
+)
 
 Row = dict[str, float | str | None]
 
@@ -59,7 +68,7 @@ def main() -> None:
     timing = {"latency_costs": round(time.perf_counter() - start, 1)}
     for target in options.targets:
         start = time.perf_counter()
-        plan = plan_for_latency(teacher, scores, target, batch_size=batch[0], sequence_length=batch[1], costs=costs)
+        plan = plan_for_latency(teacher, scores, target, LatencySettings(*batch, costs=costs))
         timing[f"plan {target}"] = round(time.perf_counter() - start, 1)
         row = budget_row(teacher, prune(teacher, plan), target, batch, options.repeats)
         rows[f"latency {target}"] = {**row, "promised": round(plan.kept or 0.0, 4), "note": plan.note}

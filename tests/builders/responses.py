@@ -8,6 +8,10 @@ import torch
 from builders.causal import EOS, causal_model, word_tokenizer, words
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from distill_llm.responses.folder import Counts
+from distill_llm.responses.respond import respond
+from distill_llm.responses.settings import ResponseSettings
+
 ENDS = [EOS, *range(20, 30)]
 PROMPTS = [words(*range(start, start + length)) for start, length in enumerate((3, 1, 9, 4, 14, 2, 7, 1, 11, 5, 3))]
 
@@ -25,6 +29,12 @@ def save_teacher(folder: Path, model: PreTrainedModel | None = None, **tokenizer
     (model or teacher()).save_pretrained(folder)
     word_tokenizer(begins=True, **tokenizer).save_pretrained(folder)
     return folder
+
+
+def answer(model: Any, prompts: Any, output_dir: Path, **options: Any) -> Counts:
+    """What `respond` returns, with the options of settings and call in one mapping."""
+    call = {name: options.pop(name) for name in ("tokenizer", "progress") if name in options}
+    return respond(model, prompts, output_dir, ResponseSettings(**options), **call)
 
 
 def write_prompts(file: Path, prompts: list[str] = PROMPTS, column: str = "prompt") -> Path:

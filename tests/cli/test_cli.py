@@ -57,7 +57,7 @@ def calls(tmp_path, monkeypatch):
     seen: list = []
     fake = types.ModuleType("distill_llm.pipeline.run")
     result = types.SimpleNamespace(metrics={}, student_dir=Path("student"), report=Path("report.md"))
-    fake.run = lambda recipe, output_dir: open_recipe(recipe) or seen.append((recipe, output_dir)) or result
+    fake.run = lambda recipe, output_dir: open_recipe(recipe) and (seen.append((recipe, output_dir)) or result)
     fake.prune_recipe = lambda recipe: usable_output(recipe.output_dir) or seen.append(recipe) or Path("pruned")
     monkeypatch.setitem(sys.modules, "distill_llm.pipeline.run", fake)
     monkeypatch.setattr("distill_llm.pipeline.run", fake, raising=False)  # another test may have imported the real one
@@ -339,7 +339,7 @@ def test_profile_prints_both_models(folder):
 
 def test_profile_refuses_a_batch_too_long_for_a_model_before_it_loads_weights(folder, monkeypatch):
     write_model(folder / "short", layers=1)  # 64 positions
-    monkeypatch.setattr("distill_llm.cli.main._load_model", None)
+    monkeypatch.setattr("distill_llm.cli.profile.load_model", None)
     (line,) = refused("profile", "teacher", "--sequence-length", "4000")
     assert line == "--sequence-length: got 4000; accepted: at most 160, the longest input of teacher"
     (line,) = refused("profile", "teacher", "--against", "short", "--sequence-length", "100")

@@ -16,6 +16,7 @@ from distill_llm.common.outputs import usable_file, usable_output, usable_statis
 from distill_llm.data import DataSpec
 from distill_llm.pipeline.caching import cache_teacher
 from distill_llm.responses.respond import respond
+from distill_llm.responses.settings import ResponseSettings
 
 METADATA = {"examples": "1", "tokens": "1", "has_gradients": "0"}
 RECORD = {"model": "memory:1", "rows": "2", "gradients": False, "moments": False}
@@ -145,5 +146,5 @@ def test_a_cache_and_answers_go_to_a_folder_of_their_own_or_no_teacher_is_loaded
     with pytest.raises(InputError, match="^(output_dir|cache): got"):
         cache_teacher("llm", DataSpec("text", "text.txt", max_length=16), output)
     with pytest.raises(InputError, match="^output_dir: got"):
-        respond("llm", ["w1 w2"], output, max_new_tokens=4, progress=False)
+        respond("llm", ["w1 w2"], output, ResponseSettings(max_new_tokens=4), progress=False)
     assert contents(llm) == before

@@ -52,7 +52,7 @@ def pruned_recipe(folder):
 
 
 def own_cache(folder):
-    data = DataSpec(**{**recipe_for(folder)["data"], "max_length": 128})
+    data = DataSpec(**recipe_for(folder)["data"])
     cache_teacher(str(folder / "teacher"), data, folder / "cache")
 
 

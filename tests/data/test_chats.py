@@ -28,6 +28,7 @@ from distill_llm.evaluation.generation import respond
 from distill_llm.losses.objective import Responses
 from distill_llm.pipeline.folder import RunFolder
 from distill_llm.recipe.recipe import Recipe, parse_recipe
+from distill_llm.teachers.cache_format import CacheSettings
 from distill_llm.training.on_policy import StudentResponses
 
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + CHAT_TEMPLATE
@@ -176,7 +177,7 @@ def test_a_run_or_a_cache_of_another_template_is_not_gone_on_with(tmp_path: Path
 
     cached = recipe(tmp_path, QUESTIONS, THINKING_TEMPLATE, **NAMED, chat_template_kwargs=OFF)
     cached.teacher.cache = tmp_path / "cache"
-    cache_recipe(cached, k=4)
+    cache_recipe(cached, CacheSettings(k=4))
     assert faults_at_the_door(cached) == []
     RunFolder(tmp_path / "run", cached.to_yaml())
     other = recipe(tmp_path, QUESTIONS, THINKING_TEMPLATE, **NAMED)
@@ -203,4 +204,4 @@ def test_the_command_line_scores_prompts_as_chats(tmp_path: Path) -> None:
     wanted = evaluate_model(model, rows.test, data.task, collator(data.task, tokenizer), batch_size=64)
     assert json.loads(scores.read_text())["perplexity"] == pytest.approx(wanted["perplexity"], rel=1e-5)
     (line,) = CliRunner().invoke(app, command + given[1:]).stderr.splitlines()
-    assert line.startswith("error: data.chat_template_kwargs: got ")
+    assert line.startswith("error: --chat-template-kwargs: got ")

@@ -70,7 +70,7 @@ def test_a_second_budget_reads_no_data_for_its_importance(inputs, tmp_path, monk
     names = {"id2label": {0: "neg", 1: "pos"}, "label2id": {"neg": 0, "pos": 1}}
     write_model(model, max_position_embeddings=64, **names)
     pruned_alone(model, tmp_path / "first", data, keep=0.7, **options)
-    monkeypatch.setattr("distill_llm.pipeline.rounds.collect_statistics", None)
+    monkeypatch.setattr("distill_llm.pipeline.calibration.collect_statistics", None)
     pruned_alone(model, tmp_path / "second", data, keep=0.5, criterion="taylor", **options)
     kept = [distill_llm.PruningPlan.load(tmp_path / name / "plan.json").kept for name in ("first", "second")]
     assert kept == pytest.approx([0.7, 0.5], rel=0.02)

@@ -19,7 +19,7 @@ from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.importance import score
 from distill_llm.pruning.plan import LayerPlan, PruningPlan, keep_layers
 from distill_llm.pruning.planning.budgets import least_share, share_of
-from distill_llm.pruning.planning.latency import fit_costs
+from distill_llm.pruning.planning.latency_costs import fit_costs
 from distill_llm.pruning.planning.planner import plan_pruning
 from distill_llm.pruning.planning.small_cuts import cut_shares
 from distill_llm.pruning.statistics.collecting import collect_statistics
@@ -420,7 +420,7 @@ def test_shares_count_channels_and_single_queries():
 def test_no_plan_leaves_less_than_the_least_share_and_one_leaves_that(tmp_path, pruning):
     model = family_model("llama")
     section = parse_recipe(recipe_for(tmp_path, pruning={"keep": 0.5, **pruning})).pruning
-    least = least_share(model, section, 2, 8)
+    least = least_share(model, section.rules, section.cost, 2, 8)
     statistics = collect_statistics(model, [random_batch(model, labels=False)], "kl")
     work = cutter(tmp_path, [], **pruning)
     plan = work._plan(model, model, statistics, least * 1.0001)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from builders.causal import EOS, THINKING_TEMPLATE, ids, word_tokenizer, words
-from builders.responses import PROMPTS, alone, rows_of, save_teacher, teacher
+from builders.responses import PROMPTS, alone, answer, rows_of, save_teacher, teacher
 from transformers import AutoConfig, PreTrainedModel
 
 from distill_llm.common.errors import InputError
@@ -17,7 +17,6 @@ from distill_llm.pruning.plan import LayerPlan, PruningPlan
 from distill_llm.responses import work
 from distill_llm.responses.folder import Counts, kept_rows
 from distill_llm.responses.prompts import encode_prompts
-from distill_llm.responses.respond import respond
 
 SMALL = {"max_new_tokens": 10, "batch_size": 2, "progress": False, "tokenizer": word_tokenizer(begins=True)}
 
@@ -52,7 +51,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def test_the_folder_holds_the_greedy_answer_to_each_prompt_in_their_order(tmp_path: Path) -> None:
     model, tokenizer = teacher(), SMALL["tokenizer"]
-    counts = respond(model, [*PROMPTS, *PROMPTS[:3]], tmp_path, temperature=0, keep_truncated=True, **SMALL)
+    counts = answer(model, [*PROMPTS, *PROMPTS[:3]], tmp_path, temperature=0, keep_truncated=True, **SMALL)
     wanted = [alone(model, tokenizer, prompt.ids, 10) for prompt in encode_prompts(PROMPTS, tokenizer)]
     assert rows_of(tmp_path) == [
         {
@@ -81,7 +80,7 @@ def test_the_folder_is_read_as_data_of_the_task_prompts_with_the_tokens_that_wer
         folder = tmp_path / f"{chat} {kwargs}"
         options = {**SMALL, "tokenizer": tokenizer, "chat": chat, "keep_truncated": True}
         options["chat_template_kwargs"] = kwargs
-        respond(model, PROMPTS, folder, temperature=0, **options)
+        answer(model, PROMPTS, folder, temperature=0, **options)
         data = load_task(DataSpec("prompts", str(folder), chat_template_kwargs=kwargs), AutoConfig.for_model("llama"))
         assert data.task.text_columns == (("messages",) if chat else ("prompt", "response"))
         encoded = encode(data, tokenizer, 64)
@@ -100,19 +99,19 @@ def test_the_folder_is_read_as_data_of_the_task_prompts_with_the_tokens_that_wer
 def test_a_stopped_run_goes_on_to_the_files_of_one_without_a_break(stop: int, tmp_path: Path) -> None:
     options = {**SMALL, "samples": 2, "temperature": 0.9, "keep_truncated": True}
     sizes = counting(whole := teacher())
-    respond(whole, PROMPTS, tmp_path / "whole", **options)
+    answer(whole, PROMPTS, tmp_path / "whole", **options)
     assert sizes == [2] * 11
     counting(stopped := teacher(), last=stop)
     with pytest.raises(Stopped):
-        respond(stopped, PROMPTS, tmp_path / "stopped", **options)
+        answer(stopped, PROMPTS, tmp_path / "stopped", **options)
     with pytest.raises(InputError):  # what is not finished is no data
         load_task(DataSpec("prompts", str(tmp_path / "stopped")), AutoConfig.for_model("llama"))
     sizes = counting(again := teacher())
-    respond(again, PROMPTS, tmp_path / "stopped", **options)
+    answer(again, PROMPTS, tmp_path / "stopped", **options)
     assert len(sizes) == 11 - stop // 2 * 2
     assert files_of(tmp_path / "stopped") == files_of(tmp_path / "whole")
     counting(idle := teacher(), last=0)
-    respond(idle, PROMPTS, tmp_path / "stopped", **options)
+    answer(idle, PROMPTS, tmp_path / "stopped", **options)
     assert files_of(tmp_path / "stopped") == files_of(tmp_path / "whole")
 
 
@@ -125,15 +124,15 @@ def test_a_stopped_run_goes_on_to_the_files_of_one_without_a_break(stop: int, tm
         ({"max_prompts": 5}, "max_prompts"),
         ({"prompts": PROMPTS[1:]}, "data"),
         ({"tokenizer": word_tokenizer(begins=True, unk_token="w1")}, "tokenizer"),
-        ({"teacher": teacher("mistral")}, "teacher"),
+        ({"model": teacher("mistral")}, "teacher"),
     ],
 )
 def test_other_settings_in_a_begun_folder_are_refused_by_name(change: dict, field: str, tmp_path: Path) -> None:
-    given = {"teacher": teacher(), "prompts": PROMPTS, "output_dir": tmp_path, **SMALL}
-    respond(**given, keep_truncated=True)
+    given = {"model": teacher(), "prompts": PROMPTS, "output_dir": tmp_path, **SMALL}
+    answer(**given, keep_truncated=True)
     before = files_of(tmp_path)
     with pytest.raises(InputError) as caught:
-        respond(**{**given, **change}, keep_truncated=True)
+        answer(**{**given, **change}, keep_truncated=True)
     assert str(caught.value).startswith(f"{field}: got")
     assert files_of(tmp_path) == before
 
@@ -142,11 +141,11 @@ def test_a_run_that_made_nothing_goes_on_with_a_smaller_batch(tmp_path: Path) ->
     options = {**SMALL, "temperature": 0.9, "keep_truncated": True}
     counting(stopped := teacher(), last=0)
     with pytest.raises(Stopped):
-        respond(stopped, PROMPTS, tmp_path / "smaller", **{**options, "batch_size": 8})
+        answer(stopped, PROMPTS, tmp_path / "smaller", **{**options, "batch_size": 8})
     with pytest.raises(InputError, match=r"temperature: got 0\.8"):
-        respond(teacher(), PROMPTS, tmp_path / "smaller", **{**options, "temperature": 0.8})
-    respond(teacher(), PROMPTS, tmp_path / "smaller", **options)
-    respond(teacher(), PROMPTS, tmp_path / "whole", **options)
+        answer(teacher(), PROMPTS, tmp_path / "smaller", **{**options, "temperature": 0.8})
+    answer(teacher(), PROMPTS, tmp_path / "smaller", **options)
+    answer(teacher(), PROMPTS, tmp_path / "whole", **options)
     assert files_of(tmp_path / "smaller") == files_of(tmp_path / "whole")
 
 
@@ -154,16 +153,16 @@ def test_a_folder_with_other_files_and_damaged_shards_are_refused(tmp_path: Path
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").touch()
     with pytest.raises(InputError, match="output_dir"):
-        respond(teacher(), PROMPTS, tmp_path / "other", **SMALL)
-    respond(teacher(), PROMPTS, tmp_path / "done", keep_truncated=True, **SMALL)
+        answer(teacher(), PROMPTS, tmp_path / "other", **SMALL)
+    answer(teacher(), PROMPTS, tmp_path / "done", keep_truncated=True, **SMALL)
     shard = tmp_path / "done" / "generated" / "000001.jsonl"
     whole = shard.read_bytes()
     for wrong in (whole[: len(whole) // 2], (tmp_path / "done" / "generated" / "000000.jsonl").read_bytes()):
         shard.write_bytes(wrong)
         with pytest.raises(InputError, match=r"output_dir.*0*1"):
-            respond(teacher(), PROMPTS, tmp_path / "done", keep_truncated=True, **SMALL)
+            answer(teacher(), PROMPTS, tmp_path / "done", keep_truncated=True, **SMALL)
     shard.unlink()
-    respond(teacher(), PROMPTS, tmp_path / "done", keep_truncated=True, **SMALL)
+    answer(teacher(), PROMPTS, tmp_path / "done", keep_truncated=True, **SMALL)
     assert shard.read_bytes() == whole
 
 
@@ -181,18 +180,18 @@ def test_truncated_and_repeated_responses_are_left_out_and_counted() -> None:
 
 def test_truncated_responses_can_be_had_later_without_generating_again(tmp_path: Path) -> None:
     options = {**SMALL, "samples": 6, "top_k": 2, "max_new_tokens": 3}
-    counts = respond(teacher(), PROMPTS, tmp_path, **options)
+    counts = answer(teacher(), PROMPTS, tmp_path, **options)
     rows = rows_of(tmp_path)
     assert 0 < len(rows) == counts.kept < counts.responses == 66 and counts.repeated > 0
     assert all(row["finish_reason"] == "eos" for row in rows)
     assert len({(row["prompt"], row["response"]) for row in rows}) == len(rows)
     counting(idle := teacher(), last=0)
-    more = respond(idle, PROMPTS, tmp_path, **options, keep_truncated=True)
+    more = answer(idle, PROMPTS, tmp_path, **options, keep_truncated=True)
     assert more.truncated == counts.truncated and len(rows_of(tmp_path)) == more.kept > counts.kept
     model = teacher()
     model.generation_config.eos_token_id = None
     with pytest.raises(InputError, match="max_new_tokens: got 1"):
-        respond(model, [words(1)], tmp_path / "cut", **{**SMALL, "max_new_tokens": 1}, temperature=0)
+        answer(model, [words(1)], tmp_path / "cut", **{**SMALL, "max_new_tokens": 1}, temperature=0)
 
 
 def test_a_pruned_student_answers_with_its_cache_as_without(tmp_path: Path) -> None:
@@ -201,7 +200,7 @@ def test_a_pruned_student_answers_with_its_cache_as_without(tmp_path: Path) -> N
     student = prune(model, plan)
     save_teacher(tmp_path / "student", student)
     options = {name: value for name, value in SMALL.items() if name != "tokenizer"}
-    respond(str(tmp_path / "student"), PROMPTS, tmp_path / "out", temperature=0, keep_truncated=True, **options)
+    answer(str(tmp_path / "student"), PROMPTS, tmp_path / "out", temperature=0, keep_truncated=True, **options)
     tokenizer = SMALL["tokenizer"]
     loaded = load_pretrained(tmp_path / "student").eval()
     loaded.generation_config.eos_token_id = json.loads((tmp_path / "student" / "generation_config.json").read_text())[

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from distill_llm.common.errors import InputError, raise_all
+from distill_llm.data.chats import template_faults
 from distill_llm.data.decoders import is_decoder, packing_faults
 from distill_llm.data.kinds.base import KINDS, register
 from distill_llm.data.kinds.causal_lm import Decoding
@@ -33,9 +34,7 @@ class Prompts(Decoding):
         assert spec.path is not None
         names, splits = load_prompts(spec.path, spec.columns, training, spec.chat)
         given = spec.chat_template_kwargs
-        if given and names != CHAT:
-            fix = "leave it out: the data are no chats; or set chat: true, which makes chats of prompts"
-            raise InputError("data.chat_template_kwargs", dict(given), fix=fix)
+        raise_all(template_faults(given, names == CHAT, "data.chat_template_kwargs"))
         return prompts(names, PERPLEXITY, spec.max_new_tokens, spec.packing, given), splits
 
     def check(self, spec: DataSpec, config: PreTrainedConfig | None) -> None:

@@ -1,4 +1,4 @@
 """From scores and a budget to a plan.
 
-May import of pruning: names, units, plan, statistics, criteria, compensation, cutting.
+May import of pruning: names, units, plan, statistics, criteria, importance, compensation, cutting.
 """

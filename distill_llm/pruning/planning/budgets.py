@@ -1,8 +1,8 @@
-"""Shares of a model's cost: what a plan keeps of the teacher, and the least that rules leave."""
+"""Shares of a model's cost: what a student has of its teacher's, and the least that rules can leave."""
 
 from transformers import PreTrainedModel
 
-from distill_llm.pruning.planning.candidate import Rules
+from distill_llm.pruning.planning.rules import PlanningRules
 from distill_llm.pruning.units.costs import unit_costs
 from distill_llm.pruning.units.sizes import counts_of, hidden_size, sources_in
 
@@ -16,8 +16,10 @@ def share_of(
     return left / costs.of(counts_of(teacher))
 
 
-def least_share(model: PreTrainedModel, rules: Rules, cost: str, batch_size: int, sequence_length: int) -> float:
-    """The share of the layers' cost that stays when all that the rules let go is removed; one layer always stays."""
+def least_share(
+    model: PreTrainedModel, rules: PlanningRules, cost: str, batch_size: int, sequence_length: int
+) -> float:
+    """The share of the layers' cost that stays when everything is removed that the rules allow; one layer always stays."""
     costs, shapes = unit_costs(model, cost, batch_size, sequence_length), counts_of(model)
     rows, width = rules.least(shapes), rules.least_width(costs.hidden)
     left = costs.of(rows, width)

@@ -1,7 +1,6 @@
 """What stays of a model and what it costs, while a plan is being made."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 
@@ -10,73 +9,19 @@ from distill_llm.common.errors import InputError
 from distill_llm.pruning.importance import Importance
 from distill_llm.pruning.names import UNITS
 from distill_llm.pruning.plan import LayerPlan, PruningPlan
+from distill_llm.pruning.planning.rules import PlanningRules
 from distill_llm.pruning.units.costs import Costs
 
 NEAR = 0.99
 """The part of a budget that a plan should use at least."""
 
 
-@dataclass(frozen=True)
-class Limits:
-    """The fewest heads (KV groups) and neurons that every remaining layer keeps; a layer that has fewer keeps all."""
-
-    heads: int = 0
-    neurons: int = 0
-
-
-NO_LIMITS = Limits()
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What may be removed: `units`, down to `limits`, neurons and channels in steps of `round_to`.
-
-    `uniform`: as many in every layer that has any. `local`: every layer keeps the same share of its own, which leaves a head to
-    each that has one. `anchored`: the first layer always stays.
-    """
-
-    units: frozenset[str]
-    limits: Limits = NO_LIMITS
-    round_to: int = 1
-    uniform: bool = False
-    local: bool = False
-    anchored: bool = False
-
-    def least(self, shapes: Sequence[Counts]) -> list[Counts]:
-        """What has to stay of every layer as long as the layer stays."""
-        rows: list[Counts] = []
-        limits, multiple = self.limits, -(-self.limits.neurons // self.round_to) * self.round_to
-        least_heads = max(limits.heads, int(self.local and "heads" in self.units))
-        for shape in shapes:
-            heads, neurons = shape["heads"], shape["neurons"]
-            queries = shape["queries"] // heads if heads else 0
-            if "heads" in self.units or ("attention" in self.units and not limits.heads):
-                heads = min(least_heads, heads, fewest(s["heads"] for s in shapes) if self.uniform else heads)
-            if "neurons" in self.units or ("ffn" in self.units and not limits.neurons):
-                has = min(neurons, fewest(s["neurons"] for s in shapes)) if self.uniform else neurons
-                neurons = multiple if multiple <= has else has
-            queries = heads * (min(queries, 1) if "queries" in self.units else queries)
-            rows.append({"heads": heads, "neurons": neurons, "queries": queries})
-        return rows
-
-    def last_layers(self, count: int) -> range:
-        """Of `count` layers those any of which may be the only one that stays."""
-        return range(1 if self.anchored else count)
-
-    def least_width(self, hidden: int) -> int:
-        """The fewest channels of the residual stream that have to stay."""
-        return min(self.round_to, hidden) if "hidden" in self.units else hidden
-
-
-def fewest(counts: Iterable[int]) -> int:
-    """The smallest number of units that a layer has which has any."""
-    return min((count for count in counts if count), default=0)
-
-
 class Choice:
     """What stays, while it is being chosen: per layer the kept heads, queries of a group, and neurons; the kept channels."""
 
-    def __init__(self, scores: Importance, shapes: Sequence[Counts], costs: Costs, budget: float, rules: Rules) -> None:
+    def __init__(
+        self, scores: Importance, shapes: Sequence[Counts], costs: Costs, budget: float, rules: PlanningRules
+    ) -> None:
         self.scores, self.shapes, self.costs, self.budget, self.rules = scores, shapes, costs, budget, rules
         self.alive = [True] * len(shapes)
         self.heads = [torch.ones(s["heads"], dtype=torch.bool) for s in shapes]

@@ -3,8 +3,8 @@
 import heapq
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -13,68 +13,53 @@ from distill_llm.architectures.families import family_of
 from distill_llm.common.errors import InputError, one_of
 from distill_llm.pruning.cutting.stock import stock_accepts
 from distill_llm.pruning.importance import Importance
-from distill_llm.pruning.names import BLOCKS, UNITS, Unit, competing_faults
+from distill_llm.pruning.names import BLOCKS, UNITS, competing_faults
 from distill_llm.pruning.plan import PruningPlan
-from distill_llm.pruning.planning.candidate import NEAR, NO_LIMITS, Choice, Limits, Rules
+from distill_llm.pruning.planning.candidate import NEAR, Choice
 from distill_llm.pruning.planning.even_shares import keep_shares
+from distill_llm.pruning.planning.rules import DEFAULT_RULES, PlanningRules
 from distill_llm.pruning.units.costs import Costs
 from distill_llm.pruning.units.sizes import counts_of, hidden_size
 
 
-def check_settings(
-    model: PreTrainedModel,
-    scores: Importance,
-    keep: float,
-    units: Sequence[Unit] = ("heads", "neurons"),
-    scope: str = "global",
-    round_to: int = 1,
-    uniform: bool = False,
-) -> None:
-    """Raise InputError for a value out of range, or units that these settings cannot remove together."""
+def check_settings(model: PreTrainedModel, scores: Importance, keep: float, rules: PlanningRules) -> None:
+    """Raise InputError for a value out of range, or units that these rules cannot remove together."""
+    units = rules.units
     if not 0 < keep <= 1:
         raise InputError("keep", keep, "a share above 0 and at most 1")
-    if round_to < 1:
-        raise InputError("round_to", round_to, "a whole number of at least 1")
-    if scope not in ("global", "local"):
-        raise InputError("scope", scope, one_of(("global", "local"), scope))
+    if rules.round_to < 1:
+        raise InputError("round_to", rules.round_to, "a whole number of at least 1")
+    if rules.scope not in ("global", "local"):
+        raise InputError("scope", rules.scope, one_of(("global", "local"), rules.scope))
     wrong = [unit for unit in units if unit not in UNITS]
     if wrong or not units:
         raise InputError("units", list(units), "one or more of " + ", ".join(UNITS))
-    for fault in competing_faults(units, scores.criterion, scope, uniform, scores.layer_criterion):
+    for fault in competing_faults(units, scores.criterion, rules.scope, rules.uniform, scores.layer_criterion):
         raise fault
     scores.require(units)
     scores.check(counts_of(model), hidden_size(model))
 
 
 def plan_for_costs(
-    model: PreTrainedModel,
-    scores: Importance,
-    keep: float,
-    costs: Costs,
-    units: Sequence[Unit] = ("heads", "neurons"),
-    scope: Literal["global", "local"] = "global",
-    round_to: int = 1,
-    uniform: bool = False,
-    limits: Limits = NO_LIMITS,
+    model: PreTrainedModel, scores: Importance, keep: float, costs: Costs, rules: PlanningRules = DEFAULT_RULES
 ) -> PruningPlan:
     """`plan_pruning` where what units cost is known."""
-    check_settings(model, scores, keep, units, scope, round_to, uniform)
-    shapes = counts_of(model)
-    family = family_of(model)
+    check_settings(model, scores, keep, rules)
+    shapes, units, family = counts_of(model), rules.units, family_of(model)
     if family.anchored and "hidden" in units:
         raise InputError(
             "units", list(units), "units without hidden for a model with a convolution after its first layer"
         )
-    rules = Rules(frozenset(units), limits, round_to, uniform, uniform or scope == "local", family.anchored)
+    rules = replace(rules, anchored=family.anchored)
     choice = Choice(scores, shapes, costs, keep * costs.of(shapes), rules)
     choice.reachable(choice.least_cost())
-    moved = {"heads", "queries", "hidden"} & rules.units
-    stock = uniform and moved and moved <= set(family.stock)
+    moved = {"heads", "queries", "hidden"}.intersection(units)
+    stock = rules.uniform and moved and moved <= set(family.stock)
     accepts = partial(stock_accepts, model.config) if stock else None
-    if "hidden" in units and choice.width > round_to:
-        choice.narrow(choice.width // round_to * round_to)
+    if "hidden" in units and choice.width > rules.round_to:
+        choice.narrow(choice.width // rules.round_to * rules.round_to)
     alone = len(units) == 1 and units[0] in BLOCKS
-    if alone or (scope == "global" and not uniform and scores.comparable(units)):
+    if alone or (not rules.local and scores.comparable(units)):
         _together(choice)
     else:
         keep_shares(choice, accepts)
@@ -93,10 +78,10 @@ def _together(choice: Choice) -> None:
     """
     heap, steps, waiting = [], _channel_steps(choice), []
     gone: list[tuple[str, int, int]] = []  # what may come back: heads and layers
-    for kind in choice.rules.units:
-        for i, j, value in _candidates(choice, kind, steps):
-            price = choice.price(kind, i)
-            heap.append((value / price if price else math.inf, UNITS.index(kind), i, j, value))
+    for unit in choice.rules.units:
+        for i, j, value in _candidates(choice, unit, steps):
+            price = choice.price(unit, i)
+            heap.append((value / price if price else math.inf, UNITS.index(unit), i, j, value))
     heapq.heapify(heap)
     left, channels = choice.cost(), choice.price("hidden", 0)
 
@@ -118,7 +103,7 @@ def _together(choice: Choice) -> None:
 
     while heap and not choice.fits(left):
         ratio, number, i, j, value = heapq.heappop(heap)
-        kind = UNITS[number]
+        kind: str = UNITS[number]
         price = channels if kind == "hidden" else choice.price(kind, i)
         if price <= 0 or (kind != "hidden" and not choice.alive[i]):
             continue

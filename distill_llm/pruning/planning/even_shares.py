@@ -6,7 +6,8 @@ from itertools import product
 
 import torch
 
-from distill_llm.pruning.planning.candidate import NEAR, Choice, fewest
+from distill_llm.pruning.planning.candidate import NEAR, Choice
+from distill_llm.pruning.planning.rules import fewest
 
 Rounding = Callable[[float], float]
 Counts = Callable[[float, Rounding], list[float]]

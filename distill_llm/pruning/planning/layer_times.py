@@ -1,4 +1,4 @@
-"""Taking times on this device: of single layers cut to several sizes, and of whole models side by side."""
+"""Times of a single layer, cut to several sizes, on this device."""
 
 import inspect
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)
 
 @dataclass(frozen=True)
 class LayerRun:
-    """A layer with `counts` in a model with `hidden` channels, with the inputs that the model hands it; calling it runs it."""
+    """A layer with `counts` units in a model with `hidden` channels, and the inputs that it gets there. Call it to run it."""
 
     counts: Counts
     hidden: int
@@ -35,13 +35,13 @@ class LayerRun:
 
 
 def largest_layer(model: PreTrainedModel) -> int:
-    """Index of the layer with the most weights, about."""
+    """Index of the layer with roughly the most weights."""
     counts, size = counts_of(model), head_size_of(model)
     return max(range(len(counts)), key=lambda i: counts[i]["queries"] * 4 * size + 3 * counts[i]["neurons"])
 
 
 def layer_times(model: PreTrainedModel, batch_size: int, sequence_length: int, clock: Clock) -> list[list[float]]:
-    """(hidden, queries, groups, neurons, milliseconds) of the model's largest layer, cut to several sizes."""
+    """Rows of (hidden, queries, groups, neurons, milliseconds): the model's largest layer, cut to several sizes."""
     index, width = largest_layer(model), hidden_size(model)
     whole = counts_of(model)[index]
     dense = layer_run(model, index, whole, width, batch_size, sequence_length)

@@ -16,9 +16,10 @@ from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.plan import LayerPlan, PruningPlan, full_plan
 from distill_llm.pruning.planning import latency
 from distill_llm.pruning.planning import layer_times as timing
-from distill_llm.pruning.planning.candidate import Limits
-from distill_llm.pruning.planning.latency import costs_for, fit_costs, latency_costs, plan_for_latency
+from distill_llm.pruning.planning.latency import LatencySettings, plan_for_latency
+from distill_llm.pruning.planning.latency_costs import costs_for, fit_costs, latency_costs
 from distill_llm.pruning.planning.planner import plan_pruning
+from distill_llm.pruning.planning.rules import Limits, PlanningRules
 from distill_llm.pruning.units.costs import unit_costs
 from distill_llm.pruning.units.sizes import counts_of
 
@@ -168,7 +169,8 @@ class Stopwatch:
 
 def planned(model, keep, watch, **options):
     scores = options.pop("scores", None) or random_scores(counts_of(model))
-    return plan_for_latency(model, scores, keep, costs=unit_costs(model), measure=watch, **options)
+    settings = LatencySettings(costs=unit_costs(model), measure=watch, dense=options.pop("dense", None))
+    return plan_for_latency(model, scores, keep, settings, PlanningRules(**options))
 
 
 @pytest.mark.parametrize("keep", [0.9, 0.7, 0.5, 0.35])
@@ -269,7 +271,7 @@ def test_on_this_device_the_pruned_model_takes_about_the_share_that_was_asked_fo
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model = tiny_model(layers=6, hidden=256, heads=8, intermediate=1024)
     batch = {"batch_size": 8, "sequence_length": 64}
-    plan = plan_for_latency(model, random_scores(counts_of(model)), 0.6, **batch)
+    plan = plan_for_latency(model, random_scores(counts_of(model)), 0.6, LatencySettings(**batch))
     assert plan.note is None or "0.6 was asked for" in plan.note
     speedup = compare(prune(model, plan), model, **batch).speedup
     assert 1 / speedup == pytest.approx(plan.kept, rel=0.25)

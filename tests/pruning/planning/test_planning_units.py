@@ -13,9 +13,9 @@ from distill_llm.pruning.compensation.bypass import fit_bypasses
 from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.importance import score
 from distill_llm.pruning.plan import LayerPlan, PruningPlan, full_plan, keep_layers
-from distill_llm.pruning.planning.candidate import Limits
 from distill_llm.pruning.planning.layer_times import layer_run, layer_times
 from distill_llm.pruning.planning.planner import plan_pruning
+from distill_llm.pruning.planning.rules import Limits
 from distill_llm.pruning.statistics.collecting import collect_statistics
 from distill_llm.pruning.statistics.settings import CalibrationSettings
 from distill_llm.pruning.units.costs import unit_costs
@@ -404,7 +404,9 @@ def test_scores_of_a_model_of_another_width_or_with_other_queries_are_refused(ot
     assert [len(row) for row in scores.heads + scores.neurons] == [
         each[kind] for kind in ("heads", "neurons") for each in counts_of(model)
     ]
-    with pytest.raises(InputError, match="scores: got '5 layers .*; accepted: scores of this model") as caught:
+    with pytest.raises(
+        InputError, match="scores: got '5 layers, .*; accepted: scores of this model, 5 layers, "
+    ) as caught:
         plan_pruning(model, scores, 0.7)
     assert "\n" not in str(caught.value)
 

@@ -1,0 +1,98 @@
+"""The door of teacher caches: the teacher is opened and its rows are read before its weights are loaded."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from distill_llm.checks.data import open_rows
+from distill_llm.checks.recipe import data_spec
+from distill_llm.common.errors import InputError, raise_all
+from distill_llm.common.outputs import usable_output
+from distill_llm.data.spec import DataSpec
+from distill_llm.data.special_tokens import token_count
+from distill_llm.data.tasks import TaskData
+from distill_llm.losses.objective import Objective
+from distill_llm.losses.terms.term import Use
+from distill_llm.models.finding import OpenModel, check_head, open_model
+from distill_llm.models.limits import length_faults, limits_of
+from distill_llm.recipe.recipe import Recipe
+from distill_llm.teachers.cache import cache_gives
+from distill_llm.teachers.cache_format import INDEX_NAME, CacheIndex, CacheSettings, read_index
+
+
+@dataclass(frozen=True)
+class CacheRequest:
+    """What is to be cached, and what the user calls it.
+
+    Attributes:
+        model: Hub id, folder, GGUF file or package:// path of the teacher.
+        data: the task and its rows.
+        folder: for the cache.
+        settings: what is stored; `classes` and `kind` are found out.
+        model_field, folder_field: names for messages.
+        objective: what a student is to learn from the cache, if that is known.
+    """
+
+    model: str
+    data: DataSpec
+    folder: Path
+    settings: CacheSettings
+    model_field: str = "teacher"
+    folder_field: str = "output_dir"
+    objective: Objective | None = None
+
+
+@dataclass(frozen=True)
+class OpenCache:
+    """What was opened for a cache.
+
+    Attributes:
+        teacher: with config and tokenizer.
+        data: raw rows.
+        classes: the first logits that are stored; None: all.
+    """
+
+    teacher: OpenModel
+    data: TaskData
+    classes: int | None
+
+
+def request_of(recipe: Recipe, settings: CacheSettings) -> CacheRequest:
+    """The cache that a recipe learns from.
+
+    Raises:
+        InputError: the recipe has no cache or nothing to learn from it, or names another dtype.
+    """
+    section, losses = recipe.teacher, recipe.distillation.losses if recipe.distillation else None
+    if section.cache is None or losses is None:
+        raise InputError("teacher.cache", section.cache, "a folder, in a recipe with a distillation section")
+    if settings.dtype is not None and section.dtype not in (None, settings.dtype):
+        raise InputError(
+            "dtype", settings.dtype, fix=f"leave it out, or take {section.dtype}, the recipe's teacher.dtype"
+        )
+    fields = {"model_field": "teacher.model", "folder_field": "teacher.cache"}
+    return CacheRequest(section.model, data_spec(recipe), section.cache, settings, **fields, objective=losses)
+
+
+def open_cache(request: CacheRequest) -> OpenCache:
+    """Open teacher and rows, and check that their outputs can be cached and learned from.
+
+    Raises:
+        InputError: for the first fault.
+    """
+    usable_output(request.folder, request.folder_field, INDEX_NAME)
+    if (request.folder / INDEX_NAME).is_file():
+        read_index(request.folder)  # of a cache, or of something else
+    teacher = open_model(request.model_field, request.model)
+    rows = open_rows(request.data, teacher.config)
+    task = rows.task
+    if task.kind.changes_inputs:
+        accepted = "a task whose inputs stay the same in every epoch: masked words change"
+        raise InputError("data.task", task.name, accepted)
+    check_head(teacher, task)
+    raise_all(length_faults(limits_of(teacher.config, teacher.name), request.data.max_length, "data.max_length"))
+    # A tokenizer may know tokens that the model has no embedding for (Gemma 3's images).
+    classes = min(token_count(teacher.tokenizer), teacher.config.vocab_size) if task.is_language_model else None
+    if request.objective is not None:
+        held = cache_gives(CacheIndex(request.settings, classes or task.num_labels, {}, ()))
+        raise_all(request.objective.faults(Use(teacher=held), "distillation.losses"))
+    return OpenCache(teacher, rows, classes)

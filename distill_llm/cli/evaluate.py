@@ -1,0 +1,84 @@
+"""`distill-llm evaluate`: the metrics of a model on a task."""
+
+import json
+from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from distill_llm.cli.options import ChatTemplateKwargs, Columns, DataPath, ModelName, TaskName, as_options, read_columns
+from distill_llm.cli.output import load_model, say
+from distill_llm.common.outputs import usable_file
+from distill_llm.recipe.yaml_input import read_mapping
+
+if TYPE_CHECKING:
+    from distill_llm.data.spec import DataSpec
+
+EXAMPLE = "Example: distill-llm evaluate runs/quickstart/student --task embedded --max-length 64"
+
+
+def evaluate(
+    model: ModelName,
+    task: TaskName,
+    data: DataPath = None,
+    columns: Columns = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples at once.")] = 64,
+    max_length: Annotated[
+        int, typer.Option(min=8, help="Tokens an example is cut to: the recipe's data.max_length, or scores differ.")
+    ] = 128,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            metavar="perplexity|exact_match|final_answer|f1|...|NAME[:VALUE]",
+            help="The main metric, by default the task's own; for prompts also NAME of a metric of evaluate (rouge:rougeL).",
+        ),
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask prompts in the words of the chat template.")] = False,
+    chat_template_kwargs: ChatTemplateKwargs = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a generated response.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the masks of masked language modelling.")] = 0,
+    output: Annotated[Path, typer.Option(help="File for the metrics.")] = Path("evaluation.json"),
+) -> None:
+    """Score a model on a task's test rows (GLUE: the development set); prints and saves the metrics."""
+    usable_file(output, "--output")
+    from distill_llm.data.spec import DataSpec
+
+    spec = DataSpec(
+        task,
+        data,
+        read_columns(columns),
+        max_length,
+        seed=seed,
+        metric=metric,
+        max_new_tokens=max_new_tokens,
+        chat=chat,
+        chat_template_kwargs=read_mapping(chat_template_kwargs, "--chat-template-kwargs"),
+    )
+    _score(model, spec, batch_size, output)
+
+
+def _score(model: str, spec: "DataSpec", batch_size: int, output: Path) -> None:
+    """Score, print and save."""
+    from distill_llm.checks.evaluate import open_scoring
+    from distill_llm.data.encoding import collator
+    from distill_llm.data.sources import resolve_path
+    from distill_llm.evaluation.evaluate import evaluate_model
+
+    with as_options(signature(evaluate).parameters, {"model": "MODEL"}):
+        opened = open_scoring(model, spec)
+        task, rows = opened.data.task, opened.data.test
+        pad = collator(task, opened.model.tokenizer, seed=spec.seed)
+        metrics = evaluate_model(load_model(opened.model), rows, task, pad, batch_size=batch_size)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps({"model": model, "task": spec.task, **metrics}, indent=2) + "\n", encoding="utf-8")
+    table = Table("metric", "value", title=f"{model} on {task.name}, {len(rows)} examples")
+    for name, value in metrics.items():
+        table.add_row(name, f"{value:.4f}")
+    say(table)
+    if spec.path is not None and Path(resolve_path(spec.path)).is_file():
+        say(
+            f"{spec.path} has no test split: scored are {opened.rows} of its rows, the tenth that a run on it is scored on"
+        )
+    say(f"metrics: {output}")

@@ -1,0 +1,87 @@
+"""The rules of a plan: what may be removed, and what every layer keeps. Needs no torch, so that recipes can hold them."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypedDict
+
+from distill_llm.pruning.names import Unit
+
+Scope = Literal["global", "local"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The fewest heads (KV groups) and neurons that every remaining layer keeps; a layer that has fewer keeps all."""
+
+    heads: int = 0
+    neurons: int = 0
+
+
+NO_LIMITS = Limits()
+
+
+class RuleOptions(TypedDict, total=False):
+    """`PlanningRules` as keywords of `plan_pruning`."""
+
+    units: Sequence[Unit]
+    scope: Scope
+    round_to: int
+    uniform: bool
+    limits: Limits
+
+
+@dataclass(frozen=True)
+class PlanningRules:
+    """What a plan may remove; the fields are explained at `plan_pruning`.
+
+    Attributes:
+        anchored: whether the first layer always stays, as a model's family may ask for.
+    """
+
+    units: Sequence[Unit] = ("heads", "neurons")
+    scope: Scope = "global"
+    round_to: int = 1
+    uniform: bool = False
+    limits: Limits = NO_LIMITS
+    anchored: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "units", tuple(dict.fromkeys(self.units)))
+
+    @property
+    def local(self) -> bool:
+        """Whether every layer keeps the same share of its own units, which leaves a head to each layer that has one."""
+        return self.uniform or self.scope == "local"
+
+    def least(self, layers: Sequence[Mapping[str, int]]) -> list[dict[str, int]]:
+        """The counts of units that every layer must keep as long as it stays, given the counts that it has."""
+        rows: list[dict[str, int]] = []
+        limits, multiple = self.limits, -(-self.limits.neurons // self.round_to) * self.round_to
+        least_heads = max(limits.heads, int(self.local and "heads" in self.units))
+        for layer in layers:
+            heads, neurons = layer["heads"], layer["neurons"]
+            queries = layer["queries"] // heads if heads else 0
+            if "heads" in self.units or ("attention" in self.units and not limits.heads):
+                heads = min(least_heads, heads, fewest(s["heads"] for s in layers) if self.uniform else heads)
+            if "neurons" in self.units or ("ffn" in self.units and not limits.neurons):
+                has = min(neurons, fewest(s["neurons"] for s in layers)) if self.uniform else neurons
+                neurons = multiple if multiple <= has else has
+            queries = heads * (min(queries, 1) if "queries" in self.units else queries)
+            rows.append({"heads": heads, "neurons": neurons, "queries": queries})
+        return rows
+
+    def last_layers(self, count: int) -> range:
+        """Which of `count` layers may be the only one that stays."""
+        return range(1 if self.anchored else count)
+
+    def least_width(self, hidden: int) -> int:
+        """The fewest channels of the residual stream that have to stay."""
+        return min(self.round_to, hidden) if "hidden" in self.units else hidden
+
+
+DEFAULT_RULES = PlanningRules()
+
+
+def fewest(counts: Iterable[int]) -> int:
+    """The smallest number of units in a layer, among the layers that have any."""
+    return min((count for count in counts if count), default=0)
