@@ -175,7 +175,7 @@ def _check_rows(recipe: Recipe, teacher: OpenModel, task: Task) -> None:
 def _answer_faults(recipe: Recipe, shorter: OpenModel, task: Task) -> list[InputError]:
     """The models have room for what they are to generate, however long the prompts are."""
     limits, cut = limits_of(shorter.config, shorter.name), recipe.data.max_length
-    if not (task.kind.generates and task.metrics) or limits.longest is None or cut >= limits.longest:
+    if not task.generates or limits.longest is None or cut >= limits.longest:
         return []
     return room_faults(limits, cut, task.max_new_tokens, "evaluation.max_new_tokens", "data.max_length")
 

@@ -84,7 +84,8 @@ def _write(request: CacheRequest, batch_size: int) -> tuple[int, int]:
         identity=identity_of(teacher.path),
         tokenizer=teacher.tokenizer,
     )
-    found = {"kind": kind_of(model), "classes": opened.classes, "dtype": dtype, "seed": request.data.seed}
+    seed, classes = request.data.seed, opened.classes
+    settings = replace(request.settings, kind=kind_of(model), classes=classes, dtype=dtype, seed=seed)
     writing = Writing(
         batch_size,
         processes.device,
@@ -92,7 +93,7 @@ def _write(request: CacheRequest, batch_size: int) -> tuple[int, int]:
         processes.num_processes,
         progress=processes.is_main_process,
     )
-    write_cache(folder, source, replace(request.settings, **found), writing)
+    write_cache(folder, source, settings, writing)
     processes.wait_for_everyone()
     index = CachedTeacher(folder).index
     size = sum(index.shard_path(folder, number).stat().st_size for number in range(len(index.shards)))

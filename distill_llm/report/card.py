@@ -83,8 +83,8 @@ def _tags(metrics: Mapping[str, Any]) -> list[str]:
 
 def _body(student_dir: Path, metrics: Mapping[str, Any], recipe_yaml: str) -> str:
     trust = (
-        "Its layers have sizes that a stock configuration cannot say: `modeling_pruned.py` and `families.py` in this"
-        " repository build them, which is why `trust_remote_code=True` is needed. Nothing else has to be installed."
+        "Its layers have sizes that a stock configuration cannot express. The Python files in this repository build them,"
+        " which is why `trust_remote_code=True` is needed. Nothing else has to be installed."
         if needs_code(read_config(student_dir))
         else "It is a stock transformers model."
     )

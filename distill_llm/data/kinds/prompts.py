@@ -38,7 +38,7 @@ class Prompts(Decoding):
         return prompts(names, PERPLEXITY, spec.max_new_tokens, spec.packing, given), splits
 
     def check(self, spec: DataSpec, config: PreTrainedConfig | None) -> None:
-        """Only decoders answer; only some keep packed rows apart."""
+        """Only decoders can answer, and only some of them keep packed rows apart."""
         if config is None:
             return
         if not is_decoder(config):

@@ -87,6 +87,7 @@ class Term(BaseModel):
         of_data: whether it compares with the labels of the data: a batch that the student answered itself has none.
         projects: whether it compares states that must be projected where widths differ.
         packed_rows: whether it keeps sequences that share a row apart.
+        sparse_targets: whether a few tokens of each item are enough, of a teacher's outputs that it reads.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -97,6 +98,7 @@ class Term(BaseModel):
     of_data: ClassVar[bool] = False
     projects: ClassVar[bool] = False
     packed_rows: ClassVar[bool] = True
+    sparse_targets: ClassVar[bool] = False
 
     weight: Weight = Field(default=1.0, description="Factor of the term in the whole loss: a number or a schedule.")
 
@@ -113,16 +115,24 @@ class Term(BaseModel):
         return []
 
     def sum(self, batch: "Batch", match: "Match", pairs: "list[LayerPair]") -> "Tensor":
-        """The sum over the items of a batch, 0-dim in fp32; `pairs` are what `layer_pairs` gave."""
-        raise NotImplementedError
-
-    def in_head(self, batch: "Batch", match: "Match", factor: "Tensor") -> "Part | None":
-        """The term as a part of `head_losses`, before the student's forward; None: it needs whole logits.
+        """The sum over the items of a batch, 0-dim in fp32.
 
         Args:
+            batch: the signals of both models, and what they are of.
+            match: how student and teacher correspond.
+            pairs: what `layer_pairs` gave.
+        """
+        raise NotImplementedError
+
+    def in_head(self, batch: "Batch", match: "Match", factor: "Tensor") -> "Part":
+        """The same as a part of `head_losses`, made before the student's forward; a term without it needs whole logits.
+
+        Args:
+            batch: the teacher's signals are HeadSignals or SparseSignals, the student's are not there yet.
+            match: see `sum`.
             factor: 0-dim, what the sum is multiplied by in the loss.
         """
-        return None
+        raise NotImplementedError
 
     @classmethod
     def needs_logits(cls) -> bool:
@@ -134,16 +144,23 @@ class Term(BaseModel):
         """Whether it reads what attention does inside of layers."""
         return not set(INSIDE).isdisjoint(cls.signals)
 
+    def _beyond(self, teacher: Gives) -> Iterator[InputError]:
+        """Signals that a teacher does not have, the first fault alone."""
+        missing = [signal for signal in self.signals if signal not in teacher.signals]
+        if missing:
+            accepted = f"a teacher that gives {', '.join(missing)}: this one gives {', '.join(teacher.signals)} only"
+            yield InputError("", teacher.name, accepted)
+        elif teacher.few is not None and not self.sparse_targets:
+            given = "a cache of {} of {} classes".format(*teacher.few)
+            yield InputError("", given, "a teacher in memory, or a cache of all classes")
+
     def faults(self, use: Use) -> Iterator[InputError]:
         """What the term does not go with; fields are named as within the term's section.
 
         A term that overrides this goes on with the faults of this one: `yield from super().faults(use)`.
         """
-        had = use.teacher.signals if use.teacher is not None else self.signals
-        missing = [signal for signal in self.signals if signal not in had]
-        if use.teacher is not None and self.needs_teacher and missing:
-            accepted = f"a teacher that gives {', '.join(missing)}: this one gives {', '.join(had)} only"
-            yield InputError("", use.teacher.name, accepted)
+        if use.teacher is not None and self.needs_teacher:
+            yield from self._beyond(use.teacher)
         if use.packed and not self.packed_rows:
             yield InputError("", "rows of several sequences", "rows of one sequence each (data.packing: false)")
         if self.projects and use.widths is not None and use.sharding == "DeepSpeed":
