@@ -12,7 +12,7 @@ from distill_llm.data.decoders import is_decoder, packing_faults
 from distill_llm.data.kinds.base import KINDS, register
 from distill_llm.data.kinds.causal_lm import Decoding
 from distill_llm.data.padding import Rows
-from distill_llm.data.prompts import CHAT, PAIR, check_chats, read_prompts, prompt_encoder
+from distill_llm.data.prompts import CHAT, PAIR, check_chats, prompt_encoder, read_prompts
 from distill_llm.data.sources import Splits
 from distill_llm.data.spec import DataSpec
 from distill_llm.data.tasks import Task, TaskData
