@@ -111,8 +111,8 @@ class Objective(BaseModel):
 
     def terms(self) -> dict[str, Term]:
         """The terms that are present, by name."""
-        found = ((name, getattr(self, name)) for name in all_terms())
-        return {name: term for name, term in found if term is not None}
+        found = self.__pydantic_extra__ or {}
+        return {name: found[name] for name in all_terms() if found.get(name) is not None}
 
     def only(self, names: Collection[str]) -> "Objective":
         """The objective with these of its terms alone."""

@@ -79,6 +79,7 @@ class Term(BaseModel):
         of_data: whether it compares with the labels of the data: a batch that the student answered itself has none.
         projects: whether it compares states that must be projected where widths differ.
         packed_rows: whether it keeps sequences that share a row apart.
+        sparse_targets: whether a few tokens of each item are enough, of a teacher's outputs that it reads.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -89,6 +90,7 @@ class Term(BaseModel):
     of_data: ClassVar[bool] = False
     projects: ClassVar[bool] = False
     packed_rows: ClassVar[bool] = True
+    sparse_targets: ClassVar[bool] = False
 
     weight: Weight = Field(default=1.0, description="Factor of the term in the whole loss: a number or a schedule.")
 
@@ -105,16 +107,24 @@ class Term(BaseModel):
         return []
 
     def sum(self, batch: "Batch", match: "Match", pairs: "list[LayerPair]") -> "Tensor":
-        """The sum over the items of a batch, 0-dim in fp32; `pairs` are what `layer_pairs` gave."""
-        raise NotImplementedError
-
-    def in_head(self, batch: "Batch", match: "Match", factor: "Tensor") -> "Part | None":
-        """The term as a part of `head_losses`, before the student's forward; None: it needs whole logits.
+        """The sum over the items of a batch, 0-dim in fp32.
 
         Args:
+            batch: the signals of both models, and what they are of.
+            match: how student and teacher correspond.
+            pairs: what `layer_pairs` gave.
+        """
+        raise NotImplementedError
+
+    def in_head(self, batch: "Batch", match: "Match", factor: "Tensor") -> "Part":
+        """The same as a part of `head_losses`, made before the student's forward; a term without it needs whole logits.
+
+        Args:
+            batch: the teacher's signals are HeadSignals or SparseSignals, the student's are not there yet.
+            match: see `sum`.
             factor: 0-dim, what the sum is multiplied by in the loss.
         """
-        return None
+        raise NotImplementedError
 
     @classmethod
     def needs_logits(cls) -> bool:
@@ -133,6 +143,9 @@ class Term(BaseModel):
         """
         if use.cached is not None and not set(self.signals) <= {"logits"}:
             yield InputError("", "a cached teacher", "a teacher in memory: the cache has logits only")
+        elif use.cached is not None and not use.cached.whole and self.needs_teacher and not self.sparse_targets:
+            given = f"a cache of {use.cached.k} of {use.cached.classes} classes"
+            yield InputError("", given, "a teacher in memory, or a cache of all classes")
         if use.packed and not self.packed_rows:
             yield InputError("", "rows of several sequences", "rows of one sequence each (data.packing: false)")
         if self.projects and use.widths is not None and use.sharding == "DeepSpeed":
