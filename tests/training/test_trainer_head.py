@@ -26,6 +26,7 @@ from distill_llm.losses import chunked_head, divergences
 from distill_llm.losses.objective import parse_objective
 from distill_llm.models import output_head as output_head_module
 from distill_llm.models.output_head import output_head
+from distill_llm.teachers import as_teacher
 from distill_llm.training.loss import TrainingLoss
 
 SCALED = {
@@ -168,7 +169,7 @@ def test_the_loss_of_an_evaluation_is_the_mean_over_labels_of_batches_of_any_siz
 def test_a_wrapper_that_rounds_the_outputs_changes_no_loss_and_leaves_its_gradient(name):
     teacher, student = causal_model(), causal_model(layers=2, seed=1)
     batch = {key: torch.stack([row[key] for row in rows(teacher)]) for key in ("input_ids", "attention_mask", "labels")}
-    loss = TrainingLoss(parse_objective(TERMS[name]), student, teacher, None, torch.device("cpu"))
+    loss = TrainingLoss(parse_objective(TERMS[name]), student, as_teacher(teacher), None, torch.device("cpu"))
     factors = {term: torch.tensor(0.01) for term in loss.objective.terms()}
     found = []
     for _ in range(2):
