@@ -175,7 +175,7 @@ def _check_rows(recipe: Recipe, teacher: OpenModel, task: Task) -> None:
 def _answer_faults(recipe: Recipe, shorter: OpenModel, task: Task) -> list[InputError]:
     """The models have room for what they are to generate, however long the prompts are."""
     limits, cut = limits_of(shorter.config, shorter.name), recipe.data.max_length
-    if not (task.kind.generates and task.metrics) or limits.longest is None or cut >= limits.longest:
+    if not task.generates or limits.longest is None or cut >= limits.longest:
         return []
     return room_faults(limits, cut, task.max_new_tokens, "evaluation.max_new_tokens", "data.max_length")
 
@@ -221,10 +221,7 @@ def _check_cache(recipe: Recipe, teacher: OpenModel) -> None:
     if given is not None and own not in (None, given):
         fix = f"leave it out, or take {own}, in which the teacher of teacher.cache ran"
         raise InputError("teacher.dtype", given, fix=fix)
-    try:
-        cache.check_objective(recipe.distillation.losses)
-    except InputError as error:
-        raise error.renamed(f"distillation.{error.field}") from None
+    raise_all(recipe.distillation.losses.faults(Use(teacher=cache.gives), "distillation.losses"))
 
 
 def check_cached_rows(opened: Opened, train: datasets.Dataset) -> None:

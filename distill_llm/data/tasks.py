@@ -46,6 +46,11 @@ class Task:
         return self.kind.is_language_model
 
     @property
+    def generates(self) -> bool:
+        """Whether the model generates responses to be scored: metrics judge them, not their perplexity alone."""
+        return self.kind.generates and bool(self.metrics)
+
+    @property
     def num_labels(self) -> int:
         """Outputs of the task's head: the number of classes, or 1."""
         return len(self.label_names) if self.label_names else 1

@@ -64,7 +64,7 @@ def evaluate_model(
         return compute_metrics(task, *predict(model, dataset, task, collator, batch_size=batch_size, progress=progress))
     with evaluating(model):
         result = _losses(model, dataset, task, collator, batch_size, progress)
-        if task.kind.generates and task.metrics:
+        if task.generates:
             assert isinstance(collator, CausalCollator)
             texts = respond(model, dataset, collator, task.max_new_tokens, batch_size=batch_size, progress=progress)
             result |= compute_metrics(task, *texts)
@@ -165,7 +165,7 @@ def compute_metrics(task: Task, predictions: Any, references: Any) -> dict[str, 
     """
     result: dict[str, float] = {}
     for name in task.metrics:
-        if task.kind.generates:
+        if task.generates:
             result[task.main_metric] = text_score(name, predictions, references)
         else:
             result[name] = find_metric(name)(predictions, references, task.num_labels)

@@ -35,6 +35,6 @@ def scoring_faults(
         tokenizer: names a token without an embedding.
     """
     faults = row_faults(limits, read_rows(rows, limits), fields.rows, tokenizer)
-    if not (task.kind.generates and task.metrics) or faults:
+    if not task.generates or faults:
         return faults
     return room_faults(limits, longest_prompt(rows), task.max_new_tokens, fields.max_new_tokens, fields.rows)

@@ -12,7 +12,7 @@ import pytest
 
 import distill_llm
 
-LAZY = ["distill_llm"]
+LAZY = ["distill_llm", "distill_llm.losses"]
 
 
 def names_for_type_checkers(package: str) -> list[str]:
@@ -40,5 +40,6 @@ def test_a_name_that_is_not_there_is_an_attribute_error():
 
 
 def test_importing_the_package_loads_no_torch():
-    code = "import sys, distill_llm; dir(distill_llm); sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
+    code = "import sys, distill_llm, distill_llm.losses; dir(distill_llm), dir(distill_llm.losses); "
+    code += "sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -5,12 +5,14 @@ import re
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from builders.recipes import recipe_for, write_model, write_rows
 from safetensors.torch import load_file
 
 import distill_llm
+from distill_llm.checks.recipe import Opened
 from distill_llm.common.errors import InputError
 from distill_llm.common.files import written_whole
 from distill_llm.pipeline import stages
@@ -168,7 +170,8 @@ def test_the_list_of_stages_follows_the_recipe(given, tmp_path, pruning, distill
     recipe["pruning"] = {"keep": 0.5, "rounds": pruning} if pruning else None
     recipe["distillation"] = {"losses": {"logits": {}}} if distillation else None
     recipe["student"] = None if pruning else {"model": str(tmp_path / "teacher")}
-    made = stages.stages_of(Context(parse_recipe(recipe)))
+    teacher: Any = SimpleNamespace(path=str(tmp_path / "teacher"))
+    made = stages.stages_of(Context(Opened(parse_recipe(recipe), teacher, None, None)))
     expected = {
         (2, True): ["teacher", "round-1/prune", "round-1/recover", "round-2/prune", "round-2/recover"],
         (1, False): ["teacher", "round-1/prune"],

@@ -22,8 +22,6 @@ from distill_llm.metrics.registry import Inputs, find_metric, metrics_of
 if TYPE_CHECKING:
     from distill_llm.data.tasks import Task, TaskData
 
-PADDING = "a padding token"
-
 
 @dataclass(frozen=True)
 class TaskKind(ABC):
@@ -36,16 +34,16 @@ class TaskKind(ABC):
         head_classes: how the names of the classes of such models end.
         pipeline_tag: what the Hub calls the use of such models.
         item: what an output of the head is about (see `distill_llm.losses.items.kind_of`).
-        settings: fields of `DataSpec` that only some kinds take, those that this one does.
-        metric_inputs: what its metrics compare; None where a score comes from the loss alone.
-        problem_type: of the model's config.
-        is_language_model: whether the outputs are tokens of the vocabulary: the head needs no names of classes, and an
-            evaluation during training measures the loss alone.
-        generates: whether metrics judge texts that the model generates.
-        keeps_head: whether a checkpoint must bring the head: no use is seen in a new one.
-        changes_inputs: whether a row's inputs differ from epoch to epoch, and any token may occur in them.
-        joins_documents: whether rows are cut from a line of documents, so that their number is known once they are encoded.
-        has_distribution: whether an item's outputs are the logits of one probability distribution.
+        settings: which fields of `DataSpec` it takes, of those that not every kind takes.
+        metric_inputs: what its metrics compare; None where the score comes from the loss alone.
+        problem_type: what the model's config has under this name.
+        is_language_model: whether the outputs are tokens of the vocabulary. Then no class needs a name, and an evaluation
+            during training measures the loss alone.
+        generates: whether its metrics judge texts that the model generates.
+        keeps_head: whether the checkpoint must have the head already, because a new one would be useless.
+        changes_inputs: whether the inputs of a row change from epoch to epoch; any token may then occur in them.
+        joins_documents: whether documents are joined and cut into rows; how many rows there are shows only after encoding.
+        has_distribution: whether the outputs of an item are the logits of one probability distribution.
     """
 
     name: ClassVar[str]
@@ -73,7 +71,7 @@ class TaskKind(ABC):
         The columns of the rows are the task's text columns and `labels`.
 
         Args:
-            spec: with a path that exists or is a Hub id; `metric` is looked at elsewhere unless `generates`.
+            spec: with the path of a file or folder, or a Hub id. Its metric is applied afterwards, by `scored_by`.
             config: of the model that the rows are for, or None.
             training: False where data need no training rows.
 
@@ -91,18 +89,18 @@ class TaskKind(ABC):
 
     def missing(self, task: "Task", tokenizer: PreTrainedTokenizerBase) -> str | None:
         """What a tokenizer lacks to make rows of a task, in words, or None."""
-        return PADDING if tokenizer.pad_token_id is None else None
+        return "a padding token" if tokenizer.pad_token_id is None else None
 
     def serves(self, config: PreTrainedConfig | None) -> bool:
-        """Whether a model can have the head, by its config (None: an encoder)."""
+        """Whether the kind is for a model with this config (None: an encoder)."""
         return True
 
     def check(self, spec: DataSpec, config: PreTrainedConfig | None) -> None:
-        """Raise InputError where the user's settings do not go together or with the model; nothing is read."""
+        """Raise InputError where the user's settings do not fit each other or the model; no row is read."""
         return
 
     def check_rows(self, data: "TaskData", tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raise InputError where raw rows show by a look at some that they cannot be encoded."""
+        """Raise InputError where a look at some of the raw rows shows that they cannot be encoded."""
         return
 
     def outputs(self, result: Any) -> Tensor:
