@@ -1,5 +1,6 @@
 """Shared fixtures: no Hub, where the quickstart's real weights and the shared data are; which rows of grids are slow."""
 
+import gc
 import importlib.util
 import os
 import tempfile
@@ -38,3 +39,9 @@ def glue_dir() -> Path:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Before `-m` chooses among the tests."""
     thin(items)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the collection of garbage with which every training begins need not go through it each time."""
+    gc.collect()
+    gc.freeze()

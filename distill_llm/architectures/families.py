@@ -3,55 +3,14 @@
 Needs torch and transformers only: checkpoints of pruned models hold a copy of this file beside `modeling_pruned.py`.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .family import Facts, Family
 from .lineage import lineage_of, stock_values
-
-
-@dataclass(frozen=True)
-class Family:
-    """Where a family keeps the parts that pruning touches. Paths are relative: `layers` to the base model, the rest to a layer.
-
-    `attention` is the module that computes attention; what `attention_in` names feeds it, its outputs enter `attention_out`.
-    `ffn_in` feeds `ffn_out`. The values of `attention_in` and `ffn_in` say how a module's outputs are laid out:
-
-    - "q", "kv", "n": the channels of all query heads, of all key-value heads, the neurons;
-    - "q kv kv": one after the other;
-    - "(q kv kv)": group by group, each its queries, then its key, then its value;
-    - "q/", "kv/": a row per head, not per channel; "q[]", "kv[]": a list of modules, one per head.
-
-    `ffn_config` is the config's name for the FFN width, `hidden_fields` its names for the width of the residual stream,
-    `attention_widths` the attention module's own names for its width. `per_head_inputs` names what the model hands to every
-    attention for all the original's heads (position biases). `reads_config`: attention takes its head count from the config.
-    `adds_residual`: attention adds its second argument to its output. `parallel`: attention and FFN of a layer read the same, and
-    are added up. `anchored`: something follows the first layer alone (DeBERTa-v2's convolution), so that this layer stays, and
-    the width. `caches_queries`: keys and values are cached for every query head (Falcon's new architecture repeats those of a
-    group before). `mlm_head` is the first module of the masked-LM head.
-    `stock` names the units that the family's own config can say fewer of, where every layer has the same number.
-    """
-
-    layers: str = "layers"
-    attention: str = "self_attn"
-    attention_in: Mapping[str, str] = field(default_factory=dict)
-    attention_out: str = "self_attn.o_proj"
-    ffn_in: Mapping[str, str] = field(default_factory=dict)
-    ffn_out: str = "mlp.down_proj"
-    ffn_config: str = "intermediate_size"
-    hidden_fields: tuple[str, ...] = ("hidden_size",)
-    attention_widths: tuple[str, ...] = ()
-    per_head_inputs: tuple[str, ...] = ()
-    reads_config: bool = False
-    adds_residual: bool = False
-    parallel: bool = False
-    anchored: bool = False
-    caches_queries: bool = False
-    mlm_head: str = "cls"
-    stock: tuple[str, ...] = ("neurons", "layers")
 
 
 def _projections(names: str, prefix: str = "self_attn.", **more: str) -> dict[str, str]:
@@ -59,6 +18,9 @@ def _projections(names: str, prefix: str = "self_attn.", **more: str) -> dict[st
     layouts = dict(zip((prefix + name for name in names.split()), ("q", "kv", "kv"), strict=True))
     return layouts | {prefix + path.replace("__", "."): layout for path, layout in more.items()}
 
+
+# Attention and FFN are in parallel or not, as the config says.
+_PARALLEL = (("use_parallel_residual", {"parallel": True}),)
 
 _BERT = Family(
     layers="encoder.layer",
@@ -68,12 +30,15 @@ _BERT = Family(
     ffn_in={"intermediate.dense": "n"},
     ffn_out="output.dense",
 )
-_ROBERTA = replace(_BERT, mlm_head="lm_head")
+_ROBERTA = replace(_BERT, mlm_head="lm_head", skipped_positions="padding")
 _LLAMA = Family(
     attention_in=_projections("q_proj k_proj v_proj"),
     ffn_in={"mlp.gate_proj": "n", "mlp.up_proj": "n"},
     stock=("heads", "queries", "neurons", "layers", "hidden"),
+    packs=True,
 )
+# Embeddings are scaled by the config's width.
+_GEMMA = replace(_LLAMA, stock=_LLAMA.stock[:-1], dividing=True)
 _NEOX = Family(
     attention="attention",
     attention_in={"attention.query_key_value": "(q kv kv)"},
@@ -115,6 +80,7 @@ FAMILIES: dict[str, Family] = {
         attention_out="attention.attn.o",
         per_head_inputs=("position_bias",),
         mlm_head="lm_head",
+        skipped_positions=2,
     ),
     # Relative positions have projections of their own; without share_att_key only.
     "deberta-v2": replace(
@@ -123,6 +89,8 @@ FAMILIES: dict[str, Family] = {
             "query_proj key_proj value_proj", "attention.self.", pos_key_proj="q", pos_query_proj="q"
         ),
         hidden_fields=("hidden_size", "pooler_hidden_size", "embedding_size"),
+        mlm_head="lm_predictions",
+        forms=(("legacy", {"mlm_head": "cls"}), ("conv_kernel_size", {"anchored": True})),
     ),
     "modernbert": Family(
         attention="attn",
@@ -132,13 +100,12 @@ FAMILIES: dict[str, Family] = {
         ffn_out="mlp.Wo",
         mlm_head="head",
     ),
-    "llama": _LLAMA,
+    "llama": replace(_LLAMA, dividing=True),
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
-    # Embeddings are scaled by the config's width.
-    "gemma2": replace(_LLAMA, stock=_LLAMA.stock[:-1]),
-    "gemma3_text": replace(_LLAMA, stock=_LLAMA.stock[:-1]),
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
     "smollm3": _LLAMA,
     "granite": _LLAMA,
     # Norms of queries and keys span all heads, have a row or a module per head; those of Qwen3 and Gemma3 serve every head.
@@ -150,6 +117,7 @@ FAMILIES: dict[str, Family] = {
         _LLAMA,
         attention_in=_projections("q_proj k_proj v_proj", q_layernorm__norms="q[]", k_layernorm__norms="kv[]"),
         stock=("neurons", "layers"),
+        forms=_PARALLEL,
     ),
     "starcoder2": replace(_LLAMA, ffn_in={"mlp.c_fc": "n"}, ffn_out="mlp.c_proj"),
     "phi": replace(_LLAMA, attention_out="self_attn.dense", ffn_in={"mlp.fc1": "n"}, ffn_out="mlp.fc2", parallel=True),
@@ -169,6 +137,7 @@ FAMILIES: dict[str, Family] = {
         hidden_fields=("hidden_size", "word_embed_proj_dim"),
         attention_widths=("embed_dim",),
         stock=("neurons", "layers"),
+        packs=False,
     ),
     "gpt2": Family(
         layers="h",
@@ -179,17 +148,42 @@ FAMILIES: dict[str, Family] = {
         ffn_out="mlp.c_proj",
         ffn_config="n_inner",
         attention_widths=("embed_dim",),
+        packs=True,
     ),
-    "gpt_neox": _NEOX,
+    "gpt_neox": replace(_NEOX, forms=_PARALLEL, packs=True),
     # Its FFN is always four times as wide as the residual stream.
     "bloom": replace(_BLOOM, ffn_config="", per_head_inputs=("alibi",), adds_residual=True, stock=("layers",)),
-    "falcon": replace(_BLOOM, ffn_config="ffn_hidden_size", per_head_inputs=("alibi", "attention_mask")),
+    "falcon": replace(
+        _BLOOM,
+        ffn_config="ffn_hidden_size",
+        per_head_inputs=("alibi", "attention_mask"),
+        groups="num_attention_heads",
+        forms=(
+            ("parallel_attn", {"parallel": True}),
+            ("multi_query", {"groups": 1, "attention_in": {"self_attention.query_key_value": "q kv kv"}}),
+            (
+                "new_decoder_architecture",
+                {
+                    "groups": "num_kv_heads",
+                    "attention_in": _BLOOM.attention_in,
+                    "caches_queries": True,
+                    "parallel": True,
+                },
+            ),
+        ),
+    ),
 }
 
-TEXT_ALONE = "its text model, saved alone (six lines in docs/families.md)"
+OTHERS: dict[str, Facts] = {
+    "mixtral": Facts(packs=True),
+    "gemma": Facts(packs=True),
+    "olmo": Facts(packs=True),
+    "hyperclovax": Facts(logit_powers={"logits_scaling": 1}),  # Granite divides by it
+    "mpt": Facts(logit_powers={"logit_scale": 0}),  # it has the field and does nothing with it
+}
+"""What is known of families without a row: these can learn and teach."""
 
-# What configs call it that attention and FFN are in parallel, where a family can have them either way.
-_PARALLEL = ("use_parallel_residual", "parallel_attn", "new_decoder_architecture")
+TEXT_ALONE = "its text model, saved alone (six lines in docs/reference/families.md)"
 
 
 class Dims(NamedTuple):
@@ -229,14 +223,15 @@ def row_of(config: PreTrainedConfig) -> Family | None:
     row = FAMILIES.get(config.model_type)
     if row is None:
         return None
-    if config.model_type == "falcon" and config.new_decoder_architecture:
-        row = replace(row, caches_queries=True)
-    elif config.model_type == "falcon" and config.multi_query:
-        row = replace(row, attention_in={"self_attention.query_key_value": "q kv kv"})
-    if config.model_type == "deberta-v2":
-        head = "cls" if config.legacy else "lm_predictions"
-        row = replace(row, mlm_head=head, anchored=getattr(config, "conv_kernel_size", 0) > 0)
-    return replace(row, parallel=row.parallel or any(getattr(config, name, False) for name in _PARALLEL))
+    for name, changes in row.forms:
+        if getattr(config, name, False):
+            row = replace(row, **changes)
+    return row
+
+
+def facts_of(config: PreTrainedConfig) -> Facts:
+    """What is known of a config's family, whether it can be pruned or not."""
+    return row_of(config) or OTHERS.get(config.model_type) or Facts()
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
@@ -264,10 +259,9 @@ def width_of(model: PreTrainedModel | PreTrainedConfig) -> int:
 
 def dims_of(config: PreTrainedConfig) -> Dims:
     """Attention sizes of the original model, whatever was pruned since."""
+    named = (row_of(config) or Family()).groups
     with stock_values(config):
         queries = config.num_attention_heads
         head_size = getattr(config, "head_dim", None) or config.hidden_size // queries
-        groups = getattr(config, "num_key_value_heads", None) or queries
-        if config.model_type == "falcon":
-            groups = config.num_kv_heads if config.new_decoder_architecture else 1 if config.multi_query else queries
+        groups = named if isinstance(named, int) else getattr(config, named, None) or queries
         return Dims(head_size, queries, groups)

@@ -1,7 +1,7 @@
 """Models whose layers keep fewer heads, neurons and channels, and the cutting that makes them.
 
-Needs torch, transformers, `families.py` and `lineage.py` only. `save_pretrained` of a pruned model puts copies of these files
-into the checkpoint, so `AutoModelFor...from_pretrained(folder, trust_remote_code=True)` works where distill_llm is not installed.
+Needs torch, transformers and the files in CODE_NAMES only. `save_pretrained` of a pruned model puts copies of them into the
+checkpoint, so `AutoModelFor...from_pretrained(folder, trust_remote_code=True)` works where distill_llm is not installed.
 
 A pruned model is built as its original was, then `shrink` leaves what its config's `pruning` keeps (see `lineage.py`). So
 whatever depends on a layer's place (its attention window, its scale, its norms) stays as it was in the original. The config's
@@ -25,11 +25,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
-from .families import Dims, Family, dims_of, family_of, layers_of
+from .families import Dims, dims_of, family_of, layers_of
+from .family import Family
 from .lineage import LAYER_UNITS, Counts, LayerPlan, ModelPlan, lineage_of, stock_values
 
 STOCK_PREFIX = "Pruned"
-CODE_NAMES = ("modeling_pruned.py", "families.py", "lineage.py")
+CODE_NAMES = ("modeling_pruned.py", "families.py", "family.py", "lineage.py")
 # What attention modules and configs call their own sizes.
 _QUERIES = ("num_attention_heads", "num_heads", "n_heads")
 _GROUPS = ("num_key_value_heads", "num_kv_heads")

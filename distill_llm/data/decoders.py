@@ -9,30 +9,11 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+from distill_llm.architectures.families import FAMILIES, OTHERS
 from distill_llm.architectures.modeling_pruned import STOCK_PREFIX
 from distill_llm.common.errors import InputError
 
-PACKED_FAMILIES = (
-    "llama",
-    "mistral",
-    "mixtral",
-    "qwen2",
-    "qwen3",
-    "phi",
-    "phi3",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "olmo",
-    "olmo2",
-    "granite",
-    "cohere",
-    "smollm3",
-    "stablelm",
-    "starcoder2",
-    "gpt2",
-    "gpt_neox",
-)
+PACKED_FAMILIES = tuple(name for name, facts in (FAMILIES | OTHERS).items() if facts.packs)
 """Families that keep the sequences of a packed row apart by their `position_ids`; all others mix them silently."""
 
 

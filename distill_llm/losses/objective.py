@@ -41,8 +41,8 @@ class Responses(BaseModel):
         """What answers of the student do not go with."""
         if use.kind not in (None, "next_token"):
             yield InputError("", "a student that does not generate", "a causal language model")
-        if use.cached is not None:
-            yield InputError("", "a cached teacher", "a teacher in memory: it never saw the student's answers")
+        if use.teacher is not None and not use.teacher.new_text:
+            yield InputError("", use.teacher.name, "a teacher in memory: it never saw the student's answers")
         if use.packed:
             yield InputError("", "rows of several sequences", "a prompt in each row (data.packing: false)")
         if use.sharding not in (None, "FSDP2"):
@@ -111,8 +111,8 @@ class Objective(BaseModel):
 
     def terms(self) -> dict[str, Term]:
         """The terms that are present, by name."""
-        found = ((name, getattr(self, name)) for name in all_terms())
-        return {name: term for name, term in found if term is not None}
+        found = self.__pydantic_extra__ or {}
+        return {name: found[name] for name in all_terms() if found.get(name) is not None}
 
     def only(self, names: Collection[str]) -> "Objective":
         """The objective with these of its terms alone."""

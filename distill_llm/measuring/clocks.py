@@ -16,14 +16,14 @@ WARM_UP = 3
 """Runs that are not timed, before those that are."""
 
 Clock = Callable[[Callable[[], Any], Callable[[], Any]], tuple[float, float]]
-"""Of two things to run: the seconds that the first takes, and how many times as long the second takes."""
+"""Given two calls: the seconds that the first takes, and how many times as long the second takes."""
 
 Measure = Callable[[PreTrainedModel, PreTrainedModel], float]
-"""How many times as long the first model's forward pass takes as the second's."""
+"""Given two models: how many times as long a forward pass of the first takes as one of the second."""
 
 
 def seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """How long `run` takes on a device, with nothing recorded for gradients and nothing left running there."""
+    """How long `run` takes on a device, until all its work there is done; nothing is recorded for gradients."""
     with torch.inference_mode():
         _wait(device)
         start = time.perf_counter()
@@ -74,6 +74,6 @@ def on_device(device: torch.device, fewest: int = 11, most: int = 101, budget: f
 
 
 def _wait(device: torch.device) -> None:
-    """Until the device has done all that it was asked for."""
+    """Wait until the device has finished its work."""
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()

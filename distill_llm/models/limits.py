@@ -14,12 +14,11 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from distill_llm.architectures.families import facts_of
 from distill_llm.common.errors import InputError
 from distill_llm.data.decoders import is_decoder, keeps_packed_apart, packing_faults
 from distill_llm.losses.labels import IGNORED
 
-# Positions of these are counted from behind the padding's, MPNet's whatever its config says.
-_COUNTS_FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet")
 _COLUMNS = ("input_ids", "position_ids", "attention_mask")
 _ROWS_AT_ONCE = 1000
 
@@ -61,9 +60,10 @@ class RowFacts:
 def longest_input(config: PreTrainedConfig) -> int | None:
     """The most tokens a model takes at once; None where its config sets no bound."""
     positions: int | None = getattr(config, "max_position_embeddings", None)
-    if positions is not None and config.model_type in _COUNTS_FROM_PADDING:
-        positions -= 2 if config.model_type == "mpnet" else (config.pad_token_id or 0) + 1
-    return positions
+    skipped = facts_of(config).skipped_positions
+    if positions is None or not skipped:
+        return positions
+    return positions - (skipped if isinstance(skipped, int) else (config.pad_token_id or 0) + 1)
 
 
 def limits_of(config: PreTrainedConfig, name: str) -> InputLimits:

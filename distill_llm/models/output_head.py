@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.generic import is_flash_attention_requested
 
+from distill_llm.architectures.families import facts_of
 from distill_llm.architectures.modes import forward_as
 from distill_llm.common.errors import InputError
 from distill_llm.losses.head import Head
@@ -25,8 +26,6 @@ LOGIT_FACTORS = {
     "logits_mup_width_multiplier": -1,
 }
 LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-# HyperCLOVA X multiplies by what Granite divides by; MPT has the field and does nothing with it.
-FACTOR_EXCEPTIONS = {("hyperclovax", "logits_scaling"): 1, ("mpt", "logit_scale"): 0}
 
 
 @dataclass(frozen=True)
@@ -96,9 +95,10 @@ def head_of(model: PreTrainedModel, transformed: bool = False) -> Head:
         raise InputError("model", f"{name} with {', '.join(between)} around its output map", accepted)
     config = model.config.get_text_config()
     scale, softcap = 1.0, None
-    for field, power in LOGIT_FACTORS.items():
+    powers = {**LOGIT_FACTORS, **facts_of(config).logit_powers}
+    for field in LOGIT_FACTORS:
         if getattr(config, field, None) is not None:
-            scale *= float(getattr(config, field)) ** FACTOR_EXCEPTIONS.get((config.model_type, field), power)
+            scale *= float(getattr(config, field)) ** powers[field]
     for field in LOGIT_CAPS:
         if getattr(config, field, None) is not None:
             softcap = float(getattr(config, field))

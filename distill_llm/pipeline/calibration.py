@@ -59,9 +59,9 @@ class Calibration:
     def statistics(self, model: PreTrainedModel, number: int = 0, file: Path | None = None) -> Statistics:
         """The statistics of a model on a cut's calibration data.
 
-        They are read from the file if it has all that is needed; otherwise they are collected in one pass, and kept there.
-        Without a file only what the section needs is collected. A file of the user's also gets the gradients, so that the next
-        criterion finds them. On several processes each sees a part of the batches, and all end with the same sums.
+        They are read from the file if it has all that is needed; otherwise one pass collects them and they are kept there.
+        Without a file only what the section needs is collected. A file that the user named also gets gradients, so that the
+        next criterion finds them. On several processes each sees a part of the batches, and all end with the same sums.
         """
         section, settings = self.section, self.settings
         kept, found = None, None
@@ -83,7 +83,7 @@ class Calibration:
         return statistics
 
     def with_moments(self, statistics: Statistics, model: PreTrainedModel, number: int = 0) -> Statistics:
-        """The statistics of a cut with the second moments that compensation needs, a few layers at a time if so asked."""
+        """A cut's statistics with the second moments that compensation needs, a few layers at a time with `moment_layers`."""
         at_once = self.section.moment_layers
         if at_once is None or statistics.moments:
             return statistics
@@ -109,7 +109,7 @@ class Calibration:
         return Wanted(needs_gradients, settings.moments, settings.hidden_moments, losses)
 
     def _identity(self, model: PreTrainedModel) -> dict[str, Any]:
-        """What statistics depend on: others are of no use."""
+        """What statistics depend on: the model with its dtypes, the rows, and how they are computed."""
         identity = {"model": teacher_fingerprint(model), "rows": self._rows, "precision": self.section.precision}
         return identity | ({"moment_share": self.section.moment_share} if self.settings.moments else {})
 
@@ -145,7 +145,7 @@ class StatisticsFile:
 
     Attributes:
         path: the file; the record has the same name with `.json`.
-        identity: of the model, the rows and how they are looked at.
+        identity: what the statistics depend on: the model, the rows and how they are computed.
     """
 
     path: Path

@@ -9,9 +9,6 @@ from transformers import CONFIG_MAPPING
 from distill_llm.architectures.families import FAMILIES
 from distill_llm.pruning.names import UNITS
 
-# Families whose own config takes only numbers of query heads that divide the width of the residual stream.
-_DIVIDING = ("llama", "gemma2", "gemma3_text")
-
 
 @dataclass(frozen=True)
 class Support:
@@ -40,7 +37,7 @@ def _support(family: str) -> Support:
     grouped = any(hasattr(CONFIG_MAPPING[family], name) for name in ("num_key_value_heads", "num_kv_heads"))
     units: tuple[str, ...] = tuple(unit for unit in UNITS if grouped or unit != "queries")
     stock = tuple(unit for unit in units if unit in FAMILIES[family].stock)
-    return Support(family, grouped, units, stock, family in _DIVIDING)
+    return Support(family, grouped, units, stock, FAMILIES[family].dividing)
 
 
 def families_table() -> Table:

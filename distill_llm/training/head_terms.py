@@ -66,6 +66,5 @@ class HeadTerms:
             handle.remove()
 
     def _parts(self, batch: Batch, factors: Mapping[str, torch.Tensor]) -> dict[str, Part]:
-        terms = ((name, self.terms.terms[name]) for name in factors)
-        made = ((name, term.in_head(batch, self.terms.match, factors[name])) for name, term in terms)
-        return {name: part for name, part in made if part is not None}
+        terms = {name: term for name, term in self.terms.terms.items() if "logits" in term.signals}
+        return {name: term.in_head(batch, self.terms.match, factors[name]) for name, term in terms.items()}

@@ -1,6 +1,6 @@
 """The gate of every family: masked, pruned, reloaded and generating students give the same outputs.
 
-To add a family: its row in `families.py`, its tiny config in `tests/builders/families.py` (see docs/families.md).
+To add a family: its row in `families.py`, its tiny config in `tests/builders/families.py` (see docs/development/add-a-family.md).
 """
 
 import copy
@@ -109,11 +109,13 @@ def test_the_text_model_of_a_multimodal_one_is_had_as_the_docs_say(tmp_path):
     )
     torch.manual_seed(0)
     whole = AutoModelForCausalLM.from_config(config).eval()
-    with pytest.raises(ValueError, match=r"'gemma3'; accepted: gemma3_text, its text model, .*docs/families.md"):
+    with pytest.raises(
+        ValueError, match=r"'gemma3'; accepted: gemma3_text, its text model, .*docs/reference/families.md"
+    ):
         family_of(whole)
     whole.save_pretrained(tmp_path / "whole")
     word_tokenizer().save_pretrained(tmp_path / "whole")
-    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "families.md").read_text()
     code = re.search(r"```python\n(.*?)```", page, re.S)[1]
     code = code.replace("google/gemma-3-4b-it", f"{tmp_path}/whole").replace("gemma-3-4b-text", f"{tmp_path}/text")
     exec(code, {"torch": torch, **{name: getattr(transformers, name) for name in re.findall(r"Auto\w+", code)}})

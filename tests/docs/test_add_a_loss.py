@@ -169,10 +169,3 @@ def test_distances_of_the_page_are_those_of_the_models_states_and_maps(tmp_path)
     assert log["loss/attention"] == pytest.approx(maps.item(), rel=1e-4)
     with pytest.raises(InputError, match="losses.hidden.distance: .*one of mse, cosine, normalized_mse, l1"):
         parse_objective({"hidden": {"distance": "l3x"}})
-
-
-def test_a_name_that_is_taken_is_refused():
-    with pytest.raises(ValueError, match="'labels'"):
-        terms.term("labels")(type("Other", (terms.Term,), {}))
-    with pytest.raises(ValueError, match="'responses'"):
-        terms.term("responses")(type("Other", (terms.Term,), {}))

@@ -22,9 +22,11 @@ from torch.utils._pytree import tree_leaves
 
 from distill_llm.common.errors import InputError
 from distill_llm.losses import chunked_head
+from distill_llm.losses.chunked_head import head_losses
 from distill_llm.losses.divergences import DIVERGENCES
 from distill_llm.losses.head import Head
 from distill_llm.losses.head_kernels import BY_HAND, Block, _differentiated
+from distill_llm.losses.head_parts import Comparison, DivergencePart, LabelPart, Part
 from distill_llm.losses.logits import logits_divergence
 
 SETTINGS = {
@@ -336,3 +338,36 @@ def test_what_does_not_fit_is_refused_by_name(change: dict[str, Any], field: str
     with pytest.raises(InputError) as raised:
         chunked(**{**renamed(case()), **change})
     assert raised.value.field == field
+
+
+def test_parts_in_any_order_and_of_any_function_add_up() -> None:
+    given = leaves(case(), torch.float32)
+    student, hidden, labels, teacher, teacher_hidden = given.values()
+
+    def apart(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return (s - t).abs().mean(-1)
+
+    def parts() -> list[Part]:
+        return [
+            DivergencePart(Comparison(apart, temperature=2.0), teacher, teacher_hidden, factor=0.3),
+            LabelPart(labels, 0.1, 0.7),
+            DivergencePart(Comparison("reverse_kl", classes=30), teacher, teacher_hidden, factor=0.2),
+        ]
+
+    logits, target = dense_logits(student, hidden), dense_logits(teacher, teacher_hidden).detach()
+    expected = [
+        2 * apart(logits, target[:, :CLASSES]).sum(),  # of the squared temperature the function takes one factor
+        F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum", label_smoothing=0.1),
+        dense_divergence("reverse_kl", logits[:, :30], target[:, :30], None).sum(),
+    ]
+    wanted = [hidden, student.weight, student.bias]
+    slopes = torch.autograd.grad(0.3 * expected[0] + 0.7 * expected[1] + 0.2 * expected[2], wanted)
+    for order in ((0, 1, 2), (1, 0, 2), (2, 1, 0)):
+        made = parts()
+        found = head_losses(student, hidden, [made[i] for i in order], chunk=7)
+        for place, number in enumerate(order):
+            torch.testing.assert_close(found.sums[place], expected[number].detach(), rtol=1e-5, atol=1e-5)
+        for one, other in zip(torch.autograd.grad(found.total, wanted), slopes, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    nothing = head_losses(student, hidden, [])
+    assert nothing.total == 0 and nothing.sums == ()

@@ -153,7 +153,6 @@ def test_round_1_cuts_the_teacher_itself_whose_share_is_no_matter_of_a_clock(inp
     assert seen == [True, False]
 
 
-@pytest.mark.slow
 def test_nothing_that_trained_or_was_pruned_lives_on_when_a_model_is_scored(inputs, tmp_path, monkeypatch):
     kinds, bodies, found = (PreTrainedModel, torch.optim.Optimizer), ("BertModel", "PrunedBertModel"), []
     gc.collect()

@@ -24,7 +24,7 @@ class AttentionLoss(PairedTerm):
 
     def layer_pairs(self, match: "Match") -> "list[LayerPair]":
         """See `attention_pairs`; layers that lost all their heads are left out."""
-        return match.attention_pairs(self.layers, "losses.attention.layers")
+        return match.attention_pairs(self.layers, f"losses.{self.name}.layers")
 
     def sum(self, batch: "Batch", match: "Match", pairs: "list[LayerPair]") -> "Tensor":
         """The sum over valid tokens of the mean over layer pairs (see `attention_distance`)."""

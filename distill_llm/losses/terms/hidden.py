@@ -25,7 +25,7 @@ class HiddenLoss(PairedTerm):
 
     def layer_pairs(self, match: "Match") -> "list[LayerPair]":
         """See `hidden_pairs`."""
-        return match.hidden_pairs(self.layers, "losses.hidden.layers")
+        return match.hidden_pairs(self.layers, f"losses.{self.name}.layers")
 
     def sum(self, batch: "Batch", match: "Match", pairs: "list[LayerPair]") -> "Tensor":
         """The sum over valid tokens of the mean over layer pairs (see `hidden_distance`)."""

@@ -32,7 +32,7 @@ class LabelsLoss(Term):
 
         return label_loss(batch.own.logits, batch.needed_labels("losses.labels"), match.smoothing).sum()
 
-    def in_head(self, batch: "Batch", match: "Match", factor: "Tensor") -> "Part | None":
+    def in_head(self, batch: "Batch", match: "Match", factor: "Tensor") -> "Part":
         """The same over the student's whole vocabulary, a block of items at a time."""
         from distill_llm.losses.head_parts import LabelPart
 

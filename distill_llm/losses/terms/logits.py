@@ -1,7 +1,7 @@
 """The divergence of the two models' outputs."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -10,7 +10,7 @@ from distill_llm.losses.divergences import DIVERGENCES
 from distill_llm.losses.registry import NameIn
 from distill_llm.losses.schedules import Temperature, value_at
 from distill_llm.losses.terms.outputs import OutputTerm
-from distill_llm.losses.terms.term import Term, Use, term
+from distill_llm.losses.terms.term import Use, term
 from distill_llm.losses.units import Kind, Unit
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 @term("logits")
 class LogitsLoss(OutputTerm):
     """Divergence of the teacher's and the student's outputs at a temperature (Hinton et al., 2015)."""
+
+    sparse_targets: ClassVar[bool] = True
 
     divergence: Annotated[str, BeforeValidator(NameIn(DIVERGENCES))] = "forward_kl"
     temperature: Temperature = Field(default=1.0, description="Divides both logits; the loss carries its square.")
@@ -66,15 +68,16 @@ class LogitsLoss(OutputTerm):
 
     def faults(self, use: Use) -> Iterator[InputError]:
         """A single output has no probabilities; a few tokens of each item allow one divergence only."""
-        yield from Term.faults(self, use)
+        yield from super().faults(use)
         if use.single_output and self.divergence != "mse":
             yield InputError("divergence", self.divergence, "mse, for a student with a single output (a regression)")
-        if use.cached is None or use.cached.whole:
+        if use.teacher is None or use.teacher.few is None:
             return
+        k, classes = use.teacher.few
         given = {"divergence": self.divergence, "temperature": self.temperature, **self.settings()}
         held = {"divergence": "forward_kl", "temperature": 1.0}
         for name, value in given.items():
-            kept = f"with a cache of {use.cached.k} of {use.cached.classes} classes"
+            kept = f"with a cache of {k} of {classes} classes"
             if name not in held:
                 yield InputError(name, value, fix=f"remove it: it cannot be had {kept}")
             elif value != held[name]:
@@ -94,7 +97,7 @@ class LogitsLoss(OutputTerm):
             settings["labels"] = self._labels(batch)
         return logits_divergence(student, teacher, self.divergence, temperature, **settings).sum()
 
-    def in_head(self, batch: "Batch", match: "Match", factor: "Tensor") -> "Part | None":
+    def in_head(self, batch: "Batch", match: "Match", factor: "Tensor") -> "Part":
         """The same, a block of items at a time."""
         from distill_llm.losses.head_parts import Comparison
 

@@ -1,10 +1,8 @@
 """A term that compares the two models' outputs item by item."""
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
-from distill_llm.common.errors import InputError
-from distill_llm.losses.terms.term import Signal, Term, Use
+from distill_llm.losses.terms.term import Signal, Term
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,19 +22,12 @@ class OutputTerm(Term):
         """The value of each item, (items,), of (items, C) logits in fp32; the teacher's have no gradient."""
         raise NotImplementedError
 
-    def faults(self, use: Use) -> Iterator[InputError]:
-        """Values of whole outputs cannot be had from a few tokens of each item."""
-        yield from super().faults(use)
-        if use.cached is not None and not use.cached.whole:
-            given = f"a cache of {use.cached.k} of {use.cached.classes} classes"
-            yield InputError("", given, "a teacher in memory, or a cache of all classes")
-
     def sum(self, batch: "Batch", match: "Match", pairs: "list[LayerPair]") -> "Tensor":
         """The sum over the outputs that count."""
         student, teacher = (each.logits[..., : match.classes].float() for each in (batch.own, batch.target))
         return self.of_items(student, teacher).sum()
 
-    def in_head(self, batch: "Batch", match: "Match", factor: "Tensor") -> "Part | None":
+    def in_head(self, batch: "Batch", match: "Match", factor: "Tensor") -> "Part":
         """The same, a block of items at a time."""
         from distill_llm.losses.head_parts import Comparison
 

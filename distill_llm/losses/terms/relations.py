@@ -52,7 +52,7 @@ class RelationsLoss(PairedTerm):
 
     def layer_pairs(self, match: "Match") -> "list[LayerPair]":
         """See `attention_pairs`; layers that lost all their heads are left out."""
-        pairs = match.attention_pairs(self.layers, "losses.relations.layers")
+        pairs = match.attention_pairs(self.layers, f"losses.{self.name}.layers")
         for pair in pairs:
             if widths := match.vector_widths(pair):
                 relation_heads(self.heads, widths)

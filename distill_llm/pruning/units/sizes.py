@@ -5,7 +5,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from distill_llm.architectures.families import Family, dims_of, family_of, layers_of
+from distill_llm.architectures.families import dims_of, family_of, layers_of
+from distill_llm.architectures.family import Family
 from distill_llm.architectures.lineage import lineage_of
 from distill_llm.architectures.modeling_pruned import layer_counts, outputs_of
 from distill_llm.common.errors import InputError
