@@ -11,10 +11,11 @@ from distill_llm.data.spec import DataSpec
 from distill_llm.data.special_tokens import token_count
 from distill_llm.data.tasks import TaskData
 from distill_llm.losses.objective import Objective
+from distill_llm.losses.terms.term import Use
 from distill_llm.models.finding import OpenModel, check_head, open_model
 from distill_llm.models.limits import length_faults, limits_of
 from distill_llm.recipe.recipe import Recipe
-from distill_llm.teachers.cache import check_objective
+from distill_llm.teachers.cache import cache_gives
 from distill_llm.teachers.cache_format import INDEX_NAME, CacheIndex, CacheSettings, read_index
 
 
@@ -92,8 +93,6 @@ def open_cache(request: CacheRequest) -> OpenCache:
     # A tokenizer may know tokens that the model has no embedding for (Gemma 3's images).
     classes = min(token_count(teacher.tokenizer), teacher.config.vocab_size) if task.is_language_model else None
     if request.objective is not None:
-        try:
-            check_objective(request.objective, CacheIndex(request.settings, classes or task.num_labels, {}, ()))
-        except InputError as error:
-            raise error.renamed(f"distillation.{error.field}") from None
+        held = cache_gives(CacheIndex(request.settings, classes or task.num_labels, {}, ()))
+        raise_all(request.objective.faults(Use(teacher=held), "distillation.losses"))
     return OpenCache(teacher, rows, classes)

@@ -218,10 +218,7 @@ def _check_cache(recipe: Recipe, teacher: OpenModel) -> None:
     if given is not None and own not in (None, given):
         fix = f"leave it out, or take {own}, in which the teacher of teacher.cache ran"
         raise InputError("teacher.dtype", given, fix=fix)
-    try:
-        cache.check_objective(recipe.distillation.losses)
-    except InputError as error:
-        raise error.renamed(f"distillation.{error.field}") from None
+    raise_all(recipe.distillation.losses.faults(Use(teacher=cache.gives), "distillation.losses"))
 
 
 def check_cached_rows(opened: Opened, train: datasets.Dataset) -> None:

@@ -1,16 +1,17 @@
 """Prompts with their responses, or chats: from files to token ids in which only the response has labels."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from distill_llm.common.errors import InputError, one_of
+from distill_llm.common.errors import InputError
 from distill_llm.data.causal import as_rows
 from distill_llm.data.chats import answered, as_chats, is_chat
-from distill_llm.data.labelled import check_texts, column_names, with_test
+from distill_llm.data.labelled import check_columns, check_texts, column_names, with_test
 from distill_llm.data.padding import Rows
 from distill_llm.data.sources import Splits, read_splits
+from distill_llm.data.spec import DataSpec
 from distill_llm.data.special_tokens import document_end, special_ends
 from distill_llm.data.tasks import Task, TaskData
 from distill_llm.losses.labels import IGNORED
@@ -20,27 +21,21 @@ CHAT = ("messages",)
 FIRST = 100  # rows of a split that are tried in the template before any work
 
 
-def load_prompts(
-    path: str, columns: Mapping[str, str] | None, training: bool = True, chat: bool = False
-) -> tuple[tuple[str, ...], Splits]:
+def read_prompts(spec: DataSpec, training: bool = True) -> tuple[tuple[str, ...], Splits]:
     """Rows with the columns `prompt` and `response`, or with `messages`.
 
-    Chats are taken where `columns` names `messages`, or names nothing and the data have `messages` but no `prompt`. Splits
-    are made as by `load_labelled`.
-
-    Args:
-        path: what `read_splits` takes.
-        columns: the data's names of `prompt` and `response`, or of `messages`; by default the same words.
-        training: as of `read_splits`.
-        chat: make chats of prompts and responses: the user asks, the assistant answers.
+    Chats are taken where the columns of `spec` name `messages`, or where they name nothing and the data have `messages` but
+    no `prompt`. With `spec.chat`, prompts and responses become chats: the user asks, the assistant answers. Splits are made
+    as by `read_labelled`.
 
     Returns:
-        The names of the columns that there are, and the splits.
+        Our names of the columns, and the splits.
 
     Raises:
         InputError: a column is missing or is not text, or a chat does not end with an answer of the assistant.
     """
-    splits = read_splits(path, training=training)
+    assert spec.path is not None
+    columns, splits = spec.columns, read_splits(spec.path, training=training)
     present = next(iter(splits.values())).column_names
     chats = "messages" in (columns or ()) or (not columns and "messages" in present and "prompt" not in present)
     names = column_names(columns, CHAT if chats else PAIR, CHAT if chats else PAIR)
@@ -54,20 +49,18 @@ def load_prompts(
         split: rows.select_columns(list(names.values())).rename_columns(standard)
         for split, rows in with_test(splits).items()
     }
-    if chats or not chat:
+    if chats or not spec.chat:
         return tuple(names), kept
     asked = {"batched": True, "remove_columns": list(PAIR), "desc": "Making chats"}
     return CHAT, {split: rows.map(as_chats, **asked) for split, rows in kept.items()}
 
 
 def _check_chats(rows: Dataset, column: str, split: str) -> None:
-    field = "data.columns.messages"
-    if column not in rows.column_names:
-        raise InputError(field, column, one_of(rows.column_names, column) + f" (the {split} split)")
+    check_columns(rows, {"messages": column}, split)
     for chat in rows[column]:
         if not (is_chat(chat) and len(chat) > 1 and chat[-1]["role"] == "assistant"):
             accepted = f"chats of role and content, 2 turns or more, the last the assistant's (the {split} split)"
-            raise InputError(field, column, accepted)
+            raise InputError("data.columns.messages", column, accepted)
 
 
 def check_chats(data: TaskData, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -41,8 +41,8 @@ class Responses(BaseModel):
         """What answers of the student do not go with."""
         if use.kind not in (None, "next_token"):
             yield InputError("", "a student that does not generate", "a causal language model")
-        if use.cached is not None:
-            yield InputError("", "a cached teacher", "a teacher in memory: it never saw the student's answers")
+        if use.teacher is not None and not use.teacher.new_text:
+            yield InputError("", use.teacher.name, "a teacher in memory: it never saw the student's answers")
         if use.packed:
             yield InputError("", "rows of several sequences", "a prompt in each row (data.packing: false)")
         if use.sharding not in (None, "FSDP2"):

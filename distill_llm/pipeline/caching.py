@@ -17,7 +17,7 @@ from distill_llm.models.finding import check_tokens, chosen_dtype, identity_of
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.teachers.cache import CachedTeacher
 from distill_llm.teachers.cache_format import CacheSettings
-from distill_llm.teachers.cache_writer import write_cache
+from distill_llm.teachers.cache_writer import CacheSource, Writing, write_cache
 from distill_llm.teachers.online import OnlineTeacher
 
 
@@ -56,42 +56,44 @@ def cache_teacher(
         teacher: Hub id, folder, GGUF file or package:// path.
         data: the task, its rows and their length, and the seed, of the draws of a cache too.
         output_dir: for the cache.
-        settings: k, method and the dtype of the teacher's weights (None: bfloat16 on CUDA, else float32). A cache is of one
-            dtype: where it is gone on with on another kind of device, say which.
+        settings: k, method and the dtype of the teacher's weights (None: bfloat16 on CUDA, else float32). A cache has one
+            dtype: to go on with it on another kind of device, give it.
         batch_size: examples at once.
 
     Returns:
         The numbers of outputs and of bytes in the cache.
 
     Raises:
-        InputError: one line, before the model's weights are loaded where it can be.
+        InputError: one line; where possible before the model's weights are loaded.
     """
     return _write(CacheRequest(teacher, data, Path(output_dir), settings or CacheSettings()), batch_size)
 
 
 def _write(request: CacheRequest, batch_size: int) -> tuple[int, int]:
-    """The work of both."""
+    """The numbers of outputs and of bytes in the cache, once all processes have written their parts."""
     opened, processes, folder = open_cache(request), open_processes(), request.folder
     teacher, task = opened.teacher, opened.data.task
     dtype = chosen_dtype(request.settings.dtype, processes.device)
     with processes.main_process_first():
         train = check_tokens(encode(opened.data, teacher.tokenizer, request.data.max_length), teacher).train
     model = load_pretrained(teacher.path, dtype=getattr(torch, dtype))
-    seed = request.data.seed
-    write_cache(
-        folder,
-        OnlineTeacher(model, processes.device),
+    source = CacheSource(
+        OnlineTeacher(model),
         train,
         collator(task, teacher.tokenizer),
-        replace(request.settings, kind=kind_of(model), classes=opened.classes, dtype=dtype, seed=seed),
         identity=identity_of(teacher.path),
         tokenizer=teacher.tokenizer,
-        batch_size=batch_size,
-        device=processes.device,
-        process_index=processes.process_index,
-        num_processes=processes.num_processes,
+    )
+    seed, classes = request.data.seed, opened.classes
+    settings = replace(request.settings, kind=kind_of(model), classes=classes, dtype=dtype, seed=seed)
+    writing = Writing(
+        batch_size,
+        processes.device,
+        processes.process_index,
+        processes.num_processes,
         progress=processes.is_main_process,
     )
+    write_cache(folder, source, settings, writing)
     processes.wait_for_everyone()
     index = CachedTeacher(folder).index
     size = sum(index.shard_path(folder, number).stat().st_size for number in range(len(index.shards)))

@@ -11,7 +11,7 @@ from distill_llm.evaluation.evaluate import compute_metrics
 from distill_llm.models.adapters import merged
 from distill_llm.pipeline.context import Context
 from distill_llm.pipeline.folder import MarkComplete, last_complete_checkpoint
-from distill_llm.teachers.cache import CachedTeacher
+from distill_llm.teachers.base import Teacher
 from distill_llm.training.config import DistillationConfig
 from distill_llm.training.trainer import DistillationTrainer
 
@@ -22,7 +22,7 @@ Fields = Literal["teacher", "recovery", "final"]
 def train_model(
     run: Context,
     model: PreTrainedModel,
-    teacher: PreTrainedModel | CachedTeacher | None,
+    teacher: PreTrainedModel | Teacher | None,
     target: Path,
     fields: Fields,
     losses: dict[str, Any],

@@ -10,12 +10,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from distill_llm.data.glue import GLUE
+from distill_llm.data.glue import GLUE, HUB_ID
 from distill_llm.report.report import headline, notes, provenance, short_name, summary
 from distill_llm.report.tables import results_table, rounds_table
 from distill_llm.report.usage import kind_of_student, needs_code, read_config, snippet
 
-GLUE_ON_THE_HUB = "nyu-mll/glue"
 NO_PATHS = ("description", "hub")
 """Parts of a recipe that are shown as they are: prose, and the name of a repository."""
 
@@ -53,7 +52,7 @@ def card_data(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> ModelCar
     task, tag = metrics["task"], kind_of_student(config).pipeline_tag
     if task in GLUE:
         split = "validation_matched" if task == "mnli" else "validation"
-        data = {"dataset_type": GLUE_ON_THE_HUB, "dataset_name": f"GLUE {task}", "dataset_config": task}
+        data = {"dataset_type": HUB_ID, "dataset_name": f"GLUE {task}", "dataset_config": task}
     else:
         split, data = "test", {"dataset_type": task, "dataset_name": task}
     result = EvalResult(
@@ -66,7 +65,7 @@ def card_data(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> ModelCar
     teacher = str(metrics["teacher_model"])
     return ModelCardData(
         base_model=teacher if _on_the_hub(teacher) else None,
-        datasets=[GLUE_ON_THE_HUB] if task in GLUE else None,
+        datasets=[HUB_ID] if task in GLUE else None,
         eval_results=[result],
         library_name="transformers",
         metrics=[metrics["metric"]],

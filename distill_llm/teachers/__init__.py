@@ -1,10 +1,12 @@
-"""Where the signals that a student learns from come from: `teacher(inputs) -> Signals`.
+"""Where the signals that a student learns from come from: a kind of teacher a file, behind one protocol (`base.Teacher`).
 
 May import: common, architectures, losses, data, models.
 """
 
 from distill_llm.models.quantized import load_teacher
+from distill_llm.teachers.base import Teacher
 from distill_llm.teachers.cache import CachedTeacher
 from distill_llm.teachers.online import OnlineTeacher
+from distill_llm.teachers.wrapping import as_teacher
 
-__all__ = ["CachedTeacher", "OnlineTeacher", "load_teacher"]
+__all__ = ["CachedTeacher", "OnlineTeacher", "Teacher", "as_teacher", "load_teacher"]

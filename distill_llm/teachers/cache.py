@@ -1,4 +1,4 @@
-"""A teacher that is a folder: signals that were written once, looked up for every batch."""
+"""A teacher that is a folder: its signals were written once and are looked up for every batch."""
 
 import zlib
 from collections.abc import Mapping
@@ -11,36 +11,40 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from distill_llm.common.errors import InputError
-from distill_llm.losses.items import valid_tokens
-from distill_llm.losses.objective import Objective
+from distill_llm.losses.items import kind_of, valid_tokens
 from distill_llm.losses.signals import Signals, SparseSignals
 from distill_llm.losses.sparse import SparseTargets
-from distill_llm.losses.terms.term import CachedOutputs, Use
+from distill_llm.losses.terms.term import Gives
 from distill_llm.models.fingerprints import teacher_fingerprint, tokenizer_fingerprint
+from distill_llm.teachers.base import Teacher
 from distill_llm.teachers.cache_coding import ItemCoding, Tokens
 from distill_llm.teachers.cache_contents import check_fingerprints, find_examples
 from distill_llm.teachers.cache_format import CacheIndex, example_key, read_index
 from distill_llm.teachers.cache_shards import check_of, map_shard
+from distill_llm.teachers.compatibility import tokens_in_use
 
 
-class CachedTeacher:
-    """The signals of a teacher from the folder that `write_cache` made; called as an OnlineTeacher is.
+class CachedTeacher(Teacher):
+    """The signals of a teacher from the folder that `write_cache` made.
 
     Examples are found by the content of their valid input ids: in any order, any number of times, in any process, padded
-    on either side. Files are memory-mapped; each block that is read is checked. A `full` cache (up to k classes) gives the
-    teacher's logits, fit for any divergence and temperature; the others give SparseSignals, for `losses.sparse`.
+    on either side. Files are memory-mapped, and each block is checked when it is read. A `full` cache (up to k classes) gives
+    the teacher's logits, for any divergence and temperature; the others give SparseSignals, for `losses.sparse`.
 
     Args:
         path: the folder.
-        teacher: the model or folder that the cache was written with, to be compared with it; None: not compared.
+        teacher: the model or folder that the cache must be of; None: not compared.
         tokenizer, dataset: likewise. The dataset may be in another order, but must have the same examples.
 
     Attributes:
         index: settings and kind of the cache.
 
     Raises:
-        InputError: one line: no cache, not finished, damaged, or of another teacher, tokenizer or dataset, saying which.
+        InputError: one line that names the fault: no cache, not finished, damaged, or made from another teacher, tokenizer
+            or dataset.
     """
+
+    prefetches = True
 
     def __init__(
         self,
@@ -63,35 +67,61 @@ class CachedTeacher:
         self._first = np.array([shard["keys"][0] for shard in self._shards])
         self._per_token = self.index.settings.kind != "example"
 
-    def check_objective(self, objective: Objective) -> None:
-        """Raise an InputError where an objective needs what this cache does not hold."""
-        check_objective(objective, self.index)
+    @property
+    def compact(self) -> bool:  # type: ignore[override]
+        """Where a few tokens of each item are stored."""
+        return self.index.coding != "full"
 
-    def __call__(self, inputs: Mapping[str, torch.Tensor], positions: torch.Tensor | None = None) -> Signals:
-        """Signals of a batch, on its device: those that travel in it (see `look_up`), or looked up now.
+    @property
+    def gives(self) -> Gives:
+        """See `cache_gives`."""
+        return cache_gives(self.index)
 
-        Args:
-            inputs: a batch with `input_ids` (B, T) and, where it is padded, `attention_mask`.
-            positions: (items,) indices into the flattened (B * T) tokens; not used where items are examples.
+    def meet(self, student: PreTrainedModel, tokenizer: Any = None) -> int | None:
+        """See `Teacher.meet`.
 
         Raises:
-            InputError: as `look_up`.
+            InputError: the cache is of another kind of output, of tokens that the student does not have, or of too few.
         """
-        device = inputs["input_ids"].device
-        found = inputs if self._names[0] in inputs else self.look_up(inputs, positions)
+        settings, kind = self.index.settings, kind_of(student)
+        if settings.kind != kind:
+            accepted = f"one of kind {kind}, {type(student).__name__}'s"
+            raise InputError("teacher", f"a cache of kind {settings.kind}", accepted)
+        if settings.kind == "token" and not settings.unlabelled:
+            raise InputError("teacher", "a cache of labelled tokens", "one of all tokens, written with unlabelled=True")
+        own = student.config.num_labels
+        if type(student).__name__.endswith("ForMaskedLM") or kind == "next_token":
+            own = student.config.get_text_config().vocab_size
+            used = tokens_in_use(tokenizer)
+            if used is not None and used <= self.index.classes <= own:
+                return None if self.index.classes == own else self.index.classes
+        if self.index.classes != own:
+            accepted = f"one of {own}, the student's (cut a padded vocabulary with CacheSettings.classes)"
+            raise InputError("teacher", f"a cache of {self.index.classes} classes", accepted)
+        return None
+
+    def signals(
+        self,
+        batch: Mapping[str, torch.Tensor],
+        step: int = 0,
+        positions: torch.Tensor | None = None,
+        compact: bool = False,
+    ) -> Signals:
+        """See `Teacher.signals`: those that `prefetch` added to the batch, or else looked up now.
+
+        Raises:
+            InputError: as `prefetch`.
+        """
+        device = batch["input_ids"].device
+        found = batch if self._names[0] in batch else self.prefetch(batch, positions)
         columns = [found[name].to(device, non_blocking=True) for name in self._names]
         if self.index.coding == "full":
             return Signals(logits=columns[0])
         targets = SparseTargets(columns[0].long(), *columns[1:])
         return SparseSignals(logits=targets.probabilities.new_empty(len(targets.ids), 0), targets=targets)
 
-    def look_up(
-        self, inputs: Mapping[str, torch.Tensor], positions: torch.Tensor | None = None
-    ) -> dict[str, torch.Tensor]:
-        """The signals of a batch as tensors on the CPU, which may be put into the batch before it goes to a device.
-
-        Args:
-            inputs, positions: as of a call.
+    def prefetch(self, batch: Mapping[str, torch.Tensor], positions: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """See `Teacher.prefetch`; `positions` are not used where items are examples.
 
         Returns:
             `cached_logits` (items, V); or the `cached_ids` (items, k) int32, `cached_probabilities` (items, k),
@@ -100,7 +130,7 @@ class CachedTeacher:
         Raises:
             InputError: an example that is not in the cache, a position that has no signals, a damaged block.
         """
-        ids, valid = inputs["input_ids"].cpu().numpy(), valid_tokens(inputs).cpu().numpy()
+        ids, valid = batch["input_ids"].cpu().numpy(), valid_tokens(batch).cpu().numpy()
         if not self._per_token:
             parts = [self._block(row[mask])[0] for row, mask in zip(ids, valid, strict=True)]
             return self._decoded(parts, np.ones(len(ids), dtype=np.int64), None)
@@ -149,14 +179,14 @@ class CachedTeacher:
         if check_of(block, count) != shard["checks"][at]:
             path = self.index.shard_path(self.folder, number)
             raise InputError(
-                "cache", str(path), "a shard as it was written: this one is damaged, remove it and go on writing"
+                "cache", str(path), fix="remove it and write the cache again into its folder: the shard is damaged"
             )
         return np.frombuffer(zlib.decompress(block.tobytes()), dtype=np.uint8), count
 
     def _decoded(
         self, parts: list[np.ndarray], counts: np.ndarray, items: np.ndarray | None
     ) -> dict[str, torch.Tensor]:
-        """Decode what is left of the blocks after their bits, and choose items."""
+        """Decode blocks (without the bits that mark the items), and choose items."""
         chosen = slice(None) if items is None else torch.from_numpy(items)
         if self.index.coding == "full":
             raw = np.concatenate(parts) if parts else np.empty(0, dtype=np.uint8)
@@ -170,8 +200,7 @@ class CachedTeacher:
         return dict(zip(self._names, targets.rows(chosen), strict=True))
 
 
-def check_objective(objective: Objective, index: CacheIndex) -> None:
-    """Raise an InputError where an objective needs what such a cache does not hold."""
-    held = CachedOutputs(index.settings.k, index.classes, whole=index.coding == "full")
-    for fault in objective.faults(Use(cached=held)):
-        raise fault
+def cache_gives(index: CacheIndex) -> Gives:
+    """What such a cache can give: logits, or a few tokens of each item, of the examples of its dataset."""
+    few = None if index.coding == "full" else (index.settings.k, index.classes)
+    return Gives("a cached teacher", few=few, new_text=False)

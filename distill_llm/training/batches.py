@@ -1,4 +1,4 @@
-"""Batches for training: what is drawn anew in every epoch, and what a cached teacher said of their rows."""
+"""Batches for training: what is drawn anew in every epoch, and the columns that a teacher adds."""
 
 from typing import Any
 
@@ -10,34 +10,34 @@ from distill_llm.data.masked import MaskingCollator
 from distill_llm.data.padding import Features
 from distill_llm.losses.items import targets
 from distill_llm.losses.units import Kind
-from distill_llm.teachers.cache import CachedTeacher
+from distill_llm.teachers.base import Teacher
 
 
 class TrainingCollator:
     """Makes the batches of a data loader of training, in its workers where it has some.
 
-    Words are masked anew in every epoch (of evaluation they stay the same). The signals of a cached teacher are looked
-    up here, ahead of the device, and travel with the batch.
+    Words are masked anew in every epoch (in evaluation they stay the same). A teacher that prefetches adds its columns here,
+    and they travel to the device with the batch.
 
     Args:
         collator: makes a batch of rows.
         epoch: of the training.
-        teacher: any; only a CachedTeacher is asked here.
+        teacher: kept, and sent to workers, only where it prefetches.
         kind, unlabelled: what an item is (see `losses.items.counted`).
     """
 
-    def __init__(self, collator: Any, epoch: Epoch, teacher: Any, kind: Kind, unlabelled: bool):
+    def __init__(self, collator: Any, epoch: Epoch, teacher: Teacher | None, kind: Kind, unlabelled: bool):
         self.collator = collator.at(epoch) if isinstance(collator, MaskingCollator) else collator
-        self.teacher = teacher if isinstance(teacher, CachedTeacher) else None
+        self.teacher = teacher if teacher is not None and teacher.prefetches else None
         self.kind, self.unlabelled = kind, unlabelled
 
     def __call__(self, features: Features) -> dict[str, torch.Tensor]:
-        """One batch, with the teacher's signals if there is a cache."""
+        """One batch, with the teacher's columns."""
         batch = self.collator(features)
         if self.teacher is None:
             return batch
         positions = None if self.kind == "example" else targets(batch, self.kind, self.unlabelled)[0]
-        return {**batch, **self.teacher.look_up(batch, positions)}
+        return {**batch, **self.teacher.prefetch(batch, positions)}
 
 
 class EpochBegins(TrainerCallback):

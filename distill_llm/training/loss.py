@@ -21,9 +21,7 @@ from distill_llm.models.capture import Recorder
 from distill_llm.models.inputs import forward_inputs
 from distill_llm.models.item_logits import item_logits, packed
 from distill_llm.models.output_head import output_head
-from distill_llm.teachers.cache import CachedTeacher
-from distill_llm.teachers.compatibility import cached_classes, shared_classes
-from distill_llm.teachers.online import OnlineTeacher
+from distill_llm.teachers.base import Teacher
 from distill_llm.training.head_terms import HeadTerms
 from distill_llm.training.terms import Terms
 
@@ -54,7 +52,7 @@ class TrainingLoss:
     Args:
         objective: the terms.
         model: the student; or a PeftModel around it.
-        teacher: a model, a cache, or None where the objective needs none; what is not needed is not kept.
+        teacher: may be None where the objective needs none; a teacher that is not needed is not kept.
         tokenizer: of the data, for vocabularies of different sizes.
         device: where the student trains.
         settings: see `LossSettings`.
@@ -72,7 +70,7 @@ class TrainingLoss:
         self,
         objective: Objective,
         model: nn.Module,
-        teacher: PreTrainedModel | CachedTeacher | None,
+        teacher: Teacher | None,
         tokenizer: Any,
         device: torch.device,
         settings: LossSettings | None = None,
@@ -81,30 +79,20 @@ class TrainingLoss:
         self.objective = objective
         student: PreTrainedModel = without_adapters(model)
         self.student = student
-        self.teacher: OnlineTeacher | CachedTeacher | None = None
-        held, classes = None, None
-        if isinstance(teacher, CachedTeacher) and objective.needs_teacher:
-            self.teacher, classes = teacher, cached_classes(student, teacher, tokenizer)
-        elif isinstance(teacher, PreTrainedModel) and objective.needs_teacher:
-            held, classes = teacher, shared_classes(student, teacher, tokenizer)
+        self.teacher = teacher = teacher if objective.needs_teacher else None
+        classes = teacher.meet(student, tokenizer) if teacher else None
         shared = MatchSettings(settings.smoothing, classes, settings.seed, settings.precision)
-        self.terms = Terms(objective, student, held, shared)
+        self.terms = Terms(objective, student, teacher.model if teacher else None, shared)
         self.terms.projections.to(device)
-        if held is not None:
-            dtype = settings.teacher_dtype or settings.precision
-            self.teacher = OnlineTeacher(held, device, dtype, self.terms.wanted("teacher"))
+        if teacher is not None:
+            teacher.place(device, settings.teacher_dtype or settings.precision, self.terms.wanted("teacher"))
         self.recorder = Recorder(student, self.terms.wanted("student"))
         self.head, self.head_terms = output_head(student), None
-        compares = self.terms.needs_teacher_outputs
         fits = self.terms.needs_outputs and not self.terms.needs_logits
-        fits = fits and (not compares or self._teacher_needs_no_logits())
+        if self.terms.needs_teacher_outputs:
+            fits = fits and teacher is not None and teacher.compact
         if self.head is not None and fits:
             self.head_terms = HeadTerms(self.terms, model, self.head)
-
-    def _teacher_needs_no_logits(self) -> bool:
-        if isinstance(self.teacher, OnlineTeacher):
-            return self.teacher.head is not None
-        return isinstance(self.teacher, CachedTeacher) and self.teacher.index.coding != "full"
 
     def __call__(
         self, model: nn.Module, inputs: dict[str, Any], factors: Mapping[str, torch.Tensor], step: int, steps: int
@@ -127,7 +115,7 @@ class TrainingLoss:
             positions, labels = targets(inputs, self.terms.kind, unlabelled=self.terms.needs_unlabelled)
         elif self.terms.kind != "example":
             positions = inputs["input_ids"].new_empty(0)
-        signals, sequences = self._signals(inputs, positions), sequence_numbers(inputs)
+        signals, sequences = self._signals(inputs, step, positions), sequence_numbers(inputs)
         batch = Batch(signals, labels, valid_tokens(inputs), step, steps, sequences=sequences)
         sums: dict[str, torch.Tensor] = {}
         with ExitStack() as forward:
@@ -148,14 +136,12 @@ class TrainingLoss:
             parts.append(0.0 * outputs.logits.float().sum())  # DDP waits for a gradient of every parameter
         return torch.stack(parts).sum(), {**sums, **rest}, outputs
 
-    def _signals(self, inputs: dict[str, Any], positions: torch.Tensor | None) -> Signals | None:
+    def _signals(self, inputs: dict[str, Any], step: int, positions: torch.Tensor | None) -> Signals | None:
         if self.teacher is None:
             return None
-        if not self.terms.needs_teacher_outputs:
-            return self.teacher(inputs, None if positions is None else positions[:0])
-        if self.head_terms is not None and positions is not None and isinstance(self.teacher, OnlineTeacher):
-            return self.teacher.below_head(inputs, positions)
-        return self.teacher(inputs, positions)
+        if not self.terms.needs_teacher_outputs:  # its head runs on no token
+            return self.teacher.signals(inputs, step, None if positions is None else positions[:0])
+        return self.teacher.signals(inputs, step, positions, compact=self.head_terms is not None)
 
     def of_labels(self, model: nn.Module, inputs: dict[str, Any], rows: int) -> tuple[torch.Tensor, Any]:
         """The sum over the first `rows` of a batch of the loss against the labels without smoothing, and all outputs."""

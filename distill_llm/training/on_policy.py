@@ -1,6 +1,4 @@
-"""On-policy batches: the student answers the prompts of a batch, and learns from what the teacher says of its answers."""
-
-from collections import Counter
+"""On-policy batches: the student answers the prompts of a batch, and the teacher judges its answers."""
 
 import numpy as np
 import torch
@@ -21,8 +19,9 @@ MARK = "on_policy"  # an entry of a batch that the student answered
 class StudentResponses:
     """Replaces the responses of a share of the batches by the student's own (GKD, Agarwal et al., 2024, algorithm 1).
 
-    All batches of an optimizer step or none are the student's. Which steps, and what is drawn, depends on the seed, the step and
-    the prompt: a resumed training draws what the unbroken one did.
+    The student answers all batches of an optimizer step or none. Which steps depends on the seed and the step alone. The random
+    numbers of a row depend on the seed, the step and the row's place in the global batch: they are the same however that
+    batch is split into micro-batches and over processes, and after a resume. A prompt that occurs twice in it gets two answers.
 
     Args:
         settings: the share, and how answers are drawn.
@@ -43,16 +42,19 @@ class StudentResponses:
         self.sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, settings.top_k)
 
     def chosen(self, step: int) -> bool:
-        """Whether the student answers the batches of this optimizer step: the same on all processes, however they are split."""
+        """Whether the student answers the batches of this optimizer step: the same in all processes."""
         return random_numbers(f"{self.seed} {step}".encode()).random() < self.share
 
-    def __call__(self, model: nn.Module, batch: dict[str, torch.Tensor], step: int) -> dict[str, torch.Tensor]:
+    def __call__(
+        self, model: nn.Module, batch: dict[str, torch.Tensor], step: int, first: int = 0
+    ) -> dict[str, torch.Tensor]:
         """The batch with the student's answers in the place of its responses, on the same device, and marked.
 
         Args:
             model: the student, unwrapped; its mode comes back afterwards.
             batch: `input_ids`, `attention_mask`, `labels` (B, T), labels at the responses, prompts before them.
             step: optimizer steps done.
+            first: place of the first row in the global batch of the step.
 
         Raises:
             InputError: a packed batch, rows without prompts, or logits of the student that are not numbers.
@@ -68,7 +70,7 @@ class StudentResponses:
         inside: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore
         decoder = Decoder(inside, self.collator, self.sampling, "student")
         with decoder.ready():
-            answers = decoder(prompts, self._uniforms(prompts, step))
+            answers = decoder(prompts, self._uniforms(step, range(first, first + len(prompts))))
         rows = [
             {
                 "input_ids": [*prompt, *answer],
@@ -80,14 +82,8 @@ class StudentResponses:
         made = {name: values.to(device) for name, values in self.collator(rows).items() if name in batch}
         return {**made, MARK: torch.ones((), dtype=torch.bool)}
 
-    def _uniforms(self, prompts: list[list[int]], step: int) -> np.ndarray | None:
-        seen: Counter[tuple[int, ...]] = Counter()
-        keys = []
-        for ids in prompts:
-            again = seen[tuple(ids)]  # the same prompt twice gets two answers
-            seen[tuple(ids)] += 1
-            keys.append(np.asarray(ids, dtype="<u4").tobytes() + f"{self.seed} {step} {again}".encode())
-        return self.sampling.uniforms(keys)
+    def _uniforms(self, step: int, places: range) -> np.ndarray | None:
+        return self.sampling.uniforms([f"{self.seed} {step} {place}".encode() for place in places])
 
 
 def _prompt(batch: dict[str, torch.Tensor], row: int) -> list[int]:

@@ -20,14 +20,13 @@ from distill_llm.models.limits import (
     InputLimits,
     batch_faults,
     beyond_vocabulary,
-    limits_of,
     longest_prompt,
     masking_faults,
     read_rows,
     room_faults,
     row_faults,
 )
-from distill_llm.teachers.cache import CachedTeacher
+from distill_llm.teachers.base import Teacher
 
 UNUSED = {
     "model_init": "leave it out: the student is given as a model, made once",
@@ -87,22 +86,19 @@ def check_model(model: Any) -> None:
         raise InputError("model.config.num_labels", labels, "1 for a regression: an example has one value")
 
 
-def check_teacher(teacher: Any, student: PreTrainedModel, objective: Objective) -> None:
+def check_teacher(teacher: Teacher | None, student: PreTrainedModel, objective: Objective) -> None:
     """Whether there is a teacher where the objective needs one, with a divergence that fits the outputs.
 
     Args:
-        teacher: a model, a CachedTeacher or None.
+        teacher: may be None where the objective needs none.
         student: without its adapters.
         objective: what is to be learned.
 
     Raises:
-        InputError: no teacher, something that is none, a term that a cache has no signals for, a divergence of
-            probabilities of a single output.
+        InputError: no teacher, terms that it has no signals for, a divergence of probabilities of a single output.
     """
-    if isinstance(teacher, CachedTeacher):
-        teacher.check_objective(objective)
-    elif teacher is not None and not isinstance(teacher, PreTrainedModel):
-        raise InputError("teacher", type(teacher).__name__, "a transformers model, a CachedTeacher, or None")
+    if teacher is not None:
+        raise_all(objective.faults(Use(teacher=teacher.gives)))
     if objective.needs_teacher and teacher is None:
         terms = [name for name, term in objective.terms().items() if term.needs_teacher]
         raise InputError("teacher", None, f"a model, since the objective has {', '.join(terms)}")
@@ -127,12 +123,6 @@ def check_arguments(args: TrainingArguments, objective: Objective, options: Mapp
             raise InputError(name, type(options[name]).__name__, fix=fix)
     if (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
         raise_all(objective.faults(Use(reentrant="activation_checkpointing_kwargs.use_reentrant")))
-
-
-def limits_of_both(student: PreTrainedModel, teacher: Any) -> list[InputLimits]:
-    """What the student can read, and the teacher where it is a model, which reads the same rows."""
-    models = {"the student": student} | ({"the teacher": teacher} if isinstance(teacher, PreTrainedModel) else {})
-    return [limits_of(model.config, name) for name, model in models.items()]
 
 
 def check_datasets(

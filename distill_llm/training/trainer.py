@@ -11,7 +11,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import EvalLoopOutput, has_length
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 
 from distill_llm.architectures.modeling_pruned import CODE_NAMES
 from distill_llm.common.errors import InputError, raise_all
@@ -21,16 +21,26 @@ from distill_llm.losses.objective import Objective, parse_objective
 from distill_llm.losses.terms.term import Use
 from distill_llm.losses.units import UNITS
 from distill_llm.models.adapters import without_adapters
-from distill_llm.teachers.cache import CachedTeacher
-from distill_llm.teachers.online import OnlineTeacher
-from distill_llm.training import projections, refusals
+from distill_llm.models.limits import limits_of
+from distill_llm.teachers.base import Teacher
+from distill_llm.teachers.wrapping import as_teacher
+from distill_llm.training import projections, teacher_state
 from distill_llm.training.batches import EpochBegins, TrainingCollator
 from distill_llm.training.config import DistillationConfig
 from distill_llm.training.evaluation_loss import EvaluationLoss
 from distill_llm.training.loss import LossSettings, TrainingLoss
 from distill_llm.training.on_policy import MARK, StudentResponses
 from distill_llm.training.order import GlobalBatchSampler
+from distill_llm.training.refusals import (
+    check_arguments,
+    check_batch,
+    check_datasets,
+    check_model,
+    check_prompts,
+    check_teacher,
+)
 from distill_llm.training.shards import clip_with, whole
+from distill_llm.training.teacher_state import StepsDone
 
 
 class DistillationTrainer(Trainer):
@@ -45,8 +55,8 @@ class DistillationTrainer(Trainer):
         model: the student, with a head for sequence or token classification, for regression with one value, for
             masked LM or for causal LM; or a PeftModel around it, whose adapters alone are trained and saved (see
             `distill_llm.models.adapters.merged`).
-        teacher: a model with the same outputs and tokenizer, quantised or not; or a CachedTeacher, for `labels` and
-            `logits`; may be None where the objective has `labels` only.
+        teacher: a model with the same outputs and tokenizer, quantised or not; or any `distill_llm.teachers.Teacher`, such as
+            a CachedTeacher; may be None where the objective has `labels` only.
         args: with the objective; other arguments as of `transformers.Trainer`, but for `model_init` and
             `compute_loss_func`.
 
@@ -59,7 +69,7 @@ class DistillationTrainer(Trainer):
     def __init__(
         self,
         model: PreTrainedModel | nn.Module,
-        teacher: PreTrainedModel | CachedTeacher | None = None,
+        teacher: PreTrainedModel | Teacher | None = None,
         args: DistillationConfig | None = None,
         **kwargs: Any,
     ):
@@ -68,14 +78,15 @@ class DistillationTrainer(Trainer):
             raise InputError("args", type(args).__name__, "a DistillationConfig: TrainingArguments with the losses")
         self.objective: Objective = parse_objective(args.losses)
         objective = self.objective
-        refusals.check_arguments(args, objective, kwargs)
-        refusals.check_model(model)
-        refusals.check_teacher(teacher, without_adapters(model), objective)
+        check_arguments(args, objective, kwargs)
+        check_model(model)
+        source = as_teacher(teacher)
+        check_teacher(source, without_adapters(model), objective)
         super().__init__(model=model, args=args, **kwargs)
         self.loss = TrainingLoss(
             objective,
             model,
-            teacher,
+            source,
             self.processing_class,
             args.device,
             LossSettings(
@@ -86,28 +97,37 @@ class DistillationTrainer(Trainer):
             ),
         )
         self.terms, self.teacher = self.loss.terms, self.loss.teacher
-        self._limits = refusals.limits_of_both(without_adapters(model), teacher)
+        self._limits = [limits_of(without_adapters(model).config, "the student")]
+        self._limits += [limits_of(reader.config, "the teacher") for reader in self._readers]
         rows = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
-        refusals.check_datasets(rows, self._limits, self.processing_class, self.data_collator)
+        check_datasets(rows, self._limits, self.processing_class, self.data_collator)
         self.epoch = Epoch()
         self.add_callback(EpochBegins(self.epoch))
+        if self.teacher is not None:
+            self.add_callback(StepsDone(self.teacher))
         if len(self.terms.projections) and self.lr_scheduler is not None:
             accepted = "an optimizer without a scheduler: the projections of hidden states join the optimizer"
             raise InputError("optimizers", type(self.lr_scheduler).__name__, accepted)
-        fsdp = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-        sharding = "DeepSpeed" if self.is_deepspeed_enabled else f"FSDP{fsdp.fsdp_version}" if fsdp else None
-        raise_all(objective.faults(Use(widths=self.terms.match.widths, sharding=sharding, kind=self.terms.kind)))
+        raise_all(objective.faults(Use(kind=self.terms.kind, widths=self.terms.match.widths, sharding=self._sharding)))
         self.responses: StudentResponses | None = None
         if objective.responses is not None:
-            refusals.check_prompts(self.train_dataset, self._limits, objective.responses.max_new_tokens)
+            check_prompts(self.train_dataset, self._limits, objective.responses.max_new_tokens)
             self.responses = StudentResponses(objective.responses, self.data_collator, args.seed)
         self._evaluated = EvaluationLoss(self.accelerator, self.terms.kind)
         self._logged_terms = torch.zeros(len(objective.terms()), device=args.device)
         self._logged_steps = dict.fromkeys(objective.terms(), 0)  # that a term counted in
 
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As `Trainer.train`; at its end, whatever ends it, the teacher is closed."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self.teacher is not None:
+                self.teacher.close()
+
     def _prepare_inputs(self, inputs: Any) -> Any:
         """As `Trainer._prepare_inputs`, once the models have positions for the batch."""
-        refusals.check_batch(inputs, self._limits)
+        check_batch(inputs, self._limits)
         return super()._prepare_inputs(inputs)
 
     # One place where everything is reduced: sums of this batch over counts of the whole accumulated batch.
@@ -126,8 +146,15 @@ class DistillationTrainer(Trainer):
         student = self.accelerator.unwrap_model(self.model)
         # Mixed precision begins and ends around all tokens: within it a weight is converted once, not for each of them.
         with self.accelerator.autocast(), whole(student):
-            batches = [self.responses(student, batch, step) for batch in batches]
+            batches = [
+                self.responses(student, batch, step, self._place(number)) for number, batch in enumerate(batches)
+            ]
         return batches, self._get_num_items_in_batch(batches, device)  # counted anew: the labels are others now
+
+    def _place(self, number: int) -> int:
+        """The place in the global batch of the first row of a micro-batch of this process: processes take turns."""
+        turn = number * self.accelerator.num_processes + self.accelerator.process_index
+        return turn * self._train_batch_size
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         """(3,) numbers of label items, examples and valid tokens over micro-batches and processes, at least 1 each."""
@@ -221,6 +248,19 @@ class DistillationTrainer(Trainer):
         return clip_with(norm, model.parameters(), self.terms.projections.parameters(), longest)
 
     @property
+    def _readers(self) -> tuple[PreTrainedModel, ...]:
+        """The teacher's models that read batches."""
+        return () if self.teacher is None else self.teacher.readers
+
+    @property
+    def _sharding(self) -> str | None:
+        """What divides the student among processes; None: nothing."""
+        if self.is_deepspeed_enabled:
+            return "DeepSpeed"
+        fsdp = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        return None if fsdp is None else f"FSDP{fsdp.fsdp_version}"
+
+    @property
     def _sees_all_gradients(self) -> bool:
         """Whether each process holds whole gradients, and looking at their norm makes no device wait."""
         return self.args.device.type == "cpu" and not self.is_fsdp_enabled and not self.is_deepspeed_enabled
@@ -266,10 +306,9 @@ class DistillationTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            if isinstance(self.teacher, OnlineTeacher):
-                names = inspect.signature(self.teacher.model.forward).parameters
-                known: list[str] = self._signature_columns or []
-                self._signature_columns = [*known, *(name for name in names if name not in known)]  # type: ignore
+            known: list[str] = self._signature_columns or []
+            read = [name for reader in self._readers for name in inspect.signature(reader.forward).parameters]
+            self._signature_columns = list(dict.fromkeys([*known, *read]))  # type: ignore
 
     # Projections belong to the loss: optimised and checkpointed with the run, never part of the student.
 
@@ -285,6 +324,8 @@ class DistillationTrainer(Trainer):
             super()._save_optimizer_and_scheduler(output_dir)
         if len(self.terms.projections) and self.args.should_save:
             projections.save(self.optimizer, self.terms.projections, output_dir)
+        if self.teacher is not None and self.args.should_save:
+            teacher_state.save(self.teacher, output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         assert self.optimizer is not None
@@ -292,6 +333,8 @@ class DistillationTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
         if len(self.terms.projections) and checkpoint is not None:
             projections.load(self.optimizer, self.terms.projections, checkpoint)
+        if self.teacher is not None and checkpoint is not None:
+            teacher_state.load(self.teacher, checkpoint)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         for name in CODE_NAMES:

@@ -34,7 +34,7 @@ from distill_llm import DistillationConfig, DistillationTrainer, keep_layers, pr
 from distill_llm.data.causal import CausalCollator
 from distill_llm.teachers.cache import CachedTeacher
 from distill_llm.teachers.cache_format import CacheSettings
-from distill_llm.teachers.cache_writer import write_cache
+from distill_llm.teachers.cache_writer import CacheSource, Writing, write_cache
 from distill_llm.teachers.online import OnlineTeacher
 
 FLOOR = "fine-tuning"
@@ -73,10 +73,8 @@ class Bench:
         forward = time.perf_counter() - begin
         settings = CacheSettings(k=self.options.k, method=method, kind="next_token", seed=self.options.seed)  # type: ignore[arg-type]
         begin = time.perf_counter()
-        teacher = OnlineTeacher(self.teacher, self.device)
-        write_cache(
-            folder, teacher, self.rows, self.collate, settings, identity=self.teacher, batch_size=2, progress=False
-        )
+        source = CacheSource(OnlineTeacher(self.teacher), self.rows, self.collate, identity=self.teacher)
+        write_cache(folder, source, settings, Writing(batch_size=2, device=self.device, progress=False))
         seconds = time.perf_counter() - begin
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         self.cost[method] = {

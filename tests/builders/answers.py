@@ -15,9 +15,9 @@ PROMPTS = [words(*range(i, i + 2 + i % 3)) for i in range(12)]
 ANSWERS = [words(*range(40 + i, 42 + i)) for i in range(12)]
 
 
-def prompt_rows():
+def prompt_rows(prompts=PROMPTS):
     """Twelve encoded prompts with answers."""
-    return encode(data_of(prompts_task(), prompt=PROMPTS, response=ANSWERS), TOKENIZER, 32)
+    return encode(data_of(prompts_task(), prompt=prompts, response=ANSWERS), TOKENIZER, 32)
 
 
 def answering_trainer(

@@ -7,7 +7,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from distill_llm.teachers.cache_format import CacheSettings
-from distill_llm.teachers.cache_writer import write_cache
+from distill_llm.teachers.cache_writer import CacheSource, Writing, write_cache
 from distill_llm.teachers.online import OnlineTeacher
 
 VOCABULARY = 97
@@ -53,12 +53,14 @@ def pad(rows, left=False, width=0):
 
 
 def write(path, model, data, teacher=None, **options):
-    """A cache with small shards; `options` are those of write_cache and CacheSettings."""
+    """A cache with small shards; `options` are those of CacheSettings, CacheSource and Writing."""
     names = CacheSettings.__dataclass_fields__
     settings = CacheSettings(**{"k": 5, **{name: options.pop(name) for name in list(options) if name in names}})
-    teacher = teacher or OnlineTeacher(model, torch.device("cpu"))
-    fixed = {"identity": model, "batch_size": 4, "shard_items": SHARD_ITEMS, "progress": False}
-    write_cache(path, teacher, data, options.pop("collator", pad), settings, **{**fixed, **options})
+    source = {"collator": pad, "identity": model, "tokenizer": None}
+    source |= {name: options.pop(name) for name in source if name in options}
+    fixed = {"batch_size": 4, "shard_items": SHARD_ITEMS, "progress": False}
+    source = CacheSource(teacher or OnlineTeacher(model), data, **source)
+    write_cache(path, source, settings, Writing(**{**fixed, **options}))
 
 
 def contents(folder) -> dict[str, bytes]:

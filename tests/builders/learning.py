@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from builders.answers import answering_trainer, prompt_rows
+from builders.answers import PROMPTS, answering_trainer, prompt_rows
 from builders.causal import causal_model as talker
 from builders.trainers import TERMS, cached, model_of, rows, trainer_of, with_lora
 
@@ -81,10 +81,11 @@ def of_rows(folder: Path, head: str, width: int, name: str) -> Learned:
 
 
 def of_answers(folder: Path, share: float) -> Learned:
-    """Four steps on the student's own answers, which are of uneven length."""
+    """Four steps on the student's own answers, which are of uneven length; each prompt comes three times."""
     student = talker()
     student.generation_config.eos_token_id = list(range(4, 70))
     losses = {"labels": {}, "logits": {}, "responses": {"share": share, "max_new_tokens": 6}}
     settings = {"optim": "sgd", "learning_rate": 0.5, "max_steps": 4, "logging_steps": 2}
     settings |= {"per_device_train_batch_size": 4 // PROCESSES, "gradient_accumulation_steps": 2}
-    return trained(answering_trainer(folder, student, talker(num_hidden_layers=3), prompt_rows(), losses, **settings))
+    rows = prompt_rows([PROMPTS[row // 3] for row in range(12)])
+    return trained(answering_trainer(folder, student, talker(num_hidden_layers=3), rows, losses, **settings))

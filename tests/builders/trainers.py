@@ -15,7 +15,7 @@ from distill_llm.losses import chunked_head
 from distill_llm.losses.items import kind_of
 from distill_llm.teachers import CachedTeacher, OnlineTeacher
 from distill_llm.teachers.cache_format import CacheSettings
-from distill_llm.teachers.cache_writer import write_cache
+from distill_llm.teachers.cache_writer import CacheSource, Writing, write_cache
 from distill_llm.training import loss as training_loss
 from distill_llm.training.trainer import DistillationConfig, DistillationTrainer
 
@@ -124,11 +124,9 @@ def cached(
 ) -> CachedTeacher:
     """A cache of a teacher's signals of rows of tensors; `settings` are those of CacheSettings."""
     dataset = Dataset.from_list([{name: tensor.tolist() for name, tensor in row.items()} for row in data])
-    online = OnlineTeacher(teacher, torch.device("cpu"))
     settings = {"kind": kind_of(teacher), "unlabelled": kind_of(teacher) == "token", **settings}
-    write_cache(
-        folder, online, dataset, default_data_collator, CacheSettings(**settings), identity=teacher, progress=False
-    )
+    source = CacheSource(OnlineTeacher(teacher), dataset, default_data_collator, identity=teacher)
+    write_cache(folder, source, CacheSettings(**settings), Writing(progress=False))
     return CachedTeacher(folder, teacher, dataset=dataset)
 
 

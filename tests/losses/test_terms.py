@@ -9,10 +9,10 @@ from distill_llm.common.validation import faults_of
 from distill_llm.losses.objective import Objective, parse_objective
 from distill_llm.losses.terms import BUILT_IN
 from distill_llm.losses.terms import term as terms
-from distill_llm.losses.terms.term import CachedOutputs, Term, Use
+from distill_llm.losses.terms.term import Gives, Term, Use
 
 KINDS = ("example", "token", "next_token")
-FEW, ALL = CachedOutputs(k=5, classes=100, whole=False), CachedOutputs(k=100, classes=100, whole=True)
+FEW, ALL = Gives("a cached teacher", few=(5, 100), new_text=False), Gives("a cached teacher", new_text=False)
 
 
 @pytest.fixture
@@ -70,8 +70,8 @@ def test_what_each_term_is_averaged_over(mapping, units):
     "use, faulty",
     [
         (Use(), {}),
-        (Use(cached=ALL), dict.fromkeys(("embeddings", "hidden", "attention", "relations"), "losses.{}: ")),
-        (Use(cached=FEW), dict.fromkeys(("embeddings", "hidden", "attention", "relations"), "losses.{}: ")),
+        (Use(teacher=ALL), dict.fromkeys(("embeddings", "hidden", "attention", "relations"), "losses.{}: ")),
+        (Use(teacher=FEW), dict.fromkeys(("embeddings", "hidden", "attention", "relations"), "losses.{}: ")),
         (Use(widths=(8, 16)), {}),
         (Use(widths=(8, 16), sharding="FSDP2"), {}),
         (Use(sharding="DeepSpeed"), {}),
@@ -103,8 +103,8 @@ def test_each_term_says_what_it_does_not_go_with(use, faulty):
 )
 def test_a_few_tokens_of_each_item_allow_one_divergence(settings, names):
     objective = parse_objective({"logits": settings})
-    assert [fault.field for fault in objective.faults(Use(cached=FEW))] == [f"losses.logits.{name}" for name in names]
-    assert objective.faults(Use(cached=ALL)) == []
+    assert [fault.field for fault in objective.faults(Use(teacher=FEW))] == [f"losses.logits.{name}" for name in names]
+    assert objective.faults(Use(teacher=ALL)) == []
 
 
 def test_a_term_of_whole_outputs_does_not_go_with_a_few_tokens_unless_it_needs_no_teacher(copy_term):
@@ -114,9 +114,9 @@ def test_a_term_of_whole_outputs_does_not_go_with_a_few_tokens_unless_it_needs_n
     class Alone(Whole):
         needs_teacher: ClassVar[bool] = False
 
-    (fault,) = Whole().faults(Use(cached=FEW))
+    (fault,) = Whole().faults(Use(teacher=FEW))
     assert fault.given == "a cache of 5 of 100 classes"
-    assert [*Whole().faults(Use(cached=ALL)), *Alone().faults(Use(cached=FEW))] == []
+    assert [*Whole().faults(Use(teacher=ALL)), *Alone().faults(Use(teacher=FEW))] == []
     assert Whole.needs_logits() and copy_term.needs_logits() and copy_term.looks_inside() and not Whole.looks_inside()
 
 

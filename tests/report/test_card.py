@@ -184,3 +184,9 @@ def test_the_code_of_the_card_runs(tmp_path: Path, head: str, capsys: pytest.Cap
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="student_dir: got .*config.json"):
         write_card(tmp_path, metrics(), RECIPE)
+
+
+def test_a_head_of_no_known_kind_is_one_line_with_those_that_are(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"student_dir: got 'BertForQuestionAnswering'; .*ForMaskedLM") as caught:
+        loading(student_folder(tmp_path, "BertForQuestionAnswering"))
+    assert "\n" not in str(caught.value)

@@ -9,6 +9,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from distill_llm.losses.objective import parse_objective
+from distill_llm.teachers import as_teacher
 from distill_llm.training import shards
 from distill_llm.training.loss import TrainingLoss
 
@@ -30,7 +31,7 @@ def shard(student, own_head):
 
 def compare(tied, own_head, name):
     student = causal_model(layers=2, seed=1, tie_word_embeddings=tied).train()
-    loss = TrainingLoss(parse_objective(TERMS[name]), student, teacher, None, torch.device("cpu"))
+    loss = TrainingLoss(parse_objective(TERMS[name]), student, as_teacher(teacher), None, torch.device("cpu"))
     assert (loss.head_terms is None) == (name == "hidden")
     factors = {name: torch.tensor(0.01) for name in loss.objective.terms()}
     expected = sum(loss(student, half, factors, 0, 1)[0] for half in halves) / 2

@@ -10,6 +10,7 @@ from distill_llm.common.errors import InputError
 from distill_llm.losses.items import targets
 from distill_llm.losses.objective import parse_objective
 from distill_llm.losses.sparse import SparseTargets, sparse_cross_entropy, sparse_forward_kl
+from distill_llm.losses.terms.term import Use
 from distill_llm.teachers.cache import CachedTeacher, SparseSignals
 from distill_llm.teachers.cache_coding import ItemCoding
 from distill_llm.teachers.online import OnlineTeacher
@@ -36,8 +37,8 @@ def test_top_k_gives_the_teachers_largest_probabilities_and_the_rest(caches):
     model, data, folder = caches
     batch = pad(list(data)[:6])
     positions, _ = targets(batch, "next_token")
-    online = OnlineTeacher(model, torch.device("cpu"))(batch, positions).logits.softmax(-1)
-    signals = CachedTeacher(folder / "topk")(batch, positions)
+    online = OnlineTeacher(model).signals(batch, positions=positions).logits.softmax(-1)
+    signals = CachedTeacher(folder / "topk").signals(batch, positions=positions)
     assert isinstance(signals, SparseSignals) and signals.logits.shape == (len(positions), 0)
     expected, ids = online.topk(5)
     expected = torch.where(expected >= 2**-10, expected, 0)
@@ -51,8 +52,8 @@ def test_the_draws_are_those_of_the_teachers_distribution(caches):
     model, data, folder = caches
     batch = pad(list(data)[:6])
     positions, _ = targets(batch, "next_token")
-    online = OnlineTeacher(model, torch.device("cpu"))(batch, positions).logits.softmax(-1)
-    counts = dense(CachedTeacher(folder / "sampled")(batch, positions).targets) * 5
+    online = OnlineTeacher(model).signals(batch, positions=positions).logits.softmax(-1)
+    counts = dense(CachedTeacher(folder / "sampled").signals(batch, positions=positions).targets) * 5
     torch.testing.assert_close(counts, counts.round())
     torch.testing.assert_close(counts.sum(-1), torch.full((len(positions),), 5.0))
     assert ((counts - 5 * online).abs() < 1).all()
@@ -131,13 +132,13 @@ def test_lookups_do_not_depend_on_order_padding_or_company(caches):
     alone = []
     for row in rows:
         batch = pad([row])
-        alone.append(dense(cached(batch, targets(batch, "next_token")[0]).targets))
+        alone.append(dense(cached.signals(batch, positions=targets(batch, "next_token")[0]).targets))
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1)).tolist()
     for left in (False, True):
         for start in range(0, len(rows), 7):
             chosen = order[start : start + 7]
             batch = pad([rows[at] for at in chosen], left, width=23)
-            together = cached(batch, targets(batch, "next_token")[0]).targets
+            together = cached.signals(batch, positions=targets(batch, "next_token")[0]).targets
             assert torch.equal(dense(together), torch.cat([alone[at] for at in chosen]))
 
 
@@ -145,12 +146,12 @@ def test_any_choice_of_positions_in_any_order(caches):
     _, data, folder = caches
     cached, batch = CachedTeacher(folder / "topk"), pad(list(data)[:5], left=True)
     positions, _ = targets(batch, "next_token")
-    everything = cached(batch, positions).targets
+    everything = cached.signals(batch, positions=positions).targets
     chosen = torch.tensor([11, 3, 3, 20])
-    some = cached(batch, positions[chosen]).targets
+    some = cached.signals(batch, positions=positions[chosen]).targets
     for name in SparseTargets._fields:
         assert torch.equal(getattr(some, name), getattr(everything, name)[chosen])
-    assert len(cached(batch, positions[:0]).targets.rest) == 0
+    assert len(cached.signals(batch, positions=positions[:0]).targets.rest) == 0
 
 
 def test_only_labelled_tokens_are_stored_and_others_are_refused(tmp_path):
@@ -158,21 +159,21 @@ def test_only_labelled_tokens_are_stored_and_others_are_refused(tmp_path):
     write(tmp_path / "cache", model, data, method="topk")
     cached, batch = CachedTeacher(tmp_path / "cache"), pad(list(data)[:4], left=True)
     positions, _ = targets(batch, "next_token")
-    online = OnlineTeacher(model, torch.device("cpu"))(batch, positions).logits
-    first = dense(cached(batch, positions).targets).argmax(-1)
+    online = OnlineTeacher(model).signals(batch, positions=positions).logits
+    first = dense(cached.signals(batch, positions=positions).targets).argmax(-1)
     assert torch.equal(first, online.argmax(-1))
     everything, _ = targets(batch, "next_token", unlabelled=True)
     with pytest.raises(InputError, match="^positions: got 'example 0 of the batch, token"):
-        cached(batch, everything)
+        cached.signals(batch, positions=everything)
     with pytest.raises(InputError, match="^positions: got None"):
-        cached(batch)
+        cached.signals(batch)
 
 
 def test_an_example_that_was_not_cached_is_named(caches):
     _, _, folder = caches
     batch = pad([{"input_ids": [5, 6, 7]}])
     with pytest.raises(InputError, match=r"^input_ids: got '\[5, 6, 7\], 3 tokens'.*cut to the same length"):
-        CachedTeacher(folder / "topk")(batch, torch.tensor([0, 1]))
+        CachedTeacher(folder / "topk").signals(batch, positions=torch.tensor([0, 1]))
 
 
 def test_up_to_k_classes_are_stored_as_logits(tmp_path):
@@ -182,7 +183,7 @@ def test_up_to_k_classes_are_stored_as_logits(tmp_path):
         tmp_path / "cache", model, data, kind="example", collator=lambda rows: pad([{**r, "labels": [0]} for r in rows])
     )
     cached, batch = CachedTeacher(tmp_path / "cache"), pad(list(data.remove_columns("labels"))[3:9], left=False)
-    signals = cached(batch)
+    signals = cached.signals(batch)
     assert cached.index.coding == "full" and not isinstance(signals, SparseSignals)
     torch.testing.assert_close(signals.logits, model(**batch).logits.detach(), atol=1e-5, rtol=1e-5)
 
@@ -192,8 +193,10 @@ def test_token_classification_is_stored_as_logits_per_token(tmp_path):
     write(tmp_path / "cache", model, data, kind="token")
     batch = pad(list(data)[2:7])
     positions, _ = targets(batch, "token")
-    online = OnlineTeacher(model, torch.device("cpu"))(batch, positions).logits
-    torch.testing.assert_close(CachedTeacher(tmp_path / "cache")(batch, positions).logits, online, atol=1e-5, rtol=1e-5)
+    online = OnlineTeacher(model).signals(batch, positions=positions).logits
+    torch.testing.assert_close(
+        CachedTeacher(tmp_path / "cache").signals(batch, positions=positions).logits, online, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_entries_beyond_the_shared_vocabulary_take_no_part(tmp_path):
@@ -201,8 +204,8 @@ def test_entries_beyond_the_shared_vocabulary_take_no_part(tmp_path):
     write(tmp_path / "cache", model, data, method="topk", classes=60)
     batch = pad(list(data))
     positions, _ = targets(batch, "next_token")
-    expected = OnlineTeacher(model, torch.device("cpu"))(batch, positions).logits[:, :60].softmax(-1).topk(5)
-    signals = CachedTeacher(tmp_path / "cache")(batch, positions)
+    expected = OnlineTeacher(model).signals(batch, positions=positions).logits[:, :60].softmax(-1).topk(5)
+    signals = CachedTeacher(tmp_path / "cache").signals(batch, positions=positions)
     rest = 1 - torch.where(expected.values >= 2**-10, expected.values, 0).sum(-1)
     assert torch.equal(dense(signals.targets, 60).argmax(-1), expected.indices[:, 0])
     torch.testing.assert_close(signals.targets.rest, rest, atol=1e-5, rtol=0)
@@ -219,9 +222,9 @@ def test_entries_beyond_the_shared_vocabulary_take_no_part(tmp_path):
 )
 def test_objectives_that_need_more_than_the_cache_has_are_refused(caches, losses, field):
     cached = CachedTeacher(caches[2] / "topk")
-    with pytest.raises(InputError, match=f"^{field}: "):
-        cached.check_objective(parse_objective(losses))
-    cached.check_objective(parse_objective({"labels": {}, "logits": {"weight": 2.0}}))
+    (fault,) = parse_objective(losses).faults(Use(teacher=cached.gives))
+    assert fault.field == field
+    assert not parse_objective({"labels": {}, "logits": {"weight": 2.0}}).faults(Use(teacher=cached.gives))
 
 
 def test_a_student_on_the_cache_gets_the_gradient_of_the_online_teacher_within_its_noise(tmp_path):
@@ -229,11 +232,11 @@ def test_a_student_on_the_cache_gets_the_gradient_of_the_online_teacher_within_i
     write(tmp_path / "cache", model, data, k=50)
     batch = pad(list(data))
     positions, _ = targets(batch, "next_token")
-    teacher = OnlineTeacher(model, torch.device("cpu"))(batch, positions).logits
+    teacher = OnlineTeacher(model).signals(batch, positions=positions).logits
     p, none = teacher.softmax(-1), torch.zeros(len(teacher))
     whole = SparseTargets(torch.arange(VOCABULARY).expand_as(teacher), p, none, torch.special.entr(p).sum(-1))
     gradients = []
-    for signal in (whole, CachedTeacher(tmp_path / "cache")(batch, positions).targets):
+    for signal in (whole, CachedTeacher(tmp_path / "cache").signals(batch, positions=positions).targets):
         logits = student(**batch).logits.flatten(0, 1)[positions]
         loss = sparse_forward_kl(logits, signal).mean()
         gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(student.parameters()))]))
@@ -252,4 +255,4 @@ def test_a_dataset_in_another_arrow_layout_has_the_same_examples(caches):
     teacher = CachedTeacher(folder / "topk", dataset=shuffled)
     batch = pad([dict(data[index]) for index in range(3)])
     positions, _ = targets(batch, "next_token")
-    assert len(teacher(batch, positions).targets.ids) == len(positions)
+    assert len(teacher.signals(batch, positions=positions).targets.ids) == len(positions)

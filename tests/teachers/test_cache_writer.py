@@ -22,17 +22,18 @@ class Interrupted(Exception):
     pass
 
 
-class Stopping:
+class Stopping(OnlineTeacher):
     """A teacher that is stopped after some batches."""
 
     def __init__(self, model, batches):
-        self.teacher, self.left = OnlineTeacher(model, torch.device("cpu")), batches
+        super().__init__(model)
+        self.left = batches
 
-    def __call__(self, inputs, positions):
+    def signals(self, *args, **kwargs):
         self.left -= 1
         if self.left < 0:
             raise Interrupted
-        return self.teacher(inputs, positions)
+        return super().signals(*args, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -255,11 +256,11 @@ def test_any_damaged_byte_of_a_shard_is_an_error_or_without_effect(whole, copy):
     _, data, folder = whole
     path, batch = shards(copy)[1], pad(list(data))
     positions, _ = targets(batch, "next_token")
-    expected, good, refused = CachedTeacher(folder)(batch, positions).targets, path.read_bytes(), 0
+    expected, good, refused = CachedTeacher(folder).signals(batch, positions=positions).targets, path.read_bytes(), 0
     for at in range(8, len(good), 5):
         path.write_bytes(good[:at] + bytes([good[at] ^ 0x11]) + good[at + 1 :])
         try:
-            found = CachedTeacher(copy)(batch, positions).targets
+            found = CachedTeacher(copy).signals(batch, positions=positions).targets
         except InputError as error:
             assert error.field in ("cache", "input_ids")
             refused += 1

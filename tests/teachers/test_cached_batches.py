@@ -19,18 +19,18 @@ def test_nothing_is_looked_up_while_a_loss_is_made(tmp_path, monkeypatch, head):
         tmp_path, model_of(head, layers=1, seed=1), cached(tmp_path / "cache", teacher, data, k=20), data, BOTH,
         max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2,
     )  # fmt: skip
-    loss, look_up, found = trainer.loss, CachedTeacher.look_up, []
+    loss, look_up, found = trainer.loss, CachedTeacher.prefetch, []
 
     def inside(*args):
         with monkeypatch.context() as patch:
-            patch.setattr(CachedTeacher, "look_up", lambda *_: pytest.fail("looked up"))
+            patch.setattr(CachedTeacher, "prefetch", lambda *_: pytest.fail("looked up"))
             return loss(*args)
 
     def noting(*args):
         found.append(look_up(*args))
         return found[-1]
 
-    monkeypatch.setattr(CachedTeacher, "look_up", noting)
+    monkeypatch.setattr(CachedTeacher, "prefetch", noting)
     trainer.loss = inside
     trainer.train()
     assert len(found) >= 4
@@ -56,5 +56,5 @@ def test_a_cache_goes_to_another_process_as_its_path(tmp_path):
     positions = (batch["labels"][:, 1:] != -100).flatten().nonzero().squeeze(-1)
     positions += positions // (batch["labels"].shape[1] - 1)
     assert len(sent) < 1000
-    for left, right in zip(pickle.loads(sent)(batch, positions).targets, source(batch, positions).targets, strict=True):
-        assert torch.equal(left, right)
+    here, there = (each.signals(batch, positions=positions) for each in (source, pickle.loads(sent)))
+    assert all(map(torch.equal, here.targets, there.targets))

@@ -38,9 +38,11 @@ def test_a_converted_copy_is_the_model_as_it_is_loaded_in_that_precision(tmp_pat
 
 def test_a_teacher_in_the_wanted_precision_is_not_copied():
     model = tiny_model().to(torch.bfloat16)
-    assert OnlineTeacher(model, CPU, torch.bfloat16).model is model
-    assert OnlineTeacher(model, CPU).model is model
-    assert OnlineTeacher(model, CPU, torch.float32).model is not model and model.dtype == torch.bfloat16
+    for dtype in (torch.bfloat16, None, torch.float32):
+        teacher = OnlineTeacher(model)
+        teacher.place(CPU, dtype)
+        assert (teacher.model is model) == (dtype != torch.float32)
+    assert model.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

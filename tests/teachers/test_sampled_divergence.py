@@ -81,8 +81,8 @@ def test_a_cache_holds_the_cross_entropy_of_its_draws_with_the_teacher(tmp_path)
     write(tmp_path / "cache", model, data)
     batch = pad(list(data))
     positions, _ = targets(batch, "next_token")
-    log_p = OnlineTeacher(model, torch.device("cpu"))(batch, positions).logits.double().log_softmax(-1)
-    stored = CachedTeacher(tmp_path / "cache")(batch, positions).targets
+    log_p = OnlineTeacher(model).signals(batch, positions=positions).logits.double().log_softmax(-1)
+    stored = CachedTeacher(tmp_path / "cache").signals(batch, positions=positions).targets
     expected = -(stored.probabilities * log_p.gather(1, stored.ids)).sum(-1)
     torch.testing.assert_close(stored.teacher_nll.double(), expected, rtol=1.01 * HALF, atol=1e-6)
 

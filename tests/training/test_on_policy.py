@@ -17,7 +17,7 @@ from distill_llm import DistillationConfig, DistillationTrainer
 from distill_llm.common.errors import InputError
 from distill_llm.data.encoding import collator
 from distill_llm.losses.objective import Responses, parse_objective
-from distill_llm.losses.terms.term import CachedOutputs, Use
+from distill_llm.losses.terms.term import Gives, Use
 from distill_llm.recipe.recipe import load_recipe
 from distill_llm.training.on_policy import MARK, StudentResponses
 
@@ -53,7 +53,7 @@ def test_a_batch_has_the_prompts_and_the_students_own_answers():
         assert (made["labels"][row, len(whole) :] == -100).all()
 
 
-def test_draws_depend_on_seed_step_and_prompt_alone():
+def test_draws_depend_on_seed_step_and_place_alone():
     model = causal_model()
     pad, batch = batch_of(prompt_rows())
 
@@ -65,6 +65,18 @@ def test_draws_depend_on_seed_step_and_prompt_alone():
     assert not torch.equal(drawn(), drawn(seed=1)) and not torch.equal(drawn(), drawn(step=1))
     alone, together = drawn(rows=slice(0, 1))[0], drawn()[0]
     assert torch.equal(alone, together[: len(alone)])
+
+
+@pytest.mark.parametrize("size", [4, 2, 1])
+def test_the_same_prompt_in_a_step_gets_the_same_answers_however_the_batch_is_split(tmp_path, size):
+    rows, answers = prompt_rows([PROMPTS[0]] * 12), []
+    losses = {"logits": {}, "responses": {"share": 1.0, "max_new_tokens": 6, "temperature": 3.0}}
+    for split in (4, size):
+        sizes = {"per_device_train_batch_size": split, "gradient_accumulation_steps": 4 // split}
+        trainer = answering_trainer(tmp_path, causal_model(), causal_model(num_hidden_layers=3), rows, losses, **sizes)
+        batches, _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 4 // split, torch.device("cpu"))
+        answers.append([row[row != -100].tolist() for batch in batches for row in batch["labels"]])
+    assert answers[0] == answers[1] and len(set(map(tuple, answers[0]))) == 4
 
 
 def test_the_share_of_batches_is_the_students():
@@ -206,13 +218,13 @@ def test_answers_are_generated_in_mixed_precision_with_weights_converted_once_fo
     [
         (Use(kind="token"), "losses.responses: got 'a student that does not generate'; accepted: a causal"),
         (
-            Use(cached=CachedOutputs(1, 97, True)),
+            Use(teacher=Gives("a cached teacher", new_text=False)),
             "losses.responses: got 'a cached teacher'; accepted: a teacher in memory",
         ),
         (Use(packed=True), "losses.responses: got 'rows of several sequences'; accepted: a prompt in each row"),
         (Use(sharding="DeepSpeed"), "losses.responses: got 'a student sharded by DeepSpeed'; accepted: FSDP2"),
         (Use(sharding="FSDP1"), "losses.responses: got 'a student sharded by FSDP1'; accepted: FSDP2"),
-        (Use(sharding="FSDP2", kind="next_token"), None),
+        (Use(sharding="FSDP2", kind="next_token", teacher=Gives("a model")), None),
     ],
 )
 def test_students_that_cannot_generate_while_they_train_are_refused(use, line):

@@ -155,13 +155,14 @@ def test_a_quantised_teacher_is_near_its_original_and_is_neither_moved_nor_cast(
     folder, model = saved
     teacher = load_teacher(folder, quantization, torch.float32)
     before = {name: (parameter.dtype, parameter.device) for name, parameter in teacher.named_parameters()}
-    online = OnlineTeacher(teacher, torch.device("cpu"), torch.bfloat16)
+    online = OnlineTeacher(teacher)
+    online.place(torch.device("cpu"), torch.bfloat16)
     assert online.model is teacher and online.head is not None
     assert before == {name: (parameter.dtype, parameter.device) for name, parameter in teacher.named_parameters()}
     assert teacher.model.layers[0].mlp.up_proj.weight.element_size() == 1
     batch = stacked(rows(model))
     expected = model(**batch).logits
-    error = (online(batch).logits - expected).norm() / expected.norm()
+    error = (online.signals(batch).logits - expected).norm() / expected.norm()
     assert 0 < error < close
 
 

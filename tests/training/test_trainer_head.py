@@ -26,6 +26,7 @@ from distill_llm.losses import chunked_head, divergences
 from distill_llm.losses.objective import parse_objective
 from distill_llm.models import output_head as output_head_module
 from distill_llm.models.output_head import output_head
+from distill_llm.teachers import as_teacher
 from distill_llm.training.loss import TrainingLoss
 
 SCALED = {
@@ -44,7 +45,6 @@ def test_scaled_capped_and_tied_heads_give_the_gradients_and_logs_of_whole_logit
     assert_same_step(both_ways(monkeypatch, tmp_path, student, teacher, rows(teacher), BOTH))
 
 
-@pytest.mark.grid(1)
 @pytest.mark.parametrize("head", ["masked-lm", "causal-lm"])
 @pytest.mark.parametrize(
     "losses, settings",
@@ -119,7 +119,6 @@ class Sizes(TorchDispatchMode):
         return result
 
 
-@pytest.mark.grid(1)
 @pytest.mark.parametrize("head", ["masked-lm", "causal-lm"])
 @pytest.mark.parametrize("name", ["labels", "logits", "hidden", "all"])
 def test_neither_training_nor_evaluation_holds_more_logits_than_a_chunk(tmp_path, monkeypatch, head, name):
@@ -168,7 +167,7 @@ def test_the_loss_of_an_evaluation_is_the_mean_over_labels_of_batches_of_any_siz
 def test_a_wrapper_that_rounds_the_outputs_changes_no_loss_and_leaves_its_gradient(name):
     teacher, student = causal_model(), causal_model(layers=2, seed=1)
     batch = {key: torch.stack([row[key] for row in rows(teacher)]) for key in ("input_ids", "attention_mask", "labels")}
-    loss = TrainingLoss(parse_objective(TERMS[name]), student, teacher, None, torch.device("cpu"))
+    loss = TrainingLoss(parse_objective(TERMS[name]), student, as_teacher(teacher), None, torch.device("cpu"))
     factors = {term: torch.tensor(0.01) for term in loss.objective.terms()}
     found = []
     for _ in range(2):

@@ -23,9 +23,9 @@ def test_the_teacher_is_unchanged_and_without_dropout_even_after_a_wrapper_put_i
     before = copy.deepcopy(teacher.state_dict())
     trainer = trainer_of(tmp_path, student, teacher, rows(teacher), TERMS["all"], bf16=True)
     batch = random_batch(teacher, labels=False)
-    first = trainer.teacher(batch)
+    first = trainer.teacher.signals(batch)
     trainer.teacher.model.train()
-    second = trainer.teacher(batch)
+    second = trainer.teacher.signals(batch)
     assert torch.equal(first.logits, second.logits) and not second.logits.requires_grad
     assert trainer.teacher.model.dtype == torch.bfloat16 and teacher.dtype == torch.float32
     trainer.train()
@@ -92,9 +92,9 @@ def test_columns_are_kept_for_the_teacher_and_lengths_are_read_before_their_colu
     batch = next(iter(trainer.get_train_dataloader()))
     assert batch.keys() == {"input_ids", "attention_mask", "token_type_ids", "labels"}
     assert trainer._get_train_sampler().lengths == lengths
-    first = trainer.teacher(batch).logits
+    first = trainer.teacher.signals(batch).logits
     batch["token_type_ids"] = torch.zeros_like(batch["token_type_ids"])
-    assert not torch.equal(trainer.teacher(batch).logits, first)
+    assert not torch.equal(trainer.teacher.signals(batch).logits, first)
     trainer.train()
 
 
@@ -133,10 +133,10 @@ def test_teacher_and_projections_follow_the_mixed_precision_of_the_student(tmp_p
 
 def test_a_teacher_that_could_keep_a_cache_is_told_not_to():
     config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=100, pad_token_id=0)
-    teacher = OnlineTeacher(transformers.GPT2ForSequenceClassification(config), torch.device("cpu"))
+    teacher = OnlineTeacher(transformers.GPT2ForSequenceClassification(config))
     caches = []
     teacher.model.transformer.register_forward_hook(lambda *args: caches.append(args[-1].past_key_values))
     batch = {"input_ids": torch.randint(3, 100, (2, 5)), "attention_mask": torch.ones(2, 5, dtype=torch.long)}
     teacher.model(**batch)
-    teacher(batch)
+    teacher.signals(batch)
     assert caches[0] is not None and caches[1] is None

@@ -12,7 +12,7 @@ from distill_llm.data.decoders import is_decoder, packing_faults
 from distill_llm.data.kinds.base import KINDS, register
 from distill_llm.data.kinds.causal_lm import Decoding
 from distill_llm.data.padding import Rows
-from distill_llm.data.prompts import CHAT, PAIR, check_chats, load_prompts, prompt_encoder
+from distill_llm.data.prompts import CHAT, PAIR, check_chats, prompt_encoder, read_prompts
 from distill_llm.data.sources import Splits
 from distill_llm.data.spec import DataSpec
 from distill_llm.data.tasks import Task, TaskData
@@ -31,8 +31,7 @@ class Prompts(Decoding):
 
     def load(self, spec: DataSpec, config: PreTrainedConfig | None, training: bool) -> tuple[Task, Splits]:
         """Rows with the columns `prompt` and `response`, or with `messages`."""
-        assert spec.path is not None
-        names, splits = load_prompts(spec.path, spec.columns, training, spec.chat)
+        names, splits = read_prompts(spec, training)
         given = spec.chat_template_kwargs
         raise_all(template_faults(given, names == CHAT, "data.chat_template_kwargs"))
         return prompts(names, PERPLEXITY, spec.max_new_tokens, spec.packing, given), splits

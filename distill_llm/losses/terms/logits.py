@@ -71,12 +71,13 @@ class LogitsLoss(OutputTerm):
         yield from super().faults(use)
         if use.single_output and self.divergence != "mse":
             yield InputError("divergence", self.divergence, "mse, for a student with a single output (a regression)")
-        if use.cached is None or use.cached.whole:
+        if use.teacher is None or use.teacher.few is None:
             return
+        k, classes = use.teacher.few
         given = {"divergence": self.divergence, "temperature": self.temperature, **self.settings()}
         held = {"divergence": "forward_kl", "temperature": 1.0}
         for name, value in given.items():
-            kept = f"with a cache of {use.cached.k} of {use.cached.classes} classes"
+            kept = f"with a cache of {k} of {classes} classes"
             if name not in held:
                 yield InputError(name, value, fix=f"remove it: it cannot be had {kept}")
             elif value != held[name]:

@@ -29,12 +29,20 @@ INSIDE: tuple[Signal, ...] = ("attention", "vectors")
 
 
 @dataclass(frozen=True)
-class CachedOutputs:
-    """What a cached teacher holds: the logits of all `classes` (`whole`), or k tokens of each item."""
+class Gives:
+    """What a teacher can give.
 
-    k: int
-    classes: int
-    whole: bool
+    Attributes:
+        name: what messages call the teacher.
+        signals: the kinds of signals that it has; `logits` stands for any form of outputs.
+        few: (k, classes) of a teacher that knows at most k classes of each item; None: all classes.
+        new_text: whether it has signals of text that is in no dataset, such as the student's own answers.
+    """
+
+    name: str
+    signals: tuple[Signal, ...] = ("logits",)
+    few: tuple[int, int] | None = None
+    new_text: bool = True
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ class Use:
     """What an objective is to be used with, as far as the one who asks knows it; what is left out raises no fault.
 
     Attributes:
-        cached: what the teacher is, if it is a cache.
+        teacher: what the teacher can give.
         single_output: whether the student has one output, the value of a regression.
         reentrant: the field that asks for checkpointing of the re-entrant kind.
         layers: numbers of layers of student and teacher.
@@ -55,7 +63,7 @@ class Use:
         packed: whether rows hold several sequences.
     """
 
-    cached: CachedOutputs | None = None
+    teacher: Gives | None = None
     single_output: bool = False
     reentrant: str | None = None
     layers: tuple[int, int] | None = None
@@ -136,16 +144,23 @@ class Term(BaseModel):
         """Whether it reads what attention does inside of layers."""
         return not set(INSIDE).isdisjoint(cls.signals)
 
+    def _beyond(self, teacher: Gives) -> Iterator[InputError]:
+        """Signals that a teacher does not have, the first fault alone."""
+        missing = [signal for signal in self.signals if signal not in teacher.signals]
+        if missing:
+            accepted = f"a teacher that gives {', '.join(missing)}: this one gives {', '.join(teacher.signals)} only"
+            yield InputError("", teacher.name, accepted)
+        elif teacher.few is not None and not self.sparse_targets:
+            given = "a cache of {} of {} classes".format(*teacher.few)
+            yield InputError("", given, "a teacher in memory, or a cache of all classes")
+
     def faults(self, use: Use) -> Iterator[InputError]:
         """What the term does not go with; fields are named as within the term's section.
 
         A term that overrides this goes on with the faults of this one: `yield from super().faults(use)`.
         """
-        if use.cached is not None and not set(self.signals) <= {"logits"}:
-            yield InputError("", "a cached teacher", "a teacher in memory: the cache has logits only")
-        elif use.cached is not None and not use.cached.whole and self.needs_teacher and not self.sparse_targets:
-            given = f"a cache of {use.cached.k} of {use.cached.classes} classes"
-            yield InputError("", given, "a teacher in memory, or a cache of all classes")
+        if use.teacher is not None and self.needs_teacher:
+            yield from self._beyond(use.teacher)
         if use.packed and not self.packed_rows:
             yield InputError("", "rows of several sequences", "rows of one sequence each (data.packing: false)")
         if self.projects and use.widths is not None and use.sharding == "DeepSpeed":

@@ -15,7 +15,7 @@ from distill_llm.pipeline.context import Context
 from distill_llm.pipeline.stage import Result, Stage
 from distill_llm.pipeline.train_model import Fields, remove_checkpoints, train_model
 from distill_llm.recipe.recipe import Recipe
-from distill_llm.teachers.cache import CachedTeacher
+from distill_llm.teachers.base import Teacher
 
 
 class Recover(Stage):
@@ -89,7 +89,7 @@ class Recover(Stage):
         return load_for_task(self.run.opened.student.path, self.run.data.task, names, of_task=True)
 
 
-def recovery_teacher(run: Context, path: Path | str, fields: Fields) -> PreTrainedModel | CachedTeacher:
+def recovery_teacher(run: Context, path: Path | str, fields: Fields) -> PreTrainedModel | Teacher:
     """What the student learns from: the teacher, the teacher with quantized weights, or its cached outputs."""
     section, training = run.recipe.teacher, run.recipe.training(fields)
     precision = "bfloat16" if training.get("bf16") else "float16" if training.get("fp16") else None

@@ -1,0 +1,43 @@
+"""A teacher in the course of a training: told of every step, saved in checkpoints, read from them again."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from distill_llm.common.errors import InputError
+from distill_llm.teachers.base import Teacher
+
+TEACHER_NAME = "teacher.pt"
+
+
+class StepsDone(TrainerCallback):
+    """Tells a teacher of every optimizer step."""
+
+    def __init__(self, teacher: Teacher):
+        self.teacher = teacher
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After the optimizer's step, before the log, evaluation and checkpoint of this step."""
+        self.teacher.after_step(state.global_step)
+
+
+def save(teacher: Teacher, folder: str) -> None:
+    """Write the state of a teacher that has one."""
+    if state := teacher.state_dict():
+        torch.save(state, Path(folder) / TEACHER_NAME)
+
+
+def load(teacher: Teacher, folder: str) -> None:
+    """Give a teacher the state that `save` wrote.
+
+    Raises:
+        InputError: the teacher has a state, and the checkpoint none.
+    """
+    path = Path(folder) / TEACHER_NAME
+    if path.is_file():
+        teacher.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    elif teacher.state_dict():
+        fix = f"resume from a checkpoint of a training with this teacher: {TEACHER_NAME} is missing"
+        raise InputError("resume_from_checkpoint", str(folder), fix=fix)
