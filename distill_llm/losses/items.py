@@ -32,7 +32,7 @@ def valid_tokens(batch: Mapping[str, Any]) -> torch.Tensor:
 
 
 def sequence_numbers(batch: Mapping[str, Any]) -> torch.Tensor | None:
-    """(B, T) of a packed batch, whose `position_ids` begin at 0 in every sequence: a number for each of a row; else None."""
+    """(B, T) the number, within its row, of each token's sequence, where `position_ids` begin at 0 in every one; else None."""
     positions = batch.get("position_ids")
     return None if positions is None else (positions == 0).cumsum(-1)
 
@@ -40,9 +40,9 @@ def sequence_numbers(batch: Mapping[str, Any]) -> torch.Tensor | None:
 def aligned_labels(batch: Mapping[str, Any], kind: Kind) -> torch.Tensor:
     """The label of each output: (B, T) with an output per token, else (B,).
 
-    The output of a causal LM at position t has the label at t + 1. What has no label is -100: an integer of -100, labels
-    of padding, the outputs of padding, and of a causal LM the last position. Floats, the values of a regression, are
-    labels always.
+    The output of a causal LM at position t has the label at t + 1. An output without a label gets -100:
+    where the data says -100, at padding, and, for a causal LM, at the last position. Floats, the values of a regression,
+    always count as labels.
     """
     labels = batch["labels"]
     if kind == "example":

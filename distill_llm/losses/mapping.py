@@ -21,9 +21,9 @@ class LayerPair(NamedTuple):
 
 
 def cut_from(student: PreTrainedConfig, teacher: PreTrainedConfig) -> bool:
-    """Whether the lineage of a student counts in a teacher: a model with the sizes of the student's original.
+    """Whether a student was pruned from this teacher: the teacher has the sizes of the model that the lineage refers to.
 
-    Of a teacher that is pruned too it is the original that must agree.
+    For a teacher that is pruned too, the sizes of its own original must agree.
     """
     record = getattr(student, "pruning", None)
     if record is None or student.model_type != teacher.model_type:
@@ -48,14 +48,14 @@ def unequal_widths(student: PreTrainedConfig, teacher: PreTrainedConfig) -> tupl
 def relative_lineage(
     student: Sequence[LayerPlan], teacher: Sequence[LayerPlan], group_size: int = 1
 ) -> tuple[LayerPlan, ...]:
-    """The student's lineage counted in a teacher that is itself pruned, both given in indices of the original model.
+    """The student's lineage in indices of a teacher that is itself pruned; both are given in indices of the original model.
 
     Args:
         student, teacher: a row per layer.
         group_size: query heads that share a key-value head in the original model.
 
     Raises:
-        InputError: if the student has a layer, head or neuron that this teacher has not.
+        InputError: if the student has a layer, head or neuron that this teacher lacks.
     """
     position = {layer.source: index for index, layer in enumerate(teacher)}
     found, original = [], {"heads": 1, "queries": group_size}
@@ -83,9 +83,9 @@ def hidden_pairs(
 ) -> list[LayerPair]:
     """The layers whose outputs are compared.
 
-    `lineage`: the output of a student layer is what the next student layer reads, so it is compared with what the
-    teacher layer, from which that next layer was copied, reads: the output of the teacher layer before it. The last
-    learns from the last.
+    `lineage`: the output of a student layer is what the next student layer reads. That next layer was copied from a teacher
+    layer, so the output is compared with what this teacher layer reads: the output of the teacher layer before it. The
+    last student layer is compared with the last teacher layer.
 
     Args:
         layers: lineage, uniform, last or explicit pairs.
@@ -113,8 +113,8 @@ def attention_pairs(
 ) -> list[LayerPair]:
     """The layers, and by `lineage` the heads, whose attention is compared: each with the one it was copied from.
 
-    Arguments and errors as in `hidden_pairs`; `group_size` as in `query_heads`. With `lineage`, student layers that have no
-    head left are left out.
+    Arguments and errors as in `hidden_pairs`; `group_size` as in `query_heads`. With `lineage`, student layers without any
+    head are left out.
     """
     if layers == "lineage":
         rows = _need_lineage(lineage, teacher_layers, field)
@@ -128,7 +128,7 @@ def _need_lineage(lineage: Sequence[LayerPlan] | None, teacher_layers: int, fiel
         raise fault.renamed(field)
     assert lineage is not None
     if max(layer.source for layer in lineage) >= teacher_layers:
-        accepted = "the teacher that the student was pruned from: its layers are too few"
+        accepted = "the teacher that the student was pruned from: this one has too few layers"
         raise InputError("teacher", f"{teacher_layers} layers", accepted)
     return lineage
 

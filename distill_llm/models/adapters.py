@@ -19,7 +19,7 @@ def without_adapters(model: Any) -> Any:
 def tied_adapters(model: Any) -> list[str]:
     """Names of adapted modules whose weight is another module's too: merged, an adapter would change both.
 
-    An output map that is tied to the embeddings is one. A copy of the module in `modules_to_save` ends its tie, and is none.
+    An output map tied to the embeddings is one. A copy in `modules_to_save` is not: the copy ends the tie.
     """
     if without_adapters(model) is model:
         return []
@@ -45,13 +45,13 @@ def is_quantized(model: nn.Module) -> bool:
 def merged(model: Any) -> PreTrainedModel:
     """A model with the active adapter's changes in its own weights, to be saved under the keys it always had.
 
-    Quantised weights are given back their precision first: rounded again, they would lose much of what was learned.
+    Quantised weights are dequantised first: rounded again, they would lose much of what was learned.
 
     Args:
         model: a PeftModel, which stays as it is; any other model is returned itself.
 
     Returns:
-        the transformers or pruned model, with the outputs of the adapted one; no weight of it is frozen.
+        the transformers or pruned model, with the outputs of the adapted one; none of its weights is frozen.
     """
     if without_adapters(model) is model:
         return model

@@ -51,7 +51,7 @@ class Recorder:
         )
         for kind, wanted, found in pairs:
             if missing := sorted(set(wanted) - found.keys()):
-                accepted = "a model with attention by transformers' AttentionInterface (DeBERTa-v2, MPNet: no)"
+                accepted = "a model that uses transformers' AttentionInterface (DeBERTa-v2 and MPNet do not)"
                 raise InputError(self.wanted.field(kind), f"{self.name}, layers {missing} not seen", accepted)
 
     def _listening(self, result: Recording) -> AbstractContextManager[None]:

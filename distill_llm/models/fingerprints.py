@@ -1,4 +1,4 @@
-"""Fingerprints of models and tokenizers: what tells whether something on disk was made from them."""
+"""Fingerprints of models and tokenizers: they tell whether something on disk was made from them."""
 
 import hashlib
 import json
@@ -17,8 +17,8 @@ from distill_llm.data.special_tokens import token_rules
 def teacher_fingerprint(teacher: PreTrainedModel | str | Path) -> str:
     """A hash of a model's config and of every byte of its weights: about a second per GB, once in a process.
 
-    Of a model in memory: names, shapes, dtypes and values of its tensors. Of a folder: its safetensors files. The two
-    differ; a cache is checked with what it was written with. Names of folders and versions of transformers do not count.
+    For a model in memory it covers names, shapes, dtypes and values of its tensors; for a folder, its safetensors files. The two
+    hashes of one model differ, so compare like with like. Names of folders and versions of transformers do not count.
 
     Raises:
         InputError: a folder without config.json or safetensors.

@@ -1,4 +1,4 @@
-"""The output map of a language model, left out of a forward: its input is handed on, and no logits are made."""
+"""The output map of a language model, skipped in a forward: its input is handed on, and no logits are computed."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,14 +38,14 @@ class OutputHead:
 
     @property
     def head(self) -> Head:
-        """With the weights as they are now: of a sharded model, whole inside its forward only."""
+        """The head with the weights as they are now. Those of a sharded model are whole only inside its forward."""
         return Head(self.linear.weight, self.linear.bias, self.scale, self.softcap)
 
     @contextmanager
     def handing_on(self, receive: Callable[[torch.Tensor], None]) -> Iterator[None]:
         """Inside the context the map calls `receive` with its input, and gives (0, V) logits.
 
-        It is the map's own forward that is replaced: hooks around it, which gather sharded weights, run as ever.
+        Only the map's own forward is replaced: hooks around it, which gather sharded weights, still run.
         """
 
         def forward(hidden: torch.Tensor) -> torch.Tensor:
@@ -57,11 +57,10 @@ class OutputHead:
 
 
 def output_head(model: PreTrainedModel) -> OutputHead | None:
-    """The output map of a causal or masked language model, or None where its logits cannot be made without the model.
+    """The output map of a causal or masked language model; None where its logits cannot be computed outside the model.
 
-    That is so of another kind of model, where the map is no plain linear layer (quantised, or with an adapter of its own),
-    and where the model does more to its logits than scale and cap them as its config says, which a forward of one token
-    shows.
+    None for other kinds of models, for a map that is no plain linear layer (quantised, or with an adapter), and for a model
+    that does more to its logits than scale and cap them as its config says. A forward of one token shows that.
     """
     name, linear = type(model).__name__, model.get_output_embeddings()
     if not name.endswith(("ForMaskedLM", "ForCausalLM", "GPT2LMHeadModel")) or not isinstance(linear, nn.Linear):
@@ -85,8 +84,7 @@ def head_of(model: PreTrainedModel, transformed: bool = False) -> Head:
             `cls.predictions.transform`), so these layers are no fault.
 
     Raises:
-        InputError: the model has no linear map to its vocabulary, or layers before it, or does to its logits what a
-            Head cannot say.
+        InputError: the model has no linear map to its vocabulary, or has layers between base model and map.
     """
     name, linear = type(model).__name__, model.get_output_embeddings()
     if not isinstance(linear, nn.Linear):
@@ -112,8 +110,8 @@ def _finishes_as_said(model: PreTrainedModel, head: OutputHead) -> bool:
     device = torch.device("cpu") if head.linear.weight.is_meta else head.linear.weight.device
     products = torch.linspace(-PROBE, PROBE, head.linear.out_features, device=device).view(1, 1, -1)
     devices = [model.device] if model.device.type == "cuda" else []
-    # Kernels of flash attention run on no CPU, where a model may still be, and take no fp32, which weights are in that train
-    # in mixed precision; a few families (Falcon, GPT-J, GPT-Neo) keep the kernel that they were made with.
+    # Flash attention runs neither on a CPU, where a model may still be, nor in fp32, in which mixed precision keeps its weights.
+    # A few families (Falcon, GPT-J, GPT-Neo) keep the kernel that they were made with, so eager alone is not enough.
     half = torch.autocast(model.device.type, torch.bfloat16, enabled=is_flash_attention_requested(model.config))
     eager = kernels_named(attention_configs(model), lambda kernel: "eager")
     fixed = forward_as(head.linear, lambda hidden: products)

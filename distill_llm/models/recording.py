@@ -40,7 +40,7 @@ class Recording:
         if index in self.attention:
             return
         if (beyond := _beyond_the_mask(module, query.shape[2], settings)) is not None:
-            accepted = "a model with plain softmax attention (windows and packed rows: with attn_implementation sdpa)"
+            accepted = "a model with plain softmax attention (for windows and packed rows: attn_implementation sdpa)"
             raise InputError(self.wanted.field("attention"), f"{type(module).__name__} with {beyond}", accepted)
         if key.shape[1] != query.shape[1]:
             key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
@@ -60,7 +60,7 @@ class Recording:
 
 
 def _beyond_the_mask(module: nn.Module, length: int, settings: dict[str, Any]) -> str | None:
-    """What changes attention probabilities and is not in the mask that the kernel was given; None: nothing does."""
+    """What changes attention probabilities besides the mask that the kernel was given; None: nothing does."""
     for name in ("softcap", "position_bias", "s_aux"):
         if settings.get(name) is not None:
             return name

@@ -1,4 +1,4 @@
-"""The run folder: what is done is on disk, written whole or not at all, so the same command goes on where it stopped."""
+"""The run folder: what is done is on disk, written whole or not at all, so the same command continues after a stop."""
 
 import json
 import shutil
@@ -102,9 +102,9 @@ def _same_recipe(folder: Path, old: str, new: str, free: Collection[str]) -> Non
 
 
 def _deciding(recipe: Mapping[str, Any], free: Collection[str]) -> dict[str, Any]:
-    """A recipe without what has no say in the student: a batch too large for the device must not cost a trained run.
+    """The parts of a recipe that decide the student. Batch sizes do not: one that is too large must not cost a trained run.
 
-    The timed batch has a say where pruning counts costs for it.
+    The timed batch does where pruning counts costs for it.
     """
     params = (recipe.get("pruning") or {}).get("cost", "params") == "params"
     batches = ("batch_size", "latency") if params else ("batch_size",)
@@ -113,7 +113,7 @@ def _deciding(recipe: Mapping[str, Any], free: Collection[str]) -> dict[str, Any
 
 
 class MarkComplete(TrainerCallback):
-    """Marks a Trainer's checkpoint as whole once every process has written its part."""
+    """Marks a Trainer's checkpoint as complete once every process has written its part."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After the checkpoint of the current step was saved."""
@@ -124,7 +124,7 @@ class MarkComplete(TrainerCallback):
 
 
 def last_complete_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint of a Trainer's folder; process 0 removes those that were cut off."""
+    """The newest complete checkpoint in a Trainer's folder. Process 0 removes incomplete ones."""
     processes = open_processes()
     if processes.is_main_process:
         for checkpoint in folder.glob("checkpoint-*"):

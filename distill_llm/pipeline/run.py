@@ -1,4 +1,4 @@
-"""The loop: teacher -> (statistics -> plan -> prune -> compensate -> recover) x rounds -> student and report."""
+"""A run: its stages in order, those that are done read from the run folder; and pruning alone."""
 
 import json
 from collections.abc import Mapping
@@ -26,11 +26,11 @@ class RunResult:
 
 
 def run(recipe: Recipe | Mapping[str, Any], output_dir: str | Path | None = None) -> RunResult:
-    """Carry out a recipe; called again after a stop, go on where it stopped and end with the same weights.
+    """Carry out a recipe. Called again after a stop, it continues where it stopped and ends with the same weights.
 
     Args:
         recipe: a `Recipe`, or its plain mapping.
-        output_dir: the run folder; the recipe's own where left out.
+        output_dir: the run folder; default: the recipe's own.
 
     Raises:
         InputError: for anything wrong in the recipe, before any work.
@@ -61,7 +61,7 @@ def prune_recipe(recipe: Recipe) -> Path:
         The folder of the pruned model, in the dtype of the teacher's checkpoint, with tokenizer and plan.json.
 
     Raises:
-        InputError: for anything wrong in the recipe, also what pruning alone would leave undone, before any work.
+        InputError: before any work, for anything wrong in the recipe or that pruning alone would ignore.
     """
     context = Context(open_pruning(recipe))
     target, section = recipe.output_dir, recipe.pruning

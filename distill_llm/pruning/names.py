@@ -5,10 +5,12 @@ from typing import Literal, get_args
 
 from distill_llm.common.errors import InputError
 from distill_llm.pruning.criteria import CRITERIA, is_comparable, ranks_layers_only
+from distill_llm.pruning.units.kinds import KINDS
 
 Unit = Literal["heads", "queries", "neurons", "layers", "attention", "ffn", "hidden"]
+"""What recipes take: the package's own kinds of units."""
 UNITS: tuple[Unit, ...] = get_args(Unit)
-BLOCKS: tuple[Unit, ...] = ("layers", "attention", "ffn")
+BLOCKS: tuple[Unit, ...] = tuple(unit for unit in UNITS if KINDS[unit].block)
 
 
 def competing_faults(
@@ -19,7 +21,7 @@ def competing_faults(
     The attention or FFN of a layer beside other units, and queries beside heads or channels, have no share of their own that
     each kind or each layer could keep: their scores must compare, and over all layers.
     """
-    blocks = " and ".join(name for name in BLOCKS if name in units)
+    blocks = " and ".join(name for name, kind in KINDS.items() if kind.block and name in units)
     if blocks not in ("", "layers") and len(units) > 1 and not ranks_layers_only(criterion):
         where = f"where units has {blocks} together with others"
     elif "queries" in units and {"heads", "hidden"} & set(units):

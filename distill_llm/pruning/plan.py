@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from distill_llm.architectures.families import family_of
-from distill_llm.architectures.lineage import LAYER_UNITS, MODEL_UNITS, Counts, LayerPlan, ModelPlan
+from distill_llm.architectures.lineage import LAYER_UNITS, MODEL_UNITS, Counts, LayerPlan, ModelPlan, pack_indices
 from distill_llm.common.errors import InputError
 from distill_llm.pruning.units.costs import unit_costs
 from distill_llm.pruning.units.sizes import counts_of, hidden_size
@@ -43,6 +43,19 @@ class PruningPlan(ModelPlan):
             object.__setattr__(self, name, value)
 
     __hash__ = ModelPlan.__hash__
+
+    def __str__(self) -> str:
+        """A short summary, for `print`: the layers, how many units they keep, the share that is kept, the note."""
+        sources = pack_indices(row.source for row in self.layers)
+        parts = [f"{len(self.layers)} layers ({sources})"]
+        for kind in LAYER_UNITS:
+            counts = sorted({len(row.units[kind]) for row in self.layers if kind in row.units})
+            if counts:
+                parts.append(f"{kind} {counts[0]}" + (f" to {counts[-1]}" if len(counts) > 1 else "") + " per layer")
+        parts += [f"{kind} {len(kept)}" for kind, kept in self.whole.items()]
+        if self.kept is not None:
+            parts.append(f"{100 * self.kept:.1f}% kept")
+        return f"{self.model_type} plan: {', '.join(parts)}" + (f" ({self.note})" if self.note else "")
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the plan as JSON."""

@@ -1,4 +1,4 @@
-"""The two figures of a run: the score over its rounds, and what is left of every layer."""
+"""The two figures of a run: the score over its rounds, and what every layer keeps."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +19,7 @@ UNITS = {"heads": "#1f7a8c", "queries": "#e0a030", "neurons": "#c8553d"}
 def score_figure(metrics: Mapping[str, Any], path: Path) -> Path | None:
     """Draw the score after every stage of every round, with the teacher's as a line; saved as PNG at `path`.
 
-    Returns None, and draws nothing, for a run without rounds.
+    For a run without rounds, draws nothing and returns None.
     """
     rounds = metrics.get("rounds") or []
     if not rounds:
@@ -69,9 +69,9 @@ def score_figure(metrics: Mapping[str, Any], path: Path) -> Path | None:
 def kept_figure(metrics: Mapping[str, Any], path: Path) -> Path | None:
     """Draw the kept heads and FFN neurons of every layer of the teacher over the original ones; saved as PNG at `path`.
 
-    Where queries share keys and values, heads are KV groups, and the queries get bars of their own. A layer that is absent from
-    `plan_layers` was removed and gets an empty bar, as does an attention or FFN with nothing left. The channels of the residual
-    stream (`plan_hidden`) are told in a line. Returns None, and draws nothing, for a run without a plan.
+    Where queries share keys and values, heads are KV groups, and query heads get bars of their own. A removed layer, one that
+    `plan_layers` does not list, gets an empty bar; so does a removed attention or FFN. A line of text gives the kept channels of
+    the residual stream (`plan_hidden`). For a run without a plan, draws nothing and returns None.
     """
     kept = {layer["source"]: layer for layer in metrics.get("plan_layers") or []}
     if not kept:

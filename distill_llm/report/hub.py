@@ -22,8 +22,8 @@ LEFT_OUT = ["checkpoint-*", "*.pt", "*.bin", "**/__pycache__/**", "__pycache__/*
 def push(student_dir: str | Path, repo_id: str, private: bool = False, token: str | None = None) -> str:
     """Upload a student's folder: weights, configuration, tokenizer, model card and evaluation results, in one commit.
 
-    The repository is created where it does not exist. The code in the model card is made to load from it. Checkpoints
-    and optimizer states of training are left out.
+    A repository that does not exist is created. The code in the model card is changed to load from the repository. Checkpoints
+    and optimizer states are left out.
 
     Args:
         student_dir: a folder with a saved model, such as `student/` of a run.
@@ -54,7 +54,7 @@ def push(student_dir: str | Path, repo_id: str, private: bool = False, token: st
             ignore_patterns=LEFT_OUT,
         )
     except OfflineModeIsEnabled as error:
-        raise InputError("HF_HUB_OFFLINE", "1", "0 or unset: pushing needs the Hub") from error
+        raise InputError("HF_HUB_OFFLINE", "1", fix="unset it: pushing needs the Hub") from error
     except LocalTokenNotFoundError as error:
         raise InputError("token", None, "a token with write access (`hf auth login`, or HF_TOKEN)") from error
     except HfHubHTTPError as error:
@@ -71,20 +71,22 @@ def push(student_dir: str | Path, repo_id: str, private: bool = False, token: st
 
 
 def check_push(repo_id: str, field: str) -> None:
-    """What of a push can be known before there is anything to push: the name, a token, whether the Hub is switched off.
+    """Check a push before there is anything to push: the name, the token, and that the Hub is not switched off.
 
     Raises:
         InputError: naming `field`.
     """
     check_repo_id(repo_id, field)
     if is_offline_mode():
-        raise InputError(field, repo_id, "nothing where the Hub is switched off (HF_HUB_OFFLINE is set)")
+        raise InputError(field, repo_id, fix="unset HF_HUB_OFFLINE, or leave the push out: the Hub is switched off")
     if get_token() is None:
-        raise InputError(field, repo_id, "this with a token that may write to it (`hf auth login`, or HF_TOKEN)")
+        raise InputError(
+            field, repo_id, fix="log in first (`hf auth login`, or HF_TOKEN): a push needs a token with write access"
+        )
 
 
 def check_repo_id(repo_id: str, field: str = "repo_id") -> None:
-    """Raise an InputError where the Hub takes no such name of a repository."""
+    """Raise an InputError if the Hub does not accept this repository name."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:

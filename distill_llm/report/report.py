@@ -43,7 +43,7 @@ def write_report(run_dir: str | Path, metrics: Mapping[str, Any]) -> Path:
     if scores:
         parts.append("![Score after every stage of every round](figures/scores.png)")
     if kept:
-        parts += ["## What is left of each layer", "![Kept heads and neurons of each layer](figures/kept.png)"]
+        parts += ["## What is kept of each layer", "![Kept heads and neurons of each layer](figures/kept.png)"]
     parts += ["## Load the student", f"From this folder:\n\n```python\n{usage}```", provenance(metrics)]
     path = run_dir / "report.md"
     path.write_text("\n\n".join(part for part in parts if part) + "\n")
@@ -51,14 +51,14 @@ def write_report(run_dir: str | Path, metrics: Mapping[str, Any]) -> Path:
 
 
 def short_name(metrics: Mapping[str, Any]) -> str:
-    """The teacher's name without owner or folders; the package of one that comes in a package."""
+    """The teacher's name without owner or folders. A teacher from a Python package goes by the package's name."""
     scheme, _, rest = str(metrics["teacher_model"]).rpartition("://")
     parts = rest.rstrip("/").split("/")
     return parts[0] if scheme == "package" else parts[-1]
 
 
 def headline(metrics: Mapping[str, Any]) -> str:
-    """A title: whose student, on which task."""
+    """The title: the teacher, what was done to it, and the task."""
     trained = {"teacher": "distilled", "labels": "fine-tuned"}.get(metrics.get("learned_from") or "")
     done = " and ".join(verb for verb in ("pruned" if metrics.get("rounds") else None, trained) if verb)
     return f"{short_name(metrics)}, {done} on {metrics['task']}"
@@ -81,16 +81,16 @@ def summary(metrics: Mapping[str, Any]) -> str:
 
 
 def notes(metrics: Mapping[str, Any]) -> str:
-    """What must be known to read the results table."""
+    """How to read the results table."""
     lines = [latency_note(metrics), dtype_note(metrics)]
     if len(columns(metrics)) > 2:
         last = ", that of the last round" if len(metrics["rounds"]) > 1 else ""
-        lines.append(f"The columns after the teacher share one architecture{last}, whose costs were measured once.")
+        lines.append(f"The columns after the teacher share one architecture{last}; its costs were measured once.")
     return " ".join(line for line in lines if line)
 
 
 def provenance(metrics: Mapping[str, Any]) -> str:
-    """The versions the run was made with and the time it took, as far as they are known."""
+    """One sentence with the library versions and the time of the run, if metrics has them."""
     versions = ", ".join(f"{name} {version}" for name, version in (metrics.get("versions") or {}).items())
     made = f"Made with {versions}" if versions else ""
     took = f"the run took {duration(metrics['seconds'])}" if metrics.get("seconds") is not None else ""

@@ -10,7 +10,7 @@ MISSING = "–"
 def retention(score: float, teacher_score: float, higher_is_better: bool = True) -> float | None:
     """How much of the teacher's score a student keeps: student / teacher, or teacher / student where lower is better.
 
-    None where the ratio says nothing: the score to divide by is not above zero.
+    None if the score to divide by is zero or below: the ratio would mean nothing.
     """
     part, whole = (score, teacher_score) if higher_is_better else (teacher_score, score)
     return part / whole if whole > 0 else None
@@ -26,10 +26,10 @@ class Column:
 
 
 def columns(metrics: Mapping[str, Any]) -> list[Column]:
-    """The models of a run in order: teacher, then what there is of pruned, compensated and recovered.
+    """The models of a run in order: the teacher, then the pruned, compensated and recovered student, those that exist.
 
-    Pruned and compensated are those of the last round. They have the student's own layers, and so its costs. A student
-    that was never pruned stands alone as `student`.
+    Pruned and compensated are of the last round. They have the same layers as the final student, hence the same costs. A student
+    that was never pruned has one column, `student`.
     """
     student, rounds = metrics["student"], metrics.get("rounds") or []
     found = [Column("teacher", metrics["teacher"]["score"], metrics["teacher"])]
@@ -69,7 +69,7 @@ def results_table(metrics: Mapping[str, Any]) -> str:
 
 
 def rounds_table(metrics: Mapping[str, Any]) -> str:
-    """One line a round: budget, what was kept, the three scores, the seconds of each stage. Empty without rounds."""
+    """A row per round: target, share kept, the three scores, the time of each stage. Empty without rounds."""
     rounds = metrics.get("rounds") or []
     if not rounds:
         return ""
@@ -92,12 +92,12 @@ def latency_note(metrics: Mapping[str, Any]) -> str:
     """One sentence: the device, the batch that was timed, and how the speed-up was measured."""
     size = metrics.get("latency") or {}
     batch = f" on batches of {size['batch_size']} x {size['sequence_length']} tokens" if size else ""
-    paired = " Speed-up: median of paired ratios, teacher and student in turn in one run (smallest–largest)."
+    paired = " Speed-up: median of paired ratios (smallest–largest), teacher and student timed in turn."
     return f"Measured on {metrics['device']}{batch}.{paired if metrics.get('speedup') is not None else ''}"
 
 
 def dtype_note(metrics: Mapping[str, Any]) -> str:
-    """One sentence: in what dtype teacher and student were scored and measured. Empty where that is not known."""
+    """One sentence with the dtypes that teacher and student were scored and measured in; empty if unknown."""
     teacher, student = (metrics[side].get("dtype") for side in ("teacher", "student"))
     if teacher is None or student is None:
         return ""

@@ -85,7 +85,6 @@ def cached_recipe(files, given: dict, *more: str):
     return RUNNER.invoke(app, ["cache", str(files / "own.yaml"), "--output-dir", str(files / "cache"), *more])
 
 
-@pytest.mark.slow
 def test_a_recipe_with_named_columns_and_packed_rows_has_its_cache(files):
     given = recipe(files, data=prompts(files), seed=3)
     result = cached_recipe(files, given, "--k", "200", "--set", "seed=3")
@@ -95,7 +94,6 @@ def test_a_recipe_with_named_columns_and_packed_rows_has_its_cache(files):
     assert cached["student"]["score"] == pytest.approx(online["student"]["score"], rel=1e-3)
 
 
-@pytest.mark.slow
 def test_a_padded_vocabulary_is_cut_and_the_cache_fits_a_student_without_the_padding(files):
     wide = causal_model(vocab_size=128, max_position_embeddings=64)
     wide.save_pretrained(files / "teacher")
@@ -163,7 +161,6 @@ def test_bad_options_are_one_line(files, option, message):
     assert result.exit_code == 2 and message in result.output and "Traceback" not in result.output
 
 
-@pytest.mark.slow
 def test_adapters_learn_and_the_student_is_saved_without_them(files):
     given = recipe(
         files,
@@ -182,7 +179,6 @@ def test_adapters_learn_and_the_student_is_saved_without_them(files):
         distill_llm.run(recipe(files, student={"peft": {"rank": 4}}), files / "other")
 
 
-@pytest.mark.slow
 def test_a_quantised_teacher_teaches(files):
     pytest.importorskip("bitsandbytes")
     given = recipe(files, teacher={"model": str(files / "teacher"), "quantization": "8bit"})

@@ -7,7 +7,6 @@ from random import Random
 import pytest
 import torch
 from builders.causal import causal_model, word_tokenizer, words
-from builders.grids import slow
 from builders.recipes import recipe_for, write_model, write_rows
 from builders.runs import same, weights
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -56,7 +55,7 @@ def score(given: dict, model: Path, **options) -> float:
     return Context(open_recipe(parse_recipe(given))).evaluate(distill_llm.load_pretrained(model, **options))["score"]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, *slow(torch.float32)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_student_is_written_scored_and_measured_in_the_dtype_of_its_teachers_checkpoint(tmp_path, dtype):
     given = recipe(tmp_path, dtype, distillation=DISTILLATION)
     result, run = distill_llm.run(given), tmp_path / "run"
@@ -79,7 +78,7 @@ def test_a_student_is_written_scored_and_measured_in_the_dtype_of_its_teachers_c
         assert f"Scores and costs are of weights in {name}." in file.read_text()
 
 
-@pytest.mark.parametrize("compensate", [True, *slow(False)])
+@pytest.mark.parametrize("compensate", [True, False])
 def test_the_score_of_a_student_that_a_run_only_prunes_is_of_what_is_written(tmp_path, compensate):
     given = recipe(tmp_path, torch.bfloat16, pruning={**PRUNING, "compensate": compensate})
     result = distill_llm.run(given)
@@ -95,7 +94,6 @@ def test_pruning_alone_writes_and_scores_in_the_dtype_of_the_checkpoint(tmp_path
     assert f"perplexity {scores[0]} -> {scores[1]}" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_a_given_student_keeps_the_dtype_of_its_own_checkpoint_and_the_report_names_both(tmp_path):
     student = write_teacher(tmp_path / "small", torch.float16, num_hidden_layers=1)
     alone = {"pruning": None, "student": {"model": student}, "distillation": DISTILLATION}
@@ -112,7 +110,6 @@ def test_a_given_student_keeps_the_dtype_of_its_own_checkpoint_and_the_report_na
     assert same(weights(again.student_dir), before)
 
 
-@pytest.mark.slow
 def test_a_teacher_that_is_fine_tuned_here_is_kept_in_float32_and_measured_in_the_dtype_it_came_in(tmp_path):
     write_model(tmp_path / "teacher", max_position_embeddings=64)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "teacher", dtype=torch.bfloat16)

@@ -145,7 +145,6 @@ def test_how_a_student_is_scored_and_pushed_may_change_in_a_run_but_not_what_dec
         distill_llm.run({**by_flops, "evaluation": scored}, tmp_path / "flops")
 
 
-@pytest.mark.slow
 def test_round_1_cuts_the_teacher_itself_whose_share_is_no_matter_of_a_clock(inputs, tmp_path, monkeypatch):
     seen, cut = [], Cutter.cut
     monkeypatch.setattr(Cutter, "cut", lambda self, a, b, *rest: (seen.append(a is b), cut(self, a, b, *rest))[1])
@@ -154,7 +153,6 @@ def test_round_1_cuts_the_teacher_itself_whose_share_is_no_matter_of_a_clock(inp
     assert seen == [True, False]
 
 
-@pytest.mark.slow
 def test_nothing_that_trained_or_was_pruned_lives_on_when_a_model_is_scored(inputs, tmp_path, monkeypatch):
     kinds, bodies, found = (PreTrainedModel, torch.optim.Optimizer), ("BertModel", "PrunedBertModel"), []
     gc.collect()

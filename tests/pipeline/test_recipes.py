@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from builders.causal import causal_model, word_tokenizer
-from builders.grids import slow
 from builders.recipes import WORDS, write_model
 from transformers import AutoModel, AutoModelForMaskedLM
 
@@ -93,7 +92,7 @@ def decoder(folder: Path, **sizes) -> str:
 
 @pytest.mark.parametrize(
     "name",
-    [*slow("smollm2_width", "llama_width"), "llama_depth"],
+    ["smollm2_width", "llama_width", "llama_depth"],
 )
 def test_decoder_recipes_run_from_text_to_a_student_that_generates(tmp_path, name):
     layers = 8 if name == "llama_depth" else 2

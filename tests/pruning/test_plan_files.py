@@ -74,3 +74,13 @@ def test_broken_plans_are_refused_before_anything_is_cut(model, rows, field):
 def test_a_plan_of_another_family_is_refused(model):
     with pytest.raises(InputError, match="plan.model_type: got 'roberta'; accepted: the model's 'bert'"):
         prune(model, replace(full_plan(model), model_type="roberta"))
+
+
+def test_a_printed_plan_is_one_short_line():
+    rows = [LayerPlan(0, (0, 2), range(48)), LayerPlan(1, (), range(48)), LayerPlan(4, (1,), range(64), (2, 5))]
+    plan = PruningPlan("llama", rows, 0.4567, "a note", hidden=range(24))
+    assert str(plan) == (
+        "llama plan: 3 layers (0-1,4), heads 0 to 2 per layer, neurons 48 to 64 per layer, queries 2 per layer, hidden 24, "
+        "45.7% kept (a note)"
+    )
+    assert "LayerPlan(source=4" in repr(plan)

@@ -22,7 +22,6 @@ from distill_llm.architectures.lineage import LayerPlan
 from distill_llm.training.trainer import DistillationTrainer
 
 
-@pytest.mark.grid(1)
 @pytest.mark.parametrize("name", TERMS)
 @pytest.mark.parametrize("head", ["sequence-classification", "masked-lm", "causal-lm"])
 def test_four_uneven_micro_batches_give_the_gradient_and_log_of_one_batch(tmp_path, name, head):

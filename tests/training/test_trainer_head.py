@@ -45,7 +45,6 @@ def test_scaled_capped_and_tied_heads_give_the_gradients_and_logs_of_whole_logit
     assert_same_step(both_ways(monkeypatch, tmp_path, student, teacher, rows(teacher), BOTH))
 
 
-@pytest.mark.grid(1)
 @pytest.mark.parametrize("head", ["masked-lm", "causal-lm"])
 @pytest.mark.parametrize(
     "losses, settings",
@@ -120,7 +119,6 @@ class Sizes(TorchDispatchMode):
         return result
 
 
-@pytest.mark.grid(1)
 @pytest.mark.parametrize("head", ["masked-lm", "causal-lm"])
 @pytest.mark.parametrize("name", ["labels", "logits", "hidden", "all"])
 def test_neither_training_nor_evaluation_holds_more_logits_than_a_chunk(tmp_path, monkeypatch, head, name):

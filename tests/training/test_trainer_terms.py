@@ -98,6 +98,17 @@ def test_embeddings_of_another_width_are_projected_and_their_projection_learns(t
     assert all(found[name].abs().sum() > 0 for name in projections)
 
 
+def test_projections_are_drawn_in_the_order_in_which_checkpoints_hold_them(tmp_path):
+    teacher, student = causal_model(layers=4), causal_model(layers=2, seed=1, hidden_size=24)
+    losses = {"embeddings": {}, "hidden": {"layers": "uniform"}}
+    projections = trainer_of(tmp_path, student, teacher, [], losses, seed=5).terms.projections
+    assert list(projections) == ["0-1", "1-3", "embeddings"]
+    generator = torch.Generator().manual_seed(5)
+    for linear in projections.values():
+        drawn = torch.empty(32, 24).normal_(0, 24**-0.5, generator=generator)
+        torch.testing.assert_close(linear.weight.detach(), drawn, rtol=0, atol=0)
+
+
 def test_a_student_that_keeps_known_channels_is_compared_with_these_and_needs_no_projection(tmp_path):
     teacher = causal_model(layers=4)
     kept = (*range(0, 32, 2), 31)

@@ -7,10 +7,10 @@ import torch
 from distill_llm.architectures.lineage import Counts
 from distill_llm.common.errors import InputError
 from distill_llm.pruning.importance import Importance
-from distill_llm.pruning.names import UNITS
 from distill_llm.pruning.plan import LayerPlan, PruningPlan
 from distill_llm.pruning.planning.rules import PlanningRules
 from distill_llm.pruning.units.costs import Costs
+from distill_llm.pruning.units.kinds import KINDS
 
 NEAR = 0.99
 """The part of a budget that a plan should use at least."""
@@ -24,21 +24,18 @@ class Choice:
     ) -> None:
         self.scores, self.shapes, self.costs, self.budget, self.rules = scores, shapes, costs, budget, rules
         self.alive = [True] * len(shapes)
-        self.heads = [torch.ones(s["heads"], dtype=torch.bool) for s in shapes]
-        self.neurons = [torch.ones(s["neurons"], dtype=torch.bool) for s in shapes]
+        self.kept = {k: [torch.ones(s[k], dtype=torch.bool) for s in shapes] for k in ("heads", "neurons")}
         self.shared = [s["queries"] // s["heads"] if s["heads"] else 1 for s in shapes]
         self.slots = list(self.shared)
-        # The same as numbers, to be quick.
-        self.head_count = [s["heads"] for s in shapes]
-        self.neuron_count = [s["neurons"] for s in shapes]
+        self.count = {kind: [s[kind] for s in shapes] for kind in self.kept}  # the same as numbers, to be quick
         self.width = costs.hidden
         self.least = rules.least(shapes)
         least_width = rules.least_width(costs.hidden)
         self._least_costs = [costs.of([row], least_width, [i]) for i, row in enumerate(self.least)]
 
     def shape(self, i: int) -> Counts:
-        heads = self.head_count[i]
-        return {"heads": heads, "neurons": self.neuron_count[i], "queries": heads * self.slots[i]}
+        heads = self.count["heads"][i]
+        return {"heads": heads, "neurons": self.count["neurons"][i], "queries": heads * self.slots[i]}
 
     def living(self) -> list[int]:
         return [i for i, alive in enumerate(self.alive) if alive]
@@ -59,66 +56,34 @@ class Choice:
     def fits(self, cost: float) -> bool:
         return cost <= self.budget * (1 + 1e-9)
 
-    def price(self, kind: str, i: int) -> float:
-        """What goes with the next unit of a kind; of channels, with the next step of them."""
-        head = self.costs.group_at(self.width, i) + self.slots[i] * self.costs.query_at(self.width, i)
-        neuron = self.costs.neuron_at(self.width)
-        if kind == "heads":
-            return head
-        if kind == "queries":
-            return self.head_count[i] * self.costs.query_at(self.width, i)
-        if kind == "neurons":
-            return neuron
-        if kind == "hidden":
-            return self.rules.round_to * self.costs.channel(map(self.shape, self.living()))
-        parts = {"attention": self.head_count[i] * head, "ffn": self.neuron_count[i] * neuron}
-        return parts[kind] if kind in parts else self.costs.of([self.shape(i)], self.width, [i])
-
-    def remove(self, kind: str, i: int, j: int) -> bool:
-        """Remove a unit; False where it is gone already or must stay."""
-        if kind == "hidden":
-            self.narrow(self.width - self.rules.round_to)
-            return True
-        if not self.alive[i]:
+    def drop(self, kind: str, i: int, where: slice) -> bool:
+        """Remove heads or neurons of a layer; False where they are gone already or too few would be left."""
+        gone = self.kept[kind][i][where]
+        if self.count[kind][i] - int(gone.sum()) < self.least[i][kind] or not gone.any():
             return False
-        if kind == "layers":
-            others = [k for k in self.rules.last_layers(len(self.shapes)) if self.alive[k] and k != i]
-            if not any(self.fits(self._least_costs[k]) for k in others):
-                return False
-            self.alive[i] = False
-        elif kind in ("heads", "attention"):
-            gone = self.heads[i] if kind == "attention" else self.heads[i][j : j + 1]
-            if self.head_count[i] - int(gone.sum()) < self.least[i]["heads"] or not gone.any():
-                return False
-            self.head_count[i] -= int(gone.sum())
-            gone[:] = False
-        elif kind == "queries":
-            if self.slots[i] == 1:
-                return False
-            self.slots[i] -= 1
-        else:
-            gone = self.neurons[i] if kind == "ffn" else self.neurons[i][j : j + 1]
-            if self.neuron_count[i] - int(gone.sum()) < self.least[i]["neurons"] or not gone.any():
-                return False
-            self.neuron_count[i] -= int(gone.sum())
-            gone[:] = False
+        self.count[kind][i] -= int(gone.sum())
+        gone[:] = False
         return True
+
+    def may_lose_layer(self, i: int) -> bool:
+        """Whether the budget can be met without a layer: by one of the others alone, cut down to the least."""
+        others = [k for k in self.rules.last_layers(len(self.shapes)) if self.alive[k] and k != i]
+        return any(self.fits(self._least_costs[k]) for k in others)
 
     def put_back(self, kind: str, i: int, j: int) -> None:
         """Take a head or a layer back."""
         if kind == "layers":
             self.alive[i] = True
         else:
-            self.heads[i][j] = True
-            self.head_count[i] += 1
+            self.kept[kind][i][j] = True
+            self.count[kind][i] += 1
 
     def keep(self, kind: str, i: int, count: int) -> None:
         """Let the best heads or neurons of a layer stay, this many."""
-        kept, counts = (self.heads, self.head_count) if kind == "heads" else (self.neurons, self.neuron_count)
         best = getattr(self.scores, kind)[i].argsort(descending=True)[:count]
-        kept[i][:] = False
-        kept[i][best] = True
-        counts[i] = count
+        self.kept[kind][i][:] = False
+        self.kept[kind][i][best] = True
+        self.count[kind][i] = count
 
     def narrow(self, width: int) -> None:
         """Let the best channels of the residual stream stay, this many."""
@@ -127,7 +92,7 @@ class Choice:
     def reachable(self, left: float) -> None:
         """Raise InputError if what is left at least is more than the budget."""
         if not self.fits(left):
-            total, units = self.costs.of(self.shapes), " and ".join(u for u in UNITS if u in self.rules.units)
+            total, units = self.costs.of(self.shapes), " and ".join(u for u in KINDS if u in self.rules.units)
             accepted = f"at least {left / total:.4f} when only {units} can be removed"
             kept = [
                 f"{least} {kind}"
@@ -141,9 +106,11 @@ class Choice:
         rows = []
         for i, alive in enumerate(self.alive):
             if alive:
-                heads = tuple(self.heads[i].nonzero().flatten().tolist())
+                heads = tuple(self.kept["heads"][i].nonzero().flatten().tolist())
                 rows.append(
-                    LayerPlan(i, heads, tuple(self.neurons[i].nonzero().flatten().tolist()), self._queries(i, heads))
+                    LayerPlan(
+                        i, heads, tuple(self.kept["neurons"][i].nonzero().flatten().tolist()), self._queries(i, heads)
+                    )
                 )
         share, note = self.cost() / self.costs.of(self.shapes), None
         if abs(share - keep) > 0.01 * keep:

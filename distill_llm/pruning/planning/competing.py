@@ -2,7 +2,6 @@
 
 import heapq
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -13,12 +12,14 @@ from distill_llm.architectures.families import family_of
 from distill_llm.common.errors import InputError, one_of
 from distill_llm.pruning.cutting.stock import stock_accepts
 from distill_llm.pruning.importance import Importance
-from distill_llm.pruning.names import BLOCKS, UNITS, competing_faults
+from distill_llm.pruning.names import competing_faults
 from distill_llm.pruning.plan import PruningPlan
 from distill_llm.pruning.planning.candidate import NEAR, Choice
 from distill_llm.pruning.planning.even_shares import keep_shares
 from distill_llm.pruning.planning.rules import DEFAULT_RULES, PlanningRules
 from distill_llm.pruning.units.costs import Costs
+from distill_llm.pruning.units.kind import Candidate, UnitKind
+from distill_llm.pruning.units.kinds import KINDS
 from distill_llm.pruning.units.sizes import counts_of, hidden_size
 
 
@@ -31,12 +32,11 @@ def check_settings(model: PreTrainedModel, scores: Importance, keep: float, rule
         raise InputError("round_to", rules.round_to, "a whole number of at least 1")
     if rules.scope not in ("global", "local"):
         raise InputError("scope", rules.scope, one_of(("global", "local"), rules.scope))
-    wrong = [unit for unit in units if unit not in UNITS]
-    if wrong or not units:
-        raise InputError("units", list(units), "one or more of " + ", ".join(UNITS))
+    if not units or set(units) - KINDS.keys():
+        raise InputError("units", list(units), "one or more of " + ", ".join(KINDS))
     for fault in competing_faults(units, scores.criterion, rules.scope, rules.uniform, scores.layer_criterion):
         raise fault
-    scores.require(units)
+    scores.require([KINDS[unit].scored for unit in units])
     scores.check(counts_of(model), hidden_size(model))
 
 
@@ -58,9 +58,9 @@ def plan_for_costs(
     accepts = partial(stock_accepts, model.config) if stock else None
     if "hidden" in units and choice.width > rules.round_to:
         choice.narrow(choice.width // rules.round_to * rules.round_to)
-    alone = len(units) == 1 and units[0] in BLOCKS
+    alone = len(units) == 1 and KINDS[units[0]].block
     if alone or (not rules.local and scores.comparable(units)):
-        _together(choice)
+        _Competition(choice).run()
     else:
         keep_shares(choice, accepts)
     if "neurons" in units:
@@ -69,110 +69,105 @@ def plan_for_costs(
     return choice.plan(model.config.model_type, keep)
 
 
-def _together(choice: Choice) -> None:
-    """Remove the least score per cost first until the budget holds.
+class _Competition:
+    """The least score per cost goes first until the budget holds.
 
     Costs only fall while units go, so a candidate's place can only move back: it is looked at again when it comes up. A unit
-    so large that the budget would be missed by more than 1% has to wait until nothing else can go; heads and layers that have
-    room again once it went come back. What heads take too much, `_round_neurons` puts back.
+    so large that the budget would be missed by more than 1% has to wait until nothing else can go. Heads and layers come back
+    where there is room again after it went. Where heads take too much, `_round_neurons` puts neurons back.
     """
-    heap, steps, waiting = [], _channel_steps(choice), []
-    gone: list[tuple[str, int, int]] = []  # what may come back: heads and layers
-    for unit in choice.rules.units:
-        for i, j, value in _candidates(choice, unit, steps):
-            price = choice.price(unit, i)
-            heap.append((value / price if price else math.inf, UNITS.index(unit), i, j, value))
-    heapq.heapify(heap)
-    left, channels = choice.cost(), choice.price("hidden", 0)
 
-    def take(kind: str, i: int, j: int) -> tuple[int, int, float] | None:
-        """Remove a unit; of channels, return the next step of them."""
-        nonlocal left, channels
-        before = channels if kind == "hidden" else choice.price(kind, i)
-        if not choice.remove(kind, i, j):
+    def __init__(self, choice: Choice) -> None:
+        self.choice, self.kinds = choice, list(KINDS.values())
+        self.waiting: list[tuple[UnitKind, int, int, float]] = []
+        self.gone: list[tuple[UnitKind, int, int]] = []  # what may come back
+        self.following: dict[str, list[Candidate]] = {}  # of kinds that go in order
+        self.heap: list[tuple[float, int, int, int, float]] = []
+        for unit in choice.rules.units:
+            kind, found = KINDS[unit], KINDS[unit].candidates(choice)
+            if kind.in_order:
+                self.following[unit], found = found, found[:1]
+            for i, j, value in found:
+                price = kind.price(choice, i)
+                self.heap.append((value / price if price else math.inf, self.kinds.index(kind), i, j, value))
+        heapq.heapify(self.heap)
+        self.left, self.channels = choice.cost(), KINDS["hidden"].price(choice, 0)
+
+    def run(self) -> None:
+        """Remove units until the budget holds, or none is left."""
+        while self.heap and not self.choice.fits(self.left):
+            self._step()
+        if self.choice.fits(self.left):
+            return
+        while self.waiting and not self.choice.fits(self.choice.cost()) and self._take_a_waiting_one():
+            pass
+        for kind, i, j in reversed(self.gone):
+            there = kind.name == "layers" or self.choice.alive[i]
+            if there and self.choice.fits(self.choice.cost() + kind.price(self.choice, i)):
+                self.choice.put_back(kind.name, i, j)
+
+    def _price(self, kind: UnitKind, i: int) -> float:
+        return kind.price(self.choice, i) if kind.in_layer else self.channels
+
+    def _step(self) -> None:
+        """Look at the first candidate: it goes, waits, or has its place behind others now."""
+        ratio, number, i, j, value = heapq.heappop(self.heap)
+        choice, kind = self.choice, self.kinds[number]
+        price = self._price(kind, i)
+        if price <= 0 or (kind.in_layer and not choice.alive[i]):
+            return
+        if value / price > ratio * (1 + 1e-9) and self.heap and value / price > self.heap[0][0]:
+            heapq.heappush(self.heap, (value / price, number, i, j, value))
+        elif not kind.fine and self.left - price + _made_up(choice, kind) < NEAR * choice.budget:
+            self.waiting.append((kind, i, j, value))
+        elif following := self._take(kind, i, j):
+            heapq.heappush(self.heap, (following[2] / self.channels, number, *following))
+
+    def _take(self, kind: UnitKind, i: int, j: int) -> Candidate | None:
+        """Remove a unit; the one that follows it, of a kind that goes in order."""
+        before = self._price(kind, i)
+        if (kind.in_layer and not self.choice.alive[i]) or not kind.remove(self.choice, i, j):
             return None
-        left -= before
-        if kind in ("heads", "layers"):
-            gone.append((kind, i, j))
-        elif kind == "attention":
-            gone[:] = [unit for unit in gone if unit[:2] != ("heads", i)]
-        if "hidden" in choice.rules.units:
-            one = choice.rules.round_to * choice.costs.neuron_[0]
-            channels = channels - one if kind == "neurons" else choice.price("hidden", 0)
-        return (0, j + 1, steps[j + 1]) if kind == "hidden" and j + 1 < len(steps) else None
+        self.left -= before
+        if kind.returns:
+            self.gone.append((kind, i, j))
+        elif kind.block:
+            self.gone = [unit for unit in self.gone if not (unit[0].cuts == kind.cuts and unit[1] == i)]
+        if "hidden" in self.choice.rules.units:
+            one = self.choice.rules.round_to * self.choice.costs.neuron_[0]
+            self.channels = self.channels - one if kind.fine else KINDS["hidden"].price(self.choice, 0)
+        following = self.following.get(kind.name, [])
+        return following[j + 1] if j + 1 < len(following) else None
 
-    while heap and not choice.fits(left):
-        ratio, number, i, j, value = heapq.heappop(heap)
-        kind: str = UNITS[number]
-        price = channels if kind == "hidden" else choice.price(kind, i)
-        if price <= 0 or (kind != "hidden" and not choice.alive[i]):
-            continue
-        if value / price > ratio * (1 + 1e-9) and heap and value / price > heap[0][0]:
-            heapq.heappush(heap, (value / price, number, i, j, value))
-        elif kind != "neurons" and left - price + _made_up(choice, kind) < NEAR * choice.budget:
-            waiting.append((kind, i, j, value))
-        elif following := take(kind, i, j):
-            heapq.heappush(heap, (following[2] / channels, number, *following))
-    if choice.fits(left):
-        return
-    while waiting and not choice.fits(choice.cost()):
-        # Of those that cost about the least, the least score.
-        prices = [choice.price(kind, i) if kind == "hidden" or choice.alive[i] else 0.0 for kind, i, *_ in waiting]
+    def _take_a_waiting_one(self) -> bool:
+        """Of those that cost about the least, remove the least score; False where none costs anything."""
+        alive = self.choice.alive
+        prices = [kind.price(self.choice, i) if not kind.in_layer or alive[i] else 0.0 for kind, i, *_ in self.waiting]
         most = 1.1 * min((price for price in prices if price), default=0.0)
         there = [k for k, price in enumerate(prices) if 0 < price <= most]
         if not there:
-            break
-        kind, i, j, _ = waiting.pop(min(there, key=lambda k: waiting[k][3]))
-        if following := take(kind, i, j):
-            waiting.append((kind, *following))
-    for kind, i, j in reversed(gone):
-        if (kind == "layers" or choice.alive[i]) and choice.fits(choice.cost() + choice.price(kind, i)):
-            choice.put_back(kind, i, j)
+            return False
+        kind, i, j, _ = self.waiting.pop(min(there, key=lambda k: self.waiting[k][3]))
+        if following := self._take(kind, i, j):
+            self.waiting.append((kind, *following))
+        return True
 
 
-def _made_up(choice: Choice, kind: str) -> float:
+def _made_up(choice: Choice, kind: UnitKind) -> float:
     """How much of what a unit takes too much could be made up for with neurons that are gone: for heads only."""
-    if kind != "heads" or "neurons" not in choice.rules.units:
+    if kind.name != "heads" or "neurons" not in choice.rules.units:
         return 0.0
-    gone = sum(
-        s["neurons"] - n for s, n, on in zip(choice.shapes, choice.neuron_count, choice.alive, strict=True) if on
-    )
+    counts = choice.count["neurons"]
+    gone = sum(s["neurons"] - n for s, n, on in zip(choice.shapes, counts, choice.alive, strict=True) if on)
     return gone * choice.costs.neuron_at(choice.width)
-
-
-def _channel_steps(choice: Choice) -> list[float]:
-    """Scores of the steps of `round_to` channels that may go, the least first."""
-    if "hidden" not in choice.rules.units:
-        return []
-    assert choice.scores.hidden is not None
-    ranked = choice.scores.hidden.sort().values[-choice.width :]
-    return [step.sum().item() for step in ranked.split(choice.rules.round_to)[:-1]]
-
-
-def _candidates(choice: Choice, kind: str, steps: Sequence[float]) -> list[tuple[int, int, float]]:
-    """(layer, index, score) of every unit of a kind; of queries, one of every group at a time, the least of each first; of
-    channels, the first step only."""
-    found = getattr(choice.scores, kind)
-    if kind == "hidden":
-        return [(0, 0, value) for value in steps[:1]]
-    if kind in ("heads", "neurons"):
-        return [(i, j, value) for i, row in enumerate(found) for j, value in enumerate(row.tolist())]
-    if kind == "queries":
-        rows = [
-            (i, row.view(-1, choice.shared[i]).sort(dim=1).values.sum(0)[:-1])
-            for i, row in enumerate(found)
-            if len(row)
-        ]
-        return [(i, j, value) for i, row in rows for j, value in enumerate(row.tolist())]
-    return [(i, i, value) for i, value in enumerate(found.tolist())]
 
 
 def _round_neurons(choice: Choice) -> None:
     """Bring every layer's neurons to a multiple of `round_to`, then spend what is left of the budget on whole blocks."""
     alive, step = [i for i, living in enumerate(choice.alive) if living], choice.rules.round_to
     price, scores = choice.costs.neuron_at(choice.width), choice.scores.neurons
-    counts = {i: max(choice.neuron_count[i] // step * step, choice.least[i]["neurons"]) for i in alive}
-    spare = choice.budget - (choice.cost() - price * sum(choice.neuron_count[i] - counts[i] for i in alive))
+    counts = {i: max(choice.count["neurons"][i] // step * step, choice.least[i]["neurons"]) for i in alive}
+    spare = choice.budget - (choice.cost() - price * sum(choice.count["neurons"][i] - counts[i] for i in alive))
     worth = {i: torch.cat([torch.zeros(1), scores[i].sort(descending=True).values.cumsum(0)]) for i in alive}
     while True:
         group = [i for i in alive if choice.shapes[i]["neurons"]] if choice.rules.uniform else []

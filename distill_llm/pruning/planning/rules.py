@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, TypedDict
 
 from distill_llm.pruning.names import Unit
+from distill_llm.pruning.units.kinds import KINDS
 
 Scope = Literal["global", "local"]
 
@@ -61,14 +62,18 @@ class PlanningRules:
         for layer in layers:
             heads, neurons = layer["heads"], layer["neurons"]
             queries = layer["queries"] // heads if heads else 0
-            if "heads" in self.units or ("attention" in self.units and not limits.heads):
+            if self._cuts("heads", limits.heads):
                 heads = min(least_heads, heads, fewest(s["heads"] for s in layers) if self.uniform else heads)
-            if "neurons" in self.units or ("ffn" in self.units and not limits.neurons):
+            if self._cuts("neurons", limits.neurons):
                 has = min(neurons, fewest(s["neurons"] for s in layers)) if self.uniform else neurons
                 neurons = multiple if multiple <= has else has
             queries = heads * (min(queries, 1) if "queries" in self.units else queries)
             rows.append({"heads": heads, "neurons": neurons, "queries": queries})
         return rows
+
+    def _cuts(self, kind: str, limit: int) -> bool:
+        """Whether units of this kind may go from a layer; in whole blocks only where there is no limit."""
+        return any(KINDS[unit].cuts == kind and not (KINDS[unit].block and limit) for unit in self.units)
 
     def last_layers(self, count: int) -> range:
         """Which of `count` layers may be the only one that stays."""

@@ -166,6 +166,36 @@ def test_a_norm_over_fewer_channels_comes_out_as_over_all_in_the_mean(name):
     assert near < 0.5 * far
 
 
+def test_the_bias_of_a_narrower_layer_norm_takes_the_mean_that_all_channels_give():
+    """By hand: the kept channels lie above the others, so that their own mean, which the norm takes away, is far from zero."""
+    norm, kept = nn.LayerNorm(16), torch.arange(8)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 2.0)
+        norm.bias.uniform_(-1.0, 1.0)
+        x = torch.randn(500, 16) + torch.tensor([3.0] * 8 + [-3.0] * 8)
+        full = norm(x)
+    total = MomentsSum(16, x.device, 1.0)
+    total.add(full)
+    weight, bias = rescaled_norm(norm, total.finish(), kept)
+    z = ((full - norm.bias) / norm.weight)[
+        :, kept
+    ].double()  # what all channels make of the kept ones, before weight and bias
+    middle = z.mean()
+    assert middle > 0.5
+    torch.testing.assert_close(bias.double(), (norm.bias + norm.weight * middle)[kept].double(), rtol=1e-4, atol=1e-4)
+    spread = (z.square().mean() - (z.mean(1) ** 2).mean()).sqrt()
+    torch.testing.assert_close(weight.double(), norm.weight[kept].double() * spread, rtol=1e-4, atol=1e-4)
+    # The regression of what all channels give on what the kept ones alone make: its constant is the bias, in the mean.
+    alone = nn.functional.layer_norm(x[:, kept], (8,)).double()
+    for channel in range(8):
+        rows = torch.stack([alone[:, channel], torch.ones(len(x), dtype=torch.float64)], 1)
+        slope, constant = torch.linalg.lstsq(rows, full[:, channel : channel + 1].double()).solution.flatten()
+        at_mean = slope * alone[:, channel].mean() + constant
+        own = weight[channel] * alone[:, channel].mean() + bias[channel]
+        assert abs(at_mean - own) < 0.25 * abs(norm.weight[channel] * middle)
+
+
 def test_moments_of_the_stream_survive_a_file(tmp_path):
     model = family_model("llama", num_hidden_layers=12)
     statistics = collect(model, 2)

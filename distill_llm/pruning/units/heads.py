@@ -1,0 +1,27 @@
+"""Heads: KV groups where queries share keys, each with its queries."""
+
+from typing import TYPE_CHECKING
+
+from distill_llm.pruning.units.kind import Candidate, UnitKind
+
+if TYPE_CHECKING:
+    from distill_llm.pruning.planning.candidate import Choice
+
+
+class Heads(UnitKind):
+    """A group's key and value, and the queries that are left of it."""
+
+    name = scored = cuts = "heads"
+    returns = True
+
+    def candidates(self, choice: "Choice") -> list[Candidate]:
+        """Every head of every layer."""
+        return [(i, j, value) for i, row in enumerate(choice.scores.heads) for j, value in enumerate(row.tolist())]
+
+    def price(self, choice: "Choice", i: int) -> float:
+        """A group and its queries."""
+        return choice.costs.group_at(choice.width, i) + choice.slots[i] * choice.costs.query_at(choice.width, i)
+
+    def remove(self, choice: "Choice", i: int, j: int) -> bool:
+        """One head."""
+        return choice.drop("heads", i, slice(j, j + 1))

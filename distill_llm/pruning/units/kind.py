@@ -1,0 +1,46 @@
+"""What a plan has to know of a kind of unit. Must not import torch: recipes are checked without it."""
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from distill_llm.pruning.planning.candidate import Choice
+
+Candidate = tuple[int, int, float]
+"""A unit that may go: its layer, its index there, its score."""
+
+
+class UnitKind(ABC):
+    """A kind of unit that plans may remove; one object a kind, in the table `KINDS`.
+
+    Attributes:
+        name: what `units` calls it.
+        scored: which of the scores of `Importance` it goes by.
+        cuts: which units of a layer go with it (a key of `LAYER_UNITS`); None: whole layers, or what no layer has for itself.
+        block: whether it is many units at once, which have no share of their own to keep: beside other kinds it has to compete.
+        in_layer: whether a unit belongs to one layer.
+        in_order: whether its units go one after the other, the least first, so that only the next is a candidate.
+        fine: whether it is so small that budgets are met with it.
+        returns: whether a unit comes back where there is room for it again.
+    """
+
+    name: ClassVar[str]
+    scored: ClassVar[str]
+    cuts: ClassVar[str | None] = None
+    block: ClassVar[bool] = False
+    in_layer: ClassVar[bool] = True
+    in_order: ClassVar[bool] = False
+    fine: ClassVar[bool] = False
+    returns: ClassVar[bool] = False
+
+    @abstractmethod
+    def candidates(self, choice: "Choice") -> list[Candidate]:
+        """Every unit that may go."""
+
+    @abstractmethod
+    def price(self, choice: "Choice", i: int) -> float:
+        """What the next unit of layer `i` costs, in what is left."""
+
+    @abstractmethod
+    def remove(self, choice: "Choice", i: int, j: int) -> bool:
+        """Remove a unit; False where it is gone already or must stay."""

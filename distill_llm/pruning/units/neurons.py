@@ -1,0 +1,27 @@
+"""Neurons: intermediate channels of the FFN."""
+
+from typing import TYPE_CHECKING
+
+from distill_llm.pruning.units.kind import Candidate, UnitKind
+
+if TYPE_CHECKING:
+    from distill_llm.pruning.planning.candidate import Choice
+
+
+class Neurons(UnitKind):
+    """One channel between the FFN's linears."""
+
+    name = scored = cuts = "neurons"
+    fine = True
+
+    def candidates(self, choice: "Choice") -> list[Candidate]:
+        """Every neuron of every layer."""
+        return [(i, j, value) for i, row in enumerate(choice.scores.neurons) for j, value in enumerate(row.tolist())]
+
+    def price(self, choice: "Choice", i: int) -> float:
+        """A neuron's rows and columns."""
+        return choice.costs.neuron_at(choice.width)
+
+    def remove(self, choice: "Choice", i: int, j: int) -> bool:
+        """One neuron."""
+        return choice.drop("neurons", i, slice(j, j + 1))
