@@ -42,8 +42,8 @@ LAYER_UNITS: dict[str, LayerUnit] = {
     "queries": LayerUnit("q", by_head=True, within="heads"),
 }
 """In the order of files, and of `LayerPlan`'s arguments."""
-MODEL_UNITS: tuple[str, ...] = ("hidden",)
-"""Kinds of units that no layer has for itself: the channels of the residual stream."""
+MODEL_UNITS: list[str] = ["hidden"]
+"""Kinds of units that belong to the model as a whole: the channels of the residual stream."""
 
 
 @dataclass(frozen=True, init=False)

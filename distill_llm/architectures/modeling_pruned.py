@@ -71,9 +71,6 @@ def _spread(indices: Sequence[int], size: int) -> torch.Tensor:
     return (heads[:, None] * size + torch.arange(size, device="cpu")).flatten()
 
 
-_KINDS = {unit.letter: kind for kind, unit in LAYER_UNITS.items()}
-
-
 def kept_channels(layout: str, row: LayerPlan, counts: Counts, head_size: int) -> torch.Tensor:
     """Which channels of a dimension laid out as `layout` stay in a layer with `counts` that keeps `row`'s units."""
     if layout.startswith("("):
@@ -83,9 +80,10 @@ def kept_channels(layout: str, row: LayerPlan, counts: Counts, head_size: int) -
             rows += [start + query % shared for query in queries if query // shared == group]
             rows += [start + shared, start + shared + 1]
         return _spread(rows, head_size)
+    kinds = {unit.letter: kind for kind, unit in LAYER_UNITS.items()}
     found, offset = [], 0
     for part in layout.split():
-        kind = _KINDS[part.rstrip("/[]")]
+        kind = kinds[part.rstrip("/[]")]
         size = head_size if LAYER_UNITS[kind].by_head and part.isalpha() else 1
         found.append(_spread(row.indices(kind, counts), size) + offset)
         offset += counts[kind] * size
