@@ -32,7 +32,9 @@ def check_pruning(recipe: Recipe, teacher: OpenModel, skeleton: PreTrainedModel)
     except ValueError as error:
         given, accepted = f"{teacher.name} (family {config.model_type})", str(error).partition("accepted: ")[2]
         if config.model_type not in FAMILIES and config.get_text_config().model_type not in FAMILIES:
-            accepted = f"{one_of(FAMILIES, config.model_type)}; to add one: a row in FAMILIES (pruning/families.py)"
+            accepted = (
+                f"{one_of(FAMILIES, config.model_type)}; to add one: a row in FAMILIES (architectures/families.py)"
+            )
         raise InputError(teacher.field, given, accepted) from None
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(

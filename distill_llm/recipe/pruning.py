@@ -181,21 +181,21 @@ def _contradictions(section: PruningSection) -> list[InputError]:
     if section.loss is not None and not reads_loss:
         named = " and ".join(sorted(section.criteria))
         faults.append(InputError("loss", section.loss, fix=f"leave it out: criterion {named} reads no loss"))
-    for name, default, wanted in (
-        ("round_to", 1, ("neurons", "hidden")),
-        ("uniform", False, ("heads", "neurons", "queries")),
-        ("min_heads", 0, ("heads", "attention")),
-        ("min_neurons", 0, ("neurons", "ffn")),
+    for name, wanted in (
+        ("round_to", ("neurons", "hidden")),
+        ("uniform", ("heads", "neurons", "queries")),
+        ("min_heads", ("heads", "attention")),
+        ("min_neurons", ("neurons", "ffn")),
     ):
         value = getattr(section, name)
-        if value != default and not units & set(wanted):
-            accepted = f"{_yaml(default)} where units has none of {', '.join(wanted)}"
-            faults.append(InputError(name, value, accepted))
+        if value != PruningSection.model_fields[name].default and not units & set(wanted):
+            fix = f"leave it out: it counts only where units has {' or '.join(wanted)}"
+            faults.append(InputError(name, value, fix=fix))
     if section.moment_layers is not None and not section.folds:
         fix = "leave it out: there are second moments only where heads, neurons or channels are compensated"
         faults.append(InputError("moment_layers", section.moment_layers, fix=fix))
     if section.offload and not section.checkpointing:
-        faults.append(InputError("checkpointing", False, "true with offload"))
+        faults.append(InputError("checkpointing", False, fix="set it to true: offload needs it"))
     if section.offload and section.cost == "latency":
         faults.append(
             InputError("cost", "latency", "params, flops or memory with offload: latency is measured on the device")
@@ -211,7 +211,7 @@ def _explicit_layers(section: PruningSection) -> list[InputError]:
         faults.append(InputError("keep", section.keep, fix="leave it out: `layers` says what to keep"))
     for name in ("rounds", "cuts"):
         if getattr(section, name) > 1:
-            faults.append(InputError(name, getattr(section, name), "1 where `layers` says what to keep"))
+            faults.append(InputError(name, getattr(section, name), fix="leave it out: `layers` says what to keep"))
     if section.statistics is not None:
         faults.append(InputError("statistics", str(section.statistics), fix="leave it out: `layers` says what to keep"))
     if section.cost == "latency":
@@ -219,7 +219,3 @@ def _explicit_layers(section: PruningSection) -> list[InputError]:
     if min(layers) < 0 or sorted(set(layers)) != layers:
         faults.append(InputError("layers", layers, "distinct indices of layers, counted from 0, ascending"))
     return faults
-
-
-def _yaml(value: Any) -> str:
-    return str(value).lower()

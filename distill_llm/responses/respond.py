@@ -59,13 +59,11 @@ def respond(
         InputError: one line that names the argument or setting, before the teacher's weights are loaded; or afterwards, where
             no response is left.
     """
-    settings = settings or ResponseSettings()
-    processes = open_processes()
+    settings, processes = settings or ResponseSettings(), open_processes()
     opened = open_prompts(teacher, prompts, settings, tokenizer, processes.device)
     work = Work(opened.prompts, settings)
-    folder = ResponseFolder(
-        Path(output_dir), settings.recorded(opened.dtype, work.shard_responses), opened.fingerprints
-    )
+    recorded = settings.recorded(opened.dtype, work.shard_responses)
+    folder = ResponseFolder(Path(output_dir), recorded, opened.fingerprints)
     names = {"teacher": opened.teacher.name, "data": prompts if isinstance(prompts, str) else type(prompts).__name__}
     environment = _environment(processes.device)
     processes.wait_for_everyone()

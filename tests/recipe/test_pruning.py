@@ -62,16 +62,19 @@ def test_units_and_costs_are_those_of_the_library():
         ),
         (
             {"units": ["hidden"], "uniform": True},
-            "pruning.uniform: got True; accepted: false where units has none of heads",
+            "pruning.uniform: got True; leave it out: it counts only where units has heads",
         ),
         (
             {"units": ["heads"], "round_to": 8},
-            "pruning.round_to: got 8; accepted: 1 where units has none of neurons, hidden",
+            "pruning.round_to: got 8; leave it out: it counts only where units has neurons or hidden",
         ),
-        ({"units": ["neurons"], "min_heads": 1}, "pruning.min_heads: got 1; accepted: 0 where units has none of heads"),
+        (
+            {"units": ["neurons"], "min_heads": 1},
+            "pruning.min_heads: got 1; leave it out: it counts only where units has heads",
+        ),
         (
             {"units": ["heads"], "min_neurons": 8},
-            "pruning.min_neurons: got 8; accepted: 0 where units has none of neurons",
+            "pruning.min_neurons: got 8; leave it out: it counts only where units has neurons",
         ),
         (
             {"criterion": "magnitude", "loss": "kl"},
@@ -89,7 +92,7 @@ def test_units_and_costs_are_those_of_the_library():
             {"units": ["layers", "ffn"], "layer_criterion": "block_influence"},
             "pruning.layer_criterion: got 'block_influence'; leave it out where units has layers and ffn together",
         ),
-        ({"keep": None, "layers": [0], "cuts": 2}, "pruning.cuts: got 2; accepted: 1 where `layers`"),
+        ({"keep": None, "layers": [0], "cuts": 2}, "pruning.cuts: got 2; leave it out: `layers`"),
         (
             {"keep": None, "layers": [0], "cost": "latency"},
             "pruning.cost: got 'latency'; accepted: params, flops or memory",
@@ -103,7 +106,7 @@ def test_units_and_costs_are_those_of_the_library():
             {"compensate": False, "moment_layers": 4},
             "pruning.moment_layers: got 4; leave it out: there are second moments",
         ),
-        ({"offload": True}, "pruning.checkpointing: got False; accepted: true with offload"),
+        ({"offload": True}, "pruning.checkpointing: got False; set it to true"),
         (
             {"offload": True, "checkpointing": True, "cost": "latency"},
             "pruning.cost: got 'latency'; accepted: params, flops or memory with offload",
