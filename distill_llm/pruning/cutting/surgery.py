@@ -136,7 +136,7 @@ def _repaired(
     out = slice(None) if plan.hidden is None else torch.tensor(plan.hidden)
     counts = counts_of(model)
     for index, row in enumerate(plan.layers):
-        for kind, (path, layout) in enumerate(((family.attention_out, "q"), (family.ffn_out, "n"))):
+        for kind, (path, layout) in enumerate(family.readers):
             if bypasses is not None and (row.source, path) in bypasses.outputs:
                 continue  # all but its bias is another's
             module = linear(layers_of(model)[row.source], path)
