@@ -18,7 +18,7 @@ from distill_llm.data.encoding import encode, most_tokens
 from distill_llm.data.padding import LENGTH
 from distill_llm.data.spec import DataSpec
 from distill_llm.data.special_tokens import check_tokenizer
-from distill_llm.data.tasks import Task, TaskData, label_names, same_names
+from distill_llm.data.tasks import Task, TaskData, class_name_faults, label_names
 from distill_llm.evaluation.rules import ScoringFields, scoring_faults
 from distill_llm.losses.mapping import cut_from, unequal_widths
 from distill_llm.losses.terms.term import Use
@@ -146,10 +146,7 @@ def _check_student(recipe: Recipe, student: OpenModel, teacher: OpenModel, task:
     names = task.label_names if recipe.teacher.train is not None else label_names(teacher.config)
     config = copy.deepcopy(student.config)
     name_labels(config, task, names, of_task=True)
-    own = label_names(config)
-    if names and own and task.label_names and not same_names(own, names):
-        given = f"{student.name} with labels {list(own)}"
-        raise InputError(student.field, given, f"labels as the teacher has, {list(names)}")
+    raise_all(class_name_faults(label_names(config), names, student.field, student.name))
 
 
 def _shorter(*models: OpenModel | None) -> OpenModel | None:

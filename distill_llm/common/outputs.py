@@ -3,6 +3,8 @@
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -24,14 +26,15 @@ def usable_output(folder: Path, field: str = "output_dir", begun: str | None = N
     accepted = "a new or empty folder, " + (
         "not the working directory" if begun is None else "or one that the same command began"
     )
-    if os.path.lexists(folder) and not folder.is_dir():
-        raise InputError(field, str(folder), accepted)
-    _writable(folder, field, folder, "a folder")
-    if not folder.is_dir() or (begun is not None and (folder / begun).is_file()):
-        return
-    foreign = any(path.suffix != ".partial" for path in folder.iterdir())  # what a stop at the very start left
-    if foreign or (begun is None and folder.samefile(Path.cwd())):
-        raise InputError(field, str(folder), accepted)
+    with _in_one_line(field, folder, accepted):
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise InputError(field, str(folder), accepted)
+        _writable(folder, field, folder, "a folder")
+        if not folder.is_dir() or (begun is not None and (folder / begun).is_file()):
+            return
+        foreign = any(path.suffix != ".partial" for path in folder.iterdir())  # what a stop at the very start left
+        if foreign or (begun is None and folder.samefile(Path.cwd())):
+            raise InputError(field, str(folder), accepted)
 
 
 def usable_file(path: Path, field: str) -> None:
@@ -40,15 +43,14 @@ def usable_file(path: Path, field: str) -> None:
     Raises:
         InputError: naming `field`.
     """
-    if path.is_dir():
-        raise InputError(field, str(path), "the path of a file that can be written")
-    if not path.exists():
-        return _writable(path.parent, field, path, "the path of a file")
-    try:
+    accepted = "the path of a file that can be written"
+    with _in_one_line(field, path, accepted):
+        if path.is_dir():
+            raise InputError(field, str(path), accepted)
+        if not path.exists():
+            return _writable(path.parent, field, path, "the path of a file")
         if path.is_file():
             path.open("ab").close()
-    except OSError as error:
-        raise InputError(field, str(path), f"the path of a file that can be written ({error.strerror})") from None
 
 
 def usable_statistics(path: Path, field: str) -> None:
@@ -64,6 +66,15 @@ def usable_statistics(path: Path, field: str) -> None:
         if os.path.lexists(file) and not is_ours(file):
             accepted = f"the path of a new file, or one with pruning statistics ({file.name} holds something else)"
             raise InputError(field, str(path), accepted)
+
+
+@contextmanager
+def _in_one_line(field: str, path: Path, accepted: str) -> Iterator[None]:
+    """What the system says of a path (a name that is too long, a folder that may not be read), as one line."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(field, str(path), f"{accepted} ({error.strerror})") from None
 
 
 def nearest(path: Path) -> Path:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset
 from transformers import PreTrainedConfig
 
+from distill_llm.common.errors import InputError
+
 if TYPE_CHECKING:
     from distill_llm.data.kinds.base import TaskKind
 
@@ -79,6 +81,21 @@ def label_names(config: PreTrainedConfig) -> tuple[str, ...] | None:
     """The names of a model's classes in order; None where it has none but transformers' LABEL_0, LABEL_1, ..."""
     names = tuple(str(name) for _, name in sorted((config.id2label or {}).items()))
     return None if any(name.startswith("LABEL_") for name in names) else names
+
+
+def class_name_faults(
+    given: Sequence[str] | None, wanted: Sequence[str] | None, field: str, model: str
+) -> list[InputError]:
+    """A fault where a model names its classes otherwise than the one that it is compared with.
+
+    Args:
+        given, wanted: names in the order of the classes; None: a model without names, which agrees with any.
+        field: what gave the model.
+        model: what it is called.
+    """
+    if not given or not wanted or len(wanted) < 2 or same_names(given, wanted):
+        return []
+    return [InputError(field, f"{model} with labels {list(given)}", f"labels {list(wanted)}, in this order")]
 
 
 def same_names(one: Sequence[str], other: Sequence[str]) -> bool:

@@ -140,6 +140,19 @@ def row_faults(
     return faults + (packing_faults(limits.family, field) if facts.packed else [])
 
 
+def batch_faults(limits: InputLimits, batch: Mapping[str, Any], field: str) -> list[InputError]:
+    """A fault where a row of a batch of tensors has more tokens than the model has positions.
+
+    The device is waited for only where the batch, with its padding, is wider than that. Packed rows, which have `position_ids`,
+    are not looked at.
+    """
+    ids, longest = batch.get("input_ids"), limits.longest
+    if ids is None or longest is None or "position_ids" in batch or ids.shape[-1] <= longest:
+        return []
+    mask = batch.get("attention_mask")
+    return row_faults(limits, RowFacts(longest=ids.shape[-1] if mask is None else int(mask.sum(-1).max())), field)
+
+
 def read_rows(rows: Any, limits: InputLimits, tokens: bool = True) -> RowFacts:
     """The facts of encoded rows that matter to a model.
 

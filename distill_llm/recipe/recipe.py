@@ -130,9 +130,8 @@ def recipe_descriptions() -> dict[str, str]:
 
 def find_recipe(name: str) -> Path:
     """Path of a recipe given by path or by the bare name of a shipped one; InputError where there is none."""
-    path = Path(name)
-    if path.is_file():
-        return path
+    if os.path.isfile(name):
+        return Path(name)
     if name in recipe_names():
         return recipe_folder() / f"{name}.yaml"
     raise InputError("RECIPE", name, f"a YAML file, or {one_of(recipe_names(), name)}")

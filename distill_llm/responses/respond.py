@@ -16,13 +16,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import distill_llm
-from distill_llm.common.errors import InputError
+from distill_llm.common.errors import InputError, raise_all
 from distill_llm.common.processes import open_processes
 from distill_llm.common.progress import progress_bar
 from distill_llm.data.causal import CausalCollator
 from distill_llm.models.checkpoint import load_pretrained
 from distill_llm.responses.decoding import Decoder
-from distill_llm.responses.folder import Counts, ResponseFolder, kept_rows
+from distill_llm.responses.folder import Counts, ResponseFolder, Row, kept_rows
 from distill_llm.responses.opening import open_prompts
 from distill_llm.responses.prompts import Source
 from distill_llm.responses.settings import ResponseSettings
@@ -85,14 +85,20 @@ def respond(
     processes.wait_for_everyone()
 
     kept, counts = kept_rows(work.by_prompt(folder), opened.read, settings.keep_truncated)
-    if not kept:
-        fix = "give more: every response was cut off there (`keep_truncated` keeps them, without generating again)"
-        raise InputError("max_new_tokens", settings.max_new_tokens, fix=fix)
+    raise_all(_cut_faults(kept, settings))
     if processes.is_main_process:
         folder.write_kept(kept)
         folder.write_about(names, environment, counts, settings.keep_truncated)
     processes.wait_for_everyone()
     return counts
+
+
+def _cut_faults(kept: Sequence[Row], settings: ResponseSettings) -> list[InputError]:
+    """A fault where no response was kept."""
+    if kept:
+        return []
+    fix = "give more: every response was cut off there (`keep_truncated` keeps them, without generating again)"
+    return [InputError("max_new_tokens", settings.max_new_tokens, fix=fix)]
 
 
 def _generate(work: Work, shards: Sequence[int], decoder: Decoder, folder: ResponseFolder, progress: bool) -> None:

@@ -13,7 +13,7 @@ import torch
 from distill_llm.common.processes import exact_device
 from distill_llm.losses.sparse import SparseTargets, entropy_of
 
-MIN_PROBABILITY = 2.0**-10  # what a top k holds besides the first token; less goes to the rest
+MIN_PROBABILITY = 2.0**-10  # the least of a token of a top k, but for the first; less goes to the rest
 LEVELS = 50  # steps of a ratio of probabilities
 BLOCK = 64  # tokens whose probabilities are summed before one of them is looked for
 BELOW_ONE = 1 - 2**-53
@@ -78,7 +78,7 @@ class ItemCoding:
     def _draws(self, logits: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """k draws an item at evenly spaced points of the cumulative distribution, moved by one random number.
 
-        A token is expected count = k p times, as with independent draws, but its count is off by less than one.
+        A token's expected count is k p, as with independent draws, but its count differs from that by less than one.
         """
         probabilities = torch.nn.functional.pad(logits.softmax(-1), (0, -logits.shape[-1] % BLOCK))
         blocks = probabilities.unflatten(-1, (-1, BLOCK))

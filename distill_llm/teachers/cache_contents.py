@@ -1,4 +1,4 @@
-"""What a teacher cache is made from: fingerprints of teacher and tokenizer, and the different examples of a dataset."""
+"""What a teacher cache is made from: the different examples of a dataset, and fingerprints that tell one source from another."""
 
 import hashlib
 from collections.abc import Mapping
@@ -23,8 +23,11 @@ OTHER_INPUTS = ("token_type_ids", "position_ids")
 class Examples:
     """The different examples of a dataset, sorted by key.
 
-    keys: (E,) of KEY. rows: (E,) a row of the dataset with each. items, tokens: (E,) how many items and valid tokens each has.
-    fingerprint: of all of them, whatever their order and however often they occur.
+    Attributes:
+        keys: (E,) of KEY.
+        rows: (E,) for each example a row of the dataset that has it.
+        items, tokens: (E,) how many items and valid tokens each example has.
+        fingerprint: of all examples, whatever their order and however often they occur.
     """
 
     keys: np.ndarray
@@ -40,7 +43,7 @@ def find_examples(dataset: Dataset, settings: CacheSettings) -> Examples:
     Args:
         dataset: with `input_ids` and, if it has them, `attention_mask`, `labels` (they say which tokens count),
             `token_type_ids` and `position_ids`, each a list as long as the ids.
-        settings: what is stored of an example; those without an item are left out.
+        settings: what is stored of an example; examples without an item are left out.
 
     Raises:
         InputError: no `input_ids`, nothing to store, or examples with the same input ids that are otherwise different.
@@ -108,7 +111,7 @@ def chosen_tokens(example: Mapping[str, Any], settings: CacheSettings) -> tuple[
 def check_fingerprints(
     index: CacheIndex, folder: Path, fingerprints: Mapping[str, str], settings: CacheSettings | None = None
 ) -> None:
-    """Raise one InputError that names everything in which a cache differs from what it is to be used with."""
+    """Raise one InputError that names everything in which a cache differs from its intended use."""
     changed = [name for name, value in fingerprints.items() if index.fingerprints.get(name) != value]
     if settings is not None:
         old, new = vars(index.settings), vars(settings)

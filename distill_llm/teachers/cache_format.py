@@ -19,9 +19,9 @@ examples), then
 
 The tokens of an item go in the order of their ids, and each id is stored as its distance to the one before: the low bytes
 of all, then the next bytes, and so on. One byte a token follows: for `sampled` how often it was drawn, for `topk` how much
-less probable it is than the item's most probable token. The small distances and numbers are what compresses: of three
-bytes for an id under 151,936 about one is left. Only tokens that were drawn take room, and 50 draws from a language model
-hit about half as many tokens.
+less probable it is than the item's most probable token. Small distances and numbers compress well: of
+the three bytes of an id under 151,936 about one is left. Only tokens that were drawn take room, and 50 draws from a language
+model hit about 25 different tokens.
 """
 
 import hashlib
@@ -45,8 +45,8 @@ METHODS = ("sampled", "topk")
 class CacheSettings:
     """What is stored of a teacher.
 
-    The distribution is always stored at temperature 1. Another temperature can be had afterwards of a `full` cache only:
-    of a cut or sampled distribution, the tokens left out would have to be known one by one.
+    The distribution is always stored at temperature 1. Only a `full` cache can be used at another temperature: that needs
+    every token's probability, also of those that a cut or sampled distribution leaves out.
 
     Args:
         k: draws (`sampled`) or most probable tokens (`topk`) per item, 1 to 255. Up to k classes are stored in full.
@@ -55,7 +55,7 @@ class CacheSettings:
         unlabelled: store outputs without a label too (see `losses.items.counted`, which says what an item is).
         classes: only the first logits (vocabularies padded to different sizes); None: all.
         seed: of the draws.
-        dtype: precision of the teacher's weights; None: not said, as of a teacher that is no folder.
+        dtype: precision of the teacher's weights; None: not known.
 
     Raises:
         InputError: names the field.

@@ -4,9 +4,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from distill_llm.common.errors import InputError
+from distill_llm.common.errors import InputError, raise_all
 from distill_llm.data.special_tokens import token_count
-from distill_llm.data.tasks import label_names, same_names
+from distill_llm.data.tasks import class_name_faults, label_names
 from distill_llm.losses.items import kind_of
 
 
@@ -39,9 +39,8 @@ def shared_classes(student: PreTrainedModel, teacher: PreTrainedModel, tokenizer
     if student.config.num_labels != teacher.config.num_labels:
         accepted = f"a teacher with the student's number of labels ({student.config.num_labels})"
         raise InputError("teacher", f"{teacher.config.num_labels} labels", accepted)
-    own, names = label_names(student.config), label_names(teacher.config)
-    if own and names and len(own) > 1 and not same_names(own, names):
-        raise InputError("teacher", f"labels {list(names)}", f"a teacher with labels {list(own)}")
+    names = label_names(teacher.config), label_names(student.config)
+    raise_all(class_name_faults(*names, "teacher", type(teacher).__name__))
     return None
 
 

@@ -47,5 +47,5 @@ class EpochBegins(TrainerCallback):
         self.epoch = epoch
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Before the first batch of an epoch, or of what a resumed training has left of it."""
+        """Before the first batch of an epoch, or of the rest of it where a training is resumed."""
         self.epoch.number = int(state.epoch or 0)

@@ -23,7 +23,7 @@ class EvaluationLoss:
         self.sums = torch.zeros(2, device=accelerator.device)  # of the loss, and of labels
 
     def rows(self, inputs: Mapping[str, Any]) -> int:
-        """How many rows of a batch count, the first ones: those after them repeat others, for processes to have equally many."""
+        """How many of a batch's first rows count: the rows after them are repeats that give every process as many."""
         rows, loader = len(inputs["input_ids"]), self.accelerator.gradient_state
         if self.accelerator.num_processes == 1 or not loader.end_of_dataloader or loader.remainder <= 0:
             return rows

@@ -11,7 +11,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 class GlobalBatchSampler(Sampler[int]):
     """Shuffled indices, a whole number of global batches; the order depends on size, seed and epoch alone.
 
-    The last global batch is filled up with examples from before it, so that every process gets as many.
+    The last global batch is filled with the latest examples of the batches before it, so that every process gets as many.
 
     Args:
         size: number of examples.

@@ -1,7 +1,7 @@
-"""The projections of hidden states in a training: they learn with the student, in a parameter group that is kept apart.
+"""The projections of hidden states in a training: they learn with the student, in a parameter group of their own.
 
-They are whole in each process, whatever is done to the student: what wraps, shards and saves the student's parameters
-never sees them.
+Every process has them whole, also where the student is sharded: the code that wraps, shards and saves the student's
+parameters never sees them.
 """
 
 import os
@@ -28,7 +28,7 @@ def join(optimizer: Optimizer, projections: nn.Module, weight_decay: float) -> N
 
 @contextmanager
 def apart(optimizer: Optimizer, projections: nn.Module) -> Iterator[None]:
-    """The optimizer without the projections, to be saved or loaded as that of the student alone; they come back."""
+    """Inside, the optimizer is that of the student alone, to be saved or loaded; the projections come back afterwards."""
     parameters = list(projections.parameters())
     if not parameters:
         yield

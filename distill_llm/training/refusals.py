@@ -18,7 +18,7 @@ from distill_llm.losses.terms.term import Use
 from distill_llm.models.adapters import UNTIED, is_quantized, tied_adapters, without_adapters
 from distill_llm.models.limits import (
     InputLimits,
-    RowFacts,
+    batch_faults,
     beyond_vocabulary,
     longest_prompt,
     masking_faults,
@@ -172,15 +172,8 @@ def check_prompts(rows: Any, models: Collection[InputLimits], new_tokens: int) -
 def check_batch(batch: Mapping[str, Any], models: Collection[InputLimits]) -> None:
     """Whether student and teacher have positions for the rows of a batch, which may come from a data set that was not read.
 
-    The device is waited for only where a batch is wider than a model has positions.
-
     Raises:
         InputError: a row is too long.
     """
-    ids, longest = batch.get("input_ids"), [limits.longest for limits in models if limits.longest is not None]
-    if ids is None or "position_ids" in batch or ids.shape[-1] <= min(longest, default=ids.shape[-1]):
-        return
-    mask = batch.get("attention_mask")
-    facts = RowFacts(longest=ids.shape[-1] if mask is None else int(mask.sum(-1).max()))
     for limits in models:
-        raise_all(row_faults(limits, facts, "input_ids"))
+        raise_all(batch_faults(limits, batch, "input_ids"))

@@ -1,4 +1,4 @@
-"""What a student's shards (FSDP) need that whole weights do not."""
+"""Generation and clipping where FSDP divides the student's weights among processes."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from torch.nn.utils import get_total_norm
 def whole(model: nn.Module) -> Iterator[None]:
     """Inside, each process has all weights of a model that FSDP2 shards, and a forward waits for no other process.
 
-    For generation, which would gather all weights anew for every token. A model that is not sharded stays as it is.
+    Without this, generation would gather all weights again for every token. A model that is not sharded stays as it is.
     """
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
     # What `set_reshard_after_forward` changes cannot be asked for; parts differ (the last ones keep their weights anyway).

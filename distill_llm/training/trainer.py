@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 
 from distill_llm.architectures.modeling_pruned import CODE_NAMES
@@ -24,13 +22,14 @@ from distill_llm.models.adapters import without_adapters
 from distill_llm.models.limits import limits_of
 from distill_llm.teachers.base import Teacher
 from distill_llm.teachers.wrapping import as_teacher
-from distill_llm.training import projections, teacher_state
+from distill_llm.training import teacher_state
 from distill_llm.training.batches import EpochBegins, TrainingCollator
 from distill_llm.training.config import DistillationConfig
 from distill_llm.training.evaluation_loss import EvaluationLoss
 from distill_llm.training.loss import LossSettings, TrainingLoss
 from distill_llm.training.on_policy import MARK, StudentResponses
 from distill_llm.training.order import GlobalBatchSampler
+from distill_llm.training.projecting_trainer import ProjectingTrainer
 from distill_llm.training.refusals import (
     check_arguments,
     check_batch,
@@ -39,11 +38,11 @@ from distill_llm.training.refusals import (
     check_prompts,
     check_teacher,
 )
-from distill_llm.training.shards import clip_with, whole
+from distill_llm.training.shards import whole
 from distill_llm.training.teacher_state import StepsDone
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(ProjectingTrainer):
     """Trains a student on the objective of its `DistillationConfig`. Every other feature is the Trainer's own.
 
     Each term is a sum over its items (labelled examples or tokens, examples, or valid tokens) divided by the number of
@@ -214,39 +213,6 @@ class DistillationTrainer(Trainer):
             total = self.loss.of_labels_alone(model, inputs, self._evaluated.rows(inputs))
         return total / self._evaluated.add(total, inputs).clamp(min=1), None, None
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As `Trainer.training_step`; averages the projections' gradients over processes, as DDP does the student's."""
-        loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
-            for parameter in self.terms.projections.parameters():
-                if parameter.grad is not None:
-                    parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
-        return loss
-
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        if self.is_fsdp_enabled:
-            return self._clip_shards(model, self.args.max_grad_norm)
-        learned = nn.ModuleList([model, self.terms.projections])
-        if not self._sees_all_gradients:
-            return super()._clip_grad_norm(learned)
-        # As torch's clip_grad_norm_, but gradients that are short enough are not multiplied by 1.
-        norm = get_total_norm(_gradients(learned))
-        if norm + 1e-6 > self.args.max_grad_norm:
-            clip_grads_with_norm_(learned.parameters(), self.args.max_grad_norm, norm)
-        return norm
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        if grad_norm is None and self.is_fsdp_enabled:
-            return self._clip_shards(model, float("inf"))
-        learned = nn.ModuleList([model, self.terms.projections])
-        if grad_norm is None and self._sees_all_gradients:
-            return get_total_norm(_gradients(learned))
-        return super()._get_grad_norm(learned, grad_norm)
-
-    def _clip_shards(self, model: nn.Module, longest: float) -> torch.Tensor:
-        norm = super()._get_grad_norm(model)  # accelerate knows the model by the list of its own parameters
-        return clip_with(norm, model.parameters(), self.terms.projections.parameters(), longest)
-
     @property
     def _readers(self) -> tuple[PreTrainedModel, ...]:
         """The teacher's models that read batches."""
@@ -259,11 +225,6 @@ class DistillationTrainer(Trainer):
             return "DeepSpeed"
         fsdp = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         return None if fsdp is None else f"FSDP{fsdp.fsdp_version}"
-
-    @property
-    def _sees_all_gradients(self) -> bool:
-        """Whether each process holds whole gradients, and looking at their norm makes no device wait."""
-        return self.args.device.type == "cpu" and not self.is_fsdp_enabled and not self.is_deepspeed_enabled
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`, with the mean of each term over the steps since the last log that it counted in, and processes."""
@@ -310,29 +271,15 @@ class DistillationTrainer(Trainer):
             read = [name for reader in self._readers for name in inspect.signature(reader.forward).parameters]
             self._signature_columns = list(dict.fromkeys([*known, *read]))  # type: ignore
 
-    # Projections belong to the loss: optimised and checkpointed with the run, never part of the student.
-
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
-        """As `Trainer.create_scheduler`; before, the projections join the optimizer, which is wrapped by now."""
-        assert self.optimizer is not None
-        projections.join(self.optimizer, self.terms.projections, self.args.weight_decay)
-        return super().create_scheduler(num_training_steps, optimizer)
+    # What a checkpoint has besides.
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        assert self.optimizer is not None
-        with projections.apart(self.optimizer, self.terms.projections):
-            super()._save_optimizer_and_scheduler(output_dir)
-        if len(self.terms.projections) and self.args.should_save:
-            projections.save(self.optimizer, self.terms.projections, output_dir)
+        super()._save_optimizer_and_scheduler(output_dir)
         if self.teacher is not None and self.args.should_save:
             teacher_state.save(self.teacher, output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        assert self.optimizer is not None
-        with projections.apart(self.optimizer, self.terms.projections):
-            super()._load_optimizer_and_scheduler(checkpoint)
-        if len(self.terms.projections) and checkpoint is not None:
-            projections.load(self.optimizer, self.terms.projections, checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)
         if self.teacher is not None and checkpoint is not None:
             teacher_state.load(self.teacher, checkpoint)
 
@@ -342,10 +289,6 @@ class DistillationTrainer(Trainer):
             if os.path.isfile(code) and self.is_world_process_zero():
                 shutil.copy(code, str(self.args.output_dir))  # the Trainer's own list of files to push has no code
         super()._push_from_checkpoint(checkpoint_folder)
-
-
-def _gradients(model: nn.Module) -> list[torch.Tensor]:
-    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 
 def _lengths(data: Any, column: str) -> list[int]:

@@ -45,12 +45,14 @@ def test_a_model_without_bounds_refuses_nothing():
 
 @pytest.mark.parametrize("kind", [Dataset.from_list, list, tuple])
 def test_facts_of_rows_are_those_of_a_row_by_row_look(kind):
-    ids = [[1, 2, 3], [4], [5, 11, 6, 12], [7] * 2500]
+    ids = [[1, 2, 3], [4], [11, 5, 6, 12], [7] * 2500]
     rows = [{"input_ids": each, "attention_mask": [1] * len(each)} for each in ids] * 700  # more than are read at once
     found = read_rows(kind(rows), SMALL)
     beyond = next((i, max(each)) for i, each in enumerate(ids) if max(each) >= 10)
     assert found == RowFacts(longest=2500, beyond=(beyond[0], 11), packed=False) and beyond == (2, 12)
     assert read_rows(kind(rows), SMALL, tokens=False).beyond is None
+    fine = [{"input_ids": [1, 2]}] * 1500
+    assert read_rows(kind([*fine, {"input_ids": [10]}, *fine]), SMALL).beyond == (1500, 10)
     assert read_rows(iter(rows), SMALL) == RowFacts(), "what may be read once only is not read"
 
 

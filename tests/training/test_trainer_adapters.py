@@ -125,7 +125,7 @@ def test_adapters_are_refused_where_merging_them_would_change_another_module_too
                     parameter.normal_(0, 0.2)
         adapted.eval()
         assert not torch.allclose(merged(adapted)(**batch).logits, adapted(**batch).logits, atol=0.1), "now it is right"
-        with pytest.raises(InputError, match=f"model: got 'adapters on {module}'; .*modules_to_save") as error:
+        with pytest.raises(InputError, match=f"model: got '{module}'; .*modules_to_save") as error:
             trainer_of(tmp_path, adapted, None, [], {"labels": {}})
         assert "\n" not in str(error.value)
         saved = peft.get_peft_model(before, peft.LoraConfig(r=4, target_modules="all-linear", modules_to_save=[module]))

@@ -13,6 +13,7 @@ from builders.models import random_batch, tiny_model
 from builders.trainers import TERMS, pruned_student, rows, trainer_of
 from safetensors import safe_open
 
+from distill_llm.architectures.modeling_pruned import CODE_NAMES
 from distill_llm.teachers import OnlineTeacher
 from distill_llm.training.projections import PROJECTIONS_NAME
 from distill_llm.training.trainer import DistillationConfig, DistillationTrainer
@@ -112,7 +113,7 @@ def test_the_trainers_own_push_has_the_code_that_a_pruned_student_is_loaded_with
     trainer.save_model(tmp_path / "checkpoint-1", _internal_call=True)
     trainer._push_from_checkpoint(str(tmp_path / "checkpoint-1"))
     source = Path(importlib.util.find_spec("distill_llm.architectures.modeling_pruned").origin).parent
-    assert uploads == [{name: (source / name).read_text() for name in ("modeling_pruned.py", "families.py")}]
+    assert uploads == [{name: (source / name).read_text() for name in CODE_NAMES}]
     assert "modeling_pruned" in (tmp_path / "run" / "config.json").read_text()
 
 

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 from distill_llm.architectures.families import layers_of
 from distill_llm.architectures.modes import frozen
-from distill_llm.common.errors import InputError
+from distill_llm.common.errors import InputError, raise_all
 from distill_llm.losses.items import valid_tokens
+from distill_llm.models.limits import batch_faults, limits_of
 from distill_llm.models.placement import check_in_memory, checkpointed, streamed
 from distill_llm.pruning.statistics.calibration_loss import Loss, calibration_loss
 from distill_llm.pruning.statistics.fast_backward import fast_backward
@@ -92,12 +93,17 @@ class CalibrationPass:
 
         Returns:
             the numbers of examples and of tokens of all processes, padding left out.
+
+        Raises:
+            InputError: a row is longer than the model's positions.
         """
         device, settings, generator = self.device, self.settings, torch.Generator(device=self.device)
         rank, processes = process() if settings.sharded else (0, 1)
         autocast = torch.autocast(device.type, settings.precision, enabled=settings.precision is not None)
         examples = tokens = 0
+        limits = limits_of(self.model.config, type(self.model).__name__)
         for number, batch in enumerate(batches):
+            raise_all(batch_faults(limits, batch, "dataloader"))
             mask, before = valid_tokens(batch), tokens
             examples, tokens = examples + len(mask), tokens + int(mask.sum())
             if number % processes != rank:

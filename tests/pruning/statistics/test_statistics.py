@@ -316,3 +316,15 @@ def test_a_model_that_is_offloaded_or_spread_over_devices_is_refused_in_one_line
         with pytest.raises(InputError, match=f"model: got .*{given}.*; accepted: .*whole on one device") as error:
             use()
         assert "\n" not in str(error.value)
+
+
+def test_rows_longer_than_the_models_positions_are_refused_in_one_line():
+    model = tiny_model(max_position_embeddings=12)
+    batch = random_batch(model, batch=2, length=13)
+    batch["attention_mask"][:, 12:] = 0
+    short = {name: values[:, :12] if values.dim() == 2 else values for name, values in batch.items()}
+    assert collect(model, [short]).examples == 2
+    batch["attention_mask"][:] = 1
+    line = "^dataloader: got 'a row of 13 tokens'; accepted: rows of at most 12 tokens, the longest input of Bert"
+    with pytest.raises(InputError, match=line):
+        collect(model, [short, batch])
