@@ -130,8 +130,11 @@ def _repaired(
     statistics: Statistics | None,
     bypasses: Bypasses | None,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
-    """By the student's names: compensated weight (outputs, kept inputs) and bias of the attention-output and FFN-down linears
-    that lose an input or take over what others added, and those of norms that take another's place."""
+    """Weights and biases that change, by the student's names.
+
+    These are the attention-output and FFN-down linears, (outputs, kept inputs), that lose an input or take over what others
+    added, and the norms that take another's place.
+    """
     family, dims, prefix, found = family_of(model), dims_of(model.config), layer_prefix(model), {}
     out = slice(None) if plan.hidden is None else torch.tensor(plan.hidden)
     counts = counts_of(model)
