@@ -68,3 +68,8 @@ class Family(Facts):
     stock: tuple[str, ...] = ("neurons", "layers")
     dividing: bool = False
     forms: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+
+    @property
+    def readers(self) -> tuple[tuple[str, str], ...]:
+        """(path, layout of its inputs) of the linears of a layer that read its units: pruning cuts and masks there."""
+        return (self.attention_out, "q"), (self.ffn_out, "n")

@@ -100,7 +100,7 @@ def layer_axes(layer: nn.Module, family: Family) -> dict[str, tuple[int, str]]:
             continue
         for name, _ in modules[path].named_parameters(recurse=False):
             axes[f"{path}.{name}"] = (int(name == "weight" and isinstance(modules[path], Conv1D)), layout)
-    for path, layout in ((family.attention_out, "q"), (family.ffn_out, "n")):
+    for path, layout in family.readers:
         axes[f"{path}.weight"] = (int(not isinstance(modules[path], Conv1D)), layout)
     return axes
 

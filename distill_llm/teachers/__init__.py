@@ -3,10 +3,11 @@
 May import: common, architectures, losses, data, models.
 """
 
+from distill_llm.losses.terms.term import Gives
 from distill_llm.models.quantized import load_teacher
 from distill_llm.teachers.base import Teacher
 from distill_llm.teachers.cache import CachedTeacher
 from distill_llm.teachers.online import OnlineTeacher
 from distill_llm.teachers.wrapping import as_teacher
 
-__all__ = ["CachedTeacher", "OnlineTeacher", "Teacher", "as_teacher", "load_teacher"]
+__all__ = ["CachedTeacher", "Gives", "OnlineTeacher", "Teacher", "as_teacher", "load_teacher"]

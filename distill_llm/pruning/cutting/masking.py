@@ -44,7 +44,7 @@ def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[PreTrainedMode
                 stack.callback(layer.register_forward_hook(_pass_on, with_kwargs=True).remove)
                 continue
             row = rows[index]
-            for path, layout in ((family.attention_out, "q"), (family.ffn_out, "n")):
+            for path, layout in family.readers:
                 module = linear(layer, path)
                 mask = torch.zeros(inputs_of(module), device=module.weight.device)
                 mask[kept_channels(layout, row, counts[index], head_size)] = 1

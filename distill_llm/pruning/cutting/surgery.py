@@ -130,13 +130,16 @@ def _repaired(
     statistics: Statistics | None,
     bypasses: Bypasses | None,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
-    """By the student's names: compensated weight (outputs, kept inputs) and bias of the attention-output and FFN-down linears
-    that lose an input or take over what others added, and those of norms that take another's place."""
+    """Weights and biases that change, by the student's names.
+
+    These are the attention-output and FFN-down linears, (outputs, kept inputs), that lose an input or take over what others
+    added, and the norms that take another's place.
+    """
     family, dims, prefix, found = family_of(model), dims_of(model.config), layer_prefix(model), {}
     out = slice(None) if plan.hidden is None else torch.tensor(plan.hidden)
     counts = counts_of(model)
     for index, row in enumerate(plan.layers):
-        for kind, (path, layout) in enumerate(((family.attention_out, "q"), (family.ffn_out, "n"))):
+        for kind, (path, layout) in enumerate(family.readers):
             if bypasses is not None and (row.source, path) in bypasses.outputs:
                 continue  # all but its bias is another's
             module = linear(layers_of(model)[row.source], path)

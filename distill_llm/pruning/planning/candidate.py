@@ -34,26 +34,30 @@ class Choice:
         self._least_costs = [costs.of([row], least_width, [i]) for i, row in enumerate(self.least)]
 
     def shape(self, i: int) -> Counts:
+        """How many units of every kind layer `i` keeps."""
         heads = self.count["heads"][i]
         return {"heads": heads, "neurons": self.count["neurons"][i], "queries": heads * self.slots[i]}
 
     def living(self) -> list[int]:
+        """The layers that stay."""
         return [i for i, alive in enumerate(self.alive) if alive]
 
     def cost(self) -> float:
+        """The cost of everything that stays."""
         return self.costs.of(map(self.shape, self.living()), self.width, self.living())
 
     def least_cost(self) -> float:
-        """What is left when all goes that may go; one layer always stays."""
+        """The cost when everything is removed that may be removed; one layer always stays."""
         if "layers" not in self.rules.units:
             return sum(self._least_costs)
         return min(self._least_costs[i] for i in self.rules.last_layers(len(self.shapes)))
 
     def least_of(self, layers: Sequence[int]) -> float:
-        """What is left of these layers when all goes of them that may go."""
+        """The cost of these layers when everything is removed from them that may be removed."""
         return sum(self._least_costs[i] for i in layers)
 
     def fits(self, cost: float) -> bool:
+        """Whether a cost is within the budget."""
         return cost <= self.budget * (1 + 1e-9)
 
     def drop(self, kind: str, i: int, where: slice) -> bool:
@@ -71,7 +75,7 @@ class Choice:
         return any(self.fits(self._least_costs[k]) for k in others)
 
     def put_back(self, kind: str, i: int, j: int) -> None:
-        """Take a head or a layer back."""
+        """Undo the removal of a head or a layer."""
         if kind == "layers":
             self.alive[i] = True
         else:
@@ -79,18 +83,18 @@ class Choice:
             self.count[kind][i] += 1
 
     def keep(self, kind: str, i: int, count: int) -> None:
-        """Let the best heads or neurons of a layer stay, this many."""
+        """Keep the best `count` heads or neurons of a layer."""
         best = getattr(self.scores, kind)[i].argsort(descending=True)[:count]
         self.kept[kind][i][:] = False
         self.kept[kind][i][best] = True
         self.count[kind][i] = count
 
     def narrow(self, width: int) -> None:
-        """Let the best channels of the residual stream stay, this many."""
+        """Keep the best `width` channels of the residual stream."""
         self.width = width
 
     def reachable(self, left: float) -> None:
-        """Raise InputError if what is left at least is more than the budget."""
+        """Raise InputError if the least cost, `left`, is above the budget."""
         if not self.fits(left):
             total, units = self.costs.of(self.shapes), " and ".join(u for u in KINDS if u in self.rules.units)
             accepted = f"at least {left / total:.4f} when only {units} can be removed"

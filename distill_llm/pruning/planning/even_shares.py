@@ -30,8 +30,8 @@ def _up(count: float) -> float:
 def keep_shares(choice: Choice, accepts: Accepts | None) -> None:
     """Each kind keeps the same share: over all layers, or within each (`local`); neurons take up what the others leave over.
 
-    Other units are dear: their nearest numbers stay, if the neurons can make up for the difference; of numbers that the
-    family's own config `accepts` the nearest, if there are any.
+    Other units are large, so they keep the nearest whole number for which the neurons can make up the difference. Where there
+    are numbers that the family's own config `accepts`, they keep the nearest of these.
     """
     if "layers" in choice.rules.units:
         _choose_layers(choice)

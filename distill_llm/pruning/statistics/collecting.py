@@ -30,9 +30,9 @@ from distill_llm.pruning.statistics.moments import Moments, MomentsSum
 from distill_llm.pruning.statistics.processes import sum_over_processes
 from distill_llm.pruning.statistics.record import Statistics
 from distill_llm.pruning.statistics.settings import DEFAULT_SETTINGS, CalibrationSettings
+from distill_llm.pruning.statistics.stream import channel_readers, seen, stream_readers, stream_tensors
 from distill_llm.pruning.statistics.unit_sums import UnitSums, stacked
 from distill_llm.pruning.units.sizes import counts_of, head_size_of, linear, weight_of
-from distill_llm.pruning.units.stream import channel_readers, seen, stream_readers, stream_tensors
 
 
 def collect_statistics(
@@ -88,7 +88,7 @@ class _PassSums:
         self.taps: list[nn.Linear | Conv1D] = []  # the attention-output and the FFN-down linear of each layer in turn
         self.units: list[UnitSums] = []
         for layer, counts in zip(self.layers, counts_of(model), strict=True):
-            out, down = (linear(layer, path) for path in (family.attention_out, family.ffn_out))
+            out, down = (linear(layer, path) for path, _ in family.readers)
             queries = counts["queries"] // counts["heads"] if counts["heads"] else 1
             self.taps += [out, down]
             self.units += [UnitSums([out], (head_size, head_size * queries), device), UnitSums([down], (1,), device)]

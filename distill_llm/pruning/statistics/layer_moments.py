@@ -52,7 +52,7 @@ class LayerMoments(Sequence[tuple[Moments, Moments]]):
         calibration, family = self.calibration, family_of(self.calibration.model)
         settings = calibration.settings
         every = list(layers_of(calibration.model))
-        taps = [linear(every[i], path) for i in layers for path in (family.attention_out, family.ffn_out)]
+        taps = [linear(every[i], path) for i in layers for path, _ in family.readers]
         sums = [MomentsSum(weight_of(tap).shape[1], calibration.device, settings.moment_share) for tap in taps]
         batch = calibration.batch()
         with ExitStack() as stack:

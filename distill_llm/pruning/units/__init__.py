@@ -1,4 +1,4 @@
-"""Units of a model (heads, neurons, channels): how many there are, what each costs, where the residual stream reads them.
+"""Kinds of units (heads, neurons, channels, ...), a file each, and their table; how many a model has, and what each costs.
 
 May import of pruning: nothing.
 """

@@ -32,8 +32,8 @@ def second_moment_bytes(model: PreTrainedModel, inner: bool = True, hidden: bool
         hidden: of what the norms of the residual stream give out, two in a layer.
     """
     family, layers = family_of(model), layers_of(model)
-    paths = (family.attention_out, family.ffn_out) if inner else ()
-    channels = [weight_of(linear(layer, path)).shape[1] for layer in layers for path in paths]
+    readers = family.readers if inner else ()
+    channels = [weight_of(linear(layer, path)).shape[1] for layer in layers for path, _ in readers]
     channels += [hidden_size(model)] * (2 * len(layers) + 1) if hidden else []
     return sum(4 * count**2 for count in channels)
 
@@ -54,7 +54,7 @@ def _family(model: PreTrainedModel) -> Family:
             "model", "a quantized model", "its full-precision original: prune first, then quantize the student"
         )
     family = family_of(model)
-    for path in (*family.attention_in, family.attention_out, *family.ffn_in, family.ffn_out):
+    for path in (*family.attention_in, *family.ffn_in, *(path for path, _ in family.readers)):
         for layer in layers_of(model):
             module = dict(layer.named_modules()).get(path)
             if hasattr(module, "base_layer"):

@@ -18,7 +18,7 @@ from distill_llm.pruning.statistics.collecting import collect_statistics
 from distill_llm.pruning.statistics.moments import MomentsSum
 from distill_llm.pruning.statistics.record import Statistics
 from distill_llm.pruning.statistics.settings import CalibrationSettings
-from distill_llm.pruning.units.stream import stream_norms, stream_tensors
+from distill_llm.pruning.statistics.stream import stream_norms, stream_tensors
 
 HALF = HIDDEN // 2
 
