@@ -10,6 +10,7 @@ from rich.table import Table
 
 from distill_llm.cli.options import ChatTemplateKwargs, Columns, DataPath, ModelName, TaskName, as_options, read_columns
 from distill_llm.cli.output import load_model, say
+from distill_llm.common.files import written_whole
 from distill_llm.common.outputs import usable_file
 from distill_llm.recipe.yaml_input import read_mapping
 
@@ -45,18 +46,19 @@ def evaluate(
     usable_file(output, "--output")
     from distill_llm.data.spec import DataSpec
 
-    spec = DataSpec(
-        task,
-        data,
-        read_columns(columns),
-        max_length,
-        seed=seed,
-        metric=metric,
-        max_new_tokens=max_new_tokens,
-        chat=chat,
-        chat_template_kwargs=read_mapping(chat_template_kwargs, "--chat-template-kwargs"),
-    )
-    _score(model, spec, batch_size, output)
+    with as_options(signature(evaluate).parameters, {"model": "MODEL"}):
+        spec = DataSpec(
+            task,
+            data,
+            read_columns(columns),
+            max_length,
+            seed=seed,
+            metric=metric,
+            max_new_tokens=max_new_tokens,
+            chat=chat,
+            chat_template_kwargs=read_mapping(chat_template_kwargs, "chat_template_kwargs"),
+        )
+        _score(model, spec, batch_size, output)
 
 
 def _score(model: str, spec: "DataSpec", batch_size: int, output: Path) -> None:
@@ -66,13 +68,12 @@ def _score(model: str, spec: "DataSpec", batch_size: int, output: Path) -> None:
     from distill_llm.data.sources import resolve_path
     from distill_llm.evaluation.evaluate import evaluate_model
 
-    with as_options(signature(evaluate).parameters, {"model": "MODEL"}):
-        opened = open_scoring(model, spec)
-        task, rows = opened.data.task, opened.data.test
-        pad = collator(task, opened.model.tokenizer, seed=spec.seed)
-        metrics = evaluate_model(load_model(opened.model), rows, task, pad, batch_size=batch_size)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({"model": model, "task": spec.task, **metrics}, indent=2) + "\n", encoding="utf-8")
+    opened = open_scoring(model, spec)
+    task, rows = opened.data.task, opened.data.test
+    pad = collator(task, opened.model.tokenizer, seed=spec.seed)
+    metrics = evaluate_model(load_model(opened.model), rows, task, pad, batch_size=batch_size)
+    with written_whole(output) as file:
+        file.write_text(json.dumps({"model": model, "task": spec.task, **metrics}, indent=2) + "\n", encoding="utf-8")
     table = Table("metric", "value", title=f"{model} on {task.name}, {len(rows)} examples")
     for name, value in metrics.items():
         table.add_row(name, f"{value:.4f}")
