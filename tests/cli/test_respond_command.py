@@ -42,7 +42,7 @@ def test_it_says_what_is_ahead_and_what_was_kept(folder: Path) -> None:
     assert "11 prompts, 22 responses to generate, at most 440 tokens\n" in result.output
     assert "tokens/s" in result.stderr
     kept = len(rows_of(folder / "out"))
-    assert "prompts:   11 (1 repeated ones left out)" in result.stdout
+    assert "prompts:   11 (1 repeated prompts left out)" in result.stdout
     assert f"kept:      {kept} ({kept / 22:.1%}) in out" in result.stdout and kept
     again = call("--max-new-tokens", "20", "--samples", "2", "--temperature", "0.7", "--seed", "3")
     assert again.stdout == result.stdout.partition("\n")[2]  # nothing is ahead any more

@@ -58,7 +58,7 @@ def test_units_and_costs_are_those_of_the_library():
         ),
         (
             {"units": ["hidden"], "scope": "local"},
-            "pruning.scope: got 'local'; accepted: global where units is [hidden]",
+            "pruning.scope: got 'local'; accepted: global with units [hidden]",
         ),
         (
             {"units": ["hidden"], "uniform": True},
@@ -104,7 +104,7 @@ def test_units_and_costs_are_those_of_the_library():
         ),
         (
             {"compensate": False, "moment_layers": 4},
-            "pruning.moment_layers: got 4; leave it out: there are second moments",
+            "pruning.moment_layers: got 4; leave it out: only compensation",
         ),
         ({"offload": True}, "pruning.checkpointing: got False; set it to true"),
         (
