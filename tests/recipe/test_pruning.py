@@ -62,19 +62,19 @@ def test_units_and_costs_are_those_of_the_library():
         ),
         (
             {"units": ["hidden"], "uniform": True},
-            "pruning.uniform: got True; leave it out: it counts only where units has heads",
+            "pruning.uniform: got True; leave it out: it counts only if units has heads",
         ),
         (
             {"units": ["heads"], "round_to": 8},
-            "pruning.round_to: got 8; leave it out: it counts only where units has neurons or hidden",
+            "pruning.round_to: got 8; leave it out: it counts only if units has neurons or hidden",
         ),
         (
             {"units": ["neurons"], "min_heads": 1},
-            "pruning.min_heads: got 1; leave it out: it counts only where units has heads",
+            "pruning.min_heads: got 1; leave it out: it counts only if units has heads",
         ),
         (
             {"units": ["heads"], "min_neurons": 8},
-            "pruning.min_neurons: got 8; leave it out: it counts only where units has neurons",
+            "pruning.min_neurons: got 8; leave it out: it counts only if units has neurons",
         ),
         (
             {"criterion": "magnitude", "loss": "kl"},
@@ -82,11 +82,11 @@ def test_units_and_costs_are_those_of_the_library():
         ),
         (
             {"units": ["layers"], "layer_criterion": "block_influence"},
-            "pruning.layer_criterion: got 'block_influence'; leave it out: it counts only where units has layers beside",
+            "pruning.layer_criterion: got 'block_influence'; leave it out: it counts only if units has layers and other",
         ),
         (
             {"criterion": "activation", "layer_criterion": "wanda"},
-            "pruning.layer_criterion: got 'wanda'; leave it out: it counts only where units has layers beside",
+            "pruning.layer_criterion: got 'wanda'; leave it out: it counts only if units has layers and other",
         ),
         (
             {"units": ["layers", "ffn"], "layer_criterion": "block_influence"},
@@ -100,7 +100,7 @@ def test_units_and_costs_are_those_of_the_library():
         ({"keep": None, "layers": [0], "statistics": "s"}, "pruning.statistics: got 's'; leave it out: `layers`"),
         (
             {"units": ["layers"], "moment_layers": 1},
-            "pruning.moment_layers: got 1; leave it out: there are second moments",
+            "pruning.moment_layers: got 1; leave it out: only compensation",
         ),
         (
             {"compensate": False, "moment_layers": 4},

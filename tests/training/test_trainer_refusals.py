@@ -113,7 +113,7 @@ def test_a_process_that_sees_several_devices_trains_on_the_first_and_says_so_onc
         trainer = trainer_of(tmp_path, copy.deepcopy(student), teacher, data, losses, **settings)
     assert trainer.args.n_gpu == 1 and trainer.args.train_batch_size == 4
     said = [record.getMessage() for record in caplog.records if "accelerate launch" in record.getMessage()]
-    assert said == ["Training on one of 2 devices; `accelerate launch` in front of the command uses them all."]
+    assert said == ["Training on one of 2 devices. To use them all, put `accelerate launch` in front of the command."]
     trainer.train()
     assert not isinstance(trainer.model_wrapped, torch.nn.DataParallel)
     for name, parameter in expected.model.named_parameters():

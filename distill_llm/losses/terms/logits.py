@@ -39,7 +39,7 @@ class LogitsLoss(OutputTerm):
         default=None,
         gt=0,
         lt=1,
-        description="Share α of the other distribution in the mixture, for skew_kl and skew_reverse_kl.",
+        description="Share α in the mixture: of the teacher in skew_kl, of the student in skew_reverse_kl.",
     )
     alpha: float | None = Field(
         default=None, ge=0, allow_inf_nan=False, description="Setting α of dkd: weight of the true class's part."
