@@ -1,4 +1,4 @@
-"""Errors at the door: a recipe is checked whole (models, data, disk, device) before the first heavy second."""
+"""The door of `run` and `distill`: the whole recipe is checked (models, data, disk, device) before any heavy work."""
 
 import copy
 import math
@@ -40,12 +40,12 @@ from distill_llm.teachers.cache import CachedTeacher
 
 @dataclass(frozen=True)
 class Opened:
-    """What the door opened and read of a recipe, for the stages to go on with.
+    """What the checks opened and read for a recipe; the stages use it.
 
     Attributes:
-        recipe: checked.
-        teacher: with config and tokenizer.
-        student: of a student that is given; None: pruning makes it of the teacher.
+        recipe: the checked recipe.
+        teacher: config and tokenizer.
+        student: config and tokenizer of the recipe's student; None: pruning makes the student from the teacher.
         data: the task's raw rows.
     """
 
@@ -56,7 +56,7 @@ class Opened:
 
 
 def open_recipe(recipe: Recipe) -> Opened:
-    """Open everything that a recipe names, and check all that can be known before any weight is read or written.
+    """Open everything that a recipe names, and check all that can be checked before any weight is read or written.
 
     Raises:
         InputError: one line per fault (`faults_in(error)`).
@@ -95,24 +95,26 @@ def open_recipe(recipe: Recipe) -> Opened:
 
 
 def load_rows(recipe: Recipe, teacher: OpenModel | None) -> TaskData:
-    """The task's raw rows (not tokenized), once it is known that there are enough of them.
+    """The task's raw rows (not tokenized), after a check that there are enough.
 
     Args:
-        teacher: decides what some tasks are; None where it could not be opened.
+        teacher: some tasks depend on it; None if it could not be opened.
     """
     data = open_rows(data_spec(recipe), teacher.config if teacher else None)
     calibration = recipe.pruning.calibration_examples if recipe.pruning and recipe.pruning.keep else 0
     if calibration == PruningSection.model_fields["calibration_examples"].default:
-        calibration = 0  # asks for no number: all rows where there are fewer
-    # Text is cut into blocks first, and packed sequences share rows: the number of examples shows later.
+        calibration = 0  # the default: fewer rows are fine
+    # Text is still to be cut into blocks, and packed sequences share rows: the number of examples is not known yet.
     blocks = data.task.kind.joins_documents or data.task.packing
     if not blocks and calibration > len(data.train):
-        raise InputError("pruning.calibration_examples", calibration, f"at most {len(data.train)}, the training rows")
+        raise InputError(
+            "pruning.calibration_examples", calibration, f"at most {len(data.train)}, the number of training rows"
+        )
     return data
 
 
 def data_spec(recipe: Recipe) -> DataSpec:
-    """What a recipe says about its data."""
+    """The data that a recipe describes."""
     columns = recipe.data.columns.model_dump(exclude_none=True) if recipe.data.columns else None
     metric, new = recipe.evaluation.metric, recipe.evaluation.max_new_tokens
     own = {**dict(recipe.data), "columns": columns}
@@ -120,10 +122,10 @@ def data_spec(recipe: Recipe) -> DataSpec:
 
 
 def encoded_rows(opened: Opened) -> TaskData:
-    """The task's rows as token ids, once it is known that the models can read them and answer their prompts.
+    """The task's rows as token ids, after a check that the models can read them and answer their prompts.
 
     Raises:
-        InputError: a token without an embedding; a prompt that leaves no room for its response.
+        InputError: a token has no embedding, or a prompt leaves no room for its response.
     """
     recipe, tokenizer = opened.recipe, opened.teacher.tokenizer
     data = check_tokens(encode(opened.data, tokenizer, recipe.data.max_length), opened.teacher)
@@ -137,7 +139,9 @@ def encoded_rows(opened: Opened) -> TaskData:
 
 def _check_student(recipe: Recipe, student: OpenModel, teacher: OpenModel, task: Task) -> None:
     if student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
-        raise InputError(student.field, student.name, f"a student with the tokenizer of the teacher ({teacher.name})")
+        raise InputError(
+            student.field, student.name, f"a student with the same tokenizer as the teacher ({teacher.name})"
+        )
     if task.kind.has_head(student.config.architectures):
         check_head(student, task)
     compared = recipe.distillation is not None and recipe.distillation.losses.needs_teacher
@@ -150,7 +154,7 @@ def _check_student(recipe: Recipe, student: OpenModel, teacher: OpenModel, task:
 
 
 def _shorter(*models: OpenModel | None) -> OpenModel | None:
-    """Of the models that there are, the one that takes the fewest tokens at once: teacher and student see the same rows."""
+    """The model that takes the fewest tokens at once. Both must read the same rows; None stands for no model."""
     there = [model for model in models if model is not None]
     return min(there, key=lambda model: longest_input(model.config) or math.inf, default=None)
 
@@ -164,13 +168,13 @@ def _length_faults(recipe: Recipe, shorter: OpenModel) -> list[InputError]:
 
 
 def _check_rows(recipe: Recipe, teacher: OpenModel, task: Task) -> None:
-    """The tokenizer can make the task's rows."""
+    """Check that the tokenizer can make the task's rows."""
     check_tokenizer(task, teacher.tokenizer, teacher.field)
     most_tokens(task, teacher.tokenizer, recipe.data.max_length)
 
 
 def _answer_faults(recipe: Recipe, shorter: OpenModel, task: Task) -> list[InputError]:
-    """The models have room for what they are to generate, however long the prompts are."""
+    """Faults if the models may have no room for their responses, however long the prompts are."""
     limits, cut = limits_of(shorter.config, shorter.name), recipe.data.max_length
     if not task.generates or limits.longest is None or cut >= limits.longest:
         return []
@@ -189,12 +193,12 @@ def _loss_faults(recipe: Recipe, task: Task) -> list[InputError]:
 
 
 def _projected(student: OpenModel | None, teacher: OpenModel | None) -> tuple[int, int] | None:
-    """The widths of a given student and its teacher, where its states must be projected to be compared."""
+    """The widths of a given student and its teacher, if its hidden states need a projection."""
     return None if student is None or teacher is None else unequal_widths(student.config, teacher.config)
 
 
 def _check_layer_pairs(recipe: Recipe, teacher: OpenModel, student: OpenModel) -> bool:
-    """Layers named by the loss terms exist; `student` is the teacher where it is pruned from it."""
+    """Check that the layers which loss terms name exist. If pruning makes the student, `student` is the teacher."""
     if recipe.distillation is None:
         return True
     teachers, students = teacher.config.num_hidden_layers, student.config.num_hidden_layers
@@ -206,23 +210,25 @@ def _check_layer_pairs(recipe: Recipe, teacher: OpenModel, student: OpenModel) -
 
 
 def _check_cache(recipe: Recipe, teacher: OpenModel) -> None:
-    """The cache is whole, of this teacher, precision and tokenizer, and has what the losses need; its rows are compared later."""
+    """Check that the cache is complete, was made with this teacher, dtype and tokenizer, and serves the losses."""
     if recipe.teacher.cache is None or recipe.distillation is None:
         return
-    local = Path(teacher.path).exists()  # a Hub id's weights may not be here yet: they are compared before training
+    local = Path(
+        teacher.path
+    ).exists()  # a Hub model may not be downloaded yet: its weights are compared before training
     try:
         cache = CachedTeacher(recipe.teacher.cache, identity_of(teacher.path) if local else None, teacher.tokenizer)
     except InputError as error:
         raise InputError("teacher.cache", str(recipe.teacher.cache), f"{error.accepted} ({error.field})") from None
     given, own = recipe.teacher.dtype, cache.index.settings.dtype
     if given is not None and own not in (None, given):
-        fix = f"leave it out, or take {own}, in which the teacher of teacher.cache ran"
+        fix = f"leave it out, or set it to {own}, the dtype of the teacher that wrote teacher.cache"
         raise InputError("teacher.dtype", given, fix=fix)
     raise_all(recipe.distillation.losses.faults(Use(teacher=cache.gives), "distillation.losses"))
 
 
 def check_cached_rows(opened: Opened, train: datasets.Dataset) -> None:
-    """The cache that a recipe learns from was written for these encoded rows; teacher and losses are checked before."""
+    """Check that the recipe's cache was written for these encoded rows. Teacher and losses were checked before."""
     folder = opened.recipe.teacher.cache
     if folder is None:
         return
@@ -234,14 +240,14 @@ def check_cached_rows(opened: Opened, train: datasets.Dataset) -> None:
 
 
 def _response_faults(recipe: Recipe, task: Task, shorter: OpenModel) -> list[InputError]:
-    """The student can answer prompts while it learns; a quantised teacher can be had."""
+    """Faults of `responses` (the student must be able to answer prompts) and of the teacher's quantization."""
     faults = quantization_faults(recipe.teacher.quantization, "teacher.quantization")
     responses = recipe.distillation.losses.responses if recipe.distillation else None
     if responses is None:
         return faults
     field = "distillation.losses.responses"
     if not task.kind.generates:
-        return [*faults, InputError(field, f"the task {task.name}", "the task prompts")]
+        return [*faults, InputError(field, f"the task {task.name}", "data of the task prompts")]
     most = recipe.data.max_length + responses.max_new_tokens
     limits = limits_of(shorter.config, shorter.name)
     return faults + length_faults(limits, most, f"data.max_length + {field}.max_new_tokens")

@@ -43,7 +43,7 @@ def write_report(run_dir: str | Path, metrics: Mapping[str, Any]) -> Path:
     if scores:
         parts.append("![Score after every stage of every round](figures/scores.png)")
     if kept:
-        parts += ["## What each layer keeps", "![Kept heads and neurons of each layer](figures/kept.png)"]
+        parts += ["## What is kept in each layer", "![Kept heads and neurons of each layer](figures/kept.png)"]
     parts += ["## Load the student", f"From this folder:\n\n```python\n{usage}```", provenance(metrics)]
     path = run_dir / "report.md"
     path.write_text("\n\n".join(part for part in parts if part) + "\n")

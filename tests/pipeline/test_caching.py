@@ -139,7 +139,9 @@ def test_a_cache_is_of_one_precision_which_the_recipe_may_name(files):
     assert command(files, "--k", "20", "--dtype", "bfloat16").exit_code == 0
     named = recipe(files)
     named["teacher"]["dtype"] = "float32"
-    with pytest.raises(InputError, match="^teacher.dtype: got 'float32'; leave it out, or take bfloat16, in which"):
+    with pytest.raises(
+        InputError, match="^teacher.dtype: got 'float32'; leave it out, or set it to bfloat16, the dtype"
+    ):
         distill_llm.run(named, files / "run")
     assert not (files / "run").exists()
     named["teacher"]["dtype"] = "bfloat16"
@@ -147,7 +149,7 @@ def test_a_cache_is_of_one_precision_which_the_recipe_may_name(files):
     result = cached_recipe(files, named, "--k", "20", "--dtype", "float32")
     assert (
         result.exit_code == 2
-        and "--dtype: got 'float32'; leave it out, or take bfloat16, the recipe's" in result.output
+        and "--dtype: got 'float32'; leave it out, or set it to bfloat16, the recipe's" in result.output
     )
     assert cached_recipe(files, named, "--k", "20").exit_code == 0, "the recipe's"
 
