@@ -226,7 +226,7 @@ def _evaluation(training: Mapping[str, Any], data: TaskData) -> list[InputError]
     if data.validation is None and (evaluates or chosen):
         name = (evaluates or chosen)[0]
         off = {"eval_strategy": "no", "save_strategy": "no, steps or epoch"}.get(name, "false")
-        accepted = f"{off}, or held-out rows to evaluate on (set data.holdout_examples)"
+        accepted = f"{off}, or held-out rows to evaluate on: data.holdout_examples > 0"
         faults.append(InputError(name, training[name], accepted))
     elif chosen and training["eval_strategy"] == "no":
         accepted = "this value together with eval_strategy steps or epoch"

@@ -47,9 +47,9 @@ class Responses(BaseModel):
         if use.kind not in (None, "next_token"):
             yield InputError("", "a student that does not generate", "a causal language model")
         if use.teacher is not None and not use.teacher.new_text:
-            yield InputError("", use.teacher.name, "a teacher in memory: it never saw the student's answers")
+            yield InputError("", use.teacher.name, "a teacher in memory: this one cannot judge the student's answers")
         if use.packed:
-            yield InputError("", "rows of several sequences", "a prompt in each row (data.packing: false)")
+            yield InputError("", "rows of several sequences", "one prompt in each row (data.packing: false)")
         if use.sharding not in (None, "FSDP2"):
             yield InputError("", f"a student sharded by {use.sharding}", "FSDP2 (fsdp_version 2), or DDP")
 

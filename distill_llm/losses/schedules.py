@@ -29,7 +29,7 @@ class Schedule(BaseModel):
     @model_validator(mode="after")
     def _one_length(self) -> "Schedule":
         if self.share is not None and self.steps is not None:
-            fix = "remove steps or share: each of them is the length of the schedule"
+            fix = "remove steps or share: both set the length of the schedule"
             raise InputError("steps", self.steps, fix=fix)
         return self
 

@@ -56,8 +56,8 @@ BAD = [
     ({"save_strategy": "best"}, "save_strategy", "data.holdout_examples > 0"),
     ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type", "min_lr"),
     ({"lr_scheduler_kwargs": {"foo": 1}}, "lr_scheduler_kwargs", "'foo'"),
-    ({"torch_compile": True}, "torch_compile", "losses look into the student's forward"),
-    ({"torch_compile_mode": "default"}, "torch_compile_mode", "losses look into the student's forward"),
+    ({"torch_compile": True}, "torch_compile", "losses read values inside the student's forward"),
+    ({"torch_compile_mode": "default"}, "torch_compile_mode", "losses read values inside the student's forward"),
     ({"adam_beta1": 5.0}, "adam_beta1", "Invalid beta parameter"),
     ({"adam_epsilon": -1.0}, "adam_epsilon", "Invalid epsilon value"),
 ]  # fmt: skip

@@ -50,11 +50,11 @@ def test_units_and_costs_are_those_of_the_library():
         ),
         (
             {"units": ["ffn", "heads"], "scope": "local"},
-            "pruning.scope: got 'local'; accepted: global where units has ffn",
+            "pruning.scope: got 'local'; accepted: global if units has ffn",
         ),
         (
             {"units": ["queries", "heads"], "uniform": True},
-            "pruning.uniform: got True; accepted: false where units has queries",
+            "pruning.uniform: got True; accepted: false if units has queries",
         ),
         (
             {"units": ["hidden"], "scope": "local"},
@@ -90,7 +90,7 @@ def test_units_and_costs_are_those_of_the_library():
         ),
         (
             {"units": ["layers", "ffn"], "layer_criterion": "block_influence"},
-            "pruning.layer_criterion: got 'block_influence'; leave it out where units has layers and ffn together",
+            "pruning.layer_criterion: got 'block_influence'; leave it out if units has layers and ffn together",
         ),
         ({"keep": None, "layers": [0], "cuts": 2}, "pruning.cuts: got 2; leave it out: `layers`"),
         (

@@ -77,8 +77,8 @@ def test_kept_figure_draws_kept_over_original_with_an_empty_bar_for_a_removed_la
 def test_a_budget_that_was_missed_is_said_under_the_rounds(tmp_path: Path) -> None:
     student_folder(tmp_path / "student")
     given = metrics()
-    given["rounds"][-1]["note"] = "round 2 kept 47.50% where 50.00% was asked for"
-    assert "Round 2 kept 47.50% where 50.00% was asked for." in write_report(tmp_path, given).read_text()
+    given["rounds"][-1]["note"] = "round 2 kept 47.50% instead of 50.00%"
+    assert "Round 2 kept 47.50% instead of 50.00%." in write_report(tmp_path, given).read_text()
 
 
 def test_a_perplexity_is_told_as_one_and_the_title_says_what_was_done(tmp_path: Path) -> None:

@@ -221,7 +221,7 @@ def test_answers_are_generated_in_mixed_precision_with_weights_converted_once_fo
             Use(teacher=Gives("a cached teacher", new_text=False)),
             "losses.responses: got 'a cached teacher'; accepted: a teacher in memory",
         ),
-        (Use(packed=True), "losses.responses: got 'rows of several sequences'; accepted: a prompt in each row"),
+        (Use(packed=True), "losses.responses: got 'rows of several sequences'; accepted: one prompt in each row"),
         (Use(sharding="DeepSpeed"), "losses.responses: got 'a student sharded by DeepSpeed'; accepted: FSDP2"),
         (Use(sharding="FSDP1"), "losses.responses: got 'a student sharded by FSDP1'; accepted: FSDP2"),
         (Use(sharding="FSDP2", kind="next_token", teacher=Gives("a model")), None),

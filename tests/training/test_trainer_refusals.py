@@ -27,7 +27,7 @@ from distill_llm.training.trainer import DistillationConfig, DistillationTrainer
         ({"student": {"head": "token-classification", "num_labels": 1}}, "num_labels: got 1"),
         ({"settings": {"model_init": tiny_model}}, "model_init: "),
         ({"settings": {"compute_loss_func": print}}, "compute_loss_func: "),
-        ({"settings": {"torch_compile": True}}, "torch_compile: got True; leave it out: losses look into"),
+        ({"settings": {"torch_compile": True}}, "torch_compile: got True; leave it out: losses read values"),
         ({"losses": {"hidden": {}}}, "losses.hidden.layers.*uniform"),
         ({"losses": {"hidden": {"layers": [[9, 0]]}}}, "losses.hidden.layers"),
         ({"losses": {"logits": {"temperature": 0}}}, "losses.logits.temperature"),
@@ -162,7 +162,7 @@ def test_rows_longer_than_the_positions_of_student_or_teacher_are_refused(tmp_pa
 def test_rows_with_tokens_beyond_the_vocabulary_are_refused(tmp_path):
     student = causal_model(layers=1)  # of 100 tokens
     trainer_of(tmp_path, student, None, ids_of([5, 99], [7]), {"labels": {}})
-    line = "^train_dataset: got 'token 100 in row 2'; accepted: texts of the 100 tokens of the student$"
+    line = "^train_dataset: got 'token 100 in row 2'; accepted: texts whose tokens are among the 100 that the student knows$"
     with pytest.raises(InputError, match=line):
         trainer_of(tmp_path, student, None, ids_of([5, 99], [7], [8, 100, 101]), {"labels": {}})
 

@@ -88,7 +88,7 @@ class LogitsLoss(OutputTerm):
         for name, value in given.items():
             kept = f"with a cache of {k} of {classes} classes"
             if name not in held:
-                yield InputError(name, value, fix=f"remove it: it cannot be had {kept}")
+                yield InputError(name, value, fix=f"remove it: it does not work {kept}")
             elif value != held[name]:
                 yield InputError(name, value, f"{held[name]} {kept}")
 

@@ -49,9 +49,7 @@ class RelationsLoss(PairedTerm):
         except InputError as fault:
             yield fault
         if use.head_size is not None and use.head_size % self.heads:
-            fix = (
-                f"leave it out, or give a divisor of {use.head_size}, the size of a head: pruning chooses how many stay"
-            )
+            fix = f"leave it out, or give a divisor of {use.head_size}, the size of a head: pruning decides how many heads stay"
             yield InputError("heads", self.heads, fix=fix)
 
     def layer_pairs(self, match: "Match") -> "list[LayerPair]":

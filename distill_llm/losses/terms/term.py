@@ -148,7 +148,7 @@ class Term(BaseModel):
         """Signals that a teacher does not have, the first fault alone."""
         missing = [signal for signal in self.signals if signal not in teacher.signals]
         if missing:
-            accepted = f"a teacher that gives {', '.join(missing)}: this one gives {', '.join(teacher.signals)} only"
+            accepted = f"a teacher that gives {', '.join(missing)}: this one gives only {', '.join(teacher.signals)}"
             yield InputError("", teacher.name, accepted)
         elif teacher.few is not None and not self.sparse_targets:
             given = "a cache of {} of {} classes".format(*teacher.few)
@@ -165,7 +165,7 @@ class Term(BaseModel):
             yield InputError("", "rows of several sequences", "rows of one sequence each (data.packing: false)")
         if self.projects and use.widths is not None and use.sharding == "DeepSpeed":
             given = f"states of {use.widths[0]} and {use.widths[1]} channels under DeepSpeed"
-            yield InputError("", given, "a student as wide as its teacher, or DDP or FSDP in the place of DeepSpeed")
+            yield InputError("", given, "a student as wide as its teacher, or DDP or FSDP in place of DeepSpeed")
 
 
 TERMS: dict[str, type[Term]] = {}
@@ -183,7 +183,7 @@ def term(name: str) -> Callable[[AnyTerm], AnyTerm]:
         known: Any = TERMS.get(name, cls)
         same = (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__)
         if name == "responses" or not name.isidentifier() or not same:
-            raise ValueError(f"{name!r} cannot name a term: it is no identifier, or taken")
+            raise ValueError(f"{name!r} cannot be the name of a term: it is taken, or no Python identifier")
         cls.name, TERMS[name] = name, cls
         return cls
 

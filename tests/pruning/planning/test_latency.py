@@ -201,7 +201,7 @@ def test_a_later_round_is_held_against_the_dense_model(model):
 def test_whole_layers_come_in_steps_and_the_plan_says_so(model):
     plan = planned(model, 0.6, Stopwatch(outside=0.0, power=1.0), units=("layers",))
     assert len(plan.layers) in (2, 3)
-    assert plan.note == f"kept {plan.kept:.4f} of the latency where 0.6 was asked for: these units come in larger steps"
+    assert plan.note == f"kept {plan.kept:.4f} of the latency instead of 0.6: these units come in larger steps"
     met = planned(model, 0.5, Stopwatch(outside=0.0, power=1.0), units=("layers",))
     assert len(met.layers) == 2 and met.note is None
 
