@@ -32,7 +32,7 @@ def check_pruning(recipe: Recipe, teacher: OpenModel, skeleton: PreTrainedModel)
     except ValueError as error:
         given, accepted = f"{teacher.name} (family {config.model_type})", str(error).partition("accepted: ")[2]
         if config.model_type not in FAMILIES and config.get_text_config().model_type not in FAMILIES:
-            accepted = f"{one_of(FAMILIES, config.model_type)}; to add a family, see docs/development/add-a-family.md"
+            accepted = f"{one_of(FAMILIES, config.model_type)}; to add one, write a row in FAMILIES (architectures/families.py)"
         raise InputError(teacher.field, given, accepted) from None
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(
@@ -52,7 +52,7 @@ def check_pruning(recipe: Recipe, teacher: OpenModel, skeleton: PreTrainedModel)
             accepted = f"units without hidden, because a convolution follows the first layer of {teacher.name}"
             raise InputError("pruning.units", pruning.units, accepted)
         if pruning.layers is not None and pruning.layers[0] != 0:
-            accepted = f"layers with layer 0, because a convolution follows it in {teacher.name}"
+            accepted = f"layers with layer 0: a convolution follows the first layer of {teacher.name}"
             raise InputError("pruning.layers", pruning.layers, accepted)
     counts = counts_of(skeleton)
     heads, neurons = (max(each[kind] for each in counts) for kind in ("heads", "neurons"))
@@ -69,5 +69,5 @@ def check_pruning(recipe: Recipe, teacher: OpenModel, skeleton: PreTrainedModel)
         least = least_share(skeleton, rules, pruning.cost, *budget_batch(recipe, decoder))
         if pruning.keep < least * (1 - 1e-9):
             shown = math.ceil(least * 1e4) / 1e4
-            accepted = f"at least {shown:g}: removing units [{', '.join(pruning.units)}] cannot go lower"
+            accepted = f"at least {shown:g}, the smallest share that units [{', '.join(pruning.units)}] can reach"
             raise InputError("pruning.keep", pruning.keep, accepted)

@@ -107,7 +107,7 @@ def test_what_the_template_is_given_is_read_checked_and_kept(folder: Path) -> No
     assert "(put a date in quotes)" in fault(call(*options, "{enable_thinking: 2024-07-26}"))
     assert call(*options, "{enable_thinking: false}").exit_code == 0
     line = fault(call(*options, "{enable_thinking: true}"))
-    assert "{'enable_thinking': False}, as out was begun with" in line
+    assert "{'enable_thinking': False}, with which out was begun" in line
     assert fault(call(*options[:-1])).startswith("--chat-template-kwargs: got None")
 
 

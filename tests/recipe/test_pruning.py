@@ -46,7 +46,7 @@ def test_units_and_costs_are_those_of_the_library():
         ),
         (
             {"units": ["attention", "ffn"], "criterion": "wanda"},
-            "pruning.criterion: got 'wanda'; accepted: fisher where",
+            "pruning.criterion: got 'wanda'; accepted: fisher if units",
         ),
         (
             {"units": ["ffn", "heads"], "scope": "local"},

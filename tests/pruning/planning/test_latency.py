@@ -209,7 +209,7 @@ def test_whole_layers_come_in_steps_and_the_plan_says_so(model):
 def test_a_clock_with_steps_ends_with_the_nearest_plan_and_a_reason(model):
     watch = Stopwatch(outside=0.0, power=1.0, step=0.1)
     plan = planned(model, 0.53, watch)
-    assert plan.note and "0.53 was asked for" in plan.note
+    assert plan.note and "instead of 0.53" in plan.note
     assert abs(plan.kept - 0.53) == min(abs(seen - 0.53) for seen in watch.seen)
     assert len(watch.seen) <= 11
 

@@ -246,7 +246,7 @@ def test_whole_layers_go_by_score_per_cost_where_layers_are_uneven(uneven):
 @pytest.mark.parametrize(
     ("units", "options", "line"),
     [
-        (("heads", "queries", "neurons"), {"criterion": "taylor"}, "criterion: got 'taylor'; accepted: fisher where"),
+        (("heads", "queries", "neurons"), {"criterion": "taylor"}, "criterion: got 'taylor'; accepted: fisher if"),
         (
             ("heads", "queries", "neurons"),
             {"uniform": True},
@@ -455,7 +455,7 @@ def test_what_a_convolution_ties_is_refused_in_one_line(convolved):
         plan_pruning(model, scores, 0.5, units=("neurons", "hidden"))
     every = full_plan(model)
     for plan in (replace(every, layers=every.layers[1:]), replace(every, hidden=(0, 1))):
-        with pytest.raises(InputError, match="plan: got .*; accepted: layer 0 and every channel"):
+        with pytest.raises(InputError, match="plan: got .*; accepted: a plan that keeps layer 0 and every channel"):
             prune(model, plan)
     rows = [LayerPlan(i, (), ()) for i in range(5)]
     least = layer_params(prune(model, PruningPlan("deberta-v2", tuple(rows[:1])))) / layer_params(model)
