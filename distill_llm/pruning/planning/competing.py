@@ -163,7 +163,7 @@ def _made_up(choice: Choice, kind: UnitKind) -> float:
 
 
 def _round_neurons(choice: Choice) -> None:
-    """Bring every layer's neurons to a multiple of `round_to`, then spend what is left of the budget on whole blocks."""
+    """Bring every layer's neurons down to a multiple of `round_to`, then add whole blocks while the budget allows it."""
     alive, step = [i for i, living in enumerate(choice.alive) if living], choice.rules.round_to
     price, scores = choice.costs.at("neurons", choice.width), choice.scores.neurons
     counts = {i: max(choice.count["neurons"][i] // step * step, choice.least[i]["neurons"]) for i in alive}
