@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from distill_llm.architectures.modes import evaluating
@@ -21,7 +20,7 @@ from distill_llm.data.tasks import Task
 from distill_llm.evaluation.generation import respond
 from distill_llm.evaluation.perplexity import causal_loss
 from distill_llm.evaluation.rules import PYTHON_FIELDS, ScoringFields, scoring_faults
-from distill_llm.losses.labels import IGNORED
+from distill_llm.losses.labels import IGNORED, label_loss
 from distill_llm.metrics.modules import text_score
 from distill_llm.metrics.registry import find_metric
 from distill_llm.models.item_logits import item_logits, packed
@@ -131,8 +130,8 @@ def _masked_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tens
     predicted = labels != IGNORED
     positions = predicted.flatten().nonzero().squeeze(-1)
     with packed(model, positions):  # the vocabulary's logits of what is predicted, not of every token
-        logits = item_logits(model(**batch).logits, positions).float()
-    return cross_entropy(logits, labels[predicted], reduction="sum"), predicted.sum()
+        logits = item_logits(model(**batch).logits, positions)
+    return label_loss(logits, labels[predicted]).sum(), predicted.sum()
 
 
 BATCH_LOSSES: dict[str, Callable[[PreTrainedModel, dict[str, Tensor]], tuple[Tensor, Tensor | int]]] = {
