@@ -36,12 +36,8 @@ def cache(
     max_length: Annotated[
         int | None, typer.Option(min=8, help="Without a recipe: tokens that an example is cut to, by default 128.")
     ] = None,
-    train_examples: Annotated[
-        int | None, typer.Option(min=1, help="Without a recipe: number of training rows to use.")
-    ] = None,
-    holdout_examples: Annotated[
-        int | None, typer.Option(min=0, help="Without a recipe: training rows kept aside.")
-    ] = None,
+    train_examples: Annotated[int | None, typer.Option(min=1, help="Without a recipe: rows to use.")] = None,
+    holdout_examples: Annotated[int | None, typer.Option(min=0, help="Without a recipe: rows kept aside.")] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, max=2**32 - 1, help="Without a recipe: seed of the split, and of the draws.")
     ] = None,
@@ -52,10 +48,7 @@ def cache(
     batch_size: Annotated[int, typer.Option(min=1, help="Number of examples at once.")] = 8,
     dtype: Annotated[
         str | None,
-        typer.Option(
-            metavar="float32|bfloat16|float16",
-            help="Dtype of the teacher's weights; by default bfloat16 on CUDA, else float32.",
-        ),
+        typer.Option(metavar="float32|bfloat16|float16", help="Teacher's dtype; by default bfloat16 on CUDA."),
     ] = None,
 ) -> None:
     """Write what a teacher says about the training rows to disk, once. Run the same command again to continue after a stop."""

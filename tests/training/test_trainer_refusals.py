@@ -202,7 +202,7 @@ def test_rows_that_the_trainer_was_not_made_with_are_read_before_they_are_scored
     assert trainer.evaluate(fine)["eval_loss"] > 0
     assert trainer.evaluate({"fine": fine})["eval_fine_loss"] > 0
     assert trainer.predict(fine).predictions.shape == (1, 2, 100)
-    said = "got 'token 100 in row 1'; accepted: texts of the 100 tokens of the student$"
+    said = "got 'token 100 in row 1'; accepted: texts whose tokens are among the 100 that the student knows$"
     for call, given, field in (
         (trainer.evaluate, unknown, "eval_dataset"),
         (trainer.evaluate, {"fine": fine, "other": unknown}, "eval_dataset.other"),
