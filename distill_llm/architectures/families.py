@@ -238,8 +238,16 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     """The transformer layers of any model: by its family's row, else the module list as long as the config says."""
     base = model.base_model
     if model.config.model_type in FAMILIES:
-        layers = base.get_submodule(FAMILIES[model.config.model_type].layers)
-        assert isinstance(layers, nn.ModuleList)
+        path = FAMILIES[model.config.model_type].layers
+        try:
+            layers = base.get_submodule(path)
+        except AttributeError:
+            layers = None
+        if not isinstance(layers, nn.ModuleList):
+            family, name = model.config.model_type, type(base).__name__
+            raise ValueError(
+                f"model: the row of family {family!r} does not fit it: {name} has no list {path!r} (layers)"
+            )
         return layers
     count = model.config.get_text_config().num_hidden_layers
     for module in base.modules():
