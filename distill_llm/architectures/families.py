@@ -173,6 +173,7 @@ FAMILIES: dict[str, Family] = {
         ),
     ),
 }
+_IN_FILE = dict(FAMILIES)
 
 OTHERS: dict[str, Facts] = {
     "mixtral": Facts(packs=True),
@@ -212,10 +213,16 @@ def family_of(model: PreTrainedModel | PreTrainedConfig) -> Family:
     if config.model_type not in FAMILIES:
         if (text := config.get_text_config().model_type) in FAMILIES:
             raise NotPrunable(f"family {config.model_type!r}", f"{text}, {TEXT_ALONE}")
-        accepted = (
-            f"one of {', '.join(FAMILIES)}. To add a family, add a row with the names of its modules to FAMILIES in "
+        todo = (
+            "To add a family, add a row with the names of its modules to FAMILIES in "
             "distill_llm/architectures/families.py, and its name to the tests"
         )
+        if getattr(config, "pruning", None) is not None:
+            todo = (
+                "The model was pruned with a row that a script added: add the same row before you load it, "
+                "to families.py beside the weights or, with distill_llm, to FAMILIES"
+            )
+        accepted = f"one of {', '.join(FAMILIES)}. {todo}"
         raise NotPrunable(f"family {config.model_type!r}", accepted)
     if getattr(config, "add_cross_attention", False):
         raise NotPrunable(f"{config.model_type!r} with add_cross_attention", "one without, whose layers are alike")
@@ -233,6 +240,11 @@ def row_of(config: PreTrainedConfig) -> Family | None:
         if getattr(config, name, False):
             row = replace(row, **changes)
     return row
+
+
+def is_in_file(model_type: str) -> bool:
+    """Whether this file holds the row of a family as it is now; a script may have added or changed it."""
+    return _IN_FILE.get(model_type) == FAMILIES.get(model_type)
 
 
 def facts_of(config: PreTrainedConfig) -> Facts:

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 from builders.families import EVERY, family_batch, family_model, uneven_plan
 
-from distill_llm import collect_statistics, prune
-from distill_llm.architectures.families import FAMILIES
+from distill_llm import collect_statistics, load_pretrained, prune
+from distill_llm.architectures.families import FAMILIES, family_of
 from distill_llm.architectures.row_check import check_row
 from distill_llm.pruning.units.sizes import counts_of
 
@@ -90,3 +90,20 @@ def test_linears_that_span_no_units_need_no_layout():
     layer = model.bert.encoder.layer[1]
     layer.gate = type(layer.output.dense)(32, 8)
     check_row(model)
+
+
+def test_a_student_of_a_row_that_no_file_holds_warns_when_saved_and_is_explained_where_it_is_loaded(
+    tmp_path, caplog, monkeypatch
+):
+    model = family_model("llama")
+    student = prune(model, uneven_plan(model))
+    student.save_pretrained(tmp_path / "in-file")
+    assert not caplog.messages
+    monkeypatch.setitem(FAMILIES, "llama", replace(LLAMA, packs=False))
+    student.save_pretrained(tmp_path / "changed")
+    assert ["the row of family 'llama' was added by a script" in message for message in caplog.messages] == [True]
+    monkeypatch.delitem(FAMILIES, "llama")  # as in the copy that the checkpoint holds
+    with pytest.raises(ValueError, match="got family 'llama'; .*add the same row .* to families.py beside the weights"):
+        load_pretrained(tmp_path / "changed")
+    with pytest.raises(ValueError, match="To add a family, add a row"):
+        family_of(model)
