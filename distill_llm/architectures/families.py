@@ -186,6 +186,14 @@ OTHERS: dict[str, Facts] = {
 TEXT_ALONE = "its text model, saved alone (six lines in docs/reference/families.md)"
 
 
+class NotPrunable(ValueError):
+    """A model that no row of the table describes: one line of what was `given` and what is `accepted`."""
+
+    def __init__(self, given: str, accepted: str):
+        self.given, self.accepted = given, accepted
+        super().__init__(f"model: got {given}; accepted: {accepted}")
+
+
 class Dims(NamedTuple):
     """Sizes of the original model's attention: channels of a head, query heads, key-value heads (groups)."""
 
@@ -198,21 +206,19 @@ def family_of(model: PreTrainedModel | PreTrainedConfig) -> Family:
     """The family row of a model or config.
 
     Raises:
-        ValueError: one line, if the family has no row, or the model has parts that its row does not tell of.
+        NotPrunable: if the family has no row, or the model has parts that its row does not tell of.
     """
     config = model if isinstance(model, PreTrainedConfig) else model.config
     if config.model_type not in FAMILIES:
         if (text := config.get_text_config().model_type) in FAMILIES:
-            raise ValueError(f"model: got family {config.model_type!r}; accepted: {text}, {TEXT_ALONE}")
-        raise ValueError(
-            f"model: got family {config.model_type!r}; accepted: one of {', '.join(FAMILIES)}. To add a family, add a row "
-            "with the names of its modules to FAMILIES in distill_llm/architectures/families.py, and its name to the tests"
+            raise NotPrunable(f"family {config.model_type!r}", f"{text}, {TEXT_ALONE}")
+        accepted = (
+            f"one of {', '.join(FAMILIES)}. To add a family, add a row with the names of its modules to FAMILIES in "
+            "distill_llm/architectures/families.py, and its name to the tests"
         )
+        raise NotPrunable(f"family {config.model_type!r}", accepted)
     if getattr(config, "add_cross_attention", False):
-        line = (
-            f"model: got {config.model_type!r} with add_cross_attention; accepted: one without, whose layers are alike"
-        )
-        raise ValueError(line)
+        raise NotPrunable(f"{config.model_type!r} with add_cross_attention", "one without, whose layers are alike")
     row = row_of(config)
     assert row is not None
     return row

@@ -2,6 +2,8 @@
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from distill_llm.data.padding import LENGTH
 from distill_llm.data.spec import DataSpec
 from distill_llm.data.special_tokens import check_tokenizer
 from distill_llm.data.tasks import Task, TaskData, class_name_faults, label_names
-from distill_llm.evaluation.rules import ScoringFields, scoring_faults
+from distill_llm.evaluation.rules import RECIPE_FIELDS, scoring_faults
 from distill_llm.losses.mapping import cut_from, unequal_widths
 from distill_llm.losses.terms.term import Use
 from distill_llm.models.checkpoint import name_labels
@@ -47,12 +49,14 @@ class Opened:
         teacher: with config and tokenizer.
         student: of a student that is given; None: pruning makes it of the teacher.
         data: the task's raw rows.
+        cache: what the student learns from, where the recipe names one.
     """
 
     recipe: Recipe
     teacher: OpenModel
     student: OpenModel | None
     data: TaskData
+    cache: CachedTeacher | None = None
 
 
 def open_recipe(recipe: Recipe) -> Opened:
@@ -78,7 +82,7 @@ def open_recipe(recipe: Recipe) -> Opened:
     found.ask(_answer_faults, recipe, shorter, task)
     found.run(_check_raw_rows, data, teacher)
     found.ask(_loss_faults, recipe, task)
-    found.run(_check_cache, recipe, teacher)
+    cache = found.run(_open_cache, recipe, teacher)
     found.ask(_response_faults, recipe, task, shorter)
     paired = found.run(_check_layer_pairs, recipe, teacher, teacher if name is None else student)
     found.run(lambda: check_training(recipe, data, _projected(student, teacher)))
@@ -91,7 +95,7 @@ def open_recipe(recipe: Recipe) -> Opened:
     found.run(check_disk, recipe, whole, found.run(adapted, recipe, learner))
     raise_all(found.faults)
     assert teacher is not None and data is not None
-    return Opened(recipe, teacher, student, data)
+    return Opened(recipe, teacher, student, data, cache)
 
 
 def load_rows(recipe: Recipe, teacher: OpenModel | None) -> TaskData:
@@ -126,12 +130,13 @@ def encoded_rows(opened: Opened) -> TaskData:
         InputError: a token without an embedding; a prompt that leaves no room for its response.
     """
     recipe, tokenizer = opened.recipe, opened.teacher.tokenizer
-    data = check_tokens(encode(opened.data, tokenizer, recipe.data.max_length), opened.teacher)
+    rows = encode(opened.data, tokenizer, recipe.data.max_length)
+    data = check_tokens(rows, opened.teacher, RECIPE_FIELDS.rows)
     shorter = _shorter(opened.teacher, opened.student)
     assert shorter is not None
-    limits, fields = limits_of(shorter.config, shorter.name), ScoringFields("data", "evaluation.max_new_tokens")
-    for rows in (data.test, data.validation):
-        raise_all(scoring_faults(limits, rows, data.task, fields) if rows is not None else [])
+    limits = limits_of(shorter.config, shorter.name)
+    for split in (data.test, data.validation):
+        raise_all(scoring_faults(limits, split, data.task, RECIPE_FIELDS) if split is not None else [])
     return data
 
 
@@ -184,7 +189,7 @@ def _check_raw_rows(data: TaskData, teacher: OpenModel) -> None:
 def _loss_faults(recipe: Recipe, task: Task) -> list[InputError]:
     if recipe.distillation is None:
         return []
-    use = Use(single_output=not task.kind.has_distribution, packed=task.packing)
+    use = Use(single_output=not task.kind.has_distribution, packed="data.packing" if task.packing else None)
     return recipe.distillation.losses.faults(use, "distillation.losses")
 
 
@@ -205,32 +210,45 @@ def _check_layer_pairs(recipe: Recipe, teacher: OpenModel, student: OpenModel) -
     return True
 
 
-def _check_cache(recipe: Recipe, teacher: OpenModel) -> None:
-    """The cache is whole, of this teacher, precision and tokenizer, and has what the losses need; its rows are compared later."""
+def _open_cache(recipe: Recipe, teacher: OpenModel) -> CachedTeacher | None:
+    """The cache, whole, of this teacher, precision and tokenizer, with what the losses need; its rows are compared later."""
     if recipe.teacher.cache is None or recipe.distillation is None:
-        return
+        return None
     local = Path(teacher.path).exists()  # a Hub id's weights may not be here yet: they are compared before training
-    try:
+    with _named_as_in_a_recipe():
         cache = CachedTeacher(recipe.teacher.cache, identity_of(teacher.path) if local else None, teacher.tokenizer)
-    except InputError as error:
-        raise InputError("teacher.cache", str(recipe.teacher.cache), f"{error.accepted} ({error.field})") from None
     given, own = recipe.teacher.dtype, cache.index.settings.dtype
     if given is not None and own not in (None, given):
         fix = f"leave it out, or take {own}, in which the teacher of teacher.cache ran"
         raise InputError("teacher.dtype", given, fix=fix)
     raise_all(recipe.distillation.losses.faults(Use(teacher=cache.gives), "distillation.losses"))
+    return cache
 
 
 def check_cached_rows(opened: Opened, train: datasets.Dataset) -> None:
     """The cache that a recipe learns from was written for these encoded rows; teacher and losses are checked before."""
-    folder = opened.recipe.teacher.cache
-    if folder is None:
+    if opened.cache is None:
         return
     known = [name for name in train.column_names if name != LENGTH]
+    with _named_as_in_a_recipe():
+        opened.cache.check(dataset=train.select_columns(known))
+
+
+def check_cached_weights(opened: Opened) -> CachedTeacher | None:
+    """The cache that a recipe learns from, of the teacher's very weights, which are here by now."""
+    if opened.cache is not None:
+        with _named_as_in_a_recipe():
+            opened.cache.check(identity_of(opened.teacher.path))
+    return opened.cache
+
+
+@contextmanager
+def _named_as_in_a_recipe() -> Iterator[None]:
+    """Faults of a cache, or of the rows that it is compared with, under the recipe's field."""
     try:
-        CachedTeacher(folder, None, opened.teacher.tokenizer, train.select_columns(known))
+        yield
     except InputError as error:
-        raise InputError("teacher.cache", str(folder), f"{error.accepted} ({error.given})") from None
+        raise error.renamed("data.path" if error.field.startswith("dataset") else "teacher.cache") from None
 
 
 def _response_faults(recipe: Recipe, task: Task, shorter: OpenModel) -> list[InputError]:

@@ -2,14 +2,12 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from distill_llm.checks.cache import CacheRequest, open_cache, request_of
 from distill_llm.common.processes import open_processes
 from distill_llm.data.encoding import collator, encode
-from distill_llm.data.padding import LENGTH
 from distill_llm.data.spec import DataSpec
 from distill_llm.losses.items import kind_of
 from distill_llm.models.checkpoint import load_pretrained
@@ -75,7 +73,8 @@ def _write(request: CacheRequest, batch_size: int) -> tuple[int, int]:
     teacher, task = opened.teacher, opened.data.task
     dtype = chosen_dtype(request.settings.dtype, processes.device)
     with processes.main_process_first():
-        train = check_tokens(encode(opened.data, teacher.tokenizer, request.data.max_length), teacher).train
+        rows = encode(opened.data, teacher.tokenizer, request.data.max_length)
+        train = check_tokens(rows, teacher, "data.path").train
     model = load_pretrained(teacher.path, dtype=getattr(torch, dtype))
     source = CacheSource(
         OnlineTeacher(model),
@@ -98,9 +97,3 @@ def _write(request: CacheRequest, batch_size: int) -> tuple[int, int]:
     index = CachedTeacher(folder).index
     size = sum(index.shard_path(folder, number).stat().st_size for number in range(len(index.shards)))
     return sum(count for _, count in index.shards), size
-
-
-def cached_teacher(folder: str | Path, teacher: str, tokenizer: Any, train: Any) -> CachedTeacher:
-    """The cache that `cache_teacher` wrote, refused unless it is of this teacher, tokenizer and these rows."""
-    known = [name for name in train.column_names if name != LENGTH]
-    return CachedTeacher(folder, identity_of(teacher), tokenizer, train.select_columns(known))
