@@ -174,6 +174,7 @@ FAMILIES: dict[str, Family] = {
         ),
     ),
 }
+_IN_FILE = dict(FAMILIES)
 
 OTHERS: dict[str, Facts] = {
     "mixtral": Facts(packs=True),
@@ -185,6 +186,14 @@ OTHERS: dict[str, Facts] = {
 """What is known about families without a row. They can learn and teach, but not be pruned."""
 
 TEXT_ALONE = "its text model, saved alone (docs/reference/families.md shows how)"
+
+
+class NotPrunable(ValueError):
+    """A model that no row of the table describes: one line of what was `given` and what is `accepted`."""
+
+    def __init__(self, given: str, accepted: str):
+        self.given, self.accepted = given, accepted
+        super().__init__(f"model: got {given}; accepted: {accepted}")
 
 
 class Dims(NamedTuple):
@@ -199,19 +208,25 @@ def family_of(model: PreTrainedModel | PreTrainedConfig) -> Family:
     """The family row of a model or config.
 
     Raises:
-        ValueError: one line; the family has no row, or the model has parts that its row does not describe.
+        NotPrunable: the family has no row, or the model has parts that its row does not describe.
     """
     config = model if isinstance(model, PreTrainedConfig) else model.config
     if config.model_type not in FAMILIES:
         if (text := config.get_text_config().model_type) in FAMILIES:
-            raise ValueError(f"model: got family {config.model_type!r}; accepted: {text}, {TEXT_ALONE}")
-        raise ValueError(
-            f"model: got family {config.model_type!r}; accepted: one of {', '.join(FAMILIES)}. To add a family, add a row "
-            "with the names of its modules to FAMILIES in distill_llm/architectures/families.py, and its name to the tests"
+            raise NotPrunable(f"family {config.model_type!r}", f"{text}, {TEXT_ALONE}")
+        todo = (
+            "To add a family, add a row with the names of its modules to FAMILIES in "
+            "distill_llm/architectures/families.py, and its name to the tests"
         )
+        if getattr(config, "pruning", None) is not None:
+            todo = (
+                "The model was pruned with a row that a script added: add the same row before you load it, "
+                "to families.py beside the weights or, with distill_llm, to FAMILIES"
+            )
+        accepted = f"one of {', '.join(FAMILIES)}. {todo}"
+        raise NotPrunable(f"family {config.model_type!r}", accepted)
     if getattr(config, "add_cross_attention", False):
-        line = f"model: got {config.model_type!r} with add_cross_attention; accepted: a model without cross-attention"
-        raise ValueError(line)
+        raise NotPrunable(f"{config.model_type!r} with add_cross_attention", "a model without cross-attention")
     row = row_of(config)
     assert row is not None
     return row
@@ -228,6 +243,11 @@ def row_of(config: PreTrainedConfig) -> Family | None:
     return row
 
 
+def is_in_file(model_type: str) -> bool:
+    """Whether this file holds the row of a family as it is now; a script may have added or changed it."""
+    return _IN_FILE.get(model_type) == FAMILIES.get(model_type)
+
+
 def facts_of(config: PreTrainedConfig) -> Facts:
     """What is known about a config's family, whether it can be pruned or not."""
     return row_of(config) or OTHERS.get(config.model_type) or Facts()
@@ -237,8 +257,16 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     """The transformer layers of any model: by its family's row, else the module list of the length that the config gives."""
     base = model.base_model
     if model.config.model_type in FAMILIES:
-        layers = base.get_submodule(FAMILIES[model.config.model_type].layers)
-        assert isinstance(layers, nn.ModuleList)
+        path = FAMILIES[model.config.model_type].layers
+        try:
+            layers = base.get_submodule(path)
+        except AttributeError:
+            layers = None
+        if not isinstance(layers, nn.ModuleList):
+            family, name = model.config.model_type, type(base).__name__
+            raise ValueError(
+                f"model: the row of family {family!r} does not fit it: {name} has no list {path!r} (layers)"
+            )
         return layers
     count = model.config.get_text_config().num_hidden_layers
     for module in base.modules():

@@ -13,6 +13,7 @@ Public names: `shrink`, `pruned_class`, `stock_class`, and a class for every hea
 
 import copy
 import inspect
+import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
-from .families import Dims, dims_of, family_of, layers_of
+from .families import Dims, dims_of, family_of, is_in_file, layers_of
 from .family import Family
 from .lineage import LAYER_UNITS, Counts, LayerPlan, ModelPlan, lineage_of, stock_values
 
@@ -370,6 +371,12 @@ class PrunedModel:
             auto: f"modeling_pruned.{STOCK_PREFIX}{name}" for auto, name in _auto_classes(self.config.model_type, own)
         }
         if is_main_process:
+            if not is_in_file(self.config.model_type):
+                line = (
+                    "%s: the row of family %r was added by a script, and the code beside the weights does not have it. "
+                )
+                line += "To load it elsewhere, add the row to families.py there and in distill_llm/architectures"
+                logging.getLogger(__name__).warning(line, save_directory, self.config.model_type)
             os.makedirs(save_directory, exist_ok=True)
             for name in CODE_NAMES:
                 source, target = os.path.join(os.path.dirname(__file__), name), os.path.join(save_directory, name)

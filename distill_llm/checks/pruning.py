@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from transformers import PreTrainedModel
 
-from distill_llm.architectures.families import FAMILIES, family_of
+from distill_llm.architectures.families import FAMILIES, NotPrunable, family_of
 from distill_llm.common.errors import InputError, one_of
 from distill_llm.common.outputs import usable_statistics
 from distill_llm.data.kinds.causal_lm import CausalLM
@@ -29,8 +29,8 @@ def check_pruning(recipe: Recipe, teacher: OpenModel, skeleton: PreTrainedModel)
     config, pruning = teacher.config, recipe.pruning
     try:
         family_of(config)
-    except ValueError as error:
-        given, accepted = f"{teacher.name} (family {config.model_type})", str(error).partition("accepted: ")[2]
+    except NotPrunable as error:
+        given, accepted = f"{teacher.name} (family {config.model_type})", error.accepted
         if config.model_type not in FAMILIES and config.get_text_config().model_type not in FAMILIES:
             accepted = f"{one_of(FAMILIES, config.model_type)}; to add one, write a row in FAMILIES (architectures/families.py)"
         raise InputError(teacher.field, given, accepted) from None

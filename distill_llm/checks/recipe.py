@@ -2,6 +2,8 @@
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,12 +49,14 @@ class Opened:
         teacher: config and tokenizer.
         student: config and tokenizer of the recipe's student; None: pruning makes the student from the teacher.
         data: the task's raw rows.
+        cache: the cache that the student learns from, if the recipe names one.
     """
 
     recipe: Recipe
     teacher: OpenModel
     student: OpenModel | None
     data: TaskData
+    cache: CachedTeacher | None = None
 
 
 def open_recipe(recipe: Recipe) -> Opened:
@@ -78,7 +82,7 @@ def open_recipe(recipe: Recipe) -> Opened:
     found.ask(_answer_faults, recipe, shorter, task)
     found.run(_check_raw_rows, data, teacher)
     found.ask(_loss_faults, recipe, task)
-    found.run(_check_cache, recipe, teacher)
+    cache = found.run(_open_cache, recipe, teacher)
     found.ask(_response_faults, recipe, task, shorter)
     paired = found.run(_check_layer_pairs, recipe, teacher, teacher if name is None else student)
     found.run(lambda: check_training(recipe, data, _projected(student, teacher)))
@@ -91,7 +95,7 @@ def open_recipe(recipe: Recipe) -> Opened:
     found.run(check_disk, recipe, whole, found.run(adapted, recipe, learner))
     raise_all(found.faults)
     assert teacher is not None and data is not None
-    return Opened(recipe, teacher, student, data)
+    return Opened(recipe, teacher, student, data, cache)
 
 
 def load_rows(recipe: Recipe, teacher: OpenModel | None) -> TaskData:
@@ -210,34 +214,45 @@ def _check_layer_pairs(recipe: Recipe, teacher: OpenModel, student: OpenModel) -
     return True
 
 
-def _check_cache(recipe: Recipe, teacher: OpenModel) -> None:
-    """Check that the cache is complete, was made with this teacher, dtype and tokenizer, and serves the losses."""
+def _open_cache(recipe: Recipe, teacher: OpenModel) -> CachedTeacher | None:
+    """Open the cache: complete, made with this teacher, dtype and tokenizer, and able to serve the losses."""
     if recipe.teacher.cache is None or recipe.distillation is None:
-        return
-    local = Path(
-        teacher.path
-    ).exists()  # a Hub model may not be downloaded yet: its weights are compared before training
-    try:
+        return None
+    local = Path(teacher.path).exists()  # a Hub model may not be downloaded yet; compared before training
+    with _named_as_in_a_recipe():
         cache = CachedTeacher(recipe.teacher.cache, identity_of(teacher.path) if local else None, teacher.tokenizer)
-    except InputError as error:
-        raise InputError("teacher.cache", str(recipe.teacher.cache), f"{error.accepted} ({error.field})") from None
     given, own = recipe.teacher.dtype, cache.index.settings.dtype
     if given is not None and own not in (None, given):
         fix = f"leave it out, or set it to {own}, the dtype of the teacher that wrote teacher.cache"
         raise InputError("teacher.dtype", given, fix=fix)
     raise_all(recipe.distillation.losses.faults(Use(teacher=cache.gives), "distillation.losses"))
+    return cache
 
 
 def check_cached_rows(opened: Opened, train: datasets.Dataset) -> None:
     """Check that the recipe's cache was written for these encoded rows. Teacher and losses were checked before."""
-    folder = opened.recipe.teacher.cache
-    if folder is None:
+    if opened.cache is None:
         return
     known = [name for name in train.column_names if name != LENGTH]
+    with _named_as_in_a_recipe():
+        opened.cache.check(dataset=train.select_columns(known))
+
+
+def check_cached_weights(opened: Opened) -> CachedTeacher | None:
+    """The recipe's cache, after a check that it was made with the teacher's weights, which are downloaded by now."""
+    if opened.cache is not None:
+        with _named_as_in_a_recipe():
+            opened.cache.check(identity_of(opened.teacher.path))
+    return opened.cache
+
+
+@contextmanager
+def _named_as_in_a_recipe() -> Iterator[None]:
+    """Faults of a cache, or of the rows that it is compared with, under the recipe's field."""
     try:
-        CachedTeacher(folder, None, opened.teacher.tokenizer, train.select_columns(known))
+        yield
     except InputError as error:
-        raise InputError("teacher.cache", str(folder), f"{error.accepted} ({error.given})") from None
+        raise error.renamed("data.path" if error.field.startswith("dataset") else "teacher.cache") from None
 
 
 def _response_faults(recipe: Recipe, task: Task, shorter: OpenModel) -> list[InputError]:

@@ -2,14 +2,12 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from distill_llm.checks.cache import CacheRequest, open_cache, request_of
 from distill_llm.common.processes import open_processes
 from distill_llm.data.encoding import collator, encode
-from distill_llm.data.padding import LENGTH
 from distill_llm.data.spec import DataSpec
 from distill_llm.losses.items import kind_of
 from distill_llm.models.checkpoint import load_pretrained
@@ -98,9 +96,3 @@ def _write(request: CacheRequest, batch_size: int) -> tuple[int, int]:
     index = CachedTeacher(folder).index
     size = sum(index.shard_path(folder, number).stat().st_size for number in range(len(index.shards)))
     return sum(count for _, count in index.shards), size
-
-
-def cached_teacher(folder: str | Path, teacher: str, tokenizer: Any, train: Any) -> CachedTeacher:
-    """The cache that `cache_teacher` wrote; InputError unless it was made with this teacher, tokenizer and these rows."""
-    known = [name for name in train.column_names if name != LENGTH]
-    return CachedTeacher(folder, identity_of(teacher), tokenizer, train.select_columns(known))

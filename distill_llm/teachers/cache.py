@@ -55,6 +55,22 @@ class CachedTeacher(Teacher):
     ):
         self.folder = Path(path)
         self.index: CacheIndex = read_index(self.folder)
+        self.check(teacher, tokenizer, dataset)
+        self._shards = [map_shard(self.folder, self.index, number) for number in range(len(self.index.shards))]
+        self._first = np.array([shard["keys"][0] for shard in self._shards])
+        self._per_token = self.index.settings.kind != "example"
+
+    def check(
+        self, teacher: PreTrainedModel | str | Path | None = None, tokenizer: Any = None, dataset: Dataset | None = None
+    ) -> None:
+        """Compare the cache with what it is to be used with, as far as that is known.
+
+        Args:
+            teacher, tokenizer, dataset: as of the class.
+
+        Raises:
+            InputError: the cache was made from another of them.
+        """
         given: dict[str, str] = {}
         if teacher is not None:
             given["teacher"] = teacher_fingerprint(teacher)
@@ -63,9 +79,6 @@ class CachedTeacher(Teacher):
         if dataset is not None:
             given["data"] = find_examples(dataset, self.index.settings).fingerprint
         check_fingerprints(self.index, self.folder, given)
-        self._shards = [map_shard(self.folder, self.index, number) for number in range(len(self.index.shards))]
-        self._first = np.array([shard["keys"][0] for shard in self._shards])
-        self._per_token = self.index.settings.kind != "example"
 
     @property
     def compact(self) -> bool:  # type: ignore[override]

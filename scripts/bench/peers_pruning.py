@@ -145,6 +145,11 @@ def _projections(layer: Any) -> tuple[torch.nn.Linear, ...]:
     return layer.attention.self.query, layer.attention.self.key, layer.attention.self.value
 
 
+def _counts(heads: float, neurons: float) -> dict[str, float]:
+    """Units of a BERT layer."""
+    return {"heads": heads, "queries": heads, "neurons": neurons}
+
+
 def textpruner_students(given: Subject, iterations: int, folder: str) -> Iterator[tuple[str, Method]]:
     """TextPruner with equal sizes in all layers (its default), without, and in several iterations."""
     import textpruner
@@ -154,7 +159,7 @@ def textpruner_students(given: Subject, iterations: int, folder: str) -> Iterato
             model, costs = copy.deepcopy(given.model), unit_costs(given.model)
             count, of = model.config.num_hidden_layers, model.config.num_attention_heads
             heads = round(keep * of)
-            rest = params - costs.of([(heads, 0)] * count)
+            rest = params - costs.of([_counts(heads, 0)] * count)
             config = textpruner.TransformerPruningConfig(
                 target_ffn_size=int(rest / costs.at("neurons") / count),
                 target_num_of_heads=heads,
@@ -168,7 +173,7 @@ def textpruner_students(given: Subject, iterations: int, folder: str) -> Iterato
             # The first iteration's scores are the same for every budget: it keeps them in its folder.
             pruner.prune(given.batches, keep_shape=True, save_model=False, rewrite_cache=False)
             sizes = zip(pruner.head_mask.sum(1).tolist(), pruner.ffn_mask.sum(1).tolist(), strict=True)
-            return model, round(costs.of(list(sizes)))
+            return model, round(costs.of([_counts(*each) for each in sizes]))
 
         return run
 

@@ -46,11 +46,14 @@ def recipe(files, **changes) -> dict:
     return given | changes
 
 
-def test_a_recipe_learns_from_the_cache_what_it_learns_from_the_teacher(files):
+def test_a_recipe_learns_from_the_cache_what_it_learns_from_the_teacher(files, monkeypatch):
     result = command(files, "--k", "200")  # all classes: exact
     assert result.exit_code == 0, result.output
     assert "outputs of" in result.output and "bytes each" in result.output
+    opened, init = [], CachedTeacher.__init__
+    monkeypatch.setattr(CachedTeacher, "__init__", lambda self, *given: (opened.append(self), init(self, *given))[1])
     cached = distill_llm.run(recipe(files), files / "run").metrics
+    assert len(opened) == 1, "at the door, for the whole run"
     online = distill_llm.run(recipe(files, teacher={"model": str(files / "teacher")}), files / "online").metrics
     assert cached["student"]["score"] == pytest.approx(online["student"]["score"], rel=1e-3)
     assert cached["student"]["score"] != cached["rounds"][0]["score_compensated"], "something was learned"
@@ -65,6 +68,28 @@ def test_draws_train_too_and_other_rows_are_refused_before_training(files):
     hidden = {"losses": {"logits": {}, "hidden": {}}, "max_steps": 1}
     with pytest.raises(InputError, match="distillation.losses.hidden: got 'a cached teacher'"):
         distill_llm.run(recipe(files, distillation=hidden), files / "other")
+
+
+def test_a_damaged_cache_and_one_of_another_model_say_what_to_do(files, monkeypatch):
+    assert command(files, "--k", "20").exit_code == 0
+    other = causal_model(seed=1, max_position_embeddings=64)
+    other.save_pretrained(files / "teacher")
+    with pytest.raises(
+        InputError, match=r"^teacher\.cache: got .*cache, made with another teacher'; accepted: a cache made"
+    ):
+        open_recipe(parse_recipe(recipe(files)))
+    shard = next((files / "cache").glob("shard-*"))
+    shard.write_bytes(shard.read_bytes()[:100])
+    causal_model(max_position_embeddings=64).save_pretrained(files / "teacher")
+    with pytest.raises(InputError, match=r"^teacher\.cache: got .*shard-.* only this shard will be made$"):
+        open_recipe(parse_recipe(recipe(files)))
+
+    def refuse(*_) -> None:
+        raise InputError("dataset", "rows 1 and 2", fix="remove one of them")
+
+    monkeypatch.setattr(CachedTeacher, "__init__", refuse)
+    with pytest.raises(InputError, match="^data.path: got 'rows 1 and 2'; remove one of them$"):
+        open_recipe(parse_recipe(recipe(files)))
 
 
 def prompts(files) -> dict:

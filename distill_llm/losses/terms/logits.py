@@ -9,8 +9,8 @@ from distill_llm.common.errors import InputError
 from distill_llm.losses.divergences import DIVERGENCES
 from distill_llm.losses.registry import NameIn
 from distill_llm.losses.schedules import Temperature, value_at
-from distill_llm.losses.terms.outputs import OutputTerm
-from distill_llm.losses.terms.term import Use, term
+from distill_llm.losses.terms.outputs import head_part
+from distill_llm.losses.terms.term import Signal, Term, Use, term
 from distill_llm.losses.units import Kind, Unit
 
 if TYPE_CHECKING:
@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 
 
 @term("logits")
-class LogitsLoss(OutputTerm):
+class LogitsLoss(Term):
     """Divergence of the teacher's and the student's outputs at a temperature (Hinton et al., 2015)."""
 
+    signals: ClassVar[tuple[Signal, ...]] = ("logits",)
     sparse_targets: ClassVar[bool] = True
 
     divergence: Annotated[str, BeforeValidator(NameIn(DIVERGENCES))] = "forward_kl"
@@ -79,7 +80,7 @@ class LogitsLoss(OutputTerm):
         """A single output has no probabilities; a few tokens of each item allow one divergence only."""
         yield from super().faults(use)
         if use.single_output and self.divergence != "mse":
-            yield InputError("divergence", self.divergence, "mse, for a student with a single output (a regression)")
+            yield InputError("divergence", self.divergence, "mse, where outputs are no probabilities (a regression)")
         if use.teacher is None or use.teacher.few is None:
             return
         k, classes = use.teacher.few
@@ -112,7 +113,7 @@ class LogitsLoss(OutputTerm):
 
         temperature = value_at(self.temperature, batch.step, batch.steps)
         how = Comparison(self.divergence, self.settings(), temperature, match.classes)
-        return self.part(how, batch, factor, self._labels(batch) if self.needs_labels else None)
+        return head_part(how, batch, factor, self._labels(batch) if self.needs_labels else None)
 
     def _labels(self, batch: "Batch") -> "Tensor":
         return batch.needed_labels(f"losses.logits.divergence {self.divergence}")

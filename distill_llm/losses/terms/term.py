@@ -6,11 +6,12 @@ A term is read and checked without torch, so its file imports what needs torch i
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from distill_llm.common.errors import InputError
+from distill_llm.losses.registry import refuse_taken
 from distill_llm.losses.schedules import Weight
 from distill_llm.losses.terms import BUILT_IN
 from distill_llm.losses.units import OUTPUT_UNITS, Kind, Unit
@@ -176,14 +177,20 @@ def term(name: str) -> Callable[[AnyTerm], AnyTerm]:
     """A decorator: the class becomes the term that objectives call `name`.
 
     Raises:
-        ValueError: another class has the name.
+        ValueError: a name that is taken or no identifier, or a class that is no term or lacks a method.
     """
+    if not name.isidentifier():
+        raise ValueError(f"term {name!r}: choose a name of letters, digits and underscores")
 
     def register(cls: AnyTerm) -> AnyTerm:
-        known: Any = TERMS.get(name, cls)
-        same = (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__)
-        if name == "responses" or not name.isidentifier() or not same:
-            raise ValueError(f"{name!r} cannot be the name of a term: it is taken, or no Python identifier")
+        if not issubclass(cls, Term):
+            raise ValueError(f"term {name!r}: {cls.__name__} is no subclass of Term")
+        missing = sorted(cls.__abstractmethods__) or (["sum"] if cls.sum is Term.sum else [])
+        if missing:
+            raise ValueError(f"term {name!r}: {cls.__name__} must define {', '.join(missing)}")
+        if name == "responses":
+            raise ValueError("term 'responses' exists already: choose another name")
+        refuse_taken(TERMS.get(name), cls, f"term {name!r}")
         cls.name, TERMS[name] = name, cls
         return cls
 
