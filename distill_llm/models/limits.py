@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from distill_llm.architectures.families import facts_of
 from distill_llm.common.errors import InputError
-from distill_llm.data.decoders import is_decoder, keeps_packed_apart, packing_faults
+from distill_llm.data.decoders import is_decoder, packing_faults
 from distill_llm.losses.labels import IGNORED
 
 _COLUMNS = ("input_ids", "position_ids", "attention_mask")
@@ -100,9 +100,9 @@ def room_faults(limits: InputLimits, prompt: int, new: int, field: str, prompts_
         return []
     room = limits.longest - prompt
     if room < 1:
-        accepted = f"prompts of less than {limits.longest} tokens, the longest input of {limits.name}"
+        accepted = f"prompts of fewer than {limits.longest} tokens, the longest input of {limits.name}"
         return [InputError(prompts_field, f"a prompt of {prompt} tokens", accepted)]
-    accepted = f"at most {room}: {limits.name} takes {limits.longest} tokens, of which a prompt takes {prompt}"
+    accepted = f"at most {room}: {limits.name} takes {limits.longest} tokens, and a prompt has {prompt}"
     return [InputError(field, new, accepted)]
 
 
@@ -115,7 +115,9 @@ def masking_faults(limits: InputLimits, tokens: int, field: str, given: str) -> 
     """
     if limits.vocabulary is None or tokens <= limits.vocabulary:
         return []
-    accepted = f"a tokenizer of at most {limits.vocabulary} tokens, those of {limits.name}, for masked words"
+    accepted = (
+        f"a tokenizer of at most {limits.vocabulary} tokens, as {limits.name} has: a masked word may become any of them"
+    )
     return [InputError(field, f"{given} with a tokenizer of {tokens} tokens", accepted)]
 
 
@@ -135,7 +137,7 @@ def row_faults(
     if facts.beyond is not None:
         row, token = facts.beyond
         shown = repr(tokenizer.convert_ids_to_tokens(token)) if tokenizer is not None else f"token {token}"
-        accepted = f"texts of the {limits.vocabulary} tokens of {limits.name}"
+        accepted = f"texts whose tokens are among the {limits.vocabulary} that {limits.name} knows"
         faults.append(InputError(field, f"{shown} in row {row}", accepted))
     return faults + (packing_faults(limits.family, field) if facts.packed else [])
 
@@ -159,7 +161,7 @@ def read_rows(rows: Any, limits: InputLimits, tokens: bool = True) -> RowFacts:
     Args:
         rows: a data set of `datasets`, or a list or tuple of mappings. Nothing is read of other data sets, which may make a row
             anew whenever it is asked for.
-        limits: of the model; packing is looked at only where its family cannot keep packed sequences apart.
+        limits: of the model; only a decoder takes several sequences in a row.
         tokens: whether to look at every token, not only at lengths.
     """
     longest, beyond, packed, start = 0, None, False, 0
@@ -172,7 +174,7 @@ def read_rows(rows: Any, limits: InputLimits, tokens: bool = True) -> RowFacts:
             own, of_row = _valid(positions, columns.get("attention_mask"))
             longest = max(longest, int(own.max(initial=-1)) + 1)
             restarts = (np.diff(own) <= 0) & (np.diff(of_row) == 0)
-            packed = packed or (not keeps_packed_apart(limits.family) and bool(restarts.any()))
+            packed = packed or bool(restarts.any())
         if tokens and beyond is None and limits.vocabulary is not None:
             unknown = np.flatnonzero(ids.values >= limits.vocabulary)
             if len(unknown):

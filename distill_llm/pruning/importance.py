@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from distill_llm.architectures.lineage import Counts
 from distill_llm.common.errors import InputError
 from distill_llm.common.files import written_whole
+from distill_llm.common.tensors import saved_tensors
 from distill_llm.pruning.criteria import Criterion, Seen, find_criterion, is_comparable, ranks_layers_only
 from distill_llm.pruning.statistics.record import BY_LAYER, WHOLE, Statistics, UnitStatistics
 
@@ -77,8 +77,12 @@ class Importance:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Importance":
-        """Read what `save` wrote."""
-        with safe_open(path, "pt") as file:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: if the file is not of scores.
+        """
+        with saved_tensors(path, "scores", "scores saved by Importance.save") as file:
             keys = list(file.keys())
             found: dict[str, Any] = {kind: file.get_tensor(kind) for kind in WHOLE if kind in keys}
             for kind in BY_LAYER:
@@ -129,7 +133,7 @@ def _check_needs(statistics: Statistics, criterion: Criterion) -> None:
     """Raise InputError where the statistics lack what the criterion needs."""
     if "gradients" in criterion.needs and not statistics.has_gradients:
         raise InputError(
-            "criterion", criterion.name, "statistics collected with a loss, or a criterion without gradients"
+            "criterion", criterion.name, "statistics collected with a loss, or a criterion that needs no gradients"
         )
     if "leave_one_out" in criterion.needs and statistics.without is None:
         raise InputError("criterion", criterion.name, fix="complete the statistics with leave_one_out(...) first")

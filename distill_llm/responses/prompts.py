@@ -20,11 +20,12 @@ CHUNK = 1000  # prompts tokenized at once
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as text or as the turns of a chat, as (T,) token ids, and a hash of its content."""
+    """A prompt as text or as the turns of a chat, as (T,) token ids, a hash of its content, and the first row that has it."""
 
     content: str | Chat
     ids: list[int]
     key: bytes
+    row: int = 0
 
     def answered(self, response: str) -> dict[str, Any]:
         """A row of the task `prompts`: `prompt` and `response`, or `messages` that end with the response."""
@@ -56,7 +57,7 @@ def read_contents(source: Source, column: str | None, limit: int | None) -> list
     if name not in rows.column_names:
         raise InputError("prompt_column", name, one_of(rows.column_names, name))
     if not len(rows):
-        raise InputError("data", "no rows", "a prompt or more")
+        raise InputError("data", "no rows", "at least one prompt")
     feature = rows.features[name]
     if isinstance(feature, Value) and feature.dtype in ("string", "large_string"):
         texts = list(rows[name])
@@ -78,7 +79,7 @@ def _rows(source: Source) -> Dataset:
 
 def _without_answer(chat: Any, place: int, column: str) -> Chat:
     """The turns of a chat that ask, in plain dictionaries; a last turn of the assistant is left out."""
-    accepted = "a column of texts, or of chats: lists of turns with role and content, one or more before the answer"
+    accepted = "a column of texts, or of chats: lists of turns with role and content, at least one before the answer"
     try:
         turns = [{name: value for name, value in turn.items() if value is not None} for turn in chat]
         question = turns[:-1] if turns[-1]["role"] == "assistant" else turns
@@ -113,9 +114,11 @@ def encode_prompts(
     """
     given = chat_template_kwargs or {}
     chats = [[as_turn("user", each)] if chat and isinstance(each, str) else each for each in contents]
-    unique = {_key(each): each for each in reversed(chats)}
-    keys = list(dict.fromkeys(map(_key, chats)))
-    kept = [unique[key] for key in keys]
+    first: dict[bytes, int] = {}
+    for row, each in enumerate(chats):
+        first.setdefault(_key(each), row)
+    keys, rows = list(first), list(first.values())
+    kept = [chats[row] for row in rows]
     begin = special_ends(tokenizer)[0]
     prompts: list[Prompt] = []
     for start in range(0, len(kept), CHUNK):
@@ -125,8 +128,8 @@ def encode_prompts(
         for place, (content, ids) in enumerate(zip(some, encoded, strict=True), start):
             ids = [*(begin if isinstance(content, str) else []), *ids]
             if not ids:
-                raise InputError("data", content, "prompts with a token that the tokenizer knows, or more")
-            prompts.append(Prompt(content, ids, keys[place]))
+                raise InputError("data", content, "a prompt with at least one token that the tokenizer knows")
+            prompts.append(Prompt(content, ids, keys[place], rows[place]))
     if not isinstance(kept[0], str):
         answered([*kept[0], as_turn("assistant", "x")], tokenizer, given, "data")
     return prompts

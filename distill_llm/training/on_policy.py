@@ -36,7 +36,7 @@ class StudentResponses:
         if not isinstance(collator, CausalCollator):
             given = type(collator).__name__
             raise InputError(
-                "losses.responses", given, "data of the task prompts, with the collator that load_task's data have"
+                "losses.responses", given, "data of the task prompts as load_task reads them, with their collator"
             )
         self.settings, self.share, self.collator, self.seed = settings, settings.share, collator, seed
         self.sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, settings.top_k)
@@ -60,12 +60,12 @@ class StudentResponses:
             InputError: a packed batch, rows without prompts, or logits of the student that are not numbers.
         """
         if "position_ids" in batch:
-            raise_all([fault.renamed("losses.responses") for fault in self.settings.faults(Use(packed=True))])
+            raise_all([fault.renamed("losses.responses") for fault in self.settings.faults(Use(packed="position_ids"))])
         device = batch["input_ids"].device
         prompts = [_prompt(batch, row) for row in range(len(batch["input_ids"]))]
         if not all(prompts):
             raise InputError(
-                "losses.responses", "rows without a prompt", "data of the task prompts: labels after each prompt"
+                "losses.responses", "rows without a prompt", "data of the task prompts, where labels follow each prompt"
             )
         inside: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore
         decoder = Decoder(inside, self.collator, self.sampling, "student")

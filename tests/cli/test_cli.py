@@ -329,7 +329,7 @@ def test_evaluate_names_the_option_of_a_template_that_it_cannot_read(folder, giv
 
 
 def test_evaluate_says_which_rows_of_a_lone_file_it_scored(folder):
-    assert "rows.csv has no test split: scored are 4 of its rows, the tenth" in call(*EVALUATE).stdout
+    assert "rows.csv has no test split: these 4 of its rows are the tenth" in call(*EVALUATE).stdout
 
 
 @pytest.mark.slow

@@ -25,6 +25,9 @@ def copy_term():
         signals: ClassVar[tuple[terms.Signal, ...]] = ("logits", "vectors")
         needs_teacher: ClassVar[bool] = False
 
+        def sum(self, batch, match, pairs):
+            return batch.zero()
+
     yield Copy
     del terms.TERMS["copy"]
 
@@ -80,7 +83,7 @@ def test_what_each_term_is_averaged_over(mapping, units):
         (Use(cut=True, layers=(2, 4)), {}),
         (Use(cut=False), dict.fromkeys(("hidden", "attention"), "losses.{}.layers: ")),
         (Use(single_output=True), {"logits": "losses.logits.divergence: "}),
-        (Use(packed=True), {}),
+        (Use(packed="data.packing"), {}),
         (Use(vector_widths=frozenset((16, 24))), {}),
     ],
     ids=str,

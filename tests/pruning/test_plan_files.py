@@ -4,14 +4,18 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from builders.disks import fill_disk
 from builders.models import tiny_model
 from builders.pruning import plan_of, random_scores
+from safetensors.torch import save_file
 
 from distill_llm.common.errors import InputError
 from distill_llm.pruning.cutting.surgery import prune
+from distill_llm.pruning.importance import Importance
 from distill_llm.pruning.plan import LayerPlan, PruningPlan, full_plan
 from distill_llm.pruning.planning.planner import plan_pruning
+from distill_llm.pruning.statistics.record import Statistics
 from distill_llm.pruning.units.sizes import counts_of
 
 
@@ -45,13 +49,25 @@ def test_a_full_disk_leaves_the_plan_and_the_scores_that_were_there(model, tmp_p
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.parametrize(("kind", "field"), [(Importance, "scores"), (Statistics, "statistics")])
+def test_files_that_are_no_scores_or_statistics_are_refused_in_one_line(tmp_path, kind, field):
+    (tmp_path / "text").write_text("no tensors")
+    save_file({"other": torch.zeros(1)}, tmp_path / "others")
+    save_file({"heads.0.taylor": torch.zeros(1)}, tmp_path / "part", metadata={"criterion": "fisher"})
+    for name in ("missing", "text", "others", "part"):
+        with pytest.raises(InputError) as caught:
+            kind.load(tmp_path / name)
+        line = f"{field}: got {str(tmp_path / name)!r}; accepted: {field} saved by {kind.__name__}.save ("
+        assert str(caught.value).startswith(line) and "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "[]", "{}", '{"model_type": "bert", "layers": [{"source": 0}]}', '{"model_type": "bert", "layers": 3}'],
 )
 def test_files_that_are_no_plan_are_refused_in_one_line(tmp_path, text):
     (tmp_path / "plan.json").write_text(text)
-    with pytest.raises(InputError, match="a plan saved by PruningPlan.save") as caught:
+    with pytest.raises(InputError, match="a file that PruningPlan.save wrote") as caught:
         PruningPlan.load(tmp_path / "plan.json")
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError):
@@ -85,7 +101,7 @@ def test_broken_plans_are_refused_before_anything_is_cut(model, rows, field):
 
 
 def test_a_plan_of_another_family_is_refused(model):
-    with pytest.raises(InputError, match="plan.model_type: got 'roberta'; accepted: the model's 'bert'"):
+    with pytest.raises(InputError, match="plan.model_type: got 'roberta'; accepted: 'bert', the family of the model"):
         prune(model, replace(full_plan(model), model_type="roberta"))
 
 

@@ -53,8 +53,8 @@ def test_costs_of_units_come_back_from_times_that_follow_a_straight_line(tmp_pat
     costs = latency_costs(model, **BATCH, clock=FakeClock(), cache_dir=tmp_path)
     size = counts_of(model)[0]
     for hidden in (32, 16, 20):
-        for groups, neurons, each in ((size["heads"], size["neurons"], costs.shared), (size["heads"] // 2, 7, 1)):
-            each = each if costs.shared > 1 else 1
+        shared = size["queries"] // size["heads"]
+        for groups, neurons, each in ((size["heads"], size["neurons"], shared), (size["heads"] // 2, 7, 1)):
             assert costs.of([counts(groups, neurons, each)], hidden) == pytest.approx(
                 law(hidden, groups * each, groups, neurons)
             )
@@ -100,9 +100,9 @@ def test_costs_of_noisy_times_fall_with_the_width_and_never_below_zero(seed):
     by_width = [costs.of(shape, width) for width in range(1, 33)]
     assert by_width == sorted(by_width)
     parts = [
-        costs.group_at(1, 0),
-        costs.query_at(1, 0),
-        costs.neuron_at(1),
+        costs.at("heads", 1, 0),
+        costs.at("queries", 1, 0),
+        costs.at("neurons", 1),
         costs.of([has(0, 0, 0)], 1),
     ]
     assert min(parts) >= 0 and by_width[0] > 0
@@ -201,7 +201,7 @@ def test_a_later_round_is_held_against_the_dense_model(model):
 def test_whole_layers_come_in_steps_and_the_plan_says_so(model):
     plan = planned(model, 0.6, Stopwatch(outside=0.0, power=1.0), units=("layers",))
     assert len(plan.layers) in (2, 3)
-    assert plan.note == f"kept {plan.kept:.4f} of the latency where 0.6 was asked for: these units come in larger steps"
+    assert plan.note == f"kept {plan.kept:.4f} of the latency instead of 0.6: these units come in larger steps"
     met = planned(model, 0.5, Stopwatch(outside=0.0, power=1.0), units=("layers",))
     assert len(met.layers) == 2 and met.note is None
 
@@ -209,7 +209,7 @@ def test_whole_layers_come_in_steps_and_the_plan_says_so(model):
 def test_a_clock_with_steps_ends_with_the_nearest_plan_and_a_reason(model):
     watch = Stopwatch(outside=0.0, power=1.0, step=0.1)
     plan = planned(model, 0.53, watch)
-    assert plan.note and "0.53 was asked for" in plan.note
+    assert plan.note and "instead of 0.53" in plan.note
     assert abs(plan.kept - 0.53) == min(abs(seen - 0.53) for seen in watch.seen)
     assert len(watch.seen) <= 11
 
@@ -232,7 +232,7 @@ def test_costs_of_a_dense_model_hold_for_a_narrower_student_with_fewer_queries()
     rows = tuple(LayerPlan(i, (0, 1, 2, 3), tuple(range(64)), (0, 2, 4, 6)) for i in range(5))
     student = prune(model, PruningPlan("llama", rows, hidden=tuple(range(24))))
     dense, own = unit_costs(model), costs_for(student, unit_costs(model))
-    assert (own.hidden, own.shared) == (24, 1)
+    assert own.hidden == 24
     assert own.of([counts(4, 64)]) == pytest.approx(dense.of([counts(4, 64)], 24))
 
 
@@ -272,6 +272,6 @@ def test_on_this_device_the_pruned_model_takes_about_the_share_that_was_asked_fo
     model = tiny_model(layers=6, hidden=256, heads=8, intermediate=1024)
     batch = {"batch_size": 8, "sequence_length": 64}
     plan = plan_for_latency(model, random_scores(counts_of(model)), 0.6, LatencySettings(**batch))
-    assert plan.note is None or "0.6 was asked for" in plan.note
+    assert plan.note is None or "instead of 0.6" in plan.note
     speedup = compare(prune(model, plan), model, **batch).speedup
     assert 1 / speedup == pytest.approx(plan.kept, rel=0.25)
