@@ -53,15 +53,19 @@ def outputs_of(module: nn.Module) -> int:
 
 
 def layer_counts(layer: nn.Module, family: Family, dims: Dims) -> dict[str, int]:
-    """How many units of every kind a layer has, pruned or not."""
-    queries = inputs_of(layer.get_submodule(family.attention_out)) // dims.head_size
-    neurons = inputs_of(layer.get_submodule(family.ffn_out))
-    if not queries:
-        return {"heads": 0, "neurons": neurons, "queries": 0}
-    path, layout = next((path, layout) for path, layout in family.attention_in.items() if "kv" in layout)
-    heads = outputs_of(layer.get_submodule(path)) // dims.head_size
-    groups = heads if layout == "kv" else (heads - queries) // 2
-    return {"heads": groups, "neurons": neurons, "queries": queries}
+    """How many units of every kind a layer has, pruned or not: by the sizes of what the family's row lays out."""
+    channels = {layout: inputs_of(layer.get_submodule(path)) for path, layout in family.readers}
+    modules = dict(layer.named_modules())
+    for path, layout in (*family.attention_in.items(), *family.ffn_in.items()):
+        parts = layout.strip("()").split()
+        new = [part for part in parts if part.isalpha() and part not in channels]
+        if new and path in modules:
+            known = sum(channels.get(part, 0) for part in parts)
+            channels[new[0]] = (outputs_of(modules[path]) - known) // len(new)
+    return {
+        kind: channels.get(unit.letter, 0) // (dims.head_size if unit.by_head else 1)
+        for kind, unit in LAYER_UNITS.items()
+    }
 
 
 def _spread(indices: Sequence[int], size: int) -> torch.Tensor:
@@ -237,8 +241,7 @@ def shrink(model: PreTrainedModel, plan: ModelPlan, *, lineage: ModelPlan, value
     for index, (layer, row, source) in enumerate(zip(kept, plan.layers, lineage.layers, strict=True)):
         counts = layer_counts(layer, family, dims)
         for name, (dim, layout) in layer_axes(layer, family).items():
-            if counts["queries"] or "n" in layout:
-                _cut(layer, name, dim, kept_channels(layout, row, counts, dims.head_size), values)
+            _cut(layer, name, dim, kept_channels(layout, row, counts, dims.head_size), values)
         for module in layer.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
                 setattr(module, "layer_idx", index)  # noqa: B010

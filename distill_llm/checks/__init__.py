@@ -13,6 +13,5 @@ what was opened on the way is handed on, a file for each door:
 
 `respond` has its door in `responses.opening`, since its Python call needs it, and `push` in `report.hub`.
 
-May import: common, architectures, metrics, losses, measuring, data, models, pruning, teachers, responses, recipe,
-training, evaluation, report.
+May import: common, architectures, losses, data, models, pruning, teachers, recipe, training, evaluation, report.
 """

@@ -7,7 +7,7 @@ from distill_llm.common.errors import raise_all
 from distill_llm.data.encoding import encode
 from distill_llm.data.spec import DataSpec
 from distill_llm.data.tasks import TaskData
-from distill_llm.evaluation.rules import ScoringFields, scoring_faults
+from distill_llm.evaluation.rules import RECIPE_FIELDS, scoring_faults
 from distill_llm.models.finding import OpenModel, check_head, check_tokens, open_model
 from distill_llm.models.limits import length_faults, limits_of
 
@@ -40,7 +40,6 @@ def open_scoring(model: str, spec: DataSpec) -> OpenScoring:
     limits = limits_of(opened.config, opened.name)
     raise_all(length_faults(limits, spec.max_length, "data.max_length"))
     rows.task.kind.check_rows(rows, opened.tokenizer)
-    data = check_tokens(encode(rows, opened.tokenizer, spec.max_length), opened, "data.path")
-    fields = ScoringFields("data.path", "evaluation.max_new_tokens")
-    raise_all(scoring_faults(limits, data.test, data.task, fields, opened.tokenizer))
+    data = check_tokens(encode(rows, opened.tokenizer, spec.max_length), opened, RECIPE_FIELDS.rows)
+    raise_all(scoring_faults(limits, data.test, data.task, RECIPE_FIELDS, opened.tokenizer))
     return OpenScoring(opened, data, len(rows.test))

@@ -19,7 +19,7 @@ from distill_llm.data.padding import LENGTH
 from distill_llm.data.spec import DataSpec
 from distill_llm.data.special_tokens import check_tokenizer
 from distill_llm.data.tasks import Task, TaskData, class_name_faults, label_names
-from distill_llm.evaluation.rules import ScoringFields, scoring_faults
+from distill_llm.evaluation.rules import RECIPE_FIELDS, scoring_faults
 from distill_llm.losses.mapping import cut_from, unequal_widths
 from distill_llm.losses.terms.term import Use
 from distill_llm.models.checkpoint import name_labels
@@ -126,12 +126,13 @@ def encoded_rows(opened: Opened) -> TaskData:
         InputError: a token without an embedding; a prompt that leaves no room for its response.
     """
     recipe, tokenizer = opened.recipe, opened.teacher.tokenizer
-    data = check_tokens(encode(opened.data, tokenizer, recipe.data.max_length), opened.teacher)
+    rows = encode(opened.data, tokenizer, recipe.data.max_length)
+    data = check_tokens(rows, opened.teacher, RECIPE_FIELDS.rows)
     shorter = _shorter(opened.teacher, opened.student)
     assert shorter is not None
-    limits, fields = limits_of(shorter.config, shorter.name), ScoringFields("data", "evaluation.max_new_tokens")
-    for rows in (data.test, data.validation):
-        raise_all(scoring_faults(limits, rows, data.task, fields) if rows is not None else [])
+    limits = limits_of(shorter.config, shorter.name)
+    for split in (data.test, data.validation):
+        raise_all(scoring_faults(limits, split, data.task, RECIPE_FIELDS) if split is not None else [])
     return data
 
 
@@ -184,7 +185,7 @@ def _check_raw_rows(data: TaskData, teacher: OpenModel) -> None:
 def _loss_faults(recipe: Recipe, task: Task) -> list[InputError]:
     if recipe.distillation is None:
         return []
-    use = Use(single_output=not task.kind.has_distribution, packed=task.packing)
+    use = Use(single_output=not task.kind.has_distribution, packed="data.packing" if task.packing else None)
     return recipe.distillation.losses.faults(use, "distillation.losses")
 
 

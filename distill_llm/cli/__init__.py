@@ -1,5 +1,4 @@
 """The command line.
 
-May import: common, architectures, metrics, losses, measuring, data, models, pruning, teachers, responses, recipe,
-training, evaluation, report, checks, pipeline.
+May import: common, measuring, data, models, pruning, teachers, responses, recipe, evaluation, report, checks, pipeline.
 """

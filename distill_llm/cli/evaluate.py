@@ -65,12 +65,14 @@ def _score(model: str, spec: "DataSpec", batch_size: int, output: Path) -> None:
     from distill_llm.data.encoding import collator
     from distill_llm.data.sources import resolve_path
     from distill_llm.evaluation.evaluate import evaluate_model
+    from distill_llm.evaluation.rules import RECIPE_FIELDS
 
     with as_options(signature(evaluate).parameters, {"model": "MODEL"}):
         opened = open_scoring(model, spec)
         task, rows = opened.data.task, opened.data.test
         pad = collator(task, opened.model.tokenizer, seed=spec.seed)
-        metrics = evaluate_model(load_model(opened.model), rows, task, pad, batch_size=batch_size)
+        loaded = load_model(opened.model)
+        metrics = evaluate_model(loaded, rows, task, pad, batch_size=batch_size, fields=RECIPE_FIELDS)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps({"model": model, "task": spec.task, **metrics}, indent=2) + "\n", encoding="utf-8")
     table = Table("metric", "value", title=f"{model} on {task.name}, {len(rows)} examples")

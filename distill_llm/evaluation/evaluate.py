@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from distill_llm.architectures.modes import evaluating
@@ -20,8 +19,8 @@ from distill_llm.data.padding import LENGTH, Collator
 from distill_llm.data.tasks import Task
 from distill_llm.evaluation.generation import respond
 from distill_llm.evaluation.perplexity import causal_loss
-from distill_llm.evaluation.rules import scoring_faults
-from distill_llm.losses.labels import IGNORED
+from distill_llm.evaluation.rules import PYTHON_FIELDS, ScoringFields, scoring_faults
+from distill_llm.losses.labels import IGNORED, label_loss
 from distill_llm.metrics.modules import text_score
 from distill_llm.metrics.registry import find_metric
 from distill_llm.models.item_logits import item_logits, packed
@@ -36,6 +35,7 @@ def evaluate_model(
     *,
     batch_size: int = 64,
     progress: bool = True,
+    fields: ScoringFields = PYTHON_FIELDS,
 ) -> dict[str, float]:
     """The task's metrics of a model on encoded rows, and the main one again as `score`.
 
@@ -50,20 +50,23 @@ def evaluate_model(
         collator: from `distill_llm.data.collator`.
         batch_size: rows per forward pass.
         progress: whether to show a bar.
+        fields: names for messages.
 
     Raises:
-        ValueError: the dataset is empty.
-        InputError: the model cannot read a row, or has no room for a response (see `scoring_faults`); a language model has no
-            token to predict.
+        InputError: the dataset is empty; the model cannot read a row, or has no room for a response (see `scoring_faults`); a
+            language model has no token to predict.
         FloatingPointError: the model gave an output that is not finite.
     """
     if not len(dataset):
-        raise ValueError("dataset: got no rows; accepted: at least one")
-    raise_all(scoring_faults(limits_of(model.config, type(model).__name__), dataset, task))
+        raise InputError(fields.rows, "no rows", "at least one")
+    raise_all(scoring_faults(limits_of(model.config, type(model).__name__), dataset, task, fields))
     if not task.is_language_model:
         return compute_metrics(task, *predict(model, dataset, task, collator, batch_size=batch_size, progress=progress))
     with evaluating(model):
         result = _losses(model, dataset, task, collator, batch_size, progress)
+        if result is None:
+            accepted = "rows with tokens to predict: words that the tokenizer knows, responses that are not empty"
+            raise InputError(fields.rows, f"{len(dataset)} rows without a token to predict", accepted)
         if task.generates:
             assert isinstance(collator, CausalCollator)
             texts = respond(model, dataset, collator, task.max_new_tokens, batch_size=batch_size, progress=progress)
@@ -105,7 +108,8 @@ def predict(
 
 def _losses(
     model: PreTrainedModel, dataset: Dataset, task: Task, collator: Collator, batch_size: int, progress: bool
-) -> dict[str, float]:
+) -> dict[str, float] | None:
+    """Loss and perplexity; None where the rows have no token to predict."""
     batch_loss = BATCH_LOSSES[task.kind.item]
     total, tokens = 0.0, 0
     for batch in _batches(model, dataset, _by_length(dataset), collator, batch_size, progress):
@@ -113,8 +117,7 @@ def _losses(
             loss_sum, count = batch_loss(model, batch)
         total, tokens = total + float(loss_sum), tokens + int(count)
     if tokens == 0:
-        accepted = "rows with tokens to predict: words that the tokenizer knows, responses that are not empty"
-        raise InputError("data.path", f"{len(dataset)} rows without a token to predict", accepted)
+        return None
     loss = total / tokens
     if not math.isfinite(loss):
         raise FloatingPointError(f"{type(model).__name__} gave a loss that is not finite")
@@ -127,8 +130,8 @@ def _masked_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tens
     predicted = labels != IGNORED
     positions = predicted.flatten().nonzero().squeeze(-1)
     with packed(model, positions):  # the vocabulary's logits of what is predicted, not of every token
-        logits = item_logits(model(**batch).logits, positions).float()
-    return cross_entropy(logits, labels[predicted], reduction="sum"), predicted.sum()
+        logits = item_logits(model(**batch).logits, positions)
+    return label_loss(logits, labels[predicted]).sum(), predicted.sum()
 
 
 BATCH_LOSSES: dict[str, Callable[[PreTrainedModel, dict[str, Tensor]], tuple[Tensor, Tensor | int]]] = {

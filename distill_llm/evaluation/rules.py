@@ -18,11 +18,17 @@ class ScoringFields:
     max_new_tokens: str = "task.max_new_tokens"
 
 
+PYTHON_FIELDS = ScoringFields()
+"""What Python calls them."""
+RECIPE_FIELDS = ScoringFields("data.path", "evaluation.max_new_tokens")
+"""What a recipe calls them."""
+
+
 def scoring_faults(
     limits: InputLimits,
     rows: Dataset,
     task: Task,
-    fields: ScoringFields = ScoringFields(),
+    fields: ScoringFields = PYTHON_FIELDS,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[InputError]:
     """The faults of encoded rows that a model is to be scored on.

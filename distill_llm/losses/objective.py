@@ -44,7 +44,7 @@ class Responses(BaseModel):
         if use.teacher is not None and not use.teacher.new_text:
             yield InputError("", use.teacher.name, "a teacher in memory: it never saw the student's answers")
         if use.packed:
-            yield InputError("", "rows of several sequences", "a prompt in each row (data.packing: false)")
+            yield InputError("", f"rows of several sequences ({use.packed})", "a prompt in each row")
         if use.sharding not in (None, "FSDP2"):
             yield InputError("", f"a student sharded by {use.sharding}", "FSDP2 (fsdp_version 2), or DDP")
 

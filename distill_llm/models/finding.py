@@ -86,8 +86,11 @@ def _check_vocabulary(field: str, name: str, config: PreTrainedConfig, tokenizer
     logging.getLogger(__name__).warning(line, name, len(beyond), shown)
 
 
-def check_tokens(data: TaskData, model: OpenModel, field: str = "data") -> TaskData:
+def check_tokens(data: TaskData, model: OpenModel, field: str) -> TaskData:
     """Encoded rows as they are, once it is known that a model has an embedding for all of their tokens.
+
+    Args:
+        field: what the rows are called.
 
     Raises:
         InputError: where a row holds a token beyond the model's vocabulary, or may come to hold one (masked words).

@@ -22,7 +22,7 @@ def forward_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any
     rows = len(inputs.get("position_ids", ()))
     if rows > 1 and is_flash_attention_requested(getattr(model, "config", None)):
         given = f"{rows} packed rows in a batch under flash attention"
-        raise InputError("data.packing", given, "batches of one row, or the attn_implementation sdpa")
+        raise InputError("position_ids", given, "batches of one row, or the attn_implementation sdpa")
     names, inputs = inspect.signature(model.forward).parameters, without_packed_mask(inputs)
     everything = "input_ids" not in names
     chosen = {name: value for name, value in inputs.items() if name != "labels" and (everything or name in names)}

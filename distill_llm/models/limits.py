@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from distill_llm.architectures.families import facts_of
 from distill_llm.common.errors import InputError
-from distill_llm.data.decoders import is_decoder, keeps_packed_apart, packing_faults
+from distill_llm.data.decoders import is_decoder, packing_faults
 from distill_llm.losses.labels import IGNORED
 
 _COLUMNS = ("input_ids", "position_ids", "attention_mask")
@@ -159,7 +159,7 @@ def read_rows(rows: Any, limits: InputLimits, tokens: bool = True) -> RowFacts:
     Args:
         rows: a data set of `datasets`, or a list or tuple of mappings. Nothing is read of other data sets, which may make a row
             anew whenever it is asked for.
-        limits: of the model; packing is looked at only where its family cannot keep packed sequences apart.
+        limits: of the model; only a decoder takes several sequences in a row.
         tokens: whether to look at every token, not only at lengths.
     """
     longest, beyond, packed, start = 0, None, False, 0
@@ -172,7 +172,7 @@ def read_rows(rows: Any, limits: InputLimits, tokens: bool = True) -> RowFacts:
             own, of_row = _valid(positions, columns.get("attention_mask"))
             longest = max(longest, int(own.max(initial=-1)) + 1)
             restarts = (np.diff(own) <= 0) & (np.diff(of_row) == 0)
-            packed = packed or (not keeps_packed_apart(limits.family) and bool(restarts.any()))
+            packed = packed or bool(restarts.any())
         if tokens and beyond is None and limits.vocabulary is not None:
             unknown = np.flatnonzero(ids.values >= limits.vocabulary)
             if len(unknown):

@@ -75,7 +75,8 @@ def _write(request: CacheRequest, batch_size: int) -> tuple[int, int]:
     teacher, task = opened.teacher, opened.data.task
     dtype = chosen_dtype(request.settings.dtype, processes.device)
     with processes.main_process_first():
-        train = check_tokens(encode(opened.data, teacher.tokenizer, request.data.max_length), teacher).train
+        rows = encode(opened.data, teacher.tokenizer, request.data.max_length)
+        train = check_tokens(rows, teacher, "data.path").train
     model = load_pretrained(teacher.path, dtype=getattr(torch, dtype))
     source = CacheSource(
         OnlineTeacher(model),

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache
+from datasets import Dataset
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,6 +16,7 @@ from distill_llm.data.encoding import collator
 from distill_llm.data.padding import Collator
 from distill_llm.data.tasks import TaskData
 from distill_llm.evaluation.evaluate import evaluate_model
+from distill_llm.evaluation.rules import RECIPE_FIELDS
 from distill_llm.models.checkpoint import converted, load_pretrained
 from distill_llm.models.finding import OpenModel
 
@@ -78,12 +80,15 @@ class Context:
 
     def evaluate(self, model: PreTrainedModel) -> dict[str, float]:
         """Metrics on the reported split; where rows are held out, also their score as `validation`, for choices."""
-        size = self.recipe.evaluation.batch_size
-        metrics = evaluate_model(model, self.data.test, self.data.task, self.collator, batch_size=size)
+        metrics = self._measured(model, self.data.test)
         if self.data.validation is not None:
-            held_out = evaluate_model(model, self.data.validation, self.data.task, self.collator, batch_size=size)
+            held_out = self._measured(model, self.data.validation)
             metrics["validation"] = held_out["score"]
         return metrics
+
+    def _measured(self, model: PreTrainedModel, rows: Dataset) -> dict[str, float]:
+        size, task = self.recipe.evaluation.batch_size, self.data.task
+        return evaluate_model(model, rows, task, self.collator, batch_size=size, fields=RECIPE_FIELDS)
 
     def scored(self, path: str | Path, dtype: torch.dtype) -> dict[str, Any]:
         """The result of a stage that trained a model: its scores, on process 0; empty on the others."""

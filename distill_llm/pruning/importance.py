@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from distill_llm.architectures.lineage import LAYER_UNITS, Counts
 from distill_llm.common.errors import InputError
+from distill_llm.common.tensors import saved_tensors
 from distill_llm.pruning.criteria import Criterion, Seen, find_criterion, is_comparable, ranks_layers_only
 from distill_llm.pruning.statistics.record import Statistics, UnitStatistics
 from distill_llm.pruning.units.kinds import KINDS
@@ -105,8 +105,12 @@ class Importance:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Importance":
-        """Read what `save` wrote."""
-        with safe_open(path, "pt") as file:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: if the file is not of scores.
+        """
+        with saved_tensors(path, "scores", "scores saved by Importance.save") as file:
             keys = list(file.keys())
             units: dict[str, Scores] = {kind: file.get_tensor(kind) for kind in keys if "." not in kind}
             for kind in LAYER_UNITS:

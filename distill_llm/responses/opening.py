@@ -14,7 +14,7 @@ from distill_llm.data.kinds.prompts import prompts as prompts_task
 from distill_llm.data.special_tokens import check_tokenizer
 from distill_llm.models.finding import OpenModel, check_head, chosen_dtype, open_model
 from distill_llm.models.fingerprints import teacher_fingerprint, tokenizer_fingerprint
-from distill_llm.models.limits import limits_of, room_faults
+from distill_llm.models.limits import RowFacts, limits_of, read_rows, room_faults, row_faults
 from distill_llm.responses.prompts import Prompt, Source, encode_prompts, read_contents
 from distill_llm.responses.settings import ResponseSettings
 
@@ -66,6 +66,10 @@ def open_prompts(
     longest = max(len(prompt.ids) for prompt in encoded)
     limits = limits_of(opened.config, opened.name)
     raise_all(room_faults(limits, longest, settings.max_new_tokens, "max_new_tokens", "data"))
+    beyond = read_rows([{"input_ids": prompt.ids} for prompt in encoded], limits).beyond
+    if beyond is not None:
+        facts = RowFacts(beyond=(encoded[beyond[0]].row, beyond[1]))
+        raise_all(row_faults(limits, facts, "data", opened.tokenizer))
     template = [str(opened.tokenizer.chat_template)] if are_chats else []
     fingerprints = {
         "teacher": _teacher_fingerprint(teacher, opened),
@@ -88,7 +92,8 @@ def _opened(teacher: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
         raise InputError("tokenizer", None, "the tokenizer of the teacher, which is given as model")
     if teacher.config.is_encoder_decoder or not teacher.can_generate():
         raise InputError("teacher", type(teacher).__name__, "a causal LM, which can generate")
-    return OpenModel("teacher", str(teacher.config.name_or_path), "", teacher.config, tokenizer)
+    name = str(teacher.config.name_or_path) or type(teacher).__name__
+    return OpenModel("teacher", name, "", teacher.config, tokenizer)
 
 
 def _dtype(teacher: str | PreTrainedModel, given: str | None, device: torch.device) -> str:

@@ -20,11 +20,12 @@ CHUNK = 1000  # prompts tokenized at once
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as text or as the turns of a chat, as (T,) token ids, and a hash of its content."""
+    """A prompt as text or as the turns of a chat, as (T,) token ids, a hash of its content, and the first row that has it."""
 
     content: str | Chat
     ids: list[int]
     key: bytes
+    row: int = 0
 
     def answered(self, response: str) -> dict[str, Any]:
         """A row of the task `prompts`: `prompt` and `response`, or `messages` that end with the response."""
@@ -113,9 +114,11 @@ def encode_prompts(
     """
     given = chat_template_kwargs or {}
     chats = [[as_turn("user", each)] if chat and isinstance(each, str) else each for each in contents]
-    unique = {_key(each): each for each in reversed(chats)}
-    keys = list(dict.fromkeys(map(_key, chats)))
-    kept = [unique[key] for key in keys]
+    first: dict[bytes, int] = {}
+    for row, each in enumerate(chats):
+        first.setdefault(_key(each), row)
+    keys, rows = list(first), list(first.values())
+    kept = [chats[row] for row in rows]
     begin = special_ends(tokenizer)[0]
     prompts: list[Prompt] = []
     for start in range(0, len(kept), CHUNK):
@@ -126,7 +129,7 @@ def encode_prompts(
             ids = [*(begin if isinstance(content, str) else []), *ids]
             if not ids:
                 raise InputError("data", content, "prompts with a token that the tokenizer knows, or more")
-            prompts.append(Prompt(content, ids, keys[place]))
+            prompts.append(Prompt(content, ids, keys[place], rows[place]))
     if not isinstance(kept[0], str):
         answered([*kept[0], as_turn("assistant", "x")], tokenizer, given, "data")
     return prompts

@@ -8,6 +8,7 @@ the same kind of device. Other batches change only the rounding of logits.
 
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -15,7 +16,6 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import distill_llm
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.common.processes import open_processes
 from distill_llm.common.progress import progress_bar
@@ -122,4 +122,4 @@ def _generate(work: Work, shards: Sequence[int], decoder: Decoder, folder: Respo
 def _environment(device: torch.device) -> dict[str, str]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    return {"distill_llm": distill_llm.__version__, **versions, "device": name}
+    return {"distill_llm": version("distill_llm"), **versions, "device": name}

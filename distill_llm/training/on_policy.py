@@ -60,7 +60,7 @@ class StudentResponses:
             InputError: a packed batch, rows without prompts, or logits of the student that are not numbers.
         """
         if "position_ids" in batch:
-            raise_all([fault.renamed("losses.responses") for fault in self.settings.faults(Use(packed=True))])
+            raise_all([fault.renamed("losses.responses") for fault in self.settings.faults(Use(packed="position_ids"))])
         device = batch["input_ids"].device
         prompts = [_prompt(batch, row) for row in range(len(batch["input_ids"]))]
         if not all(prompts):

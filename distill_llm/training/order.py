@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle, islice
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
@@ -46,3 +47,11 @@ class GlobalBatchSampler(Sampler[int]):
             indices = get_length_grouped_indices(self.lengths, self.batch_size, generator=generator)
         filler = islice(cycle(reversed(indices[: self.whole] or indices)), max(0, self.total - self.size))
         yield from [*indices, *filler][: self.total]
+
+
+def lengths_of(data: Any, column: str) -> list[int]:
+    """The number of tokens of every row of a data set, by its column of lengths where it has one."""
+    names = getattr(data, "column_names", None) or ()
+    if column in names:
+        return list(data[column])
+    return [len(ids) for ids in data["input_ids"]] if names else [len(row["input_ids"]) for row in data]

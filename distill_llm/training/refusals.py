@@ -127,7 +127,7 @@ def check_arguments(args: TrainingArguments, objective: Objective, options: Mapp
 
 def check_datasets(
     datasets: Mapping[str, Any], models: Collection[InputLimits], tokenizer: Any, collator: Any = None
-) -> None:
+) -> set[str]:
     """Whether student and teacher can read the rows: their lengths, their tokens, and whether they are packed.
 
     Args:
@@ -137,9 +137,13 @@ def check_datasets(
         tokenizer: of the data; where it has no token beyond a model's vocabulary, the rows' tokens are not looked at.
         collator: of the batches.
 
+    Returns:
+        The names of the arguments that have rows of several sequences.
+
     Raises:
         InputError: names the argument.
     """
+    packed = set()
     counts = hasattr(tokenizer, "get_vocab") and hasattr(tokenizer, "__len__")
     namer = tokenizer if hasattr(tokenizer, "convert_ids_to_tokens") else None
     for limits in models:
@@ -150,7 +154,10 @@ def check_datasets(
             several = given if isinstance(given, Mapping) else {"": given}
             for part, rows in several.items():
                 field = f"{name}.{part}" if part else name
-                raise_all(row_faults(limits, read_rows(rows, limits, tokens), field, namer))
+                facts = read_rows(rows, limits, tokens)
+                raise_all(row_faults(limits, facts, field, namer))
+                packed |= {name} if facts.packed else set()
+    return packed
 
 
 def check_prompts(rows: Any, models: Collection[InputLimits], new_tokens: int) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
+from transformers import Trainer
 
 
 @contextmanager
@@ -59,3 +60,11 @@ def clip_with(
         local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
         local.mul_(factor.to(local.dtype))
     return total
+
+
+def sharding_of(trainer: Trainer) -> str | None:
+    """What divides a trainer's model among processes; None: nothing."""
+    if trainer.is_deepspeed_enabled:
+        return "DeepSpeed"
+    fsdp = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    return None if fsdp is None else f"FSDP{fsdp.fsdp_version}"

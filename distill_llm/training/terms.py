@@ -90,7 +90,7 @@ class Terms:
     def __call__(self, batch: Batch, without: Collection[str] = ()) -> dict[str, torch.Tensor]:
         """The sums of the terms of one batch, by name, but for those of the names in `without`."""
         if batch.sequences is not None and not all(term.packed_rows for term in self.terms.values()):
-            raise_all(self.objective.faults(Use(packed=True)))
+            raise_all(self.objective.faults(Use(packed="position_ids")))
         left = {name: term for name, term in self.terms.items() if name not in without}
         return {name: term.sum(batch, self.match, self.pairs[name]) for name, term in left.items()}
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedModel
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput, has_length
 
 from distill_llm.architectures.modeling_pruned import CODE_NAMES
 from distill_llm.common.errors import InputError, raise_all
@@ -28,7 +28,7 @@ from distill_llm.training.config import DistillationConfig
 from distill_llm.training.evaluation_loss import EvaluationLoss
 from distill_llm.training.loss import LossSettings, TrainingLoss
 from distill_llm.training.on_policy import MARK, StudentResponses
-from distill_llm.training.order import GlobalBatchSampler
+from distill_llm.training.order import GlobalBatchSampler, lengths_of
 from distill_llm.training.projecting_trainer import ProjectingTrainer
 from distill_llm.training.refusals import (
     check_arguments,
@@ -38,7 +38,7 @@ from distill_llm.training.refusals import (
     check_prompts,
     check_teacher,
 )
-from distill_llm.training.shards import whole
+from distill_llm.training.shards import sharding_of, whole
 from distill_llm.training.teacher_state import StepsDone
 
 
@@ -99,7 +99,7 @@ class DistillationTrainer(ProjectingTrainer):
         self._limits = [limits_of(without_adapters(model).config, "the student")]
         self._limits += [limits_of(reader.config, "the teacher") for reader in self._readers]
         rows = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
-        check_datasets(rows, self._limits, self.processing_class, self.data_collator)
+        packed = "train_dataset" if "train_dataset" in self._check(rows) else None
         self.epoch = Epoch()
         self.add_callback(EpochBegins(self.epoch))
         if self.teacher is not None:
@@ -107,7 +107,8 @@ class DistillationTrainer(ProjectingTrainer):
         if len(self.terms.projections) and self.lr_scheduler is not None:
             accepted = "an optimizer without a scheduler: the projections of hidden states join the optimizer"
             raise InputError("optimizers", type(self.lr_scheduler).__name__, accepted)
-        raise_all(objective.faults(Use(kind=self.terms.kind, widths=self.terms.match.widths, sharding=self._sharding)))
+        use = Use(kind=self.terms.kind, widths=self.terms.match.widths, sharding=sharding_of(self), packed=packed)
+        raise_all(objective.faults(use))
         self.responses: StudentResponses | None = None
         if objective.responses is not None:
             check_prompts(self.train_dataset, self._limits, objective.responses.max_new_tokens)
@@ -123,6 +124,21 @@ class DistillationTrainer(ProjectingTrainer):
         finally:
             if self.teacher is not None:
                 self.teacher.close()
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As `Trainer.evaluate`, once the models can read rows that the trainer was not made with."""
+        if not isinstance(eval_dataset, str):  # the name of one that it was made with
+            self._check({"eval_dataset": eval_dataset})
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """As `Trainer.predict`, once the models can read the rows."""
+        self._check({"test_dataset": test_dataset})
+        return super().predict(test_dataset, *args, **kwargs)
+
+    def _check(self, rows: dict[str, Any]) -> set[str]:
+        """As `check_datasets` for the trainer's own models."""
+        return check_datasets(rows, self._limits, self.processing_class, self.data_collator)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """As `Trainer._prepare_inputs`, once the models have positions for the batch."""
@@ -218,14 +234,6 @@ class DistillationTrainer(ProjectingTrainer):
         """The teacher's models that read batches."""
         return () if self.teacher is None else self.teacher.readers
 
-    @property
-    def _sharding(self) -> str | None:
-        """What divides the student among processes; None: nothing."""
-        if self.is_deepspeed_enabled:
-            return "DeepSpeed"
-        fsdp = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-        return None if fsdp is None else f"FSDP{fsdp.fsdp_version}"
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`, with the mean of each term over the steps since the last log that it counted in, and processes."""
         if "loss" in logs and any(self._logged_steps.values()):
@@ -260,7 +268,7 @@ class DistillationTrainer(ProjectingTrainer):
             self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
             self.args.seed if self.args.data_seed is None else self.args.data_seed,
             epoch=lambda: int(self.state.epoch or 0),
-            lengths=_lengths(data, self.args.length_column_name) if strategy == "group_by_length" else None,
+            lengths=lengths_of(data, self.args.length_column_name) if strategy == "group_by_length" else None,
             drop_last=self.args.dataloader_drop_last,
         )
 
@@ -289,10 +297,3 @@ class DistillationTrainer(ProjectingTrainer):
             if os.path.isfile(code) and self.is_world_process_zero():
                 shutil.copy(code, str(self.args.output_dir))  # the Trainer's own list of files to push has no code
         super()._push_from_checkpoint(checkpoint_folder)
-
-
-def _lengths(data: Any, column: str) -> list[int]:
-    names = getattr(data, "column_names", None) or ()
-    if column in names:
-        return list(data[column])
-    return [len(ids) for ids in data["input_ids"]] if names else [len(row["input_ids"]) for row in data]

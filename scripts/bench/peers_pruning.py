@@ -91,7 +91,7 @@ def torch_pruning_method(kind: Any, gradients: Gradients, over_layers: bool) -> 
 
     def method(given: Subject, keep: float, params: int) -> Student:
         costs, config = unit_costs(given.model), given.model.config
-        whole = costs.neuron * config.intermediate_size * config.num_hidden_layers
+        whole = costs.at("neurons") * config.intermediate_size * config.num_hidden_layers
         best, ratio = None, 1 - keep
         for _ in range(8):
             student = torch_pruned(given, kind(), gradients, over_layers, 1 - keep, ratio)
@@ -156,7 +156,7 @@ def textpruner_students(given: Subject, iterations: int, folder: str) -> Iterato
             heads = round(keep * of)
             rest = params - costs.of([(heads, 0)] * count)
             config = textpruner.TransformerPruningConfig(
-                target_ffn_size=int(rest / costs.neuron / count),
+                target_ffn_size=int(rest / costs.at("neurons") / count),
                 target_num_of_heads=heads,
                 pruning_method="iterative",
                 ffn_even_masking=even,

@@ -146,9 +146,12 @@ def test_what_the_term_of_layers_says_of_itself_is_heeded(tmp_path):
     with pytest.raises(InputError, match="losses.pooled: got 'a cached teacher'"):
         trainer_of(tmp_path, narrow, cached(tmp_path / "c", teacher, rows(teacher)), [], {"pooled": {}})
     packed = [{**row, "position_ids": torch.arange(10) % 5} for row in rows(teacher)]
-    with pytest.raises(InputError, match="losses.pooled: got 'rows of several sequences'"):
-        trainer_of(tmp_path, narrow, teacher, packed, {"pooled": {}}).train()
-    (fault,) = parse_objective({"pooled": {}}).faults(terms.Use(packed=True), "distillation.losses")
+    with pytest.raises(
+        InputError,
+        match=r"^losses.pooled: got 'rows of several sequences \(train_dataset\)'; accepted: rows of one sequence",
+    ):
+        trainer_of(tmp_path, narrow, teacher, packed, {"pooled": {}})  # before the first step
+    (fault,) = parse_objective({"pooled": {}}).faults(terms.Use(packed="data.packing"), "distillation.losses")
     assert fault.field == "distillation.losses.pooled"
 
 

@@ -91,7 +91,7 @@ def test_masked_lm_loss_is_the_mean_over_masked_tokens_and_repeatable() -> None:
 
 def test_broken_models_and_empty_data_are_refused() -> None:
     model, task = tiny_model(), GLUE["sst2"]
-    with pytest.raises(ValueError, match="no rows"):
+    with pytest.raises(InputError, match="^dataset: got 'no rows'; accepted: at least one"):
         evaluate_model(model, rows(0), task, collator(task, TOKENS), progress=False)
     with torch.no_grad():
         model.classifier.bias.fill_(float("nan"))
@@ -102,5 +102,5 @@ def test_broken_models_and_empty_data_are_refused() -> None:
 def test_rows_without_a_token_to_predict_have_no_score() -> None:
     task = masked_lm("text", "text")
     special = Dataset.from_dict({"input_ids": [[2, 1, 1, 3]] * 3, "attention_mask": [[1] * 4] * 3, "length": [4] * 3})
-    with pytest.raises(InputError, match="^data.path: got '3 rows without a token to predict'"):
+    with pytest.raises(InputError, match="^dataset: got '3 rows without a token to predict'"):
         evaluate_model(tiny_model(head="masked-lm"), special, task, collator(task, TOKENS), progress=False)

@@ -13,6 +13,7 @@ from distill_llm.data.encoding import collator, encode
 from distill_llm.data.kinds.causal_lm import causal_lm
 from distill_llm.data.kinds.prompts import prompts
 from distill_llm.evaluation.evaluate import evaluate_model
+from distill_llm.evaluation.rules import ScoringFields
 
 TOKENIZER = word_tokenizer()
 
@@ -84,3 +85,13 @@ def test_the_command_names_its_options_before_it_loads_weights(tmp_path, monkeyp
         result = CliRunner().invoke(app, [*given, *more])
         assert result.exit_code == 2 and f"error: {line}" in result.stderr, result.stderr
     assert not (tmp_path / "metrics.json").exists()
+
+
+def test_faults_of_rows_have_the_names_of_the_door_that_asked():
+    task, none, fields = causal_lm("text", "text"), text_rows(4).select([]), ScoringFields("data.path", "--new")
+    pad = collator(task, TOKENIZER)
+    for rows, given in ((none, "no rows"), (text_rows(1), "1 rows without a token to predict")):
+        with pytest.raises(InputError, match=f"^data.path: got '{given}'"):
+            evaluate_model(causal_model(), rows, task, pad, progress=False, fields=fields)
+        with pytest.raises(InputError, match=f"^dataset: got '{given}'"):
+            evaluate_model(causal_model(), rows, task, pad, progress=False)

@@ -80,7 +80,7 @@ def test_what_each_term_is_averaged_over(mapping, units):
         (Use(cut=True, layers=(2, 4)), {}),
         (Use(cut=False), dict.fromkeys(("hidden", "attention"), "losses.{}.layers: ")),
         (Use(single_output=True), {"logits": "losses.logits.divergence: "}),
-        (Use(packed=True), {}),
+        (Use(packed="data.packing"), {}),
         (Use(vector_widths=frozenset((16, 24))), {}),
     ],
     ids=str,

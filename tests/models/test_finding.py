@@ -37,14 +37,16 @@ def test_a_token_that_no_text_holds_may_be_beyond_the_models_vocabulary(tmp_path
     (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("distill_llm")]
     assert "1 of its tokenizer's tokens (<image>)" in line
     fine = encode(data_of(causal_lm("text", "text"), text=["w1 w2 w3"] * 4), opened.tokenizer, 16)
-    assert check_tokens(fine, opened) is fine
+    assert check_tokens(fine, opened, "data.path") is fine
     texts = encode(
         data_of(causal_lm("text", "text"), text=["w1 w2 w3 w4 w5 w6 w7", "w1 <image> w2"]), opened.tokenizer, 8
     )
-    with pytest.raises(InputError, match=r"data: got \"'<image>' in row 1\"; accepted: texts of the 97 tokens of"):
-        check_tokens(texts, opened)
+    with pytest.raises(
+        InputError, match=r"^data.path: got \"'<image>' in row 1\"; accepted: texts of the 97 tokens of"
+    ):
+        check_tokens(texts, opened, "data.path")
     save(tmp_path, causal_model(vocab_size=WORDS + 1))
-    assert check_tokens(texts, open_model("teacher.model", path)) is texts, "the model has it"
+    assert check_tokens(texts, open_model("teacher.model", path), "data.path") is texts, "the model has it"
 
 
 def test_masked_words_that_may_become_any_token_need_all_of_them(tmp_path):
@@ -52,7 +54,7 @@ def test_masked_words_that_may_become_any_token_need_all_of_them(tmp_path):
     opened = open_model("teacher.model", path)
     rows = encode(data_of(masked_lm("text", "text"), text=["w1 w2 w3"] * 4), opened.tokenizer, 16)
     with pytest.raises(InputError, match="with a tokenizer of 98 tokens'; accepted: .*97.* for masked words"):
-        check_tokens(rows, opened)
+        check_tokens(rows, opened, "data.path")
 
 
 @pytest.mark.parametrize(

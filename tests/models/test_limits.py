@@ -71,7 +71,8 @@ def test_rows_are_packed_where_positions_of_their_tokens_start_again(positions, 
     found = read_rows(Dataset.from_list([row, row]), SMALL)
     own = [position for position, valid in zip(positions, mask, strict=True) if valid]
     assert (found.packed, found.longest) == (packed, max(own) + 1)
-    assert not read_rows([row], InputLimits("llama", "llama", 8, 10, decoder=True)).packed, "which keeps them apart"
+    llama = InputLimits("llama", "llama", 8, 10, decoder=True)
+    assert read_rows([row], llama) == found and not row_faults(llama, found, "data"), "which keeps them apart"
     assert not read_rows([row], InputLimits("bert", "bert", 8, 10, decoder=False)).packed, "an encoder's own positions"
 
 

@@ -4,13 +4,17 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from builders.models import tiny_model
 from builders.pruning import plan_of, random_scores
+from safetensors.torch import save_file
 
 from distill_llm.common.errors import InputError
 from distill_llm.pruning.cutting.surgery import prune
+from distill_llm.pruning.importance import Importance
 from distill_llm.pruning.plan import LayerPlan, PruningPlan, full_plan
 from distill_llm.pruning.planning.planner import plan_pruning
+from distill_llm.pruning.statistics.record import Statistics
 from distill_llm.pruning.units.sizes import counts_of
 
 
@@ -30,6 +34,18 @@ def test_plans_survive_json_and_have_the_documented_form(model, tmp_path):
     bare = {"model_type": "bert", "layers": [{"source": 3, "heads": [0, 2], "neurons": []}]}
     (tmp_path / "bare.json").write_text(json.dumps(bare))
     assert PruningPlan.load(tmp_path / "bare.json") == PruningPlan("bert", (LayerPlan(3, (0, 2), ()),))
+
+
+@pytest.mark.parametrize(("kind", "field"), [(Importance, "scores"), (Statistics, "statistics")])
+def test_files_that_are_no_scores_or_statistics_are_refused_in_one_line(tmp_path, kind, field):
+    (tmp_path / "text").write_text("no tensors")
+    save_file({"other": torch.zeros(1)}, tmp_path / "others")
+    save_file({"heads.0.taylor": torch.zeros(1)}, tmp_path / "part", metadata={"criterion": "fisher"})
+    for name in ("missing", "text", "others", "part"):
+        with pytest.raises(InputError) as caught:
+            kind.load(tmp_path / name)
+        line = f"{field}: got {str(tmp_path / name)!r}; accepted: {field} saved by {kind.__name__}.save ("
+        assert str(caught.value).startswith(line) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,19 @@ def test_a_run_that_made_nothing_goes_on_with_a_smaller_batch(tmp_path: Path) ->
     assert files_of(tmp_path / "smaller") == files_of(tmp_path / "whole")
 
 
+def test_prompts_that_the_teacher_cannot_read_are_refused_under_its_name(tmp_path: Path) -> None:
+    known = teacher(vocab_size=97)  # of words alone: an added one has no embedding
+    tokenizer = word_tokenizer()
+    tokenizer.add_tokens(["<image>"])
+    given = {"output_dir": tmp_path, "tokenizer": tokenizer, "max_new_tokens": 2, "progress": False}
+    line = r"""^data: got "'<image>' in row 2"; accepted: texts of the 97 tokens of LlamaForCausalLM$"""
+    with pytest.raises(InputError, match=line):
+        answer(known, [words(1), words(1), words(1) + " <image>"], **given)
+    line = "^max_new_tokens: got 60; accepted: at most [0-9]+: LlamaForCausalLM takes 64 tokens, of which a prompt takes 5$"
+    with pytest.raises(InputError, match=line):
+        answer(teacher(max_position_embeddings=64), [words(1, 2, 3, 4, 5)], **{**given, "max_new_tokens": 60})
+
+
 def test_a_folder_with_other_files_and_damaged_shards_are_refused(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").touch()

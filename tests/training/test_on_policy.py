@@ -3,6 +3,7 @@
 import copy
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -221,7 +222,10 @@ def test_answers_are_generated_in_mixed_precision_with_weights_converted_once_fo
             Use(teacher=Gives("a cached teacher", new_text=False)),
             "losses.responses: got 'a cached teacher'; accepted: a teacher in memory",
         ),
-        (Use(packed=True), "losses.responses: got 'rows of several sequences'; accepted: a prompt in each row"),
+        (
+            Use(packed="data.packing"),
+            "losses.responses: got 'rows of several sequences (data.packing)'; accepted: a prompt in each row",
+        ),
         (Use(sharding="DeepSpeed"), "losses.responses: got 'a student sharded by DeepSpeed'; accepted: FSDP2"),
         (Use(sharding="FSDP1"), "losses.responses: got 'a student sharded by FSDP1'; accepted: FSDP2"),
         (Use(sharding="FSDP2", kind="next_token", teacher=Gives("a model")), None),
@@ -248,6 +252,15 @@ def test_responses_that_pass_the_last_position_of_student_or_teacher_are_refused
             DistillationTrainer(*models, DistillationConfig(losses=losses, **args), train_dataset=rows.train, **given)
 
 
+def test_packed_prompts_are_refused_before_the_first_step(tmp_path):
+    rows, losses = prompt_rows(), {"logits": {}, "responses": {"max_new_tokens": 4}}
+    answering_trainer(tmp_path, causal_model(), causal_model(seed=1), rows, losses)
+    train = [{**row, "position_ids": [at % 2 for at in range(len(row["input_ids"]))]} for row in rows.train]
+    line = r"^losses.responses: got 'rows of several sequences \(train_dataset\)'; accepted: a prompt in each row$"
+    with pytest.raises(InputError, match=line):
+        answering_trainer(tmp_path, causal_model(), causal_model(seed=1), replace(rows, train=train), losses)
+
+
 def test_what_cannot_answer_is_refused(tmp_path):
     rows, teacher = prompt_rows(), causal_model()
     with pytest.raises(InputError, match="losses.responses: got 'labels alone'"):
@@ -255,7 +268,7 @@ def test_what_cannot_answer_is_refused(tmp_path):
     with pytest.raises(InputError, match="losses.responses.share: got 0"):
         answering_trainer(tmp_path, causal_model(), teacher, rows, {"logits": {}, "responses": {"share": 0}})
     pad, batch = batch_of(rows)
-    with pytest.raises(InputError, match="losses.responses: got 'rows of several sequences'"):
+    with pytest.raises(InputError, match=r"losses.responses: got 'rows of several sequences \(position_ids\)'"):
         StudentResponses(Responses(), pad, 0)(teacher, {**batch, "position_ids": batch["input_ids"]}, 0)
 
 

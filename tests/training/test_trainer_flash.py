@@ -75,7 +75,7 @@ def test_packed_rows_are_taken_one_in_a_batch_and_refused_together(tmp_path, mon
     _, log = step_gradient(tmp_path, *flash, data, losses, bf16=True, **size)
     assert log["loss"] == pytest.approx(expected["loss"], rel=0.02)
     trainer = trainer_of(tmp_path, *flash, data, losses, bf16=True, per_device_train_batch_size=2)
-    with pytest.raises(InputError, match="data.packing: got '2 packed rows .* flash attention'") as error:
+    with pytest.raises(InputError, match="position_ids: got '2 packed rows .* flash attention'") as error:
         trainer.train()
     assert "\n" not in str(error.value)
 

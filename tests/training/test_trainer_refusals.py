@@ -194,3 +194,19 @@ def test_each_of_several_sets_to_evaluate_on_is_named(tmp_path):
     given = {"fine": fine, "long": ids_of([5] * 9)}
     with pytest.raises(InputError, match="^eval_dataset.long: got 'a row of 9 tokens'"):
         DistillationTrainer(student, None, args, train_dataset=fine, eval_dataset=given)
+
+
+def test_rows_that_the_trainer_was_not_made_with_are_read_before_they_are_scored(tmp_path):
+    trainer = trainer_of(tmp_path, causal_model(layers=1), None, ids_of([5]), {"labels": {}})  # of 100 tokens
+    fine, unknown = ids_of([5, 99]), ids_of([5, 99], [7, 100])
+    assert trainer.evaluate(fine)["eval_loss"] > 0
+    assert trainer.evaluate({"fine": fine})["eval_fine_loss"] > 0
+    assert trainer.predict(fine).predictions.shape == (1, 2, 100)
+    said = "got 'token 100 in row 1'; accepted: texts of the 100 tokens of the student$"
+    for call, given, field in (
+        (trainer.evaluate, unknown, "eval_dataset"),
+        (trainer.evaluate, {"fine": fine, "other": unknown}, "eval_dataset.other"),
+        (trainer.predict, unknown, "test_dataset"),
+    ):
+        with pytest.raises(InputError, match=f"^{field}: {said}"):
+            call(given)

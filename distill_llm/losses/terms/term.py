@@ -60,7 +60,7 @@ class Use:
         vector_widths: channels of all heads' queries and keys in layers that are compared with each other.
         head_size: channels of a head, where pruning chooses how many heads stay.
         kind: what an output of the student is about.
-        packed: whether rows hold several sequences.
+        packed: the field whose rows hold several sequences.
     """
 
     teacher: Gives | None = None
@@ -73,7 +73,7 @@ class Use:
     vector_widths: frozenset[int] = frozenset()
     head_size: int | None = None
     kind: Kind | None = None
-    packed: bool = False
+    packed: str | None = None
 
 
 class Term(BaseModel):
@@ -162,7 +162,7 @@ class Term(BaseModel):
         if use.teacher is not None and self.needs_teacher:
             yield from self._beyond(use.teacher)
         if use.packed and not self.packed_rows:
-            yield InputError("", "rows of several sequences", "rows of one sequence each (data.packing: false)")
+            yield InputError("", f"rows of several sequences ({use.packed})", "rows of one sequence each")
         if self.projects and use.widths is not None and use.sharding == "DeepSpeed":
             given = f"states of {use.widths[0]} and {use.widths[1]} channels under DeepSpeed"
             yield InputError("", given, "a student as wide as its teacher, or DDP or FSDP in the place of DeepSpeed")

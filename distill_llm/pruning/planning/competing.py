@@ -134,7 +134,7 @@ class _Competition:
         elif kind.block:
             self.gone = [unit for unit in self.gone if not (unit[0].cuts == kind.cuts and unit[1] == i)]
         if "hidden" in self.choice.rules.units:
-            one = self.choice.rules.round_to * self.choice.costs.neuron_[0]
+            one = self.choice.rules.round_to * self.choice.costs.units["neurons"][0]
             self.channels = self.channels - one if kind.fine else KINDS["hidden"].price(self.choice, 0)
         following = self.following.get(kind.name, [])
         return following[j + 1] if j + 1 < len(following) else None
@@ -159,13 +159,13 @@ def _made_up(choice: Choice, kind: UnitKind) -> float:
         return 0.0
     counts = choice.count["neurons"]
     gone = sum(s["neurons"] - n for s, n, on in zip(choice.shapes, counts, choice.alive, strict=True) if on)
-    return gone * choice.costs.neuron_at(choice.width)
+    return gone * choice.costs.at("neurons", choice.width)
 
 
 def _round_neurons(choice: Choice) -> None:
-    """Bring every layer's neurons to a multiple of `round_to`, then spend what is left of the budget on whole blocks."""
+    """Bring every layer's neurons down to a multiple of `round_to`, then add whole blocks while the budget allows it."""
     alive, step = [i for i, living in enumerate(choice.alive) if living], choice.rules.round_to
-    price, scores = choice.costs.neuron_at(choice.width), choice.scores.neurons
+    price, scores = choice.costs.at("neurons", choice.width), choice.scores.neurons
     counts = {i: max(choice.count["neurons"][i] // step * step, choice.least[i]["neurons"]) for i in alive}
     spare = choice.budget - (choice.cost() - price * sum(choice.count["neurons"][i] - counts[i] for i in alive))
     worth = {i: torch.cat([torch.zeros(1), scores[i].sort(descending=True).values.cumsum(0)]) for i in alive}

@@ -87,13 +87,12 @@ def fit_costs(rows: Sequence[Sequence[float]], counts: Counts, hidden: int) -> C
         slope = min(max(slope, 0.0), high / max(found))
         pairs.append((float(slope), float(high - slope * max(found))))
     query, group, neuron, rest = pairs
-    return Costs("latency", hidden, shared, query, group, neuron, rest)
+    return Costs("latency", hidden, {"heads": group, "queries": query, "neurons": neuron}, rest)
 
 
 def costs_for(student: PreTrainedModel, costs: Costs) -> Costs:
     """What units of a student cost, given the costs of the model that it was pruned from."""
-    shared = next((each["queries"] // each["heads"] for each in counts_of(student) if each["heads"]), costs.shared)
-    return replace(costs, hidden=hidden_size(student), shared=shared)
+    return replace(costs, hidden=hidden_size(student))
 
 
 # The file of times.

@@ -7,11 +7,11 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from distill_llm.architectures.family import READER_NAMES
 from distill_llm.architectures.lineage import LAYER_UNITS
+from distill_llm.common.tensors import saved_tensors
 from distill_llm.pruning.statistics.moments import Moments
 from distill_llm.pruning.units.kinds import KINDS
 
@@ -98,8 +98,12 @@ class Statistics:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Statistics":
-        """Read what `save` wrote."""
-        with safe_open(path, "pt") as file:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: if the file is not of statistics.
+        """
+        with saved_tensors(path, "statistics", "statistics saved by Statistics.save") as file:
             names, get, meta = set(file.keys()), file.get_tensor, file.metadata()
 
             def units(kind: str) -> tuple[UnitStatistics, ...]:

@@ -1,7 +1,7 @@
 """What a unit of a model costs: parameters, FLOPs or memory."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -11,6 +11,8 @@ from distill_llm.architectures.families import layers_of
 from distill_llm.architectures.lineage import LAYER_UNITS
 from distill_llm.architectures.modeling_pruned import hidden_dims, layer_axes, layer_prefix
 from distill_llm.common.errors import InputError, one_of
+from distill_llm.pruning.units.kind import Line, Load
+from distill_llm.pruning.units.kinds import KINDS
 from distill_llm.pruning.units.sizes import _family, counts_of, head_size_of, hidden_size
 
 COSTS = ("params", "flops", "memory")
@@ -18,47 +20,30 @@ COSTS = ("params", "flops", "memory")
 
 @dataclass(frozen=True)
 class Costs:
-    """What a query head, the key and value of a group, a neuron and the rest of a layer cost, each as (slope, constant).
+    """What a unit of each kind in a layer costs, and the rest of a layer, each as (slope, constant).
 
-    A cost is slope x channels of the residual stream + constant; `hidden` is their number in the model it was made for, and
-    `shared` how many queries share a group there. `cached` is what the keys and values of a group that are held cost beside
-    it, per layer of that model (layers may hold windows only); empty: nothing. `by_query`: those are held for every query head.
+    A cost is slope x channels of the residual stream + constant.
+
+    Attributes:
+        name: what is counted.
+        hidden: channels of the residual stream in the model that the costs were made for.
+        units: the costs by kind of unit (`LAYER_UNITS`).
+        rest: the cost of a layer without any units.
+        held: by kind, what a unit costs beside that in each layer of the model; a kind that is not there costs nothing more.
     """
 
     name: str
     hidden: int
-    shared: int
-    query: tuple[float, float]
-    group: tuple[float, float]
-    neuron_: tuple[float, float]
-    rest_: tuple[float, float]
-    cached: tuple[float, ...] = ()
-    by_query: bool = False
+    units: Mapping[str, Line]
+    rest: Line
+    held: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
-    def _at(self, pair: tuple[float, float], hidden: int | None) -> float:
-        return pair[0] * (self.hidden if hidden is None else hidden) + pair[1]
+    def at(self, kind: str, hidden: int | None = None, layer: int = 0) -> float:
+        """Cost of a unit in a layer of the model, with so many channels in the residual stream."""
+        return self._on(self.units[kind], hidden) + (self.held[kind][layer] if kind in self.held else 0.0)
 
-    def group_at(self, hidden: int | None = None, layer: int = 0) -> float:
-        """Cost of a group's key and value in a layer of the model."""
-        return self._at(self.group, hidden) + (self.cached[layer] if self.cached and not self.by_query else 0.0)
-
-    def query_at(self, hidden: int | None = None, layer: int = 0) -> float:
-        """Cost of a query head alone in a layer of the model."""
-        return self._at(self.query, hidden) + (self.cached[layer] if self.cached and self.by_query else 0.0)
-
-    def neuron_at(self, hidden: int | None = None) -> float:
-        """Cost of a neuron."""
-        return self._at(self.neuron_, hidden)
-
-    @property
-    def head(self) -> float:
-        """Cost of a group with all its queries in the first layer, at the model's own width."""
-        return self.group_at() + self.shared * self.query_at()
-
-    @property
-    def neuron(self) -> float:
-        """`neuron_at` the model's own width."""
-        return self.neuron_at()
+    def _on(self, line: Line, hidden: int | None) -> float:
+        return line[0] * (self.hidden if hidden is None else hidden) + line[1]
 
     def channel(self, counts: Iterable[Mapping[str, float]]) -> float:
         """Cost of one channel of the residual stream through layers with so many units of every kind."""
@@ -68,19 +53,18 @@ class Costs:
         self, counts: Iterable[Mapping[str, float]], hidden: int | None = None, layers: Iterable[int] | None = None
     ) -> float:
         """Cost of layers with so many units of every kind; `layers`: which of the model's, by default one after another."""
-        neuron, rest = (self._at(pair, hidden) for pair in (self.neuron_, self.rest_))
-        counts = list(counts)
-        places, total = range(len(counts)) if layers is None else layers, 0.0
-        for row, layer in zip(counts, places, strict=True):
-            heads, queries, neurons = row["heads"], row["queries"], row["neurons"]
-            total += (
-                queries * self.query_at(hidden, layer) + heads * self.group_at(hidden, layer) + neurons * neuron + rest
-            )
+        units, rest = {kind: self._on(line, hidden) for kind, line in self.units.items()}, self._on(self.rest, hidden)
+        counts, total = list(counts), 0.0
+        for row, layer in zip(counts, range(len(counts)) if layers is None else layers, strict=True):
+            cost = 0.0
+            for kind, each in units.items():
+                cost += row[kind] * (each + (self.held[kind][layer] if kind in self.held else 0.0))
+            total += cost + rest
         return total
 
 
 def unit_costs(model: PreTrainedModel, cost: str = "params", batch_size: int = 32, sequence_length: int = 64) -> Costs:
-    """Cost of a head, a neuron and the rest of a layer.
+    """What a unit of every kind in a layer costs, and the rest of a layer.
 
     Args:
         cost: "params"; "flops" (2 x multiply-adds, per token of the batch); or "memory" (bytes of the weights, and of the keys
@@ -92,21 +76,33 @@ def unit_costs(model: PreTrainedModel, cost: str = "params", batch_size: int = 3
     """
     if cost not in COSTS:
         raise InputError("cost", cost, one_of(COSTS, cost))
-    family, counts, hidden, head_size = _family(model), counts_of(model), hidden_size(model), head_size_of(model)
-    shared = next((each["queries"] // each["heads"] for each in counts if each["heads"]), 1)
+    cached = cached_tokens(model, batch_size, sequence_length) if cost == "memory" else []
+    load = Load(model.config, _family(model), head_size_of(model), batch_size, sequence_length, cached)
+    kinds, hidden = [kind for name, kind in KINDS.items() if name in LAYER_UNITS], hidden_size(model)
     if cost == "flops":
-        rows, products, projections = position_products(model)
-        scores = 4.0 * sequence_length * head_size + 2.0 * rows * products * head_size
-        into, neuron = 2.0 * head_size, 2.0 + 2.0 * sum(layout.count("n") for layout in family.ffn_in.values())
-        projected = rows * projections / (batch_size * sequence_length)  # once for all tokens
-        each_query = (2 + projected) * into, scores
-        return Costs("FLOPs", hidden, shared, each_query, (2 * into, 0.0), (neuron, 0.0), (0.0, 0.0))
-    # Counted from the weights themselves, over all layers: biases are not everywhere. Apart: what the residual stream spans.
-    totals = {"q": [0.0, 0.0], "kv": [0.0, 0.0], "n": [0.0, 0.0], "": [0.0, 0.0]}
+        return Costs("FLOPs", hidden, {kind.name: kind.flops(load) for kind in kinds}, (0.0, 0.0))
+    width = torch.finfo(model.dtype).bits / 8 if cost == "memory" else 1.0
+    found = {part: (slope * width, constant * width) for part, (slope, constant) in _weights(model, load).items()}
+    units, rest = {kind.name: found[LAYER_UNITS[kind.name].letter] for kind in kinds}, found[""]
+    if cost == "params":
+        return Costs("parameters", hidden, units, rest)
+    held = {kind.name: [count * width for count in counts] for kind in kinds if (counts := kind.held(load))}
+    return Costs("bytes", hidden, units, rest, held)
+
+
+def _weights(model: PreTrainedModel, load: Load) -> dict[str, Line]:
+    """Weights of a unit by the letter of its kind, and under "" those of a layer without units, as (slope, constant).
+
+    Counted from the weights themselves, over all layers: biases are not everywhere. Apart: what the residual stream spans.
+    """
+    totals = {letter: [0.0, 0.0] for letter in (*(unit.letter for unit in LAYER_UNITS.values()), "")}
+    counts, hidden = counts_of(model), hidden_size(model)
     spans, prefix = hidden_dims(model), layer_prefix(model)
     for index, (layer, has) in enumerate(zip(layers_of(model), counts, strict=True)):
-        channels = {"q": has["queries"] * head_size, "kv": has["heads"] * head_size, "n": has["neurons"], "": 1}
-        axes = layer_axes(layer, family)
+        channels = {
+            unit.letter: has[kind] * (load.head_size if unit.by_head else 1) for kind, unit in LAYER_UNITS.items()
+        } | {"": 1}
+        axes = layer_axes(layer, load.family)
         for name, parameter in layer.named_parameters():
             layout = next((axes[path][1] for path in axes if name == path or name.startswith(path + ".")), "")
             parts = [part.strip("()/[]") for part in layout.split()] or [""]
@@ -114,24 +110,7 @@ def unit_costs(model: PreTrainedModel, cost: str = "params", batch_size: int = 3
             for part in parts:
                 totals[part][f"{prefix}{index}.{name}" not in spans] += parameter.numel() * channels[part] / whole
     units = {unit.letter: sum(each[kind] for each in counts) for kind, unit in LAYER_UNITS.items()} | {"": len(counts)}
-    width = torch.finfo(model.dtype).bits / 8 if cost == "memory" else 1.0
-    each = {part: (a / hidden / max(units[part], 1), b / max(units[part], 1)) for part, (a, b) in totals.items()}
-    query, group, neuron_, rest = ((slope * width, constant * width) for slope, constant in each.values())
-    if cost == "params":
-        return Costs("parameters", hidden, shared, query, group, neuron_, rest)
-    cached = tuple(2 * head_size * tokens * width for tokens in cached_tokens(model, batch_size, sequence_length))
-    return Costs("bytes", hidden, shared, query, group, neuron_, rest, cached, family.caches_queries)
-
-
-def position_products(model: PreTrainedModel) -> tuple[int, int, int]:
-    """Of attention with embeddings of relative positions (DeBERTa): how many there are; by how many projections of them each
-    query head multiplies its queries and keys (c2p, p2c); and how many it makes. Zeros for all other families."""
-    config = model.config
-    if not getattr(config, "relative_attention", False):
-        return 0, 0, 0
-    spans = getattr(config, "position_buckets", -1), config.max_relative_positions, config.max_position_embeddings
-    types = len({"c2p", "p2c"} & set(config.pos_att_type or ()))
-    return 2 * next(span for span in spans if span > 0), types, 2 if getattr(config, "share_att_key", False) else types
+    return {part: (a / hidden / max(units[part], 1), b / max(units[part], 1)) for part, (a, b) in totals.items()}
 
 
 def cached_tokens(model: PreTrainedModel, batch_size: int, sequence_length: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from distill_llm.pruning.units.kind import Candidate, UnitKind
+from distill_llm.pruning.units.kind import Candidate, Line, Load, UnitKind
 
 if TYPE_CHECKING:
     from distill_llm.pruning.planning.candidate import Choice
@@ -20,8 +20,16 @@ class Heads(UnitKind):
 
     def price(self, choice: "Choice", i: int) -> float:
         """A group and its queries."""
-        return choice.costs.group_at(choice.width, i) + choice.slots[i] * choice.costs.query_at(choice.width, i)
+        return choice.costs.at("heads", choice.width, i) + choice.slots[i] * choice.costs.at("queries", choice.width, i)
 
     def remove(self, choice: "Choice", i: int, j: int) -> bool:
         """One head."""
         return choice.drop("heads", i, slice(j, j + 1))
+
+    def flops(self, load: Load) -> Line:
+        """The projections of its key and its value."""
+        return 4.0 * load.head_size, 0.0
+
+    def held(self, load: Load) -> list[float]:
+        """The keys and values of the cached tokens, where each group has its own."""
+        return [] if load.family.caches_queries else [2 * load.head_size * tokens for tokens in load.cached]

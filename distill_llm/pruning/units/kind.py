@@ -1,9 +1,14 @@
 """What a plan has to know of a kind of unit. Must not import torch: recipes are checked without it."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from distill_llm.architectures.family import Family
     from distill_llm.pruning.planning.candidate import Choice
 
 Candidate = tuple[int, int, float]
@@ -16,6 +21,29 @@ Source = Literal["together", "change", "stream"]
 - "change": what a layer adds to its input;
 - "stream": the channels of the residual stream, where linears read them.
 """
+
+
+Line = tuple[float, float]
+"""A straight line, (slope, constant): a cost is slope x channels of the residual stream + constant."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """A model and the batch that it works on, as far as costs of units depend on them.
+
+    Attributes:
+        config, family: the model's config, and the row of its family.
+        head_size: channels of a head.
+        batch_size, sequence_length: of the batch (B, T).
+        cached: for each layer, the tokens whose keys and values it holds; empty where there is no cache.
+    """
+
+    config: "PreTrainedConfig"
+    family: "Family"
+    head_size: int
+    batch_size: int
+    sequence_length: int
+    cached: Sequence[int]
 
 
 class UnitKind(ABC):
@@ -55,3 +83,11 @@ class UnitKind(ABC):
     @abstractmethod
     def remove(self, choice: "Choice", i: int, j: int) -> bool:
         """Remove a unit; False where it is gone already or must stay."""
+
+    def flops(self, load: Load) -> Line:
+        """FLOPs (2 x multiply-adds) of a unit, per token of the batch. Only kinds with a row in `LAYER_UNITS` are asked."""
+        raise NotImplementedError(f"the kind {self.name!r} does not say what its units cost in FLOPs")
+
+    def held(self, load: Load) -> Sequence[float]:
+        """For each layer, how many numbers a unit holds beside its weights while the model works; empty: none."""
+        return ()

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from distill_llm.pruning.units.kind import Candidate, UnitKind
+from distill_llm.pruning.units.kind import Candidate, Line, Load, UnitKind
 
 if TYPE_CHECKING:
     from distill_llm.pruning.planning.candidate import Choice
@@ -20,8 +20,12 @@ class Neurons(UnitKind):
 
     def price(self, choice: "Choice", i: int) -> float:
         """A neuron's rows and columns."""
-        return choice.costs.neuron_at(choice.width)
+        return choice.costs.at("neurons", choice.width)
 
     def remove(self, choice: "Choice", i: int, j: int) -> bool:
         """One neuron."""
         return choice.drop("neurons", i, slice(j, j + 1))
+
+    def flops(self, load: Load) -> Line:
+        """Its rows of the FFN's first linears, and its column of the last."""
+        return 2.0 + 2.0 * sum(layout.count("n") for layout in load.family.ffn_in.values()), 0.0

@@ -53,8 +53,8 @@ def test_costs_of_units_come_back_from_times_that_follow_a_straight_line(tmp_pat
     costs = latency_costs(model, **BATCH, clock=FakeClock(), cache_dir=tmp_path)
     size = counts_of(model)[0]
     for hidden in (32, 16, 20):
-        for groups, neurons, each in ((size["heads"], size["neurons"], costs.shared), (size["heads"] // 2, 7, 1)):
-            each = each if costs.shared > 1 else 1
+        shared = size["queries"] // size["heads"]
+        for groups, neurons, each in ((size["heads"], size["neurons"], shared), (size["heads"] // 2, 7, 1)):
             assert costs.of([counts(groups, neurons, each)], hidden) == pytest.approx(
                 law(hidden, groups * each, groups, neurons)
             )
@@ -100,9 +100,9 @@ def test_costs_of_noisy_times_fall_with_the_width_and_never_below_zero(seed):
     by_width = [costs.of(shape, width) for width in range(1, 33)]
     assert by_width == sorted(by_width)
     parts = [
-        costs.group_at(1, 0),
-        costs.query_at(1, 0),
-        costs.neuron_at(1),
+        costs.at("heads", 1, 0),
+        costs.at("queries", 1, 0),
+        costs.at("neurons", 1),
         costs.of([has(0, 0, 0)], 1),
     ]
     assert min(parts) >= 0 and by_width[0] > 0
@@ -232,7 +232,7 @@ def test_costs_of_a_dense_model_hold_for_a_narrower_student_with_fewer_queries()
     rows = tuple(LayerPlan(i, (0, 1, 2, 3), tuple(range(64)), (0, 2, 4, 6)) for i in range(5))
     student = prune(model, PruningPlan("llama", rows, hidden=tuple(range(24))))
     dense, own = unit_costs(model), costs_for(student, unit_costs(model))
-    assert (own.hidden, own.shared) == (24, 1)
+    assert own.hidden == 24
     assert own.of([counts(4, 64)]) == pytest.approx(dense.of([counts(4, 64)], 24))
 
 

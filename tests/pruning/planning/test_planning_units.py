@@ -41,7 +41,7 @@ def smallest_step(model, options) -> float:
     layers, units = layers_of(model), options["units"]
     costs = unit_costs(model)
     if "neurons" in units:
-        step = costs.neuron * options.get("round_to", 1) * (len(layers) if options.get("uniform") else 1)
+        step = costs.at("neurons") * options.get("round_to", 1) * (len(layers) if options.get("uniform") else 1)
     else:
         step = costs.channel(counts_of(model))
     return step / layer_params(model)
@@ -85,12 +85,14 @@ def test_channels_in_steps_and_heads_leave_no_more_than_the_best_pair_of_numbers
     model, statistics = case
     costs, sizes = unit_costs(model), counts_of(model)
     neurons, whole = sum(s["neurons"] for s in sizes), layer_params(model)
-    rest = costs.of([counts(0, 0)] * len(sizes))
+    rest, shared = costs.of([counts(0, 0)] * len(sizes)), sizes[0]["queries"] // sizes[0]["heads"]
     assert rest < 0.1 * whole
 
     def share(heads, width) -> float:
-        each = costs.group_at(width) + costs.shared * costs.query_at(width)
-        return (costs.of([counts(0, 0)] * len(sizes), width) + heads * each + neurons * costs.neuron_at(width)) / whole
+        each = costs.at("heads", width) + shared * costs.at("queries", width)
+        return (
+            costs.of([counts(0, 0)] * len(sizes), width) + heads * each + neurons * costs.at("neurons", width)
+        ) / whole
 
     every = [share(h, w) for h in range(sum(s["heads"] for s in sizes) + 1) for w in range(step, HIDDEN + 1, step)]
     for keep in (0.9, 0.7, 0.5, 0.4):
@@ -98,7 +100,8 @@ def test_channels_in_steps_and_heads_leave_no_more_than_the_best_pair_of_numbers
         plan = plan_pruning(model, score(statistics, criterion), keep, **options)
         left = layer_params(prune(model, plan)) / whole
         best = max(one for one in every if one <= keep + 1e-9)
-        assert best - costs.head / whole - 0.01 * keep <= left <= best + 1e-9
+        head = costs.at("heads") + shared * costs.at("queries")
+        assert best - head / whole - 0.01 * keep <= left <= best + 1e-9
         assert plan.hidden is None or (len(plan.hidden) % step == 0 and plan.hidden)
 
 
@@ -123,12 +126,12 @@ def test_what_one_unit_costs_is_what_is_gone_without_it(case):
         plan = PruningPlan(model.config.model_type, tuple(rows), hidden=hidden)
         return whole - layer_params(prune(model, plan))
 
-    assert without(heads=every[0][0][1:]) == pytest.approx(costs.head)
-    assert without(neurons=every[0][1][1:]) == pytest.approx(costs.neuron)
+    assert without(heads=every[0][0][1:]) == pytest.approx(costs.at("heads") + shared * costs.at("queries"))
+    assert without(neurons=every[0][1][1:]) == pytest.approx(costs.at("neurons"))
     assert without(hidden=tuple(range(1, HIDDEN))) == pytest.approx(costs.channel(counts_of(model)))
     if shared > 1:
         queries = tuple(q for q in range(size["queries"]) if q % shared)
-        assert without(queries=queries) == pytest.approx(size["heads"] * costs.query_at())
+        assert without(queries=queries) == pytest.approx(size["heads"] * costs.at("queries"))
 
 
 @pytest.fixture(scope="module")
@@ -311,7 +314,11 @@ def test_the_least_score_per_current_cost_goes_first():
     def price(kind):
         if kind == "hidden":
             return costs.channel(shapes)
-        return costs.neuron_at(width) if kind == "neurons" else costs.group_at(width) + 2 * costs.query_at(width)
+        return (
+            costs.at("neurons", width)
+            if kind == "neurons"
+            else costs.at("heads", width) + 2 * costs.at("queries", width)
+        )
 
     while costs.of(shapes, width) > budget:
         prices = {kind: price(kind) for kind in ("heads", "neurons", "hidden")}

@@ -34,11 +34,11 @@ def test_a_unit_costs_the_parameters_that_are_gone_without_it(name):
         return whole - params(prune(model, replace(one, layers=rows)))
 
     if groups > 1:
-        assert gone(heads=tuple(range(1, groups))) == pytest.approx(costs.head)
-    assert gone(neurons=tuple(range(2, neurons))) == pytest.approx(2 * costs.neuron)
+        assert gone(heads=tuple(range(1, groups))) == pytest.approx(costs.at("heads") + shared * costs.at("queries"))
+    assert gone(neurons=tuple(range(2, neurons))) == pytest.approx(2 * costs.at("neurons"))
     if shared > 1:
         kept = tuple(i for i in range(QUERIES) if i % shared)
-        assert gone(queries=kept) == pytest.approx(groups * costs.query_at())
+        assert gone(queries=kept) == pytest.approx(groups * costs.at("queries"))
     if not narrows(model):
         return
     narrow = prune(model, replace(one, hidden=tuple(range(5, HIDDEN))))
@@ -65,10 +65,12 @@ def test_a_unit_costs_the_flops_that_are_gone_without_it(name):
 
     whole = flops(one)
     assert whole == pytest.approx(costs.of(shapes))
-    assert gone(heads=tuple(range(1, groups))) == pytest.approx(costs.head)
-    assert gone(neurons=tuple(range(2, neurons))) == pytest.approx(2 * costs.neuron)
+    assert gone(heads=tuple(range(1, groups))) == pytest.approx(costs.at("heads") + shared * costs.at("queries"))
+    assert gone(neurons=tuple(range(2, neurons))) == pytest.approx(2 * costs.at("neurons"))
     if shared > 1:
-        assert gone(queries=tuple(i for i in range(QUERIES) if i % shared)) == pytest.approx(groups * costs.query_at())
+        assert gone(queries=tuple(i for i in range(QUERIES) if i % shared)) == pytest.approx(
+            groups * costs.at("queries")
+        )
     if narrows(model):
         assert flops(replace(one, hidden=tuple(range(5, HIDDEN)))) == pytest.approx(costs.of(shapes, HIDDEN - 5))
 
@@ -102,7 +104,7 @@ def test_single_queries_take_their_share_of_a_cache_that_holds_one_for_each():
         caches = [each(torch.full((3, length), 5), use_cache=True).past_key_values for each in (model, student)]
     whole, left = (sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers) for cache in caches)
     gone = 4 * (params(model) - params(student) + whole - left)
-    assert whole > left and gone == pytest.approx(4 * costs.query_at(layer=1))
+    assert whole > left and gone == pytest.approx(4 * costs.at("queries", layer=1))
     assert costs.of(counts_of(student)) == pytest.approx(4 * (params(student) + left))
 
 
@@ -159,8 +161,9 @@ def test_costs_do_not_depend_on_which_layer_has_lost_its_attention_or_its_ffn():
     model = tiny_model(layers=5)
     for rows in ([(1, (), range(9)), *UNEVEN[2:]], [(1, (2,), ()), *UNEVEN[2:]]):
         pruned, costs = unit_costs(prune(model, plan_of(model, rows))), unit_costs(model)
-        found = (pruned.head, pruned.neuron, pruned.query_at(), pruned.of([counts(0, 0)]))
-        assert found == pytest.approx((costs.head, costs.neuron, costs.query_at(), costs.of([counts(0, 0)])))
+        for kind in ("heads", "queries", "neurons"):
+            assert pruned.at(kind) == pytest.approx(costs.at(kind))
+        assert pruned.of([counts(0, 0)]) == pytest.approx(costs.of([counts(0, 0)]))
 
 
 def test_an_unknown_cost_is_refused():
