@@ -111,7 +111,11 @@ def name_labels(
 
 
 def load_for_task(
-    model: str | os.PathLike, task: Task, names: Sequence[str] | None = None, of_task: bool = False
+    model: str | os.PathLike,
+    task: Task,
+    names: Sequence[str] | None = None,
+    of_task: bool = False,
+    config: PreTrainedConfig | None = None,
 ) -> PreTrainedModel:
     """A model with a head for a task, for training, in fp32: the checkpoint's own head where it fits, else a new one.
 
@@ -119,12 +123,13 @@ def load_for_task(
 
     Args:
         names, of_task: of the classes (see `name_labels`).
+        config: of the checkpoint, where it was opened already; it stays as it is.
 
     Raises:
         InputError: if weights below the head, or of a causal LM's head, are missing from the checkpoint, or the family has
             no such head.
     """
-    config = AutoConfig.from_pretrained(model)
+    config = AutoConfig.from_pretrained(model) if config is None else copy.deepcopy(config)
     stock, keeps_head = task.kind.stock_class(config), task.kind.keeps_head
     if stock is None:
         raise InputError("model", config.model_type, f"a family with a head for {task.kind.name}")

@@ -5,6 +5,7 @@ import torch
 from builders.causal import causal_model
 from builders.checkpoints import spoil, student_of
 from builders.models import random_batch, tiny_model
+from transformers import AutoConfig
 
 from distill_llm.architectures.lineage import lineage_of
 from distill_llm.common.errors import InputError
@@ -98,3 +99,15 @@ def test_a_causal_lm_without_its_head_or_of_a_family_without_one_is_refused(tmp_
     student_of(head="base").save_pretrained(tmp_path / "bert")
     with pytest.raises(InputError):
         load_for_task(tmp_path / "bert", prompts())
+
+
+@pytest.mark.parametrize("num_labels", [2, 5])
+def test_a_config_that_was_opened_is_used_and_stays_as_it_is(tmp_path, monkeypatch, num_labels):
+    student_of(num_labels=num_labels).save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.hidden_dropout_prob = 0.25
+    before = config.to_dict()
+    monkeypatch.setattr(AutoConfig, "from_pretrained", None)
+    loaded = load_for_task(tmp_path, GLUE["sst2"], config=config)
+    assert loaded.config.hidden_dropout_prob == 0.25 and loaded.config.num_labels == 2
+    assert config.to_dict() == before and before != loaded.config.to_dict()

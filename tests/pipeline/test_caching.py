@@ -46,11 +46,14 @@ def recipe(files, **changes) -> dict:
     return given | changes
 
 
-def test_a_recipe_learns_from_the_cache_what_it_learns_from_the_teacher(files):
+def test_a_recipe_learns_from_the_cache_what_it_learns_from_the_teacher(files, monkeypatch):
     result = command(files, "--k", "200")  # all classes: exact
     assert result.exit_code == 0, result.output
     assert "outputs of" in result.output and "bytes each" in result.output
+    opened, init = [], CachedTeacher.__init__
+    monkeypatch.setattr(CachedTeacher, "__init__", lambda self, *given: (opened.append(self), init(self, *given))[1])
     cached = distill_llm.run(recipe(files), files / "run").metrics
+    assert len(opened) == 1, "at the door, for the whole run"
     online = distill_llm.run(recipe(files, teacher={"model": str(files / "teacher")}), files / "online").metrics
     assert cached["student"]["score"] == pytest.approx(online["student"]["score"], rel=1e-3)
     assert cached["student"]["score"] != cached["rounds"][0]["score_compensated"], "something was learned"
@@ -65,6 +68,28 @@ def test_draws_train_too_and_other_rows_are_refused_before_training(files):
     hidden = {"losses": {"logits": {}, "hidden": {}}, "max_steps": 1}
     with pytest.raises(InputError, match="distillation.losses.hidden: got 'a cached teacher'"):
         distill_llm.run(recipe(files, distillation=hidden), files / "other")
+
+
+def test_a_damaged_cache_and_one_of_another_model_say_what_to_do(files, monkeypatch):
+    assert command(files, "--k", "20").exit_code == 0
+    other = causal_model(seed=1, max_position_embeddings=64)
+    other.save_pretrained(files / "teacher")
+    with pytest.raises(
+        InputError, match=r"^teacher\.cache: got .*cache, made with another teacher'; accepted: a cache made"
+    ):
+        open_recipe(parse_recipe(recipe(files)))
+    shard = next((files / "cache").glob("shard-*"))
+    shard.write_bytes(shard.read_bytes()[:100])
+    causal_model(max_position_embeddings=64).save_pretrained(files / "teacher")
+    with pytest.raises(InputError, match=r"^teacher\.cache: got .*shard-.* only this shard will be made$"):
+        open_recipe(parse_recipe(recipe(files)))
+
+    def refuse(*_) -> None:
+        raise InputError("dataset", "rows 1 and 2", fix="remove one of them")
+
+    monkeypatch.setattr(CachedTeacher, "__init__", refuse)
+    with pytest.raises(InputError, match="^data.path: got 'rows 1 and 2'; remove one of them$"):
+        open_recipe(parse_recipe(recipe(files)))
 
 
 def prompts(files) -> dict:
@@ -123,7 +148,7 @@ def test_a_recipe_that_no_cache_serves_is_refused_before_anything_is_written(fil
 
 def test_a_recipe_and_options_that_it_says_itself_do_not_go_together(files):
     result = cached_recipe(files, recipe(files), "--max-length", "16")
-    assert result.exit_code == 2 and "--max-length: got 16; leave it out: the recipe says it" in result.output
+    assert result.exit_code == 2 and "--max-length: got 16; leave it out: the recipe sets it" in result.output
     arguments = ["cache", str(files / "teacher"), "--output-dir", str(files / "cache")]
     for more, message in ((["--set", "seed=1"], "--set: got 'seed=1'"), ([], "--task: got None")):
         result = RUNNER.invoke(app, [*arguments, *more])
@@ -139,7 +164,9 @@ def test_a_cache_is_of_one_precision_which_the_recipe_may_name(files):
     assert command(files, "--k", "20", "--dtype", "bfloat16").exit_code == 0
     named = recipe(files)
     named["teacher"]["dtype"] = "float32"
-    with pytest.raises(InputError, match="^teacher.dtype: got 'float32'; leave it out, or take bfloat16, in which"):
+    with pytest.raises(
+        InputError, match="^teacher.dtype: got 'float32'; leave it out, or set it to bfloat16, the dtype"
+    ):
         distill_llm.run(named, files / "run")
     assert not (files / "run").exists()
     named["teacher"]["dtype"] = "bfloat16"
@@ -147,7 +174,7 @@ def test_a_cache_is_of_one_precision_which_the_recipe_may_name(files):
     result = cached_recipe(files, named, "--k", "20", "--dtype", "float32")
     assert (
         result.exit_code == 2
-        and "--dtype: got 'float32'; leave it out, or take bfloat16, the recipe's" in result.output
+        and "--dtype: got 'float32'; leave it out, or set it to bfloat16, the recipe's" in result.output
     )
     assert cached_recipe(files, named, "--k", "20").exit_code == 0, "the recipe's"
 

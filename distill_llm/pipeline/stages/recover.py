@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel, set_seed
 
+from distill_llm.checks.recipe import check_cached_weights
 from distill_llm.data.tasks import label_names
 from distill_llm.models.checkpoint import load_for_task, load_pretrained
 from distill_llm.models.quantized import load_teacher
-from distill_llm.pipeline.caching import cached_teacher
 from distill_llm.pipeline.context import Context
 from distill_llm.pipeline.stage import Result, Stage
 from distill_llm.pipeline.train_model import Fields, remove_checkpoints, train_model
@@ -79,14 +79,15 @@ class Recover(Stage):
 
     def _student(self, teacher: Path | str) -> PreTrainedModel:
         """The pruned student of a folder, or the one that was given, with a head for the task."""
-        recipe, path = self.run.recipe, self.student.model
+        recipe, opened, path = self.run.recipe, self.run.opened, self.student.model
         if recipe.pruning is not None:
             assert path is not None
             return load_pretrained(path, dtype=torch.float32)
-        assert self.run.opened.student is not None
+        assert opened.student is not None
         set_seed(recipe.seed)
-        names = label_names(AutoConfig.from_pretrained(teacher))
-        return load_for_task(self.run.opened.student.path, self.run.data.task, names, of_task=True)
+        tuned = recipe.teacher.train is not None  # in this run, after the teacher was opened
+        names = label_names(AutoConfig.from_pretrained(teacher) if tuned else opened.teacher.config)
+        return load_for_task(opened.student.path, self.run.data.task, names, of_task=True, config=opened.student.config)
 
 
 def recovery_teacher(run: Context, path: Path | str, fields: Fields) -> PreTrainedModel | Teacher:
@@ -94,7 +95,9 @@ def recovery_teacher(run: Context, path: Path | str, fields: Fields) -> PreTrain
     section, training = run.recipe.teacher, run.recipe.training(fields)
     precision = "bfloat16" if training.get("bf16") else "float16" if training.get("fp16") else None
     if section.cache is not None:
-        return cached_teacher(section.cache, str(path), run.tokenizer, run.data.train)
+        cache = check_cached_weights(run.opened)
+        assert cache is not None
+        return cache
     if section.quantization is None:
         return load_pretrained(path, dtype=getattr(torch, section.dtype or precision or "float32"))
     dtype = getattr(torch, section.dtype or "bfloat16")

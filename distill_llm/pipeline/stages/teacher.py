@@ -32,8 +32,14 @@ class Teacher(Stage):
         run = self.run
         if self.outputs:
             set_seed(run.recipe.seed)
+            config = run.opened.teacher.config
             train_model(
-                run, load_for_task(run.teacher_path, run.data.task), None, self.model, "teacher", {"labels": {}}
+                run,
+                load_for_task(run.teacher_path, run.data.task, config=config),
+                None,
+                self.model,
+                "teacher",
+                {"labels": {}},
             )
         return run.scored(self.model if self.outputs else run.teacher_path, run.teacher_dtype)
 

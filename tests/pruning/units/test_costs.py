@@ -11,7 +11,7 @@ from builders.pruning import UNEVEN, counts, flops_of, plan_of, random_scores
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
-from distill_llm.architectures.families import family_of, layers_of
+from distill_llm.architectures.families import NotPrunable, family_of, layers_of
 from distill_llm.architectures.lineage import pack_indices, unpack_indices
 from distill_llm.common.errors import InputError
 from distill_llm.pruning.cutting.surgery import prune
@@ -188,8 +188,9 @@ def test_a_family_without_a_row_gets_a_line_that_says_how_to_add_one():
     ],
 )
 def test_models_with_parts_that_a_row_does_not_tell_of_are_refused(family, part):
-    with pytest.raises(ValueError, match=f"model: got '{family}' with {next(iter(part))}"):
+    with pytest.raises(NotPrunable, match=f"model: got '{family}' with {next(iter(part))}") as caught:
         counts_of(family_model(family, "base", **part))
+    assert str(caught.value) == f"model: got {caught.value.given}; accepted: {caught.value.accepted}"
 
 
 def test_a_quantized_model_is_refused():
