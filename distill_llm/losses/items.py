@@ -19,6 +19,14 @@ ITEMS: dict[str, Kind] = {
 }
 """What an output is about, by the end of the model's class name: all heads that can be trained. A task kind adds its own."""
 
+VOCABULARY_HEADS = {"ForMaskedLM", "ForCausalLM", "GPT2LMHeadModel"}
+"""Of the heads in ITEMS, those of language models. A task kind adds its own."""
+
+
+def is_language_model(model: PreTrainedModel) -> bool:
+    """Whether the outputs of the model's head are tokens of its vocabulary."""
+    return type(model).__name__.endswith(tuple(VOCABULARY_HEADS))
+
 
 def kind_of(model: PreTrainedModel) -> Kind:
     """What an output of the model's head is about: the `example`, its own `token`, or the `next_token` (causal LM)."""

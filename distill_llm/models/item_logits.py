@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from distill_llm.architectures.families import row_of
-from distill_llm.losses.items import kind_of
+from distill_llm.losses.items import is_language_model, kind_of
 
 
 @contextmanager
@@ -39,10 +39,9 @@ def item_logits(logits: torch.Tensor, positions: torch.Tensor | None) -> torch.T
 
 def _language_model_head(model: PreTrainedModel) -> nn.Module | None:
     """The first module of the head, or the vocabulary's linear; both take hidden states (B, T, H)."""
-    kind = kind_of(model)
-    if kind == "next_token":
-        return model.get_output_embeddings()
-    if not type(model).__name__.endswith("ForMaskedLM"):
+    if not is_language_model(model):
         return None
+    if kind_of(model) == "next_token":
+        return model.get_output_embeddings()
     row = row_of(model.config)
     return model.get_output_embeddings() if row is None else model.get_submodule(row.mlm_head)

@@ -14,6 +14,7 @@ from distill_llm.architectures.families import facts_of
 from distill_llm.architectures.modes import forward_as
 from distill_llm.common.errors import InputError
 from distill_llm.losses.head import Head
+from distill_llm.losses.items import is_language_model
 from distill_llm.models.attention_kernels import attention_configs, kernels_named
 
 PROBE = 60.0  # logits from minus to plus this: beyond any soft cap
@@ -62,8 +63,8 @@ def output_head(model: PreTrainedModel) -> OutputHead | None:
     None for other kinds of models, for a map that is no plain linear layer (quantised, or with an adapter), and for a model
     that does more to its logits than scale and cap them as its config says. A forward of one token shows that.
     """
-    name, linear = type(model).__name__, model.get_output_embeddings()
-    if not name.endswith(("ForMaskedLM", "ForCausalLM", "GPT2LMHeadModel")) or not isinstance(linear, nn.Linear):
+    linear = model.get_output_embeddings()
+    if not is_language_model(model) or not isinstance(linear, nn.Linear):
         return None
     if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
         return None

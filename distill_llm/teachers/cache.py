@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from distill_llm.common.errors import InputError
-from distill_llm.losses.items import kind_of, valid_tokens
+from distill_llm.losses.items import is_language_model, kind_of, valid_tokens
 from distill_llm.losses.signals import Signals, SparseSignals
 from distill_llm.losses.sparse import SparseTargets
 from distill_llm.losses.terms.term import Gives
@@ -105,7 +105,7 @@ class CachedTeacher(Teacher):
                 "teacher", "a cache of labelled tokens", "a cache of all tokens, written with unlabelled=True"
             )
         own = student.config.num_labels
-        if type(student).__name__.endswith("ForMaskedLM") or kind == "next_token":
+        if is_language_model(student):
             own = student.config.get_text_config().vocab_size
             used = tokens_in_use(tokenizer)
             if used is not None and used <= self.index.classes <= own:

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.data.special_tokens import token_count
 from distill_llm.data.tasks import class_name_faults, label_names
-from distill_llm.losses.items import kind_of
+from distill_llm.losses.items import is_language_model, kind_of
 
 
 def shared_classes(student: PreTrainedModel, teacher: PreTrainedModel, tokenizer: Any = None) -> int | None:
@@ -34,7 +34,7 @@ def shared_classes(student: PreTrainedModel, teacher: PreTrainedModel, tokenizer
     if sizes[0] != sizes[1] and (used is None or used > min(sizes)):
         accepted = f"a teacher with the student's tokenizer and vocabulary ({sizes[0]} entries)"
         raise InputError("teacher", f"a vocabulary of {sizes[1]} entries", accepted)
-    if _head(student) in ("MaskedLM", "next_token"):
+    if is_language_model(student):
         return used if used is not None and used < max(sizes) else None
     if student.config.num_labels != teacher.config.num_labels:
         accepted = f"a teacher with the student's number of labels ({student.config.num_labels})"

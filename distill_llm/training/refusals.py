@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.data.masked import MaskingCollator
-from distill_llm.losses.items import ITEMS, kind_of
+from distill_llm.losses.items import ITEMS, is_language_model, kind_of
 from distill_llm.losses.objective import Objective
 from distill_llm.losses.terms.term import Use
 from distill_llm.models.adapters import UNTIED, is_quantized, tied_adapters, without_adapters
@@ -73,10 +73,10 @@ def check_model(model: Any) -> None:
         raise InputError(
             "model", f"a quantised {name}", "a PeftModel around it (LoRA): its own weights cannot be trained"
         )
-    if name.endswith("ForMaskedLM") or kind_of(model) == "next_token":
+    if is_language_model(model):
         return
     labels, problem = model.config.num_labels or 0, getattr(model.config, "problem_type", None)
-    if name.endswith("ForTokenClassification"):
+    if kind_of(model) == "token":
         if labels == 1:
             raise InputError("model.config.num_labels", 1, "2 or more classes per token")
     elif problem == "multi_label_classification":
@@ -102,7 +102,7 @@ def check_teacher(teacher: Teacher | None, student: PreTrainedModel, objective: 
     if objective.needs_teacher and teacher is None:
         terms = [name for name, term in objective.terms().items() if term.needs_teacher]
         raise InputError("teacher", None, f"a model, since the objective has {', '.join(terms)}")
-    single = type(student).__name__.endswith("ForSequenceClassification") and student.config.num_labels == 1
+    single = kind_of(student) == "example" and student.config.num_labels == 1
     raise_all(objective.faults(Use(single_output=single)))
 
 

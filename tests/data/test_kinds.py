@@ -4,6 +4,7 @@ from dataclasses import fields
 
 import numpy as np
 import pytest
+import torch
 from builders.causal import causal_model
 from builders.models import tiny_model
 from transformers import AutoConfig
@@ -11,9 +12,12 @@ from transformers import AutoConfig
 from distill_llm.common.errors import InputError
 from distill_llm.data import GLUE, DataSpec, load_task
 from distill_llm.data.kinds import KINDS, kind_of_head, register
-from distill_llm.losses.items import ITEMS, kind_of
+from distill_llm.losses.items import ITEMS, VOCABULARY_HEADS, is_language_model, kind_of
 from distill_llm.metrics.registry import METRICS
+from distill_llm.models.item_logits import packed
+from distill_llm.models.output_head import output_head
 from distill_llm.recipe.sections import DataSection
+from distill_llm.teachers.compatibility import shared_classes
 from distill_llm.training.refusals import check_model
 
 HEADS = {"classification": "sequence-classification", "regression": "sequence-classification", "masked_lm": "masked-lm"}
@@ -23,7 +27,7 @@ HEADS = {"classification": "sequence-classification", "regression": "sequence-cl
 def test_the_head_is_that_of_the_auto_class_and_its_outputs_are_what_the_losses_take_them_for(kind) -> None:
     model = tiny_model(head=HEADS[kind.name]) if kind.name in HEADS else causal_model()
     assert kind.stock_class(model.config) is type(model) and kind.has_head([type(model).__name__])
-    assert kind_of(model) == kind.item
+    assert kind_of(model) == kind.item and is_language_model(model) == kind.is_language_model
     assert kind_of_head([f"Pruned{type(model).__name__}"]).auto_class == kind.auto_class
 
 
@@ -53,6 +57,36 @@ def test_a_kind_with_a_head_of_its_own_makes_it_trainable(monkeypatch: pytest.Mo
 
     check_model(choice)
     assert before | {"ForMultipleChoice": "example"} == ITEMS and kind_of(choice) == "example"
+
+
+def test_a_head_of_a_new_language_model_is_treated_as_one_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    class BertForDenoising(type(tiny_model(head="masked-lm"))):
+        """A head of the user's own."""
+
+    config = tiny_model(head="masked-lm").config
+    student = BertForDenoising(config)
+    larger = type(config)(**{**config.to_dict(), "vocab_size": config.vocab_size + 8})
+    monkeypatch.setattr("distill_llm.data.kinds.base.KINDS", {})
+    try:
+
+        @register
+        class Denoising(type(KINDS["masked_lm"])):
+            name = "denoising"
+            head_classes = ("ForDenoising",)
+
+        assert is_language_model(student)
+        check_model(student)
+        assert output_head(student) is not None
+        with packed(student, torch.tensor([1, 4])):
+            assert student(input_ids=torch.zeros(2, 3, dtype=torch.long)).logits.shape == (2, config.vocab_size)
+        with pytest.raises(InputError, match="a vocabulary of"):
+            shared_classes(student, BertForDenoising(larger))
+        same = BertForDenoising(type(config)(**config.to_dict()))
+        same.config.num_labels = 7  # language models have no labels to compare
+        assert shared_classes(student, same) is None
+    finally:
+        ITEMS.pop("ForDenoising", None)
+        VOCABULARY_HEADS.discard("ForDenoising")
 
 
 def test_predictions_are_the_largest_logits_of_items_with_a_label() -> None:

@@ -14,7 +14,7 @@ from distill_llm.common.errors import InputError, one_of
 from distill_llm.data.padding import Collator, PaddingCollator, Rows
 from distill_llm.data.sources import Splits
 from distill_llm.data.spec import DataSpec
-from distill_llm.losses.items import ITEMS
+from distill_llm.losses.items import ITEMS, VOCABULARY_HEADS
 from distill_llm.losses.labels import IGNORED
 from distill_llm.losses.units import Kind as Item
 from distill_llm.metrics.registry import Inputs, find_metric, metrics_of
@@ -180,6 +180,8 @@ def register(kind: Class) -> Class:
     for head in kind.head_classes:
         if not any(known.endswith(head) for known in ITEMS):  # of the heads LMHeadModel, GPT-2's can be trained
             ITEMS[head] = kind.item
+            if kind.is_language_model:
+                VOCABULARY_HEADS.add(head)
     return kind
 
 

@@ -14,7 +14,7 @@ from distill_llm.measuring.clocks import Measure, relative_latency
 from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.importance import Importance
 from distill_llm.pruning.plan import PruningPlan, full_plan
-from distill_llm.pruning.planning.competing import plan_for_costs
+from distill_llm.pruning.planning.competing import check_settings, plan_for_costs
 from distill_llm.pruning.planning.latency_costs import costs_for, latency_costs
 from distill_llm.pruning.planning.rules import DEFAULT_RULES, PlanningRules
 from distill_llm.pruning.units.costs import Costs
@@ -76,8 +76,7 @@ def plan_for_latency(
     Raises:
         InputError: as `plan_pruning`, or these units cannot reach `keep`.
     """
-    if not 0 < keep <= 1:
-        raise InputError("keep", keep, "a share above 0 and at most 1")
+    check_settings(model, scores, keep, rules)
     dense = model if settings.dense is None else settings.dense
     costs = settings.costs or latency_costs(dense, settings.batch_size, settings.sequence_length)
     costs = costs_for(model, costs)

@@ -113,6 +113,20 @@ def few_sizes(monkeypatch):
     monkeypatch.setattr(timing, "SHARES", (1.0,))
 
 
+@pytest.mark.parametrize(
+    ("keep", "options", "field"),
+    [(0.0, {}, "keep"), (0.5, {"units": ("tails",)}, "units"), (0.5, {"round_to": 0}, "round_to")],
+)
+def test_bad_rules_are_refused_before_anything_is_timed(monkeypatch, keep, options, field):
+    def timed(*args):
+        raise AssertionError("the model was timed")
+
+    monkeypatch.setattr(latency, "latency_costs", timed)
+    model = tiny_model()
+    with pytest.raises(InputError, match=f"^{field}: got"):
+        plan_for_latency(model, random_scores(counts_of(model)), keep, rules=PlanningRules(**options))
+
+
 def test_times_are_taken_once_for_a_device_layer_and_batch(tmp_path, few_sizes):
     model, clock = tiny_model(), FakeClock()
     first = latency_costs(model, **BATCH, clock=clock, cache_dir=tmp_path)
