@@ -35,6 +35,7 @@ class Family(Facts):
     - "(q kv kv)": group by group, each its queries, then its key, then its value;
     - "q/", "kv/": a row per head, not per channel; "q[]", "kv[]": a list of modules, one per head.
 
+    `reads` names further linears that read a layer's units, with the layout of their inputs.
     `groups` is the number of key-value heads, or the config's name for it; without one there are as many as queries.
     `ffn_config` is the config's name for the FFN width, `hidden_fields` its names for the width of the residual stream,
     `attention_widths` the attention module's own names for its width. `per_head_inputs` names what the model hands to every
@@ -54,6 +55,7 @@ class Family(Facts):
     attention_out: str = "self_attn.o_proj"
     ffn_in: Mapping[str, str] = field(default_factory=dict)
     ffn_out: str = "mlp.down_proj"
+    reads: Mapping[str, str] = field(default_factory=dict)
     ffn_config: str = "intermediate_size"
     hidden_fields: tuple[str, ...] = ("hidden_size",)
     attention_widths: tuple[str, ...] = ()
@@ -72,4 +74,4 @@ class Family(Facts):
     @property
     def readers(self) -> tuple[tuple[str, str], ...]:
         """(path, layout of its inputs) of the linears of a layer that read its units: pruning cuts and masks there."""
-        return (self.attention_out, "q"), (self.ffn_out, "n")
+        return (self.attention_out, "q"), (self.ffn_out, "n"), *self.reads.items()
