@@ -1,5 +1,5 @@
 """Pruning alone, no training, beside plain criteria and other toolkits: every student has as many layer parameters as ours,
-as nearly as it can.
+as nearly as possible.
 
 Heads and FFN neurons go, the residual stream stays. All see the same calibration rows, and all are scored in memory:
 
@@ -10,9 +10,9 @@ Heads and FFN neurons go, the residual stream stays. All see the same calibratio
   `isomorphic` the matched students are the same). Whole heads go (`prune_num_heads`), the share asked for; the FFN's ratio is
   corrected until the count is ours.
 - TextPruner: its iterative pruner with the task's loss, equal sizes in all layers or not, in one or more iterations. It zeroes
-  what it chose (`keep_shape`, which scores as removal does): removal itself calls `prune_heads`, which transformers 5 has not.
+  what it chose (`keep_shape`, which scores as removal does): removal itself calls `prune_heads`, which transformers 5 lacks.
 
-What fails is printed with its first error and left out.
+A side that fails is left out, and its first error is printed.
 
     python scripts/bench/peers_pruning.py --teacher runs/bench/sst2-0-half/teacher --task sst2 --data GLUE/SST-2
 """
@@ -61,7 +61,7 @@ def torch_pruning_students(given: Subject) -> Iterator[tuple[str, Method]]:
 
 
 def summed_gradients(given: Subject) -> Gradients:
-    """Of the loss, summed over batches, as torch-pruning's examples do."""
+    """Gradients of the loss, summed over batches, as in torch-pruning's examples."""
     model = copy.deepcopy(given.model)
     for batch in given.batches:
         model(**batch).loss.backward()
@@ -207,7 +207,7 @@ def plain_students(given: Subject, statistics: Statistics) -> Iterator[tuple[str
 
 
 def scored(given: Subject, students: Iterable[PreTrainedModel]) -> list[dict[str, float]]:
-    """What the table has of each student."""
+    """A row of the table for each student."""
     return [{"score": given.dev(student), "layer_params": count_params(student)[1]} for student in students]
 
 

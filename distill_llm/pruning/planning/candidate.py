@@ -123,7 +123,7 @@ class Choice:
         rows = [LayerPlan(i, units=self._units(i)) for i in self.living()]
         share, note = self.cost() / self.costs.of(self.shapes), None
         if abs(share - keep) > 0.01 * keep:
-            note = f"kept {share:.4f} of the layers' {self.costs.name} where {keep} was asked for: "
+            note = f"kept {share:.4f} of the layers' {self.costs.name} instead of {keep}: "
             sizes = [{shape[k] for shape in self.shapes} - {0} for k in self.kept]
             uneven = self.rules.uniform and max(map(len, sizes)) > 1
             note += "these units come in larger steps" + (

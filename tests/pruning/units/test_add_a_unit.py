@@ -1,7 +1,7 @@
 """docs/development/add-a-unit.md: its kinds are added and removed from models; nothing else is edited for them."""
 
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,9 +73,7 @@ def test_tiles_go_by_the_sum_of_their_scores_over_all_layers(tiles):
 def test_tiles_beside_other_kinds_have_to_compete(tiles):
     model = family_model("llama")
     scores = random_scores(counts_of(model), "taylor")
-    with pytest.raises(
-        InputError, match="criterion: got 'taylor'; .*where units has neuron_tiles together with others"
-    ):
+    with pytest.raises(InputError, match="criterion: got 'taylor'; .*if units has neuron_tiles together with others"):
         plan_pruning(model, scores, 0.7, units=("neuron_tiles", "heads"))
     fisher = replace(scores, criterion="fisher")
     assert plan_pruning(model, fisher, 0.5, units=("neuron_tiles", "heads")).kept <= 0.5
@@ -106,17 +104,10 @@ class AdaptedBert(BertModel):
             layer.output.dropout = Adapter(config.hidden_size)
 
 
-@dataclass(frozen=True)
-class Scores(Importance):
-    """Scores of adapters too."""
-
-    adapters: tuple[torch.Tensor, ...] = ()
-
-
-def scores_with_adapters(model, criterion: str) -> Scores:
+def scores_with_adapters(model, criterion: str) -> Importance:
     own, generator = random_scores(counts_of(model), criterion), torch.Generator().manual_seed(1)
-    named = {field.name: getattr(own, field.name) for field in fields(own)}
-    return Scores(**named, adapters=tuple(torch.rand(CHANNELS, generator=generator) for _ in own.neurons))
+    adapters = tuple(torch.rand(CHANNELS, generator=generator) for _ in layers_of(model))
+    return Importance(criterion, units={**own.units, "adapters": adapters})
 
 
 @pytest.fixture
