@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from builders.families import assert_equal, family_batch, family_model, outputs_of
+from builders.models import random_batch, tiny_model
 from builders.pruning import flops_of, random_scores
+from builders.recipes import recipe_for
 from torch import nn
 from transformers import BertModel
 
@@ -15,6 +17,7 @@ from distill_llm import load_pretrained, masked, plan_pruning, prune
 from distill_llm.architectures.families import FAMILIES, layers_of
 from distill_llm.architectures.lineage import LAYER_UNITS, lineage_of
 from distill_llm.common.errors import InputError
+from distill_llm.pipeline.rounds import Cutter
 from distill_llm.pruning.importance import Importance
 from distill_llm.pruning.names import UNITS
 from distill_llm.pruning.plan import LayerPlan, PruningPlan, full_plan
@@ -22,6 +25,7 @@ from distill_llm.pruning.planning.latency_costs import latency_costs
 from distill_llm.pruning.units.costs import unit_costs
 from distill_llm.pruning.units.kinds import KINDS
 from distill_llm.pruning.units.sizes import counts_of
+from distill_llm.recipe.recipe import parse_recipe
 
 TEXT = (Path(__file__).parents[3] / "docs" / "development" / "add-a-unit.md").read_text()
 KIND, USE, OWN = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
@@ -37,6 +41,26 @@ def tiles():
 
 def test_recipes_name_the_packages_own_kinds_in_the_order_of_the_table():
     assert tuple(KINDS) == UNITS
+
+
+def test_a_recipe_takes_the_kind_of_the_page_and_plans_with_it(tiles, tmp_path):
+    pruning = {"keep": 0.7, "units": ["neuron_tiles"], "scope": "local", "compensate": False}
+    with pytest.raises(
+        InputError, match=r"pruning\.units\.0: got 'neuron_tile'; accepted: 'neuron_tiles' .the nearest."
+    ):
+        parse_recipe(recipe_for(tmp_path, pruning={**pruning, "units": ["neuron_tile"]}))
+    recipe = parse_recipe(recipe_for(tmp_path, pruning={**pruning, "scope": "global", "min_neurons": 8}))
+    assert recipe.pruning.rules.limits.neurons == 8
+    model = tiny_model(layers=3)
+    recipe = parse_recipe(recipe_for(tmp_path, pruning=pruning))
+    plan = Cutter(recipe, lambda number: [random_batch(model)]).cut(model, model, 0.7).plan
+    gone = [64 - len(row.neurons) for row in plan.layers]
+    assert sum(gone) and all(count % 8 == 0 for count in gone)
+
+
+def test_a_recipe_knows_the_kind_only_while_it_is_in_the_table(tmp_path):
+    with pytest.raises(InputError, match=r"pruning\.units\.0: got 'neuron_tiles'; accepted: .*neurons, layers"):
+        parse_recipe(recipe_for(tmp_path, pruning={"keep": 0.7, "units": ["neuron_tiles"]}))
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
