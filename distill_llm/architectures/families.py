@@ -175,6 +175,13 @@ FAMILIES: dict[str, Family] = {
 }
 
 OTHERS: dict[str, Facts] = {
+    # Positions begin after the padding's id, as RoBERTa's.
+    "data2vec-text": Facts(skipped_positions="padding"),
+    "longformer": Facts(skipped_positions="padding"),
+    "luke": Facts(skipped_positions="padding"),
+    "roberta-prelayernorm": Facts(skipped_positions="padding"),
+    "xlm-roberta-xl": Facts(skipped_positions="padding"),
+    "xmod": Facts(skipped_positions="padding"),
     "mixtral": Facts(packs=True),
     "gemma": Facts(packs=True),
     "olmo": Facts(packs=True),
