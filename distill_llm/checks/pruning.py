@@ -1,4 +1,4 @@
-"""The pruning section checked at the door, against the model that is to be pruned and the files it writes."""
+"""Checks of the pruning section against the model to prune and the files to write."""
 
 import math
 from dataclasses import replace
@@ -20,7 +20,7 @@ def check_pruning(recipe: Recipe, teacher: OpenModel, skeleton: PreTrainedModel)
     """Check that a recipe's pruning section fits its teacher.
 
     Args:
-        skeleton: the teacher below its head, on the meta device.
+        skeleton: the teacher without its head, on the meta device.
 
     Raises:
         InputError: for the first fault.
@@ -33,9 +33,7 @@ def check_pruning(recipe: Recipe, teacher: OpenModel, skeleton: PreTrainedModel)
     except NotPrunable as error:
         given, accepted = f"{teacher.name} (family {config.model_type})", error.accepted
         if config.model_type not in FAMILIES and config.get_text_config().model_type not in FAMILIES:
-            accepted = (
-                f"{one_of(FAMILIES, config.model_type)}; to add one: a row in FAMILIES (architectures/families.py)"
-            )
+            accepted = f"{one_of(FAMILIES, config.model_type)}; to add one, write a row in FAMILIES (architectures/families.py)"
         raise InputError(teacher.field, given, accepted) from None
     raise_all(quantized_faults(config, teacher.field, f"{teacher.name}, quantized"))
     if pruning.layers is not None and max(pruning.layers) >= config.num_hidden_layers:
@@ -46,9 +44,7 @@ def check_pruning(recipe: Recipe, teacher: OpenModel, skeleton: PreTrainedModel)
         if file.resolve().is_relative_to(
             recipe.output_dir.resolve()
         ):  # `prune` replaces it, `run` has files of its own
-            raise InputError(
-                "pruning.statistics", str(file), f"a file outside of the output folder {recipe.output_dir}"
-            )
+            raise InputError("pruning.statistics", str(file), f"a file outside the output folder {recipe.output_dir}")
     faults = width_faults(config, pruning.units, "pruning.units", pruning.units, teacher.name)
     if pruning.layers is not None:
         faults += first_layer_faults(config, pruning.layers, "pruning.layers", teacher.name)
@@ -61,12 +57,12 @@ def check_pruning(recipe: Recipe, teacher: OpenModel, skeleton: PreTrainedModel)
         ("min_neurons", neurons, "FFN neurons"),
     ):
         if (value := getattr(pruning, name)) > most:
-            raise InputError(f"pruning.{name}", value, f"at most {most}, the {what} of a layer")
+            raise InputError(f"pruning.{name}", value, f"at most {most}, the number of {what} in a layer")
     if pruning.keep is not None and pruning.cost != "latency":
         decoder = "next_token" in map(kind_of_class, config.architectures or ())
         rules = replace(pruning.rules, anchored=family_of(config).anchored)
         least = least_share(skeleton, rules, pruning.cost, *budget_batch(recipe, decoder))
         if pruning.keep < least * (1 - 1e-9):
             shown = math.ceil(least * 1e4) / 1e4
-            accepted = f"at least {shown:g}, the least that units [{', '.join(pruning.units)}] can leave"
+            accepted = f"at least {shown:g}, the smallest share that units [{', '.join(pruning.units)}] can reach"
             raise InputError("pruning.keep", pruning.keep, accepted)

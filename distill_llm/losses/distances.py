@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from pydantic import BeforeValidator
 
-from distill_llm.losses.registry import NameIn
+from distill_llm.losses.registry import NameIn, refuse_taken
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,9 +26,14 @@ MapDistance = Annotated[str, BeforeValidator(NameIn(MAP_DISTANCES))]
 
 
 def state_distance(name: str) -> Callable[[Function], Function]:
-    """A decorator: the function becomes the distance of hidden states of this name."""
+    """A decorator: the function becomes the distance of hidden states of this name.
+
+    Raises:
+        ValueError: the name is taken.
+    """
 
     def register(function: Function) -> Function:
+        refuse_taken(STATE_DISTANCES.get(name), function, f"state distance {name!r}")
         STATE_DISTANCES[name] = function
         return function
 
@@ -36,9 +41,14 @@ def state_distance(name: str) -> Callable[[Function], Function]:
 
 
 def map_distance(name: str) -> Callable[[Function], Function]:
-    """A decorator: the function becomes the distance of attention maps of this name."""
+    """A decorator: the function becomes the distance of attention maps of this name.
+
+    Raises:
+        ValueError: the name is taken.
+    """
 
     def register(function: Function) -> Function:
+        refuse_taken(MAP_DISTANCES.get(name), function, f"map distance {name!r}")
         MAP_DISTANCES[name] = function
         return function
 

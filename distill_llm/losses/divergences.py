@@ -12,6 +12,8 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from distill_llm.losses.registry import refuse_taken
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -28,6 +30,9 @@ class Divergence(NamedTuple):
 
 DIVERGENCES: dict[str, Divergence] = {}
 
+SETTINGS = ("beta", "skew", "alpha")
+"""What the parameters of a divergence may be called: the settings that `LogitsLoss` (`losses/terms/logits.py`) has fields for."""
+
 
 def divergence(top_k: bool = True) -> Callable[[Function], Function]:
     """A decorator: the function's name becomes that of a divergence, its keywords become settings.
@@ -37,10 +42,22 @@ def divergence(top_k: bool = True) -> Callable[[Function], Function]:
     Args:
         top_k: whether classes may be merged before (see `distill_llm.losses.logits.coarsened`): it then gets
             log-probabilities, and `top_k` is a setting too. Never with `labels`.
+
+    Raises:
+        ValueError: a name that is taken, or a parameter that no objective can set or that has no default.
     """
 
     def register(function: Function) -> Function:
-        own = [*inspect.signature(function).parameters][2:]
+        known = DIVERGENCES.get(function.__name__)
+        what = f"divergence {function.__name__!r}"
+        refuse_taken(known and known.function, function, what)
+        parameters = dict([*inspect.signature(function).parameters.items()][2:])
+        own = [*parameters]
+        for name in own:
+            if name not in ("labels", *SETTINGS):
+                raise ValueError(f"{what}: no objective can set {name!r}; name it {', '.join(SETTINGS)} or labels")
+            if name != "labels" and parameters[name].default is inspect.Parameter.empty:
+                raise ValueError(f"{what}: give {name!r} a default, for objectives that leave it out")
         labels = "labels" in own
         settings = (*(name for name in own if name != "labels"), *(("top_k",) if top_k and not labels else ()))
         DIVERGENCES[function.__name__] = Divergence(function, settings, labels)

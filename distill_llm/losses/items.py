@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from distill_llm.common.errors import InputError
 from distill_llm.losses.labels import IGNORED
 from distill_llm.losses.units import Kind
 
@@ -107,3 +108,20 @@ def _shifted(values: torch.Tensor, last: int | bool, kind: Kind) -> torch.Tensor
     if kind == "token":
         return values
     return torch.cat([values[:, 1:], torch.full_like(values[:, :1], last)], dim=1)
+
+
+def values_of_items(values: Any, items: int, function: str) -> torch.Tensor:
+    """What a function of the outputs returned, once its shape is known to be (items,); its numbers are not looked at.
+
+    Args:
+        values: returned by the function.
+        items: how many it was given.
+        function: what messages call it.
+
+    Raises:
+        InputError: another shape, or no tensor: its sum would be another loss.
+    """
+    if isinstance(values, torch.Tensor) and values.shape == (items,):
+        return values
+    given = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
+    raise InputError(function, given, fix=f"return a tensor of shape ({items},): a value for each item")

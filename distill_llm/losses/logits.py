@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from distill_llm.losses.divergences import DIVERGENCES
+from distill_llm.losses.items import values_of_items
 
 
 def logits_divergence(
@@ -28,11 +29,15 @@ def logits_divergence(
 
     Returns:
         (items,) in fp32, in nats (mse: squared logits; tvd: probability).
+
+    Raises:
+        InputError: the divergence returned another shape.
     """
     student, teacher = student.float() / temperature, teacher.float() / temperature
     if top_k is not None and top_k < teacher.shape[-1]:
         student, teacher = coarsened(student, teacher, top_k)
-    return DIVERGENCES[divergence].function(student, teacher, **settings) * temperature**2
+    values = DIVERGENCES[divergence].function(student, teacher, **settings)
+    return values_of_items(values, len(student), f"divergence {divergence}") * temperature**2
 
 
 def coarsened(student: torch.Tensor, teacher: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -130,7 +130,7 @@ def _check_needs(statistics: Statistics, criterion: Criterion) -> None:
     """Raise InputError where the statistics lack what the criterion needs."""
     if "gradients" in criterion.needs and not statistics.has_gradients:
         raise InputError(
-            "criterion", criterion.name, "statistics collected with a loss, or a criterion without gradients"
+            "criterion", criterion.name, "statistics collected with a loss, or a criterion that needs no gradients"
         )
     if "leave_one_out" in criterion.needs and statistics.without is None:
         raise InputError("criterion", criterion.name, fix="complete the statistics with leave_one_out(...) first")

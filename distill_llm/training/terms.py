@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from distill_llm.common.errors import raise_all
+from distill_llm.common.errors import InputError, raise_all
 from distill_llm.losses.mapping import LayerPair
 from distill_llm.losses.matching import Match, MatchSettings
 from distill_llm.losses.objective import Objective
@@ -28,7 +28,8 @@ class Terms:
         pairs: by term, the layer pairs that are compared.
 
     Raises:
-        InputError: layers that do not exist, a lineage that is missing, relation heads that do not divide the widths.
+        InputError: layers that do not exist, a lineage that is missing, relation heads that do not divide the widths, a term of
+            layers with nothing to compare.
     """
 
     def __init__(
@@ -43,9 +44,22 @@ class Terms:
         self.pairs: dict[str, list[LayerPair]] = {name: [] for name in self.terms}
         if teacher is not None:
             self.pairs = {name: term.layer_pairs(self.match) for name, term in self.terms.items()}
+        self._check_pairs(teacher is not None)
         projected = [pair for name, pairs in self.pairs.items() if self.terms[name].projects for pair in pairs]
         if projected:
             self.match.project(projected)
+
+    def _check_pairs(self, has_model: bool) -> None:
+        """A term of layers without layers would train on nothing."""
+        for name, term in self.terms.items():
+            if not term.needs_teacher or not {"hidden", "attention", "vectors"} & set(term.signals):
+                continue
+            if not has_model:
+                fix = "set the teacher's `model` to the model whose layers are compared, or leave the term out"
+                raise InputError(f"losses.{name}", "a teacher whose model is None", fix=fix)
+            if not self.pairs[name]:
+                fix = "compare layers that both models have, or leave the term out: it would train on nothing"
+                raise InputError(f"losses.{name}", "no pair of layers", fix=fix)
 
     @property
     def kind(self) -> Kind:

@@ -100,7 +100,7 @@ def test_checks_and_messages_know_the_new_criterion(page, tmp_path):
     statistics = collect_statistics(tiny_model(), [random_batch(tiny_model())], loss=None)
     with pytest.raises(InputError, match="criterion: got 'rms_effect'; accepted: statistics collected with a loss"):
         score(statistics, "rms_effect")
-    with pytest.raises(InputError, match="criterion: got 'rms_effect'; accepted: fisher where units has ffn"):
+    with pytest.raises(InputError, match="criterion: got 'rms_effect'; accepted: fisher if units has ffn"):
         parse_recipe(recipe_for(tmp_path, pruning={"keep": 0.5, "criterion": "rms_effect", "units": ["ffn", "heads"]}))
 
 
@@ -128,7 +128,7 @@ def test_scores_of_a_comparable_criterion_compete_over_all_kinds(page, tmp_path)
     assert score(statistics, "half_fisher").comparable(["heads", "neurons"])
     for units in (["ffn", "heads"], ["heads", "neurons"]):
         parse_recipe(recipe_for(tmp_path, pruning={"keep": 0.5, "criterion": "half_fisher", "units": units}))
-    with pytest.raises(InputError, match="accepted: fisher or half_fisher where"):
+    with pytest.raises(InputError, match="accepted: fisher or half_fisher if"):
         parse_recipe(recipe_for(tmp_path, pruning={"keep": 0.5, "criterion": "wanda", "units": ["ffn", "heads"]}))
 
 

@@ -9,8 +9,8 @@ from distill_llm.common.errors import InputError
 from distill_llm.losses.divergences import DIVERGENCES
 from distill_llm.losses.registry import NameIn
 from distill_llm.losses.schedules import Temperature, value_at
-from distill_llm.losses.terms.outputs import OutputTerm
-from distill_llm.losses.terms.term import Use, term
+from distill_llm.losses.terms.outputs import head_part
+from distill_llm.losses.terms.term import Signal, Term, Use, term
 from distill_llm.losses.units import Kind, Unit
 
 if TYPE_CHECKING:
@@ -23,20 +23,30 @@ if TYPE_CHECKING:
 
 
 @term("logits")
-class LogitsLoss(OutputTerm):
+class LogitsLoss(Term):
     """Divergence of the teacher's and the student's outputs at a temperature (Hinton et al., 2015)."""
 
+    signals: ClassVar[tuple[Signal, ...]] = ("logits",)
     sparse_targets: ClassVar[bool] = True
 
     divergence: Annotated[str, BeforeValidator(NameIn(DIVERGENCES))] = "forward_kl"
-    temperature: Temperature = Field(default=1.0, description="Divides both logits; the loss carries its square.")
-    beta: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="Of jsd (below 1) and dkd.")
-    skew: float | None = Field(default=None, gt=0, lt=1, description="Share of the other distribution in the mixture.")
+    temperature: Temperature = Field(
+        default=1.0, description="Divides the logits of both models; the loss is multiplied by its square."
+    )
+    beta: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="Setting β of jsd (below 1) and of dkd."
+    )
+    skew: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Share α in the mixture: of the teacher in skew_kl, of the student in skew_reverse_kl.",
+    )
     alpha: float | None = Field(
-        default=None, ge=0, allow_inf_nan=False, description="Of dkd: weight of the target's part."
+        default=None, ge=0, allow_inf_nan=False, description="Setting α of dkd: weight of the true class's part."
     )
     top_k: int | None = Field(
-        default=None, ge=1, description="Compare the teacher's k likeliest classes and the rest as one."
+        default=None, ge=1, description="Compare the teacher's k likeliest classes, and all others as one class."
     )
 
     @model_validator(mode="after")
@@ -70,7 +80,7 @@ class LogitsLoss(OutputTerm):
         """A single output has no probabilities; a few tokens of each item allow one divergence only."""
         yield from super().faults(use)
         if use.single_output and self.divergence != "mse":
-            yield InputError("divergence", self.divergence, "mse, for a student with a single output (a regression)")
+            yield InputError("divergence", self.divergence, "mse, where outputs are no probabilities (a regression)")
         if use.teacher is None or use.teacher.few is None:
             return
         k, classes = use.teacher.few
@@ -79,7 +89,7 @@ class LogitsLoss(OutputTerm):
         for name, value in given.items():
             kept = f"with a cache of {k} of {classes} classes"
             if name not in held:
-                yield InputError(name, value, fix=f"remove it: it cannot be had {kept}")
+                yield InputError(name, value, fix=f"remove it: it does not work {kept}")
             elif value != held[name]:
                 yield InputError(name, value, f"{held[name]} {kept}")
 
@@ -103,7 +113,7 @@ class LogitsLoss(OutputTerm):
 
         temperature = value_at(self.temperature, batch.step, batch.steps)
         how = Comparison(self.divergence, self.settings(), temperature, match.classes)
-        return self.part(how, batch, factor, self._labels(batch) if self.needs_labels else None)
+        return head_part(how, batch, factor, self._labels(batch) if self.needs_labels else None)
 
     def _labels(self, batch: "Batch") -> "Tensor":
         return batch.needed_labels(f"losses.logits.divergence {self.divergence}")

@@ -1,5 +1,6 @@
 """A term that compares the two models' outputs item by item."""
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
 from distill_llm.losses.terms.term import Signal, Term
@@ -18,28 +19,34 @@ class OutputTerm(Term):
 
     signals: ClassVar[tuple[Signal, ...]] = ("logits",)
 
+    @abstractmethod
     def of_items(self, student: "Tensor", teacher: "Tensor") -> "Tensor":
         """The value of each item, (items,), of (items, C) logits in fp32; the teacher's have no gradient."""
-        raise NotImplementedError
+
+    def _values(self, student: "Tensor", teacher: "Tensor") -> "Tensor":
+        """What `of_items` returns, checked: it must be (items,)."""
+        from distill_llm.losses.items import values_of_items
+
+        return values_of_items(self.of_items(student, teacher), len(student), f"losses.{self.name}.of_items")
 
     def sum(self, batch: "Batch", match: "Match", pairs: "list[LayerPair]") -> "Tensor":
         """The sum over the outputs that count."""
         student, teacher = (each.logits[..., : match.classes].float() for each in (batch.own, batch.target))
-        return self.of_items(student, teacher).sum()
+        return self._values(student, teacher).sum()
 
     def in_head(self, batch: "Batch", match: "Match", factor: "Tensor") -> "Part":
         """The same, a block of items at a time."""
         from distill_llm.losses.head_parts import Comparison
 
-        return self.part(Comparison(self.of_items, classes=match.classes), batch, factor)
+        return head_part(Comparison(self._values, classes=match.classes), batch, factor)
 
-    @staticmethod
-    def part(how: "Comparison", batch: "Batch", factor: "Tensor", labels: "Tensor | None" = None) -> "Part":
-        """The part of the head's losses for the signals that the teacher gives."""
-        from distill_llm.losses.head_parts import DivergencePart, SparsePart
-        from distill_llm.losses.signals import HeadSignals, SparseSignals
 
-        if isinstance(batch.target, SparseSignals):
-            return SparsePart(how, batch.target.targets, factor)
-        assert isinstance(batch.target, HeadSignals)
-        return DivergencePart(how, batch.target.head, batch.target.head_inputs, labels, factor)
+def head_part(how: "Comparison", batch: "Batch", factor: "Tensor", labels: "Tensor | None" = None) -> "Part":
+    """The part of the head's losses for the signals that the teacher gives."""
+    from distill_llm.losses.head_parts import DivergencePart, SparsePart
+    from distill_llm.losses.signals import HeadSignals, SparseSignals
+
+    if isinstance(batch.target, SparseSignals):
+        return SparsePart(how, batch.target.targets, factor)
+    assert isinstance(batch.target, HeadSignals)
+    return DivergencePart(how, batch.target.head, batch.target.head_inputs, labels, factor)

@@ -6,11 +6,12 @@ A term is read and checked without torch, so its file imports what needs torch i
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from distill_llm.common.errors import InputError
+from distill_llm.losses.registry import refuse_taken
 from distill_llm.losses.schedules import Weight
 from distill_llm.losses.terms import BUILT_IN
 from distill_llm.losses.units import OUTPUT_UNITS, Kind, Unit
@@ -148,7 +149,7 @@ class Term(BaseModel):
         """Signals that a teacher does not have, the first fault alone."""
         missing = [signal for signal in self.signals if signal not in teacher.signals]
         if missing:
-            accepted = f"a teacher that gives {', '.join(missing)}: this one gives {', '.join(teacher.signals)} only"
+            accepted = f"a teacher that gives {', '.join(missing)}: this one gives only {', '.join(teacher.signals)}"
             yield InputError("", teacher.name, accepted)
         elif teacher.few is not None and not self.sparse_targets:
             given = "a cache of {} of {} classes".format(*teacher.few)
@@ -165,7 +166,7 @@ class Term(BaseModel):
             yield InputError("", f"rows of several sequences ({use.packed})", "rows of one sequence each")
         if self.projects and use.widths is not None and use.sharding == "DeepSpeed":
             given = f"states of {use.widths[0]} and {use.widths[1]} channels under DeepSpeed"
-            yield InputError("", given, "a student as wide as its teacher, or DDP or FSDP in the place of DeepSpeed")
+            yield InputError("", given, "a student as wide as its teacher, or DDP or FSDP in place of DeepSpeed")
 
 
 TERMS: dict[str, type[Term]] = {}
@@ -176,14 +177,20 @@ def term(name: str) -> Callable[[AnyTerm], AnyTerm]:
     """A decorator: the class becomes the term that objectives call `name`.
 
     Raises:
-        ValueError: another class has the name.
+        ValueError: a name that is taken or no identifier, or a class that is no term or lacks a method.
     """
+    if not name.isidentifier():
+        raise ValueError(f"term {name!r}: choose a name of letters, digits and underscores")
 
     def register(cls: AnyTerm) -> AnyTerm:
-        known: Any = TERMS.get(name, cls)
-        same = (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__)
-        if name == "responses" or not name.isidentifier() or not same:
-            raise ValueError(f"{name!r} cannot name a term: it is no identifier, or taken")
+        if not issubclass(cls, Term):
+            raise ValueError(f"term {name!r}: {cls.__name__} is no subclass of Term")
+        missing = sorted(cls.__abstractmethods__) or (["sum"] if cls.sum is Term.sum else [])
+        if missing:
+            raise ValueError(f"term {name!r}: {cls.__name__} must define {', '.join(missing)}")
+        if name == "responses":
+            raise ValueError("term 'responses' exists already: choose another name")
+        refuse_taken(TERMS.get(name), cls, f"term {name!r}")
         cls.name, TERMS[name] = name, cls
         return cls
 

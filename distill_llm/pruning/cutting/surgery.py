@@ -60,7 +60,7 @@ def prune(
     """
     plan.check(model)
     if bypasses is not None and (bypasses.plan.layers != plan.layers or (bypasses.norms and plan.hidden is not None)):
-        raise InputError("bypasses", "those of another plan", "what fit_bypasses found for the plan that is given")
+        raise InputError("bypasses", "bypasses of another plan", "the result of fit_bypasses for the given plan")
     check_in_memory(model)
     if compensate is not None:
         _check_statistics(model, compensate)
