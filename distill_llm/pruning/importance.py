@@ -12,6 +12,7 @@ from distill_llm.architectures.lineage import Counts
 from distill_llm.common.errors import InputError
 from distill_llm.common.tensors import saved_tensors
 from distill_llm.pruning.criteria import Criterion, Seen, find_criterion, is_comparable, ranks_layers_only
+from distill_llm.pruning.declared import Declared, checked_scores
 from distill_llm.pruning.statistics.record import BY_LAYER, WHOLE, Statistics, UnitStatistics
 
 
@@ -106,7 +107,8 @@ def score(
         layer_criterion: a criterion of their own for the scores of whole layers; None: `criterion`.
 
     Raises:
-        InputError: there is no such criterion, or the statistics lack what it needs.
+        InputError: there is no such criterion, the statistics lack what it needs, or its scores are not a finite number for each
+            unit.
     """
     if layer_criterion is not None:
         layers = score(statistics, layer_criterion, seed).layers
@@ -114,15 +116,17 @@ def score(
     chosen = find_criterion(criterion)
     _check_needs(statistics, chosen)
     if chosen.layers_only:
-        return Importance(criterion, (), (), chosen.scores(statistics))
+        layers = chosen.scores(Declared(statistics, chosen))
+        return Importance(criterion, (), (), checked_scores(layers, len(statistics.similarity), criterion, "layers"))
     generator = torch.Generator().manual_seed(seed)
     seen = Seen(max(statistics.examples, 1), max(statistics.tokens, 1), generator)
 
-    def scores_of(units: UnitStatistics) -> torch.Tensor:
-        return chosen.scores(units, seen)
+    def scores_of(units: UnitStatistics, kind: str) -> torch.Tensor:
+        found = chosen.scores(Declared(units, chosen), seen)
+        return checked_scores(found, len(units.magnitude), criterion, kind)
 
-    rows = {kind: tuple(map(scores_of, getattr(statistics, kind))) for kind in BY_LAYER}
-    whole = {kind: scores_of(getattr(statistics, kind)) for kind in WHOLE}
+    rows = {kind: tuple(scores_of(units, kind) for units in getattr(statistics, kind)) for kind in BY_LAYER}
+    whole = {kind: scores_of(getattr(statistics, kind), kind) for kind in WHOLE}
     return Importance(criterion, **rows, **whole)  # type: ignore[arg-type]
 
 
