@@ -1,4 +1,4 @@
-"""The families of transformers that can be pruned, a row each.
+"""The model families that can be pruned, a row for each.
 
 Needs torch and transformers only: checkpoints of pruned models hold a copy of this file beside `modeling_pruned.py`.
 """
@@ -14,12 +14,12 @@ from .lineage import lineage_of, stock_values
 
 
 def _projections(names: str, prefix: str = "self_attn.", **more: str) -> dict[str, str]:
-    """Layouts of separate query, key and value modules: "q_proj k_proj v_proj", with `more` ones by their path's dots as __."""
+    """Layouts of separate query, key and value modules ("q_proj k_proj v_proj"). `more`: other paths, with __ for each dot."""
     layouts = dict(zip((prefix + name for name in names.split()), ("q", "kv", "kv"), strict=True))
     return layouts | {prefix + path.replace("__", "."): layout for path, layout in more.items()}
 
 
-# Attention and FFN are in parallel or not, as the config says.
+# The config says whether attention and FFN are parallel.
 _PARALLEL = (("use_parallel_residual", {"parallel": True}),)
 
 _BERT = Family(
@@ -37,7 +37,7 @@ _LLAMA = Family(
     stock=("heads", "queries", "neurons", "layers", "hidden"),
     packs=True,
 )
-# Embeddings are scaled by the config's width.
+# Embeddings are scaled by the width in the config, so a stock config cannot have fewer channels.
 _GEMMA = replace(_LLAMA, stock=_LLAMA.stock[:-1], dividing=True)
 _NEOX = Family(
     attention="attention",
@@ -72,7 +72,7 @@ FAMILIES: dict[str, Family] = {
         attention_widths=("dim",),
         mlm_head="vocab_transform",
     ),
-    # The model makes one position bias for all heads and hands it to every layer.
+    # The model makes one position bias for all heads and passes it to every layer.
     "mpnet": replace(
         _BERT,
         attention="attention.attn",
@@ -82,7 +82,7 @@ FAMILIES: dict[str, Family] = {
         mlm_head="lm_head",
         skipped_positions=2,
     ),
-    # Relative positions have projections of their own; without share_att_key only.
+    # Relative positions have projections of their own, unless the config sets share_att_key.
     "deberta-v2": replace(
         _BERT,
         attention_in=_projections(
@@ -108,7 +108,8 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": _GEMMA,
     "smollm3": _LLAMA,
     "granite": _LLAMA,
-    # Norms of queries and keys span all heads, have a row or a module per head; those of Qwen3 and Gemma3 serve every head.
+    # Norms of queries and keys: one over all heads (OLMo 2), a row per head (Cohere), a module per head (StableLM). Norms that
+    # all heads share (Qwen3, Gemma 3) need no layout.
     "olmo2": replace(_LLAMA, attention_in=_projections("q_proj k_proj v_proj", q_norm="q", k_norm="kv")),
     "cohere": replace(
         _LLAMA, attention_in=_projections("q_proj k_proj v_proj", q_norm="q/", k_norm="kv/"), parallel=True
@@ -151,7 +152,7 @@ FAMILIES: dict[str, Family] = {
         packs=True,
     ),
     "gpt_neox": replace(_NEOX, forms=_PARALLEL, packs=True),
-    # Its FFN is always four times as wide as the residual stream.
+    # The FFN of BLOOM is always four times as wide as the residual stream.
     "bloom": replace(_BLOOM, ffn_config="", per_head_inputs=("alibi",), adds_residual=True, stock=("layers",)),
     "falcon": replace(
         _BLOOM,
@@ -173,17 +174,18 @@ FAMILIES: dict[str, Family] = {
         ),
     ),
 }
+_IN_FILE = dict(FAMILIES)
 
 OTHERS: dict[str, Facts] = {
     "mixtral": Facts(packs=True),
     "gemma": Facts(packs=True),
     "olmo": Facts(packs=True),
-    "hyperclovax": Facts(logit_powers={"logits_scaling": 1}),  # Granite divides by it
-    "mpt": Facts(logit_powers={"logit_scale": 0}),  # it has the field and does nothing with it
+    "hyperclovax": Facts(logit_powers={"logits_scaling": 1}),  # Granite divides by this field, HyperCLOVA X multiplies
+    "mpt": Facts(logit_powers={"logit_scale": 0}),  # MPT has this field but does not use it
 }
-"""What is known of families without a row: these can learn and teach."""
+"""What is known about families without a row. They can learn and teach, but not be pruned."""
 
-TEXT_ALONE = "its text model, saved alone (six lines in docs/reference/families.md)"
+TEXT_ALONE = "its text model, saved alone (docs/reference/families.md shows how)"
 
 
 class NotPrunable(ValueError):
@@ -195,7 +197,7 @@ class NotPrunable(ValueError):
 
 
 class Dims(NamedTuple):
-    """Sizes of the original model's attention: channels of a head, query heads, key-value heads (groups)."""
+    """Sizes of the original model's attention: channels per head, query heads, key-value heads (groups)."""
 
     head_size: int
     queries: int
@@ -206,26 +208,32 @@ def family_of(model: PreTrainedModel | PreTrainedConfig) -> Family:
     """The family row of a model or config.
 
     Raises:
-        NotPrunable: if the family has no row, or the model has parts that its row does not tell of.
+        NotPrunable: the family has no row, or the model has parts that its row does not describe.
     """
     config = model if isinstance(model, PreTrainedConfig) else model.config
     if config.model_type not in FAMILIES:
         if (text := config.get_text_config().model_type) in FAMILIES:
             raise NotPrunable(f"family {config.model_type!r}", f"{text}, {TEXT_ALONE}")
-        accepted = (
-            f"one of {', '.join(FAMILIES)}. To add a family, add a row with the names of its modules to FAMILIES in "
+        todo = (
+            "To add a family, add a row with the names of its modules to FAMILIES in "
             "distill_llm/architectures/families.py, and its name to the tests"
         )
+        if getattr(config, "pruning", None) is not None:
+            todo = (
+                "The model was pruned with a row that a script added: add the same row before you load it, "
+                "to families.py beside the weights or, with distill_llm, to FAMILIES"
+            )
+        accepted = f"one of {', '.join(FAMILIES)}. {todo}"
         raise NotPrunable(f"family {config.model_type!r}", accepted)
     if getattr(config, "add_cross_attention", False):
-        raise NotPrunable(f"{config.model_type!r} with add_cross_attention", "one without, whose layers are alike")
+        raise NotPrunable(f"{config.model_type!r} with add_cross_attention", "a model without cross-attention")
     row = row_of(config)
     assert row is not None
     return row
 
 
 def row_of(config: PreTrainedConfig) -> Family | None:
-    """The row of a config's family as this config has it, None of one without a row; whether it can be pruned is not asked."""
+    """The row of a config's family in the form of this config; None if the family has no row. Does not check other parts."""
     row = FAMILIES.get(config.model_type)
     if row is None:
         return None
@@ -235,23 +243,36 @@ def row_of(config: PreTrainedConfig) -> Family | None:
     return row
 
 
+def is_in_file(model_type: str) -> bool:
+    """Whether this file holds the row of a family as it is now; a script may have added or changed it."""
+    return _IN_FILE.get(model_type) == FAMILIES.get(model_type)
+
+
 def facts_of(config: PreTrainedConfig) -> Facts:
-    """What is known of a config's family, whether it can be pruned or not."""
+    """What is known about a config's family, whether it can be pruned or not."""
     return row_of(config) or OTHERS.get(config.model_type) or Facts()
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
-    """The transformer layers of any model: by its family's row, else the module list as long as the config says."""
+    """The transformer layers of any model: by its family's row, else the module list of the length that the config gives."""
     base = model.base_model
     if model.config.model_type in FAMILIES:
-        layers = base.get_submodule(FAMILIES[model.config.model_type].layers)
-        assert isinstance(layers, nn.ModuleList)
+        path = FAMILIES[model.config.model_type].layers
+        try:
+            layers = base.get_submodule(path)
+        except AttributeError:
+            layers = None
+        if not isinstance(layers, nn.ModuleList):
+            family, name = model.config.model_type, type(base).__name__
+            raise ValueError(
+                f"model: the row of family {family!r} does not fit it: {name} has no list {path!r} (layers)"
+            )
         return layers
     count = model.config.get_text_config().num_hidden_layers
     for module in base.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
-    raise ValueError(f"model: found no list of {count} layers in {type(model).__name__}")
+    raise ValueError(f"model: {type(model).__name__} has no module list of {count} layers")
 
 
 def width_of(model: PreTrainedModel | PreTrainedConfig) -> int:
@@ -264,7 +285,7 @@ def width_of(model: PreTrainedModel | PreTrainedConfig) -> int:
 
 
 def dims_of(config: PreTrainedConfig) -> Dims:
-    """Attention sizes of the original model, whatever was pruned since."""
+    """Attention sizes of the original model, also if it was pruned since."""
     named = (row_of(config) or Family()).groups
     with stock_values(config):
         queries = config.num_attention_heads

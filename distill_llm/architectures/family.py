@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+READER_NAMES = ("attention", "ffn")
+"""What each of `Family.readers` is called where files name them."""
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -71,5 +74,8 @@ class Family(Facts):
 
     @property
     def readers(self) -> tuple[tuple[str, str], ...]:
-        """(path, layout of its inputs) of the linears of a layer that read its units: pruning cuts and masks there."""
+        """(path, layout of its inputs) of the linears of a layer that read its units.
+
+        Statistics are collected at their inputs, pruning cuts and masks there, and compensation changes their weights.
+        """
         return (self.attention_out, "q"), (self.ffn_out, "n")

@@ -42,6 +42,18 @@ LAYER_UNITS: dict[str, LayerUnit] = {
     "queries": LayerUnit("q", by_head=True, within="heads"),
 }
 """In the order of files, and of `LayerPlan`'s arguments."""
+
+
+def kinds_of(letter: str) -> list[str]:
+    """The kinds of units that the channels of this letter are: the one that is called so, then those that it is within."""
+    kind = next((kind for kind, unit in LAYER_UNITS.items() if unit.letter == letter), None)
+    found = []
+    while kind is not None:
+        found.append(kind)
+        kind = LAYER_UNITS[kind].within
+    return found
+
+
 MODEL_UNITS: list[str] = ["hidden"]
 """Kinds of units that belong to the model as a whole: the channels of the residual stream."""
 

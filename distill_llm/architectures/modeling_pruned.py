@@ -1,18 +1,19 @@
-"""Models whose layers keep fewer heads, neurons and channels, and the cutting that makes them.
+"""Models whose layers have fewer heads, neurons and channels, and the code that cuts them.
 
-Needs torch, transformers and the files in CODE_NAMES only. `save_pretrained` of a pruned model puts copies of them into the
+Needs only torch, transformers and the files in CODE_NAMES. `save_pretrained` of a pruned model puts copies of them into the
 checkpoint, so `AutoModelFor...from_pretrained(folder, trust_remote_code=True)` works where distill_llm is not installed.
 
-A pruned model is built as its original was, then `shrink` leaves what its config's `pruning` keeps (see `lineage.py`). So
-whatever depends on a layer's place (its attention window, its scale, its norms) stays as it was in the original. The config's
-own sizes are the original's too, but for the number and kinds of layers.
+A pruned model is built as its original was; then `shrink` cuts it to what `pruning` in its config keeps (see `lineage.py`). So
+whatever depends on a layer's place (its attention window, its scale, its norms) stays as it was in the original. The other sizes
+in the config are those of the original too, except the number and the kinds of layers.
 
-Public names: `shrink`, `pruned_class`, `stock_class`, and, made when asked for, `PrunedBertModel`, `PrunedLlamaForCausalLM`,
-... for every head of every family.
+Public names: `shrink`, `pruned_class`, `stock_class`, and a class for every head of every family, made on first use:
+`PrunedBertModel`, `PrunedLlamaForCausalLM`, ...
 """
 
 import copy
 import inspect
+import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
-from .families import Dims, dims_of, family_of, layers_of
+from .families import Dims, dims_of, family_of, is_in_file, layers_of
 from .family import Family
 from .lineage import LAYER_UNITS, Counts, LayerPlan, ModelPlan, lineage_of, stock_values
 
@@ -37,7 +38,7 @@ _GROUPS = ("num_key_value_heads", "num_kv_heads")
 _WIDTHS = ("all_head_size", "split_size")
 
 
-# The axes of parameters, and what a selection of units keeps along them.
+# The axes of parameters, and which entries along them a selection of units keeps.
 
 
 def inputs_of(module: nn.Module) -> int:
@@ -53,7 +54,7 @@ def outputs_of(module: nn.Module) -> int:
 
 
 def layer_counts(layer: nn.Module, family: Family, dims: Dims) -> dict[str, int]:
-    """How many units of every kind a layer has, pruned or not: by the sizes of what the family's row lays out."""
+    """The number of units of every kind in a layer, pruned or not, from the sizes of the modules that the family's row names."""
     channels = {layout: inputs_of(layer.get_submodule(path)) for path, layout in family.readers}
     modules = dict(layer.named_modules())
     for path, layout in (*family.attention_in.items(), *family.ffn_in.items()):
@@ -69,14 +70,14 @@ def layer_counts(layer: nn.Module, family: Family, dims: Dims) -> dict[str, int]
 
 
 def _spread(indices: Sequence[int], size: int) -> torch.Tensor:
-    """Heads to their channels."""
-    # On the processor by name: models are loaded inside a context that makes tensors without memory.
+    """The channels of these heads (or units), each `size` wide."""
+    # On the CPU explicitly: models are built in a context whose default device is meta.
     heads = torch.tensor(indices, dtype=torch.long, device="cpu")
     return (heads[:, None] * size + torch.arange(size, device="cpu")).flatten()
 
 
 def kept_channels(layout: str, row: LayerPlan, counts: Counts, head_size: int) -> torch.Tensor:
-    """Which channels of a dimension laid out as `layout` stay in a layer with `counts` that keeps `row`'s units."""
+    """Which channels of a dimension with this `layout` stay, in a layer with `counts` units that keeps those of `row`."""
     if layout.startswith("("):
         shared, rows, queries = counts["queries"] // counts["heads"], [], row.indices("queries", counts)
         for group in row.heads:
@@ -95,7 +96,7 @@ def kept_channels(layout: str, row: LayerPlan, counts: Counts, head_size: int) -
 
 
 def layer_axes(layer: nn.Module, family: Family) -> dict[str, tuple[int, str]]:
-    """Per parameter of a layer that heads or neurons span: the dimension, and how it is laid out. Paths of module lists too."""
+    """For each parameter of a layer along which heads or neurons lie: the dimension and its layout. Also for module lists."""
     axes: dict[str, tuple[int, str]] = {}
     modules = dict(layer.named_modules())
     for path, layout in (*family.attention_in.items(), *family.ffn_in.items()):
@@ -110,10 +111,10 @@ def layer_axes(layer: nn.Module, family: Family) -> dict[str, tuple[int, str]]:
 
 
 def hidden_dims(model: PreTrainedModel, sources: Sequence[int] | None = None) -> dict[str, tuple[int, ...]]:
-    """Per parameter the dimensions that the residual stream's channels span.
+    """For each parameter, the dimensions along which the channels of the residual stream lie.
 
     Args:
-        sources: which layer of the original each layer is; None: what the config says.
+        sources: for each layer, its index in the original; None: as the config says.
     """
     if sources is None:
         lineage = lineage_of(model)
@@ -126,16 +127,18 @@ def hidden_dims(model: PreTrainedModel, sources: Sequence[int] | None = None) ->
             original = f"{prefix}{sources[int(index)]}.{rest}"
         if original in axes:
             found[name] = axes[original]
-            if parameter.dim() == 2 and not parameter.numel():  # an EmptyLinear's, whatever the original has
+            if (
+                parameter.dim() == 2 and not parameter.numel()
+            ):  # an EmptyLinear: one dimension has no entries, so the channels are the other
                 found[name] = (int(not len(parameter)),)
     return found
 
 
 def _hidden_axes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    """Per parameter, by its name in the original, the dimensions that the residual stream's channels span.
+    """For each parameter, by its name in the original, the dimensions along which the channels of the residual stream lie.
 
-    Found by building the original twice without memory, once with twice the width and twice the heads: what doubles with it,
-    but for what heads and neurons span.
+    The original is built twice without memory, the second time with twice the width and twice the heads. The dimensions that
+    double are those of channels, except dimensions along which heads or neurons lie.
     """
     family = family_of(model)
     with stock_values(model.config):
@@ -155,7 +158,7 @@ def _hidden_axes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
 
 
 def _widened(config: PreTrainedConfig, family: Family, factor: int) -> PreTrainedConfig:
-    """The config of a residual stream `factor` times as wide, with as many times the heads, whose size then stays."""
+    """The config with a residual stream `factor` times as wide and `factor` times the heads, so that a head keeps its size."""
     wide, width = copy.deepcopy(config), config.hidden_size
     for name in (*family.hidden_fields, "num_attention_heads", *_GROUPS):
         size = getattr(wide, name, None)
@@ -172,7 +175,7 @@ def _without_memory(model_class: type[PreTrainedModel], config: PreTrainedConfig
 
 
 def layer_prefix(model: PreTrainedModel) -> str:
-    """What the names of the layers' parameters begin with, e.g. "bert.encoder.layer."."""
+    """The prefix of the names of the layers' parameters, e.g. "bert.encoder.layer."."""
     layers = layers_of(model)
     return next(name for name, module in model.named_modules() if module is layers) + "."
 
@@ -181,10 +184,10 @@ def layer_prefix(model: PreTrainedModel) -> str:
 
 
 class NoHeads(nn.Module):
-    """An attention module with no head left: it adds nothing but the bias of its output linear.
+    """An attention module without heads: it adds only the bias of its output linear.
 
-    Holds the output linear (H outputs, 0 inputs) where the family keeps it inside the attention module. A KV cache is told
-    how many tokens there were, so that the layers' caches stay in line.
+    Holds the output linear (H outputs, 0 inputs) if the family keeps it inside the attention module. Tells a KV cache the number
+    of tokens, so that the caches of all layers agree on it.
     """
 
     def __init__(self, layer_idx: int | None, adds_residual: bool, out_name: str = "", out: nn.Module | None = None):
@@ -204,14 +207,15 @@ class NoHeads(nn.Module):
 
 
 class EmptyLinear(nn.Linear):
-    """A linear with no input or no output left, in place of an `nn.Linear` or a Conv1D: bitsandbytes leaves it as it is.
+    """A linear without inputs or without outputs, in place of an `nn.Linear` or a Conv1D.
 
-    (It takes every Conv1D and what is an `nn.Linear` itself, and cannot quantize a weight without entries.)
+    bitsandbytes cannot quantize a weight without entries. It replaces every Conv1D, and every module whose class is exactly
+    `nn.Linear`; it leaves this subclass alone.
     """
 
 
 class LayerConfig:
-    """A model's config as one layer sees it: some values are the layer's own, all others are read from the model's."""
+    """A model's config for one layer: some values are the layer's own, all others come from the model's config."""
 
     def __init__(self, config: Any, own: Mapping[str, Any]):
         self.__dict__.update(shared=config, own=dict(own))
@@ -226,12 +230,12 @@ class LayerConfig:
 
 
 def shrink(model: PreTrainedModel, plan: ModelPlan, *, lineage: ModelPlan, values: bool) -> None:
-    """Leave in `model` only what a plan keeps.
+    """Cut `model`, in place, to what a plan keeps.
 
     Args:
-        plan: what stays, in indices of `model` as it is.
+        plan: what stays, in indices of `model` as it is now.
         lineage: the same in indices of the original teacher.
-        values: take the kept values along; without, new weights are not initialised (they are about to be loaded).
+        values: copy the kept values. If false, the new weights are not initialised (they are about to be loaded).
     """
     family, dims = family_of(model), dims_of(model.config)
     parent, _, name = layer_prefix(model).rstrip(".").rpartition(".")
@@ -252,7 +256,7 @@ def shrink(model: PreTrainedModel, plan: ModelPlan, *, lineage: ModelPlan, value
 
 
 def _cut(root: nn.Module, name: str, dim: int, kept: torch.Tensor, values: bool) -> None:
-    """Leave the `kept` entries along a dimension of a parameter, or of a module list."""
+    """Cut a parameter, or a module list, to its `kept` entries along a dimension."""
     path, _, last = name.rpartition(".")
     found: Any = root.get_submodule(path)
     old = getattr(found, last)
@@ -268,7 +272,7 @@ def _cut(root: nn.Module, name: str, dim: int, kept: torch.Tensor, values: bool)
 
 
 def _note_sizes(module: Any) -> None:
-    """Bring a module's own records of its weight's size up to date."""
+    """Update the sizes that a module records of its own weight."""
     if isinstance(module, nn.Linear | Conv1D) and not module.weight.numel():
         if isinstance(module, Conv1D):
             module.weight = nn.Parameter(module.weight.detach().T, requires_grad=module.weight.requires_grad)
@@ -292,16 +296,16 @@ def _cut_hidden(model: PreTrainedModel, kept: torch.Tensor, sources: Sequence[in
                 _cut(model, name, dim, kept, values)
             cut[id(old)] = model.get_parameter(name)
         module = model.get_submodule(path)
-        setattr(module, last, cut[id(old)])  # tied weights stay one
+        setattr(module, last, cut[id(old)])  # tied weights stay tied
         _note_sizes(module)
 
 
 def _resize_attention(layer: nn.Module, family: Family, dims: Dims, counts: Counts, source: LayerPlan) -> None:
-    """Bring the attention module's own records of its size up to date; none is left without heads.
+    """Update the sizes that an attention module records of itself; without heads, replace the module.
 
     Args:
-        counts: how many units the layer has now.
-        source: which of the original teacher's they are.
+        counts: number of units that the layer has now.
+        source: the same units in indices of the original teacher.
     """
     attention: Any = layer.get_submodule(family.attention)
     if not counts["heads"]:
@@ -330,7 +334,7 @@ def _resize_attention(layer: nn.Module, family: Family, dims: Dims, counts: Coun
 
 
 def _select_heads(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Of inputs made for all heads of the original, hand attention those of the heads it kept."""
+    """Give attention only its kept heads' part of inputs that were made for all heads of the original."""
     names = [*inspect.signature(type(module).forward).parameters][1 : 1 + len(args)]
     given = dict(zip(names, args, strict=True)) | kwargs
     for name in module.per_head_inputs:
@@ -349,7 +353,7 @@ def _select_heads(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
 
 
 class PrunedModel:
-    """Mixed into a stock class by `pruned_class`: builds the original model, then shrinks it as its config says."""
+    """Mixed into a stock class by `pruned_class`: builds the original model, then cuts it as its config says."""
 
     config: PreTrainedConfig
 
@@ -361,12 +365,18 @@ class PrunedModel:
         shrink(self, lineage, lineage=lineage, values=False)  # type: ignore[arg-type]
 
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> None:
-        """As `PreTrainedModel.save_pretrained`; the folder also gets the code, so that stock transformers can load it."""
+        """As `PreTrainedModel.save_pretrained`, but also copies the code, so that stock transformers can load the folder."""
         own = type(self).__name__.removeprefix(STOCK_PREFIX)
         self.config.auto_map = {
             auto: f"modeling_pruned.{STOCK_PREFIX}{name}" for auto, name in _auto_classes(self.config.model_type, own)
         }
         if is_main_process:
+            if not is_in_file(self.config.model_type):
+                line = (
+                    "%s: the row of family %r was added by a script, and the code beside the weights does not have it. "
+                )
+                line += "To load it elsewhere, add the row to families.py there and in distill_llm/architectures"
+                logging.getLogger(__name__).warning(line, save_directory, self.config.model_type)
             os.makedirs(save_directory, exist_ok=True)
             for name in CODE_NAMES:
                 source, target = os.path.join(os.path.dirname(__file__), name), os.path.join(save_directory, name)
@@ -375,13 +385,13 @@ class PrunedModel:
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)  # type: ignore[misc]
 
     def _get_files_timestamps(self, working_dir: str | os.PathLike) -> dict[str, float]:
-        # What was there before is not uploaded by save_pretrained(push_to_hub=True): our files are always new.
+        # save_pretrained(push_to_hub=True) uploads only new files. Leaving ours out here makes them new every time.
         stamps = super()._get_files_timestamps(working_dir)  # type: ignore[misc]
         return {name: stamp for name, stamp in stamps.items() if name not in CODE_NAMES}
 
 
 def _auto_classes(model_type: str, own: str) -> list[tuple[str, str]]:
-    """(auto class, stock class) of every head of a family; the class being saved wins its own auto class."""
+    """(auto class, stock class) for every head of a family. The class being saved comes before others of its auto class."""
     mappings: dict[str, Any] = {
         "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
         "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -405,7 +415,7 @@ _classes: dict[str, type[PreTrainedModel]] = {}
 
 
 def pruned_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The class of pruned models with the head of `stock`, e.g. PrunedBertForMaskedLM for BertForMaskedLM."""
+    """The class for pruned models with the head of `stock`: PrunedBertForMaskedLM for BertForMaskedLM."""
     if issubclass(stock, PrunedModel):
         return stock
     name = STOCK_PREFIX + stock.__name__
@@ -415,8 +425,8 @@ def pruned_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 def stock_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The transformers class that a pruned class is made from; the class itself where it is not one of ours."""
-    # By name: what was loaded with trust_remote_code has a PrunedModel of its own, from the checkpoint's copy of this file.
+    """The transformers class that a pruned class is made from; any other class is returned as it is."""
+    # By name: a model loaded with trust_remote_code has another PrunedModel, from the checkpoint's copy of this file.
     line = model_class.__mro__
     ours = [index for index, each in enumerate(line) if each.__name__ == "PrunedModel"]
     return line[ours[0] + 1] if ours else model_class

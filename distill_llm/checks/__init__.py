@@ -1,17 +1,17 @@
-"""The one door: facts about a recipe or a command in, faults out, before any heavy work.
+"""The checks of a recipe or a command before any heavy work. Each module is the "door" of a command.
 
-What a rule needs to know stands with it: `models.limits` has what a model can read, the terms of `losses` what they go with,
-`data.kinds` what a task takes, `recipe.pruning` which settings of pruning contradict each other, `training.refusals` what
-training refuses. The Python calls ask the same rules under the names of their own arguments. Here they are put together, and
-what was opened on the way is handed on, a file for each door:
+The rules themselves stand elsewhere: `models.limits` says what a model can read, the terms of `losses` say what they go with,
+`data.kinds` says what a task takes, `recipe.pruning` says which of its settings contradict each other, and `training.refusals`
+says what training refuses. Python calls use the same rules under the names of their own arguments. A door here opens models and
+rows, asks all rules that concern the command, and returns what it opened:
 
     recipe    `run`, `distill`: `open_recipe` -> `Opened`
-    prune     `prune`: the same, for a recipe that asks for nothing else
+    prune     `prune`: the same, for a recipe that only prunes
     evaluate  `evaluate`: `open_scoring` -> `OpenScoring`
     cache     `cache`: `open_cache` -> `OpenCache`
     profile   `profile`: `open_profile`
 
-`respond` has its door in `responses.opening`, since its Python call needs it, and `push` in `report.hub`.
+The door of `respond` is in `responses.opening`, because its Python call needs it; the door of `push` is in `report.hub`.
 
 May import: common, architectures, losses, data, models, pruning, teachers, recipe, training, evaluation, report.
 """

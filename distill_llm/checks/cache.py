@@ -1,4 +1,4 @@
-"""The door of teacher caches: the teacher is opened and its rows are read before its weights are loaded."""
+"""The door of `cache`: opens the teacher and reads the rows before any weights are loaded."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +21,15 @@ from distill_llm.teachers.cache_format import INDEX_NAME, CacheIndex, CacheSetti
 
 @dataclass(frozen=True)
 class CacheRequest:
-    """What is to be cached, and what the user calls it.
+    """What to cache, and the names of its fields in messages.
 
     Attributes:
         model: Hub id, folder, GGUF file or package:// path of the teacher.
         data: the task and its rows.
-        folder: for the cache.
-        settings: what is stored; `classes` and `kind` are found out.
+        folder: folder for the cache.
+        settings: what to store; `classes` and `kind` are filled in later.
         model_field, folder_field: names for messages.
-        objective: what a student is to learn from the cache, if that is known.
+        objective: the losses that the cache must serve, if they are known.
     """
 
     model: str
@@ -46,9 +46,9 @@ class OpenCache:
     """What was opened for a cache.
 
     Attributes:
-        teacher: with config and tokenizer.
+        teacher: the teacher's config and tokenizer.
         data: raw rows.
-        classes: the first logits that are stored; None: all.
+        classes: how many of the first logits are stored; None: all.
     """
 
     teacher: OpenModel
@@ -60,14 +60,16 @@ def request_of(recipe: Recipe, settings: CacheSettings) -> CacheRequest:
     """The cache that a recipe learns from.
 
     Raises:
-        InputError: the recipe has no cache or nothing to learn from it, or names another dtype.
+        InputError: the recipe has no cache or no distillation, or names another dtype.
     """
     section, losses = recipe.teacher, recipe.distillation.losses if recipe.distillation else None
     if section.cache is None or losses is None:
-        raise InputError("teacher.cache", section.cache, "a folder, in a recipe with a distillation section")
+        raise InputError(
+            "teacher.cache", section.cache, "a folder for the cache, and a distillation section that learns from it"
+        )
     if settings.dtype is not None and section.dtype not in (None, settings.dtype):
         raise InputError(
-            "dtype", settings.dtype, fix=f"leave it out, or take {section.dtype}, the recipe's teacher.dtype"
+            "dtype", settings.dtype, fix=f"leave it out, or set it to {section.dtype}, the recipe's teacher.dtype"
         )
     fields = {"model_field": "teacher.model", "folder_field": "teacher.cache"}
     return CacheRequest(section.model, data_spec(recipe), section.cache, settings, **fields, objective=losses)
@@ -81,12 +83,12 @@ def open_cache(request: CacheRequest) -> OpenCache:
     """
     usable_output(request.folder, request.folder_field, INDEX_NAME)
     if (request.folder / INDEX_NAME).is_file():
-        read_index(request.folder)  # of a cache, or of something else
+        read_index(request.folder)  # refuses a folder that holds something else
     teacher = open_model(request.model_field, request.model)
     rows = open_rows(request.data, teacher.config)
     task = rows.task
     if task.kind.changes_inputs:
-        accepted = "a task whose inputs stay the same in every epoch: masked words change"
+        accepted = "a task whose inputs are the same in every epoch; masked words change"
         raise InputError("data.task", task.name, accepted)
     check_head(teacher, task)
     raise_all(length_faults(limits_of(teacher.config, teacher.name), request.data.max_length, "data.max_length"))

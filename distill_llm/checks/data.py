@@ -1,4 +1,4 @@
-"""A task's raw rows, read at the door: whatever a library raises about them is one line."""
+"""Reading a task's raw rows at the door. Whatever a library raises becomes one line."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +16,10 @@ def open_rows(spec: DataSpec, config: PreTrainedConfig | None, training: bool = 
     """Read the rows of a task, as `load_task` does.
 
     Args:
-        spec, config, training: as of `load_task`.
+        spec, config, training: as for `load_task`.
 
     Raises:
-        InputError: names a field of a recipe.
+        InputError: a field of the recipe is wrong; it is named.
     """
     with _quiet_datasets(), in_one_line("data.path", spec.path, "data that can be read"):
         return load_task(spec, config, training)
@@ -27,7 +27,7 @@ def open_rows(spec: DataSpec, config: PreTrainedConfig | None, training: bool = 
 
 @contextmanager
 def _quiet_datasets() -> Iterator[None]:
-    """No progress bars of `datasets`, so that a fault stands alone (downloads from the Hub still show theirs)."""
+    """Hide the progress bars of `datasets`, so that a fault stands alone. Downloads from the Hub still show theirs."""
     shown = datasets.are_progress_bars_disabled() is False
     datasets.disable_progress_bars()
     try:

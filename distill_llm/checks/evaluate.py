@@ -1,4 +1,4 @@
-"""The door of scoring a model: it is opened, its rows are read and encoded, before its weights are loaded."""
+"""The door of `evaluate`: opens the model, reads and encodes the rows, all before any weights are loaded."""
 
 from dataclasses import dataclass
 
@@ -14,9 +14,9 @@ from distill_llm.models.limits import length_faults, limits_of
 
 @dataclass(frozen=True)
 class OpenScoring:
-    """A model without its weights, and the encoded rows that it is to be scored on, as the split `test`.
+    """A model without its weights, and the encoded rows that it is scored on, as the split `test`.
 
-    `rows` is the number of rows that they were made of: of texts, other than there are encoded ones.
+    `rows` is the number of raw rows. For texts it differs from the number of encoded rows.
     """
 
     model: OpenModel
@@ -32,7 +32,7 @@ def open_scoring(model: str, spec: DataSpec) -> OpenScoring:
         spec: the task, its rows and their length.
 
     Raises:
-        InputError: for the first fault; fields are named as in a recipe, the model `model`.
+        InputError: for the first fault. Fields are named as in a recipe; the model is `model`.
     """
     opened = open_model("model", model)
     rows = open_rows(spec, opened.config, training=False)

@@ -1,4 +1,4 @@
-"""How a door goes on after a fault: all that can be checked is checked, and the faults are raised together."""
+"""Collecting faults: a door checks all that it can, then raises all faults together."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -10,13 +10,13 @@ T = TypeVar("T")
 
 
 class Collector:
-    """Keeps the faults of all checks."""
+    """Runs checks and keeps their faults."""
 
     def __init__(self) -> None:
         self.faults: list[InputError] = []
 
     def run(self, check: Callable[..., T], *args: Any) -> T | None:
-        """The check's result; None where it raised an InputError, or where an input is None (its own fault is known already)."""
+        """The check's result. None if it raised an InputError, or if an input is None, since its fault is already kept."""
         if any(arg is None for arg in args):
             return None
         try:
@@ -26,21 +26,21 @@ class Collector:
             return None
 
     def ask(self, rule: Callable[..., Iterable[InputError]], *facts: Any) -> None:
-        """Keep the faults that a rule finds in facts; none of them is None, or the rule is not asked."""
+        """Keep the faults that a rule finds. A rule is skipped if one of its facts is None."""
         self.faults += self.run(rule, *facts) or ()
 
 
 @contextmanager
 def in_one_line(field: str, given: Any, wanted: str) -> Iterator[None]:
-    """What a library raises while it opens something, as one InputError with the first line of its text.
+    """Turn whatever a library raises into one InputError with the first line of its text.
 
     Args:
         field, given: what the library was given.
-        wanted: what would have been accepted.
+        wanted: what would be accepted.
     """
     try:
         yield
     except InputError:
         raise
-    except Exception as error:  # pyarrow, datasets, huggingface_hub, json and the models' code raise what they like
+    except Exception as error:  # pyarrow, datasets, huggingface_hub, json and models' code raise errors of many kinds
         raise InputError(field, given, f"{wanted} ({first_line(error)})") from error

@@ -1,4 +1,4 @@
-"""Checks that try models without memory: adapters around the student, the signals that losses compare, room on the disk."""
+"""Checks on models without weights: adapters, the signals that losses compare, room on the disk."""
 
 import copy
 import shutil
@@ -29,10 +29,10 @@ from distill_llm.training.terms import Terms, wanted_by
 
 
 def skeleton(model: OpenModel, task: Task | None = None) -> PreTrainedModel:
-    """The model with its head for a task, or without one, on the meta device: modules and sizes, no weights.
+    """The model on the meta device, so with modules and sizes but no weights; with the head for a task, or without a head.
 
     Raises:
-        InputError: the family has no such head.
+        InputError: the family has no head for the task.
     """
     auto: Any = AutoModel if task is None else task.kind.auto
     stock: Any = auto._model_mapping.get(type(model.config), None)
@@ -46,10 +46,10 @@ def skeleton(model: OpenModel, task: Task | None = None) -> PreTrainedModel:
 
 
 def adapted(recipe: Recipe, student: PreTrainedModel) -> nn.Module:
-    """The student as it learns: a copy with adapters around it where only they are to learn.
+    """The student as it will train; if only adapters learn, a copy with the adapters.
 
     Raises:
-        InputError: adapters that do not fit the student, or are on weights that it has twice.
+        InputError: the adapters do not fit the student, or change weights that two modules share.
     """
     fields = recipe.student.peft if recipe.student else None
     if fields is None:
@@ -66,13 +66,13 @@ def adapted(recipe: Recipe, student: PreTrainedModel) -> nn.Module:
 
 
 def check_signals(recipe: Recipe, teacher: PreTrainedModel, student: PreTrainedModel) -> None:
-    """What the losses compare of attention can be seen in both models, and divided into relation heads.
+    """Check that the attention which losses compare can be recorded in both models, and divided into relation heads.
 
     Args:
-        student: the one that was given; not looked at where pruning makes one of the teacher.
+        student: the student of the recipe; not used if pruning makes the student.
 
     Raises:
-        InputError: as the first step of the training would.
+        InputError: the one that the first training step would raise.
     """
     losses = recipe.distillation.losses if recipe.distillation else None
     if losses is None or not losses.looks_inside:
@@ -98,7 +98,7 @@ def check_signals(recipe: Recipe, teacher: PreTrainedModel, student: PreTrainedM
 
 
 def _faults_of_any_cut(losses: Objective, teacher: PreTrainedModel, pruning: PruningSection) -> list[InputError]:
-    """Faults of losses that look inside of layers, whichever of the teacher's layers and heads pruning keeps."""
+    """Faults of losses that look inside layers, for any choice of the teacher's layers and heads that pruning may make."""
     lineage = lineage_of(teacher)
     layers = tuple(i for i in range(len(layers_of(teacher))) if lineage is None or lineage.layers[i].heads)
     widths = _widths(teacher, wanted_by(losses, dict.fromkeys(losses.terms(), layers)))
@@ -119,22 +119,23 @@ def _widths(model: PreTrainedModel, wanted: Wanted) -> dict[int, set[int]]:
             model.base_model(inputs_embeds=model.get_input_embeddings()(tokens))
     except InputError:
         raise
-    except Exception:  # a forward that looks at numbers: the first step of the training tells
+    except Exception:  # a forward that needs values; the first training step will show
         return {}
     return {index: {each.shape[1] * each.shape[3] for each in vectors[:2]} for index, vectors in found.vectors.items()}
 
 
 def check_disk(recipe: Recipe, teacher: PreTrainedModel, student: nn.Module) -> None:
-    """The run's models and checkpoints fit on the disk, by a generous estimate: a pruned student is as large as its teacher.
+    """Check that the run's models and checkpoints fit on the disk. The estimate is generous: a pruned student counts as large as
+    its teacher.
 
     Args:
-        student: as it learns; without weights, as the teacher.
+        teacher, student: without weights; the student as it will train.
 
     Raises:
-        InputError: they do not.
+        InputError: the disk is too small.
     """
     own, learned = _size(without_adapters(student)), _size(student, learned=True)
-    training = []  # what a Trainer checkpoint holds: weights that learn, and two moments of each
+    training = []  # a Trainer checkpoint holds the trained weights and two moments of each
     needed = own  # the student of the run folder
     rounds = recipe.pruning.rounds if recipe.pruning is not None else 1
     if recipe.teacher.train is not None:
@@ -145,7 +146,7 @@ def check_disk(recipe: Recipe, teacher: PreTrainedModel, student: nn.Module) -> 
         training.append(3 * learned)
     if (section := recipe.pruning) is not None:
         statistics = 0
-        if section.folds and teacher.config.model_type in FAMILIES:  # else it is a fault already
+        if section.folds and teacher.config.model_type in FAMILIES:  # otherwise there is a fault already
             statistics = second_moment_bytes(teacher, section.holds_moments, "hidden" in section.units)
         needed += rounds * (own + statistics)
     needed += 2 * max(training, default=0)
@@ -159,5 +160,5 @@ def check_disk(recipe: Recipe, teacher: PreTrainedModel, student: nn.Module) -> 
 
 
 def _size(model: nn.Module, learned: bool = False) -> int:
-    """Bytes of a model's weights, or of those that learn, in fp32."""
+    """Bytes of a model's weights in fp32; with `learned`, only of the weights that are trained."""
     return 4 * sum(each.numel() for each in model.parameters() if each.requires_grad or not learned)

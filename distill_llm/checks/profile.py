@@ -1,4 +1,4 @@
-"""The door of measuring models: each is opened, without its tokenizer, and has positions for the batch."""
+"""The door of `profile`: opens each model, without its tokenizer, and checks that it can read the batch."""
 
 from collections.abc import Mapping
 
@@ -8,14 +8,14 @@ from distill_llm.models.limits import length_faults, limits_of
 
 
 def open_profile(models: Mapping[str, str], sequence_length: int) -> list[OpenModel]:
-    """Open the models that are to be measured.
+    """Open the models to measure.
 
     Args:
-        models: by the field that names each.
-        sequence_length: tokens of each example.
+        models: field -> name of the model.
+        sequence_length: number of tokens in each example.
 
     Raises:
-        InputError: for the first fault, naming that field or `sequence_length`.
+        InputError: for the first fault; it names the model's field or `sequence_length`.
     """
     opened = [open_model(field, name, tokenizer=False) for field, name in models.items()]
     for each in opened:

@@ -1,4 +1,4 @@
-"""The door of pruning alone: a recipe whose other stages say nothing, into a new folder."""
+"""The door of `prune`: a recipe that only prunes, into a new folder."""
 
 from distill_llm.checks.recipe import Opened, open_recipe
 from distill_llm.common.errors import InputError, raise_all
@@ -7,10 +7,10 @@ from distill_llm.recipe.recipe import Recipe
 
 
 def open_pruning(recipe: Recipe) -> Opened:
-    """As `open_recipe`, once it is known that pruning alone is all that the recipe asks for.
+    """As `open_recipe`, after a check that the recipe asks for nothing but pruning.
 
     Raises:
-        InputError: one line per fault, also for what pruning alone would leave undone.
+        InputError: one line per fault; also for parts of the recipe that pruning alone would ignore.
     """
     usable_output(recipe.output_dir)
     raise_all(_unused(recipe))
@@ -18,7 +18,7 @@ def open_pruning(recipe: Recipe) -> Opened:
 
 
 def _unused(recipe: Recipe) -> list[InputError]:
-    """Faults of what a recipe says of a run's other stages, which pruning alone does not have."""
+    """Faults for parts of the recipe that concern other stages of a run."""
     section = recipe.pruning
     given = {
         "teacher.train": recipe.teacher.train,
@@ -29,8 +29,8 @@ def _unused(recipe: Recipe) -> list[InputError]:
         "pruning.layers": section.layers if section else None,
         "pruning.rounds": section.rounds if section and section.rounds > 1 else None,
     }
-    fix = "leave it out: this only prunes a model (`distill-llm run` takes a recipe with it)"
+    fix = "leave it out, or use `distill-llm run`: this command only prunes"
     faults = [InputError(name, value, fix=fix) for name, value in given.items() if value is not None]
     if not faults and (section is None or section.keep is None):
-        faults = [InputError("pruning.keep", None, "a share above 0, at most 1")]
+        faults = [InputError("pruning.keep", None, "a number above 0 and at most 1")]
     return faults

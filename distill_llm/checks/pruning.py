@@ -1,4 +1,4 @@
-"""The pruning section checked at the door, against the model that is to be pruned and the files it writes."""
+"""Checks of the pruning section against the model to prune and the files to write."""
 
 import math
 from dataclasses import replace
@@ -19,7 +19,7 @@ def check_pruning(recipe: Recipe, teacher: OpenModel, skeleton: PreTrainedModel)
     """Check that a recipe's pruning section fits its teacher.
 
     Args:
-        skeleton: the teacher below its head, on the meta device.
+        skeleton: the teacher without its head, on the meta device.
 
     Raises:
         InputError: for the first fault.
@@ -32,13 +32,11 @@ def check_pruning(recipe: Recipe, teacher: OpenModel, skeleton: PreTrainedModel)
     except NotPrunable as error:
         given, accepted = f"{teacher.name} (family {config.model_type})", error.accepted
         if config.model_type not in FAMILIES and config.get_text_config().model_type not in FAMILIES:
-            accepted = (
-                f"{one_of(FAMILIES, config.model_type)}; to add one: a row in FAMILIES (architectures/families.py)"
-            )
+            accepted = f"{one_of(FAMILIES, config.model_type)}; to add one, write a row in FAMILIES (architectures/families.py)"
         raise InputError(teacher.field, given, accepted) from None
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(
-            teacher.field, f"{teacher.name}, quantized", "its full-precision original: quantize the student"
+            teacher.field, f"{teacher.name}, quantized", "its full-precision original; quantize the student instead"
         )
     if pruning.layers is not None and max(pruning.layers) >= config.num_hidden_layers:
         raise InputError("pruning.layers", pruning.layers, f"indices from 0 to {config.num_hidden_layers - 1}")
@@ -48,15 +46,13 @@ def check_pruning(recipe: Recipe, teacher: OpenModel, skeleton: PreTrainedModel)
         if file.resolve().is_relative_to(
             recipe.output_dir.resolve()
         ):  # `prune` replaces it, `run` has files of its own
-            raise InputError(
-                "pruning.statistics", str(file), f"a file outside of the output folder {recipe.output_dir}"
-            )
+            raise InputError("pruning.statistics", str(file), f"a file outside the output folder {recipe.output_dir}")
     if family_of(config).anchored:
         if "hidden" in pruning.units:
-            accepted = f"units without hidden: a convolution follows the first layer of {teacher.name}"
+            accepted = f"units without hidden, because a convolution follows the first layer of {teacher.name}"
             raise InputError("pruning.units", pruning.units, accepted)
         if pruning.layers is not None and pruning.layers[0] != 0:
-            accepted = f"layers with 0: a convolution follows the first layer of {teacher.name}"
+            accepted = f"layers with layer 0: a convolution follows the first layer of {teacher.name}"
             raise InputError("pruning.layers", pruning.layers, accepted)
     counts = counts_of(skeleton)
     heads, neurons = (max(each[kind] for each in counts) for kind in ("heads", "neurons"))
@@ -66,12 +62,12 @@ def check_pruning(recipe: Recipe, teacher: OpenModel, skeleton: PreTrainedModel)
         ("min_neurons", neurons, "FFN neurons"),
     ):
         if (value := getattr(pruning, name)) > most:
-            raise InputError(f"pruning.{name}", value, f"at most {most}, the {what} of a layer")
+            raise InputError(f"pruning.{name}", value, f"at most {most}, the number of {what} in a layer")
     if pruning.keep is not None and pruning.cost != "latency":
         decoder = CausalLM().has_head(config.architectures)
         rules = replace(pruning.rules, anchored=family_of(config).anchored)
         least = least_share(skeleton, rules, pruning.cost, *budget_batch(recipe, decoder))
         if pruning.keep < least * (1 - 1e-9):
             shown = math.ceil(least * 1e4) / 1e4
-            accepted = f"at least {shown:g}, the least that units [{', '.join(pruning.units)}] can leave"
+            accepted = f"at least {shown:g}, the smallest share that units [{', '.join(pruning.units)}] can reach"
             raise InputError("pruning.keep", pruning.keep, accepted)

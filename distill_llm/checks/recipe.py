@@ -1,4 +1,4 @@
-"""Errors at the door: a recipe is checked whole (models, data, disk, device) before the first heavy second."""
+"""The door of `run` and `distill`: the whole recipe is checked (models, data, disk, device) before any heavy work."""
 
 import copy
 import math
@@ -42,14 +42,14 @@ from distill_llm.teachers.cache import CachedTeacher
 
 @dataclass(frozen=True)
 class Opened:
-    """What the door opened and read of a recipe, for the stages to go on with.
+    """What the checks opened and read for a recipe; the stages use it.
 
     Attributes:
-        recipe: checked.
-        teacher: with config and tokenizer.
-        student: of a student that is given; None: pruning makes it of the teacher.
+        recipe: the checked recipe.
+        teacher: config and tokenizer.
+        student: config and tokenizer of the recipe's student; None: pruning makes the student from the teacher.
         data: the task's raw rows.
-        cache: what the student learns from, where the recipe names one.
+        cache: the cache that the student learns from, if the recipe names one.
     """
 
     recipe: Recipe
@@ -60,7 +60,7 @@ class Opened:
 
 
 def open_recipe(recipe: Recipe) -> Opened:
-    """Open everything that a recipe names, and check all that can be known before any weight is read or written.
+    """Open everything that a recipe names, and check all that can be checked before any weight is read or written.
 
     Raises:
         InputError: one line per fault (`faults_in(error)`).
@@ -99,24 +99,26 @@ def open_recipe(recipe: Recipe) -> Opened:
 
 
 def load_rows(recipe: Recipe, teacher: OpenModel | None) -> TaskData:
-    """The task's raw rows (not tokenized), once it is known that there are enough of them.
+    """The task's raw rows (not tokenized), after a check that there are enough.
 
     Args:
-        teacher: decides what some tasks are; None where it could not be opened.
+        teacher: some tasks depend on it; None if it could not be opened.
     """
     data = open_rows(data_spec(recipe), teacher.config if teacher else None)
     calibration = recipe.pruning.calibration_examples if recipe.pruning and recipe.pruning.keep else 0
     if calibration == PruningSection.model_fields["calibration_examples"].default:
-        calibration = 0  # asks for no number: all rows where there are fewer
-    # Text is cut into blocks first, and packed sequences share rows: the number of examples shows later.
+        calibration = 0  # the default: fewer rows are fine
+    # Text is still to be cut into blocks, and packed sequences share rows: the number of examples is not known yet.
     blocks = data.task.kind.joins_documents or data.task.packing
     if not blocks and calibration > len(data.train):
-        raise InputError("pruning.calibration_examples", calibration, f"at most {len(data.train)}, the training rows")
+        raise InputError(
+            "pruning.calibration_examples", calibration, f"at most {len(data.train)}, the number of training rows"
+        )
     return data
 
 
 def data_spec(recipe: Recipe) -> DataSpec:
-    """What a recipe says about its data."""
+    """The data that a recipe describes."""
     columns = recipe.data.columns.model_dump(exclude_none=True) if recipe.data.columns else None
     metric, new = recipe.evaluation.metric, recipe.evaluation.max_new_tokens
     own = {**dict(recipe.data), "columns": columns}
@@ -124,10 +126,10 @@ def data_spec(recipe: Recipe) -> DataSpec:
 
 
 def encoded_rows(opened: Opened) -> TaskData:
-    """The task's rows as token ids, once it is known that the models can read them and answer their prompts.
+    """The task's rows as token ids, after a check that the models can read them and answer their prompts.
 
     Raises:
-        InputError: a token without an embedding; a prompt that leaves no room for its response.
+        InputError: a token has no embedding, or a prompt leaves no room for its response.
     """
     recipe, tokenizer = opened.recipe, opened.teacher.tokenizer
     rows = encode(opened.data, tokenizer, recipe.data.max_length)
@@ -142,7 +144,9 @@ def encoded_rows(opened: Opened) -> TaskData:
 
 def _check_student(recipe: Recipe, student: OpenModel, teacher: OpenModel, task: Task) -> None:
     if student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
-        raise InputError(student.field, student.name, f"a student with the tokenizer of the teacher ({teacher.name})")
+        raise InputError(
+            student.field, student.name, f"a student with the same tokenizer as the teacher ({teacher.name})"
+        )
     if task.kind.has_head(student.config.architectures):
         check_head(student, task)
     compared = recipe.distillation is not None and recipe.distillation.losses.needs_teacher
@@ -155,7 +159,7 @@ def _check_student(recipe: Recipe, student: OpenModel, teacher: OpenModel, task:
 
 
 def _shorter(*models: OpenModel | None) -> OpenModel | None:
-    """Of the models that there are, the one that takes the fewest tokens at once: teacher and student see the same rows."""
+    """The model that takes the fewest tokens at once. Both must read the same rows; None stands for no model."""
     there = [model for model in models if model is not None]
     return min(there, key=lambda model: longest_input(model.config) or math.inf, default=None)
 
@@ -169,13 +173,13 @@ def _length_faults(recipe: Recipe, shorter: OpenModel) -> list[InputError]:
 
 
 def _check_rows(recipe: Recipe, teacher: OpenModel, task: Task) -> None:
-    """The tokenizer can make the task's rows."""
+    """Check that the tokenizer can make the task's rows."""
     check_tokenizer(task, teacher.tokenizer, teacher.field)
     most_tokens(task, teacher.tokenizer, recipe.data.max_length)
 
 
 def _answer_faults(recipe: Recipe, shorter: OpenModel, task: Task) -> list[InputError]:
-    """The models have room for what they are to generate, however long the prompts are."""
+    """Faults if the models may have no room for their responses, however long the prompts are."""
     limits, cut = limits_of(shorter.config, shorter.name), recipe.data.max_length
     if not task.generates or limits.longest is None or cut >= limits.longest:
         return []
@@ -194,12 +198,12 @@ def _loss_faults(recipe: Recipe, task: Task) -> list[InputError]:
 
 
 def _projected(student: OpenModel | None, teacher: OpenModel | None) -> tuple[int, int] | None:
-    """The widths of a given student and its teacher, where its states must be projected to be compared."""
+    """The widths of a given student and its teacher, if its hidden states need a projection."""
     return None if student is None or teacher is None else unequal_widths(student.config, teacher.config)
 
 
 def _check_layer_pairs(recipe: Recipe, teacher: OpenModel, student: OpenModel) -> bool:
-    """Layers named by the loss terms exist; `student` is the teacher where it is pruned from it."""
+    """Check that the layers which loss terms name exist. If pruning makes the student, `student` is the teacher."""
     if recipe.distillation is None:
         return True
     teachers, students = teacher.config.num_hidden_layers, student.config.num_hidden_layers
@@ -211,22 +215,22 @@ def _check_layer_pairs(recipe: Recipe, teacher: OpenModel, student: OpenModel) -
 
 
 def _open_cache(recipe: Recipe, teacher: OpenModel) -> CachedTeacher | None:
-    """The cache, whole, of this teacher, precision and tokenizer, with what the losses need; its rows are compared later."""
+    """Open the cache: complete, made with this teacher, dtype and tokenizer, and able to serve the losses."""
     if recipe.teacher.cache is None or recipe.distillation is None:
         return None
-    local = Path(teacher.path).exists()  # a Hub id's weights may not be here yet: they are compared before training
+    local = Path(teacher.path).exists()  # a Hub model may not be downloaded yet; compared before training
     with _named_as_in_a_recipe():
         cache = CachedTeacher(recipe.teacher.cache, identity_of(teacher.path) if local else None, teacher.tokenizer)
     given, own = recipe.teacher.dtype, cache.index.settings.dtype
     if given is not None and own not in (None, given):
-        fix = f"leave it out, or take {own}, in which the teacher of teacher.cache ran"
+        fix = f"leave it out, or set it to {own}, the dtype of the teacher that wrote teacher.cache"
         raise InputError("teacher.dtype", given, fix=fix)
     raise_all(recipe.distillation.losses.faults(Use(teacher=cache.gives), "distillation.losses"))
     return cache
 
 
 def check_cached_rows(opened: Opened, train: datasets.Dataset) -> None:
-    """The cache that a recipe learns from was written for these encoded rows; teacher and losses are checked before."""
+    """Check that the recipe's cache was written for these encoded rows. Teacher and losses were checked before."""
     if opened.cache is None:
         return
     known = [name for name in train.column_names if name != LENGTH]
@@ -235,7 +239,7 @@ def check_cached_rows(opened: Opened, train: datasets.Dataset) -> None:
 
 
 def check_cached_weights(opened: Opened) -> CachedTeacher | None:
-    """The cache that a recipe learns from, of the teacher's very weights, which are here by now."""
+    """The recipe's cache, after a check that it was made with the teacher's weights, which are downloaded by now."""
     if opened.cache is not None:
         with _named_as_in_a_recipe():
             opened.cache.check(identity_of(opened.teacher.path))
@@ -252,14 +256,14 @@ def _named_as_in_a_recipe() -> Iterator[None]:
 
 
 def _response_faults(recipe: Recipe, task: Task, shorter: OpenModel) -> list[InputError]:
-    """The student can answer prompts while it learns; a quantised teacher can be had."""
+    """Faults of `responses` (the student must be able to answer prompts) and of the teacher's quantization."""
     faults = quantization_faults(recipe.teacher.quantization, "teacher.quantization")
     responses = recipe.distillation.losses.responses if recipe.distillation else None
     if responses is None:
         return faults
     field = "distillation.losses.responses"
     if not task.kind.generates:
-        return [*faults, InputError(field, f"the task {task.name}", "the task prompts")]
+        return [*faults, InputError(field, f"the task {task.name}", "data of the task prompts")]
     most = recipe.data.max_length + responses.max_new_tokens
     limits = limits_of(shorter.config, shorter.name)
     return faults + length_faults(limits, most, f"data.max_length + {field}.max_new_tokens")

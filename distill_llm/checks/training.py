@@ -1,4 +1,4 @@
-"""Training fields checked at the door: against the task, the rows, the device, what is installed, and each other."""
+"""Checks of training fields against the task, the rows, the device, the installed packages, and each other."""
 
 import enum
 import os
@@ -28,7 +28,7 @@ from distill_llm.training.refusals import compiling
 Stage = Literal["teacher", "recovery", "final"]
 
 MEANT = {"adam": "adamw_torch", "adamw": "adamw_torch", "adamw_hf": "adamw_torch"}
-"""Optimizers by the names that people give, where another name is nearer in letters."""
+"""What people mean by some names of optimizers, whose nearest name by spelling is another one."""
 
 OPTIMIZER_PACKAGES = (
     ("adamw_torch_[48]bit", "torchao"),
@@ -43,7 +43,7 @@ OPTIMIZER_PACKAGES = (
     ("stable_adamw", "optimi"),
     ("ademamix.*|lion_.*|paged_.*|rmsprop_bnb.*|.*_8bit", "bitsandbytes"),
 )
-"""Patterns of names of optimizers with the package each needs, the first that fits; the others are torch's own."""
+"""Patterns of optimizer names with the package that each needs; the first match counts. All others are part of torch."""
 
 OPTIMIZER_FIELDS = ("optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 SCHEDULE_FIELDS = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
@@ -52,14 +52,14 @@ CONFIG_FILES = ("deepspeed", "fsdp_config", "accelerator_config")
 
 
 def check_training(recipe: Recipe, data: TaskData | None, widths: tuple[int, int] | None = None) -> None:
-    """Check the fields of every stage that is trained, by making its very `DistillationConfig`.
+    """Check the training fields of every stage, by making the `DistillationConfig` that the stage will use.
 
     Args:
-        data: the task's rows; None, where they could not be read, leaves out what depends on them.
-        widths: of the hidden states of student and teacher, where projections are to make up for the difference.
+        data: the task's rows. None, if they could not be read, skips the checks that depend on them.
+        widths: widths of the hidden states of student and teacher, if projections bridge the difference.
 
     Raises:
-        InputError: one line per fault, under the section where the field is given.
+        InputError: one line per fault, named by the section that has the field.
     """
     stages: list[Stage] = ["teacher"] if recipe.teacher.train is not None else []
     if recipe.distillation is not None:
@@ -77,7 +77,7 @@ def check_training(recipe: Recipe, data: TaskData | None, widths: tuple[int, int
 
 
 def sharding_of(args: TrainingArguments) -> Literal["DeepSpeed", "FSDP1", "FSDP2"] | None:
-    """What divides a model that is trained among the processes, as `accelerate launch` or the arguments say; None: nothing."""
+    """What shards a model in training over processes, as `accelerate launch` or the arguments say; None: it is not sharded."""
     if args.deepspeed_plugin is not None:
         return "DeepSpeed"
     given, launched = args.fsdp_plugin_args, parse_flag_from_env("ACCELERATE_USE_FSDP")
@@ -89,12 +89,14 @@ def sharding_of(args: TrainingArguments) -> Literal["DeepSpeed", "FSDP1", "FSDP2
 
 
 def _check_sharding(recipe: Recipe, sharding: str | None, widths: tuple[int, int] | None) -> None:
-    """Nothing is to learn that cannot be divided among processes in that way."""
+    """Check that everything that learns can be sharded in this way."""
     if sharding is None or recipe.distillation is None:
         return
     losses, faults = recipe.distillation.losses, []
     if recipe.student is not None and recipe.student.peft is not None:
-        faults.append(InputError("student.peft", sharding, "a copy of the student in each process (DDP)"))
+        faults.append(
+            InputError("student.peft", sharding, "DDP, which holds a whole copy of the student in each process")
+        )
     raise_all(faults + losses.faults(Use(widths=widths, sharding=sharding), "distillation.losses"))
 
 
@@ -116,7 +118,7 @@ def _check_stage(recipe: Recipe, stage: Stage, data: TaskData | None) -> Distill
     try:
         open_processes(training["use_cpu"], training.get("ddp_backend"), training["ddp_timeout"])
         args = DistillationConfig(output_dir=str(recipe.output_dir), losses=losses, **training)
-    except Exception as error:  # each integration raises its own kinds
+    except Exception as error:  # each integration raises its own kinds of errors
         raise _together(error, where, training, section) from None
     for make, likely in ((_optimizer, OPTIMIZER_FIELDS), (_schedule, SCHEDULE_FIELDS)):
         try:
@@ -131,7 +133,7 @@ def _check_stage(recipe: Recipe, stage: Stage, data: TaskData | None) -> Distill
 
 
 def _optimizer(args: TrainingArguments) -> None:
-    """Make the optimizer, of one parameter; those that are made of a whole model are left out."""
+    """Make the optimizer with one parameter. Optimizers that need the whole model are skipped."""
     if re.search("galore|apollo|lomo", OptimizerNames(args.optim).value) or args.deepspeed:
         return
     make, settings = Trainer.get_optimizer_cls_and_kwargs(args)
@@ -140,13 +142,13 @@ def _optimizer(args: TrainingArguments) -> None:
 
 
 def _schedule(args: TrainingArguments) -> None:
-    """Make the schedule of the rate."""
+    """Make the schedule of the learning rate."""
     optimizer, settings = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), args.lr_scheduler_kwargs
     get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(10), 10, settings)  # type: ignore[arg-type]
 
 
 def _given(recipe: Recipe, stage: Stage) -> dict[str, str]:
-    """The fields that the recipe itself gives a stage, each with the section it stands in."""
+    """The fields that the recipe sets for a stage, each with its section."""
     if stage == "teacher":
         return dict.fromkeys(recipe.teacher.train or {}, "teacher.train")
     own = (recipe.distillation.model_extra if recipe.distillation else None) or {}
@@ -160,17 +162,19 @@ def _together(
     section: str,
     likely: tuple[str, ...] = (),
 ) -> InputError:
-    """The fault of fields that do not go together, at the ones that the error speaks of, else the likely ones."""
-    accepted = f"fields that TrainingArguments takes together ({first_line(error)})"
+    """A fault for fields that contradict each other: those that the error mentions, else the likely ones."""
+    accepted = f"values that TrainingArguments accepts together ({first_line(error)})"
     named = [name for name in dict.fromkeys(re.findall(r"\w+", str(error))) if name in where]
     named = named or [name for name in likely if name in where]
     if len(named) == 1:
         return InputError(f"{where[named[0]]}.{named[0]}", training[named[0]], accepted)
-    return InputError(section, {name: training[name] for name in named} or "fields that contradict", accepted)
+    return InputError(
+        section, {name: training[name] for name in named} or "fields that contradict each other", accepted
+    )
 
 
 def _choices(training: Mapping[str, Any]) -> list[InputError]:
-    """Faults of the fields of TrainingArguments that take one of a few words."""
+    """Faults of fields of TrainingArguments that accept one of a few words."""
     hints, faults = typing.get_type_hints(TrainingArguments), []
     for field in fields(TrainingArguments):
         value = training.get(field.name)
@@ -185,13 +189,13 @@ def _choices(training: Mapping[str, Any]) -> list[InputError]:
 
 
 def _installed(training: Mapping[str, Any]) -> list[InputError]:
-    """Faults of fields that ask for a package that is not installed."""
+    """Faults of fields that need a package that is not installed."""
     faults, optimizer = [], str(training.get("optim", ""))
     package = next((package for names, package in OPTIMIZER_PACKAGES if re.fullmatch(names, optimizer)), None)
     if package is not None and find_spec(package) is None:
         faults.append(InputError("optim", optimizer, f"adamw_torch, or install {package}"))
     if training.get("deepspeed") and find_spec("deepspeed") is None:
-        faults.append(InputError("deepspeed", training["deepspeed"], fix="install deepspeed, or leave it out"))
+        faults.append(InputError("deepspeed", training["deepspeed"], fix="install deepspeed, or leave this field out"))
     reporters = training["report_to"]
     for name in reporters if isinstance(reporters, list) else [reporters]:
         known = ("none", "all", *integrations.INTEGRATION_TO_CALLBACK)
@@ -204,7 +208,7 @@ def _installed(training: Mapping[str, Any]) -> list[InputError]:
 
 
 def _reporters() -> list[str]:
-    """Integrations that can report here; "all" leaves two of them out."""
+    """Integrations that are installed and set up here. transformers lists all but two; these are added."""
     found = set(integrations.get_available_reporting_integrations())
     found |= {"azure_ml"} if integrations.is_azureml_available() else set()
     found |= {"flyte"} if integrations.is_flytekit_available() else set()
@@ -212,7 +216,7 @@ def _reporters() -> list[str]:
 
 
 def _evaluation(training: Mapping[str, Any], data: TaskData) -> list[InputError]:
-    """Faults of evaluating during training: no rows held out for it, or a metric that the task has not."""
+    """Faults of evaluation during training: no held-out rows, or a metric that the task does not have."""
     faults: list[InputError] = []
     best = {"load_best_model_at_end": True, "save_strategy": "best"}
     chosen = [name for name, value in best.items() if training.get(name) == value]
@@ -225,7 +229,7 @@ def _evaluation(training: Mapping[str, Any], data: TaskData) -> list[InputError]
         accepted = f"{off}, or held-out rows to evaluate on: data.holdout_examples > 0"
         faults.append(InputError(name, training[name], accepted))
     elif chosen and training["eval_strategy"] == "no":
-        accepted = "this only with eval_strategy steps or epoch"
+        accepted = "this value together with eval_strategy steps or epoch"
         faults.append(InputError(chosen[0], training[chosen[0]], accepted))
     metric, known = training.get("metric_for_best_model"), _metrics(data.task)
     if metric is not None and metric.removeprefix("eval_") not in known:
@@ -234,12 +238,12 @@ def _evaluation(training: Mapping[str, Any], data: TaskData) -> list[InputError]
 
 
 def _metrics(task: Task) -> list[str]:
-    """What an evaluation during training measures."""
+    """The metrics of an evaluation during training."""
     return ["loss", *(() if task.is_language_model else task.metrics)]
 
 
 def _precision(training: Mapping[str, Any]) -> list[InputError]:
-    """Faults of precisions that this device does not train in."""
+    """Faults of precisions that this device cannot train in."""
     gpu = torch.accelerator.is_available() and not training["use_cpu"]
     if training.get("fp16") and not gpu:
         return [InputError("fp16", True, "false on a CPU (bf16 works there)")]

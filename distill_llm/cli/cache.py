@@ -24,34 +24,34 @@ def cache(
         str,
         typer.Argument(
             metavar="RECIPE|TEACHER",
-            help="A recipe, whose teacher and data are taken; or Hub id, folder, GGUF file, package://PACKAGE/PATH.",
+            help="A recipe, whose teacher and data are used; or a model: Hub id, folder, GGUF file, package://PACKAGE/PATH.",
         ),
     ],
-    output_dir: Annotated[Path, typer.Option(help="Folder for the cache; the teacher.cache of a recipe.")],
+    output_dir: Annotated[Path, typer.Option(help="Folder for the cache; a recipe then names it as teacher.cache.")],
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a field of the recipe.")
     ] = None,
-    task: Annotated[str | None, typer.Option(help="Without a recipe: as in its data.task.")] = None,
-    data: Annotated[str | None, typer.Option(help="Without a recipe: as in its data.path.")] = None,
+    task: Annotated[str | None, typer.Option(help="Without a recipe: the task, as in data.task.")] = None,
+    data: Annotated[str | None, typer.Option(help="Without a recipe: the data, as in data.path.")] = None,
     max_length: Annotated[
-        int | None, typer.Option(min=8, help="Without a recipe: as in its data.max_length, by default 128.")
+        int | None, typer.Option(min=8, help="Without a recipe: tokens that an example is cut to, by default 128.")
     ] = None,
-    train_examples: Annotated[int | None, typer.Option(min=1, help="Without a recipe: as there.")] = None,
-    holdout_examples: Annotated[int | None, typer.Option(min=0, help="Without a recipe: as there.")] = None,
+    train_examples: Annotated[int | None, typer.Option(min=1, help="Without a recipe: rows to use.")] = None,
+    holdout_examples: Annotated[int | None, typer.Option(min=0, help="Without a recipe: rows kept aside.")] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, max=2**32 - 1, help="Without a recipe: as there; of the draws too.")
+        int | None, typer.Option(min=0, max=2**32 - 1, help="Without a recipe: seed of the split, and of the draws.")
     ] = None,
-    k: Annotated[int, typer.Option(help="Draws, or most probable tokens, of each output, 1 to 255.")] = 50,
+    k: Annotated[int, typer.Option(help="Number of draws, or of most probable tokens, per output: 1 to 255.")] = 50,
     method: Annotated[
-        str, typer.Option(metavar="sampled|topk", help="Unbiased draws, or the most probable.")
+        str, typer.Option(metavar="sampled|topk", help="Store unbiased draws, or the most probable tokens.")
     ] = "sampled",
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples at once.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of examples at once.")] = 8,
     dtype: Annotated[
         str | None,
-        typer.Option(metavar="float32|bfloat16|float16", help="Of the teacher; by default bfloat16 on CUDA."),
+        typer.Option(metavar="float32|bfloat16|float16", help="Teacher's dtype; by default bfloat16 on CUDA."),
     ] = None,
 ) -> None:
-    """Write what a teacher says of the training rows to disk, once. The same command again goes on where it stopped."""
+    """Write what a teacher says about the training rows to disk, once. Run the same command again to continue after a stop."""
     rows: dict[str, Any] = {
         "task": task,
         "path": data,
@@ -63,7 +63,7 @@ def cache(
     rows = {name: value for name, value in rows.items() if value is not None}
     recipe = _recipe(teacher, output_dir, settings or [], rows)
     if recipe is None and task is None:
-        raise InputError("--task", None, "a task, or a recipe in place of the teacher")
+        raise InputError("--task", None, "the task of the data, or a recipe in place of the teacher")
     from distill_llm.data.spec import DataSpec
     from distill_llm.pipeline.caching import cache_recipe, cache_teacher
     from distill_llm.teachers.cache_format import CacheSettings
@@ -81,13 +81,15 @@ def cache(
 
 
 def _recipe(name: str, output_dir: Path, settings: list[str], rows: Mapping[str, Any]) -> Recipe | None:
-    """The recipe of that name, with this cache: a YAML file, or a shipped one that is no folder here; else None."""
+    """The recipe of that name (a YAML file, or a shipped one unless a folder is called so), with this cache; else None."""
     if not (name.endswith((".yaml", ".yml")) or (name in recipe_names() and not Path(name).exists())):
         if settings:
-            raise InputError("--set", settings[0], fix="leave it out: it changes fields of a recipe, and there is none")
+            raise InputError(
+                "--set", settings[0], fix="leave it out: it changes fields of a recipe, and no recipe is given"
+            )
         return None
     with as_options({*rows, "data"}):
-        fix = "leave it out: the recipe says it (--set overrides a field)"
+        fix = "leave it out: the recipe sets it (--set overrides a field)"
         raise_all(
             [InputError("data.path" if field == "path" else field, value, fix=fix) for field, value in rows.items()]
         )

@@ -24,24 +24,29 @@ def evaluate(
     task: TaskName,
     data: DataPath = None,
     columns: Columns = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples at once.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of examples at once.")] = 64,
     max_length: Annotated[
-        int, typer.Option(min=8, help="Tokens an example is cut to: the recipe's data.max_length, or scores differ.")
+        int,
+        typer.Option(
+            min=8, help="Tokens that an example is cut to. Use the recipe's data.max_length, or scores differ."
+        ),
     ] = 128,
     metric: Annotated[
         str | None,
         typer.Option(
             metavar="perplexity|exact_match|final_answer|f1|...|NAME[:VALUE]",
-            help="The main metric, by default the task's own; for prompts also NAME of a metric of evaluate (rouge:rougeL).",
+            help="The main metric, by default the task's own. For prompts also a metric of the library evaluate (rouge:rougeL).",
         ),
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Ask prompts in the words of the chat template.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Put prompts into the chat template.")] = False,
     chat_template_kwargs: ChatTemplateKwargs = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a generated response.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the masks of masked language modelling.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens in a response.")] = 64,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Seed of the masks of masked language modelling.")
+    ] = 0,
     output: Annotated[Path, typer.Option(help="File for the metrics.")] = Path("evaluation.json"),
 ) -> None:
-    """Score a model on a task's test rows (GLUE: the development set); prints and saves the metrics."""
+    """Score a model on a task's test rows (GLUE: the development set); print and save the metrics."""
     usable_file(output, "--output")
     from distill_llm.data.spec import DataSpec
 
@@ -81,6 +86,6 @@ def _score(model: str, spec: "DataSpec", batch_size: int, output: Path) -> None:
     say(table)
     if spec.path is not None and Path(resolve_path(spec.path)).is_file():
         say(
-            f"{spec.path} has no test split: scored are {opened.rows} of its rows, the tenth that a run on it is scored on"
+            f"{spec.path} has no test split: these {opened.rows} of its rows are the tenth that a run on it is scored on"
         )
     say(f"metrics: {output}")

@@ -1,4 +1,4 @@
-"""How the command line answers faults of the input: a line each on stderr, and exit code 2."""
+"""How the command line reports bad input: a line on stderr for each fault, and exit code 2."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ _NoArguments = next(kind for kind in _UsageError.__subclasses__() if kind.__name
 
 
 class CommandGroup(typer.core.TyperGroup):
-    """Turns faults of the input into lines on stderr and exit code 2."""
+    """Turns bad input into lines on stderr and exit code 2."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         try:
@@ -35,8 +35,10 @@ class CommandGroup(typer.core.TyperGroup):
 
 
 def _leave_processes() -> None:
-    """End what `accelerate launch` began: the threads of a group that is left open abort the process now and then. Only
-    after success: to end it may wait for the other processes, which need not have met the same error."""
+    """Close the process group that `accelerate launch` opened: left open, its threads abort the process now and then.
+
+    Only after success: closing may wait for the other processes, which need not have met the same error.
+    """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
@@ -50,12 +52,12 @@ def _told(lines: list[str]) -> typer.Exit:
 
 
 def _hint(error: Any) -> str:
-    """What to write where `--set` and its value were taken for two arguments."""
+    """What to write if the shell passed `--set` and its value as two arguments."""
     settings = (error.ctx.params.get("settings") if error.ctx is not None else None) or []
     bare = next((text for text in settings if "=" not in text), None)
     return f" (--set takes one argument: --set {bare}=VALUE)" if bare else ""
 
 
 def is_main_process() -> bool:
-    """Whether this process prints: the first of several."""
+    """Whether this is the first process, the one that prints."""
     return os.environ.get("RANK", "0") == "0"

@@ -1,4 +1,4 @@
-"""`distill-llm recipes` and `distill-llm families`: what there is."""
+"""`distill-llm recipes` and `distill-llm families`: the shipped recipes and the known families."""
 
 from rich.table import Table
 
@@ -15,7 +15,7 @@ def recipes() -> None:
 
 
 def families() -> None:
-    """List the model families that can be pruned, and what of each."""
+    """List the model families that can be pruned, and the units that can go."""
     from distill_llm.pruning.supported import families_table
 
     say(families_table())

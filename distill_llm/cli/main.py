@@ -1,4 +1,4 @@
-"""The command line. Bad input: exit code 2 and a line per fault on stderr; heavy imports wait until needed."""
+"""The command line. Bad input gives exit code 2 and a line per fault on stderr. Heavy imports wait until they are needed."""
 
 import logging
 import os
@@ -53,7 +53,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _settings(
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No progress bars, no warnings of the libraries.")
+        bool, typer.Option("--quiet", "-q", help="Show no progress bars, and no warnings of libraries.")
     ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
@@ -63,7 +63,7 @@ def _settings(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which tells of kernels that nobody asked for
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports kernels that nobody asked for
     if quiet:
         for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):
             os.environ[name] = "error"

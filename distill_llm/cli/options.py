@@ -1,4 +1,4 @@
-"""Types of options that several commands have, and faults under the options' names."""
+"""Options that several commands share, and faults renamed after the options."""
 
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -12,9 +12,9 @@ from distill_llm.common.errors import InputError, InputErrors, faults_in, one_of
 from distill_llm.recipe.sections import ColumnsSection
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")]
-OutputDir = Annotated[Path | None, typer.Option(help="The run folder, in place of the recipe's output_dir.")]
+OutputDir = Annotated[Path | None, typer.Option(help="The run folder; replaces the recipe's output_dir.")]
 Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a field; may be repeated.")
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a field of the recipe; may be repeated.")
 ]
 ModelName = Annotated[
     str, typer.Argument(metavar="MODEL", help="Hub id, folder, GGUF file, or package://PACKAGE/PATH.")
@@ -22,16 +22,18 @@ ModelName = Annotated[
 TaskName = Annotated[str, typer.Option(help="A GLUE task, embedded, text, prompts, classification or regression.")]
 Columns = Annotated[
     str | None,
-    typer.Option(metavar="NAME=COLUMN,...", help="Columns of your own data, such as text=review,label=mood."),
+    typer.Option(metavar="NAME=COLUMN,...", help="Columns of your own data, for example text=review,label=mood."),
 ]
-DataPath = Annotated[str | None, typer.Option(help="Folder, file or Hub id of the data; GLUE: the Hub's by default.")]
+DataPath = Annotated[
+    str | None, typer.Option(help="Folder, file or Hub id of the data; GLUE tasks come from the Hub by default.")
+]
 ChatTemplateKwargs = Annotated[
     str | None,
-    typer.Option(metavar="YAML", help="What the template is given beside the chats: '{enable_thinking: false}'."),
+    typer.Option(metavar="YAML", help="Further arguments of the chat template: '{enable_thinking: false}'."),
 ]
 
 SECTIONS = ("data", "pruning", "evaluation")
-"""Sections of a recipe whose fields commands have as options of the same name."""
+"""Sections of a recipe whose fields are options of the same name in commands."""
 OTHERWISE = {"data.path": "data"}
 """Fields whose option has another name."""
 
@@ -41,8 +43,8 @@ def as_options(options: Collection[str], arguments: Mapping[str, str] | None = N
     """Names faults as the command line does: `--keep` for `pruning.keep`.
 
     Args:
-        options: the parameters of the command that are options. A field with none of them keeps its name: `--set` gives it.
-        arguments: fields that are arguments without a name, by their metavar.
+        options: the options of the command. A field that is none of them keeps its name: `--set` gives it.
+        arguments: the metavar of each field that is a positional argument.
     """
     try:
         yield
@@ -51,7 +53,7 @@ def as_options(options: Collection[str], arguments: Mapping[str, str] | None = N
 
 
 def _renamed(fault: InputError, options: Collection[str], arguments: Mapping[str, str]) -> InputError:
-    """The fault under the option's name; an option that its text mentions in backticks gets its name, too."""
+    """The fault under the option's name. Options that its text mentions in backticks are renamed too."""
 
     def mention(match: re.Match[str]) -> str:
         return f"`{_written(match[1])}`" if match[1] in options else match[0]
@@ -76,7 +78,7 @@ def read_columns(text: str | None) -> dict[str, str] | None:
     """The mapping in `text=review,label=mood`; None for None.
 
     Raises:
-        InputError: for a name that no column has, or a part that is no `NAME=COLUMN`.
+        InputError: an unknown name, or a part that is not `NAME=COLUMN`.
     """
     if text is None:
         return None
@@ -86,6 +88,8 @@ def read_columns(text: str | None) -> dict[str, str] | None:
         if name not in ColumnsSection.model_fields:
             raise InputError("--columns", name, one_of(ColumnsSection.model_fields, name) + ", as NAME=COLUMN")
         if not column or name in columns:
-            raise InputError("--columns", part.strip(), "NAME=COLUMN, each name once, such as text=review,label=mood")
+            raise InputError(
+                "--columns", part.strip(), "NAME=COLUMN, each name once, for example text=review,label=mood"
+            )
         columns[name] = column
     return columns

@@ -1,4 +1,4 @@
-"""What commands print, and models on this machine's device."""
+"""Printing, and loading models to this machine's device."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,14 +28,14 @@ def say_loading(student: Path) -> None:
 
 
 def quiet_weights() -> None:
-    """No progress bars of loading and saving weights; training keeps its own."""
+    """Hide the progress bars of loading and saving weights; training keeps its own."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
 
 
 def load_model(opened: "OpenModel") -> "PreTrainedModel":
-    """A model with its weights on the accelerator, or on the CPU where there is none.
+    """A model with its weights on the accelerator, or on the CPU if there is none.
 
     Raises:
         InputError: naming the field that the model was given by.

@@ -13,11 +13,11 @@ EXAMPLE = "Example: distill-llm profile runs/quickstart/student --against runs/q
 
 def profile(
     model: ModelName,
-    against: Annotated[str | None, typer.Option(help="A second model, measured in turn with the first.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples in the batch.")] = 32,
-    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens of each example.")] = 64,
+    against: Annotated[str | None, typer.Option(help="A second model to compare with; the two take turns.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of examples in the batch.")] = 32,
+    sequence_length: Annotated[int, typer.Option(min=1, help="Number of tokens in each example.")] = 64,
 ) -> None:
-    """Parameters, FLOPs, memory and latency of a model on this device, as a table; two models side by side."""
+    """Show parameters, FLOPs, memory and latency of a model on this device; of two models side by side."""
     from distill_llm.checks.profile import open_profile
     from distill_llm.measuring import profiling
 

@@ -30,7 +30,7 @@ def prune(
     output_dir: Annotated[Path, typer.Option(help="Folder for the pruned model.")],
     data: DataPath = None,
     columns: Columns = None,
-    max_length: Annotated[int, typer.Option(min=8, help="Tokens an example is cut to.")] = 128,
+    max_length: Annotated[int, typer.Option(min=8, help="Number of tokens that an example is cut to.")] = 128,
     units: Annotated[str, _option("units", "A,B")] = ",".join(_PRUNING["units"].default),
     criterion: Annotated[str, _option("criterion")] = _PRUNING["criterion"].default,
     cost: Annotated[str, _option("cost")] = _PRUNING["cost"].default,
@@ -41,10 +41,10 @@ def prune(
     calibration_examples: Annotated[str | None, _option("calibration_examples", "NUMBER")] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="A.B=C", help="Any other field of a recipe, such as pruning.cuts=5, seed=1."),
+        typer.Option("--set", metavar="A.B=C", help="Set any other field of a recipe: pruning.cuts=5, seed=1."),
     ] = None,
 ) -> None:
-    """Measure importance, prune, compensate and save; no training."""
+    """Measure importance, prune, compensate and save, without any training."""
     chosen: dict[str, Any] = {"keep": keep, "criterion": criterion, "cost": cost, "scope": scope, "round_to": round_to}
     chosen |= {"uniform": uniform, "compensate": compensate, "units": [unit.strip() for unit in units.split(",")]}
     if calibration_examples is not None:

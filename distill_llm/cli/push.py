@@ -12,7 +12,9 @@ EXAMPLE = "Example: distill-llm push runs/quickstart/student me/my-student --pri
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A student's folder: model, tokenizer, card.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="The student's folder, with model, tokenizer and card.")
+    ],
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="USER_OR_ORGANISATION/NAME.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
 ) -> None:

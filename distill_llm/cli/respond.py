@@ -24,31 +24,34 @@ def respond(
         str, typer.Argument(metavar="TEACHER", help="Hub id, folder, GGUF file, or package://PACKAGE/PATH.")
     ],
     data: Annotated[str, typer.Option(help="File, folder or Hub id with prompts or chats (its train split).")],
-    output_dir: Annotated[Path, typer.Option(help="Folder for the responses; the data.path of a recipe.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of a response.")] = 256,
+    output_dir: Annotated[Path, typer.Option(help="Folder for the responses; a recipe then names it as data.path.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Largest number of tokens in a response.")] = 256,
     temperature: Annotated[float, typer.Option(help="Divides the logits; 0 is greedy.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens with this mass; 1: from all.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(help="Draw from the likeliest tokens that together have this probability; 1: from all.")
+    ] = 1.0,
     top_k: Annotated[int, typer.Option(help="Draw from the k likeliest tokens; 0: from all.")] = 0,
-    samples: Annotated[int, typer.Option(help="Responses to each prompt.")] = 1,
-    batch_size: Annotated[int, typer.Option(help="Responses at once.")] = 8,
-    seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
+    samples: Annotated[int, typer.Option(help="Number of responses to each prompt.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Number of responses at once.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the random numbers.")] = 0,
     prompt_column: Annotated[
-        str | None, typer.Option(help="Column of texts or of chats; by default prompt, else messages.")
+        str | None, typer.Option(help="Column with texts or chats; by default prompt, or else messages.")
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Ask texts in the words of the chat template.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Put prompts that are texts into the chat template.")] = False,
     chat_template_kwargs: ChatTemplateKwargs = None,
-    max_prompts: Annotated[int | None, typer.Option(help="Only the first rows.")] = None,
+    max_prompts: Annotated[int | None, typer.Option(help="Use only this many rows, the first ones.")] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
-            metavar="float32|bfloat16|float16", help="Of the teacher; by default bfloat16 on CUDA, else float32."
+            metavar="float32|bfloat16|float16",
+            help="Dtype of the teacher's weights; by default bfloat16 on CUDA, else float32.",
         ),
     ] = None,
     keep_truncated: Annotated[
         bool, typer.Option("--keep-truncated", help="Keep responses that were cut at --max-new-tokens.")
     ] = False,
 ) -> None:
-    """Let a teacher answer prompts: data to train on. The same command again goes on where it stopped."""
+    """Let a teacher answer prompts, to train on its answers. Run the same command again to continue after a stop."""
     quiet_weights()
     from distill_llm.responses.respond import respond as generate
     from distill_llm.responses.settings import ResponseSettings
@@ -78,7 +81,7 @@ def respond(
 def _summary(counts: "Counts", folder: Path, keep_truncated: bool) -> list[str]:
     truncated = "kept" if keep_truncated else "left out"
     return [
-        f"prompts:   {counts.prompts:,} ({counts.prompts_read - counts.prompts:,} repeated ones left out)",
+        f"prompts:   {counts.prompts:,} ({counts.prompts_read - counts.prompts:,} repeated prompts left out)",
         f"responses: {counts.responses:,} with {counts.tokens:,} tokens",
         f"truncated: {counts.truncated:,} ({counts.truncated_share:.1%}), {truncated}",
         f"repeated:  {counts.repeated:,} ({counts.repeated_share:.1%}), left out",

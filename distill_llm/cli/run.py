@@ -1,4 +1,4 @@
-"""`distill-llm run` and `distill-llm distill`: a recipe carried out."""
+"""`distill-llm run` and `distill-llm distill`: carry out a recipe."""
 
 import json
 from pathlib import Path
@@ -16,23 +16,25 @@ DISTILL = "Example: distill-llm distill my_recipe.yaml --student pruned/"
 
 
 def run(recipe: RecipeName, output_dir: OutputDir = None, settings: Settings = None) -> None:
-    """Prune and distill as a recipe says; the same command again goes on where it stopped."""
+    """Prune and distill as a recipe says. Run the same command again to continue after a stop."""
     _run(_load(recipe, output_dir, settings or []))
 
 
 def distill(
     recipe: RecipeName,
-    student: Annotated[str | None, typer.Option(help="The student, in place of the recipe's student.model.")] = None,
+    student: Annotated[str | None, typer.Option(help="The student; replaces the recipe's student.model.")] = None,
     output_dir: OutputDir = None,
     settings: Settings = None,
 ) -> None:
-    """Distill into a student that exists: the recipe without its pruning, in a run folder of its own (NAME-distilled)."""
+    """Distill into an existing student: run the recipe without its pruning, in a run folder of its own (NAME-distilled)."""
     chosen = [f"student.model={json.dumps(student)}"] if student else []
     try:
         loaded = _load(recipe, output_dir, [*(settings or []), "pruning=null", *chosen])
     except InputError as error:
         if any(fault.field == "pruning" for fault in faults_in(error)):  # the one fault of a recipe without a student
-            raise InputError("--student", None, "a model's folder or Hub id, or student.model in the recipe") from None
+            raise InputError(
+                "--student", None, "a student's folder or Hub id, or student.model in the recipe"
+            ) from None
         raise
     if output_dir is None and not any(text.startswith("output_dir=") for text in settings or []):
         loaded.output_dir = loaded.output_dir.with_name(f"{loaded.output_dir.name}-distilled")

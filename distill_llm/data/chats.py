@@ -43,7 +43,7 @@ def template_faults(kwargs: Mapping[str, Any] | None, are_chats: bool, field: st
     """A fault where a chat template is given something and there are no chats to put in its words."""
     if not kwargs or are_chats:
         return []
-    fix = "leave it out: the data are no chats; or set `chat`, which makes chats of prompts"
+    fix = "leave it out, or set `chat`, which turns prompts into chats: these data are not chats"
     return [InputError(field, dict(kwargs), fix=fix)]
 
 
@@ -67,7 +67,7 @@ def check_template_kwargs(kwargs: Mapping[str, Any], tokenizer: PreTrainedTokeni
     try:
         json.dumps(kwargs)
     except TypeError:
-        raise InputError(field, dict(kwargs), "texts, numbers, lists and mappings (a date in quotes)") from None
+        raise InputError(field, dict(kwargs), "text, numbers, lists and mappings (put a date in quotes)") from None
 
 
 def asked(chat: Chat, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any], field: str) -> str:
@@ -100,7 +100,7 @@ def answered(chat: Chat, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str
     whole = _in_template(turns, tokenizer, kwargs, field)
     if not whole.startswith(prompt):
         given = f"chats in the words of {tokenizer.name_or_path}"
-        raise InputError(field, given, "a chat template that only adds the answer to its prompt")
+        raise InputError(field, given, "a chat template that leaves the prompt unchanged when an answer follows")
     return prompt, whole[len(prompt) :].rstrip()
 
 

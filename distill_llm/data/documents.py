@@ -29,7 +29,7 @@ def read_texts(spec: DataSpec, training: bool = True) -> tuple[str, Splits]:
     assert spec.path is not None
     names = column_names(spec.columns, ("text",))
     if extra := set(names) - {"text"}:
-        raise InputError("data.columns", extra.pop(), "'text' (plain text has no other column)")
+        raise InputError("data.columns", extra.pop(), "only text: plain text has no other column")
     splits = read_splits(spec.path, training=training)
     for split, rows in splits.items():
         check_texts(rows, names, split)

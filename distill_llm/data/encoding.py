@@ -50,10 +50,12 @@ def encode(data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int) 
         result = _mapped(rows, work, identity, "Tokenizing")
         if not len(result):
             raise InputError(
-                "data.max_length", max_length, "a length that leaves rows (every text is empty or too long)"
+                "data.max_length", max_length, "a length at which rows remain: every text is empty or too long"
             )
         if not task.kind.joins_documents and len(result) < len(rows):
-            _say(f"left out {len(rows) - len(result)} of {len(rows)} rows: prompts of {max_length} tokens or more")
+            _say(
+                f"left out {len(rows) - len(result)} of {len(rows)} rows, whose prompts have {max_length} tokens or more"
+            )
         return result
 
     train = encoded(data.train)

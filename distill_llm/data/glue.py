@@ -107,7 +107,9 @@ def read_tsv(file: Path, task: Task) -> Dataset:
     with open(file, encoding="utf-8-sig", newline="\n") as lines:
         header = list(layout.header or next(lines, "").rstrip("\r\n").split("\t"))
         if missing := [column for column in layout.columns if column not in header]:
-            raise InputError("data.path", str(file), f"the columns {', '.join(layout.columns)} (no {missing[0]!r})")
+            raise InputError(
+                "data.path", str(file), f"the columns {', '.join(layout.columns)} ({missing[0]!r} is missing)"
+            )
         places = [header.index(column) for column in layout.columns]
         rows = [line.rstrip("\r\n").split("\t") for line in lines]
     complete = [row for row in rows if len(row) >= len(header) and row[places[-1]] != "-"]
@@ -148,7 +150,7 @@ def label_reader(task: Task, where: str) -> Callable[[Any], int | float]:
 def _from_hub(rows: Dataset, task: Task) -> Dataset:
     if missing := [column for column in (*task.text_columns, "label") if column not in rows.column_names]:
         wanted = ", ".join((*task.text_columns, "label"))
-        raise InputError("data.path", ", ".join(rows.column_names), f"the columns {wanted} (no {missing[0]!r})")
+        raise InputError("data.path", ", ".join(rows.column_names), f"the columns {wanted} ({missing[0]!r} is missing)")
     to_label = label_reader(task, "the data set")
     labels = [to_label(label) for label in rows["label"]]
     kept = rows.select_columns(list(task.text_columns)).add_column("labels", labels)

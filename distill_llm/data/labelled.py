@@ -93,7 +93,7 @@ def with_test(splits: Splits) -> Splits:
     rows = splits["train"]
     if len(rows) < 2:
         raise InputError(
-            "data.path", f"{len(rows)} rows", "at least 2 rows, since a tenth of them is set apart as test split"
+            "data.path", f"{len(rows)} rows", "at least 2 rows, because a tenth of them becomes the test split"
         )
     divided = rows.train_test_split(test_size=max(1, int(len(rows) * TEST_SHARE)), seed=TEST_SEED)
     return {"train": divided["train"], "test": divided["test"]}

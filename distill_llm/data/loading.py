@@ -52,7 +52,7 @@ def load_task(spec: DataSpec, config: PreTrainedConfig | None = None, training: 
     train, validation = _hold_out(splits, spec.holdout_examples, spec.seed)
     if spec.train_examples is not None:
         if not 1 <= spec.train_examples <= len(train):
-            accepted = f"1 to {len(train)} (the training rows there are)"
+            accepted = f"1 to {len(train)} (the number of training rows)"
             raise InputError("data.train_examples", spec.train_examples, accepted)
         train = train.shuffle(seed=spec.seed).select(range(spec.train_examples))
     return TaskData(task, train, validation, splits["test"])
@@ -76,7 +76,7 @@ def _check_settings(spec: DataSpec, taken: frozenset[str]) -> None:
         if name in taken or not value or value == defaults[name]:
             continue
         takers = dict.fromkeys(kind.task_name for kind in KINDS.values() if name in kind.settings)
-        fix = f"leave it out: {spec.task} does not take it (only {', '.join(takers)})"
+        fix = f"leave it out: {spec.task} does not use it (only {', '.join(takers)})"
         raise InputError(f"data.{name}", value, fix=fix)
 
 
@@ -98,7 +98,7 @@ def _read(spec: DataSpec, kind: TaskKind, config: PreTrainedConfig | None, train
             )
         return EMBEDDED, load_embedded()
     if spec.path is None:
-        raise InputError("data.path", None, f"a file, a folder or a Hub id, which {spec.task!r} needs")
+        raise InputError("data.path", None, f"a file, a folder or a Hub id: {spec.task!r} needs data")
     return kind.load(spec, config, training)
 
 

@@ -59,7 +59,7 @@ def _check_chats(rows: Dataset, column: str, split: str) -> None:
     check_columns(rows, {"messages": column}, split)
     for chat in rows[column]:
         if not (is_chat(chat) and len(chat) > 1 and chat[-1]["role"] == "assistant"):
-            accepted = f"chats of role and content, 2 turns or more, the last the assistant's (the {split} split)"
+            accepted = f"chats of at least 2 turns with role and content, the last by the assistant (the {split} split)"
             raise InputError("data.columns.messages", column, accepted)
 
 

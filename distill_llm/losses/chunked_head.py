@@ -129,7 +129,7 @@ class _HeadLosses(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError(
-                "head_losses keeps its gradients for one backward pass: add the losses up, or call it again"
+                "head_losses keeps its gradients for one backward pass only: add the losses up first, or call it again"
             )
         factor = outputs[0] * ctx.unit
         return *(None if gradient is None else gradient.mul_(factor) for gradient in gradients), None, None

@@ -44,7 +44,7 @@ def kernel_of(divergence: str, settings: Mapping[str, Any], labelled: bool) -> K
         if name not in known:
             raise InputError(f"settings of {divergence}", name, one_of(known, name) if known else "none")
     if needs_labels and not labelled:
-        raise InputError("labels", None, f"labels with {divergence}, which treats the true class apart")
+        raise InputError("labels", None, f"labels, because {divergence} needs the true classes")
     if divergence in BY_HAND and "top_k" not in settings:
         return partial(BY_HAND[divergence], **settings)
     return partial(_differentiated, divergence=divergence, settings=settings)

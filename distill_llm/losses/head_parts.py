@@ -221,7 +221,7 @@ class SparsePart(Part):
             raise InputError("targets", f"{len(self.targets.ids)} items", f"the student's {items}")
         given = (self.how.divergence, dict(self.how.settings), self.how.temperature)
         if given != ("forward_kl", {}, 1.0):
-            accepted = "forward_kl without settings at temperature 1: all that sparse targets can tell"
+            accepted = "forward_kl without settings, at temperature 1: sparse targets allow no other divergence"
             raise InputError("divergence", " ".join(map(str, given)), accepted)
 
     def block(self, logits: torch.Tensor, gradient: torch.Tensor, place: Place, untouched: bool) -> torch.Tensor:
@@ -236,4 +236,4 @@ class SparsePart(Part):
 
 def _check_labels(labels: torch.Tensor, items: int) -> None:
     if labels.shape != (items,):
-        raise InputError("labels", f"shape {list(labels.shape)}", f"[{items}], one of each item")
+        raise InputError("labels", f"shape {list(labels.shape)}", f"shape [{items}], one label for each item")

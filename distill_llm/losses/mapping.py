@@ -65,7 +65,7 @@ def relative_lineage(
             found.append(layer.counted_in(teacher[place], place, original))
         except (KeyError, ValueError):
             accepted = "a teacher that has all layers, heads and neurons of the student"
-            raise InputError("teacher", f"a pruned model without all parts of layer {layer.source}", accepted) from None
+            raise InputError("teacher", f"a pruned model that lacks parts of layer {layer.source}", accepted) from None
     return tuple(found)
 
 

@@ -122,7 +122,9 @@ class Match:
             return kept
         if not set(kept) <= set(there):
             accepted = "a teacher that has all channels of the student"
-            raise InputError("teacher", f"a model without {len(set(kept) - set(there))} of them", accepted)
+            raise InputError(
+                "teacher", f"a model that lacks {len(set(kept) - set(there))} of the student's channels", accepted
+            )
         return tuple(map(there.index, kept))
 
     def project(self, pairs: Sequence[LayerPair]) -> None:

@@ -23,7 +23,7 @@ from distill_llm.losses.terms.term import TERMS, Term, Use, all_terms
 
 
 class Responses(BaseModel):
-    """On-policy distillation (GKD, Agarwal et al., 2024, algorithm 1): a share of the batches is answered by the student itself.
+    """On-policy distillation (GKD, Agarwal et al., 2024, algorithm 1): the student itself answers a share of the batches.
 
     Prompts are those of the batch; the terms compare student and teacher on the student's answers. Terms that compare with
     the labels of the data, as `labels` does, count rows of the data only.
@@ -32,9 +32,14 @@ class Responses(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     share: float = Field(default=0.5, gt=0, le=1, description="Share of the batches that the student answers.")
-    max_new_tokens: int = Field(default=128, ge=1, description="Most tokens of an answer.")
+    max_new_tokens: int = Field(default=128, ge=1, description="Largest number of tokens in an answer.")
     temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False, description="Divides the logits; 0 is greedy.")
-    top_p: float = Field(default=1.0, gt=0, le=1, description="Draw from the likeliest tokens with this mass.")
+    top_p: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Draw from the likeliest tokens that together have this probability; 1: from all.",
+    )
     top_k: int = Field(default=0, ge=0, description="Draw from the k likeliest tokens; 0: from all.")
 
     def faults(self, use: Use) -> Iterator[InputError]:
@@ -42,9 +47,9 @@ class Responses(BaseModel):
         if use.kind not in (None, "next_token"):
             yield InputError("", "a student that does not generate", "a causal language model")
         if use.teacher is not None and not use.teacher.new_text:
-            yield InputError("", use.teacher.name, "a teacher in memory: it never saw the student's answers")
+            yield InputError("", use.teacher.name, "a teacher in memory: this one cannot judge the student's answers")
         if use.packed:
-            yield InputError("", f"rows of several sequences ({use.packed})", "a prompt in each row")
+            yield InputError("", f"rows of several sequences ({use.packed})", "one prompt in each row")
         if use.sharding not in (None, "FSDP2"):
             yield InputError("", f"a student sharded by {use.sharding}", "FSDP2 (fsdp_version 2), or DDP")
 
@@ -55,7 +60,7 @@ def sections() -> dict[str, type[BaseModel]]:
 
 
 class Objective(BaseModel):
-    """The terms of the loss, each under its name; a term that is None is left out. At least one has a positive weight.
+    """The terms of the loss, each under its name; None leaves a term out. At least one has a positive weight.
 
     Which terms there are, and what is a setting of each, the registry says (`distill_llm.losses.terms.term`): a term that a
     module of the user registers is one of them.

@@ -11,7 +11,7 @@ from distill_llm.common.validation import faults_of
 
 
 class Schedule(BaseModel):
-    """From `start` to `end` over a share of training, or over a number of optimizer steps; `end` from then on.
+    """From `start` to `end` over a share of training, or over a number of optimizer steps; stays at `end` from then on.
 
     `linear` is a straight line, `cosine` half a wave, `constant` stays at `start` and then jumps to `end`.
     """
@@ -19,17 +19,17 @@ class Schedule(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     start: float = Field(allow_inf_nan=False, description="the number at the first optimizer step")
-    end: float = Field(allow_inf_nan=False, description="the number in the end")
+    end: float = Field(allow_inf_nan=False, description="the number at the end of the schedule")
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     share: float | None = Field(
-        default=None, gt=0, le=1, description="Share of all optimizer steps; 1 where none is given."
+        default=None, gt=0, le=1, description="Length as a share of all optimizer steps; left out: 1."
     )
-    steps: int | None = Field(default=None, ge=1, description="Optimizer steps, in place of a share.")
+    steps: int | None = Field(default=None, ge=1, description="Length in optimizer steps, in place of a share.")
 
     @model_validator(mode="after")
     def _one_length(self) -> "Schedule":
         if self.share is not None and self.steps is not None:
-            fix = "remove steps or share: each of them is the length of the schedule"
+            fix = "remove steps or share: both set the length of the schedule"
             raise InputError("steps", self.steps, fix=fix)
         return self
 

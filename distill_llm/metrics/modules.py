@@ -70,6 +70,6 @@ def prefers_higher(metric: str) -> bool:
     )
     equal, different = text_score(metric, texts, texts), text_score(metric, others, texts)
     if not (equal > different or equal < different):
-        accepted = "a metric that tells equal texts from others"
+        accepted = "a metric that gives equal texts another value than different texts"
         raise InputError("evaluation.metric", metric, accepted)
     return equal > different

@@ -7,7 +7,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-UNTIED = "modules with a weight of their own: merged, these change another module too (modules_to_save takes tied ones)"
+UNTIED = (
+    "modules whose weight is not tied: merging these would change another module too (modules_to_save takes tied ones)"
+)
 
 
 def without_adapters(model: Any) -> Any:

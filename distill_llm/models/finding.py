@@ -79,10 +79,10 @@ def _check_vocabulary(field: str, name: str, config: PreTrainedConfig, tokenizer
     kinds = ("pad", "bos", "eos", "cls", "sep", "mask", "unk")
     needed = {getattr(tokenizer, f"{kind}_token_id") for kind in kinds} | set(tokenizer("a")["input_ids"])
     if needed & beyond.keys() or not beyond.keys() <= tokenizer.added_tokens_decoder.keys():
-        accepted = f"a tokenizer of at most {limits.vocabulary} tokens, the model's; it has {len(tokenizer)}"
+        accepted = f"a tokenizer of at most {limits.vocabulary} tokens, as the model has; it has {len(tokenizer)}"
         raise InputError(field, name, accepted)
     shown = ", ".join(list(beyond.values())[:3]) + (", ..." if len(beyond) > 3 else "")
-    line = "%s has no embedding for %d of its tokenizer's tokens (%s): no text may hold them"
+    line = "%s has no embedding for %d of its tokenizer's tokens (%s): texts must not contain them"
     logging.getLogger(__name__).warning(line, name, len(beyond), shown)
 
 
@@ -125,7 +125,7 @@ def _check_weights(field: str, name: str, folder: Path) -> None:
                 with safe_open(each, "np"):
                     pass
             except (OSError, SafetensorError) as error:
-                accepted = f"a folder with whole weights ({each.name} is not: {first_line(error)})"
+                accepted = f"a folder with complete weights ({each.name} is damaged: {first_line(error)})"
                 raise InputError(field, name, accepted) from None
 
 

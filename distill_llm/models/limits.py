@@ -100,9 +100,9 @@ def room_faults(limits: InputLimits, prompt: int, new: int, field: str, prompts_
         return []
     room = limits.longest - prompt
     if room < 1:
-        accepted = f"prompts of less than {limits.longest} tokens, the longest input of {limits.name}"
+        accepted = f"prompts of fewer than {limits.longest} tokens, the longest input of {limits.name}"
         return [InputError(prompts_field, f"a prompt of {prompt} tokens", accepted)]
-    accepted = f"at most {room}: {limits.name} takes {limits.longest} tokens, of which a prompt takes {prompt}"
+    accepted = f"at most {room}: {limits.name} takes {limits.longest} tokens, and a prompt has {prompt}"
     return [InputError(field, new, accepted)]
 
 
@@ -115,7 +115,9 @@ def masking_faults(limits: InputLimits, tokens: int, field: str, given: str) -> 
     """
     if limits.vocabulary is None or tokens <= limits.vocabulary:
         return []
-    accepted = f"a tokenizer of at most {limits.vocabulary} tokens, those of {limits.name}, for masked words"
+    accepted = (
+        f"a tokenizer of at most {limits.vocabulary} tokens, as {limits.name} has: a masked word may become any of them"
+    )
     return [InputError(field, f"{given} with a tokenizer of {tokens} tokens", accepted)]
 
 
@@ -135,7 +137,7 @@ def row_faults(
     if facts.beyond is not None:
         row, token = facts.beyond
         shown = repr(tokenizer.convert_ids_to_tokens(token)) if tokenizer is not None else f"token {token}"
-        accepted = f"texts of the {limits.vocabulary} tokens of {limits.name}"
+        accepted = f"texts whose tokens are among the {limits.vocabulary} that {limits.name} knows"
         faults.append(InputError(field, f"{shown} in row {row}", accepted))
     return faults + (packing_faults(limits.family, field) if facts.packed else [])
 

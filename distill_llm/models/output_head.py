@@ -91,7 +91,7 @@ def head_of(model: PreTrainedModel, transformed: bool = False) -> Head:
         raise InputError("model", name, "a causal or masked language model with a linear output map")
     between = [key for key, child in model.named_children() if child is not linear and key != model.base_model_prefix]
     if not transformed and any(True for key in between for _ in model.get_submodule(key).parameters()):
-        accepted = "a model whose output map follows its base model at once, or inputs taken after those layers"
+        accepted = "a model whose output map directly follows its base model, or inputs taken after those layers"
         raise InputError("model", f"{name} with {', '.join(between)} around its output map", accepted)
     config = model.config.get_text_config()
     scale, softcap = 1.0, None

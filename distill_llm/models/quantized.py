@@ -1,4 +1,4 @@
-"""Loading a teacher, its weights rounded to 8 or 4 bits if it would not fit otherwise."""
+"""Loading a teacher, if need be with its weights rounded to 8 or 4 bits."""
 
 import importlib.util
 import logging
@@ -22,18 +22,18 @@ def load_teacher(
 ) -> PreTrainedModel:
     """A teacher with the head it was saved with, pruned or stock, in evaluation mode.
 
-    `8bit` is LLM.int8() (Dettmers et al., 2022) and `4bit` NormalFloat with quantised constants (QLoRA, Dettmers et al.,
-    2023, section 3), both of the linear layers but for the output map, by bitsandbytes.
+    `8bit` is LLM.int8() (Dettmers et al., 2022). `4bit` is NormalFloat with quantised constants (QLoRA, Dettmers et al.,
+    2023, section 3). Both are done by bitsandbytes, for all linear layers except the output map.
 
     Args:
         path: a local folder or a Hub id.
         quantization: None leaves the weights as they are.
-        dtype: of what is not quantised, and of the 4-bit layers' products; None: the checkpoint's.
-        device: where the weights go; None: the CPU, or if quantised the current accelerator where there is one. A quantised
+        dtype: dtype of the weights that are not quantised, and of the products of 4-bit layers; None: the checkpoint's.
+        device: where the weights go; None: the CPU, or for a quantised model the accelerator if there is one. A quantised
             model cannot be moved afterwards.
 
     Raises:
-        InputError: an unknown quantization, bitsandbytes missing, or a checkpoint that lacks weights.
+        InputError: the quantization is unknown, bitsandbytes is not installed, or the checkpoint lacks weights.
     """
     settings: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     if device is not None:
@@ -45,19 +45,23 @@ def load_teacher(
 
 
 def quantization_faults(quantization: str | None, field: str) -> list[InputError]:
-    """A fault of an unknown way to round weights, or of one whose package is not installed."""
+    """A fault if this way to round weights is unknown or its package is not installed."""
     if quantization is None:
         return []
     if quantization not in QUANTIZATIONS:
         return [InputError(field, quantization, one_of(QUANTIZATIONS, str(quantization)))]
     if importlib.util.find_spec("bitsandbytes") is None:
-        return [InputError(field, quantization, fix="install bitsandbytes (pip install bitsandbytes), or leave it out")]
+        return [
+            InputError(
+                field, quantization, fix="install bitsandbytes (pip install bitsandbytes), or leave this field out"
+            )
+        ]
     return []
 
 
 def _settings(quantization: str, dtype: torch.dtype | None) -> BitsAndBytesConfig:
     if quantization == "8bit":
-        # A warning for every product of every forward, that it is in fp16.
+        # Every product of every forward would warn that it runs in fp16.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(

@@ -1,4 +1,4 @@
-"""From a teacher and a task to a cache folder: what `distill-llm cache` does."""
+"""Writing a teacher cache, as `distill-llm cache` does it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -20,15 +20,14 @@ from distill_llm.teachers.online import OnlineTeacher
 
 
 def cache_recipe(recipe: Recipe, settings: CacheSettings | None = None, batch_size: int = 8) -> tuple[int, int]:
-    """Write the outputs that a recipe learns from, its teacher's on its rows, to its `teacher.cache`.
+    """Write the outputs of a recipe's teacher on its training rows to the recipe's `teacher.cache`.
 
     Args:
-        recipe: with `teacher.cache`.
-        settings, batch_size: as of `cache_teacher`; a dtype of None is the recipe's `teacher.dtype`, where it has one, which
-            another must not contradict.
+        recipe: a recipe with `teacher.cache`.
+        settings, batch_size: as for `cache_teacher`. If the recipe has a `teacher.dtype`, the dtype must be that one or None.
 
     Returns, raises:
-        As `cache_teacher`; an InputError for losses that no such cache serves, too.
+        As `cache_teacher`. Also raises InputError if the cache could not serve the recipe's losses.
     """
     settings = settings or CacheSettings()
     request = request_of(recipe, settings)
@@ -44,25 +43,25 @@ def cache_teacher(
     settings: CacheSettings | None = None,
     batch_size: int = 8,
 ) -> tuple[int, int]:
-    """Write the teacher's outputs on the training rows of a task, or go on where it was stopped.
+    """Write the teacher's outputs on the training rows of a task, or continue after a stop.
 
     A recipe with this teacher and the same data section trains from the folder (`teacher.cache`), with no teacher in memory.
-    Under `accelerate launch` the processes write a part each. Of a language model, the logits of the tokenizer's tokens
-    are stored, without what the vocabulary is padded with.
+    Under `accelerate launch` each process writes a part. For a language model, logits are stored of the tokenizer's tokens, but
+    not of the padding of the vocabulary.
 
     Args:
         teacher: Hub id, folder, GGUF file or package:// path.
-        data: the task, its rows and their length, and the seed, of the draws of a cache too.
-        output_dir: for the cache.
+        data: the task, its rows and their length; and the seed, which the draws of a cache use too.
+        output_dir: folder for the cache.
         settings: k, method and the dtype of the teacher's weights (None: bfloat16 on CUDA, else float32). A cache has one
-            dtype: to go on with it on another kind of device, give it.
-        batch_size: examples at once.
+            dtype: give it to continue the cache on another kind of device.
+        batch_size: number of examples at once.
 
     Returns:
         The numbers of outputs and of bytes in the cache.
 
     Raises:
-        InputError: one line; where possible before the model's weights are loaded.
+        InputError: one line, if possible before the model's weights are loaded.
     """
     return _write(CacheRequest(teacher, data, Path(output_dir), settings or CacheSettings()), batch_size)
 

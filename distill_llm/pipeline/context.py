@@ -22,10 +22,10 @@ from distill_llm.models.finding import OpenModel
 
 
 class Context:
-    """What the stages of a run share. Rows are encoded when they are first asked for.
+    """What the stages of a run share. Rows are encoded on first use.
 
     Args:
-        opened: what the door opened of the recipe.
+        opened: the recipe, and what the checks opened and read for it.
     """
 
     def __init__(self, opened: Opened):
@@ -53,33 +53,33 @@ class Context:
 
     @cached_property
     def teacher_dtype(self) -> torch.dtype:
-        """The dtype that the teacher is scored and measured in: its checkpoint's, even where it is fine-tuned here in fp32."""
+        """The dtype in which the teacher is scored and measured: its checkpoint's, even if the run fine-tunes it in fp32."""
         return _dtype_of(self.opened.teacher)
 
     @cached_property
     def student_dtype(self) -> torch.dtype:
-        """The dtype that students are scored and written in: that of the checkpoint they are made from."""
+        """The dtype in which students are scored and saved: that of the checkpoint that they are made from."""
         return _dtype_of(self.opened.student or self.opened.teacher)
 
     def load(
         self, path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | None = None
     ) -> PreTrainedModel:
-        """A finished model of this run: by default in fp32, to work on its weights, and on this process's device."""
+        """A finished model of this run. By default it is in fp32, to work on its weights, and on this process's device."""
         return load_pretrained(path, dtype=dtype).to(device or self.processes.device)  # type: ignore[arg-type]
 
     def as_written(self, model: PreTrainedModel) -> PreTrainedModel:
-        """The model in the dtype of a finished student and on this process's device; a copy unless it is so already."""
+        """The model in the dtype of a saved student and on this process's device; a copy, unless it already is."""
         device = self.processes.device
         here = model.dtype == self.student_dtype and model.device.type == device.type
         return model if here else converted(model, self.student_dtype, device).to(device)  # type: ignore[arg-type]
 
     def save(self, model: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
-        """Save model and tokenizer; give `weights` where the model's own are sharded over processes."""
+        """Save model and tokenizer. Give `weights` if the model's own are sharded over processes."""
         model.save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
 
     def evaluate(self, model: PreTrainedModel) -> dict[str, float]:
-        """Metrics on the reported split; where rows are held out, also their score as `validation`, for choices."""
+        """Metrics on the reported split; if rows are held out, also their score as `validation`, to choose settings by."""
         metrics = self._measured(model, self.data.test)
         if self.data.validation is not None:
             held_out = self._measured(model, self.data.validation)
@@ -99,7 +99,7 @@ class Context:
         return {"score": metrics["score"], "metrics": metrics}
 
     def named(self, score: float) -> str:
-        """A score with its metric's name, for a line to the user."""
+        """A score after the name of its metric, to print."""
         return f"{self.data.task.main_metric} {score:.4f}"
 
     def say(self, text: str) -> None:
@@ -109,6 +109,6 @@ class Context:
 
 
 def _dtype_of(model: OpenModel) -> torch.dtype:
-    """The dtype that a checkpoint's config.json names; fp32 where it names none."""
+    """The dtype that a checkpoint's config.json names; fp32 if it names none."""
     dtype: Any = model.config.dtype
     return dtype or torch.float32

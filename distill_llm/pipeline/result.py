@@ -1,4 +1,4 @@
-"""The numbers of a finished run, as metrics.json has them."""
+"""The numbers of a finished run, for metrics.json."""
 
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -24,7 +24,7 @@ def collect_metrics(
     rounds: Sequence[Mapping[str, Any]],
     seconds: float,
 ) -> dict[str, Any]:
-    """Scores, costs measured side by side on this device, and what was kept of every layer."""
+    """Scores, costs of teacher and student measured side by side on this device, and how much of every layer was kept."""
     latency = recipe.evaluation.latency
     measured = compare(student, teacher, latency.batch_size, latency.sequence_length)
     kept, channels = kept_of(student, teacher)
@@ -55,7 +55,7 @@ def collect_metrics(
 
 
 def _source(recipe: Recipe) -> str | None:
-    """What the student was trained on: its teacher (and labels maybe), labels alone, or nothing."""
+    """What the student learned from: `teacher` (perhaps with labels), `labels` alone, or None."""
     if recipe.distillation is None:
         return None
     return "teacher" if recipe.distillation.losses.needs_teacher else "labels"

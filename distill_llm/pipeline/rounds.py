@@ -81,8 +81,8 @@ class Cutter:
             return Cut(plan, model, plan.kept, compensated)
         kept, note = self.share(model, teacher), None
         if abs(kept - keep) > 0.01 * keep:
-            note = f"kept {kept:.2%} of the layers' {self.section.cost} where {keep:.2%} was asked for: "
-            note += "what may be removed comes in larger steps"
+            note = f"kept {kept:.2%} of the layers' {self.section.cost} instead of {keep:.2%}: "
+            note += "these units come in larger steps"
         own = share_of(model, student, self.section.cost, *self.batch(student))
         return Cut(replace(plan, kept=own, note=note), model, kept, compensated)
 

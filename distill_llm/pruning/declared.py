@@ -1,5 +1,6 @@
 """Between statistics and a criterion: what it did not declare is not handed out, and what it returns is checked."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -41,11 +42,15 @@ class Declared:
         if need is not None and need not in declared and not (need == "activations" and declared):
             fix = f"declare needs=[{need!r}] in its decorator: it reads {name}"
             raise InputError("criterion", self._criterion.name, fix=fix)
-        found = getattr(self._of, name)
+        return self._shown(getattr(self._of, name))
+
+    def _shown(self, found: Any) -> Any:
         if isinstance(found, UnitStatistics):
             return Declared(found, self._criterion)
-        if isinstance(found, tuple) and found and isinstance(found[0], UnitStatistics):
-            return tuple(Declared(each, self._criterion) for each in found)
+        if isinstance(found, tuple):
+            return tuple(map(self._shown, found))
+        if isinstance(found, Mapping):
+            return {kind: self._shown(rows) for kind, rows in found.items()}
         return found
 
 

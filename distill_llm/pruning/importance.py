@@ -1,44 +1,75 @@
 """What every unit of a model is worth: scores by a criterion, and their file."""
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from distill_llm.architectures.lineage import Counts
+from distill_llm.architectures.lineage import LAYER_UNITS, Counts
 from distill_llm.common.errors import InputError
 from distill_llm.common.tensors import saved_tensors
 from distill_llm.pruning.criteria import Criterion, Seen, find_criterion, is_comparable, ranks_layers_only
 from distill_llm.pruning.declared import Declared, checked_scores
-from distill_llm.pruning.statistics.record import BY_LAYER, WHOLE, Statistics, UnitStatistics
+from distill_llm.pruning.statistics.record import Statistics, UnitStatistics
+from distill_llm.pruning.units.kinds import KINDS
+
+Scores = torch.Tensor | tuple[torch.Tensor, ...]
+"""Of a kind inside layers a vector per layer, with a score per unit; of another kind one vector."""
+IN_ORDER = ("heads", "neurons", "layers", "queries", "attention", "ffn", "hidden")
+"""Kinds in the order of `Importance`'s arguments; others are given by name."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Importance:
     """Scores of a model's units.
 
+    Each kind is an attribute, too. `heads` (KV groups), `neurons` and `queries` have a vector per layer, with a score per unit;
+    they are empty where the criterion ranks layers only. `layers`, `attention` and `ffn` have a score per layer, `hidden` one
+    per channel of the residual stream; these are None where they were not scored.
+
+    Args:
+        in_order: scores of `IN_ORDER`; or give them by name.
+        units: the same by kind; names win.
+
     Attributes:
-        heads: per layer, a vector with a score per head (KV group). Empty where the criterion scores layers only.
-        neurons: per layer, a vector with a score per FFN neuron. Empty where the criterion scores layers only.
-        layers: a score per layer.
-        queries: per layer, a vector with a score per query head; empty where there are none.
-        attention, ffn: a score per layer for the whole of its attention, of its FFN; None where there are none.
-        hidden: a score per channel of the residual stream; None where there are none.
+        units: the scores by kind.
         layer_criterion: what ranked the layers, where it was not `criterion`.
+
+    Raises:
+        TypeError: for a kind that has no scores.
     """
 
     criterion: str
-    heads: tuple[torch.Tensor, ...]
-    neurons: tuple[torch.Tensor, ...]
-    layers: torch.Tensor
-    queries: tuple[torch.Tensor, ...] = ()
-    attention: torch.Tensor | None = None
-    ffn: torch.Tensor | None = None
-    hidden: torch.Tensor | None = None
-    layer_criterion: str | None = None
+    units: Mapping[str, Scores]
+    layer_criterion: str | None
+
+    def __init__(
+        self,
+        criterion: str,
+        *in_order: Iterable[torch.Tensor] | None,
+        units: Mapping[str, Scores] | None = None,
+        layer_criterion: str | None = None,
+        **named: Iterable[torch.Tensor] | None,
+    ):
+        given = {**(units or {}), **dict(zip(IN_ORDER, in_order, strict=False)), **named}
+        if (unknown := [kind for kind in given if not _is_scored(kind)]) or len(in_order) > len(IN_ORDER):
+            raise TypeError(
+                f"Importance takes scores of kinds that have their own, not of {unknown or in_order[len(IN_ORDER) :]}"
+            )
+        scored = {
+            kind: tuple(rows) if kind in LAYER_UNITS else rows for kind, rows in given.items() if rows is not None
+        }
+        object.__setattr__(self, "criterion", criterion)
+        object.__setattr__(self, "units", scored)
+        object.__setattr__(self, "layer_criterion", layer_criterion)
+
+    def __getattr__(self, kind: str) -> Any:
+        if not _is_scored(kind):
+            raise AttributeError(f"Importance has no {kind!r}")
+        return self.units.get(kind, () if kind in LAYER_UNITS else None)
 
     def comparable(self, units: Collection[str]) -> bool:
         """Whether scores of these kinds of units may be ranked together (they are in the same unit, squared loss)."""
@@ -57,7 +88,7 @@ class Importance:
     def check(self, counts: Sequence[Counts], hidden: int) -> None:
         """Raise InputError unless the scores are of a model with these units in its layers and `hidden` channels."""
         # What is empty was not scored: `require` judges that.
-        own = {kind: list(map(len, rows)) for kind in BY_LAYER if (rows := getattr(self, kind))}
+        own = {kind: list(map(len, rows)) for kind in LAYER_UNITS if (rows := getattr(self, kind))}
         wanted = {kind: [each[kind] for each in counts] for kind in own}
         width = 0 if self.hidden is None else len(self.hidden)
         if len(self.layers) != len(counts) or own != wanted or width not in (0, hidden):
@@ -66,9 +97,9 @@ class Importance:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write as safetensors."""
-        tensors = {kind: getattr(self, kind) for kind in WHOLE if getattr(self, kind) is not None}
-        for kind in BY_LAYER:
-            tensors.update({f"{kind}.{i}": row for i, row in enumerate(getattr(self, kind))})
+        tensors: dict[str, torch.Tensor] = {}
+        for kind, rows in self.units.items():
+            tensors |= {f"{kind}.{i}": row for i, row in enumerate(rows)} if isinstance(rows, tuple) else {kind: rows}
         names = {"criterion": self.criterion, "layer_criterion": self.layer_criterion}
         metadata = {name: value for name, value in names.items() if value is not None}
         save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata=metadata)
@@ -82,11 +113,16 @@ class Importance:
         """
         with saved_tensors(path, "scores", "scores saved by Importance.save") as file:
             keys = list(file.keys())
-            found: dict[str, Any] = {kind: file.get_tensor(kind) for kind in WHOLE if kind in keys}
-            for kind in BY_LAYER:
+            units: dict[str, Scores] = {kind: file.get_tensor(kind) for kind in keys if "." not in kind}
+            for kind in LAYER_UNITS:
                 count = sum(key.startswith(f"{kind}.") for key in keys)
-                found[kind] = tuple(file.get_tensor(f"{kind}.{i}") for i in range(count))
-            return cls(**file.metadata(), **found)
+                units[kind] = tuple(file.get_tensor(f"{kind}.{i}") for i in range(count))
+            return cls(**file.metadata(), units=units)
+
+
+def _is_scored(kind: str) -> bool:
+    """Whether a kind has scores of its own."""
+    return kind in LAYER_UNITS or (kind in KINDS and KINDS[kind].source is not None)
 
 
 def _in_words(layers: int, counts: Mapping[str, Sequence[int]], width: int) -> str:
@@ -111,30 +147,32 @@ def score(
             unit.
     """
     if layer_criterion is not None:
-        layers = score(statistics, layer_criterion, seed).layers
-        return replace(score(statistics, criterion, seed), layers=layers, layer_criterion=layer_criterion)
+        scores, ranked = score(statistics, criterion, seed), score(statistics, layer_criterion, seed)
+        return replace(scores, units={**scores.units, "layers": ranked.layers}, layer_criterion=layer_criterion)
     chosen = find_criterion(criterion)
     _check_needs(statistics, chosen)
     if chosen.layers_only:
         layers = chosen.scores(Declared(statistics, chosen))
-        return Importance(criterion, (), (), checked_scores(layers, len(statistics.similarity), criterion, "layers"))
+        return Importance(criterion, layers=checked_scores(layers, len(statistics.similarity), criterion, "layers"))
     generator = torch.Generator().manual_seed(seed)
     seen = Seen(max(statistics.examples, 1), max(statistics.tokens, 1), generator)
 
     def scores_of(units: UnitStatistics, kind: str) -> torch.Tensor:
-        found = chosen.scores(Declared(units, chosen), seen)
-        return checked_scores(found, len(units.magnitude), criterion, kind)
+        scores = chosen.scores(Declared(units, chosen), seen)
+        return checked_scores(scores, len(units.magnitude), criterion, kind)
 
-    rows = {kind: tuple(scores_of(units, kind) for units in getattr(statistics, kind)) for kind in BY_LAYER}
-    whole = {kind: scores_of(getattr(statistics, kind), kind) for kind in WHOLE}
-    return Importance(criterion, **rows, **whole)  # type: ignore[arg-type]
+    found: dict[str, Scores] = {
+        kind: tuple(scores_of(row, kind) for row in rows) if isinstance(rows, tuple) else scores_of(rows, kind)
+        for kind, rows in statistics.units.items()
+    }
+    return Importance(criterion, units=found)
 
 
 def _check_needs(statistics: Statistics, criterion: Criterion) -> None:
     """Raise InputError where the statistics lack what the criterion needs."""
     if "gradients" in criterion.needs and not statistics.has_gradients:
         raise InputError(
-            "criterion", criterion.name, "statistics collected with a loss, or a criterion without gradients"
+            "criterion", criterion.name, "statistics collected with a loss, or a criterion that needs no gradients"
         )
     if "leave_one_out" in criterion.needs and statistics.without is None:
         raise InputError("criterion", criterion.name, fix="complete the statistics with leave_one_out(...) first")

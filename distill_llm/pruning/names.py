@@ -23,9 +23,9 @@ def competing_faults(
     """
     blocks = " and ".join(name for name, kind in KINDS.items() if kind.block and name in units)
     if blocks not in ("", "layers") and len(units) > 1 and not ranks_layers_only(criterion):
-        where = f"where units has {blocks} together with others"
+        where = f"if units has {blocks} together with others"
     elif "queries" in units and {"heads", "hidden"} & set(units):
-        where = "where units has queries together with heads or hidden"
+        where = "if units has queries together with heads or hidden"
     else:
         return []
     faults = []

@@ -1,4 +1,4 @@
-"""The pruning plan: which layers, heads, neurons and channels stay, kept as plain JSON."""
+"""The pruning plan: which layers, heads, neurons and channels stay. It is saved as plain JSON."""
 
 import json
 import os
@@ -18,10 +18,12 @@ from distill_llm.pruning.units.sizes import counts_of, hidden_size
 
 @dataclass(frozen=True, init=False)
 class PruningPlan(ModelPlan):
-    """Which layers, heads and neurons of a model stay. A layer not in `layers` is removed; an empty tuple removes the
-    attention or the FFN of a layer but its output bias. `hidden` are the channels of the residual stream that stay, None: all.
+    """Which layers, heads and neurons of a model stay.
 
-    `kept` is the share of the layers' cost that remains, `note` says why it is not the share that was asked for.
+    A layer that is not in `layers` is removed. An empty tuple removes the attention or the FFN of a layer, except its output
+    bias. `hidden` are the channels of the residual stream that stay; None: all.
+
+    `kept` is the share of the layers' cost that stays. `note` says why this is not the share that was asked for.
     """
 
     model_type: str
@@ -68,7 +70,7 @@ class PruningPlan(ModelPlan):
         """Read a plan from JSON.
 
         Raises:
-            InputError: if the file is not a plan.
+            InputError: the file holds no plan.
         """
         try:
             record = json.loads(Path(path).read_text())
@@ -76,31 +78,35 @@ class PruningPlan(ModelPlan):
             whole = {kind: record.get(kind) for kind in MODEL_UNITS}
             return cls(record["model_type"], layers, record.get("kept"), record.get("note"), whole=whole)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError("plan", str(path), f"a plan saved by PruningPlan.save ({error})") from error
+            raise InputError("plan", str(path), f"a file that PruningPlan.save wrote ({error})") from error
 
     def check(self, model: PreTrainedModel) -> None:
-        """Raise InputError unless the plan fits the model's family and every index exists in it, once and ascending."""
+        """Raise InputError unless the plan is of the model's family, and its indices exist, are ascending and occur once."""
         if self.model_type != model.config.model_type:
-            raise InputError("plan.model_type", self.model_type, f"the model's {model.config.model_type!r}")
+            raise InputError(
+                "plan.model_type", self.model_type, f"{model.config.model_type!r}, the family of the model"
+            )
         counts = counts_of(model)
         _ascending("plan.layers[].source", [row.source for row in self.layers], len(counts))
         if not self.layers:
-            raise InputError("plan.layers", [], "at least one layer that stays")
+            raise InputError("plan.layers", [], "at least one layer to keep")
         if family_of(model).anchored and (self.layers[0].source or self.hidden is not None):
             what = "without layer 0" if self.layers[0].source else "with hidden"
-            raise InputError("plan", what, "layer 0 and every channel of a model with a convolution after that layer")
+            raise InputError(
+                "plan", what, "a plan that keeps layer 0 and every channel: this model has a convolution after layer 0"
+            )
         for row in self.layers:
             for kind in row.units:
                 _check_units(f"plan.layers[source={row.source}].{kind}", kind, row, counts[row.source])
         if self.hidden is not None:
             _ascending("plan.hidden", self.hidden, hidden_size(model))
             if not self.hidden:
-                raise InputError("plan.hidden", [], "at least one channel that stays")
+                raise InputError("plan.hidden", [], "at least one channel to keep")
 
     def share(
         self, model: PreTrainedModel, cost: str = "params", batch_size: int = 32, sequence_length: int = 64
     ) -> float:
-        """The share of the layers' cost (see `unit_costs`) that the plan keeps of `model`."""
+        """The share of the layers' cost (see `unit_costs`) that the plan keeps in `model`."""
         costs, counts = unit_costs(model, cost, batch_size, sequence_length), counts_of(model)
         layers = [row.source for row in self.layers]
         kept = [row.counts(counts[row.source]) for row in self.layers]
@@ -108,20 +114,24 @@ class PruningPlan(ModelPlan):
 
 
 def _check_units(field: str, kind: str, row: LayerPlan, counts: Counts) -> None:
-    """Raise InputError unless a row's units of a kind exist, and are as many of every one of those that they are within."""
+    """Raise InputError unless a row's units of a kind exist; units within others (queries) must be equally many in each."""
     _ascending(field, kept := row.units[kind], counts[kind])
     if (outer := LAYER_UNITS[kind].within) is None:
         return
     each = counts[kind] // counts[outer] if counts[outer] else 1
     found = Counter(unit // each for unit in kept)
     if set(found) != set(row.indices(outer, counts)) or len(set(found.values())) > 1:
-        raise InputError(field, list(kept), "equally many queries, at least one, of every kept group, and of no other")
+        raise InputError(
+            field,
+            list(kept),
+            "the same number of queries (at least 1) from every kept group, and none from other groups",
+        )
 
 
 def _ascending(field: str, indices: Sequence[int], size: int) -> None:
     whole = all(isinstance(index, int) for index in indices)
     if not whole or list(indices) != sorted(set(indices)) or (indices and not 0 <= indices[0] <= indices[-1] < size):
-        raise InputError(field, list(indices), f"ascending indices from 0 to {size - 1}, each once")
+        raise InputError(field, list(indices), f"indices from 0 to {size - 1} in ascending order, each once")
 
 
 def full_plan(model: PreTrainedModel) -> PruningPlan:
@@ -135,12 +145,12 @@ def keep_layers(model: PreTrainedModel, sources: Sequence[int]) -> PruningPlan:
     """The plan that keeps the named layers whole and removes the others.
 
     Raises:
-        InputError: if an index does not exist.
+        InputError: an index does not exist.
     """
     count = len(counts_of(model))
     _ascending("layers", sources, count)
     if not sources:
-        raise InputError("layers", [], "at least one layer that stays")
+        raise InputError("layers", [], "at least one layer to keep")
     layers = tuple(full_plan(model).layers[i] for i in sources)
     plan = PruningPlan(model.config.model_type, layers)
     return PruningPlan(plan.model_type, layers, plan.share(model))

@@ -1,4 +1,4 @@
-"""The fields of peft's LoraConfig that a recipe may set, checked without torch where they are only names."""
+"""The fields of peft's LoraConfig that a recipe may set, and their check."""
 
 import importlib.util
 from typing import Any
@@ -10,10 +10,10 @@ def check_adapter_fields(fields: dict[str, Any]) -> dict[str, Any]:
     """The fields as given.
 
     Raises:
-        InputError: peft is missing, or a name or value that LoraConfig does not take.
+        InputError: peft is not installed, or LoraConfig does not take a name or a value.
     """
     if importlib.util.find_spec("peft") is None:
-        raise InputError("", fields, fix="install peft (pip install peft), or remove it")
+        raise InputError("", fields, fix="install peft (pip install peft), or remove this field")
     from dataclasses import fields as dataclass_fields
 
     from peft import LoraConfig

@@ -17,7 +17,7 @@ def _known_criterion(given: Any) -> str:
 
 
 Criterion = Annotated[str, BeforeValidator(_known_criterion)]
-"""The name of a registered criterion: one of the package's or of a module of the user's."""
+"""The name of a registered criterion: the package's, or one that a module of the user registered."""
 
 
 class PruningSection(Section):
@@ -27,113 +27,116 @@ class PruningSection(Section):
         default=None,
         gt=0,
         le=1,
-        description="share of the transformer layers' cost that remains; of the whole model's with cost latency",
+        description="share of the transformer layers' cost that stays; with cost latency, the share of the whole model's time",
     )
-    rounds: int = Field(default=1, ge=1, description="times to prune and recover until `keep` is reached")
+    rounds: int = Field(default=1, ge=1, description="how many times to prune and recover until `keep` is reached")
     schedule: Literal["linear", "cubic"] = Field(
         default="cubic", description="how the kept share falls over the rounds"
     )
     cuts: int = Field(
         default=1,
         ge=1,
-        description="small cuts that a round's removal is done in, each keeping the same part of what it finds, importance"
-        " measured anew before each on rows of its own, no training between",
+        description="how many small cuts a round is made of. Each keeps the same share of the model before it. Importance is"
+        " measured anew before each, on other rows; nothing is trained in between",
     )
     units: list[Unit] = Field(
         default=["heads", "neurons"],
         min_length=1,
-        description="what may be removed: heads (KV groups), queries of every group, FFN neurons, whole layers, the attention"
-        " or ffn of a layer, hidden (channels of the residual stream)",
+        description="what may be removed: heads (KV groups), queries (equally many of every group), neurons (FFN), layers,"
+        " the whole attention or ffn of a layer, hidden (channels of the residual stream)",
     )
     criterion: Criterion = Field(
         default="fisher", description=f"how the importance of a unit is measured: {', '.join(CRITERIA)}"
     )
     layer_criterion: Criterion | None = Field(
         default=None,
-        description="how that of whole layers is measured, where `units` has them beside others; left out: by `criterion`",
+        description="how the importance of whole layers is measured, if `units` has layers and other units; left out: by"
+        " `criterion`",
     )
     loss: Literal["labels", "kl"] | None = Field(
         default=None,
-        description="what gradients are taken of: the task's labels, or kl, the model's own predictions; left out: labels"
-        " where the rows have them",
+        description="the loss whose gradients are taken: against the task's labels, or, with kl, against the model's own"
+        " predictions; left out: labels if the rows have them, else kl",
     )
     cost: Literal["params", "flops", "memory", "latency"] = Field(
         default="params",
-        description="what `keep` is a share of; memory counts a decoder's keys and values too; latency is measured on this"
-        " device; both for the batch of evaluation.latency",
+        description="what `keep` is a share of; memory includes the KV cache of a decoder; latency is measured on this"
+        " device; both are for the batch of evaluation.latency",
     )
     scope: Literal["global", "local"] = Field(
-        default="global", description="rank units over all layers, or in each layer"
+        default="global", description="rank units over all layers, or within each layer"
     )
     round_to: int = Field(
-        default=1, ge=1, description="kept FFN neurons of a layer, and channels (hidden), are a multiple of this"
+        default=1, ge=1, description="keep a multiple of this many FFN neurons in each layer, and of channels (hidden)"
     )
     uniform: bool = Field(
         default=False,
-        description="the same number of heads and of neurons in every layer, such as plain transformers can load where the budget"
-        " allows",
+        description="keep the same number of heads and of neurons in every layer; plain transformers can then load the student,"
+        " if its family and the budget allow it",
     )
-    min_heads: int = Field(default=0, ge=0, description="heads (KV groups) that every remaining layer keeps at least")
-    min_neurons: int = Field(default=0, ge=0, description="FFN neurons that every remaining layer keeps at least")
+    min_heads: int = Field(default=0, ge=0, description="least number of heads (KV groups) in every layer that stays")
+    min_neurons: int = Field(default=0, ge=0, description="least number of FFN neurons in every layer that stays")
     compensate: bool = Field(
         default=True,
-        description="fold what removed units contributed into the kept columns, and what removed layers added into the FFN"
-        " before them",
+        description="let the kept columns take over what removed units contributed, and the FFN before a removed layer what that"
+        " layer added",
     )
     calibration_examples: int = Field(
         default=1024,
         ge=1,
-        description="training rows that importance is measured on; with several cuts, of each: other rows while there are"
-        " any, then the first ones again",
+        description="number of training rows that importance is measured on. Each cut gets this many: rows that no cut has used"
+        " while there are any, then the first ones again",
     )
     moment_share: float | None = Field(
         default=None,
         gt=0,
         le=1,
-        description="share of the calibration tokens, drawn at random, that compensation is fitted to (removed layers: always"
-        " all); left out: all until"
-        " there are half as many as a layer has neurons, then one in four; 1 takes half a forward pass more",
+        description="share of the calibration tokens, drawn at random, that compensation of removed units is fitted to (for"
+        " removed layers it is always all); left out: all tokens until there are half as many as a layer has neurons, then one in"
+        " four; 1 takes about half a forward pass more",
     )
     moment_layers: int | None = Field(
         default=None,
         ge=1,
-        description="layers whose second moments are held at a time, with a calibration pass for each so many, where those of all"
-        " do not fit: about 1 GB a layer of an 8B model; left out: all in the pass that measures importance, kept in its file"
-        " (what takes over removed layers has moments of its own, as large, all at once)",
+        description="number of layers whose second moments are held at a time, with a calibration pass for each such group of"
+        " layers. Set it if the moments of all layers do not fit: they take about 1 GB per layer of an 8B model. Left out: all"
+        " are collected in the pass that measures importance, and kept in its file. What takes over removed layers needs moments"
+        " of its own, of the same size, always all at once",
     )
     precision: Literal["bfloat16"] | None = Field(
-        default=None, description="run the calibration passes under autocast in this precision; sums stay in float32"
+        default=None, description="run the calibration passes under autocast in this dtype; sums stay in float32"
     )
     offload: bool = Field(
         default=False,
-        description="hold what is pruned in main memory and bring one layer at a time to the GPU for calibration, for models of"
-        " which not even the float32 weights fit there; goes with checkpointing",
+        description="keep the model in main memory and bring one layer at a time to the GPU for calibration, for models whose"
+        " float32 weights do not fit there; needs checkpointing",
     )
     checkpointing: bool = Field(
         default=False,
-        description="hold one layer's activations at a time in calibration, for models of which all do not fit, for about"
-        " one more forward pass in time",
+        description="hold the activations of one layer at a time in calibration, for models whose activations do not all fit;"
+        " costs the time of about one more forward pass",
     )
     statistics: Path | None = Field(
         default=None,
-        description="file for what round 1 measures, in place of one in its folder: used where it is of the same model"
-        " and rows, measured alike, so that another criterion or budget reads no data; else written, with gradients whatever the"
-        " criterion. Data are read again for another loss, leave_one_out, moment_layers, what takes over removed layers, and"
-        " compensation of heads and neurons, or of hidden, where the first run had no such units",
+        description="file for the statistics of round 1, in place of one in the round's folder. If it holds statistics of the"
+        " same model, rows and settings, they are used, so that another criterion or budget needs no pass over the data. If not,"
+        " it is written, with gradients whatever the criterion. A pass is still needed for another loss, for leave_one_out, for"
+        " moment_layers, for what takes over removed layers, and for compensation of heads and neurons, or of hidden, if the run"
+        " that wrote the file had no such units",
     )
     layers: list[int] | None = Field(
         default=None,
         min_length=1,
-        description="indices of the layers to keep, in place of `keep`: nothing else is removed",
+        description="indices of the layers to keep, in place of `keep`; they stay whole",
     )
 
     @property
     def criteria(self) -> set[str]:
-        """Every criterion that is asked for."""
+        """The criteria that the section names."""
         return {self.criterion, self.layer_criterion or self.criterion}
 
     def needs(self, need: Need) -> bool:
-        """Whether one of the criteria needs this of the statistics."""
+        """Whether one of the criteria needs this kind of statistics."""
         return any(need in CRITERIA[name].needs for name in self.criteria)
 
     @property
@@ -149,12 +152,12 @@ class PruningSection(Section):
 
     @property
     def folds(self) -> bool:
-        """Whether compensation needs statistics: whole layers alone leave nothing to fold into."""
+        """Whether compensation needs statistics; it does not if only whole layers go."""
         return self.compensate and self.layers is None and self.units != ["layers"]
 
     @property
     def holds_moments(self) -> bool:
-        """Whether the pass that measures importance collects the second moments of heads and neurons, of all layers at once."""
+        """Whether the pass that measures importance also collects the second moments of all heads and neurons."""
         return self.folds and self.moment_layers is None and not set(self.units) <= {"layers", "hidden"}
 
     @model_validator(mode="after")
@@ -168,14 +171,14 @@ def _contradictions(section: PruningSection) -> list[InputError]:
     units: set[str] = set(section.units)
     faults = _explicit_layers(section) if section.layers is not None else []
     if section.keep is None and section.layers is None:
-        faults.append(InputError("keep", None, "a number above 0 and at most 1 (or a list of layers in `layers`)"))
+        faults.append(InputError("keep", None, "a number above 0 and at most 1, or a list of layers in `layers`"))
     if len(units) != len(section.units):
         faults.append(InputError("units", section.units, "each unit at most once"))
     if ranks_layers_only(section.criterion) and section.units != ["layers"]:
-        accepted = f"[layers] with criterion {section.criterion} (beside other units: `layer_criterion`)"
+        accepted = f"[layers] with criterion {section.criterion} (with other units, set it as `layer_criterion`)"
         faults.append(InputError("units", section.units, accepted))
     if section.layer_criterion is not None and ("layers" not in units or units == {"layers"}):
-        fix = "leave it out: it counts only where units has layers beside others"
+        fix = "leave it out: it counts only if units has layers and other units"
         faults.append(InputError("layer_criterion", section.layer_criterion, fix=fix))
     reads_loss = section.reads_loss or section.statistics is not None
     if section.loss is not None and not reads_loss:
@@ -189,10 +192,10 @@ def _contradictions(section: PruningSection) -> list[InputError]:
     ):
         value = getattr(section, name)
         if value != PruningSection.model_fields[name].default and not units & set(wanted):
-            fix = f"leave it out: it counts only where units has {' or '.join(wanted)}"
+            fix = f"leave it out: it counts only if units has {' or '.join(wanted)}"
             faults.append(InputError(name, value, fix=fix))
     if section.moment_layers is not None and not section.folds:
-        fix = "leave it out: there are second moments only where heads, neurons or channels are compensated"
+        fix = "leave it out: only compensation of heads, neurons or channels collects second moments"
         faults.append(InputError("moment_layers", section.moment_layers, fix=fix))
     if section.offload and not section.checkpointing:
         faults.append(InputError("checkpointing", False, fix="set it to true: offload needs it"))
@@ -201,7 +204,7 @@ def _contradictions(section: PruningSection) -> list[InputError]:
             InputError("cost", "latency", "params, flops or memory with offload: latency is measured on the device")
         )
     if section.scope == "local" and not units & {"heads", "neurons", "queries", *BLOCKS}:
-        faults.append(InputError("scope", "local", "global where units is [hidden]: all layers share their channels"))
+        faults.append(InputError("scope", "local", "global with units [hidden]: all layers share their channels"))
     return faults + competing_faults(units, section.criterion, section.scope, section.uniform, section.layer_criterion)
 
 
@@ -215,7 +218,7 @@ def _explicit_layers(section: PruningSection) -> list[InputError]:
     if section.statistics is not None:
         faults.append(InputError("statistics", str(section.statistics), fix="leave it out: `layers` says what to keep"))
     if section.cost == "latency":
-        faults.append(InputError("cost", "latency", "params, flops or memory where `layers` says what to keep"))
+        faults.append(InputError("cost", "latency", "params, flops or memory, if `layers` says what to keep"))
     if min(layers) < 0 or sorted(set(layers)) != layers:
-        faults.append(InputError("layers", layers, "distinct indices of layers, counted from 0, ascending"))
+        faults.append(InputError("layers", layers, "different indices of layers, counted from 0, in ascending order"))
     return faults

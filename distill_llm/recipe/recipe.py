@@ -1,4 +1,4 @@
-"""The recipe: a YAML file that says what to make, whole and checked."""
+"""The recipe: what a YAML file says to make, read as a whole and checked."""
 
 import os
 from pathlib import Path
@@ -31,9 +31,10 @@ class Recipe(Section):
     """A whole run: `pipeline.run(recipe, output_dir)`."""
 
     description: str = Field(default="", description="one line for `distill-llm recipes`")
-    seed: int = Field(default=0, ge=0, lt=2**32, description="of data splits, training and random choices")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="seed of data splits, training and random choices")
     output_dir: Path = Field(
-        default=Path("runs/recipe"), description="the run folder; from a file: runs/NAME_OF_THE_FILE"
+        default=Path("runs/recipe"),
+        description="the run folder; for a recipe from a file, runs/NAME_OF_THE_FILE by default",
     )
     teacher: TeacherSection
     student: StudentSection | None = Field(
@@ -42,11 +43,11 @@ class Recipe(Section):
     data: DataSection
     pruning: PruningSection | None = Field(default=None, description="how the student is cut from the teacher")
     distillation: DistillationSection | None = Field(
-        default=None, description="recovery; left out: no training of the student"
+        default=None, description="recovery; left out: the student is not trained"
     )
     final: dict[str, Any] = Field(
         default_factory=dict,
-        description="TrainingArguments fields of the last recovery, over those of distillation (whose max_steps holds too)",
+        description="TrainingArguments fields that differ in the last recovery; all others are as in distillation, max_steps too",
     )
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="scoring and profiling")
     hub: HubSection | None = Field(default=None, description="push the student at the end")
@@ -63,11 +64,17 @@ class Recipe(Section):
         faults = []
         given = self.student.model if self.student else None
         if self.pruning is None and given is None:
-            faults.append(InputError("pruning", None, "a pruning section, or student.model for distillation alone"))
+            faults.append(InputError("pruning", None, "a pruning section, or a student.model to distill into"))
         if self.pruning is not None and given is not None:
-            faults.append(InputError("student.model", given, fix="remove it: pruning makes the student of the teacher"))
+            faults.append(
+                InputError(
+                    "student.model",
+                    given,
+                    fix="remove it, or the pruning section: pruning makes the student from the teacher",
+                )
+            )
         if self.student is not None and self.distillation is None:
-            faults.append(InputError("distillation", None, "a distillation section where there is a student section"))
+            faults.append(InputError("distillation", None, "a distillation section, since there is a student section"))
         if self.teacher.cache is not None:
             faults += self._cache_faults()
         elif self.teacher.quantization is not None and not (
@@ -83,7 +90,7 @@ class Recipe(Section):
     def _cache_faults(self) -> list[InputError]:
         faults, cache = [], str(self.teacher.cache)
         if self.teacher.train is not None:
-            fix = "remove it, or teacher.train: a cache is of a teacher whose training is over"
+            fix = "remove it, or remove teacher.train: a cache belongs to a teacher that is already trained"
             faults.append(InputError("teacher.cache", cache, fix=fix))
         if self.teacher.quantization is not None:
             fix = "remove it: with teacher.cache there is no teacher in memory"
@@ -93,9 +100,10 @@ class Recipe(Section):
         return faults
 
     def training(self, stage: Literal["teacher", "recovery", "final"]) -> dict[str, Any]:
-        """All TrainingArguments fields of a stage but output_dir: the recipe's, its seed, and the defaults.
+        """All TrainingArguments fields of a stage except output_dir: the recipe's, its seed, and the defaults.
 
-        `teacher`: fine-tuning of the teacher; `recovery`: after a round; `final`: that with the overrides of `final`.
+        `teacher`: fine-tuning of the teacher; `recovery`: training after a round; `final`: the last recovery, with the fields of
+        `final` in place of the same fields of `distillation`.
         Imports torch, to see whether there is an accelerator, unless the stage sets `use_cpu`.
         """
         if stage == "teacher":
@@ -129,7 +137,7 @@ def recipe_descriptions() -> dict[str, str]:
 
 
 def find_recipe(name: str) -> Path:
-    """Path of a recipe given by path or by the bare name of a shipped one; InputError where there is none."""
+    """Path of a recipe that is given by path or by the bare name of a shipped one; InputError if there is none."""
     if os.path.isfile(name):
         return Path(name)
     if name in recipe_names():
@@ -138,7 +146,7 @@ def find_recipe(name: str) -> Path:
 
 
 def parse_recipe(given: dict[str, Any]) -> Recipe:
-    """The recipe of a plain mapping; all its faults at once as InputErrors, with dotted field names."""
+    """The recipe that a plain mapping describes; raises all its faults together as InputErrors, with dotted field names."""
     try:
         return Recipe.model_validate(given)
     except ValidationError as error:
@@ -153,7 +161,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         overrides: `a.b=c` each; the value is YAML, `pruning=null` takes a section out.
 
     Raises:
-        InputError: one line per fault: field, what was given, what is accepted, the nearest name for an unknown one.
+        InputError: one line per fault: the field, what was given, what is accepted; for an unknown name, the nearest known one.
     """
     file = find_recipe(str(path))
     given = {"output_dir": f"runs/{file.stem}", **read_yaml(file)}
@@ -163,7 +171,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 
 
 def budget_batch(recipe: Recipe, decoder: bool) -> tuple[int, int]:
-    """The batch (B, T) that costs are counted or measured for; with cost memory it is empty unless a decoder holds its cache."""
+    """The batch (B, T) that costs are counted or measured for. With cost memory, B is 0 unless a decoder holds a KV cache."""
     latency, cost = recipe.evaluation.latency, recipe.pruning.cost if recipe.pruning else "params"
     held = decoder or cost != "memory"
     return latency.batch_size if held else 0, latency.sequence_length

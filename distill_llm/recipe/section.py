@@ -13,7 +13,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_word_for_a_number(cls, given: Any, field: ValidationInfo) -> Any:
-        """Pydantic takes true for 1; as a word it is refused like any other."""
+        """Pydantic would read true as 1. As the word "true" it is refused like any other word."""
         types = _types(cls.model_fields[field.field_name or ""].annotation)
         return str(given).lower() if isinstance(given, bool) and types & {int, float} and bool not in types else given
 

@@ -1,4 +1,4 @@
-"""The sections of a recipe but pruning: the one place for the names, defaults and meanings of their fields."""
+"""The sections of a recipe, except pruning: the one place for the names, defaults and meanings of their fields."""
 
 import os
 from pathlib import Path
@@ -37,21 +37,22 @@ class TeacherSection(Section):
     model: str = Field(min_length=1, description="Hub id, folder, GGUF file, or package://PACKAGE/PATH")
     train: dict[str, Any] | None = Field(
         default=None,
-        description="TrainingArguments fields; given, the teacher is first fine-tuned on the task: with its own head where that"
+        description="TrainingArguments fields. If given, the teacher is first fine-tuned on the task, with its own head if that"
         " has the task's classes, else with a new one",
     )
     dtype: Literal["float32", "bfloat16"] | None = Field(
         default=None,
-        description="precision of the teacher's weights while a student learns; left out: as the student is trained. It is"
-        " scored and measured in the dtype of its checkpoint whatever this says",
+        description="dtype of the teacher's weights while a student learns; left out: the student's. This does not change how"
+        " the teacher is scored and measured: always in the dtype of its checkpoint",
     )
     quantization: Literal["8bit", "4bit"] | None = Field(
         default=None,
-        description="hold the teacher's weights in fewer bits while a student learns (bitsandbytes); pruned, scored and"
-        " measured is the checkpoint itself",
+        description="hold the teacher's weights in fewer bits while a student learns (bitsandbytes); pruning, scores and"
+        " measurements use the checkpoint itself",
     )
     cache: Path | None = Field(
-        default=None, description="folder that `distill-llm cache` wrote: learn from it, with no teacher in memory"
+        default=None,
+        description="folder that `distill-llm cache` wrote; the student learns from it, with no teacher in memory",
     )
 
     _check_train = field_validator("train")(training_fields)
@@ -63,7 +64,7 @@ class TeacherSection(Section):
 
 
 class StudentSection(Section):
-    """The student: one that exists already (any smaller model with the teacher's tokenizer), or how it learns."""
+    """An existing student (any smaller model with the teacher's tokenizer), or LoRA settings."""
 
     model: str | None = Field(
         default=None,
@@ -71,7 +72,8 @@ class StudentSection(Section):
         description="Hub id, folder, GGUF file, or package://PACKAGE/PATH; left out: the pruned teacher",
     )
     peft: dict[str, Any] | None = Field(
-        default=None, description="fields of peft's LoraConfig: only adapters learn, merged into the weights when saved"
+        default=None,
+        description="fields of peft's LoraConfig: only adapters learn, and are merged into the weights when the student is saved",
     )
 
     @field_validator("peft")
@@ -87,38 +89,44 @@ class ColumnsSection(Section):
     text_pair: str | None = Field(default=None, description="column with the second text of a pair")
     label: str | None = Field(default=None, description="column with the class or the number")
     prompt: str | None = Field(default=None, description="column with the prompt")
-    response: str | None = Field(default=None, description="column with the response to learn")
+    response: str | None = Field(default=None, description="column with the response that the student learns")
     messages: str | None = Field(default=None, description="column with chats, in place of prompt and response")
 
 
 class DataSection(Section):
     """The task and where its data are."""
 
-    task: str = Field(description="a GLUE name, embedded, text, prompts, classification or regression")
+    task: str = Field(
+        description="a GLUE task (sst2, mrpc, ...), embedded, text, prompts, classification or regression"
+    )
     path: str | None = Field(
         default=None, description="folder, file, Hub id or package://PACKAGE/PATH; GLUE: nyu-mll/glue"
     )
     columns: ColumnsSection | None = Field(default=None, description="column names of the user's own data")
-    max_length: int = Field(default=128, ge=8, description="tokens an example is cut to")
+    max_length: int = Field(default=128, ge=8, description="number of tokens that an example is cut to")
     join_rows: bool = Field(
         default=False,
-        description="text: rows are lines of longer documents, as WikiText's are: 1,000 at a time are joined by blank lines,"
-        " else each is a document, which begins and ends with special tokens",
+        description="for text: the rows are lines of longer documents, as WikiText's are, so 1,000 at a time are joined by"
+        " blank lines. Otherwise each row is a document, which begins and ends with special tokens",
     )
-    packing: bool = Field(default=False, description="prompts: short training examples share rows of max_length")
+    packing: bool = Field(
+        default=False, description="for prompts: short training examples share rows of max_length tokens"
+    )
     chat: bool = Field(
         default=False,
-        description="prompts: ask and answer in the words of the tokenizer's chat template, as a user asks",
+        description="for prompts: put prompts and responses into the tokenizer's chat template, as turns of user and assistant",
     )
     chat_template_kwargs: dict[str, JsonValue] = Field(
-        default={}, description="what the chat template is given beside the chats, such as {enable_thinking: false}"
+        default={}, description="further arguments of the chat template, for example {enable_thinking: false}"
     )
-    train_examples: int | None = Field(default=None, ge=1, description="training rows to use; all where left out")
-    holdout_examples: int = Field(default=0, ge=0, description="training rows kept aside for choices, never trained on")
+    train_examples: int | None = Field(default=None, ge=1, description="number of training rows to use; left out: all")
+    holdout_examples: int = Field(
+        default=0, ge=0, description="number of training rows kept aside to choose settings with; never trained on"
+    )
 
 
 class DistillationSection(Section):
-    """Recovery after each round: what is learnt from the teacher, and any TrainingArguments field beside it."""
+    """Recovery after each round: the losses, and any field of TrainingArguments."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -149,23 +157,23 @@ class DistillationSection(Section):
 class LatencySection(Section):
     """The batch that latency, memory and FLOPs are measured on."""
 
-    batch_size: int = Field(default=32, ge=1, description="examples in the batch")
-    sequence_length: int = Field(default=64, ge=1, description="tokens of each example")
+    batch_size: int = Field(default=32, ge=1, description="number of examples in the batch")
+    sequence_length: int = Field(default=64, ge=1, description="number of tokens in each example")
 
 
 class EvaluationSection(Section):
     """How models are scored and profiled."""
 
-    batch_size: int = Field(default=64, ge=1, description="examples at once when scoring")
+    batch_size: int = Field(default=64, ge=1, description="number of examples at once in scoring")
     metric: str | None = Field(
         default=None,
         min_length=1,
-        description="the main metric, by default the task's own; classification: accuracy, f1 or matthews_correlation;"
-        " regression: spearmanr or pearsonr; prompts: perplexity of the data's responses, or of generated ones exact_match,"
-        " final_answer (after the last ####, else the last number), or NAME or NAME:VALUE of a metric of evaluate, such as"
-        " rouge:rougeL, which brings packages of its own",
+        description="the main metric; left out: the task's own. Classification: accuracy, f1 or matthews_correlation."
+        " Regression: spearmanr or pearsonr. Prompts: perplexity of the data's responses; or, for generated responses,"
+        " exact_match, final_answer (what follows the last ####, else the last number), or a metric of the library evaluate as"
+        " NAME or NAME:VALUE, for example rouge:rougeL, which may need further packages",
     )
-    max_new_tokens: int = Field(default=64, ge=1, description="most tokens of a generated response")
+    max_new_tokens: int = Field(default=64, ge=1, description="largest number of tokens in a generated response")
     latency: LatencySection = Field(default_factory=LatencySection, description="the batch that is timed")
 
 
@@ -173,4 +181,4 @@ class HubSection(Section):
     """Where to push the student when the run has ended."""
 
     repo_id: str = Field(pattern=r"^[\w.-]+/[\w.-]+$", description="USER_OR_ORGANISATION/NAME")
-    private: bool = Field(default=False, description="whether a new repository is private")
+    private: bool = Field(default=False, description="make a new repository private")

@@ -1,4 +1,4 @@
-"""The TrainingArguments fields of a recipe: names and values checked at once, without torch, and this project's defaults."""
+"""The TrainingArguments fields of a recipe, checked without torch, and this project's defaults for them."""
 
 import ast
 from collections.abc import Mapping
@@ -19,16 +19,16 @@ RESERVED = {
     "do_train": "remove it: the run decides which stage trains",
     "do_eval": "remove it: every stage is evaluated",
     "do_predict": "remove it: every stage is evaluated",
-    "resume_from_checkpoint": "remove it: the same command again goes on where it stopped",
+    "resume_from_checkpoint": "remove it: the same command, run again, continues where it stopped",
     "push_to_hub": "add a hub section, or use `distill-llm push`",
     "hub_model_id": "set hub.repo_id",
     "hub_private_repo": "set hub.private",
-    "hub_token": "remove it: the token is that of `hf auth login`, never one in a recipe",
+    "hub_token": "remove it: a token does not belong in a recipe; log in with `hf auth login`",
     "local_rank": "remove it: `accelerate launch` sets it",
-    "ignore_data_skip": "remove it: a stopped run goes on with the rows that it had not seen",
-    "save_only_model": "remove it: a stopped run goes on from the optimizer's state too",
+    "ignore_data_skip": "remove it: a stopped run continues with the rows that it has not seen",
+    "save_only_model": "remove it: a stopped run also needs the optimizer's state to continue",
 }
-"""Fields that a recipe may not set where others of TrainingArguments stand, and what to do instead."""
+"""Fields of TrainingArguments that a recipe may not set, and what to do instead."""
 
 RENAMED = {
     "group_by_length": "write train_sampling_strategy: group_by_length",
@@ -51,18 +51,18 @@ MINIMUM = {
     "num_train_epochs": 0,
     "save_total_limit": 2,
 }
-"""Smallest value that makes sense, where a smaller one would fail late, train nonsense or leave nothing to resume from."""
+"""Smallest sensible values. A smaller one would fail late, train nonsense or leave no checkpoint to resume from."""
 
 TRAINING_DEFAULTS: dict[str, Any] = {
     "report_to": "none",
     "save_strategy": "steps",
-    "save_steps": 0.25,  # a share of the steps: four checkpoints to resume from
+    "save_steps": 0.25,  # a share of all steps: four checkpoints in a training
     "save_total_limit": 2,
     "logging_steps": 0.05,
     "eval_strategy": "no",
     "ddp_timeout": 86400,  # seconds: the other processes wait while the first one prunes
 }
-"""What a stage is trained with where the recipe says nothing."""
+"""What a stage is trained with if the recipe does not say otherwise."""
 
 NOUNS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 TYPES: dict[str, type] = {"int": int, "float": float, "bool": bool, "str": str}
@@ -99,7 +99,7 @@ def check_training_fields(
 
     Args:
         given: field name to value, as read from YAML.
-        also: other names that are known where these fields stand (for the suggestion of the nearest).
+        also: other names that are known in the same section, to suggest the nearest one from.
 
     Returns:
         The fields with their values converted (text such as `5e-5` to a number), and one InputError per fault.
@@ -124,9 +124,9 @@ def check_training_fields(
 
 
 def _convert(name: str, value: Any, types: tuple[str, ...]) -> Any:
-    """`value` as the first plain type of the field it fits, or unchanged where the annotation has other types too."""
+    """`value` as the first plain type of the field that it fits; unchanged if the annotation also has other types."""
     if value is False and name.endswith("_strategy"):
-        value = "no"  # which YAML 1.1 takes for false
+        value = "no"  # YAML 1.1 reads a bare no as false
     given, plain = value, [kind for kind in types if kind in TYPES]
     if value is None and "None" in types:
         return None
@@ -150,12 +150,12 @@ def _convert(name: str, value: Any, types: tuple[str, ...]) -> Any:
     if name == "label_smoothing_factor" and value >= 1:
         raise InputError(name, given, "a number of at least 0 and below 1")
     if name == "max_steps" and value < 1 and value != -1:
-        raise InputError(name, given, "a whole number of at least 1, or -1 for no bound")
+        raise InputError(name, given, "a whole number of at least 1, or -1 for no limit")
     return value
 
 
 def with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The checked fields of a stage with this project's defaults where they say nothing.
+    """The checked fields of a stage, with this project's defaults for the fields that are not given.
 
     `use_cpu` is true where torch finds no accelerator. With `load_best_model_at_end`, checkpoints are saved whenever the
     model is evaluated, unless `save_strategy` or `save_steps` is given.

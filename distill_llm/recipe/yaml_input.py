@@ -1,4 +1,4 @@
-"""YAML from people: duplicate keys, broken syntax and non-mappings give one clear line; `a.b=c` overrides."""
+"""YAML that people wrote: each duplicate key, syntax error or non-mapping becomes one clear line. Also `a.b=c` overrides."""
 
 import re
 from collections.abc import Hashable
@@ -11,10 +11,10 @@ from distill_llm.common.errors import InputError
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, with duplicate keys refused and `5e-5` a number (YAML 1.1 takes it for text)."""
+    """The safe loader, but duplicate keys are refused, and `5e-5` is a number (YAML 1.1 reads it as text)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """As the safe loader's, once no key of `node` stands twice."""
+        """As the safe loader does it, after a check that no key of `node` stands twice."""
         seen: dict[str, int] = {}
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             line = key.start_mark.line + 1
@@ -32,7 +32,7 @@ _Loader.add_implicit_resolver(
 
 
 def _parse(text: str, field: str) -> Any:
-    """The value of YAML `text`; InputError naming `field` and the place of the fault."""
+    """The value of the YAML `text`. An InputError names `field` and the line of the fault."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
@@ -45,7 +45,7 @@ def _parse(text: str, field: str) -> Any:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; InputError where it cannot be read or is not a mapping of names."""
+    """The mapping in a YAML file; InputError if the file cannot be read or holds something else."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -57,7 +57,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_mapping(text: str | None, field: str) -> dict[str, Any]:
-    """The mapping of names that an option holds as YAML, empty for None; InputError naming `field` where it is none."""
+    """The mapping that an option holds as YAML; empty for None. InputError, naming `field`, if it is no mapping."""
     given = {} if text is None else _parse(text, field)
     if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
         raise InputError(field, text, "a mapping of names to values: '{NAME: VALUE}'")
@@ -65,17 +65,19 @@ def read_mapping(text: str | None, field: str) -> dict[str, Any]:
 
 
 def override(given: dict[str, Any], text: str) -> None:
-    """Set a value in a nested mapping, in place, from `a.b=c` (c is YAML); missing mappings are made."""
+    """Set a value in a nested mapping, in place, from `a.b=c` (c is YAML); missing mappings are added."""
     path, equals, value = text.partition("=")
     names = path.strip().split(".")
     if not equals or not all(names):
-        raise InputError("--set", text, "NAME.NAME=VALUE, such as pruning.keep=0.4")
+        raise InputError("--set", text, "NAME.NAME=VALUE, for example pruning.keep=0.4")
     inner = given
     for depth, name in enumerate(names[:-1]):
         below = inner.get(name)
         if below is None:
             below = inner[name] = {}
         if not isinstance(below, dict):
-            raise InputError("--set", text, f"a name inside a mapping ({'.'.join(names[: depth + 1])} is {below!r})")
+            raise InputError(
+                "--set", text, f"a field inside a section ({'.'.join(names[: depth + 1])} is {below!r}, not a section)"
+            )
         inner = below
     inner[names[-1]] = _parse(value, f"--set {path}")

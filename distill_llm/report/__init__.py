@@ -1,4 +1,4 @@
-"""What a run leaves for people: the report with its figures, and the student's model card.
+"""The report of a run with its figures, and the student's model card.
 
 May import: common, architectures, data, models, pruning.
 """

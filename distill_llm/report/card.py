@@ -1,4 +1,4 @@
-"""The student's model card: a README.md that the Hub renders, with the metadata it indexes."""
+"""The student's model card: a README.md that the Hub shows, with the metadata that the Hub indexes."""
 
 import json
 from collections.abc import Mapping
@@ -16,14 +16,14 @@ from distill_llm.report.tables import results_table, rounds_table
 from distill_llm.report.usage import kind_of_student, needs_code, read_config, snippet
 
 NO_PATHS = ("description", "hub")
-"""Parts of a recipe that are shown as they are: prose, and the name of a repository."""
+"""Parts of a recipe that hold no paths: prose, and the name of a repository."""
 
 
 def write_card(student_dir: str | Path, metrics: Mapping[str, Any], recipe_yaml: str) -> Path:
     """Write README.md into the student's folder and, beside it, its evaluation results as `metrics.json`.
 
-    The metadata names library, base model (if the teacher is one of the Hub's), task, data and score (`model-index`).
-    Both files are pushed with the student, so only the last part of a local path is written.
+    The metadata names library, base model (if the teacher is on the Hub), task, data and score (`model-index`).
+    Both files are pushed with the student, so they show only the last part of a local path.
     The code in the card loads the student from a placeholder, which `distill_llm.report.hub.push` replaces.
 
     Args:
@@ -82,10 +82,10 @@ def _tags(metrics: Mapping[str, Any]) -> list[str]:
 
 def _body(student_dir: Path, metrics: Mapping[str, Any], recipe_yaml: str) -> str:
     trust = (
-        "Its layers have sizes that a stock configuration cannot express. The Python files in this repository build them,"
-        " which is why `trust_remote_code=True` is needed. Nothing else has to be installed."
+        "Its layers have sizes that a stock configuration cannot express. The Python files in this repository build them, so"
+        " loading needs `trust_remote_code=True`. Only torch and transformers have to be installed."
         if needs_code(read_config(student_dir))
-        else "It is a stock transformers model."
+        else "This is a stock transformers model."
     )
     rounds = rounds_table(metrics)
     parts = [
@@ -99,7 +99,7 @@ def _body(student_dir: Path, metrics: Mapping[str, Any], recipe_yaml: str) -> st
         notes(metrics),
         "## How it was made",
         f"Teacher: `{_shown(str(metrics['teacher_model']))}`."
-        " The licence and the limits of the teacher and of its data apply.",
+        " The licence and the limitations of the teacher and of its data apply.",
         rounds.rstrip(),
         f"<details>\n<summary>The recipe</summary>\n\n```yaml\n{_shown_recipe(recipe_yaml).rstrip()}\n```\n\n</details>",
         provenance(metrics),
@@ -118,13 +118,13 @@ def _on_the_hub(model: str) -> bool:
 
 
 def _shown(name: str) -> str:
-    """The name of a model or data set; of a local path only the last part, since the rest means nothing elsewhere."""
-    known = "://" in name or _on_the_hub(name.partition(":")[0])  # behind a colon: a data set's configuration
+    """The name of a model or data set. Of a local path only the last part: the rest means nothing on other machines."""
+    known = "://" in name or _on_the_hub(name.partition(":")[0])  # after a colon comes the data set's configuration
     return name if known else name.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _shown_recipe(recipe_yaml: str) -> str:
-    """The recipe with the last parts of its local paths."""
+    """The recipe, its local paths cut to their last parts."""
     recipe = yaml.safe_load(recipe_yaml)
     shown = {name: part if name in NO_PATHS else _shown_values(part) for name, part in recipe.items()}
     return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)

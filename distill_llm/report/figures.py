@@ -1,4 +1,4 @@
-"""The two figures of a run: the score over its rounds, and what every layer keeps."""
+"""The two figures of a run: the score over the rounds, and how many units every layer keeps."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +17,7 @@ UNITS = {"heads": "#1f7a8c", "queries": "#e0a030", "neurons": "#c8553d"}
 
 
 def score_figure(metrics: Mapping[str, Any], path: Path) -> Path | None:
-    """Draw the score after every stage of every round, with the teacher's as a line; saved as PNG at `path`.
+    """Draw the score after every stage of every round, and the teacher's as a line; save it as PNG at `path`.
 
     For a run without rounds, draws nothing and returns None.
     """
@@ -54,7 +54,7 @@ def score_figure(metrics: Mapping[str, Any], path: Path) -> Path | None:
             _label(axes, f"{y:.3f}", x, y)
     axes.set_xticks(range(len(rounds)), [_round_label(n, each) for n, each in enumerate(rounds, 1)])
     if rounds[0].get("layer_params_kept") is not None:
-        axes.set_xlabel("parameters of the layers kept", color=MUTED, fontsize=9)
+        axes.set_xlabel("share of the layers' parameters kept", color=MUTED, fontsize=9)
     axes.set_xlim(-0.6, len(rounds) - 0.4)
     scores = [teacher, *(y for _, y, _ in points)]
     room = max(max(scores) - min(scores), 0.005)
@@ -67,11 +67,11 @@ def score_figure(metrics: Mapping[str, Any], path: Path) -> Path | None:
 
 
 def kept_figure(metrics: Mapping[str, Any], path: Path) -> Path | None:
-    """Draw the kept heads and FFN neurons of every layer of the teacher over the original ones; saved as PNG at `path`.
+    """Draw the kept heads and FFN neurons of every layer of the teacher over the original ones; save it as PNG at `path`.
 
-    Where queries share keys and values, heads are KV groups, and query heads get bars of their own. A removed layer, one that
-    `plan_layers` does not list, gets an empty bar; so does a removed attention or FFN. A line of text gives the kept channels of
-    the residual stream (`plan_hidden`). For a run without a plan, draws nothing and returns None.
+    Where queries share keys and values, heads are KV groups, and query heads get bars of their own. A removed layer (one that
+    `plan_layers` does not list) gets an empty bar; so does a removed attention or FFN. A line of text gives the number of kept
+    channels of the residual stream (`plan_hidden`). For a run without a plan, draws nothing and returns None.
     """
     kept = {layer["source"]: layer for layer in metrics.get("plan_layers") or []}
     if not kept:

@@ -26,17 +26,17 @@ def push(student_dir: str | Path, repo_id: str, private: bool = False, token: st
     and optimizer states are left out.
 
     Args:
-        student_dir: a folder with a saved model, such as `student/` of a run.
+        student_dir: a folder with a saved model, for example `student/` of a run.
         repo_id: `name` or `owner/name`.
         private: make the repository private when it is created.
-        token: a token with write access; None takes the one of `hf auth login` or the variable HF_TOKEN.
+        token: a token with write access; None: the one of `hf auth login` or of the variable HF_TOKEN.
 
     Returns:
         The address of the repository.
 
     Raises:
-        InputError: no model in the folder, a name the Hub does not take, no token or not enough rights, the Hub
-            switched off or out of reach.
+        InputError: the folder holds no model, the Hub does not accept the name, the token is missing or may not write, or
+            the Hub is switched off or cannot be reached.
     """
     student_dir = Path(student_dir)
     read_config(student_dir)
@@ -58,20 +58,20 @@ def push(student_dir: str | Path, repo_id: str, private: bool = False, token: st
     except LocalTokenNotFoundError as error:
         raise InputError("token", None, "a token with write access (`hf auth login`, or HF_TOKEN)") from error
     except HfHubHTTPError as error:
-        accepted = f"a repository that the Hub takes ({first_line(error)})"
+        accepted = f"a repository that the Hub accepts ({first_line(error)})"
         if error.response is not None and error.response.status_code in (401, 403):
             accepted = "a repository that the token of `hf auth login` or HF_TOKEN may write to"
         raise InputError("repo_id", repo_id, accepted) from error
     except Exception as error:
         if not type(error).__module__.startswith("httpx"):  # httpx or httpx2, by the version of huggingface_hub
             raise
-        accepted = f"a repository on a Hub that can be reached ({first_line(error)}); push again when it can"
+        accepted = f"a Hub that can be reached ({first_line(error)}); push again when it is back"
         raise InputError("repo_id", repo_id, accepted) from error
     return str(repo)
 
 
 def check_push(repo_id: str, field: str) -> None:
-    """Check a push before there is anything to push: the name, the token, and that the Hub is not switched off.
+    """Check, before a run, what its push will need: a valid name, a token, and a Hub that is not switched off.
 
     Raises:
         InputError: naming `field`.

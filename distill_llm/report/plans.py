@@ -1,4 +1,4 @@
-"""What a plan keeps of every layer, as rows for metrics.json, as a table for the terminal and as a picture."""
+"""What a plan keeps of every layer: as rows for metrics.json, as a table for the terminal, and as a figure."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,18 +15,20 @@ from distill_llm.report.tables import MISSING, percent
 
 
 def kept_by(plan: PruningPlan, model: PreTrainedModel) -> list[dict[str, int]]:
-    """What a plan keeps of every layer of `model` that stays: `source`, `heads`, `neurons`; with `_of` behind, how many it has.
+    """What a plan keeps of every layer of `model` that stays: `source`, `heads` of `heads_of`, `neurons` of `neurons_of`.
 
-    Where queries share keys and values, heads are KV groups, and there are `queries` and `queries_of`.
+    Where queries share keys and values, heads are KV groups, and `queries` and `queries_of` are added.
     """
     counts = counts_of(model)
     return _rows([(row.source, row.counts(counts[row.source])) for row in plan.layers], counts)
 
 
 def kept_of(student: PreTrainedModel, teacher: PreTrainedModel) -> tuple[list[dict[str, int]], dict[str, int] | None]:
-    """As `kept_by`, of a student that was pruned from `teacher` (as that is now); and its channels, where some are gone.
+    """As `kept_by`, but of a student that was pruned from `teacher`, compared with the teacher as it is now.
 
-    The channels of the residual stream as `kept` and `of`. ([], None) where the student was not pruned.
+    Returns:
+        The rows; and the channels of the residual stream as `kept` and `of`, None if all stay. ([], None) for a student that
+        was not pruned.
     """
     if lineage_of(student) is None or student.config.model_type != teacher.config.model_type:
         return [], None
@@ -47,17 +49,17 @@ def _rows(kept: Iterable[tuple[int, Counts]], counts: Sequence[Counts]) -> list[
 
 
 def _kinds(counts: Sequence[Counts]) -> list[str]:
-    """Kinds of units to tell of: queries only where they share keys and values."""
+    """Kinds of units to show: queries only where they share keys and values."""
     grouped = any(each["queries"] != each["heads"] for each in counts)
     return ["heads", "queries", "neurons"] if grouped else ["heads", "neurons"]
 
 
 def plan_table(plan: PruningPlan, model: PreTrainedModel, title: str = "plan") -> Table:
-    """Per layer of `model`: heads, queries of shared groups, and neurons kept of how many, and the share of its parameters."""
+    """A row per layer of `model`: kept and all heads, queries (if they share keys) and neurons, and the share of parameters."""
     counts, costs = counts_of(model), unit_costs(model)
     kept = {row.source: row.counts(counts[row.source]) for row in plan.layers}
     width = costs.hidden if plan.hidden is None else len(plan.hidden)
-    caption = None if width == costs.hidden else f"{width} of {costs.hidden} channels of the residual stream"
+    caption = None if width == costs.hidden else f"{width} of {costs.hidden} channels of the residual stream kept"
     caption = "; ".join(part for part in (caption, plan.note) if part) or None
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", show_footer=True)
     kinds = _kinds(counts)
@@ -77,7 +79,7 @@ def plan_table(plan: PruningPlan, model: PreTrainedModel, title: str = "plan") -
 
 
 def plan_figure(plan: PruningPlan, model: PreTrainedModel, path: Path) -> Path:
-    """Draw what a plan keeps of every layer of `model`; saved as PNG at `path`."""
+    """Draw what a plan keeps of every layer of `model`; save it as PNG at `path`."""
     hidden = None if plan.hidden is None else {"kept": len(plan.hidden), "of": hidden_size(model)}
     record = {"plan_layers": kept_by(plan, model), "plan_hidden": hidden, "teacher": {"layers": len(counts_of(model))}}
     found = kept_figure(record, path)

@@ -1,4 +1,4 @@
-"""report.md of a run: the result in one table, its figures, and how to load the student."""
+"""report.md of a run: the result as a table, the figures, and how to load the student."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,7 +43,7 @@ def write_report(run_dir: str | Path, metrics: Mapping[str, Any]) -> Path:
     if scores:
         parts.append("![Score after every stage of every round](figures/scores.png)")
     if kept:
-        parts += ["## What is kept of each layer", "![Kept heads and neurons of each layer](figures/kept.png)"]
+        parts += ["## What is kept in each layer", "![Kept heads and neurons of each layer](figures/kept.png)"]
     parts += ["## Load the student", f"From this folder:\n\n```python\n{usage}```", provenance(metrics)]
     path = run_dir / "report.md"
     path.write_text("\n\n".join(part for part in parts if part) + "\n")
@@ -69,11 +69,11 @@ def summary(metrics: Mapping[str, Any]) -> str:
     student, parts = metrics["student"], []
     if not metrics.get("higher_is_better", True):
         scores = [f"{metrics[side]['score']:.4g}" for side in ("student", "teacher")]
-        parts.append(f"has a {metrics['metric']} of {scores[0]} where its teacher has {scores[1]}")
+        parts.append(f"has a {metrics['metric']} of {scores[0]} (teacher: {scores[1]})")
     elif metrics.get("retention") is not None:
         parts.append(f"keeps {percent(metrics['retention'])} of its teacher's {metrics['metric']}")
     if metrics.get("layer_params_kept") is not None:
-        parts.append(f"has {percent(metrics['layer_params_kept'])} of the parameters of its layers")
+        parts.append(f"has {percent(metrics['layer_params_kept'])} of the parameters of its teacher's layers")
     if metrics.get("speedup") is not None:
         parts.append(f"runs {metrics['speedup']:.2f} times as fast")
     joined = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}" if parts else ""
@@ -81,16 +81,16 @@ def summary(metrics: Mapping[str, Any]) -> str:
 
 
 def notes(metrics: Mapping[str, Any]) -> str:
-    """How to read the results table."""
+    """What was measured, and how to read the results table."""
     lines = [latency_note(metrics), dtype_note(metrics)]
     if len(columns(metrics)) > 2:
-        last = ", that of the last round" if len(metrics["rounds"]) > 1 else ""
-        lines.append(f"The columns after the teacher share one architecture{last}; its costs were measured once.")
+        last = " of the last round" if len(metrics["rounds"]) > 1 else ""
+        lines.append(f"The columns after the teacher share one architecture{last}, so its costs were measured once.")
     return " ".join(line for line in lines if line)
 
 
 def provenance(metrics: Mapping[str, Any]) -> str:
-    """One sentence with the library versions and the time of the run, if metrics has them."""
+    """One sentence with the versions of libraries and the time of the run; empty if `metrics` has neither."""
     versions = ", ".join(f"{name} {version}" for name, version in (metrics.get("versions") or {}).items())
     made = f"Made with {versions}" if versions else ""
     took = f"the run took {duration(metrics['seconds'])}" if metrics.get("seconds") is not None else ""

@@ -1,4 +1,4 @@
-"""The tables of a report in Markdown, made from the mapping that `metrics.json` holds."""
+"""The tables of a report in Markdown, made from what `metrics.json` holds."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ MISSING = "–"
 def retention(score: float, teacher_score: float, higher_is_better: bool = True) -> float | None:
     """How much of the teacher's score a student keeps: student / teacher, or teacher / student where lower is better.
 
-    None if the score to divide by is zero or below: the ratio would mean nothing.
+    None if the divisor is not above zero: the ratio would mean nothing.
     """
     part, whole = (score, teacher_score) if higher_is_better else (teacher_score, score)
     return part / whole if whole > 0 else None
@@ -26,10 +26,10 @@ class Column:
 
 
 def columns(metrics: Mapping[str, Any]) -> list[Column]:
-    """The models of a run in order: the teacher, then the pruned, compensated and recovered student, those that exist.
+    """The models of a run in order: the teacher, then the student as pruned, compensated and recovered, as far as these exist.
 
-    Pruned and compensated are of the last round. They have the same layers as the final student, hence the same costs. A student
-    that was never pruned has one column, `student`.
+    The pruned and the compensated model are those of the last round. They have the same layers as the final student, and so the
+    same costs. A student that was never pruned has one column, `student`.
     """
     student, rounds = metrics["student"], metrics.get("rounds") or []
     found = [Column("teacher", metrics["teacher"]["score"], metrics["teacher"])]
@@ -89,20 +89,20 @@ def rounds_table(metrics: Mapping[str, Any]) -> str:
 
 
 def latency_note(metrics: Mapping[str, Any]) -> str:
-    """One sentence: the device, the batch that was timed, and how the speed-up was measured."""
+    """The device, the batch that was timed, and how the speed-up was measured."""
     size = metrics.get("latency") or {}
     batch = f" on batches of {size['batch_size']} x {size['sequence_length']} tokens" if size else ""
-    paired = " Speed-up: median of paired ratios (smallest–largest), teacher and student timed in turn."
+    paired = " Speed-up: teacher and student were timed in turn; median of the ratios (smallest–largest)."
     return f"Measured on {metrics['device']}{batch}.{paired if metrics.get('speedup') is not None else ''}"
 
 
 def dtype_note(metrics: Mapping[str, Any]) -> str:
-    """One sentence with the dtypes that teacher and student were scored and measured in; empty if unknown."""
+    """One sentence with the dtypes in which teacher and student were scored and measured; empty if unknown."""
     teacher, student = (metrics[side].get("dtype") for side in ("teacher", "student"))
     if teacher is None or student is None:
         return ""
     held = student if student == teacher else f"{teacher} (teacher) and {student} (student)"
-    return f"Scores and costs are of weights in {held}."
+    return f"Models were scored and measured with weights in {held}."
 
 
 def markdown_table(head: Iterable[str], body: Iterable[Iterable[str]]) -> str:

@@ -1,4 +1,4 @@
-"""How to load a student, as Python that can be pasted; read from the student's own config.json."""
+"""Python code that loads a student, made from the student's own config.json."""
 
 import json
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ def read_config(student_dir: str | Path) -> dict[str, Any]:
         InputError: the folder holds no config.json, or it is not JSON.
     """
     path = Path(student_dir) / "config.json"
-    accepted = "a folder with a model: config.json and its weights, such as student/ of a run"
+    accepted = "a folder with a model: config.json and weights, for example student/ of a run"
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -27,7 +27,7 @@ def kind_of_student(config: Mapping[str, Any]) -> TaskKind:
     """The kind of task that the student has a head for, by its config.json.
 
     Raises:
-        InputError: it has none of a known kind.
+        InputError: its head is of no known kind.
     """
     classes = config.get("architectures") or []
     kind = kind_of_head(classes)
@@ -38,12 +38,12 @@ def kind_of_student(config: Mapping[str, Any]) -> TaskKind:
 
 
 def needs_code(config: Mapping[str, Any]) -> bool:
-    """Whether the checkpoint carries its own modelling file, to be run with `trust_remote_code=True`."""
+    """Whether the checkpoint has code of its own, which needs `trust_remote_code=True`."""
     return bool(config.get("auto_map"))
 
 
 def loading(student_dir: str | Path) -> str:
-    """One line that says how the student loads, and why so."""
+    """One line that says how the student loads, and why."""
     config = read_config(student_dir)
     why = "a stock transformers model"
     if needs_code(config):
@@ -62,7 +62,7 @@ def _why_not_stock(student_dir: str | Path, config: dict[str, Any]) -> str:
     stock = kind_of_student(config).stock_class(own)
     with torch.device("meta"):
         reason = why_not_stock(pruned_class(stock)(own))
-    return reason or "its sizes are said in a config of its own"
+    return reason or "its sizes are in a config of its own"
 
 
 def snippet(student_dir: str | Path, model_id: str) -> str:
@@ -83,6 +83,6 @@ def snippet(student_dir: str | Path, model_id: str) -> str:
 
 
 def _call(config: dict[str, Any], model_id: str) -> str:
-    """The expression that loads a model with this config; `model_id` as Python says it."""
+    """The expression that loads a model with this config. `model_id` is a Python expression."""
     trust = ", trust_remote_code=True" if needs_code(config) else ""
     return f"{kind_of_student(config).auto_class}.from_pretrained({model_id}{trust})"

@@ -67,12 +67,14 @@ class ResponseFolder:
         old, new = about["settings"], self.begun["settings"]
         free = () if any((self.folder / SHARDS).glob("*.jsonl")) else CUT
         faults = [
-            InputError(name, new[name], f"{old.get(name)!r}, as {self.folder} was begun with, or another output folder")
+            InputError(
+                name, new[name], f"{old.get(name)!r}, with which {self.folder} was begun, or another output folder"
+            )
             for name in new
             if old.get(name) != new[name] and name not in free
         ]
         faults += [
-            InputError(name, "another one", f"the {name} that {self.folder} was begun with, or another output folder")
+            InputError(name, "another one", f"the {name} with which {self.folder} was begun, or another output folder")
             for name in FINGERPRINTS
             if about["fingerprints"][name] != self.begun["fingerprints"][name]
         ]

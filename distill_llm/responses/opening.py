@@ -89,7 +89,7 @@ def _opened(teacher: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
         check_head(opened, prompts_task())
         return opened
     if tokenizer is None:
-        raise InputError("tokenizer", None, "the tokenizer of the teacher, which is given as model")
+        raise InputError("tokenizer", None, "the teacher's tokenizer, because the teacher is given as a model")
     if teacher.config.is_encoder_decoder or not teacher.can_generate():
         raise InputError("teacher", type(teacher).__name__, "a causal LM, which can generate")
     name = str(teacher.config.name_or_path) or type(teacher).__name__
@@ -102,7 +102,7 @@ def _dtype(teacher: str | PreTrainedModel, given: str | None, device: torch.devi
         return chosen
     own = str(teacher.dtype).removeprefix("torch.")
     if given not in (None, own):
-        raise InputError("dtype", given, f"{own}, the dtype of the teacher that is given as model")
+        raise InputError("dtype", given, f"{own}, the dtype of the teacher that is given as a model")
     return own
 
 

@@ -57,7 +57,7 @@ def read_contents(source: Source, column: str | None, limit: int | None) -> list
     if name not in rows.column_names:
         raise InputError("prompt_column", name, one_of(rows.column_names, name))
     if not len(rows):
-        raise InputError("data", "no rows", "a prompt or more")
+        raise InputError("data", "no rows", "at least one prompt")
     feature = rows.features[name]
     if isinstance(feature, Value) and feature.dtype in ("string", "large_string"):
         texts = list(rows[name])
@@ -79,7 +79,7 @@ def _rows(source: Source) -> Dataset:
 
 def _without_answer(chat: Any, place: int, column: str) -> Chat:
     """The turns of a chat that ask, in plain dictionaries; a last turn of the assistant is left out."""
-    accepted = "a column of texts, or of chats: lists of turns with role and content, one or more before the answer"
+    accepted = "a column of texts, or of chats: lists of turns with role and content, at least one before the answer"
     try:
         turns = [{name: value for name, value in turn.items() if value is not None} for turn in chat]
         question = turns[:-1] if turns[-1]["role"] == "assistant" else turns
@@ -128,7 +128,7 @@ def encode_prompts(
         for place, (content, ids) in enumerate(zip(some, encoded, strict=True), start):
             ids = [*(begin if isinstance(content, str) else []), *ids]
             if not ids:
-                raise InputError("data", content, "prompts with a token that the tokenizer knows, or more")
+                raise InputError("data", content, "a prompt with at least one token that the tokenizer knows")
             prompts.append(Prompt(content, ids, keys[place], rows[place]))
     if not isinstance(kept[0], str):
         answered([*kept[0], as_turn("assistant", "x")], tokenizer, given, "data")

@@ -95,7 +95,7 @@ def _cut_faults(kept: Sequence[Row], settings: ResponseSettings) -> list[InputEr
     """A fault where no response was kept."""
     if kept:
         return []
-    fix = "give more: every response was cut off there (`keep_truncated` keeps them, without generating again)"
+    fix = "increase it: every response was cut off there (`keep_truncated` keeps them without generating again)"
     return [InputError("max_new_tokens", settings.max_new_tokens, fix=fix)]
 
 

@@ -43,7 +43,7 @@ class Sampling:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise InputError("temperature", self.temperature, "a number of at least 0; 0 is greedy")
         if not 0 < self.top_p <= 1:
-            raise InputError("top_p", self.top_p, "a number over 0 and at most 1")
+            raise InputError("top_p", self.top_p, "a number above 0 and at most 1")
         if self.temperature == 0 and self.samples > 1:
             raise InputError("samples", self.samples, "1 with a temperature of 0: greedy responses are all the same")
 

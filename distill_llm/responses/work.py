@@ -62,7 +62,7 @@ class Work:
             rows = folder.read_shard(number, len(expected))
             for (place, sample), row in zip(expected, rows, strict=True):
                 if row["sample"] != sample or not self.prompts[place].is_asked_in(row):
-                    accepted = "the responses that this command made there, or another output folder"
+                    accepted = "a folder with the responses of this very command, or another output folder"
                     raise InputError("output_dir", f"{folder.folder} with other rows in shard {number}", accepted)
                 found[place].append(row)
         return found

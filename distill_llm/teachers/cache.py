@@ -98,10 +98,12 @@ class CachedTeacher(Teacher):
         """
         settings, kind = self.index.settings, kind_of(student)
         if settings.kind != kind:
-            accepted = f"one of kind {kind}, {type(student).__name__}'s"
+            accepted = f"a cache of kind {kind}, which {type(student).__name__} needs"
             raise InputError("teacher", f"a cache of kind {settings.kind}", accepted)
         if settings.kind == "token" and not settings.unlabelled:
-            raise InputError("teacher", "a cache of labelled tokens", "one of all tokens, written with unlabelled=True")
+            raise InputError(
+                "teacher", "a cache of labelled tokens", "a cache of all tokens, written with unlabelled=True"
+            )
         own = student.config.num_labels
         if type(student).__name__.endswith("ForMaskedLM") or kind == "next_token":
             own = student.config.get_text_config().vocab_size
@@ -109,7 +111,7 @@ class CachedTeacher(Teacher):
             if used is not None and used <= self.index.classes <= own:
                 return None if self.index.classes == own else self.index.classes
         if self.index.classes != own:
-            accepted = f"one of {own}, the student's (cut a padded vocabulary with CacheSettings.classes)"
+            accepted = f"a cache of {own} classes, as the student has (CacheSettings.classes cuts a padded vocabulary)"
             raise InputError("teacher", f"a cache of {self.index.classes} classes", accepted)
         return None
 
@@ -148,7 +150,7 @@ class CachedTeacher(Teacher):
             parts = [self._block(row[mask])[0] for row, mask in zip(ids, valid, strict=True)]
             return self._decoded(parts, np.ones(len(ids), dtype=np.int64), None)
         if positions is None:
-            raise InputError("positions", None, "flat positions of tokens: this cache has signals of tokens")
+            raise InputError("positions", None, "flat positions of tokens, because this cache has signals of tokens")
         wanted = positions.cpu().numpy()
         item_at = np.full(ids.shape, -1, dtype=np.int64)
         parts, counts, total = [], [], 0
@@ -164,7 +166,7 @@ class CachedTeacher(Teacher):
         items = item_at.reshape(-1)[wanted]
         if (items < 0).any():
             at = divmod(int(wanted[items < 0][0]), ids.shape[1])
-            accepted = f"positions that count by {self.index.settings}"
+            accepted = f"positions that the cache holds by its settings, {self.index.settings}"
             raise InputError("positions", f"example {at[0]} of the batch, token {at[1]}", accepted)
         everything = len(items) == total and (items == np.arange(total)).all()
         return self._decoded(parts, np.array(counts, dtype=np.int64), None if everything else items)

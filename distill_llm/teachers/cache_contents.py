@@ -68,13 +68,13 @@ def find_examples(dataset: Dataset, settings: CacheSettings) -> Examples:
             count = 1 if settings.kind == "example" else int(chosen.sum())
             known = found.setdefault(key, (content.digest(), row, count, len(chosen)))
             if known[0] != content.digest():
-                accepted = "examples of the same input ids with the same token types, positions and labelled tokens"
+                accepted = "the same token types, positions and labelled tokens in examples with the same input ids"
                 raise InputError("dataset", f"rows {known[1]} and {row}", accepted)
             row += 1
     kept = {key: each for key, each in found.items() if each[2]}
     if not kept:
         raise InputError(
-            "dataset", f"{row} rows with nothing to store", "rows with outputs that count, of valid tokens"
+            "dataset", f"{row} rows without an output to store", "rows with valid tokens whose outputs count"
         )
     keys = np.frombuffer(b"".join(kept), dtype=KEY)
     order = np.argsort(keys, order=("high", "low"))
@@ -117,5 +117,5 @@ def check_fingerprints(
         old, new = vars(index.settings), vars(settings)
         changed += [f"{name} ({old[name]}, not {new[name]})" for name in new if old[name] != new[name]]
     if changed:
-        accepted = "a cache made with the same teacher, tokenizer and data: another folder, or write it again"
+        accepted = "a cache made with the same teacher, tokenizer and data: choose another folder, or write it again"
         raise InputError("cache", f"{folder}, made with another {' and '.join(changed)}", accepted)

@@ -42,7 +42,7 @@ def map_shard(folder: Path, index: CacheIndex, number: int) -> Mapping[str, np.n
         InputError: it is missing, cut off, damaged or of another cache.
     """
     path, examples = index.shard_path(folder, number), index.shards[number][0]
-    again = "write the cache again into this folder: only this shard will be made"
+    again = "write the cache again into this folder (only this shard is made anew)"
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -51,17 +51,17 @@ def map_shard(folder: Path, index: CacheIndex, number: int) -> Mapping[str, np.n
         owner = header.pop("__metadata__", {}).get("cache")
         spans = {name: slice(*entry["data_offsets"]) for name, entry in header.items()}
         if size != 8 + length + max(span.stop for span in spans.values()):
-            raise InputError("cache", str(path), "a whole shard: this one is cut off, " + again)
+            raise InputError("cache", str(path), "a whole shard: this one is cut off; " + again)
         raw = np.memmap(path, dtype=np.uint8, mode="r", offset=8 + length).view(np.ndarray)
         arrays = {name: raw[spans[name]].view("<i8") for name in ("starts", "items", "checks")}
         arrays |= {"keys": raw[spans["keys"]].view(KEY), "blocks": raw[spans["blocks"]]}
         lengths = [len(arrays[name]) for name in ("keys", "items", "checks", "starts")]
     except FileNotFoundError:
-        raise InputError("cache", str(path), "all shards of the cache: this one is missing, " + again) from None
+        raise InputError("cache", str(path), "all shards of the cache: this one is missing; " + again) from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError("cache", str(path), "a whole shard: this one is damaged, " + again) from None
+        raise InputError("cache", str(path), "a whole shard: this one is damaged; " + again) from None
     if owner != index.digest or lengths != [examples, examples, examples, examples + 1]:
-        raise InputError("cache", str(path), f"a shard of the cache that {INDEX_NAME} describes: " + again)
+        raise InputError("cache", str(path), f"a shard of the cache that {INDEX_NAME} describes; " + again)
     return arrays

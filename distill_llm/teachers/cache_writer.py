@@ -215,23 +215,23 @@ class _Batches:
             positions = counted(inputs, kind, self.settings.unlabelled).flatten().nonzero().squeeze(-1)
         logits = self.source.teacher.signals(inputs, positions=positions).logits
         if logits.dim() != 2 or len(logits) != self.examples.items[batch].sum():
-            accepted = "what an output of the teacher is about (losses.items.kind_of)"
+            accepted = "the kind of the teacher's outputs (losses.items.kind_of)"
             raise InputError("kind", f"{kind} with logits {list(logits.shape)}", accepted)
         logits = logits[:, : self.settings.classes]
         if not torch.stack(logits.aminmax()).isfinite().all():
-            raise InputError("teacher", "logits that are not finite", "a teacher whose logits are, in its dtype")
+            raise InputError("teacher", "logits that are not finite", "a teacher with finite logits in its dtype")
         return [b"" if kind == "example" else np.packbits(own).tobytes() for own in chosen], logits
 
     def _check_batch(self, inputs: Mapping[str, torch.Tensor], batch: list[int], chosen: list[np.ndarray]) -> None:
         ids, valid = inputs["input_ids"].cpu().numpy(), valid_tokens(inputs).cpu().numpy()
         keys = [example_key(row[mask]) for row, mask in zip(ids, valid, strict=True)]
         if keys != [self.examples.keys[at].tobytes() for at in batch]:
-            accepted = "one that only pads: inputs that change in every epoch cannot be stored"
+            accepted = "a collator that only pads: inputs that change in every epoch cannot be stored"
             raise InputError("collator", "a collator that changes input_ids", accepted)
         if self.settings.kind != "example":
             marked = counted(inputs, self.settings.kind, self.settings.unlabelled).cpu().numpy()
             if not np.array_equal(marked[valid], np.concatenate(chosen)):
-                accepted = "one that only pads labels, with -100; or labels in the dataset"
+                accepted = "a collator that only pads labels (with -100), or labels in the dataset"
                 raise InputError("collator", "a collator that changes which tokens have labels", accepted)
 
     def _coded(self, batch: list[int], bits: list[bytes], logits: torch.Tensor) -> Iterator[bytes]:

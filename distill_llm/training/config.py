@@ -16,20 +16,20 @@ class DistillationConfig(TrainingArguments):
     """TrainingArguments and the objective.
 
     Args:
-        losses: term name -> settings, e.g. `{"labels": {"weight": 0.5}, "logits": {"temperature": 2.0}}`; the terms and
-            settings are those of `distill_llm.losses.Objective`.
-        teacher_dtype: float32, bfloat16 or float16, what the teacher's weights are held in; None: as the student is trained.
-        logging_nan_inf_filter: off, since looking at every loss makes the device wait at every micro-batch.
+        losses: term name -> settings, e.g. `{"labels": {"weight": 0.5}, "logits": {"temperature": 2.0}}`. The terms and their
+            settings are documented at `distill_llm.losses.Objective`.
+        teacher_dtype: dtype of the teacher's weights (float32, bfloat16 or float16); None: as the student is trained.
+        logging_nan_inf_filter: off by default, because a look at every loss makes the host wait at every micro-batch.
 
     Raises:
-        InputError: names the field of the objective that is wrong.
+        InputError: a field of the objective is wrong; it is named.
     """
 
     losses: dict[str, Any] = field(
         default_factory=lambda: {"labels": {"weight": 0.5}, "logits": {"weight": 0.5}},
         metadata={"help": "The objective: term name -> settings."},
     )
-    teacher_dtype: str | None = field(default=None, metadata={"help": "Precision of the teacher's weights."})
+    teacher_dtype: str | None = field(default=None, metadata={"help": "Dtype of the teacher's weights."})
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Replace NaN losses in the log (synchronises)."}
     )
@@ -37,8 +37,8 @@ class DistillationConfig(TrainingArguments):
     def __post_init__(self) -> None:
         self.losses = parse_objective(self.losses).model_dump(mode="json", exclude_none=True)
         super().__post_init__()
-        if self.n_gpu > 1:  # the Trainer's answer is DataParallel, which divides no sum of items rightly
+        if self.n_gpu > 1:  # the Trainer would use DataParallel, which divides the sums by wrong numbers of items
             logger.warning_once(
-                f"Training on one of {self.n_gpu} devices; `accelerate launch` in front of the command uses them all."
+                f"Training on one of {self.n_gpu} devices. To use them all, put `accelerate launch` in front of the command."
             )
             self._n_gpu = 1

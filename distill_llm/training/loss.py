@@ -28,13 +28,13 @@ from distill_llm.training.terms import Terms
 
 @dataclass(frozen=True)
 class LossSettings:
-    """What a training's arguments say about its loss.
+    """Settings of the loss that come from the training arguments.
 
     Attributes:
-        teacher_dtype: what the teacher's weights are held in; None: `precision`.
-        precision: of the student's mixed precision, if any.
-        smoothing: of labels.
-        seed: of the projections' first weights.
+        teacher_dtype: dtype of the teacher's weights; None: `precision`.
+        precision: dtype of the student's mixed precision, if any.
+        smoothing: label smoothing.
+        seed: seed of the initial weights of projections.
     """
 
     teacher_dtype: torch.dtype | None = None
@@ -46,24 +46,24 @@ class LossSettings:
 class TrainingLoss:
     """An objective for one student and one teacher.
 
-    The outputs of a language model are compared without being held: its head runs inside the loss, a chunk of items at a
-    time (see `HeadTerms`), unless it is no plain linear map.
+    The logits of a language model whose head is a plain linear map are never held whole: the head runs inside the loss, a chunk
+    of items at a time (see `HeadTerms`).
 
     Args:
         objective: the terms.
-        model: the student; or a PeftModel around it.
-        teacher: may be None where the objective needs none; a teacher that is not needed is not kept.
-        tokenizer: of the data, for vocabularies of different sizes.
+        model: the student, or a PeftModel around it.
+        teacher: may be None if the objective needs none. A teacher that is not needed is not kept.
+        tokenizer: the tokenizer of the data; it is needed for vocabularies of different sizes.
         device: where the student trains.
         settings: see `LossSettings`.
 
     Attributes:
-        student: without its adapters.
-        teacher: gives the signals; None where the objective needs none.
-        terms: the objective bound to both.
+        student: the student without its adapters.
+        teacher: gives the signals; None if the objective needs none.
+        terms: the terms of the objective for these two models.
 
     Raises:
-        InputError: student and teacher do not fit together, or not with the objective.
+        InputError: student, teacher and objective do not go together.
     """
 
     def __init__(
@@ -100,18 +100,18 @@ class TrainingLoss:
         """The loss of a batch in training.
 
         Args:
-            model: the student as it is wrapped (DDP, FSDP, adapters): it is called as a whole, once.
+            model: the student in its wrappers (DDP, FSDP, adapters). It is called once.
             inputs: the batch, on the device.
-            factors: by term, 0-dim: what its sum over items is multiplied by.
-            step, steps: optimizer steps done, and those of the whole training.
+            factors: for each term, a 0-dim factor of its sum over items.
+            step, steps: optimizer steps done, and optimizer steps of the whole training.
 
         Returns:
-            the sum of the terms times their factors; the sum of each; the student's outputs.
+            The sum of the terms times their factors; the sum of each term; the student's outputs.
         """
         labels, positions = inputs.get("labels"), None
         if self.terms.kind != "example" and self.terms.needs_outputs:
-            # The one wait for the device in a micro-batch, and only here: the data loader has moved the batch already,
-            # and how many tokens the head gets must be known. Without it the head would run on padding too.
+            # The host waits for the device here, and nowhere else in a micro-batch: it must know how many tokens the head
+            # gets. Without this wait the head would run on padding too. The data loader has already moved the batch.
             positions, labels = targets(inputs, self.terms.kind, unlabelled=self.terms.needs_unlabelled)
         elif self.terms.kind != "example":
             positions = inputs["input_ids"].new_empty(0)
@@ -134,9 +134,9 @@ class TrainingLoss:
         if self.head_terms is not None:
             parts.append(
                 outputs.loss - outputs.loss.detach()
-            )  # for its gradient: FSDP2 rounds outputs to the precision
+            )  # adds only the gradient: FSDP2 rounds the value of outputs
         elif not self.terms.needs_outputs:
-            parts.append(0.0 * outputs.logits.float().sum())  # DDP waits for a gradient of every parameter
+            parts.append(0.0 * outputs.logits.float().sum())  # DDP waits for the gradients of all parameters
         return torch.stack(parts).sum(), {**sums, **rest}, outputs
 
     def _signals(self, inputs: dict[str, Any], step: int, positions: torch.Tensor | None) -> Signals | None:
@@ -147,13 +147,13 @@ class TrainingLoss:
         return self.teacher.signals(inputs, step, positions, compact=self.head_terms is not None)
 
     def of_labels(self, model: nn.Module, inputs: dict[str, Any], rows: int) -> tuple[torch.Tensor, Any]:
-        """The sum over the first `rows` of a batch of the loss against the labels without smoothing, and all outputs."""
+        """The loss against the labels, without smoothing, summed over the first `rows` of a batch; and all outputs."""
         outputs = model(**forward_inputs(self.student, inputs))
         labels = aligned_labels(inputs, self.terms.kind)[:rows].flatten()
         return label_loss(outputs.logits[:rows].flatten(0, -2), labels).sum(), outputs
 
     def of_labels_alone(self, model: nn.Module, inputs: dict[str, Any], rows: int) -> torch.Tensor:
-        """The same sum without gradient, and without logits where the head can do without them."""
+        """The same sum without gradient, and without whole logits if the head allows it."""
         head, sums = self.head, []
         if head is None:
             return self.of_labels(model, inputs, rows)[0]

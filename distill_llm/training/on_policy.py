@@ -36,7 +36,7 @@ class StudentResponses:
         if not isinstance(collator, CausalCollator):
             given = type(collator).__name__
             raise InputError(
-                "losses.responses", given, "data of the task prompts, with the collator that load_task's data have"
+                "losses.responses", given, "data of the task prompts as load_task reads them, with their collator"
             )
         self.settings, self.share, self.collator, self.seed = settings, settings.share, collator, seed
         self.sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, settings.top_k)
@@ -65,7 +65,7 @@ class StudentResponses:
         prompts = [_prompt(batch, row) for row in range(len(batch["input_ids"]))]
         if not all(prompts):
             raise InputError(
-                "losses.responses", "rows without a prompt", "data of the task prompts: labels after each prompt"
+                "losses.responses", "rows without a prompt", "data of the task prompts, where labels follow each prompt"
             )
         inside: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore
         decoder = Decoder(inside, self.collator, self.sampling, "student")

@@ -41,7 +41,7 @@ def compiling(training: Mapping[str, Any]) -> list[InputError]:
     launched = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if not given and launched.lower() != "no":
         given = [("torch_compile", f"{launched} (ACCELERATE_DYNAMO_BACKEND)")]
-    fix = "leave it out: losses look into the student's forward, which compiled code does not run"
+    fix = "leave it out: losses read values inside the student's forward, which compiled code does not run"
     return [InputError(name, value, fix=fix) for name, value in given[:1]]
 
 
@@ -63,7 +63,7 @@ def check_model(model: Any) -> None:
     """
     adapted = without_adapters(model) is not model
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        raise InputError("model", type(model.active_peft_config).__name__, "LoRA or another adapter inside of layers")
+        raise InputError("model", type(model.active_peft_config).__name__, "LoRA or another adapter inside layers")
     raise_all(adapter_faults(model, "model"))
     model = without_adapters(model)
     name = type(model).__name__

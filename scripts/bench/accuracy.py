@@ -1,9 +1,9 @@
-"""What pruning and distillation cost in accuracy on GLUE tasks: half and a quarter of the layers' parameters, beside
+"""How much accuracy pruning and distillation cost on GLUE tasks, with half and a quarter of the layers' parameters, beside
 DistilBERT-style depth and the same pruned student without a teacher.
 
 Per seed: fine-tune MiniLM on the task (the teacher), then make every student from it with the same recovery. Scores are those of
-the official development set; `validation` is a held-out part of the training data, the only one that settings were chosen on.
-Runs resume: the same command goes on where it stopped.
+the official development set; `validation` is a held-out part of the training data; settings were chosen on it alone.
+A stopped run continues with the same command.
 
     python scripts/bench/accuracy.py --task mrpc --data GLUE/MRPC --seeds 0 1 2
 """

@@ -1,4 +1,4 @@
-"""What training from a cached teacher costs and loses: bytes a token, an epoch beside plain fine-tuning, the loss beside online.
+"""What training from a cached teacher costs: bytes per token, time beside plain fine-tuning, loss beside an online teacher.
 
 A causal LM teaches its own first layers on rows of text:
 
@@ -6,9 +6,9 @@ A causal LM teaches its own first layers on rows of text:
 - cached, sampled and top-k: `DistillationTrainer` with labels and forward KL from a cache of k entries a token.
 - online: the same from the teacher itself.
 
-An epoch's time is that between the ends of its first optimizer step and its last; the sides take turns. All train a copy
-of one student on the same rows in the same order, so the last lines compare the losses that the log shows of the same epoch
-and the perplexity of unseen rows after it.
+The time of an epoch runs from the end of its first optimizer step to the end of its last; the sides take turns. All train a
+copy of one student on the same rows in the same order. So the last lines compare the logged losses of the same epoch, and the
+perplexity of unseen rows after it.
 
     python scripts/bench/cached.py --model DIR --text FILE      # DIR: made by scripts/data/smollm2.py; FILE: JSON lines
 """
@@ -119,7 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a causal LM")
     parser.add_argument("--text", required=True, type=Path, help="JSON lines with a field text")
-    parser.add_argument("--layers", type=int, default=20, help="of the student: the teacher's first")
+    parser.add_argument("--layers", type=int, default=20, help="layers of the student: the first ones of the teacher")
     parser.add_argument("--k", type=int, default=50)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)

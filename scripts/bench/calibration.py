@@ -1,6 +1,6 @@
 """What one pass of `collect_statistics` costs: its time over the time of a plain forward over the same batches.
 
-Sides, taking turns on the same batches, SDPA, evaluation mode, fp32 where nothing else is said:
+The sides take turns on the same batches, with SDPA, in evaluation mode, and in fp32 unless stated otherwise:
 
 - forward: the model without labels under `no_grad`. The floor.
 - backward: forward, loss and backward with all weights frozen, gradients from the first layer on; nothing is collected.

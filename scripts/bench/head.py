@@ -1,17 +1,17 @@
-"""What the loss of a language-model head costs, forward and backward, over the time of its four matrix products.
+"""What the loss of a language-model head costs, forward and backward, relative to the time of its four matrix products.
 
 The loss is half the cross-entropy with the labels and half the forward KL from a teacher at temperature 2, over packed
-tokens; weights and hidden states are random. Sides, taking turns, in fp32 and in bf16 throughout:
+tokens; weights and hidden states are random. The sides take turns, once all in fp32 and once all in bf16:
 
 - four products: student logits, teacher logits, gradient of the hidden states, gradient of the weight, whole and into
-  buffers that are there already. The floor.
+  existing buffers. The floor.
 - chunked head: `distill_llm.losses.chunked_head.head_losses`.
 - dense: `label_loss` and `logits_divergence` on whole logits, by autograd.
 - Liger: `LigerFusedLinearJSDLoss` at beta 0 (the same loss), not compiled, its own chunk size.
 - TRL: `ChunkedDivergenceFunction` at beta 0; it has no label loss, so it does less.
 
-Peers that are not installed are left out. Memory is the most bytes that tensors made on the way hold at once, gradients
-included. On a machine that others use too, `--threads 1 --clock cpu` compares processor time.
+Peers that are not installed are left out. Memory is the largest number of bytes that new tensors hold at once,
+gradients included. On a machine that others use too, `--threads 1 --clock cpu` compares processor time.
 """
 
 import argparse
@@ -82,7 +82,7 @@ class Case:
         ).total
 
     def dense(self) -> torch.Tensor:
-        """Whole logits."""
+        """Losses on whole logits."""
         logits, targets = self.hidden @ self.weight.t(), self.teacher_hidden @ self.teacher_weight.t()
         divergence = logits_divergence(logits, targets, "forward_kl", TEMPERATURE)
         return (0.5 * label_loss(logits, self.labels) + 0.5 * divergence).mean()
@@ -111,7 +111,7 @@ class Case:
         return total.item()
 
     def memory(self, loss: Callable[[], torch.Tensor]) -> int:
-        """Most bytes held at once by what a step makes."""
+        """The largest number of bytes that the tensors of a step hold at once."""
         known = [self.hidden, self.weight, self.teacher_hidden, self.teacher_weight, self.labels]
         with _LiveStorages(known) as live:
             self.step(loss)
@@ -161,7 +161,7 @@ def main() -> None:
     """Both precisions, and the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocabulary", type=int, default=151_936)
-    parser.add_argument("--hidden", type=int, default=1024, help="the student's")
+    parser.add_argument("--hidden", type=int, default=1024, help="hidden size of the student")
     parser.add_argument("--teacher-hidden", type=int, default=1536)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))

@@ -1,4 +1,4 @@
-"""Budgets in measured latency: what `plan_for_latency` promises against a fresh measurement, and speed-ups against FLOPs.
+"""Budgets in measured latency: the share that `plan_for_latency` promises against a new measurement, and speed-ups against FLOPs.
 
 For every target share: plan with the teacher's Fisher scores, prune, and time the student and the teacher again in turns; the
 error is the measured share against the target. Then a student at half of the layers' parameters: its speed-up over the ratio of
@@ -32,7 +32,7 @@ Row = dict[str, float | str | None]
 def budget_row(
     teacher: PreTrainedModel, student: PreTrainedModel, target: float | None, batch: tuple[int, int], repeats: int
 ) -> Row:
-    """A student measured afresh against its teacher."""
+    """A new measurement of a student against its teacher."""
     found = compare(student, teacher, *batch, repeats=repeats)
     share, flops = 1 / found.speedup, found.other.flops / found.model.flops
     return {

@@ -1,17 +1,17 @@
 """Pruning a decoder without training, beside plain criteria and other toolkits: every student has as many parameters as ours,
-as nearly as it can.
+as nearly as possible.
 
 A share of all parameters goes. All sides see the same calibration rows, and perplexity is that of documents after those:
 
 - ours: Fisher over KV groups and FFN neurons together, compensated; also in small cuts, with statistics of the same rows anew
   after each, and FFN neurons alone.
 - plain: our criteria without compensation, KV groups and FFN neurons, ranked over all layers or the same share of each.
-- layers: block influence (ShortGPT's criterion), the FFN before a removed layer taking it over, or not.
-- torch-pruning: Taylor importance of FFN neurons, ranked within each layer or over all (heads that share keys: looking for
-  their groups does not come to an end).
+- layers: block influence (ShortGPT's criterion), with or without the FFN before a removed layer taking it over.
+- torch-pruning: Taylor importance of FFN neurons, ranked within each layer or over all. (It does not do heads that share
+  keys: its search for their groups does not end.)
 - OptiPFair: FFN neurons by weights and activations, by weights alone, and its layer importance.
 
-What fails is printed with its first error and left out.
+A side that fails is left out, and its first error is printed.
 
     python scripts/bench/peers_causal.py --model DIR --text FILE      # DIR: made by scripts/data/smollm2.py
 """
@@ -164,10 +164,10 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--text", required=True, help="JSON lines with a field `text`")
     parser.add_argument("--removed", type=float, default=0.2, help="share of all parameters")
-    parser.add_argument("--rows", type=int, default=80, help="of calibration")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a row of calibration")
-    parser.add_argument("--only", default="", help="sides whose names begin so")
-    parser.add_argument("--evaluation-rows", type=int, default=16, help="of twice as many tokens")
+    parser.add_argument("--rows", type=int, default=80, help="calibration rows")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a calibration row")
+    parser.add_argument("--only", default="", help="only sides whose names begin with this")
+    parser.add_argument("--evaluation-rows", type=int, default=16, help="evaluation rows, each of twice as many tokens")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     tokenizer = AutoTokenizer.from_pretrained(options.model)

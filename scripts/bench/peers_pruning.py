@@ -1,5 +1,5 @@
 """Pruning alone, no training, beside plain criteria and other toolkits: every student has as many layer parameters as ours,
-as nearly as it can.
+as nearly as possible.
 
 Heads and FFN neurons go, the residual stream stays. All see the same calibration rows, and all are scored in memory:
 
@@ -10,9 +10,9 @@ Heads and FFN neurons go, the residual stream stays. All see the same calibratio
   `isomorphic` the matched students are the same). Whole heads go (`prune_num_heads`), the share asked for; the FFN's ratio is
   corrected until the count is ours.
 - TextPruner: its iterative pruner with the task's loss, equal sizes in all layers or not, in one or more iterations. It zeroes
-  what it chose (`keep_shape`, which scores as removal does): removal itself calls `prune_heads`, which transformers 5 has not.
+  what it chose (`keep_shape`, which scores as removal does): removal itself calls `prune_heads`, which transformers 5 lacks.
 
-What fails is printed with its first error and left out.
+A side that fails is left out, and its first error is printed.
 
     python scripts/bench/peers_pruning.py --teacher runs/bench/sst2-0-half/teacher --task sst2 --data GLUE/SST-2
 """
@@ -61,7 +61,7 @@ def torch_pruning_students(given: Subject) -> Iterator[tuple[str, Method]]:
 
 
 def summed_gradients(given: Subject) -> Gradients:
-    """Of the loss, summed over batches, as torch-pruning's examples do."""
+    """Gradients of the loss, summed over batches, as in torch-pruning's examples."""
     model = copy.deepcopy(given.model)
     for batch in given.batches:
         model(**batch).loss.backward()
@@ -145,6 +145,11 @@ def _projections(layer: Any) -> tuple[torch.nn.Linear, ...]:
     return layer.attention.self.query, layer.attention.self.key, layer.attention.self.value
 
 
+def _counts(heads: float, neurons: float) -> dict[str, float]:
+    """Units of a BERT layer."""
+    return {"heads": heads, "queries": heads, "neurons": neurons}
+
+
 def textpruner_students(given: Subject, iterations: int, folder: str) -> Iterator[tuple[str, Method]]:
     """TextPruner with equal sizes in all layers (its default), without, and in several iterations."""
     import textpruner
@@ -154,7 +159,7 @@ def textpruner_students(given: Subject, iterations: int, folder: str) -> Iterato
             model, costs = copy.deepcopy(given.model), unit_costs(given.model)
             count, of = model.config.num_hidden_layers, model.config.num_attention_heads
             heads = round(keep * of)
-            rest = params - costs.of([(heads, 0)] * count)
+            rest = params - costs.of([_counts(heads, 0)] * count)
             config = textpruner.TransformerPruningConfig(
                 target_ffn_size=int(rest / costs.at("neurons") / count),
                 target_num_of_heads=heads,
@@ -168,7 +173,7 @@ def textpruner_students(given: Subject, iterations: int, folder: str) -> Iterato
             # The first iteration's scores are the same for every budget: it keeps them in its folder.
             pruner.prune(given.batches, keep_shape=True, save_model=False, rewrite_cache=False)
             sizes = zip(pruner.head_mask.sum(1).tolist(), pruner.ffn_mask.sum(1).tolist(), strict=True)
-            return model, round(costs.of(list(sizes)))
+            return model, round(costs.of([_counts(*each) for each in sizes]))
 
         return run
 
@@ -202,7 +207,7 @@ def plain_students(given: Subject, statistics: Statistics) -> Iterator[tuple[str
 
 
 def scored(given: Subject, students: Iterable[PreTrainedModel]) -> list[dict[str, float]]:
-    """What the table has of each student."""
+    """A row of the table for each student."""
     return [{"score": given.dev(student), "layer_params": count_params(student)[1]} for student in students]
 
 

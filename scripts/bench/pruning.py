@@ -1,7 +1,7 @@
 """Pruning alone, no training: the score of a fine-tuned teacher after removing heads and neurons.
 
 One pass over the calibration rows serves the whole table: every criterion, scope and budget, with and without compensation.
-`--split validation` scores on held-out training rows, on which choices are made; the default is the reported split.
+`--split validation` scores on held-out training rows, which choices are made on; the default is the reported split.
 
     python scripts/bench/pruning.py --teacher runs/bench/sst2-0-half/teacher --task sst2 --data GLUE/SST-2
 """
@@ -69,7 +69,7 @@ def arguments(doc: str | None) -> argparse.ArgumentParser:
 
 
 def subject(args: argparse.Namespace) -> Subject:
-    """What the options ask for; the rows held out are those of accuracy.py."""
+    """The teacher and rows that the options name. The same rows are held out as in accuracy.py."""
     model, tokenizer = load_pretrained(args.teacher).eval(), AutoTokenizer.from_pretrained(args.teacher)
     task = load_task(DataSpec(args.task, args.data, holdout_examples=TASKS[args.task]["holdout_examples"]))
     data = encode(task, tokenizer, 128)
@@ -80,7 +80,7 @@ def subject(args: argparse.Namespace) -> Subject:
 
 
 def print_record(benchmark: str, args: argparse.Namespace, **results: Any) -> None:
-    """The one line that a machine reads."""
+    """Print the JSON line, for machines."""
     record = {"benchmark": benchmark, "task": args.task, "split": args.split, "calibration_examples": args.calibration}
     packages = ("torch", "transformers", "distill_llm")
     versions = {"versions": {name: version(name) for name in packages}}

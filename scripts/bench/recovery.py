@@ -1,14 +1,14 @@
 """Perplexity of a pruned SmolLM2 after a short recovery: ours, cross-entropy alone and TRL's GKD, on the same rows.
 
-Of all parameters a share is removed in small cuts (statistics anew after each, compensated); then every side trains a copy of
-that student for the same steps with the same optimizer, schedule and precision:
+A share of all parameters is removed in small cuts (compensated, with new statistics after each). Then every side trains a copy
+of that student for the same steps with the same optimizer, schedule and precision:
 
 - ours: `DistillationTrainer`, half label loss, half forward KL, chunked head.
 - labels: the same trainer with the label loss alone. No teacher.
 - trl: TRL's `GKDTrainer` off-policy (lmbda 0) at its own defaults (JSD with beta 0.5, temperature 0.9).
 
-Perplexity is that of documents after those for training; `--text` holds JSON lines with a field `text`. Seconds are those of
-`train()`. Sides run one after the other: scores may be compared, seconds only on an otherwise idle machine.
+Perplexity is measured on the documents that follow those for training; `--text` holds JSON lines with a field `text`. Seconds
+are the time of `train()`. The sides run one after the other, so compare seconds only on an otherwise idle machine.
 
     python scripts/bench/recovery.py --model DIR --text FILE      # DIR: made by scripts/data/smollm2.py
 """
@@ -51,7 +51,7 @@ LOSSES: dict[str, dict[str, Any]] = {
 
 
 def rows_of(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int, count: int) -> list[dict[str, Any]]:
-    """Whole rows of `length` tokens."""
+    """Full rows of `length` tokens."""
     packed = document_packer("text", tokenizer, length)({"text": texts})
     rows = [ids for ids in packed["input_ids"] if len(ids) == length][:count]
     if len(rows) < count:
@@ -88,7 +88,7 @@ def pruned(
         )
         model = prune(model, plan_pruning(model, score(statistics, "fisher"), share / left), statistics)
         left = share
-        print(f"cut {number} of {cuts}: {share:.3f} of the layers' parameters left", flush=True)
+        print(f"cut {number} of {cuts}: {share:.3f} of the layers' parameters kept", flush=True)
     return model
 
 
@@ -157,7 +157,9 @@ def main() -> None:
     parser.add_argument("--text", required=True, type=Path, help="JSON lines with a field text")
     parser.add_argument("--removed", type=float, nargs="+", default=[0.2, 0.4], help="shares of all parameters")
     parser.add_argument("--cuts", type=int, default=5)
-    parser.add_argument("--calibration-rows", type=int, default=320, help="of 256 tokens, over all cuts")
+    parser.add_argument(
+        "--calibration-rows", type=int, default=320, help="calibration rows of 256 tokens, for all cuts together"
+    )
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--length", type=int, default=512)

@@ -1,4 +1,4 @@
-"""What an optimizer step with all four losses costs, over a bare loop, and against TextBrewer.
+"""What an optimizer step with all four losses costs, relative to a bare loop and to TextBrewer.
 
 Part 1, in fp32 and in bf16. Every side trains a copy of the same half-pruned student on the same batches in the same
 order, from the same DataLoader (the one `DistillationTrainer` builds, length grouping included), with fused AdamW and
@@ -12,8 +12,8 @@ SDPA:
   Trainer. Each has the teacher forward.
 - trainer: a whole `DistillationTrainer.train()` with all four terms, clipped and logged as by default.
 
-An optimizer step's time runs from the end of one step to the end of the next, with whatever is in between: data,
-schedule, logging.
+An optimizer step's time runs from the end of one step to the end of the next, including data, schedule and
+logging.
 
 Part 2: examples per second of a whole `DistillationTrainer.train()` (bf16, fused AdamW, length grouping, SDPA) over
 those of TextBrewer's `GeneralDistiller` (fp32, eager attention, default AdamW, shuffled batches padded to their longest
@@ -243,11 +243,11 @@ def measure_accuracy(bench: Bench) -> dict[str, Any]:
 def main() -> None:
     """Measure and print."""
     parser = common.arguments((__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5, help="of part 1")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of part 1")
     parser.add_argument("--only", nargs="+", metavar="SIDE", help="sides of part 1 beside the bare loop (default: all)")
     parser.add_argument("--steps", type=int, default=12, help="optimizer steps of a measurement")
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
-    parser.add_argument("--peer-rounds", type=int, default=3, help="of part 2; 0 leaves it out")
+    parser.add_argument("--peer-rounds", type=int, default=3, help="rounds of part 2; 0 leaves it out")
     parser.add_argument("--calibration", type=int, default=256, help="rows that the student is pruned with")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--accuracy", type=int, metavar="N", help="part 2 with accuracy, on N rows; part 1 is left out")

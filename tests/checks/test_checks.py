@@ -58,7 +58,7 @@ def test_a_recipe_that_fits_passes_and_writes_nothing(folder):
         ({"data__train_examples": 500}, "data.train_examples", "training rows"),
         ({"data__max_length": 65}, "data.max_length", "at most 64"),
         ({"evaluation__latency__sequence_length": 65}, "evaluation.latency.sequence_length", "at most 64"),
-        ({"pruning__calibration_examples": 41}, "pruning.calibration_examples", "the training rows"),
+        ({"pruning__calibration_examples": 41}, "pruning.calibration_examples", "the number of training rows"),
         ({"pruning__round_to": 65}, "pruning.round_to", "at most 64"),
         ({"pruning__min_heads": 5}, "pruning.min_heads", "at most 4"),
         ({"pruning__min_neurons": 65}, "pruning.min_neurons", "at most 64"),
@@ -178,7 +178,7 @@ def test_a_folder_without_all_of_its_weights_is_refused(folder):
     for broken in (b"", whole[:-10], b"version https://git-lfs.github.com/spec/v1"):
         weights.write_bytes(broken)
         (line,) = faults(recipe_with(folder))
-        assert line.startswith("teacher.model: got ") and "model.safetensors is not" in line
+        assert line.startswith("teacher.model: got ") and "model.safetensors is damaged" in line
     weights.unlink()
     (line,) = faults(recipe_with(folder))
     assert line.startswith("teacher.model: got ") and "model.safetensors.index.json" in line
@@ -192,7 +192,7 @@ def test_sharded_weights_must_all_be_there(folder):
     shards = sorted((folder / "teacher").glob("model-*.safetensors"))
     assert len(shards) > 2 and faults(recipe_with(folder)) == []
     shards[1].write_bytes(shards[1].read_bytes()[:-1])
-    assert f"{shards[1].name} is not" in faults(recipe_with(folder))[0]
+    assert f"{shards[1].name} is damaged" in faults(recipe_with(folder))[0]
     shards[1].unlink()
     assert f"{shards[1].name} is missing" in faults(recipe_with(folder))[0]
     (folder / "teacher" / "model.safetensors.index.json").write_text("[]")
@@ -332,7 +332,7 @@ def test_the_least_keep_of_a_pruned_teacher_is_a_share_of_what_it_has_left(folde
             {"keep": 0.5, "units": ["hidden", "neurons"]},
             "pruning.units: got ['hidden', 'neurons']; accepted: units without hidden",
         ),
-        ({"layers": [1, 2]}, "pruning.layers: got [1, 2]; accepted: layers with 0"),
+        ({"layers": [1, 2]}, "pruning.layers: got [1, 2]; accepted: layers with layer 0"),
     ],
 )
 def test_what_a_convolution_ties_is_refused_at_the_door(folder, pruning, line):

@@ -56,8 +56,8 @@ BAD = [
     ({"save_strategy": "best"}, "save_strategy", "data.holdout_examples > 0"),
     ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type", "min_lr"),
     ({"lr_scheduler_kwargs": {"foo": 1}}, "lr_scheduler_kwargs", "'foo'"),
-    ({"torch_compile": True}, "torch_compile", "losses look into the student's forward"),
-    ({"torch_compile_mode": "default"}, "torch_compile_mode", "losses look into the student's forward"),
+    ({"torch_compile": True}, "torch_compile", "losses read values inside the student's forward"),
+    ({"torch_compile_mode": "default"}, "torch_compile_mode", "losses read values inside the student's forward"),
     ({"adam_beta1": 5.0}, "adam_beta1", "Invalid beta parameter"),
     ({"adam_epsilon": -1.0}, "adam_epsilon", "Invalid epsilon value"),
 ]  # fmt: skip
@@ -98,7 +98,7 @@ def test_a_fault_of_several_fields_shows_those_and_no_other(folder):
     assert line.startswith("teacher.train.load_best_model_at_end: got True;") and "multiple" in line
     both = {"fp16_full_eval": True, "bf16_full_eval": True, "num_train_epochs": 2}
     (line,) = faults(recipe_with(folder, teacher__train=both))
-    assert line.startswith("teacher.train: got 'fields that contradict';") and "both" in line
+    assert line.startswith("teacher.train: got 'fields that contradict each other';") and "both" in line
 
 
 def test_with_held_out_rows_a_model_may_be_chosen_by_the_tasks_metrics(folder):
@@ -167,7 +167,7 @@ def test_what_cannot_learn_while_it_is_divided_among_processes_is_refused_at_the
     given = {"student__model": str(folder / "narrow"), "pruning": None, "distillation__losses": {"embeddings": {}}}
     pruned = {"distillation__losses": {"hidden": {}}, "pruning__units": ["hidden", "neurons"]}
     found = [sharded_faults(folder, monkeypatch, sharding, **changes) for changes in (lora, given, pruned)]
-    adapters = f"student.peft: got {sharding!r}; accepted: a copy of the student in each process (DDP)"
+    adapters = f"student.peft: got {sharding!r}; accepted: DDP, which holds a whole copy of the student in each process"
     projections = "distillation.losses.embeddings: got 'states of 24 and 32 channels under DeepSpeed'"
     assert found[0] == ([adapters] if sharding else [])
     assert [line.startswith(projections) for line in found[1]] == [True] * (sharding == "DeepSpeed")

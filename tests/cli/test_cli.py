@@ -315,7 +315,7 @@ def test_evaluate_takes_class_ids_for_the_models_classes_where_some_are_missing(
 
 
 def test_evaluate_says_which_rows_of_a_lone_file_it_scored(folder):
-    assert "rows.csv has no test split: scored are 4 of its rows, the tenth" in call(*EVALUATE).stdout
+    assert "rows.csv has no test split: these 4 of its rows are the tenth" in call(*EVALUATE).stdout
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ def test_it_says_what_is_ahead_and_what_was_kept(folder: Path) -> None:
     assert "11 prompts, 22 responses to generate, at most 440 tokens\n" in result.output
     assert "tokens/s" in result.stderr
     kept = len(rows_of(folder / "out"))
-    assert "prompts:   11 (1 repeated ones left out)" in result.stdout
+    assert "prompts:   11 (1 repeated prompts left out)" in result.stdout
     assert f"kept:      {kept} ({kept / 22:.1%}) in out" in result.stdout and kept
     again = call("--max-new-tokens", "20", "--samples", "2", "--temperature", "0.7", "--seed", "3")
     assert again.stdout == result.stdout.partition("\n")[2]  # nothing is ahead any more
@@ -70,7 +70,7 @@ def test_it_says_what_is_ahead_and_what_was_kept(folder: Path) -> None:
         (["--prompt-column", "promt"], "--prompt-column: got 'promt'; accepted: 'prompt' (the nearest)"),
         (
             ["--chat-template-kwargs", "{a: 1}"],
-            "--chat-template-kwargs: got {'a': 1}; leave it out: the data are no chats",
+            "--chat-template-kwargs: got {'a': 1}; leave it out, or set `--chat`",
         ),
         (["--chat-template-kwargs", "a=1"], "--chat-template-kwargs: got 'a=1'; accepted: a mapping"),
         (["--chat-template-kwargs", "{a: ["], "--chat-template-kwargs: got '{a: ['; accepted: valid YAML"),
@@ -96,7 +96,7 @@ def test_encoders_missing_files_and_other_settings_are_one_line(folder: Path, mo
     assert call("--max-new-tokens", "20").exit_code == 0
     monkeypatch.setattr(module, "load_pretrained", None)
     line = fault(call("--max-new-tokens", "20", "--top-p", "0.5"))
-    assert line == "--top-p: got 0.5; accepted: 1.0, as out was begun with, or another output folder"
+    assert line == "--top-p: got 0.5; accepted: 1.0, with which out was begun, or another output folder"
 
 
 def test_what_the_template_is_given_is_read_checked_and_kept(folder: Path) -> None:
@@ -104,10 +104,10 @@ def test_what_the_template_is_given_is_read_checked_and_kept(folder: Path) -> No
     options = ["--chat", "--max-new-tokens", "20", "--chat-template-kwargs"]
     line = fault(call(*options, "{enable_thinkin: false}"))
     assert line.startswith("--chat-template-kwargs: got 'enable_thinkin'") and "'enable_thinking' (the nearest)" in line
-    assert "(a date in quotes)" in fault(call(*options, "{enable_thinking: 2024-07-26}"))
+    assert "(put a date in quotes)" in fault(call(*options, "{enable_thinking: 2024-07-26}"))
     assert call(*options, "{enable_thinking: false}").exit_code == 0
     line = fault(call(*options, "{enable_thinking: true}"))
-    assert "{'enable_thinking': False}, as out was begun with" in line
+    assert "{'enable_thinking': False}, with which out was begun" in line
     assert fault(call(*options[:-1])).startswith("--chat-template-kwargs: got None")
 
 

@@ -87,7 +87,7 @@ def test_lines_are_joined_before_any_are_drawn(tmp_path: Path) -> None:
 
 def test_only_text_is_joined(tmp_path: Path) -> None:
     with pytest.raises(
-        InputError, match=r"data\.join_rows: got True; leave it out: prompts does not take it \(only text\)"
+        InputError, match=r"data\.join_rows: got True; leave it out: prompts does not use it \(only text\)"
     ):
         load_task(DataSpec("prompts", str(tmp_path), join_rows=True))
 

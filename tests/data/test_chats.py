@@ -62,7 +62,7 @@ def recipe(folder: Path, rows: list[dict], template: str | None, **data: object)
     [
         (NO_SYSTEM, "a chat of system, user", "no system turn"),
         (OUT_OF_TYPE, "a chat of ", "unsupported operand"),
-        (REWRITES, "chats in the words of", "a chat template that only adds the answer"),
+        (REWRITES, "chats in the words of", "a chat template that leaves the prompt unchanged"),
     ],
 )
 def test_a_chat_that_a_template_refuses_is_one_line(template: str, given: str, accepted: str, tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_models_answer_behind_the_generation_prompt_of_the_template_when_scored_
         (
             THINKING_TEMPLATE,
             {"columns": NAMED["columns"], "chat_template_kwargs": OFF},
-            "data.chat_template_kwargs: got {'enable_thinking': False}; leave it out: the data are no chats",
+            "data.chat_template_kwargs: got {'enable_thinking': False}; leave it out, or set `chat`",
         ),
         (THINKING_TEMPLATE, {"task": "text", "columns": {"text": "q"}, "chat": True}, "data.chat: got True"),
         (

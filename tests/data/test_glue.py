@@ -152,7 +152,7 @@ def test_holdout_leaves_train_and_does_not_depend_on_train_examples(tmp_path: Pa
         ("sst2", None, {"columns": {"text": "x"}}, "data.columns", "classification"),
         ("sst2", None, {"train_examples": 5}, "data.train_examples", "1 to 4"),
         ("sst2", None, {"holdout_examples": 4}, "data.holdout_examples", "0 to 3"),
-        ("rte", None, {}, "data.path", "no 'sentence1'"),
+        ("rte", None, {}, "data.path", "'sentence1' is missing"),
         ("mnli", None, {}, "data.path", "lacks"),
     ],
 )

@@ -96,7 +96,7 @@ def test_a_setting_that_a_task_does_not_take_is_refused_with_the_tasks_that_do(t
     with pytest.raises(InputError) as caught:
         load_task(DataSpec(task, "missing", **{name: GIVEN[name]}))
     assert caught.value.field == f"data.{name}"
-    assert caught.value.fix == f"leave it out: {task} does not take it (only {taken})"
+    assert caught.value.fix == f"leave it out: {task} does not use it (only {taken})"
 
 
 def test_a_spec_says_all_that_the_recipe_says_of_data_with_the_same_defaults() -> None:

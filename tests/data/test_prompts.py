@@ -61,7 +61,7 @@ def test_responses_are_cut_and_rows_without_room_left_out_with_their_number(capl
         rows = encode(data, word_tokenizer(), 4).train
     assert rows["input_ids"][:] == [ids(1, 2, 3, 4)] and rows["labels"][:] == [[-100] * 3 + ids(4)]
     assert [record.getMessage() for record in caplog.records] == [
-        "left out 2 of 3 rows: prompts of 4 tokens or more"
+        "left out 2 of 3 rows, whose prompts have 4 tokens or more"
     ] * 2
 
 
@@ -114,7 +114,7 @@ def test_rows_that_are_no_prompts_are_refused_in_one_line(row: dict, field: str,
 
 def test_encoders_and_families_that_mix_packed_rows_are_refused(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", [{"prompt": "x", "response": "y"}] * 4)
-    with pytest.raises(InputError, match=r"data\.task: got 'prompts'; accepted: .* a bert answers no prompts"):
+    with pytest.raises(InputError, match=r"data\.task: got 'prompts'; accepted: .* bert models cannot answer prompts"):
         load_task(DataSpec("prompts", file), AutoConfig.for_model("bert"))
     assert load_task(DataSpec("prompts", file), AutoConfig.for_model("opt")).task.packing is False
     with pytest.raises(InputError, match=r"data\.packing: got True; leave packing out: opt mixes"):

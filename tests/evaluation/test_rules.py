@@ -41,7 +41,9 @@ def test_rows_longer_than_the_positions_are_refused_by_name():
 
 def test_tokens_without_an_embedding_are_refused_by_name():
     assert score(causal_lm("text", "text"), text_rows(4, token=96))["perplexity"] > 0
-    with pytest.raises(InputError, match="^dataset: got 'token 97 in row 0'; accepted: texts of the 97 tokens"):
+    with pytest.raises(
+        InputError, match="^dataset: got 'token 97 in row 0'; accepted: texts whose tokens are among the 97"
+    ):
         score(causal_lm("text", "text"), text_rows(4, token=97))
 
 

@@ -204,7 +204,7 @@ def test_any_metric_of_evaluate_scores_generated_texts(name, returned, wanted, s
         ("broken", "1 / 0", "", "or a metric of evaluate for texts (division by zero)"),
         ("several", "{'one': 1.0, 'least': min(shares)}", "", "several.py:one"),
         ("named", "{'one': 1.0, 'least': min(shares)}", ":lest", "named.py:least' (the nearest)"),
-        ("constant", "{'one': 1.0}", "", "a metric that tells equal texts from others"),
+        ("constant", "{'one': 1.0}", "", "a metric that gives equal texts another value"),
     ],
 )
 def test_a_metric_that_cannot_score_texts_is_one_line_before_any_row_is_read(

@@ -26,8 +26,8 @@ def lines(faults) -> list[str]:
     ("prompt", "new", "line"),
     [
         (5, 3, None),
-        (5, 4, "--new: got 4; accepted: at most 3: tiny takes 8 tokens, of which a prompt takes 5"),
-        (8, 1, "rows: got 'a prompt of 8 tokens'; accepted: prompts of less than 8 tokens, the longest input of tiny"),
+        (5, 4, "--new: got 4; accepted: at most 3: tiny takes 8 tokens, and a prompt has 5"),
+        (8, 1, "rows: got 'a prompt of 8 tokens'; accepted: prompts of fewer than 8 tokens, the longest input of tiny"),
     ],
 )
 def test_prompt_and_response_together_stay_within_the_positions(prompt, new, line):
@@ -86,5 +86,5 @@ def test_the_longest_prompt_ends_before_the_first_label():
 def test_a_token_at_fault_is_shown_as_text_where_there_is_a_tokenizer():
     facts = RowFacts(beyond=(3, 94))
     (line,) = lines(row_faults(SMALL, facts, "data", word_tokenizer()))
-    assert line == "data: got \"'user' in row 3\"; accepted: texts of the 10 tokens of tiny"
+    assert line == "data: got \"'user' in row 3\"; accepted: texts whose tokens are among the 10 that tiny knows"
     assert lines(row_faults(SMALL, facts, "data"))[0].startswith("data: got 'token 94 in row 3'")

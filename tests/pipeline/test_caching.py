@@ -148,7 +148,7 @@ def test_a_recipe_that_no_cache_serves_is_refused_before_anything_is_written(fil
 
 def test_a_recipe_and_options_that_it_says_itself_do_not_go_together(files):
     result = cached_recipe(files, recipe(files), "--max-length", "16")
-    assert result.exit_code == 2 and "--max-length: got 16; leave it out: the recipe says it" in result.output
+    assert result.exit_code == 2 and "--max-length: got 16; leave it out: the recipe sets it" in result.output
     arguments = ["cache", str(files / "teacher"), "--output-dir", str(files / "cache")]
     for more, message in ((["--set", "seed=1"], "--set: got 'seed=1'"), ([], "--task: got None")):
         result = RUNNER.invoke(app, [*arguments, *more])
@@ -164,7 +164,9 @@ def test_a_cache_is_of_one_precision_which_the_recipe_may_name(files):
     assert command(files, "--k", "20", "--dtype", "bfloat16").exit_code == 0
     named = recipe(files)
     named["teacher"]["dtype"] = "float32"
-    with pytest.raises(InputError, match="^teacher.dtype: got 'float32'; leave it out, or take bfloat16, in which"):
+    with pytest.raises(
+        InputError, match="^teacher.dtype: got 'float32'; leave it out, or set it to bfloat16, the dtype"
+    ):
         distill_llm.run(named, files / "run")
     assert not (files / "run").exists()
     named["teacher"]["dtype"] = "bfloat16"
@@ -172,7 +174,7 @@ def test_a_cache_is_of_one_precision_which_the_recipe_may_name(files):
     result = cached_recipe(files, named, "--k", "20", "--dtype", "float32")
     assert (
         result.exit_code == 2
-        and "--dtype: got 'float32'; leave it out, or take bfloat16, the recipe's" in result.output
+        and "--dtype: got 'float32'; leave it out, or set it to bfloat16, the recipe's" in result.output
     )
     assert cached_recipe(files, named, "--k", "20").exit_code == 0, "the recipe's"
 

@@ -76,7 +76,7 @@ def test_a_student_is_written_scored_and_measured_in_the_dtype_of_its_teachers_c
     exact = score(given, run / "round-1" / "student", dtype=torch.float32)
     assert (result.metrics["student"]["score"] == exact) == (dtype == torch.float32), "else a cast shows"
     for file in (result.report, run / "student" / "README.md"):
-        assert f"Scores and costs are of weights in {name}." in file.read_text()
+        assert f"Models were scored and measured with weights in {name}." in file.read_text()
 
 
 @pytest.mark.parametrize("compensate", [True, False])
@@ -104,7 +104,7 @@ def test_a_given_student_keeps_the_dtype_of_its_own_checkpoint_and_the_report_na
     assert dtypes(result.student_dir) == {torch.float16}
     assert [result.metrics[side]["dtype"] for side in ("teacher", "student")] == ["float32", "float16"]
     assert result.metrics["teacher"]["score"] == score(given, tmp_path / "teacher")
-    line = "Scores and costs are of weights in float32 (teacher) and float16 (student)."
+    line = "Models were scored and measured with weights in float32 (teacher) and float16 (student)."
     assert line in result.report.read_text()
     again = distill_llm.run({**given, "evaluation": {"latency": {"batch_size": 1, "sequence_length": 4}}})
     assert again.metrics["latency"]["batch_size"] == 1, "a report made anew"

@@ -100,7 +100,7 @@ def test_checks_and_messages_know_the_new_criterion(page, tmp_path):
     statistics = collect_statistics(tiny_model(), [random_batch(tiny_model())], loss=None)
     with pytest.raises(InputError, match="criterion: got 'rms_effect'; accepted: statistics collected with a loss"):
         score(statistics, "rms_effect")
-    with pytest.raises(InputError, match="criterion: got 'rms_effect'; accepted: fisher where units has ffn"):
+    with pytest.raises(InputError, match="criterion: got 'rms_effect'; accepted: fisher if units has ffn"):
         parse_recipe(recipe_for(tmp_path, pruning={"keep": 0.5, "criterion": "rms_effect", "units": ["ffn", "heads"]}))
 
 
@@ -128,7 +128,7 @@ def test_scores_of_a_comparable_criterion_compete_over_all_kinds(page, tmp_path)
     assert score(statistics, "half_fisher").comparable(["heads", "neurons"])
     for units in (["ffn", "heads"], ["heads", "neurons"]):
         parse_recipe(recipe_for(tmp_path, pruning={"keep": 0.5, "criterion": "half_fisher", "units": units}))
-    with pytest.raises(InputError, match="accepted: fisher or half_fisher where"):
+    with pytest.raises(InputError, match="accepted: fisher or half_fisher if"):
         parse_recipe(recipe_for(tmp_path, pruning={"keep": 0.5, "criterion": "wanda", "units": ["ffn", "heads"]}))
 
 
@@ -163,6 +163,10 @@ def test_a_criterion_that_reads_what_it_did_not_declare_is_refused_even_where_th
     def of_layers(statistics):
         return statistics.layers.fisher
 
+    @criterion("of_kinds", layers_only=True)
+    def of_kinds(statistics):
+        return torch.stack([row.taylor.sum() for row in statistics.units["heads"]])
+
     @criterion("of_heads", needs=["gradients"], layers_only=True)
     def of_heads(statistics):
         return torch.stack([row.fisher.sum() + row.wanda.sum() for row in statistics.heads])
@@ -173,6 +177,8 @@ def test_a_criterion_that_reads_what_it_did_not_declare_is_refused_even_where_th
         score(statistics, "by_activation")
     with pytest.raises(InputError, match="^criterion: got 'of_layers'; declare .*reads fisher"):
         score(statistics, "of_layers")
+    with pytest.raises(InputError, match="^criterion: got 'of_kinds'; declare .*reads taylor"):
+        score(statistics, "of_kinds")
     expected = statistics.heads[0].fisher * statistics.heads[0].activation
     assert torch.equal(score(statistics, "by_loss").heads[0], expected)
     assert len(score(statistics, "of_heads").layers) == len(statistics.heads)

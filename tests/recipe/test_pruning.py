@@ -46,35 +46,35 @@ def test_units_and_costs_are_those_of_the_library():
         ),
         (
             {"units": ["attention", "ffn"], "criterion": "wanda"},
-            "pruning.criterion: got 'wanda'; accepted: fisher where",
+            "pruning.criterion: got 'wanda'; accepted: fisher if units",
         ),
         (
             {"units": ["ffn", "heads"], "scope": "local"},
-            "pruning.scope: got 'local'; accepted: global where units has ffn",
+            "pruning.scope: got 'local'; accepted: global if units has ffn",
         ),
         (
             {"units": ["queries", "heads"], "uniform": True},
-            "pruning.uniform: got True; accepted: false where units has queries",
+            "pruning.uniform: got True; accepted: false if units has queries",
         ),
         (
             {"units": ["hidden"], "scope": "local"},
-            "pruning.scope: got 'local'; accepted: global where units is [hidden]",
+            "pruning.scope: got 'local'; accepted: global with units [hidden]",
         ),
         (
             {"units": ["hidden"], "uniform": True},
-            "pruning.uniform: got True; leave it out: it counts only where units has heads",
+            "pruning.uniform: got True; leave it out: it counts only if units has heads",
         ),
         (
             {"units": ["heads"], "round_to": 8},
-            "pruning.round_to: got 8; leave it out: it counts only where units has neurons or hidden",
+            "pruning.round_to: got 8; leave it out: it counts only if units has neurons or hidden",
         ),
         (
             {"units": ["neurons"], "min_heads": 1},
-            "pruning.min_heads: got 1; leave it out: it counts only where units has heads",
+            "pruning.min_heads: got 1; leave it out: it counts only if units has heads",
         ),
         (
             {"units": ["heads"], "min_neurons": 8},
-            "pruning.min_neurons: got 8; leave it out: it counts only where units has neurons",
+            "pruning.min_neurons: got 8; leave it out: it counts only if units has neurons",
         ),
         (
             {"criterion": "magnitude", "loss": "kl"},
@@ -82,15 +82,15 @@ def test_units_and_costs_are_those_of_the_library():
         ),
         (
             {"units": ["layers"], "layer_criterion": "block_influence"},
-            "pruning.layer_criterion: got 'block_influence'; leave it out: it counts only where units has layers beside",
+            "pruning.layer_criterion: got 'block_influence'; leave it out: it counts only if units has layers and other",
         ),
         (
             {"criterion": "activation", "layer_criterion": "wanda"},
-            "pruning.layer_criterion: got 'wanda'; leave it out: it counts only where units has layers beside",
+            "pruning.layer_criterion: got 'wanda'; leave it out: it counts only if units has layers and other",
         ),
         (
             {"units": ["layers", "ffn"], "layer_criterion": "block_influence"},
-            "pruning.layer_criterion: got 'block_influence'; leave it out where units has layers and ffn together",
+            "pruning.layer_criterion: got 'block_influence'; leave it out if units has layers and ffn together",
         ),
         ({"keep": None, "layers": [0], "cuts": 2}, "pruning.cuts: got 2; leave it out: `layers`"),
         (
@@ -100,11 +100,11 @@ def test_units_and_costs_are_those_of_the_library():
         ({"keep": None, "layers": [0], "statistics": "s"}, "pruning.statistics: got 's'; leave it out: `layers`"),
         (
             {"units": ["layers"], "moment_layers": 1},
-            "pruning.moment_layers: got 1; leave it out: there are second moments",
+            "pruning.moment_layers: got 1; leave it out: only compensation",
         ),
         (
             {"compensate": False, "moment_layers": 4},
-            "pruning.moment_layers: got 4; leave it out: there are second moments",
+            "pruning.moment_layers: got 4; leave it out: only compensation",
         ),
         ({"offload": True}, "pruning.checkpointing: got False; set it to true"),
         (

@@ -178,6 +178,6 @@ def test_a_hub_out_of_reach_is_one_line(student: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("hub", [400, 500], indirect=True)
 def test_a_refusal_of_the_hub_is_one_line(hub: FakeHub, student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-    with pytest.raises(InputError, match="^repo_id: got 'owner/student'; accepted: .* the Hub takes") as error:
+    with pytest.raises(InputError, match="^repo_id: got 'owner/student'; accepted: .* the Hub accepts") as error:
         push(student, "owner/student", token=TOKEN)
     assert "\n" not in str(error.value)

@@ -19,11 +19,12 @@ def test_report_has_table_rounds_figures_and_how_to_load(tmp_path: Path) -> None
     assert path == tmp_path / "report.md"
     assert text.startswith("# teacher-model, pruned and distilled on sst2\n")
     assert (
-        "keeps 99.5% of its teacher's accuracy, has 50.0% of the parameters of its layers and runs 1.90 times" in text
+        "keeps 99.5% of its teacher's accuracy, has 50.0% of the parameters of its teacher's layers and runs 1.90 times"
+        in text
     )
     assert "| recovered" in text and "## Rounds" in text
     assert "Test CPU, 2 threads on batches of 32 x 64 tokens" in text
-    assert "Scores and costs are of weights in bfloat16. The columns" in text
+    assert "Models were scored and measured with weights in bfloat16. The columns" in text
     assert "from_pretrained(model_id, trust_remote_code=True)" in text
     assert "torch 2.13.0, transformers 5.23.0; the run took 7 min 0 s." in text
     links = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
@@ -76,8 +77,8 @@ def test_kept_figure_draws_kept_over_original_with_an_empty_bar_for_a_removed_la
 def test_a_budget_that_was_missed_is_said_under_the_rounds(tmp_path: Path) -> None:
     student_folder(tmp_path / "student")
     given = metrics()
-    given["rounds"][-1]["note"] = "round 2 kept 47.50% where 50.00% was asked for"
-    assert "Round 2 kept 47.50% where 50.00% was asked for." in write_report(tmp_path, given).read_text()
+    given["rounds"][-1]["note"] = "round 2 kept 47.50% instead of 50.00%"
+    assert "Round 2 kept 47.50% instead of 50.00%." in write_report(tmp_path, given).read_text()
 
 
 def test_a_perplexity_is_told_as_one_and_the_title_says_what_was_done(tmp_path: Path) -> None:
@@ -86,6 +87,6 @@ def test_a_perplexity_is_told_as_one_and_the_title_says_what_was_done(tmp_path: 
     lower["student"]["score"], lower["teacher"]["score"] = 183.02, 77.001
     text = write_report(tmp_path, lower).read_text()
     assert text.startswith("# teacher-model, pruned on sst2\n") and "keeps" not in text
-    assert "has a perplexity of 183 where its teacher has 77" in text
+    assert "has a perplexity of 183 (teacher: 77)" in text
     assert "pruned and fine-tuned on" in write_report(tmp_path, metrics(learned_from="labels")).read_text()
     assert "# teacher-model, distilled on" in write_report(tmp_path, metrics(rounds=[])).read_text()

@@ -154,10 +154,10 @@ def test_prompts_that_the_teacher_cannot_read_are_refused_under_its_name(tmp_pat
     tokenizer = word_tokenizer()
     tokenizer.add_tokens(["<image>"])
     given = {"output_dir": tmp_path, "tokenizer": tokenizer, "max_new_tokens": 2, "progress": False}
-    line = r"""^data: got "'<image>' in row 2"; accepted: texts of the 97 tokens of LlamaForCausalLM$"""
+    line = r"""^data: got "'<image>' in row 2"; accepted: texts whose tokens are among the 97 that LlamaForCausalLM knows$"""
     with pytest.raises(InputError, match=line):
         answer(known, [words(1), words(1), words(1) + " <image>"], **given)
-    line = "^max_new_tokens: got 60; accepted: at most [0-9]+: LlamaForCausalLM takes 64 tokens, of which a prompt takes 5$"
+    line = "^max_new_tokens: got 60; accepted: at most [0-9]+: LlamaForCausalLM takes 64 tokens, and a prompt has 5$"
     with pytest.raises(InputError, match=line):
         answer(teacher(max_position_embeddings=64), [words(1, 2, 3, 4, 5)], **{**given, "max_new_tokens": 60})
 

@@ -70,5 +70,5 @@ def test_a_template_that_refuses_a_chat_or_rewrites_it_is_one_line() -> None:
     with pytest.raises(InputError, match="no system turn"):
         encode_prompts([[USER]], tokenizer)
     tokenizer.chat_template = "{{ messages | length }}{% if add_generation_prompt %}assistant{% endif %}"
-    with pytest.raises(InputError, match="only adds the answer"):
+    with pytest.raises(InputError, match="leaves the prompt unchanged"):
         encode_prompts([[USER]], tokenizer)

@@ -374,7 +374,7 @@ def test_labels_count_only_where_they_choose_tokens():
 
 
 def test_data_with_nothing_to_store_is_refused():
-    with pytest.raises(InputError, match="^dataset: got '1 rows with nothing to store'"):
+    with pytest.raises(InputError, match="^dataset: got '1 rows without an output to store'"):
         find_examples(Dataset.from_dict({"input_ids": [[5]]}), CacheSettings())
     with pytest.raises(InputError, match="^dataset: got .'text'"):
         find_examples(Dataset.from_dict({"text": ["a"]}), CacheSettings())

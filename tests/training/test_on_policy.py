@@ -224,7 +224,7 @@ def test_answers_are_generated_in_mixed_precision_with_weights_converted_once_fo
         ),
         (
             Use(packed="data.packing"),
-            "losses.responses: got 'rows of several sequences (data.packing)'; accepted: a prompt in each row",
+            "losses.responses: got 'rows of several sequences (data.packing)'; accepted: one prompt in each row",
         ),
         (Use(sharding="DeepSpeed"), "losses.responses: got 'a student sharded by DeepSpeed'; accepted: FSDP2"),
         (Use(sharding="FSDP1"), "losses.responses: got 'a student sharded by FSDP1'; accepted: FSDP2"),
@@ -256,7 +256,7 @@ def test_packed_prompts_are_refused_before_the_first_step(tmp_path):
     rows, losses = prompt_rows(), {"logits": {}, "responses": {"max_new_tokens": 4}}
     answering_trainer(tmp_path, causal_model(), causal_model(seed=1), rows, losses)
     train = [{**row, "position_ids": [at % 2 for at in range(len(row["input_ids"]))]} for row in rows.train]
-    line = r"^losses.responses: got 'rows of several sequences \(train_dataset\)'; accepted: a prompt in each row$"
+    line = r"^losses.responses: got 'rows of several sequences \(train_dataset\)'; accepted: one prompt in each row$"
     with pytest.raises(InputError, match=line):
         answering_trainer(tmp_path, causal_model(), causal_model(seed=1), replace(rows, train=train), losses)
 

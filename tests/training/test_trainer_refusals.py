@@ -27,7 +27,7 @@ from distill_llm.training.trainer import DistillationConfig, DistillationTrainer
         ({"student": {"head": "token-classification", "num_labels": 1}}, "num_labels: got 1"),
         ({"settings": {"model_init": tiny_model}}, "model_init: "),
         ({"settings": {"compute_loss_func": print}}, "compute_loss_func: "),
-        ({"settings": {"torch_compile": True}}, "torch_compile: got True; leave it out: losses look into"),
+        ({"settings": {"torch_compile": True}}, "torch_compile: got True; leave it out: losses read values"),
         ({"losses": {"hidden": {}}}, "losses.hidden.layers.*uniform"),
         ({"losses": {"hidden": {"layers": [[9, 0]]}}}, "losses.hidden.layers"),
         ({"losses": {"logits": {"temperature": 0}}}, "losses.logits.temperature"),
@@ -113,7 +113,7 @@ def test_a_process_that_sees_several_devices_trains_on_the_first_and_says_so_onc
         trainer = trainer_of(tmp_path, copy.deepcopy(student), teacher, data, losses, **settings)
     assert trainer.args.n_gpu == 1 and trainer.args.train_batch_size == 4
     said = [record.getMessage() for record in caplog.records if "accelerate launch" in record.getMessage()]
-    assert said == ["Training on one of 2 devices; `accelerate launch` in front of the command uses them all."]
+    assert said == ["Training on one of 2 devices. To use them all, put `accelerate launch` in front of the command."]
     trainer.train()
     assert not isinstance(trainer.model_wrapped, torch.nn.DataParallel)
     for name, parameter in expected.model.named_parameters():
@@ -162,7 +162,7 @@ def test_rows_longer_than_the_positions_of_student_or_teacher_are_refused(tmp_pa
 def test_rows_with_tokens_beyond_the_vocabulary_are_refused(tmp_path):
     student = causal_model(layers=1)  # of 100 tokens
     trainer_of(tmp_path, student, None, ids_of([5, 99], [7]), {"labels": {}})
-    line = "^train_dataset: got 'token 100 in row 2'; accepted: texts of the 100 tokens of the student$"
+    line = "^train_dataset: got 'token 100 in row 2'; accepted: texts whose tokens are among the 100 that the student knows$"
     with pytest.raises(InputError, match=line):
         trainer_of(tmp_path, student, None, ids_of([5, 99], [7], [8, 100, 101]), {"labels": {}})
 
@@ -202,7 +202,7 @@ def test_rows_that_the_trainer_was_not_made_with_are_read_before_they_are_scored
     assert trainer.evaluate(fine)["eval_loss"] > 0
     assert trainer.evaluate({"fine": fine})["eval_fine_loss"] > 0
     assert trainer.predict(fine).predictions.shape == (1, 2, 100)
-    said = "got 'token 100 in row 1'; accepted: texts of the 100 tokens of the student$"
+    said = "got 'token 100 in row 1'; accepted: texts whose tokens are among the 100 that the student knows$"
     for call, given, field in (
         (trainer.evaluate, unknown, "eval_dataset"),
         (trainer.evaluate, {"fine": fine, "other": unknown}, "eval_dataset.other"),

@@ -41,7 +41,9 @@ class Prompts(Decoding):
         if config is None:
             return
         if not is_decoder(config):
-            accepted = f"a task for encoders, such as text or classification: a {config.model_type} answers no prompts"
+            accepted = (
+                f"a task for encoders (text, classification, ...): {config.model_type} models cannot answer prompts"
+            )
             raise InputError("data.task", spec.task, accepted)
         if spec.packing:
             raise_all(packing_faults(config.model_type, "data.packing", given=True))

@@ -30,14 +30,23 @@ class LogitsLoss(Term):
     sparse_targets: ClassVar[bool] = True
 
     divergence: Annotated[str, BeforeValidator(NameIn(DIVERGENCES))] = "forward_kl"
-    temperature: Temperature = Field(default=1.0, description="Divides both logits; the loss carries its square.")
-    beta: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="Of jsd (below 1) and dkd.")
-    skew: float | None = Field(default=None, gt=0, lt=1, description="Share of the other distribution in the mixture.")
+    temperature: Temperature = Field(
+        default=1.0, description="Divides the logits of both models; the loss is multiplied by its square."
+    )
+    beta: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="Setting β of jsd (below 1) and of dkd."
+    )
+    skew: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Share α in the mixture: of the teacher in skew_kl, of the student in skew_reverse_kl.",
+    )
     alpha: float | None = Field(
-        default=None, ge=0, allow_inf_nan=False, description="Of dkd: weight of the target's part."
+        default=None, ge=0, allow_inf_nan=False, description="Setting α of dkd: weight of the true class's part."
     )
     top_k: int | None = Field(
-        default=None, ge=1, description="Compare the teacher's k likeliest classes and the rest as one."
+        default=None, ge=1, description="Compare the teacher's k likeliest classes, and all others as one class."
     )
 
     @model_validator(mode="after")
@@ -80,7 +89,7 @@ class LogitsLoss(Term):
         for name, value in given.items():
             kept = f"with a cache of {k} of {classes} classes"
             if name not in held:
-                yield InputError(name, value, fix=f"remove it: it cannot be had {kept}")
+                yield InputError(name, value, fix=f"remove it: it does not work {kept}")
             elif value != held[name]:
                 yield InputError(name, value, f"{held[name]} {kept}")
 

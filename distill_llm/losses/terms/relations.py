@@ -28,11 +28,15 @@ class RelationsLoss(PairedTerm):
     signals: ClassVar[tuple[Signal, ...]] = ("vectors",)
 
     layers: Layers = "last"
-    pairs: list[Literal["qq", "kk", "vv"]] = Field(default=["qq", "kk", "vv"], min_length=1, description="qq, kk or vv")
+    pairs: list[Literal["qq", "kk", "vv"]] = Field(
+        default=["qq", "kk", "vv"],
+        min_length=1,
+        description="which vectors are related: queries (qq), keys (kk), values (vv)",
+    )
     heads: int | None = Field(
         default=None,
         ge=1,
-        description="Relation heads, which the widths of both models are divided into; left out: the most up to 12.",
+        description="Number of relation heads; must divide the widths of both models. Left out: the largest that does, up to 12.",
     )
 
     def faults(self, use: Use) -> Iterator[InputError]:
@@ -45,9 +49,7 @@ class RelationsLoss(PairedTerm):
         except InputError as fault:
             yield fault
         if use.head_size is not None and use.head_size % self.heads:
-            fix = (
-                f"leave it out, or give a divisor of {use.head_size}, the size of a head: pruning chooses how many stay"
-            )
+            fix = f"leave it out, or give a divisor of {use.head_size}, the size of a head: pruning decides how many heads stay"
             yield InputError("heads", self.heads, fix=fix)
 
     def layer_pairs(self, match: "Match") -> "list[LayerPair]":

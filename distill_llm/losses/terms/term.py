@@ -149,7 +149,7 @@ class Term(BaseModel):
         """Signals that a teacher does not have, the first fault alone."""
         missing = [signal for signal in self.signals if signal not in teacher.signals]
         if missing:
-            accepted = f"a teacher that gives {', '.join(missing)}: this one gives {', '.join(teacher.signals)} only"
+            accepted = f"a teacher that gives {', '.join(missing)}: this one gives only {', '.join(teacher.signals)}"
             yield InputError("", teacher.name, accepted)
         elif teacher.few is not None and not self.sparse_targets:
             given = "a cache of {} of {} classes".format(*teacher.few)
@@ -166,7 +166,7 @@ class Term(BaseModel):
             yield InputError("", f"rows of several sequences ({use.packed})", "rows of one sequence each")
         if self.projects and use.widths is not None and use.sharding == "DeepSpeed":
             given = f"states of {use.widths[0]} and {use.widths[1]} channels under DeepSpeed"
-            yield InputError("", given, "a student as wide as its teacher, or DDP or FSDP in the place of DeepSpeed")
+            yield InputError("", given, "a student as wide as its teacher, or DDP or FSDP in place of DeepSpeed")
 
 
 TERMS: dict[str, type[Term]] = {}

@@ -68,7 +68,9 @@ class Bypasses:
         weight, moments = weight_of(module).detach(), self.moments[layer]
         outputs, inputs = weight.shape
         if len(moments.mean) != outputs + inputs:
-            raise InputError("bypasses", "those of a model of other sizes", "what fit_bypasses found of this model")
+            raise InputError(
+                "bypasses", "bypasses of a model of other sizes", "the result of fit_bypasses for this model"
+            )
         both = torch.cat([weight, torch.eye(outputs, device=weight.device, dtype=weight.dtype)], 1)
         squares = moments.second.diagonal()
         ridge = RIDGE * squares[:inputs].mean() / squares.mean().clamp(min=torch.finfo(squares.dtype).tiny)

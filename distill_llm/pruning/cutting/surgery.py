@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from distill_llm.architectures.families import dims_of, family_of, layers_of
-from distill_llm.architectures.lineage import ModelPlan, compose, lineage_of
+from distill_llm.architectures.lineage import LAYER_UNITS, ModelPlan, compose, lineage_of
 from distill_llm.architectures.modeling_pruned import (
     kept_channels,
     layer_prefix,
@@ -60,7 +60,7 @@ def prune(
     """
     plan.check(model)
     if bypasses is not None and (bypasses.plan.layers != plan.layers or (bypasses.norms and plan.hidden is not None)):
-        raise InputError("bypasses", "those of another plan", "what fit_bypasses found for the plan that is given")
+        raise InputError("bypasses", "bypasses of another plan", "the result of fit_bypasses for the given plan")
     check_in_memory(model)
     if compensate is not None:
         _check_statistics(model, compensate)
@@ -132,26 +132,25 @@ def _repaired(
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
     """Weights and biases that change, by the student's names.
 
-    These are the attention-output and FFN-down linears, (outputs, kept inputs), that lose an input or take over what others
+    These are the linears that read a layer's units, (outputs, kept inputs), where they lose an input or take over what others
     added, and the norms that take another's place.
     """
     family, dims, prefix, found = family_of(model), dims_of(model.config), layer_prefix(model), {}
     out = slice(None) if plan.hidden is None else torch.tensor(plan.hidden)
     counts = counts_of(model)
     for index, row in enumerate(plan.layers):
-        for kind, (path, layout) in enumerate(family.readers):
+        for place, (path, layout) in enumerate(family.readers):
             if bypasses is not None and (row.source, path) in bypasses.outputs:
                 continue  # all but its bias is another's
             module = linear(layers_of(model)[row.source], path)
             kept = kept_channels(layout, row, counts[row.source], dims.head_size)
-            if bypasses is not None and kind == 1 and row.source in bypasses.moments:
+            if bypasses is not None and path == family.ffn_out and row.source in bypasses.moments:
                 weight, bias = bypasses.folded(module, row.source, kept)
             elif statistics is None or len(kept) == weight_of(module).shape[1]:
                 continue
             else:
-                weight, bias = compensate_linear(
-                    weight_of(module), module.bias, _moments(statistics, row.source, kind), kept
-                )
+                moments = _moments(statistics, row.source)[place]
+                weight, bias = compensate_linear(weight_of(module), module.bias, moments, kept)
             found[f"{prefix}{index}.{path}"] = weight[out], None if bias is None else bias[out]
         if bypasses is not None and row.source in bypasses.norms:
             layer, path = bypasses.norms[row.source]
@@ -164,13 +163,16 @@ def _repaired(
     return found
 
 
-def _moments(statistics: Statistics, layer: int, kind: int) -> Moments:
+def _moments(statistics: Statistics, layer: int) -> tuple[Moments, ...]:
     if not statistics.moments:
         raise InputError("compensate", "statistics without moments", "statistics collected with moments=True")
-    return statistics.moments[layer][kind]
+    return statistics.moments[layer]
 
 
 def _check_statistics(model: PreTrainedModel, statistics: Statistics) -> None:
-    found = [(len(of.taylor), len(its.taylor)) for of, its in zip(statistics.heads, statistics.neurons, strict=True)]
-    if found != [(each["heads"], each["neurons"]) for each in counts_of(model)]:
+    counts = counts_of(model)
+    found = {
+        kind: [len(row.taylor) for row in statistics.units[kind]] for kind in LAYER_UNITS if kind in statistics.units
+    }
+    if found != {kind: [each[kind] for each in counts] for kind in found}:
         raise InputError("compensate", "statistics of a model of other sizes", "statistics of the model that is pruned")

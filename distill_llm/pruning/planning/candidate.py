@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 import torch
 
-from distill_llm.architectures.lineage import Counts
+from distill_llm.architectures.lineage import LAYER_UNITS, Counts
 from distill_llm.common.errors import InputError
 from distill_llm.pruning.importance import Importance
 from distill_llm.pruning.plan import LayerPlan, PruningPlan
+from distill_llm.pruning.planning.budgets import inner_kinds, least_counts
 from distill_llm.pruning.planning.rules import PlanningRules
 from distill_llm.pruning.units.costs import Costs
 from distill_llm.pruning.units.kinds import KINDS
@@ -17,26 +18,35 @@ NEAR = 0.99
 
 
 class Choice:
-    """What stays, while it is being chosen: per layer the kept heads, queries of a group, and neurons; the kept channels."""
+    """What stays, while it is being chosen: the layers, the units of every kind in each, the channels.
+
+    Attributes:
+        kept, count: by kind and layer, which units stay, and how many.
+        inner: the kinds that are within units of another kind (queries within heads), and within which.
+        had, each: by these kinds and layer, how many every unit around them had, and keeps.
+        width: how many channels of the residual stream stay.
+    """
 
     def __init__(
         self, scores: Importance, shapes: Sequence[Counts], costs: Costs, budget: float, rules: PlanningRules
     ) -> None:
         self.scores, self.shapes, self.costs, self.budget, self.rules = scores, shapes, costs, budget, rules
         self.alive = [True] * len(shapes)
-        self.kept = {k: [torch.ones(s[k], dtype=torch.bool) for s in shapes] for k in ("heads", "neurons")}
-        self.shared = [s["queries"] // s["heads"] if s["heads"] else 1 for s in shapes]
-        self.slots = list(self.shared)
+        self.inner = inner_kinds()
+        outer = [kind for kind in LAYER_UNITS if kind not in self.inner]
+        self.kept = {kind: [torch.ones(s[kind], dtype=torch.bool) for s in shapes] for kind in outer}
+        self.had = {k: [s[k] // s[around] if s[around] else 1 for s in shapes] for k, around in self.inner.items()}
+        self.each = {kind: list(row) for kind, row in self.had.items()}
         self.count = {kind: [s[kind] for s in shapes] for kind in self.kept}  # the same as numbers, to be quick
         self.width = costs.hidden
-        self.least = rules.least(shapes)
+        self.least = least_counts(rules, shapes)
         least_width = rules.least_width(costs.hidden)
         self._least_costs = [costs.of([row], least_width, [i]) for i, row in enumerate(self.least)]
 
     def shape(self, i: int) -> Counts:
         """How many units of every kind layer `i` keeps."""
-        heads = self.count["heads"][i]
-        return {"heads": heads, "neurons": self.count["neurons"][i], "queries": heads * self.slots[i]}
+        counts = {kind: row[i] for kind, row in self.count.items()}
+        return counts | {kind: counts[around] * self.each[kind][i] for kind, around in self.inner.items()}
 
     def living(self) -> list[int]:
         """The layers that stay."""
@@ -61,7 +71,7 @@ class Choice:
         return cost <= self.budget * (1 + 1e-9)
 
     def drop(self, kind: str, i: int, where: slice) -> bool:
-        """Remove heads or neurons of a layer; False where they are gone already or too few would be left."""
+        """Remove units of a layer; False where they are gone already or too few would be left."""
         gone = self.kept[kind][i][where]
         if self.count[kind][i] - int(gone.sum()) < self.least[i][kind] or not gone.any():
             return False
@@ -75,7 +85,7 @@ class Choice:
         return any(self.fits(self._least_costs[k]) for k in others)
 
     def put_back(self, kind: str, i: int, j: int) -> None:
-        """Undo the removal of a head or a layer."""
+        """Undo the removal of a unit or a layer."""
         if kind == "layers":
             self.alive[i] = True
         else:
@@ -83,7 +93,10 @@ class Choice:
             self.count[kind][i] += 1
 
     def keep(self, kind: str, i: int, count: int) -> None:
-        """Keep the best `count` heads or neurons of a layer."""
+        """Keep the best `count` units of a layer, or of every unit of the kind around them."""
+        if kind in self.each:
+            self.each[kind][i] = count
+            return
         best = getattr(self.scores, kind)[i].argsort(descending=True)[:count]
         self.kept[kind][i][:] = False
         self.kept[kind][i][best] = True
@@ -107,19 +120,11 @@ class Choice:
             raise InputError("keep", round(self.budget / total, 4), accepted)
 
     def plan(self, model_type: str, keep: float) -> PruningPlan:
-        rows = []
-        for i, alive in enumerate(self.alive):
-            if alive:
-                heads = tuple(self.kept["heads"][i].nonzero().flatten().tolist())
-                rows.append(
-                    LayerPlan(
-                        i, heads, tuple(self.kept["neurons"][i].nonzero().flatten().tolist()), self._queries(i, heads)
-                    )
-                )
+        rows = [LayerPlan(i, units=self._units(i)) for i in self.living()]
         share, note = self.cost() / self.costs.of(self.shapes), None
         if abs(share - keep) > 0.01 * keep:
-            note = f"kept {share:.4f} of the layers' {self.costs.name} where {keep} was asked for: "
-            sizes = [{shape[k] for shape in self.shapes} - {0} for k in ("heads", "neurons")]
+            note = f"kept {share:.4f} of the layers' {self.costs.name} instead of {keep}: "
+            sizes = [{shape[k] for shape in self.shapes} - {0} for k in self.kept]
             uneven = self.rules.uniform and max(map(len, sizes)) > 1
             note += "these units come in larger steps" + (
                 ", and no layer keeps more than the smallest" if uneven else ""
@@ -132,9 +137,20 @@ class Choice:
         assert self.scores.hidden is not None
         return tuple(self.scores.hidden.argsort(descending=True)[: self.width].sort().values.tolist())
 
-    def _queries(self, i: int, heads: tuple[int, ...]) -> tuple[int, ...] | None:
-        if self.slots[i] == self.shared[i] or not heads:
-            return None
-        grouped = self.scores.queries[i].view(-1, self.shared[i])
-        best = grouped.argsort(dim=1, descending=True)[:, : self.slots[i]].sort(dim=1).values
-        return tuple(g * self.shared[i] + q for g in heads for q in best[g].tolist())
+    def _units(self, i: int) -> dict[str, list[int] | None]:
+        """The units that a layer keeps, by kind; None: all, of a kind that plans need not name."""
+        units: dict[str, list[int] | None] = {}
+        for kind, rows in self.kept.items():
+            all_stay = not LAYER_UNITS[kind].named and bool(rows[i].all())
+            units[kind] = None if all_stay else rows[i].nonzero().flatten().tolist()
+        for kind, around in self.inner.items():
+            kept = self.kept[around][i].nonzero().flatten().tolist()
+            units[kind] = self._inside(kind, i, kept) if kept and self.each[kind][i] < self.had[kind][i] else None
+        return units
+
+    def _inside(self, kind: str, i: int, around: Sequence[int]) -> list[int]:
+        """The best units of every one of those around them that stay, equally many of each."""
+        had, each = self.had[kind][i], self.each[kind][i]
+        ranked = getattr(self.scores, kind)[i].view(-1, had).argsort(dim=1, descending=True)
+        best = ranked[:, :each].sort(dim=1).values
+        return [unit * had + j for unit in around for j in best[unit].tolist()]

@@ -6,11 +6,13 @@ from itertools import product
 
 import torch
 
+from distill_llm.pruning.planning.budgets import fewest
 from distill_llm.pruning.planning.candidate import NEAR, Choice
-from distill_llm.pruning.planning.rules import fewest
+from distill_llm.pruning.units.kinds import KINDS
 
 Rounding = Callable[[float], float]
 Counts = Callable[[float, Rounding], list[float]]
+"""How many units of a kind every layer that is left keeps of a share; of queries: of a group."""
 Accepts = Callable[[int, int, int], bool]
 """Whether the family's own config can say so many query heads, groups and channels, in every layer."""
 
@@ -28,9 +30,9 @@ def _up(count: float) -> float:
 
 
 def keep_shares(choice: Choice, accepts: Accepts | None) -> None:
-    """Each kind keeps the same share: over all layers, or within each (`local`); neurons take up what the others leave over.
+    """Each kind keeps the same share: over all layers, or within each (`local`); fine kinds (neurons) take up what others leave.
 
-    Other units are large, so they keep the nearest whole number for which the neurons can make up the difference. Where there
+    Other units are large, so they keep the nearest whole number for which the fine ones can make up the difference. Where there
     are numbers that the family's own config `accepts`, they keep the nearest of these.
     """
     if "layers" in choice.rules.units:
@@ -39,12 +41,10 @@ def keep_shares(choice: Choice, accepts: Accepts | None) -> None:
     cost = _cost_of_shares(choice, counts)
     share, rounding = _stock_share(choice, accepts) or _nearest_share(choice, cost)
     fine = _largest(choice, lambda fine: cost(share, fine, rounding=rounding))
-    heads, queries, neurons = counts
-    found = zip(heads(share, rounding), queries(share, rounding), neurons(fine, _down), strict=True)
-    for i, (h, q, n) in zip(choice.living(), found, strict=True):
-        choice.keep("heads", i, int(h))
-        choice.slots[i] = int(q)
-        choice.keep("neurons", i, int(n))
+    for kind in [kind for kind in counts if kind in choice.rules.units]:
+        found = counts[kind](fine, _down) if KINDS[kind].fine else counts[kind](share, rounding)
+        for i, count in zip(choice.living(), found, strict=True):
+            choice.keep(kind, i, int(count))
 
 
 def _nearest_share(choice: Choice, cost: Callable[..., float]) -> tuple[float, Rounding]:
@@ -68,7 +68,8 @@ def _stock_share(choice: Choice, accepts: Accepts | None) -> tuple[float, Roundi
     None where it accepts none within a quarter of the share, or neurons cannot bring them to the budget. (Heads that must
     divide the width can be halved, so that some are near enough.)
     """
-    heads, queries, _ = counts = _kinds(choice)
+    counts = _kinds(choice)
+    heads, queries = counts["heads"], counts["queries"]
     if accepts is None or len(alike := set(zip(heads(1, _exact), queries(1, _exact), strict=True))) > 1:
         return None
     cost, (most, shared) = _cost_of_shares(choice, counts), alike.pop()
@@ -115,20 +116,22 @@ def _choose_layers(choice: Choice) -> None:
     choice.alive = [i not in order[:gone] for i in range(count)]
 
 
-def _kinds(choice: Choice) -> tuple[Counts, Counts, Counts]:
-    """How many heads, queries of a group and neurons every layer that is left keeps of a share."""
-    heads, queries, neurons = (_counts(choice, kind) for kind in ("heads", "queries", "neurons"))
-    return heads, queries, neurons
+def _kinds(choice: Choice) -> dict[str, Counts]:
+    """The counts of every kind of unit in layers."""
+    return {kind: _counts(choice, kind) for kind in (*choice.kept, *choice.each)}
 
 
-def _cost_of_shares(choice: Choice, counts: tuple[Counts, Counts, Counts]) -> Callable[..., float]:
-    """What is left costs with a share of the heads and queries (coarse), and one of the neurons (fine)."""
-    heads, queries, neurons = counts
+def _cost_of_shares(choice: Choice, counts: dict[str, Counts]) -> Callable[..., float]:
+    """What is left costs with a share of fine kinds (neurons), and one of all others (coarse)."""
     living = choice.living()
 
     def cost(coarse: float, fine: float, width: int | None = None, rounding: Rounding = _exact) -> float:
-        columns = heads(coarse, rounding), queries(coarse, rounding), neurons(fine, _exact)
-        rows = [{"heads": h, "neurons": n, "queries": h * q} for h, q, n in zip(*columns, strict=True)]
+        columns = {
+            kind: count(fine, _exact) if KINDS[kind].fine else count(coarse, rounding) for kind, count in counts.items()
+        }
+        for kind, around in choice.inner.items():
+            columns[kind] = [n * each for n, each in zip(columns[around], columns[kind], strict=True)]
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         return choice.costs.of(rows, choice.width if width is None else width, living)
 
     return cost
@@ -155,14 +158,15 @@ def _counts(choice: Choice, kind: str) -> Counts:
     """How many units of a kind every layer that is left keeps, given the share that stays."""
     living = choice.living()
     shapes = [choice.shapes[i] for i in living]
-    if kind == "queries":
-        has, least = [choice.shared[i] for i in living], [1] * len(living)
+    around = choice.inner.get(kind)
+    if around:
+        has, least = [choice.had[kind][i] for i in living], [1] * len(living)
     else:
         has, least = [shape[kind] for shape in shapes], [choice.least[i][kind] for i in living]
     if kind not in choice.rules.units:
         return lambda share, rounding: list(has)
-    if choice.rules.local or kind == "queries":
-        there = fewest(count for count, shape in zip(has, shapes, strict=True) if kind != "queries" or shape["heads"])
+    if choice.rules.local or around:
+        there = fewest(count for count, shape in zip(has, shapes, strict=True) if not around or shape[around])
         most = [min(count, there) for count in has] if choice.rules.uniform else has
         return lambda share, rounding: [max(rounding(share * m), at) for m, at in zip(most, least, strict=True)]
     # What a layer keeps at least comes first, whatever it is worth.

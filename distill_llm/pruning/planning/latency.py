@@ -178,7 +178,7 @@ class _Search:
         if self.met:
             return replace(best.plan, kept=best.latency, note=None)
         if self.below is None and not self.reachable:
-            accepted = f"at least {best.latency:.4f} of the latency, what these units can leave"
+            accepted = f"at least {best.latency:.4f} of the latency: removing these units cannot go lower"
             raise InputError("keep", self.keep, accepted)
-        note = f"kept {best.latency:.4f} of the latency where {self.keep} was asked for: {self.end}"
+        note = f"kept {best.latency:.4f} of the latency instead of {self.keep}: {self.end}"
         return replace(best.plan, kept=best.latency, note=note)

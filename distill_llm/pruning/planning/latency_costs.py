@@ -20,7 +20,8 @@ from distill_llm.architectures.lineage import Counts
 from distill_llm.common.files import written_whole
 from distill_llm.measuring.clocks import Clock, on_device
 from distill_llm.measuring.profiling import device_name
-from distill_llm.pruning.planning.layer_times import largest_layer, layer_times
+from distill_llm.pruning.planning.budgets import inner_kinds
+from distill_llm.pruning.planning.layer_times import largest_layer, layer_times, timed_kinds
 from distill_llm.pruning.units.costs import Costs
 from distill_llm.pruning.units.sizes import counts_of, head_size_of, hidden_size
 
@@ -33,10 +34,10 @@ def latency_costs(
     clock: Clock | None = None,
     cache_dir: str | os.PathLike | None = None,
 ) -> Costs:
-    """How many milliseconds a query head, a group, a neuron and the rest of a layer take on the model's device.
+    """How many milliseconds a unit of each kind (query head, group, neuron) and the rest of a layer take on the model's device.
 
-    The model's largest layer is timed alone, cut to several numbers of heads, of queries of a group and of neurons, at the full
-    and at half the width of the residual stream, each in turn with the whole layer. Costs are straight lines fitted to these
+    The model's largest layer is timed alone, cut to several numbers of each kind of unit, at the full and at half the width of
+    the residual stream, each in turn with the whole layer. Costs are straight lines fitted to these
     times (least squares, none below zero). Real times rise in steps: `plan_for_latency` corrects for that.
 
     The times are kept in a file in the user's cache folder. They are not taken again for the same device, threads, precision,
@@ -57,7 +58,7 @@ def latency_costs(
     rows = _read(file, key)
     if rows is None:
         rows = layer_times(model, batch_size, sequence_length, clock or on_device(model.device))
-        _write(file, {"key": key, "columns": ["hidden", "queries", "groups", "neurons", "milliseconds"], "rows": rows})
+        _write(file, {"key": key, "columns": _columns(), "rows": rows})
     return fit_costs(rows, counts_of(model)[largest_layer(model)], hidden_size(model))
 
 
@@ -68,26 +69,24 @@ def fit_costs(rows: Sequence[Sequence[float]], counts: Counts, hidden: int) -> C
     noise in the times must not make a unit cheaper in a wider stream, or cheaper than nothing in a narrow one.
 
     Args:
-        rows: (hidden, queries, groups, neurons, milliseconds) of each layer.
+        rows: (hidden, units of each of `timed_kinds`, milliseconds) of each layer.
         counts: units of the whole layer.
         hidden: channels of the residual stream that costs are given for.
     """
-    shared = counts["queries"] // counts["heads"] if counts["heads"] else 1
-    found = {}
+    # Where a unit holds one of another kind only (a group its query), the two cannot be told apart: the outer has the whole cost.
+    kinds, inner, found = timed_kinds(), inner_kinds(), {}
+    apart = [float(kind not in inner or counts[kind] > counts[inner[kind]]) for kind in kinds]
     for width in sorted({int(row[0]) for row in rows}):
         table = np.array([row for row in rows if int(row[0]) == width], dtype=float)
-        queries, groups, neurons, times = table[:, 1:].T
-        # Where each group has one query, the two cannot be told apart: the group has the whole cost.
-        columns = [queries * (shared > 1), groups, neurons, np.ones(len(table))]
-        found[width] = nnls(np.stack(columns, 1), times)[0]
+        units, times = table[:, 1:-1] * apart, table[:, -1]
+        found[width] = nnls(np.hstack([units, np.ones((len(table), 1))]), times)[0]
     narrow, wide = found[min(found)], found[max(found)]
     pairs = []
     for low, high in zip(narrow, wide, strict=True):
         slope = (high - low) / (max(found) - min(found)) if len(found) > 1 else 0.0
         slope = min(max(slope, 0.0), high / max(found))
         pairs.append((float(slope), float(high - slope * max(found))))
-    query, group, neuron, rest = pairs
-    return Costs("latency", hidden, {"heads": group, "queries": query, "neurons": neuron}, rest)
+    return Costs("latency", hidden, dict(zip(kinds, pairs, strict=False)), rest=pairs[-1])
 
 
 def costs_for(student: PreTrainedModel, costs: Costs) -> Costs:
@@ -118,10 +117,15 @@ def _key(model: PreTrainedModel, batch_size: int, sequence_length: int) -> dict[
     }
 
 
+def _columns() -> list[str]:
+    """The names of the numbers in a row of times."""
+    return ["hidden", *timed_kinds(), "milliseconds"]
+
+
 def _read(file: Path, key: dict[str, Any]) -> list[list[float]] | None:
     try:
         record = json.loads(file.read_text())
-        return record["rows"] if record["key"] == key else None
+        return record["rows"] if record["key"] == key and len(record["columns"]) == len(_columns()) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

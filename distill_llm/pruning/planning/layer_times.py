@@ -9,12 +9,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from distill_llm.architectures.families import family_of, layers_of
-from distill_llm.architectures.lineage import Counts, LayerPlan
+from distill_llm.architectures.lineage import LAYER_UNITS, Counts, LayerPlan
 from distill_llm.measuring.clocks import Clock
 from distill_llm.measuring.counting import full_length_inputs
 from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.plan import PruningPlan, full_plan
-from distill_llm.pruning.units.sizes import counts_of, head_size_of, hidden_size
+from distill_llm.pruning.planning.budgets import inner_kinds
+from distill_llm.pruning.units.kinds import KINDS
+from distill_llm.pruning.units.sizes import counts_of, hidden_size
 
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)
 
@@ -35,13 +37,19 @@ class LayerRun:
 
 
 def largest_layer(model: PreTrainedModel) -> int:
-    """Index of the layer with roughly the most weights."""
-    counts, size = counts_of(model), head_size_of(model)
-    return max(range(len(counts)), key=lambda i: counts[i]["queries"] * 4 * size + 3 * counts[i]["neurons"])
+    """Index of the layer with the most weights."""
+    sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers_of(model)]
+    return sizes.index(max(sizes))
+
+
+def timed_kinds() -> list[str]:
+    """The kinds of units that layers are cut by, in the order of a row of times: those within others come first."""
+    inner = inner_kinds()
+    return [*inner, *(kind for kind in LAYER_UNITS if kind not in inner)]
 
 
 def layer_times(model: PreTrainedModel, batch_size: int, sequence_length: int, clock: Clock) -> list[list[float]]:
-    """Rows of (hidden, queries, groups, neurons, milliseconds): the model's largest layer, cut to several sizes."""
+    """Rows of (hidden, units of each of `timed_kinds`, milliseconds): the model's largest layer, cut to several sizes."""
     index, width = largest_layer(model), hidden_size(model)
     whole = counts_of(model)[index]
     dense = layer_run(model, index, whole, width, batch_size, sequence_length)
@@ -52,18 +60,21 @@ def layer_times(model: PreTrainedModel, batch_size: int, sequence_length: int, c
             run = run or layer_run(model, index, counts, hidden, batch_size, sequence_length)
             seconds, ratio = clock(dense, run)
             milliseconds = 1e3 * seconds if milliseconds is None else milliseconds
-            rows.append([hidden, counts["queries"], counts["heads"], counts["neurons"], milliseconds * ratio])
+            rows.append([hidden, *(counts[kind] for kind in timed_kinds()), milliseconds * ratio])
     return rows
 
 
 def _grid(whole: Counts) -> list[Counts]:
-    """The whole layer with fewer heads, or fewer neurons, or fewer queries in every group."""
-    groups = whole["heads"]
-    shared = whole["queries"] // groups if groups else 1
-    heads = [round(share * groups) for share in SHARES]
-    found = [{**whole, "heads": count, "queries": count * shared} for count in heads]
-    found += [{**whole, "queries": groups * count} for count in (max(1, shared // 2), 1)] if groups else []
-    found += [{**whole, "neurons": round(share * whole["neurons"])} for share in SHARES]
+    """The whole layer with fewer units of one kind; of a kind within another (queries), with fewer in every one of these."""
+    inner, found = inner_kinds(), []
+    for kind in KINDS:
+        if kind in inner and whole[kind]:
+            each = whole[kind] // whole[inner[kind]]
+            found += [{**whole, kind: whole[inner[kind]] * count} for count in (max(1, each // 2), 1)]
+        elif kind in LAYER_UNITS and kind not in inner:
+            within = {k: whole[k] // whole[kind] for k, around in inner.items() if around == kind and whole[kind]}
+            for count in (round(share * whole[kind]) for share in SHARES):
+                found.append({**whole, kind: count} | {k: count * each for k, each in within.items()})
     return [each for i, each in enumerate(found) if each not in found[:i]]
 
 
@@ -71,11 +82,13 @@ def layer_run(
     model: PreTrainedModel, index: int, counts: Counts, hidden: int, batch_size: int, sequence_length: int
 ) -> LayerRun:
     """The layer cut to these counts, and the inputs that its model hands it for the batch."""
-    before, heads = counts_of(model)[index], range(counts["heads"])
-    row = LayerPlan(index, heads=heads, neurons=range(counts["neurons"]))
-    if counts["queries"] < row.counts(before)["queries"]:
-        each, shared = counts["queries"] // counts["heads"], before["queries"] // before["heads"]
-        row = LayerPlan(index, units={**row.units, "queries": [g * shared + i for g in heads for i in range(each)]})
+    before, inner = counts_of(model)[index], inner_kinds()
+    row = LayerPlan(index, units={kind: range(counts[kind]) for kind in counts if kind not in inner})
+    for kind, around in inner.items():
+        if counts[kind] < row.counts(before)[kind]:
+            each, had = counts[kind] // counts[around], before[kind] // before[around]
+            kept = [unit * had + j for unit in range(counts[around]) for j in range(each)]
+            row = LayerPlan(index, units={**row.units, kind: kept})
     channels = None if hidden == hidden_size(model) else tuple(range(hidden))
     base: Any = model.base_model
     rows = (*full_plan(model).layers[: int(family_of(model).anchored and index > 0)], row)

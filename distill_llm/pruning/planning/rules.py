@@ -1,6 +1,6 @@
 """The rules of a plan: what may be removed, and what every layer keeps. Needs no torch, so that recipes can hold them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
@@ -54,24 +54,7 @@ class PlanningRules:
         """Whether every layer keeps the same share of its own units, which leaves a head to each layer that has one."""
         return self.uniform or self.scope == "local"
 
-    def least(self, layers: Sequence[Mapping[str, int]]) -> list[dict[str, int]]:
-        """The counts of units that every layer must keep as long as it stays, given the counts that it has."""
-        rows: list[dict[str, int]] = []
-        limits, multiple = self.limits, -(-self.limits.neurons // self.round_to) * self.round_to
-        least_heads = max(limits.heads, int(self.local and "heads" in self.units))
-        for layer in layers:
-            heads, neurons = layer["heads"], layer["neurons"]
-            queries = layer["queries"] // heads if heads else 0
-            if self._cuts("heads", limits.heads):
-                heads = min(least_heads, heads, fewest(s["heads"] for s in layers) if self.uniform else heads)
-            if self._cuts("neurons", limits.neurons):
-                has = min(neurons, fewest(s["neurons"] for s in layers)) if self.uniform else neurons
-                neurons = multiple if multiple <= has else has
-            queries = heads * (min(queries, 1) if "queries" in self.units else queries)
-            rows.append({"heads": heads, "neurons": neurons, "queries": queries})
-        return rows
-
-    def _cuts(self, kind: str, limit: int) -> bool:
+    def cuts(self, kind: str, limit: int) -> bool:
         """Whether units of this kind may go from a layer; in whole blocks only where there is no limit."""
         return any(KINDS[unit].cuts == kind and not (KINDS[unit].block and limit) for unit in self.units)
 
@@ -85,8 +68,3 @@ class PlanningRules:
 
 
 DEFAULT_RULES = PlanningRules()
-
-
-def fewest(counts: Iterable[int]) -> int:
-    """The smallest number of units in a layer, among the layers that have any."""
-    return min((count for count in counts if count), default=0)

@@ -45,9 +45,7 @@ class CalibrationPass:
         if isinstance(self.loss, str) and self.loss not in ("labels", "kl"):
             raise InputError("loss", self.loss, "labels, kl, a callable (outputs, batch) -> tensor, or None")
         if self.settings.device is not None and self.loss is not None and not self.settings.checkpointing:
-            raise InputError(
-                "checkpointing", False, "true where gradients are taken a layer at a time on another device"
-            )
+            raise InputError("checkpointing", False, "true: on another device, gradients are taken one layer at a time")
         check_in_memory(self.model, one_device=True)
 
     @property

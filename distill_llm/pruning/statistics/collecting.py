@@ -1,8 +1,8 @@
 """One pass over calibration data that collects every statistic of every unit.
 
-Weights are frozen. Hooks on the attention-output and FFN-down linears see their inputs a and, through the backward pass, the
-gradients g of the loss there. Hooks on the linears that read the residual stream, and on its last norm, do the same for its
-channels. Padding does not count (`attention_mask`).
+Weights are frozen. Hooks on the linears that read a layer's units (attention-output, FFN-down) see their inputs a and,
+through the backward pass, the gradients g of the loss there. Hooks on the linears that read the residual stream, and on its
+last norm, do the same for its channels. Padding does not count (`attention_mask`).
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from distill_llm.architectures.families import family_of, layers_of, width_of
+from distill_llm.architectures.lineage import LAYER_UNITS, kinds_of
 from distill_llm.pruning.statistics.calibration_loss import Loss
 from distill_llm.pruning.statistics.calibration_pass import CalibrationPass, first_of
 from distill_llm.pruning.statistics.hooks import (
@@ -25,14 +26,16 @@ from distill_llm.pruning.statistics.hooks import (
     see_channels,
     tap_hook,
 )
-from distill_llm.pruning.statistics.magnitudes import unit_weights
-from distill_llm.pruning.statistics.moments import Moments, MomentsSum
+from distill_llm.pruning.statistics.magnitudes import UnitWeights, unit_weights
+from distill_llm.pruning.statistics.moments import MomentsSum, finished
 from distill_llm.pruning.statistics.processes import sum_over_processes
-from distill_llm.pruning.statistics.record import Statistics
+from distill_llm.pruning.statistics.record import Statistics, UnitStatistics
 from distill_llm.pruning.statistics.settings import DEFAULT_SETTINGS, CalibrationSettings
 from distill_llm.pruning.statistics.stream import channel_readers, seen, stream_readers, stream_tensors
 from distill_llm.pruning.statistics.unit_sums import UnitSums, stacked
-from distill_llm.pruning.units.sizes import counts_of, head_size_of, linear, weight_of
+from distill_llm.pruning.units.kind import UnitKind
+from distill_llm.pruning.units.kinds import KINDS
+from distill_llm.pruning.units.sizes import counts_of, linear, weight_of
 
 
 def collect_statistics(
@@ -84,20 +87,22 @@ class _PassSums:
     def __init__(self, calibration: CalibrationPass, shown: Mapping[str, torch.Tensor] | None):
         model, settings, device = calibration.model, calibration.settings, calibration.device
         self.calibration, self.layers, family = calibration, layers_of(model), family_of(model)
-        head_size, share = head_size_of(model), settings.moment_share
-        self.taps: list[nn.Linear | Conv1D] = []  # the attention-output and the FFN-down linear of each layer in turn
+        share = settings.moment_share
+        self.taps: list[nn.Linear | Conv1D] = []  # what reads units of the first layer, then of the next
         self.units: list[UnitSums] = []
         for layer, counts in zip(self.layers, counts_of(model), strict=True):
-            out, down = (linear(layer, path) for path, _ in family.readers)
-            queries = counts["queries"] // counts["heads"] if counts["heads"] else 1
-            self.taps += [out, down]
-            self.units += [UnitSums([out], (head_size, head_size * queries), device), UnitSums([down], (1,), device)]
+            for path, letter in family.readers:
+                tap = linear(layer, path)
+                channels = weight_of(tap).shape[1]
+                sizes = {kind: channels // counts[kind] if counts[kind] else 1 for kind in kinds_of(letter)}
+                self.taps.append(tap)
+                self.units.append(UnitSums([tap], sizes, device))
         moments = self.taps if settings.moments else []
         self.moments = [MomentsSum(weight_of(module).shape[1], device, share) for module in moments]
-        self.whole_layers = [UnitSums([], (1,), device) for _ in self.layers]
+        self.changes = [UnitSums([], {}, device) for _ in self.layers]
         self.similarity = torch.zeros(len(self.layers), device=device)
         readers = list(stream_readers(model).values())
-        self.channels = UnitSums(readers, (1,), device, width_of(model)) if settings.hidden else None
+        self.channels = UnitSums(readers, {"stream": 1}, device, width_of(model)) if settings.hidden else None
         self.readers, self.read_later = channel_readers(model, shown) if settings.hidden and shown else ([], [])
         tensors = stream_tensors(model, shown) if settings.hidden_moments and shown else []
         self.stream = {tensor: MomentsSum(width_of(model), device, share) for tensor in tensors}
@@ -117,7 +122,7 @@ class _PassSums:
         for tensor, its in self.stream.items():
             stack.enter_context(seen(model, tensor, moments_hook(batch, its)))
         for i, layer in enumerate(self.layers):
-            of_layer = layer_hook(batch, self.whole_layers[i], self.similarity, i)
+            of_layer = layer_hook(batch, self.changes[i], self.similarity, i)
             stack.enter_context(layer.register_forward_hook(of_layer, with_kwargs=True))
 
     def add_channels(self, batch: CalibrationBatch) -> None:
@@ -130,7 +135,7 @@ class _PassSums:
         channels = [] if self.channels is None else [self.channels]
         parts: list[UnitSums | MomentsSum] = [
             *self.units,
-            *self.whole_layers,
+            *self.changes,
             *channels,
             *self.moments,
             *self.stream.values(),
@@ -141,26 +146,42 @@ class _PassSums:
         """The statistics; the sums are gone then."""
         calibration = self.calibration
         weights = unit_weights(calibration.model, hidden=calibration.settings.hidden)
-        moments = self._finished_moments()
-        pairs = list(zip(self.units[0::2], self.units[1::2], weights.layers, strict=True))
-        whole = [[(w["heads"][i].sum() + w["neurons"][i].sum())[None] for i in (0, 1)] for w in weights.layers]
+        inside = {kind: self._inside(kind, weights) for kind in LAYER_UNITS if self._with(kind)}
+        whole = {
+            kind.name: self._whole(kind, weights)
+            for kind in KINDS.values()
+            if kind.source and (kind.cuts is None or kind.cuts in inside)
+        }
         return Statistics(
-            heads=tuple(s.finish(-1, *w["heads"]) for s, _, w in pairs),
-            neurons=tuple(s.finish(0, *w["neurons"]) for _, s, w in pairs),
-            queries=tuple(s.finish(0, *w["queries"]) for s, _, w in pairs),
-            layers=stacked([s.finish(0, *w) for s, w in zip(self.whole_layers, whole, strict=True)]),
-            attention=stacked([s.block(*w["heads"]) for s, _, w in pairs]),
-            ffn=stacked([s.block(*w["neurons"]) for _, s, w in pairs]),
-            hidden=(self.channels or UnitSums([], (1,), calibration.device, 0)).finish(0, *weights.hidden),
+            units={**inside, **whole},
             similarity=self.similarity.cpu(),
-            moments=tuple(zip(moments[0::2], moments[1::2], strict=True)),
+            moments=finished(self.moments, len(self.taps) // len(self.layers)),
             examples=examples,
             tokens=tokens,
             has_gradients=calibration.loss is not None,
             hidden_moments=tuple((tensor, its.finish()) for tensor, its in self.stream.items()),
         )
 
-    def _finished_moments(self) -> list[Moments]:
-        """In the order of the taps; the sums of each are freed before the next is made."""
-        waiting, self.moments = self.moments[::-1], []
-        return [waiting.pop().finish() for _ in range(len(waiting))]
+    def _with(self, kind: str) -> list[UnitSums]:
+        """Of every layer the sums that units of a kind are in."""
+        return [sums for sums in self.units if kind in sums.sizes]
+
+    def _inside(self, kind: str, weights: UnitWeights) -> tuple[UnitStatistics, ...]:
+        """The statistics of a kind of unit inside layers."""
+        return tuple(s.finish(kind, *w[kind]) for s, w in zip(self._with(kind), weights.layers, strict=True))
+
+    def _whole(self, kind: UnitKind, weights: UnitWeights) -> UnitStatistics:
+        """The statistics of a kind by where they come from (see `Source`)."""
+        if kind.source == "stream":
+            sums = self.channels or UnitSums([], {"stream": 1}, self.calibration.device, 0)
+            return sums.finish("stream", *weights.hidden)
+        if kind.source == "together":
+            assert kind.cuts is not None
+            sums_of, parts = self._with(kind.cuts), [kind.cuts]
+        else:
+            sums_of, parts = self.changes, [name for name, unit in LAYER_UNITS.items() if unit.within is None]
+        rows = []
+        for sums, its in zip(sums_of, weights.layers, strict=True):
+            squares, absolute = (torch.stack([its[name][i].sum() for name in parts if name in its]) for i in (0, 1))
+            rows.append(sums.block(squares, absolute))
+        return stacked(rows)

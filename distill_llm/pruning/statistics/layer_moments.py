@@ -10,12 +10,12 @@ from torch import nn
 from distill_llm.architectures.families import family_of, layers_of
 from distill_llm.pruning.statistics.calibration_pass import Batches, CalibrationPass
 from distill_llm.pruning.statistics.hooks import CalibrationBatch, begins_here, moments_hook
-from distill_llm.pruning.statistics.moments import Moments, MomentsSum
+from distill_llm.pruning.statistics.moments import Moments, MomentsSum, finished
 from distill_llm.pruning.statistics.processes import sum_over_processes
 from distill_llm.pruning.units.sizes import linear, weight_of
 
 
-class LayerMoments(Sequence[tuple[Moments, Moments]]):
+class LayerMoments(Sequence[tuple[Moments, ...]]):
     """What `Statistics.moments` holds, collected when it is asked for: `at_once` layers in a pass over the data.
 
     The moments of the pass before are freed first, so ask in the order of the layers. With
@@ -30,15 +30,15 @@ class LayerMoments(Sequence[tuple[Moments, Moments]]):
 
     def __init__(self, calibration: CalibrationPass, batches: Callable[[], Batches], at_once: int):
         self.calibration, self.batches, self.at_once = calibration, batches, at_once
-        self._held: dict[int, tuple[Moments, Moments]] = {}
+        self._held: dict[int, tuple[Moments, ...]] = {}
 
     def __len__(self) -> int:
         return len(layers_of(self.calibration.model))
 
     @overload
-    def __getitem__(self, index: int) -> tuple[Moments, Moments]: ...
+    def __getitem__(self, index: int) -> tuple[Moments, ...]: ...
     @overload
-    def __getitem__(self, index: slice) -> Sequence[tuple[Moments, Moments]]: ...
+    def __getitem__(self, index: slice) -> Sequence[tuple[Moments, ...]]: ...
     def __getitem__(self, index: Any) -> Any:
         layers = range(len(self))[index]
         if isinstance(layers, range):
@@ -48,7 +48,7 @@ class LayerMoments(Sequence[tuple[Moments, Moments]]):
             self._held = self._collect(range(layers, min(layers + self.at_once, len(self))))
         return self._held[layers]
 
-    def _collect(self, layers: range) -> dict[int, tuple[Moments, Moments]]:
+    def _collect(self, layers: range) -> dict[int, tuple[Moments, ...]]:
         calibration, family = self.calibration, family_of(self.calibration.model)
         settings = calibration.settings
         every = list(layers_of(calibration.model))
@@ -63,9 +63,7 @@ class LayerMoments(Sequence[tuple[Moments, Moments]]):
             calibration.over(self.batches(), batch)
         if settings.sharded:
             sum_over_processes([tensor for its in sums for tensor in its.tensors()])
-        sums.reverse()
-        collected = [sums.pop().finish() for _ in taps]  # each is freed before the next is made
-        return dict(zip(layers, zip(collected[0::2], collected[1::2], strict=True), strict=True))
+        return dict(zip(layers, finished(sums, len(family.readers)), strict=True))
 
 
 def _input_hook(

@@ -6,13 +6,8 @@ import torch
 from transformers import PreTrainedModel
 
 from distill_llm.architectures.families import dims_of, family_of, layers_of, width_of
-from distill_llm.architectures.lineage import Counts, LayerPlan
-from distill_llm.architectures.modeling_pruned import (
-    hidden_dims,
-    kept_channels,
-    layer_axes,
-    layer_prefix,
-)
+from distill_llm.architectures.lineage import LAYER_UNITS, Counts, kinds_of
+from distill_llm.architectures.modeling_pruned import hidden_dims, layer_axes, layer_prefix
 from distill_llm.pruning.units.sizes import counts_of
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -20,8 +15,8 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class UnitWeights:
-    """Sums of squared and of absolute weights: per layer by kind of unit (heads, neurons, queries), and per channel of the
-    residual stream (empty if not asked for). Biases and norms do not count."""
+    """Sums of squared and of absolute weights: per layer by kind of unit, and per channel of the residual stream
+    (empty if not asked for). Biases and norms do not count."""
 
     layers: tuple[dict[str, Pair], ...]
     hidden: Pair
@@ -38,12 +33,9 @@ def unit_weights(model: PreTrainedModel, hidden: bool = False) -> UnitWeights:
             if parameter is None or parameter.dim() < 2 or layout.endswith("/") or not parameter.numel():
                 continue
             sums = _along(parameter, dim)
-            if "n" in layout:
-                totals["neurons"] += sums.view(2, -1, counts["neurons"]).sum(1)
-                continue
-            for kind in ("heads", "queries"):
-                for unit in range(counts[kind]):
-                    totals[kind][:, unit] += sums[:, _channels(layout, kind, unit, counts, head_size)].sum(1)
+            for kind, total in totals.items():
+                if counts[kind]:
+                    total += sums[:, _channels(layout, kind, counts, head_size)].sum(-1)
         rows.append({kind: (total[0], total[1]) for kind, total in totals.items()})
     return UnitWeights(tuple(rows), _hidden(model) if hidden else (torch.zeros(0), torch.zeros(0)))
 
@@ -54,15 +46,23 @@ def _along(parameter: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.stack([entries.square().sum(1), entries.abs().sum(1)]).cpu()
 
 
-def _channels(layout: str, kind: str, unit: int, counts: Counts, head_size: int) -> torch.Tensor:
-    """The channels of a group with all its queries, or of a query without the key and value that it shares."""
-    if kind == "heads":
-        return kept_channels(layout, LayerPlan(0, (unit,), ()), counts, head_size)
-    if layout.startswith("("):
-        shared = counts["queries"] // counts["heads"]
-        start = (unit // shared * (shared + 2) + unit % shared) * head_size
-        return torch.arange(start, start + head_size)
-    return kept_channels(layout, LayerPlan(0, (), (), (unit,)), counts, head_size)
+def _channels(layout: str, kind: str, counts: Counts, head_size: int) -> torch.Tensor:
+    """(units, m): the channels of each unit of a kind, with those of the units inside it, in a dimension of this layout.
+
+    A query has its own channels alone: the key and value are the group's. m is 0 where the layout has no such units.
+    """
+    if layout.startswith("(") and kind in ("heads", "queries"):  # group by group: its queries, then its key and value
+        groups, queries = counts["heads"], counts["queries"]
+        each = torch.arange((queries + 2 * groups) * head_size).view(groups, -1)
+        return each if kind == "heads" else each[:, : queries // groups * head_size].reshape(queries, -1)
+    found, offset = [], 0
+    for part in layout.strip("()").split():
+        kinds = kinds_of(part)
+        channels = counts[kinds[0]] * (head_size if LAYER_UNITS[kinds[0]].by_head else 1)
+        if kind in kinds:
+            found.append(torch.arange(channels).view(counts[kind], -1) + offset)
+        offset += channels
+    return torch.cat(found, 1) if found else torch.zeros(counts[kind], 0, dtype=torch.long)
 
 
 def _hidden(model: PreTrainedModel) -> Pair:

@@ -127,3 +127,10 @@ def draw(weights: torch.Tensor, keys: torch.Tensor, take: int) -> tuple[torch.Te
     chosen = torch.where(counts, keys, 2.0).topk(take, largest=False, sorted=False).indices
     found = counts.sum().clamp(min=1)
     return chosen, found / found.clamp(max=take)
+
+
+def finished(sums: list[MomentsSum], each: int) -> tuple[tuple[Moments, ...], ...]:
+    """The moments of a list of sums, `each` of them a row. The list is emptied: each sum is freed before the next is made."""
+    sums.reverse()
+    found = [sums.pop().finish() for _ in range(len(sums))]
+    return tuple(tuple(found[i : i + each]) for i in range(0, len(found), each))

@@ -2,19 +2,18 @@
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
 
+from distill_llm.architectures.family import READER_NAMES
+from distill_llm.architectures.lineage import LAYER_UNITS
 from distill_llm.common.tensors import saved_tensors
 from distill_llm.pruning.statistics.moments import Moments
-
-# Statistics with a row per layer, a value per unit of the layer; and those with one row.
-BY_LAYER = ("heads", "neurons", "queries")
-WHOLE = ("layers", "attention", "ffn", "hidden")
+from distill_llm.pruning.units.kinds import KINDS
 
 
 @dataclass(frozen=True)
@@ -50,47 +49,47 @@ class StreamTensor(NamedTuple):
 class Statistics:
     """What one pass found.
 
+    Each kind of unit is an attribute, too: `heads` (KV groups where queries share keys), `neurons` and `queries` are a tuple
+    with a row per layer, a value per unit; `layers`, `attention` and `ffn` have a value per layer; `hidden` has one per
+    channel of the residual stream.
+
     Attributes:
-        heads, neurons, queries: a row per layer, with a value per unit. A head is a KV group where queries share keys.
-        layers, attention, ffn: a value per layer, of all of it, its attention or its FFN.
-        hidden: a value per channel of the residual stream.
+        units: by kind, these statistics: a row per layer for the kinds of `LAYER_UNITS`, one row for the others.
         similarity: per layer, the sum over tokens of the cosine between its input and output.
         without: per layer, the loss per example without it, less that of the whole model; None before `leave_one_out`.
-        moments: per layer, weighted first and second moments of the inputs of the attention-output and FFN-down linears; empty
-            if they were not collected. `LayerMoments` collects them when they are read.
+        moments: per layer, weighted first and second moments of the inputs of the linears that read its units (`Family.readers`:
+            attention-output, FFN-down); empty if they were not collected. `LayerMoments` collects them when they are read.
         hidden_moments: the same of the tensors that norms of the residual stream give out and linears read; empty if they were
             not collected.
         examples, tokens: how many were seen, padding left out.
         has_gradients: whether the pass had a loss.
     """
 
-    heads: tuple[UnitStatistics, ...]
-    neurons: tuple[UnitStatistics, ...]
-    queries: tuple[UnitStatistics, ...]
-    layers: UnitStatistics
-    attention: UnitStatistics
-    ffn: UnitStatistics
-    hidden: UnitStatistics
+    units: Mapping[str, tuple[UnitStatistics, ...] | UnitStatistics]
     similarity: torch.Tensor
-    moments: Sequence[tuple[Moments, Moments]]
+    moments: Sequence[tuple[Moments, ...]]
     examples: int
     tokens: int
     has_gradients: bool
     without: torch.Tensor | None = None
     hidden_moments: tuple[tuple[StreamTensor, Moments], ...] = ()
 
+    def __getattr__(self, kind: str) -> Any:
+        if kind == "units" or kind not in self.units:
+            raise AttributeError(f"Statistics has no {kind!r}")
+        return self.units[kind]
+
     def save(self, path: str | os.PathLike) -> None:
         """Write as safetensors."""
         tensors = {"similarity": self.similarity}
         if self.without is not None:
             tensors["without"] = self.without
-        for kind in (*BY_LAYER, *WHOLE):
-            rows: Iterable[UnitStatistics] = getattr(self, kind) if kind in BY_LAYER else (getattr(self, kind),)
-            for i, row in enumerate(rows):
+        for kind, rows in self.units.items():
+            for i, row in enumerate(rows if isinstance(rows, tuple) else (rows,)):
                 tensors.update({f"{kind}.{i}.{f.name}": getattr(row, f.name) for f in fields(UnitStatistics)})
         for i, pair in enumerate(self.moments):
-            for kind, moments in zip(("attention", "ffn"), pair, strict=True):
-                tensors[f"moments.{i}.{kind}.mean"], tensors[f"moments.{i}.{kind}.second"] = moments
+            for name, moments in zip(READER_NAMES, pair, strict=False):
+                tensors[f"moments.{i}.{name}.mean"], tensors[f"moments.{i}.{name}.second"] = moments
         for i, (_, moments) in enumerate(self.hidden_moments):
             tensors[f"hidden_moments.{i}.mean"], tensors[f"hidden_moments.{i}.second"] = moments
         metadata = {name: str(int(getattr(self, name))) for name in ("examples", "tokens", "has_gradients")}
@@ -116,17 +115,18 @@ class Statistics:
             def moments(name: str) -> Moments:
                 return Moments(get(f"{name}.mean"), get(f"{name}.second"))
 
-            count = sum(name.startswith("moments.") and name.endswith(".ffn.mean") for name in names)
+            inside = {kind: rows for kind in LAYER_UNITS if (rows := units(kind))}
+            whole = {kind: rows[0] for kind, its in KINDS.items() if its.source and (rows := units(kind))}
+            count = sum(name.startswith("moments.") and name.endswith(f".{READER_NAMES[0]}.mean") for name in names)
             return cls(
-                heads=units("heads"),
-                neurons=units("neurons"),
-                queries=units("queries"),
-                layers=units("layers")[0],
-                attention=units("attention")[0],
-                ffn=units("ffn")[0],
-                hidden=units("hidden")[0],
+                units={**inside, **whole},
                 similarity=get("similarity"),
-                moments=tuple((moments(f"moments.{i}.attention"), moments(f"moments.{i}.ffn")) for i in range(count)),
+                moments=tuple(
+                    tuple(
+                        moments(f"moments.{i}.{name}") for name in READER_NAMES if f"moments.{i}.{name}.mean" in names
+                    )
+                    for i in range(count)
+                ),
                 examples=int(meta["examples"]),
                 tokens=int(meta["tokens"]),
                 has_gradients=bool(int(meta["has_gradients"])),

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from distill_llm.architectures.modeling_pruned import hidden_dims, layer_prefix
 from distill_llm.architectures.modes import frozen
+from distill_llm.common.errors import InputError
 from distill_llm.pruning.statistics.calibration_loss import calibration_loss
 from distill_llm.pruning.statistics.record import StreamTensor
 
@@ -78,10 +79,17 @@ def channel_readers(
 
     These are what the last norm below the head gives out and, of heads that give one answer, what else their linears read. Of
     the channels that a language model's head makes for itself, which masks at chosen tokens would tell of, nothing is said.
+
+    Raises:
+        InputError: for a model whose norms have no weights, by which channels are found.
     """
     prefix, base, tensors = layer_prefix(model), set(model.base_model.modules()), stream_tensors(model, batch)
     inside = [name for tensor in tensors for name in tensor.readers if name.startswith(prefix)]
-    last = [tensor for tensor in tensors if tensor.norm and model.get_submodule(tensor.norm) in base][-1]
+    normed = [tensor for tensor in tensors if tensor.norm and model.get_submodule(tensor.norm) in base]
+    if not normed:
+        fix = "collect with CalibrationSettings(hidden=False): channels are found by the weights of the norms over them"
+        raise InputError("model", f"{type(model).__name__}, whose norms have no weights", fix=fix)
+    last = normed[-1]
     after = [last]
     if model.get_output_embeddings() is None:
         after += [each for each in tensors if each.readers and not {*each.readers} & {*inside} and each != last]

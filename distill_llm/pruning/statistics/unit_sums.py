@@ -1,6 +1,6 @@
 """Running sums of a calibration pass, and the statistics of units that they become."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -16,14 +16,14 @@ class UnitSums:
 
     Args:
         readers: the linears that read the tensor, if any.
-        sizes: how many channels a unit has, for each kind of unit in the tensor.
+        sizes: by kind of unit in the tensor, how many channels a unit has; units lie side by side.
         channels: C, where there are no readers.
     """
 
     def __init__(
         self,
         readers: Sequence[nn.Linear | Conv1D],
-        sizes: tuple[int, ...],
+        sizes: Mapping[str, int],
         device: torch.device,
         channels: int = 1,
     ):
@@ -31,22 +31,24 @@ class UnitSums:
         self.read = (sum(norms[1:], norms[0]) if norms else torch.ones(channels)).to(device)
         self.sizes = sizes
         self.activation = torch.zeros_like(self.read)
-        self.sums = [torch.zeros(2, len(self.read) // size, device=self.read.device) for size in sizes]
+        self.sums = {
+            kind: torch.zeros(2, len(self.read) // size, device=self.read.device) for kind, size in sizes.items()
+        }
         self.whole = torch.zeros(2, device=self.read.device)
 
     def add_gradients(self, per_example: torch.Tensor) -> None:
         """(B, C): sums over valid tokens of a g."""
-        for size, total in zip(self.sizes, self.sums, strict=True):
+        for kind, size in self.sizes.items():
             effect = _by_unit(per_example, size)
-            total += torch.stack([effect.abs().sum(0), effect.square().sum(0)])
+            self.sums[kind] += torch.stack([effect.abs().sum(0), effect.square().sum(0)])
         block = per_example.sum(-1)
         self.whole += torch.stack([block.abs().sum(), block.square().sum()])
 
     def tensors(self) -> list[torch.Tensor]:
         """All sums."""
-        return [self.activation, *self.sums, self.whole]
+        return [self.activation, *self.sums.values(), self.whole]
 
-    def finish(self, kind: int, squares: torch.Tensor, absolute: torch.Tensor) -> UnitStatistics:
+    def finish(self, kind: str, squares: torch.Tensor, absolute: torch.Tensor) -> UnitStatistics:
         """The statistics of a kind of unit, given sums of squares and of absolute values of their weights."""
         wanda = _by_unit(self.activation.sqrt() * self.read, self.sizes[kind])
         found = (*self.sums[kind], _by_unit(self.activation, self.sizes[kind]), wanda, squares, absolute)

@@ -14,6 +14,7 @@ class Attention(UnitKind):
 
     name = scored = "attention"
     cuts = "heads"
+    source = "together"
     block = True
 
     def candidates(self, choice: "Choice") -> list[Candidate]:

@@ -13,6 +13,7 @@ class Ffn(UnitKind):
 
     name = scored = "ffn"
     cuts = "neurons"
+    source = "together"
     block = True
 
     def candidates(self, choice: "Choice") -> list[Candidate]:

@@ -20,7 +20,8 @@ class Heads(UnitKind):
 
     def price(self, choice: "Choice", i: int) -> float:
         """A group and its queries."""
-        return choice.costs.at("heads", choice.width, i) + choice.slots[i] * choice.costs.at("queries", choice.width, i)
+        group, query = (choice.costs.at(kind, choice.width, i) for kind in ("heads", "queries"))
+        return group + choice.each["queries"][i] * query
 
     def remove(self, choice: "Choice", i: int, j: int) -> bool:
         """One head."""

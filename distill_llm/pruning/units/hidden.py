@@ -12,6 +12,7 @@ class Hidden(UnitKind):
     """The next step of channels, which go from all layers at once."""
 
     name = scored = "hidden"
+    source = "stream"
     in_layer = False
     in_order = True
 

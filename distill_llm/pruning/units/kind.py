@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -13,6 +13,14 @@ if TYPE_CHECKING:
 
 Candidate = tuple[int, int, float]
 """A unit that may go: its layer, its index there, its score."""
+
+Source = Literal["together", "change", "stream"]
+"""Where the statistics of a kind come from that is not a unit inside a layer:
+
+- "together": the units `cuts` of a layer, taken as one unit;
+- "change": what a layer adds to its input;
+- "stream": the channels of the residual stream, where linears read them.
+"""
 
 
 Line = tuple[float, float]
@@ -44,6 +52,8 @@ class UnitKind(ABC):
     Attributes:
         name: what `units` calls it.
         scored: which of the scores of `Importance` it goes by.
+        source: where statistics of its own come from; None for the units of `LAYER_UNITS`, which have some anyway, and for a
+            kind that goes by the scores of another.
         cuts: which units of a layer go with it (a key of `LAYER_UNITS`); None: whole layers, or what no layer has for itself.
         block: whether it is many units at once, which have no share of their own to keep: beside other kinds it has to compete.
         in_layer: whether a unit belongs to one layer.
@@ -54,6 +64,7 @@ class UnitKind(ABC):
 
     name: ClassVar[str]
     scored: ClassVar[str]
+    source: ClassVar[Source | None] = None
     cuts: ClassVar[str | None] = None
     block: ClassVar[bool] = False
     in_layer: ClassVar[bool] = True

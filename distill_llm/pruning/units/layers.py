@@ -12,6 +12,7 @@ class Layers(UnitKind):
     """A layer with all that is left in it."""
 
     name = scored = "layers"
+    source = "change"
     block = returns = True
 
     def candidates(self, choice: "Choice") -> list[Candidate]:

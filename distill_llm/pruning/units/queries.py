@@ -18,7 +18,7 @@ class Queries(UnitKind):
     def candidates(self, choice: "Choice") -> list[Candidate]:
         """The least queries of all groups of a layer, then the next; the last ones stay."""
         rows = [
-            (i, row.view(-1, choice.shared[i]).sort(dim=1).values.sum(0)[:-1])
+            (i, row.view(-1, choice.had["queries"][i]).sort(dim=1).values.sum(0)[:-1])
             for i, row in enumerate(choice.scores.queries)
             if len(row)
         ]
@@ -30,9 +30,9 @@ class Queries(UnitKind):
 
     def remove(self, choice: "Choice", i: int, j: int) -> bool:
         """One query of every group."""
-        if choice.slots[i] == 1:
+        if choice.each["queries"][i] == 1:
             return False
-        choice.slots[i] -= 1
+        choice.each["queries"][i] -= 1
         return True
 
     def flops(self, load: Load) -> Line:

@@ -9,6 +9,7 @@ from distill_llm.architectures.families import dims_of, family_of, layers_of
 from distill_llm.architectures.family import Family
 from distill_llm.architectures.lineage import lineage_of
 from distill_llm.architectures.modeling_pruned import layer_counts, outputs_of
+from distill_llm.architectures.row_check import check_row
 from distill_llm.common.errors import InputError
 
 
@@ -42,7 +43,8 @@ def counts_of(model: PreTrainedModel) -> list[dict[str, int]]:
     """How many units of every kind each layer has now.
 
     Raises:
-        InputError: for a quantized model.
+        InputError: for a quantized model, or one with adapters.
+        ValueError: for a model that the row of its family does not fit.
     """
     family, dims = _family(model), dims_of(model.config)
     return [layer_counts(layer, family, dims) for layer in layers_of(model)]
@@ -59,6 +61,7 @@ def _family(model: PreTrainedModel) -> Family:
             module = dict(layer.named_modules()).get(path)
             if hasattr(module, "base_layer"):
                 raise InputError("model", f"an adapter at {path}", "a model whose adapters are merged into its weights")
+    check_row(model)
     return family
 
 

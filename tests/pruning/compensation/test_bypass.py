@@ -343,15 +343,15 @@ def test_channels_of_the_stream_that_go_as_well_are_left_out_of_what_is_taken_ov
 def test_bypasses_of_another_plan_or_model_are_refused():
     model = family_model("llama")
     plans = [keep_layers(model, layers) for layers in ([0, 1, 4], [0, 1, 3, 4])]
-    with pytest.raises(InputError, match="bypasses: got 'those of another plan'"):
+    with pytest.raises(InputError, match="bypasses: got 'bypasses of another plan'"):
         prune(model, plans[0], bypasses=fit_bypasses(model, plans[1], batches_of(model, 1)))
     encoder = family_model("bert")
     plan = keep_layers(encoder, [0, 1, 4])
     narrow = PruningPlan("bert", plan.layers, hidden=tuple(range(HIDDEN // 2)))
-    with pytest.raises(InputError, match="bypasses: got 'those of another plan'"):
+    with pytest.raises(InputError, match="bypasses: got 'bypasses of another plan'"):
         prune(encoder, narrow, bypasses=fit_bypasses(encoder, plan, batches_of(encoder, 1)))
     other = family_model("llama", intermediate_size=NEURONS + 8)
     short = [LayerPlan(row.source, row.heads, row.neurons[:9]) for row in plans[0].layers]
     plan = PruningPlan("llama", tuple(short))
-    with pytest.raises(InputError, match="what fit_bypasses found of this model"):
+    with pytest.raises(InputError, match="the result of fit_bypasses for this model"):
         prune(other, plan, bypasses=fit_bypasses(model, plan, batches_of(model, 1)))

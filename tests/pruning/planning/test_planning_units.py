@@ -249,22 +249,22 @@ def test_whole_layers_go_by_score_per_cost_where_layers_are_uneven(uneven):
 @pytest.mark.parametrize(
     ("units", "options", "line"),
     [
-        (("heads", "queries", "neurons"), {"criterion": "taylor"}, "criterion: got 'taylor'; accepted: fisher where"),
+        (("heads", "queries", "neurons"), {"criterion": "taylor"}, "criterion: got 'taylor'; accepted: fisher if"),
         (
             ("heads", "queries", "neurons"),
             {"uniform": True},
-            "uniform: got True; accepted: false where units has queries",
+            "uniform: got True; accepted: false if units has queries",
         ),
         (
             ("layers", "attention"),
             {"scope": "local"},
-            "scope: got 'local'; accepted: global where units has layers and",
+            "scope: got 'local'; accepted: global if units has layers and",
         ),
-        (("queries", "hidden"), {"scope": "local"}, "scope: got 'local'; accepted: global where units has queries"),
+        (("queries", "hidden"), {"scope": "local"}, "scope: got 'local'; accepted: global if units has queries"),
         (
             ("layers", "ffn"),
             {"layer_criterion": "block_influence"},
-            "layer_criterion: got 'block_influence'; leave it out where units has layers and ffn",
+            "layer_criterion: got 'block_influence'; leave it out if units has layers and ffn",
         ),
     ],
     ids=str,
@@ -347,7 +347,7 @@ def test_units_without_scores_are_refused():
     )
     with pytest.raises(InputError, match="statistics collected with hidden"):
         plan_pruning(model, scores, 0.5, units=("hidden",))
-    with pytest.raises(InputError, match="fisher where units has attention together"):
+    with pytest.raises(InputError, match="fisher if units has attention together"):
         plan_pruning(model, scores, 0.5, units=("attention", "neurons"))
     with pytest.raises(InputError, match="keep: got 0.1"):
         plan_pruning(model, scores, 0.1, units=("attention",))
@@ -462,7 +462,7 @@ def test_what_a_convolution_ties_is_refused_in_one_line(convolved):
         plan_pruning(model, scores, 0.5, units=("neurons", "hidden"))
     every = full_plan(model)
     for plan in (replace(every, layers=every.layers[1:]), replace(every, hidden=(0, 1))):
-        with pytest.raises(InputError, match="plan: got .*; accepted: layer 0 and every channel"):
+        with pytest.raises(InputError, match="plan: got .*; accepted: a plan that keeps layer 0 and every channel"):
             prune(model, plan)
     rows = [LayerPlan(i, (), ()) for i in range(5)]
     least = layer_params(prune(model, PruningPlan("deberta-v2", tuple(rows[:1])))) / layer_params(model)

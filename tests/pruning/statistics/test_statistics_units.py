@@ -6,7 +6,9 @@ import pytest
 import torch
 from builders.families import HIDDEN, NEURONS, QUERIES, family_batch, family_model
 from torch.nn import functional as F
+from transformers import OlmoConfig, OlmoForCausalLM
 
+from distill_llm.architectures.families import FAMILIES as ROWS
 from distill_llm.common.errors import InputError
 from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.importance import score
@@ -307,3 +309,13 @@ def test_several_labels_of_an_example_are_refused_in_one_line(labels):
         assert "\n" not in str(caught.value) and str(list(labels.shape)) in str(caught.value)
     with pytest.raises(InputError, match="accepted: one value for each"):
         collect_statistics(family_model("bert", num_labels=1), [{**batch, "labels": torch.ones(3, 3)}])
+
+
+def test_a_family_whose_norms_have_no_weights_has_statistics_of_all_but_channels(monkeypatch):
+    sizes = {"hidden_size": HIDDEN, "num_attention_heads": QUERIES, "intermediate_size": NEURONS, "vocab_size": 100}
+    model = OlmoForCausalLM(OlmoConfig(**sizes, num_hidden_layers=2, pad_token_id=0, eos_token_id=2)).eval()
+    monkeypatch.setitem(ROWS, "olmo", ROWS["llama"])
+    with pytest.raises(InputError, match=r"^model: got 'OlmoForCausalLM, whose norms .*CalibrationSettings\(hidden=F"):
+        collect_statistics(model, [family_batch(model)], loss="kl")
+    found = collect_statistics(model, [family_batch(model)], loss="kl", settings=CalibrationSettings(hidden=False))
+    assert all(row.fisher.sum() > 0 for row in (*found.heads, *found.neurons))

@@ -65,9 +65,7 @@ def test_tiles_go_by_the_sum_of_their_scores_over_all_layers(tiles):
 def test_tiles_beside_other_kinds_have_to_compete(tiles):
     model = family_model("llama")
     scores = random_scores(counts_of(model), "taylor")
-    with pytest.raises(
-        InputError, match="criterion: got 'taylor'; .*where units has neuron_tiles together with others"
-    ):
+    with pytest.raises(InputError, match="criterion: got 'taylor'; .*if units has neuron_tiles together with others"):
         plan_pruning(model, scores, 0.7, units=("neuron_tiles", "heads"))
     fisher = replace(scores, criterion="fisher")
     assert plan_pruning(model, fisher, 0.5, units=("neuron_tiles", "heads")).kept <= 0.5
