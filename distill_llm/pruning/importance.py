@@ -3,6 +3,7 @@
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 
 from distill_llm.architectures.lineage import LAYER_UNITS, Counts
 from distill_llm.common.errors import InputError
+from distill_llm.common.files import written_whole
 from distill_llm.common.tensors import saved_tensors
 from distill_llm.pruning.criteria import Criterion, Seen, find_criterion, is_comparable, ranks_layers_only
 from distill_llm.pruning.declared import Declared, checked_scores
@@ -102,7 +104,8 @@ class Importance:
             tensors |= {f"{kind}.{i}": row for i, row in enumerate(rows)} if isinstance(rows, tuple) else {kind: rows}
         names = {"criterion": self.criterion, "layer_criterion": self.layer_criterion}
         metadata = {name: value for name, value in names.items() if value is not None}
-        save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata=metadata)
+        with written_whole(Path(path)) as file:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, file, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Importance":

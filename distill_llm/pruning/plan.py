@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from distill_llm.architectures.families import family_of
 from distill_llm.architectures.lineage import LAYER_UNITS, MODEL_UNITS, Counts, LayerPlan, ModelPlan, pack_indices
 from distill_llm.common.errors import InputError
+from distill_llm.common.files import written_whole
 from distill_llm.pruning.units.costs import unit_costs
 from distill_llm.pruning.units.sizes import counts_of, hidden_size
 
@@ -63,7 +64,8 @@ class PruningPlan(ModelPlan):
         """Write the plan as JSON."""
         rows = [{"source": row.source, **row.units} for row in self.layers]
         record = {"model_type": self.model_type, "layers": rows, "kept": self.kept, "note": self.note, **self.whole}
-        Path(path).write_text(json.dumps(record) + "\n")
+        with written_whole(Path(path)) as file:
+            file.write_text(json.dumps(record) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "PruningPlan":

@@ -1,15 +1,17 @@
-"""A linear bypass of what is removed whole: an FFN that stays takes over what was added to the residual stream after it.
+"""Linear bypasses: an FFN that stays takes over what whole attentions, FFNs and layers after it added to the residual stream.
 
-Let z be the input of its FFN-down linear W and d what the removed attentions and FFNs after it, up to the next FFN that stays,
-added to the stream. The new weight is the least squares of W z + d on the neurons that are left: compensation of a linear
-whose inputs are z and d, with d removed. Nothing is added to the model. (ReplaceMe, Shopkhoev et al. 2025, fits a matrix
-after the FFN in place of removed layers; here each neuron's column is free, and neurons of the same FFN may go at once.)
+Let W be the weight of the FFN-down linear, z its input, and d the sum of what the removed attentions and FFNs added to the
+stream, from this FFN up to the next one that stays. The new weight is the least-squares fit of W z + d on the neurons that
+stay. This is the compensation of a linear whose inputs are z and d and which loses d. The model gets no new modules.
+(ReplaceMe, Shopkhoev et al. 2025, fits one matrix after the FFN in place of removed layers. Here every neuron's column is
+fitted, and neurons of the same FFN may be removed at the same time.)
 
-Where attention and FFN are in parallel, the FFN of its own layer takes over a removed attention: it does not read what that
-added, and the FFN before would hand it on to both.
+If attention and FFN run in parallel, a removed attention is taken over by the FFN of its own layer. That FFN does not read what
+the attention added. The FFN before it would pass its output on to both.
 
-Where a norm closes every layer (BERT and its kin), a run of removed layers is taken over by the FFN just before it: d is by how
-much the sum before the last removed layer's closing norm is more than that before the FFN's own, whose place that norm takes.
+If a norm closes every layer (BERT and related families), the FFN just before a run of removed layers takes over the whole run.
+Then d is the input of the last removed layer's closing norm minus the input of the FFN's own closing norm, and the former norm
+replaces the latter.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -35,20 +37,20 @@ from distill_llm.pruning.statistics.processes import sum_over_processes
 from distill_llm.pruning.statistics.settings import DEFAULT_SETTINGS, CalibrationSettings
 from distill_llm.pruning.units.sizes import counts_of, linear, weight_of
 
-# A module of a layer: the layer, and the path in it.
+# A module: the index of its layer, and its path in the layer.
 Place = tuple[int, str]
 
 
 @dataclass(frozen=True)
 class Bypasses:
-    """What FFNs that stay are to take over, for one model and plan; `bool` says whether there is any.
+    """What the remaining FFNs take over, for one model and plan; false if they take over nothing.
 
     Attributes:
         plan: what is removed.
-        moments: by the layer of the FFN that takes over, in the model before: over I + H channels, first the input of its
-            FFN-down linear (I), then what it takes over (H).
+        moments: second moments over I + H channels, by the layer of the FFN that takes over (its index before pruning). The
+            first I channels are the input of its FFN-down linear, the other H are what it takes over.
         outputs: the attention-output and FFN-down linears whose outputs are taken over.
-        norms: by the same layers, the norms that take the place of their closing ones.
+        norms: by the same layers, the norms that replace their closing norms.
     """
 
     plan: PruningPlan
@@ -78,10 +80,10 @@ class Bypasses:
 
 
 def outputs_taken_over(model: PreTrainedModel, plan: PruningPlan) -> dict[int, list[Place]]:
-    """By layer, for every FFN that stays: what the plan removes whole after it and before the next FFN that stays.
+    """For every FFN that stays, by layer: the whole attentions and FFNs that the plan removes between it and the next one.
 
-    An attention in parallel with an FFN that stays belongs to this. What is removed before the first FFN that stays has none to
-    take it over.
+    They include a removed attention that runs in parallel with the FFN. Nothing takes over what is removed before the first FFN
+    that stays.
     """
     family, rows = family_of(model), {row.source: row for row in plan.layers}
     found: dict[int, list[Place]] = {}
@@ -101,9 +103,9 @@ def outputs_taken_over(model: PreTrainedModel, plan: PruningPlan) -> dict[int, l
 
 
 def runs_taken_over(model: PreTrainedModel, plan: PruningPlan) -> dict[int, int]:
-    """By layer, for every FFN that stays and has removed layers just after it: the last of these.
+    """For every FFN that stays and is followed by removed layers, by layer: the last of these layers.
 
-    Not where something comes between that layer and the next (a convolution).
+    A layer that something else follows (DeBERTa's convolution) takes over nothing.
     """
     anchored = family_of(model).anchored
     ends = [row.source for row in plan.layers[1:]] + [len(layers_of(model))]
@@ -122,20 +124,23 @@ def fit_bypasses(
     dataloader: Iterable[Mapping[str, torch.Tensor]],
     settings: CalibrationSettings = DEFAULT_SETTINGS,
 ) -> Bypasses:
-    """One forward pass for what `prune(model, plan, ..., bypasses=)` needs; none where the plan removes nothing whole.
+    """Fit the bypasses for `prune(model, plan, ..., bypasses=)` in one forward pass over the data.
 
-    There is no bypass where an FFN's output has a norm of its own before it is added (Gemma 2 and 3, OLMo 2): what is added is
-    not linear in the FFN's weights. Where a norm closes every layer there is none for an attention or FFN that is removed
-    alone, nor with channels of the residual stream, which change that norm.
+    The pass is skipped if the plan removes no whole attention, FFN or layer. In two cases there is no bypass:
+
+    - A norm of its own follows the FFN before its output is added (Gemma 2 and 3, OLMo 2): what is added is not linear in
+      the FFN's weights.
+    - A norm closes every layer, and the plan removes single attentions or FFNs, or channels of the residual stream, which
+      change that norm.
 
     Args:
         model: the model that is to be pruned; unchanged.
         plan: what stays of it.
-        dataloader: batches as for `collect_statistics`; no labels are read.
+        dataloader: batches as for `collect_statistics`; labels are not needed.
         settings: how the pass runs: precision, device, whether it is sharded.
 
     Returns:
-        The bypasses, of all tokens; (I + H)^2 fp32 numbers for each FFN that takes over.
+        The bypasses, fitted to all tokens. Each holds (I + H)^2 fp32 numbers.
 
     Raises:
         InputError: if the plan does not fit the model, or the model is offloaded or spread over devices.
@@ -174,7 +179,7 @@ def fit_bypasses(
 
 
 class _Tap:
-    """Of each batch the input of an FFN-down linear beside what it takes over."""
+    """Records, batch by batch, the input of an FFN-down linear and what it takes over."""
 
     def __init__(self, state: CalibrationBatch, down: nn.Linear | Conv1D):
         outputs, inputs = weight_of(down).shape
@@ -192,7 +197,7 @@ class _Tap:
         self.added = self.added + sign * found.float()
 
     def watch_outputs(self, linears: Iterable[tuple[Any, bool]]) -> None:
-        """Take over the outputs of linears; but for the bias of one whose layer stays, where it is added as before."""
+        """Take over the outputs of linears. Where a linear's layer stays, its bias stays too and is not taken over."""
 
         def hook_of(stays: bool) -> Callable:
             return lambda module, args, output: self._take(
@@ -202,28 +207,29 @@ class _Tap:
         self.handles += [module.register_forward_hook(hook_of(stays)) for module, stays in linears]
 
     def watch_norms(self, own: nn.Module, last: nn.Module) -> None:
-        """Take over what the input of the norm `last` is more than that of `own`."""
+        """Take over the input of the norm `last` minus the input of the norm `own`."""
         for norm, sign in ((own, -1), (last, 1)):
             hook: Any = lambda module, args, sign=sign: self._take(args[0], sign)  # noqa: E731
             self.handles.append(norm.register_forward_pre_hook(hook))
 
     def add(self) -> None:
-        """The batch is over."""
+        """Add the batch that has just ended to the moments."""
         assert self.input is not None and isinstance(self.added, torch.Tensor)
         self.moments.add(torch.cat([self.input.float(), self.added], -1).flatten(0, 1), valid=self.state.valid)
         self.input, self.added = None, 0.0
 
     def remove(self) -> None:
-        """Watch no more."""
+        """Remove the hooks."""
         for handle in self.handles:
             handle.remove()
 
 
 def _closing_norm(model: PreTrainedModel, layer: int, batch: Mapping[str, torch.Tensor]) -> str | None:
-    """The path in a layer of the norm that gives out what the layer does, "" where none does; None where what the FFN gives out
-    is not added before it (or to the layer's output) as it is, or times a constant.
+    """The path of the norm whose output is the layer's output, or "" if there is none; None if no bypass is possible.
 
-    Measured on a batch's first example: noise as large as the FFN's output, added to it, must come out there alike.
+    A bypass needs the FFN's output, or a constant multiple of it, to be added to the input of this norm (or to the layer's
+    output). This is measured on the first example of a batch: noise as large as the FFN's output is added to it, and the same
+    noise, up to a factor, must arrive there.
     """
     block, first = layers_of(model)[layer], {k: v[:1].to(model.device) for k, v in batch.items()}
     entering: dict[str, list[torch.Tensor]] = {}

@@ -1,8 +1,8 @@
-"""The residual stream's readers: which linears read which tensor, and what they take over from channels that are removed.
+"""Compensation for removed channels of the residual stream.
 
-A channel that is removed is missing in two ways. The linears that read it lose its columns: these are folded into the kept
-ones (see `compensate_linear`). And a norm over fewer channels scales, and with a mean shifts, those that are left by other
-numbers than before: its own weight and bias take the mean of that.
+Removing a channel has two effects. The linears that read it lose a column, which is folded into the kept columns (see
+`compensate_linear`). And a norm over fewer channels scales the kept ones by another factor than before; a norm that subtracts
+the mean also shifts them by another amount. The norm's weight and bias make up for the average of both.
 """
 
 from collections.abc import Sequence
@@ -25,18 +25,18 @@ from distill_llm.pruning.units.sizes import counts_of, weight_of
 def repaired_stream(
     model: PreTrainedModel, rows: Sequence[LayerPlan], kept: torch.Tensor, statistics: Statistics
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
-    """New weights and biases of the norms and readers of a residual stream that keeps some channels.
+    """New weights and biases for the norms and linears that read the residual stream, which keeps only some channels.
 
     Args:
         rows: what stays, a row per remaining layer.
         kept: indices (K,) of the channels that stay.
-        statistics: of the model; without `hidden_moments` nothing is repaired.
+        statistics: of this model; without `hidden_moments` nothing is compensated.
 
     Returns:
-        By the student's names: of linears the weight (outputs, K), and of both what stays of the outputs.
+        Weight and bias by the module's name in the student. A linear's weight is (kept outputs, K), a norm's is (K,).
 
     Raises:
-        InputError: statistics of another model.
+        InputError: the statistics are of another model.
     """
     family, dims, counts, prefix = family_of(model), dims_of(model.config), counts_of(model), layer_prefix(model)
     place, spans = {row.source: i for i, row in enumerate(rows)}, hidden_dims(model)
@@ -71,23 +71,25 @@ def repaired_stream(
 
 
 def rescaled_norm(norm: Any, moments: Moments, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight and bias for a norm over the `kept` channels, so that in the mean they come out as of all channels.
+    """Weight and bias for a norm over the `kept` channels only, so that its output matches the old norm's on average.
 
-    With z what the norm makes before weight and bias, over all channels: of the kept ones alone it makes (z - m) / s, where m
-    and s are their mean (0 for a norm without one) and spread in a token. The weight takes the root mean square of s over
-    tokens, the bias the mean of m, both from the second moments of what the norm gives out.
+    Let z be the normalized input of the old norm, before weight and bias. Over the kept channels alone a norm makes
+    (z - m) / s of it, where m and s are the mean (0 for RMSNorm) and the scale of z over the kept channels of a token. The
+    weight is multiplied by the root mean square of s over tokens, and the weight times the mean of m is added to the bias. Both
+    come from the second moments of the norm's output.
 
     Args:
-        norm: over all C channels; RMSNorm, its form with weight + 1 (Gemma), or LayerNorm.
-        moments: of what it gives out.
+        norm: over all C channels: RMSNorm, RMSNorm that adds 1 to its weight (Gemma), or LayerNorm.
+        moments: of its output.
         kept: indices (K,).
 
     Returns:
-        Weight (K,) and bias (K,) or None, in the dtype and on the device of the old.
+        Weight (K,) and bias (K,) or None, in the old dtype and on the old device.
     """
     weight, bias = norm.weight, getattr(norm, "bias", None)
     gain, shift, plus = _affine(norm)
-    usable = kept[gain[kept].abs() > 1e-3 * gain.abs().mean()]  # what a weight near zero has erased tells nothing
+    # Where the weight is near zero, it has erased z, which cannot be recovered.
+    usable = kept[gain[kept].abs() > 1e-3 * gain.abs().mean()]
     w, b = gain[usable], shift[usable]
     mean, second = moments.mean.double()[usable], moments.second.double()[usable][:, usable]
     if not (len(usable) and torch.isfinite(second).all() and second.diagonal().sum() > 0):
@@ -105,14 +107,14 @@ def rescaled_norm(norm: Any, moments: Moments, kept: torch.Tensor) -> tuple[torc
 
 
 def _centres(norm: Any) -> bool:
-    """Whether a norm takes the mean away: it gives the same for what lies a constant higher."""
+    """Whether a norm subtracts the mean: then a constant added to its input does not change its output."""
     x = torch.tensor([1.0, -1.0] * len(norm.weight))[: len(norm.weight)].to(norm.weight)
     with torch.no_grad():
         return bool((norm(x + 2) - norm(x)).abs().max() < 1e-2 * norm(x).abs().max().clamp(min=1e-6))
 
 
 def _affine(norm: Any) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Per channel by what a norm multiplies and what it adds, in fp64; and what it adds to its weight first (Gemma's 1)."""
+    """A norm's factor and shift for each channel, in fp64, and what it adds to its weight to get the factor (Gemma: 1)."""
     weight, bias = norm.weight.detach().cpu().double(), getattr(norm, "bias", None)
     x = torch.tensor([1.0, -1.0] * len(weight))[: len(weight)].to(norm.weight)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What a pruned model's config says, and whether a family's own config can say all of it: then the model is a stock one."""
+"""The config of a pruned model, and whether the family's own config can describe it, so that it is a stock model."""
 
 import copy
 from typing import Any
@@ -12,9 +12,9 @@ from distill_llm.architectures.families import dims_of, family_of
 from distill_llm.architectures.lineage import Counts, ModelPlan, packed, stock_values
 from distill_llm.pruning.units.sizes import counts_of, hidden_size
 
-# What configs say layer by layer.
+# Config fields with a value for each layer.
 _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
-# Attributes that only note a size; everything else that a module knows must agree with the stock model's.
+# Attributes of modules that only record a size. All other attributes must agree with those of the stock model.
 _NOTES = {
     "hidden_size",
     "intermediate_size",
@@ -27,28 +27,29 @@ _NOTES = {
 }
 
 _MODES = {"training", "gradient_checkpointing"}
-# What configs and models raise at sizes that they do not take.
+# What configs and models raise when they refuse sizes.
 _REFUSALS = (ValueError, AttributeError, TypeError, StrictDataclassError)
 
 
 class NotStock(ValueError):
-    """No stock config can say what a model is; the text is the reason, in one line."""
+    """No stock config can describe the model; the message is the reason, in one line."""
 
 
 def stock_record(config: PreTrainedConfig) -> dict[str, Any]:
-    """What the original's config says of everything that pruning may change."""
+    """The values in the original's config that pruning may change."""
     record = (getattr(config, "pruning", None) or {}).get("stock")
     if record is not None:
         return record
     family, said = family_of(config), config.to_dict()
     names = ["num_hidden_layers", *family.hidden_fields, "num_attention_heads", "num_key_value_heads", "num_kv_heads"]
     record = {name: getattr(config, name) for name in (*names, family.ffn_config) if name and hasattr(config, name)}
-    kept = ("head_dim", *_PER_LAYER)  # properties of some configs: those that are not saved need no record
+    # Some configs compute these instead of saving them: then there is nothing to record.
+    kept = ("head_dim", *_PER_LAYER)
     return record | {name: said[name] for name in kept if said.get(name) is not None}
 
 
 def write_lineage(config: PreTrainedConfig, stock: dict[str, Any], lineage: ModelPlan) -> None:
-    """Note a lineage; of what the original's config says, the number and the kinds of layers follow it."""
+    """Write a lineage into a config, with the number and kinds of layers that stay, and the original's other values."""
     for name, value in stock.items():
         if isinstance(value, list):
             value = [value[row.source] for row in lineage.layers]
@@ -58,10 +59,10 @@ def write_lineage(config: PreTrainedConfig, stock: dict[str, Any], lineage: Mode
 
 
 def stock_config(config: PreTrainedConfig, counts: Counts, width: int) -> PreTrainedConfig:
-    """What the family's own config says of a model of `config`'s kind whose layers all have `counts`, `width` channels wide.
+    """A plain config of the same family for a model in which every layer has `counts` units and the stream `width` channels.
 
     Raises:
-        NotStock: where the config refuses these numbers.
+        NotStock: the config refuses these sizes.
     """
     family, dims, own = family_of(config), dims_of(config), copy.deepcopy(config)
     queries, groups = counts["queries"], counts["heads"]
@@ -82,10 +83,10 @@ def stock_config(config: PreTrainedConfig, counts: Counts, width: int) -> PreTra
 
 
 def stock_accepts(config: PreTrainedConfig, queries: int, groups: int, width: int) -> bool:
-    """Whether the family's own config can say this many heads in every layer, and channels of the residual stream.
+    """Whether the family's own config accepts these numbers of heads in every layer and of channels of the residual stream.
 
     Args:
-        config: of the model that is to be pruned, which may be pruned itself.
+        config: of the model to prune, which may itself be pruned already.
     """
     with stock_values(config):
         neurons = getattr(config, family_of(config).ffn_config, None)
@@ -97,10 +98,10 @@ def stock_accepts(config: PreTrainedConfig, queries: int, groups: int, width: in
 
 
 def become_stock(student: PreTrainedModel, base: type[PreTrainedModel]) -> None:
-    """Make a student that still is of no class of its own a plain transformers model.
+    """Turn a freshly pruned student into a plain transformers model of class `base`.
 
     Raises:
-        NotStock: if no stock config can say what it is.
+        NotStock: no stock config can describe it.
     """
     config, stock = stock_twin(student, base)
     others = dict(stock.named_modules())
@@ -112,10 +113,10 @@ def become_stock(student: PreTrainedModel, base: type[PreTrainedModel]) -> None:
 
 
 def stock_twin(student: PreTrainedModel, base: type[PreTrainedModel]) -> tuple[PreTrainedConfig, PreTrainedModel]:
-    """The config that says what a student is, and the model of class `base`, without memory, that it makes.
+    """The stock config that describes a student, and the model of class `base` built from it, on the meta device.
 
     Raises:
-        NotStock: if no stock config can say what it is.
+        NotStock: no stock config can describe it.
     """
     counts = counts_of(student)
     if any(each != counts[0] for each in counts):
@@ -140,7 +141,7 @@ def _reason(error: Exception) -> str:
 
 
 def _difference(student: nn.Module, stock: nn.Module) -> str | None:
-    """Where two models differ in modules, sizes or settings, but for noted sizes and the values of weights; None: nowhere."""
+    """The first difference between two models in modules, sizes or settings, or None. Weights and recorded sizes may differ."""
     mine, theirs = dict(student.named_modules()), dict(stock.named_modules())
     if odd := min(mine.keys() ^ theirs.keys(), default=None):
         return f"it would have {'no ' if odd in mine else ''}{odd}"

@@ -7,13 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from builders.families import assert_equal, family_batch, family_model, outputs_of
+from builders.models import random_batch, tiny_model
 from builders.pruning import random_scores
+from builders.recipes import recipe_for
 
 from distill_llm import load_pretrained, masked, plan_pruning, prune
 from distill_llm.common.errors import InputError
+from distill_llm.pipeline.rounds import Cutter
 from distill_llm.pruning.names import UNITS
 from distill_llm.pruning.units.kinds import KINDS
 from distill_llm.pruning.units.sizes import counts_of
+from distill_llm.recipe.recipe import parse_recipe
 
 TEXT = (Path(__file__).parents[3] / "docs" / "development" / "add-a-unit.md").read_text()
 KIND, USE = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
@@ -29,6 +33,26 @@ def tiles():
 
 def test_recipes_name_the_packages_own_kinds_in_the_order_of_the_table():
     assert tuple(KINDS) == UNITS
+
+
+def test_a_recipe_takes_the_kind_of_the_page_and_plans_with_it(tiles, tmp_path):
+    pruning = {"keep": 0.7, "units": ["neuron_tiles"], "scope": "local", "compensate": False}
+    with pytest.raises(
+        InputError, match=r"pruning\.units\.0: got 'neuron_tile'; accepted: 'neuron_tiles' .the nearest."
+    ):
+        parse_recipe(recipe_for(tmp_path, pruning={**pruning, "units": ["neuron_tile"]}))
+    recipe = parse_recipe(recipe_for(tmp_path, pruning={**pruning, "scope": "global", "min_neurons": 8}))
+    assert recipe.pruning.rules.limits.neurons == 8
+    model = tiny_model(layers=3)
+    recipe = parse_recipe(recipe_for(tmp_path, pruning=pruning))
+    plan = Cutter(recipe, lambda number: [random_batch(model)]).cut(model, model, 0.7).plan
+    gone = [64 - len(row.neurons) for row in plan.layers]
+    assert sum(gone) and all(count % 8 == 0 for count in gone)
+
+
+def test_a_recipe_knows_the_kind_only_while_it_is_in_the_table(tmp_path):
+    with pytest.raises(InputError, match=r"pruning\.units\.0: got 'neuron_tiles'; accepted: .*neurons, layers"):
+        parse_recipe(recipe_for(tmp_path, pruning={"keep": 0.7, "units": ["neuron_tiles"]}))
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
