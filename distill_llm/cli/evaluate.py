@@ -10,6 +10,7 @@ from rich.table import Table
 
 from distill_llm.cli.options import ChatTemplateKwargs, Columns, DataPath, ModelName, TaskName, as_options, read_columns
 from distill_llm.cli.output import load_model, say
+from distill_llm.common.files import written_whole
 from distill_llm.common.outputs import usable_file
 from distill_llm.recipe.yaml_input import read_mapping
 
@@ -50,18 +51,19 @@ def evaluate(
     usable_file(output, "--output")
     from distill_llm.data.spec import DataSpec
 
-    spec = DataSpec(
-        task,
-        data,
-        read_columns(columns),
-        max_length,
-        seed=seed,
-        metric=metric,
-        max_new_tokens=max_new_tokens,
-        chat=chat,
-        chat_template_kwargs=read_mapping(chat_template_kwargs, "--chat-template-kwargs"),
-    )
-    _score(model, spec, batch_size, output)
+    with as_options(signature(evaluate).parameters, {"model": "MODEL"}):
+        spec = DataSpec(
+            task,
+            data,
+            read_columns(columns),
+            max_length,
+            seed=seed,
+            metric=metric,
+            max_new_tokens=max_new_tokens,
+            chat=chat,
+            chat_template_kwargs=read_mapping(chat_template_kwargs, "chat_template_kwargs"),
+        )
+        _score(model, spec, batch_size, output)
 
 
 def _score(model: str, spec: "DataSpec", batch_size: int, output: Path) -> None:
@@ -72,14 +74,13 @@ def _score(model: str, spec: "DataSpec", batch_size: int, output: Path) -> None:
     from distill_llm.evaluation.evaluate import evaluate_model
     from distill_llm.evaluation.rules import RECIPE_FIELDS
 
-    with as_options(signature(evaluate).parameters, {"model": "MODEL"}):
-        opened = open_scoring(model, spec)
-        task, rows = opened.data.task, opened.data.test
-        pad = collator(task, opened.model.tokenizer, seed=spec.seed)
-        loaded = load_model(opened.model)
-        metrics = evaluate_model(loaded, rows, task, pad, batch_size=batch_size, fields=RECIPE_FIELDS)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({"model": model, "task": spec.task, **metrics}, indent=2) + "\n", encoding="utf-8")
+    opened = open_scoring(model, spec)
+    task, rows = opened.data.task, opened.data.test
+    pad = collator(task, opened.model.tokenizer, seed=spec.seed)
+    loaded = load_model(opened.model)
+    metrics = evaluate_model(loaded, rows, task, pad, batch_size=batch_size, fields=RECIPE_FIELDS)
+    with written_whole(output) as file:
+        file.write_text(json.dumps({"model": model, "task": spec.task, **metrics}, indent=2) + "\n", encoding="utf-8")
     table = Table("metric", "value", title=f"{model} on {task.name}, {len(rows)} examples")
     for name, value in metrics.items():
         table.add_row(name, f"{value:.4f}")

@@ -16,7 +16,8 @@ def written_whole(path: Path, folder: bool = False) -> Iterator[Path]:
     part. After an error nothing is left.
 
     Args:
-        path: a file, which is replaced in one step. Several processes may write the same one: the last of them counts.
+        path: a file, which is replaced in one step, or a new folder. Several processes may write the same one: of files the
+            last counts; of folders the first, and the others get an OSError.
         folder: `path` is a folder of our own, written by one process, and removed just before the new one takes its
             place. Without this a folder that is there is never removed: an OSError says so.
     """
@@ -25,7 +26,7 @@ def written_whole(path: Path, folder: bool = False) -> Iterator[Path]:
     partial.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
-        for written in [partial, *partial.rglob("*")] if folder else [partial]:
+        for written in [partial, *partial.rglob("*")]:
             if written.is_file():
                 _to_disk(written)
         if folder and path.is_dir():

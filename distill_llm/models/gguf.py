@@ -4,7 +4,6 @@ import hashlib
 import importlib.util
 import os
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from huggingface_hub import constants
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from distill_llm.common.errors import InputError
+from distill_llm.common.files import written_whole
 from distill_llm.common.processes import open_processes
 
 SUFFIX = ".gguf"
@@ -35,16 +35,13 @@ def plain_checkpoint(file: str | os.PathLike, field: str = "model") -> Path:
     folder = Path(constants.HF_HOME) / "distill_llm" / "gguf" / f"{file.stem}-{_digest(file)}"
     with open_processes().main_process_first():
         if not folder.is_dir():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            # Another run may convert the same file now: each writes a folder of its own, and the first one stays.
-            with TemporaryDirectory(dir=folder.parent) as own:
-                try:
-                    _convert(file, Path(own) / "model")
-                except (OSError, ValueError, NotImplementedError) as error:
+            try:
+                with written_whole(folder) as own:
+                    _convert(file, own)
+            except (OSError, ValueError, NotImplementedError) as error:
+                if not folder.is_dir():  # else another run converted the same file at the same time, and was first
                     accepted = f"a GGUF file that transformers can read ({error})"
                     raise InputError(field, str(file), accepted) from error
-                if not folder.is_dir():
-                    os.replace(Path(own) / "model", folder)
     return folder
 
 

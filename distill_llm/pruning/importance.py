@@ -3,6 +3,7 @@
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,8 +11,10 @@ from safetensors.torch import save_file
 
 from distill_llm.architectures.lineage import LAYER_UNITS, Counts
 from distill_llm.common.errors import InputError
+from distill_llm.common.files import written_whole
 from distill_llm.common.tensors import saved_tensors
 from distill_llm.pruning.criteria import Criterion, Seen, find_criterion, is_comparable, ranks_layers_only
+from distill_llm.pruning.declared import Declared, checked_scores
 from distill_llm.pruning.statistics.record import Statistics, UnitStatistics
 from distill_llm.pruning.units.kinds import KINDS
 
@@ -101,7 +104,8 @@ class Importance:
             tensors |= {f"{kind}.{i}": row for i, row in enumerate(rows)} if isinstance(rows, tuple) else {kind: rows}
         names = {"criterion": self.criterion, "layer_criterion": self.layer_criterion}
         metadata = {name: value for name, value in names.items() if value is not None}
-        save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata=metadata)
+        with written_whole(Path(path)) as file:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, file, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Importance":
@@ -142,7 +146,8 @@ def score(
         layer_criterion: a criterion of their own for the scores of whole layers; None: `criterion`.
 
     Raises:
-        InputError: there is no such criterion, or the statistics lack what it needs.
+        InputError: there is no such criterion, the statistics lack what it needs, or its scores are not a finite number for each
+            unit.
     """
     if layer_criterion is not None:
         scores, ranked = score(statistics, criterion, seed), score(statistics, layer_criterion, seed)
@@ -150,15 +155,17 @@ def score(
     chosen = find_criterion(criterion)
     _check_needs(statistics, chosen)
     if chosen.layers_only:
-        return Importance(criterion, layers=chosen.scores(statistics))
+        layers = chosen.scores(Declared(statistics, chosen))
+        return Importance(criterion, layers=checked_scores(layers, len(statistics.similarity), criterion, "layers"))
     generator = torch.Generator().manual_seed(seed)
     seen = Seen(max(statistics.examples, 1), max(statistics.tokens, 1), generator)
 
-    def scores_of(units: UnitStatistics) -> torch.Tensor:
-        return chosen.scores(units, seen)
+    def scores_of(units: UnitStatistics, kind: str) -> torch.Tensor:
+        scores = chosen.scores(Declared(units, chosen), seen)
+        return checked_scores(scores, len(units.magnitude), criterion, kind)
 
     found: dict[str, Scores] = {
-        kind: tuple(map(scores_of, rows)) if isinstance(rows, tuple) else scores_of(rows)
+        kind: tuple(scores_of(row, kind) for row in rows) if isinstance(rows, tuple) else scores_of(rows, kind)
         for kind, rows in statistics.units.items()
     }
     return Importance(criterion, units=found)

@@ -1,16 +1,25 @@
 """The names of units, and which units and criteria go together. Needs no torch, so that recipes are checked at once."""
 
 from collections.abc import Collection
-from typing import Literal, get_args
 
-from distill_llm.common.errors import InputError
+from distill_llm.common.errors import InputError, one_of
 from distill_llm.pruning.criteria import CRITERIA, is_comparable, ranks_layers_only
+from distill_llm.pruning.units.kind import UnitKind
 from distill_llm.pruning.units.kinds import KINDS
 
-Unit = Literal["heads", "queries", "neurons", "layers", "attention", "ffn", "hidden"]
-"""What recipes take: the package's own kinds of units."""
-UNITS: tuple[Unit, ...] = get_args(Unit)
-BLOCKS: tuple[Unit, ...] = tuple(unit for unit in UNITS if KINDS[unit].block)
+UNITS = tuple(KINDS)
+"""The package's own kinds of units."""
+
+
+def find_unit(name: str, field: str = "units") -> UnitKind:
+    """The kind of unit of this name.
+
+    Raises:
+        InputError: there is none; the message suggests the nearest name.
+    """
+    if name not in KINDS:
+        raise InputError(field, name, one_of(KINDS, name))
+    return KINDS[name]
 
 
 def competing_faults(

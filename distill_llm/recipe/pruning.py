@@ -7,8 +7,9 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.pruning.criteria import CRITERIA, Need, find_criterion, ranks_layers_only
-from distill_llm.pruning.names import BLOCKS, Unit, competing_faults
+from distill_llm.pruning.names import competing_faults, find_unit
 from distill_llm.pruning.planning.rules import Limits, PlanningRules
+from distill_llm.pruning.units.kinds import KINDS
 from distill_llm.recipe.section import Section
 
 
@@ -16,8 +17,14 @@ def _known_criterion(given: Any) -> str:
     return find_criterion(str(given), field="").name
 
 
+def _known_unit(given: Any) -> str:
+    return find_unit(str(given), field="").name
+
+
 Criterion = Annotated[str, BeforeValidator(_known_criterion)]
 """The name of a registered criterion: the package's, or one that a module of the user registered."""
+Unit = Annotated[str, BeforeValidator(_known_unit)]
+"""The name of a kind in the table of units, likewise."""
 
 
 class PruningSection(Section):
@@ -187,8 +194,8 @@ def _contradictions(section: PruningSection) -> list[InputError]:
     for name, wanted in (
         ("round_to", ("neurons", "hidden")),
         ("uniform", ("heads", "neurons", "queries")),
-        ("min_heads", ("heads", "attention")),
-        ("min_neurons", ("neurons", "ffn")),
+        ("min_heads", [name for name, kind in KINDS.items() if kind.cuts == "heads"]),
+        ("min_neurons", [name for name, kind in KINDS.items() if kind.cuts == "neurons"]),
     ):
         value = getattr(section, name)
         if value != PruningSection.model_fields[name].default and not units & set(wanted):
@@ -203,7 +210,7 @@ def _contradictions(section: PruningSection) -> list[InputError]:
         faults.append(
             InputError("cost", "latency", "params, flops or memory with offload: latency is measured on the device")
         )
-    if section.scope == "local" and not units & {"heads", "neurons", "queries", *BLOCKS}:
+    if section.scope == "local" and not any(KINDS[unit].in_layer for unit in units):
         faults.append(InputError("scope", "local", "global with units [hidden]: all layers share their channels"))
     return faults + competing_faults(units, section.criterion, section.scope, section.uniform, section.layer_criterion)
 

@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from distill_llm.common.files import written_whole
 from distill_llm.data.glue import GLUE, HUB_ID
 from distill_llm.report.report import headline, notes, provenance, short_name, summary
 from distill_llm.report.tables import results_table, rounds_table
@@ -41,9 +42,11 @@ def write_card(student_dir: str | Path, metrics: Mapping[str, Any], recipe_yaml:
     config = read_config(student_dir)
     card = ModelCard(f"---\n{card_data(metrics, config).to_yaml()}\n---\n\n{_body(student_dir, metrics, recipe_yaml)}")
     shown = {**metrics, "teacher_model": _shown(str(metrics["teacher_model"]))}
-    (student_dir / "metrics.json").write_text(json.dumps(shown, indent=2) + "\n")
+    with written_whole(student_dir / "metrics.json") as file:
+        file.write_text(json.dumps(shown, indent=2) + "\n")
     path = student_dir / "README.md"
-    card.save(path)
+    with written_whole(path) as file:
+        card.save(file)
     return path
 
 

@@ -13,6 +13,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from distill_llm.common.errors import InputError
+from distill_llm.common.files import written_whole
 from distill_llm.models.finding import first_line
 from distill_llm.report.usage import read_config
 
@@ -97,4 +98,5 @@ def check_repo_id(repo_id: str, field: str = "repo_id") -> None:
 def _name_the_repository(card: Path, repo_id: str) -> None:
     if card.exists():
         text = card.read_text()
-        card.write_text(re.sub(r'^model_id = ".*"$', f'model_id = "{repo_id}"', text, count=1, flags=re.MULTILINE))
+        with written_whole(card) as file:
+            file.write_text(re.sub(r'^model_id = ".*"$', f'model_id = "{repo_id}"', text, count=1, flags=re.MULTILINE))

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from distill_llm.common.files import written_whole
 from distill_llm.report.figures import kept_figure, score_figure
 from distill_llm.report.tables import (
     columns,
@@ -46,7 +47,8 @@ def write_report(run_dir: str | Path, metrics: Mapping[str, Any]) -> Path:
         parts += ["## What is kept in each layer", "![Kept heads and neurons of each layer](figures/kept.png)"]
     parts += ["## Load the student", f"From this folder:\n\n```python\n{usage}```", provenance(metrics)]
     path = run_dir / "report.md"
-    path.write_text("\n\n".join(part for part in parts if part) + "\n")
+    with written_whole(path) as file:
+        file.write_text("\n\n".join(part for part in parts if part) + "\n")
     return path
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders.disks import fill_disk
 from builders.recipes import recipe_for, write_model, write_recipe, write_rows
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
@@ -312,6 +313,19 @@ def test_evaluate_takes_class_ids_for_the_models_classes_where_some_are_missing(
     write_rows(folder / "ids" / "test.csv", ("0", "2"))
     result = call("evaluate", "three", *EVALUATE[2:4], "--data", "ids", *EVALUATE[6:], "--output", "ids.json")
     assert result.exit_code == 0, result.output
+
+
+def test_evaluate_on_a_full_disk_leaves_the_metrics_that_were_there(folder, monkeypatch):
+    (folder / "full.json").write_text("before")
+    fill_disk(monkeypatch)
+    assert "No space" in str(call(*EVALUATE, "--output", "full.json").exception)
+    assert (folder / "full.json").read_text() == "before"
+
+
+@pytest.mark.parametrize("given", ["a=1", "{a: ["])
+def test_evaluate_names_the_option_of_a_template_that_it_cannot_read(folder, given):
+    (line,) = refused(*EVALUATE, "--chat-template-kwargs", given)
+    assert line.startswith(f"--chat-template-kwargs: got {given!r}; accepted: ")
 
 
 def test_evaluate_says_which_rows_of_a_lone_file_it_scored(folder):

@@ -24,6 +24,24 @@ def test_a_file_that_is_no_gguf_is_refused_and_leaves_nothing(tmp_path, monkeypa
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
+def test_two_runs_that_convert_one_file_keep_the_folder_of_the_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf.constants, "HF_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"a model")
+
+    def write(folder, text):
+        folder.mkdir(parents=True)
+        (folder / "weights").write_text(text)
+
+    def convert(given, folder):
+        write(folder.with_name(folder.name.split(".")[0]), "the first")
+        write(folder, "the second")
+
+    monkeypatch.setattr(gguf, "_convert", convert)
+    folder = Path(resolve_model(str(file)))
+    assert (folder / "weights").read_text() == "the first" and [*folder.parent.iterdir()] == [folder]
+
+
 def test_folders_and_hub_ids_are_left_alone(tmp_path):
     assert resolve_model(str(tmp_path)) == str(tmp_path)
     assert resolve_model("owner/model.gguf") == "owner/model.gguf"

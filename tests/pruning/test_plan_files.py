@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from builders.disks import fill_disk
 from builders.models import tiny_model
 from builders.pruning import plan_of, random_scores
 from safetensors.torch import save_file
@@ -34,6 +35,18 @@ def test_plans_survive_json_and_have_the_documented_form(model, tmp_path):
     bare = {"model_type": "bert", "layers": [{"source": 3, "heads": [0, 2], "neurons": []}]}
     (tmp_path / "bare.json").write_text(json.dumps(bare))
     assert PruningPlan.load(tmp_path / "bare.json") == PruningPlan("bert", (LayerPlan(3, (0, 2), ()),))
+
+
+def test_a_full_disk_leaves_the_plan_and_the_scores_that_were_there(model, tmp_path, monkeypatch):
+    first, second = (random_scores(counts_of(model), seed=seed) for seed in (0, 1))
+    for file, old, new in (("plan", full_plan(model), plan_of(model)), ("scores", first, second)):
+        old.save(tmp_path / file)
+        before = (tmp_path / file).read_bytes()
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+            fill_disk(patch)
+            new.save(tmp_path / file)
+        assert (tmp_path / file).read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize(("kind", "field"), [(Importance, "scores"), (Statistics, "statistics")])

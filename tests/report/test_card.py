@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from builders.causal import causal_model
+from builders.disks import fill_disk
 from builders.models import tiny_model
 from builders.reports import metrics, student_folder
 from huggingface_hub import ModelCard
@@ -179,6 +180,17 @@ def test_the_code_of_the_card_runs(tmp_path: Path, head: str, capsys: pytest.Cap
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
     exec(code.replace("path/to/student", str(tmp_path)), {})
     assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["README.md", "metrics.json"])
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    folder = student_folder(tmp_path)
+    write_card(folder, metrics(), RECIPE)
+    before = (folder / name).read_text()
+    fill_disk(monkeypatch)
+    with pytest.raises(OSError, match="No space"):
+        write_card(folder, metrics(task="mrpc"), RECIPE)
+    assert (folder / name).read_text() == before and not list(folder.glob("*.partial"))
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from builders.disks import fill_disk
 from builders.reports import metrics, student_folder
 from matplotlib.image import imread
 
@@ -40,6 +41,15 @@ def test_report_of_a_student_that_was_never_pruned_leaves_out_rounds_and_figures
     assert text.startswith("# teacher-model, distilled on sst2\n")
     assert "![" not in text and "## Rounds" not in text and "trust_remote_code" not in text
     assert not (tmp_path / "figures").exists()
+
+
+def test_a_full_disk_leaves_the_report_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    student_folder(tmp_path / "student")
+    before = write_report(tmp_path, metrics(rounds=[], plan_layers=[])).read_text()
+    fill_disk(monkeypatch)
+    with pytest.raises(OSError, match="No space"):
+        write_report(tmp_path, metrics(rounds=[], plan_layers=[], task="mrpc"))
+    assert (tmp_path / "report.md").read_text() == before and not list(tmp_path.glob("*.partial"))
 
 
 def test_report_needs_a_student(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
-from distill_llm.pruning.names import Unit
 from distill_llm.pruning.units.kinds import KINDS
 
 Scope = Literal["global", "local"]
@@ -24,7 +23,7 @@ NO_LIMITS = Limits()
 class RuleOptions(TypedDict, total=False):
     """`PlanningRules` as keywords of `plan_pruning`."""
 
-    units: Sequence[Unit]
+    units: Sequence[str]
     scope: Scope
     round_to: int
     uniform: bool
@@ -39,7 +38,7 @@ class PlanningRules:
         anchored: whether the first layer always stays, as a model's family may ask for.
     """
 
-    units: Sequence[Unit] = ("heads", "neurons")
+    units: Sequence[str] = ("heads", "neurons")
     scope: Scope = "global"
     round_to: int = 1
     uniform: bool = False
