@@ -177,6 +177,11 @@ FAMILIES: dict[str, Family] = {
 _IN_FILE = dict(FAMILIES)
 
 OTHERS: dict[str, Facts] = {
+    # Positions begin after the padding's id, as RoBERTa's.
+    **dict.fromkeys(
+        ("data2vec-text", "longformer", "luke", "roberta-prelayernorm", "xlm-roberta-xl", "xmod"),
+        Facts(skipped_positions="padding"),
+    ),
     "mixtral": Facts(packs=True),
     "gemma": Facts(packs=True),
     "olmo": Facts(packs=True),

@@ -38,6 +38,7 @@ class Family(Facts):
     - "(q kv kv)": group by group, each its queries, then its key, then its value;
     - "q/", "kv/": a row per head, not per channel; "q[]", "kv[]": a list of modules, one per head.
 
+    `reads` names further linears that read a layer's units, with the layout of their inputs.
     `groups` is the number of key-value heads, or the config's name for it; without one there are as many as queries.
     `ffn_config` is the config's name for the FFN width, `hidden_fields` its names for the width of the residual stream,
     `attention_widths` the attention module's own names for its width. `per_head_inputs` names what the model hands to every
@@ -57,6 +58,7 @@ class Family(Facts):
     attention_out: str = "self_attn.o_proj"
     ffn_in: Mapping[str, str] = field(default_factory=dict)
     ffn_out: str = "mlp.down_proj"
+    reads: Mapping[str, str] = field(default_factory=dict)
     ffn_config: str = "intermediate_size"
     hidden_fields: tuple[str, ...] = ("hidden_size",)
     attention_widths: tuple[str, ...] = ()
@@ -78,4 +80,4 @@ class Family(Facts):
 
         Statistics are collected at their inputs, pruning cuts and masks there, and compensation changes their weights.
         """
-        return (self.attention_out, "q"), (self.ffn_out, "n")
+        return (self.attention_out, "q"), (self.ffn_out, "n"), *self.reads.items()

@@ -36,7 +36,7 @@ def check_row(model: PreTrainedModel) -> None:
 
 
 def _faults(model: PreTrainedModel, family: Family) -> Iterator[str]:
-    for path, layout in (*family.attention_in.items(), *family.ffn_in.items()):
+    for path, layout in (*family.attention_in.items(), *family.ffn_in.items(), *family.readers):
         if not _is_known(layout):
             yield f"the layout {layout!r} of {path} is unknown (the page of families lists all layouts)"
     dims, lineage, layers = dims_of(model.config), lineage_of(model), layers_of(model)
@@ -59,9 +59,10 @@ def _missing(layer: nn.Module, family: Family) -> Iterator[str]:
     modules = dict(layer.named_modules())
     if family.attention not in modules:
         yield f"it has no {family.attention!r} (attention)"
-    for field, path in (("attention_out", family.attention_out), ("ffn_out", family.ffn_out)):
+    fields = {family.attention_out: " (attention_out)", family.ffn_out: " (ffn_out)"}
+    for path, layout in family.readers:
         if not isinstance(modules.get(path), nn.Linear | Conv1D):
-            yield f"it has no linear {path!r} ({field})"
+            yield f"it has no linear {path!r} that reads {layout!r}{fields.get(path, '')}"
 
 
 def _unnamed(layer: nn.Module, family: Family) -> Iterator[str]:

@@ -6,11 +6,12 @@ from dataclasses import replace
 from transformers import PreTrainedModel
 
 from distill_llm.architectures.families import FAMILIES, NotPrunable, family_of
-from distill_llm.common.errors import InputError, one_of
+from distill_llm.common.errors import InputError, one_of, raise_all
 from distill_llm.common.outputs import usable_statistics
-from distill_llm.data.kinds.causal_lm import CausalLM
+from distill_llm.losses.items import kind_of_class
 from distill_llm.models.finding import OpenModel
 from distill_llm.pruning.planning.budgets import least_share
+from distill_llm.pruning.units.refusals import first_layer_faults, quantized_faults, width_faults
 from distill_llm.pruning.units.sizes import counts_of
 from distill_llm.recipe.recipe import Recipe, budget_batch
 
@@ -34,10 +35,7 @@ def check_pruning(recipe: Recipe, teacher: OpenModel, skeleton: PreTrainedModel)
         if config.model_type not in FAMILIES and config.get_text_config().model_type not in FAMILIES:
             accepted = f"{one_of(FAMILIES, config.model_type)}; to add one, write a row in FAMILIES (architectures/families.py)"
         raise InputError(teacher.field, given, accepted) from None
-    if getattr(config, "quantization_config", None) is not None:
-        raise InputError(
-            teacher.field, f"{teacher.name}, quantized", "its full-precision original; quantize the student instead"
-        )
+    raise_all(quantized_faults(config, teacher.field, f"{teacher.name}, quantized"))
     if pruning.layers is not None and max(pruning.layers) >= config.num_hidden_layers:
         raise InputError("pruning.layers", pruning.layers, f"indices from 0 to {config.num_hidden_layers - 1}")
     if pruning.statistics is not None:
@@ -47,13 +45,10 @@ def check_pruning(recipe: Recipe, teacher: OpenModel, skeleton: PreTrainedModel)
             recipe.output_dir.resolve()
         ):  # `prune` replaces it, `run` has files of its own
             raise InputError("pruning.statistics", str(file), f"a file outside the output folder {recipe.output_dir}")
-    if family_of(config).anchored:
-        if "hidden" in pruning.units:
-            accepted = f"units without hidden, because a convolution follows the first layer of {teacher.name}"
-            raise InputError("pruning.units", pruning.units, accepted)
-        if pruning.layers is not None and pruning.layers[0] != 0:
-            accepted = f"layers with layer 0: a convolution follows the first layer of {teacher.name}"
-            raise InputError("pruning.layers", pruning.layers, accepted)
+    faults = width_faults(config, pruning.units, "pruning.units", pruning.units, teacher.name)
+    if pruning.layers is not None:
+        faults += first_layer_faults(config, pruning.layers, "pruning.layers", teacher.name)
+    raise_all(faults)
     counts = counts_of(skeleton)
     heads, neurons = (max(each[kind] for each in counts) for kind in ("heads", "neurons"))
     for name, most, what in (
@@ -64,7 +59,7 @@ def check_pruning(recipe: Recipe, teacher: OpenModel, skeleton: PreTrainedModel)
         if (value := getattr(pruning, name)) > most:
             raise InputError(f"pruning.{name}", value, f"at most {most}, the number of {what} in a layer")
     if pruning.keep is not None and pruning.cost != "latency":
-        decoder = CausalLM().has_head(config.architectures)
+        decoder = "next_token" in map(kind_of_class, config.architectures or ())
         rules = replace(pruning.rules, anchored=family_of(config).anchored)
         least = least_share(skeleton, rules, pruning.cost, *budget_batch(recipe, decoder))
         if pruning.keep < least * (1 - 1e-9):

@@ -2,7 +2,7 @@
 
 from dataclasses import fields, replace
 
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Value
 from transformers import PreTrainedConfig
 
 from distill_llm.common.errors import InputError, one_of
@@ -46,6 +46,7 @@ def load_task(spec: DataSpec, config: PreTrainedConfig | None = None, training: 
     path = spec.path if spec.path is None else resolve_path(spec.path, "data.path")
     task, splits = _read(replace(spec, path=path), kind, config, training)
     task = kind.scored_by(task, spec.metric)
+    _check_labels(kind, splits["test"])
     if not training:
         return TaskData(task, splits["test"], None, splits["test"])
     train, validation = _hold_out(splits, spec.holdout_examples, spec.seed)
@@ -77,6 +78,14 @@ def _check_settings(spec: DataSpec, taken: frozenset[str]) -> None:
         takers = dict.fromkeys(kind.task_name for kind in KINDS.values() if name in kind.settings)
         fix = f"leave it out: {spec.task} does not use it (only {', '.join(takers)})"
         raise InputError(f"data.{name}", value, fix=fix)
+
+
+def _check_labels(kind: TaskKind, rows: Dataset) -> None:
+    """Raise InputError where an example has several labels: no loss is for them."""
+    labels = rows.features.get("labels")
+    if kind.item == "example" and labels is not None and not isinstance(labels, ClassLabel | Value):
+        fix = f"give each example one class or one value: a {kind.name} task cannot be trained with several"
+        raise InputError("data.columns.label", rows[0]["labels"], fix=fix)
 
 
 def _read(spec: DataSpec, kind: TaskKind, config: PreTrainedConfig | None, training: bool) -> tuple[Task, Splits]:

@@ -84,7 +84,7 @@ def label_names(config: PreTrainedConfig) -> tuple[str, ...] | None:
 
 
 def class_name_faults(
-    given: Sequence[str] | None, wanted: Sequence[str] | None, field: str, model: str
+    given: Sequence[str] | None, wanted: Sequence[str] | None, field: str, model: str, hint: str = ""
 ) -> list[InputError]:
     """A fault where a model names its classes otherwise than the one that it is compared with.
 
@@ -92,10 +92,11 @@ def class_name_faults(
         given, wanted: names in the order of the classes; None: a model without names, which agrees with any.
         field: what gave the model.
         model: what it is called.
+        hint: what else would help, in words that end the message.
     """
     if not given or not wanted or len(wanted) < 2 or same_names(given, wanted):
         return []
-    return [InputError(field, f"{model} with labels {list(given)}", f"labels {list(wanted)}, in this order")]
+    return [InputError(field, f"{model} with labels {list(given)}", f"labels {list(wanted)}, in this order{hint}")]
 
 
 def same_names(one: Sequence[str], other: Sequence[str]) -> bool:

@@ -30,7 +30,11 @@ def is_language_model(model: PreTrainedModel) -> bool:
 
 def kind_of(model: PreTrainedModel) -> Kind:
     """What an output of the model's head is about: the `example`, its own `token`, or the `next_token` (causal LM)."""
-    name = type(model).__name__
+    return kind_of_class(type(model).__name__)
+
+
+def kind_of_class(name: str) -> Kind:
+    """As `kind_of`, by the name of the model's class."""
     return next((item for head, item in ITEMS.items() if name.endswith(head)), "example")
 
 

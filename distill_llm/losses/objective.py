@@ -54,6 +54,16 @@ class Responses(BaseModel):
             yield InputError("", f"a student sharded by {use.sharding}", "FSDP2 (fsdp_version 2), or DDP")
 
 
+def sampling_faults(max_new_tokens: Any, temperature: Any, top_p: Any, top_k: Any) -> list[InputError]:
+    """Values out of the ranges of `Responses`, which hold for whoever draws responses."""
+    given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+    try:
+        Responses.model_validate(given, strict=True)
+    except ValidationError as error:
+        return faults_of(error, Responses)
+    return []
+
+
 def sections() -> dict[str, type[BaseModel]]:
     """What an objective may have, by name: the terms, and `responses`."""
     return {**all_terms(), "responses": Responses}

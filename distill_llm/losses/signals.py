@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -73,6 +73,29 @@ class HeadSignals(Signals):
 
     head: Head = field(kw_only=True)
     head_inputs: torch.Tensor = field(kw_only=True)
+
+
+def check_outputs(given: Any, student: torch.Tensor | None, classes: int | None) -> None:
+    """Whether a teacher's outputs can be compared with the student's; only shapes are looked at.
+
+    Args:
+        given: what the teacher's `signals` returned.
+        student: (items, C) logits; None: outputs are not compared.
+        classes: how many leading logits mean the same; None: all of them.
+
+    Raises:
+        InputError: no Signals, or logits of other items or classes.
+    """
+    if not isinstance(given, Signals):
+        fix = "return Signals(logits=...) of distill_llm.losses.signals"
+        raise InputError("teacher.signals", f"a {type(given).__name__}", fix=fix)
+    if student is None or isinstance(given, HeadSignals | SparseSignals):
+        return
+    shape, (items, width) = tuple(given.logits.shape), student.shape
+    if len(shape) != 2 or shape[0] != items or (shape[1] != width if classes is None else shape[1] < classes):
+        most = "" if classes is None else " or more"
+        accepted = f"({items}, {classes or width}{most}): a row for each item, with the classes that `meet` agreed on"
+        raise InputError("teacher.signals", f"logits of shape {shape}", accepted)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
 """What a model costs: parameters, FLOPs, memory and latency.
 
-May import: common, architectures.
+May import: common, architectures, models.
 """

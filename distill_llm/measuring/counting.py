@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from distill_llm.architectures.families import layers_of
 from distill_llm.architectures.modes import evaluating, frozen
-from distill_llm.common.errors import InputError
+from distill_llm.common.errors import InputError, raise_all
+from distill_llm.models.limits import length_faults, limits_of
 
 
 def count_params(model: PreTrainedModel) -> tuple[int, int]:
@@ -75,9 +76,8 @@ def full_length_inputs(model: PreTrainedModel, batch_size: int, sequence_length:
     """
     at_least_one("batch_size", batch_size)
     at_least_one("sequence_length", sequence_length)
-    positions = _positions(model)
-    if positions is not None and sequence_length > positions:
-        raise InputError("sequence_length", sequence_length, f"at most {positions}, the positions of this model")
+    limits = limits_of(model.config, type(model).__name__)
+    raise_all(length_faults(limits, sequence_length, "sequence_length"))
     vocabulary = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     ids = torch.randint(0, vocabulary, (batch_size, sequence_length), generator=torch.Generator().manual_seed(0))
     padding = getattr(model.config, "pad_token_id", None)
@@ -85,14 +85,6 @@ def full_length_inputs(model: PreTrainedModel, batch_size: int, sequence_length:
         ids[ids == padding] = (padding + 1) % vocabulary
     ids = ids[:, None] if "ForMultipleChoice" in type(model).__name__ else ids
     return {"input_ids": ids.to(model.device), "attention_mask": torch.ones_like(ids).to(model.device)}
-
-
-def _positions(model: PreTrainedModel) -> int | None:
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa starts counting after its padding id
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-    return getattr(model.config, "max_position_embeddings", None)
 
 
 def at_least_one(field: str, given: int) -> None:

@@ -1,6 +1,7 @@
 """The table of metrics: a decorated function is one of them."""
 
 import inspect
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -32,9 +33,20 @@ class Metric:
 
         Args:
             num_labels: how many classes there are; passed on to a function that has a parameter of this name.
+
+        Raises:
+            InputError: the function did not return one finite number.
         """
         wanted = "num_labels" in inspect.signature(self.function).parameters
-        return float(self.function(predictions, references, **({"num_labels": num_labels} if wanted else {})))
+        found = self.function(predictions, references, **({"num_labels": num_labels} if wanted else {}))
+        try:
+            number = float(found)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            given = found if isinstance(found, float) else f"a {type(found).__name__}"
+            raise InputError("metric", self.name, fix=f"return one finite number: it returned {given}")
+        return number
 
 
 METRICS: dict[str, Metric] = {}

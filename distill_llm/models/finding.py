@@ -14,7 +14,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 
 from distill_llm.common.errors import InputError, first_line, one_of, raise_all
 from distill_llm.data.sources import resolve_path
-from distill_llm.data.tasks import Task, TaskData, label_names, same_names
+from distill_llm.data.tasks import Task, TaskData, class_name_faults, label_names, same_names
 from distill_llm.models.gguf import SUFFIX, plain_checkpoint
 from distill_llm.models.limits import RowFacts, beyond_vocabulary, limits_of, masking_faults, read_rows, row_faults
 
@@ -158,10 +158,8 @@ def check_head(model: OpenModel, task: Task) -> None:
             f"{task.num_labels} labels, {task.name}'s{hint}",
         )
     own, names = label_names(model.config) or (), task.label_names or ()
-    if same_names(sorted(own, key=str.casefold), sorted(names, key=str.casefold)) and not same_names(own, names):
-        raise InputError(
-            model.field, f"{model.name} with labels {list(own)}", f"labels in the task's order, {list(names)}{hint}"
-        )
+    if same_names(sorted(own, key=str.casefold), sorted(names, key=str.casefold)):  # its names may be others
+        raise_all(class_name_faults(own, names, model.field, model.name, hint))
 
 
 def chosen_dtype(given: str | None, device: torch.device) -> str:

@@ -76,7 +76,11 @@ class RunFolder:
             if missing := [str(path) for path in stage.outputs if not path.exists()]:
                 raise FileNotFoundError(f"stage {stage.name} did not write {', '.join(missing)}")
             done[stage.name] = {**(result or {}), "seconds": round(time.monotonic() - start, 2)}
-            self._write(done)
+            try:
+                self._write(done)
+            except TypeError as error:
+                fix = "return plain JSON from its work: numbers, strings, lists and mappings"
+                raise InputError(f"stage {stage.name}", str(error), fix=fix) from error
         self.processes.wait_for_everyone()
         return self.results[stage.name]
 

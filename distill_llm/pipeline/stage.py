@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from distill_llm.common.errors import InputError
 from distill_llm.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -109,19 +110,32 @@ class Stage(ABC):
 def stale(
     stages: Sequence[Stage], done: Collection[str], before: Mapping[str, Any], now: Mapping[str, Any]
 ) -> set[str]:
-    """Names of finished stages that must be done anew: the recipe changed for them, or an input of theirs is not done.
+    """Names of finished stages that must be done anew: the recipe changed for them, an input of theirs is not done, or a file
+    that they left is gone. A stage that made a student is not done anew for that: it would train again.
 
     Args:
         stages: of the recipe as it is now.
         done: names of finished stages, also of those that this recipe no longer has.
         before, now: the resolved recipes.
+
+    Raises:
+        InputError: the identity of a stage reads a field that recipes do not have.
     """
     fresh: set[str] = set()
     for stage in stages:
-        same = stage.identity(before) == stage.identity(now)
-        if stage.name in done and same and all(each.name in fresh for each in stage.inputs):
+        same = _identity(stage, before) == _identity(stage, now)
+        there = stage.model is not None or all(path.exists() for path in stage.outputs)
+        if stage.name in done and same and there and all(each.name in fresh for each in stage.inputs):
             fresh.add(stage.name)
     gone = set(done) - {stage.name for stage in stages}
     found = set(done) - fresh - gone
     # Nothing tells what those that are gone were made from: a push to another repository was of the report before.
     return found | gone if found else found
+
+
+def _identity(stage: Stage, recipe: Mapping[str, Any]) -> Any:
+    try:
+        return stage.identity(recipe)
+    except (KeyError, TypeError) as error:
+        fix = "let its identity read fields that every recipe has: this one does not have it"
+        raise InputError(f"stage {stage.name}", str(error), fix=fix) from error

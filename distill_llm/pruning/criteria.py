@@ -89,8 +89,10 @@ def criterion(
         paper: author, year, section or equation.
 
     Raises:
-        ValueError: a name that is taken, or an unknown need.
+        ValueError: a name that is taken, or needs that are unknown or no list.
     """
+    if isinstance(needs, str):
+        raise ValueError(f"criterion {name!r}: needs is a list: needs=[{needs!r}]")
     if unknown := set(needs) - set(NEEDS):
         raise ValueError(f"criterion {name!r}: unknown needs {sorted(unknown)}; the needs are {', '.join(NEEDS)}")
 

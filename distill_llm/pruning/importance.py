@@ -14,6 +14,7 @@ from distill_llm.common.errors import InputError
 from distill_llm.common.files import written_whole
 from distill_llm.common.tensors import saved_tensors
 from distill_llm.pruning.criteria import Criterion, Seen, find_criterion, is_comparable, ranks_layers_only
+from distill_llm.pruning.declared import Declared, checked_scores
 from distill_llm.pruning.statistics.record import Statistics, UnitStatistics
 from distill_llm.pruning.units.kinds import KINDS
 
@@ -145,7 +146,8 @@ def score(
         layer_criterion: a criterion of their own for the scores of whole layers; None: `criterion`.
 
     Raises:
-        InputError: there is no such criterion, or the statistics lack what it needs.
+        InputError: there is no such criterion, the statistics lack what it needs, or its scores are not a finite number for each
+            unit.
     """
     if layer_criterion is not None:
         scores, ranked = score(statistics, criterion, seed), score(statistics, layer_criterion, seed)
@@ -153,15 +155,17 @@ def score(
     chosen = find_criterion(criterion)
     _check_needs(statistics, chosen)
     if chosen.layers_only:
-        return Importance(criterion, layers=chosen.scores(statistics))
+        layers = chosen.scores(Declared(statistics, chosen))
+        return Importance(criterion, layers=checked_scores(layers, len(statistics.similarity), criterion, "layers"))
     generator = torch.Generator().manual_seed(seed)
     seen = Seen(max(statistics.examples, 1), max(statistics.tokens, 1), generator)
 
-    def scores_of(units: UnitStatistics) -> torch.Tensor:
-        return chosen.scores(units, seen)
+    def scores_of(units: UnitStatistics, kind: str) -> torch.Tensor:
+        scores = chosen.scores(Declared(units, chosen), seen)
+        return checked_scores(scores, len(units.magnitude), criterion, kind)
 
     found: dict[str, Scores] = {
-        kind: tuple(map(scores_of, rows)) if isinstance(rows, tuple) else scores_of(rows)
+        kind: tuple(scores_of(row, kind) for row in rows) if isinstance(rows, tuple) else scores_of(rows, kind)
         for kind, rows in statistics.units.items()
     }
     return Importance(criterion, units=found)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from distill_llm.architectures.families import family_of
 from distill_llm.architectures.lineage import LAYER_UNITS, MODEL_UNITS, Counts, LayerPlan, ModelPlan, pack_indices
-from distill_llm.common.errors import InputError
+from distill_llm.common.errors import InputError, raise_all
 from distill_llm.common.files import written_whole
 from distill_llm.pruning.units.costs import unit_costs
+from distill_llm.pruning.units.refusals import first_layer_faults, width_faults
 from distill_llm.pruning.units.sizes import counts_of, hidden_size
 
 
@@ -92,11 +92,8 @@ class PruningPlan(ModelPlan):
         _ascending("plan.layers[].source", [row.source for row in self.layers], len(counts))
         if not self.layers:
             raise InputError("plan.layers", [], "at least one layer to keep")
-        if family_of(model).anchored and (self.layers[0].source or self.hidden is not None):
-            what = "without layer 0" if self.layers[0].source else "with hidden"
-            raise InputError(
-                "plan", what, "a plan that keeps layer 0 and every channel: this model has a convolution after layer 0"
-            )
+        raise_all(first_layer_faults(model, [row.source for row in self.layers], "plan.layers"))
+        raise_all(width_faults(model, self.whole, "plan.hidden", self.hidden))
         for row in self.layers:
             for kind in row.units:
                 _check_units(f"plan.layers[source={row.source}].{kind}", kind, row, counts[row.source])

@@ -1,14 +1,14 @@
 """How responses are drawn, with random numbers that belong to the prompt, not to the batch."""
 
 import hashlib
-import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from transformers import LogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from distill_llm.common.errors import InputError
+from distill_llm.common.errors import InputError, raise_all
+from distill_llm.losses.objective import sampling_faults
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,11 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        whole = {"max_new_tokens": 1, "top_k": 0, "samples": 1, "seed": 0}
-        for name, least in whole.items():
+        raise_all(sampling_faults(self.max_new_tokens, self.temperature, self.top_p, self.top_k))
+        for name, least in (("samples", 1), ("seed", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise InputError(name, value, f"a whole number of at least {least}")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise InputError("temperature", self.temperature, "a number of at least 0; 0 is greedy")
-        if not 0 < self.top_p <= 1:
-            raise InputError("top_p", self.top_p, "a number above 0 and at most 1")
         if self.temperature == 0 and self.samples > 1:
             raise InputError("samples", self.samples, "1 with a temperature of 0: greedy responses are all the same")
 

@@ -15,7 +15,7 @@ from distill_llm.losses.items import aligned_labels, first_rows, sequence_number
 from distill_llm.losses.labels import label_loss
 from distill_llm.losses.matching import MatchSettings
 from distill_llm.losses.objective import Objective
-from distill_llm.losses.signals import Batch, Signals
+from distill_llm.losses.signals import Batch, Signals, check_outputs
 from distill_llm.models.adapters import without_adapters
 from distill_llm.models.capture import Recorder
 from distill_llm.models.inputs import forward_inputs
@@ -126,6 +126,9 @@ class TrainingLoss:
                 sums = forward.enter_context(self.head_terms.inside(batch, positions, factors))
             outputs = model(**forward_inputs(self.student, inputs))
         batch = replace(batch, student=recording.with_logits(item_logits(outputs.logits, positions)))
+        if self.teacher is not None:
+            compared = batch.own.logits if self.terms.needs_teacher_outputs else None
+            check_outputs(signals, compared, self.terms.match.classes)
         rest = self.terms(batch, without=sums)
         parts = [factors[name] * value for name, value in {**sums, **rest}.items()]
         if self.head_terms is not None:

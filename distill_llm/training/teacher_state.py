@@ -33,10 +33,13 @@ def load(teacher: Teacher, folder: str) -> None:
     """Give a teacher the state that `save` wrote.
 
     Raises:
-        InputError: the teacher has a state, and the checkpoint none.
+        InputError: the teacher has a state, and the checkpoint none; or the other way round.
     """
     path = Path(folder) / TEACHER_NAME
     if path.is_file():
+        if type(teacher).load_state_dict is Teacher.load_state_dict:
+            fix = f"resume with the teacher of that training: {teacher.gives.name} does not read its {TEACHER_NAME}"
+            raise InputError("resume_from_checkpoint", str(folder), fix=fix)
         teacher.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     elif teacher.state_dict():
         fix = f"resume from a checkpoint of a training with this teacher: {TEACHER_NAME} is missing"

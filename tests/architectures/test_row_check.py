@@ -21,8 +21,8 @@ def attention(**changes):
 WRONG = {
     "layers": ("llama", {"layers": "layerz"}, r"LlamaModel has no list 'layerz' \(layers\)"),
     "attention": ("llama", {"attention": "attn"}, r"layer 0: it has no 'attn' \(attention\)"),
-    "attention_out": ("llama", {"attention_out": "self_attn.dense"}, r"no linear 'self_attn.dense' \(attention_out\)"),
-    "ffn_out": ("llama", {"ffn_out": "mlp"}, r"no linear 'mlp' \(ffn_out\)"),
+    "attention_out": ("llama", {"attention_out": "self_attn.dense"}, r"no linear 'self_attn.dense' that .* \(attention_out\)"),
+    "ffn_out": ("llama", {"ffn_out": "mlp"}, r"no linear 'mlp' that reads 'n' \(ffn_out\)"),
     "a path": (
         "llama",
         {"attention_in": {"self_attn.query": "q", "self_attn.k_proj": "kv", "self_attn.v_proj": "kv"}},

@@ -330,9 +330,9 @@ def test_the_least_keep_of_a_pruned_teacher_is_a_share_of_what_it_has_left(folde
     [
         (
             {"keep": 0.5, "units": ["hidden", "neurons"]},
-            "pruning.units: got ['hidden', 'neurons']; accepted: units without hidden",
+            "pruning.units: got ['hidden', 'neurons']; leave hidden out: ",
         ),
-        ({"layers": [1, 2]}, "pruning.layers: got [1, 2]; accepted: layers with layer 0"),
+        ({"layers": [1, 2]}, "pruning.layers: got [1, 2]; keep layer 0: "),
     ],
 )
 def test_what_a_convolution_ties_is_refused_at_the_door(folder, pruning, line):
@@ -340,6 +340,16 @@ def test_what_a_convolution_ties_is_refused_at_the_door(folder, pruning, line):
     (found,) = faults(recipe_with(folder, pruning=pruning))
     assert found.startswith(line) and "a convolution follows the first layer" in found
     assert faults(recipe_with(folder, pruning={"layers": [0, 2]})) == []
+
+
+def test_a_quantized_model_is_not_pruned(folder):
+    file = folder / "teacher" / "config.json"
+    quantized = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": quantized}))
+    (found,) = faults(recipe_with(folder, pruning={"layers": [0]}))
+    assert found.startswith(
+        f"teacher.model: got '{folder / 'teacher'}, quantized'; accepted: its full-precision original"
+    )
 
 
 def test_paths_may_begin_with_the_home_folder(folder, monkeypatch):

@@ -138,3 +138,28 @@ def test_a_spec_says_all_that_the_recipe_says_of_data_with_the_same_defaults() -
     for name, field in DataSection.model_fields.items():
         if name != "task":
             assert (own[name] or None) == (field.default or None), name
+
+
+def test_several_labels_of_an_example_are_refused_at_the_door(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distill_llm.data.kinds.base.KINDS", dict(KINDS))
+    given = KINDS["classification"]
+    several = type("Several", (type(given),), {"name": "several", "problem_type": "multi_label_classification"})
+    with pytest.raises(
+        InputError, match="^problem_type: got 'multi_label.*: regression or single_label_classification"
+    ):
+        register(several)
+
+    class Lists(type(given)):
+        def load(self, spec, config, training):
+            task, splits = super().load(spec, config, training)
+            one_hot = [[float(name == label) for name in range(2)] for label in splits["test"]["labels"]]
+            return task, {**splits, "test": splits["test"].remove_columns("labels").add_column("labels", one_hot)}
+
+    (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"t{i},{i % 2}\n" for i in range(20)))
+    spec = DataSpec("classification", str(tmp_path / "rows.csv"))
+    load_task(spec)
+    monkeypatch.setitem(KINDS, "classification", Lists())
+    with pytest.raises(
+        InputError, match=r"^data.columns.label: got \[[01].0, [01].0\]; give each example one class or"
+    ):
+        load_task(spec)

@@ -10,7 +10,7 @@ from builders.models import FAMILIES, tiny_model
 from rich.console import Console
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from distill_llm.common.errors import InputError
 from distill_llm.measuring.clocks import relative_latency
@@ -162,7 +162,7 @@ class Chain(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.embed, self.up, self.down = nn.Embedding(10, 8), nn.Linear(8, width), nn.Linear(width, 8)
-        self.config, self.device, self.dtype = None, torch.device("cpu"), torch.float32
+        self.config, self.device, self.dtype = PreTrainedConfig(), torch.device("cpu"), torch.float32
 
     def get_input_embeddings(self) -> nn.Embedding:
         """As a transformers model has it."""

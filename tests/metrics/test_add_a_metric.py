@@ -88,3 +88,22 @@ def test_the_number_of_classes_is_handed_to_who_asks_for_it() -> None:
 
     task = classification("three", ("text",), ("a", "b", "c"), ("count",))
     assert compute_metrics(task, [0], [0]) == {"count": 3.0, "score": 3.0}
+
+
+@pytest.mark.parametrize(
+    "returned, words",
+    [
+        (float("nan"), "nan"),
+        (float("inf"), "inf"),
+        ([1.0, 0.0], "a list"),
+        (torch.zeros(3), "a Tensor"),
+        (None, "a None"),
+    ],
+)
+def test_a_metric_returns_one_finite_number(returned, words) -> None:
+    @metric("classes")
+    def mine(predictions, references):
+        return returned
+
+    with pytest.raises(InputError, match=f"^metric: got 'mine'; return one finite number: it returned {words}"):
+        METRICS["mine"]([0, 1], [1, 1])

@@ -1,13 +1,17 @@
 """Rules of what a model can read: each takes facts and returns faults under the caller's names."""
 
 import pytest
+import torch
 from builders.causal import word_tokenizer
 from datasets import Dataset
+from transformers import AutoConfig, AutoModel
 
+from distill_llm.architectures.families import OTHERS
 from distill_llm.models.limits import (
     InputLimits,
     RowFacts,
     length_faults,
+    longest_input,
     longest_prompt,
     masking_faults,
     read_rows,
@@ -88,3 +92,18 @@ def test_a_token_at_fault_is_shown_as_text_where_there_is_a_tokenizer():
     (line,) = lines(row_faults(SMALL, facts, "data", word_tokenizer()))
     assert line == "data: got \"'user' in row 3\"; accepted: texts whose tokens are among the 10 that tiny knows"
     assert lines(row_faults(SMALL, facts, "data"))[0].startswith("data: got 'token 94 in row 3'")
+
+
+@pytest.mark.parametrize("family", [name for name, facts in OTHERS.items() if facts.skipped_positions])
+def test_the_longest_input_of_a_family_without_a_row_is_the_longest_that_it_reads(family):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    own = {"longformer": {"attention_window": 4}, "luke": {"entity_vocab_size": 10, "entity_emb_size": 8}}
+    own["xmod"] = {"languages": ["en"], "default_language": "en"}
+    config = AutoConfig.for_model(
+        family, **sizes, **own.get(family, {}), vocab_size=30, max_position_embeddings=21, pad_token_id=2
+    )
+    model = AutoModel.from_config(config).eval()
+    longest = longest_input(config)
+    model(input_ids=torch.full((1, longest), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, longest + 1), 5))

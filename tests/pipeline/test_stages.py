@@ -182,3 +182,58 @@ def test_the_list_of_stages_follows_the_recipe(given, tmp_path, pruning, distill
     assert made[-2].student.model == last and made[-2].teacher.model == tmp_path / "teacher"
     for stage in made:
         assert {each.name for each in stage.inputs} <= {each.name for each in stage.earlier}
+
+
+def test_two_stages_of_one_name_are_refused_before_any_work(given, added, tmp_path):
+    stages.LAST.append(stages.LAST[-1])
+    with pytest.raises(InputError, match="^stage: got 'flops'; give each stage a name of its own"):
+        distill_llm.run(given, tmp_path / "run")
+    assert added == []
+
+
+def test_a_stage_whose_file_is_gone_is_done_again_but_no_model_is_trained_again(tmp_path):
+    class Lost(Part):
+        outputs = (tmp_path / "gone.json",)
+
+    class Student(Lost):
+        model = tmp_path / "gone"
+
+    def made(kind):
+        first = type("First", (kind,), {"letter": "a"})(SimpleNamespace())
+        return [first, type("Second", (Part,), {"letter": "b", "reads": ("a",)})(SimpleNamespace(), (first,))]
+
+    assert stale(made(Lost), "ab", {}, {}) == {"a", "b"}
+    assert stale(made(Student), "ab", {}, {}) == set()
+    (tmp_path / "gone.json").write_text("{}")
+    assert stale(made(Lost), "ab", {}, {}) == set()
+
+
+def test_a_file_of_the_page_that_was_deleted_is_written_again(given, added, tmp_path):
+    distill_llm.run(given, tmp_path / "run")
+    before = (tmp_path / "run" / "flops.json").read_text()
+    (tmp_path / "run" / "flops.json").unlink()
+    distill_llm.run(given, tmp_path / "run")
+    assert added == ["report", "flops", "flops"] and (tmp_path / "run" / "flops.json").read_text() == before
+
+
+def test_a_stage_with_a_wrong_result_or_identity_is_named(given, tmp_path):
+    class Wrong(Part):
+        letter = "w"
+
+        def work(self, results) -> dict:
+            return {"x": tmp_path}
+
+        def identity(self, recipe) -> object:
+            return recipe["evaluation"]["nothing"]
+
+    wrong = Wrong(SimpleNamespace())
+    folder = RunFolder(tmp_path / "run", parse_recipe(given).to_yaml())
+    with pytest.raises(
+        InputError, match="^stage w: got 'Object of type .*Path is not JSON serializable'; return plain"
+    ):
+        folder.result(wrong)
+    assert folder.results == {}
+    with pytest.raises(
+        InputError, match=r"^stage w: got \"'nothing'\"; let its identity read fields that every recipe"
+    ):
+        RunFolder(tmp_path / "run", parse_recipe(given).to_yaml(), [wrong])

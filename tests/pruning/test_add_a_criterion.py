@@ -107,7 +107,7 @@ def test_checks_and_messages_know_the_new_criterion(page, tmp_path):
 def test_a_criterion_of_layers_ranks_nothing_else(page, tmp_path):
     @criterion("last_first", layers_only=True)
     def last_first(statistics):
-        return -torch.arange(len(statistics.similarity), dtype=torch.float32)
+        return -torch.arange(len(statistics.layers.magnitude), dtype=torch.float32)
 
     model = tiny_model(layers=3)
     found = score(collect_statistics(model, [random_batch(model)], loss=None), "last_first")
@@ -139,6 +139,70 @@ def test_a_taken_name_and_an_unknown_need_are_refused(page):
         ValueError, match="unknown needs .'gradient'.; the needs are activations, gradients, leave_one_out"
     ):
         criterion("mine", needs=["gradient"])
+    with pytest.raises(ValueError, match=r"^criterion 'mine': needs is a list: needs=\['gradients'\]"):
+        criterion("mine", needs="gradients")
+
+
+def test_a_criterion_that_reads_what_it_did_not_declare_is_refused_even_where_the_statistics_have_it(page):
+    model = tiny_model()
+    statistics = collect_statistics(model, [random_batch(model)])
+
+    @criterion("undeclared")
+    def undeclared(units, seen):
+        return units.fisher
+
+    @criterion("by_activation", needs=["activations"])
+    def by_activation(units, seen):
+        return units.activation + units.magnitude * units.taylor
+
+    @criterion("by_loss", needs=["gradients"])
+    def by_loss(units, seen):
+        return units.fisher * units.activation
+
+    @criterion("of_layers", layers_only=True)
+    def of_layers(statistics):
+        return statistics.layers.fisher
+
+    @criterion("of_kinds", layers_only=True)
+    def of_kinds(statistics):
+        return torch.stack([row.taylor.sum() for row in statistics.units["heads"]])
+
+    @criterion("of_heads", needs=["gradients"], layers_only=True)
+    def of_heads(statistics):
+        return torch.stack([row.fisher.sum() + row.wanda.sum() for row in statistics.heads])
+
+    with pytest.raises(InputError, match=r"^criterion: got 'undeclared'; declare needs=\['gradients'\] .*reads fisher"):
+        score(statistics, "undeclared")
+    with pytest.raises(InputError, match=r"^criterion: got 'by_activation'; declare needs=\['gradients'\] .*taylor"):
+        score(statistics, "by_activation")
+    with pytest.raises(InputError, match="^criterion: got 'of_layers'; declare .*reads fisher"):
+        score(statistics, "of_layers")
+    with pytest.raises(InputError, match="^criterion: got 'of_kinds'; declare .*reads taylor"):
+        score(statistics, "of_kinds")
+    expected = statistics.heads[0].fisher * statistics.heads[0].activation
+    assert torch.equal(score(statistics, "by_loss").heads[0], expected)
+    assert len(score(statistics, "of_heads").layers) == len(statistics.heads)
+
+
+@pytest.mark.parametrize(
+    "returned, words",
+    [
+        (lambda values: values * float("nan"), "it returned nan or infinity for 4 of them"),
+        (lambda values: values / 0, "it returned nan or infinity for 4 of them"),
+        (lambda values: values.mean(), r"it returned a tensor of shape \(\)"),
+        (lambda values: values[1:], r"it returned a tensor of shape \(3,\)"),
+        (lambda values: values.tolist(), "it returned a list"),
+    ],
+)
+def test_scores_are_a_finite_number_for_each_unit(page, returned, words):
+    criterion("mine")(lambda units, seen: returned(units.magnitude))
+    criterion("of_layers", layers_only=True)(lambda statistics: returned(statistics.layers.magnitude))
+    model = tiny_model(layers=4)
+    statistics = collect_statistics(model, [random_batch(model)], loss=None)
+    with pytest.raises(InputError, match=f"^criterion: got 'mine'; return .* 4 finite scores for the 4 heads: {words}"):
+        score(statistics, "mine")
+    with pytest.raises(InputError, match=f"^criterion: got 'of_layers'; return .* for the 4 layers: {words}"):
+        score(statistics, "of_layers")
 
 
 def test_what_recipes_read_of_criteria_needs_no_torch():

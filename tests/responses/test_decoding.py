@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from distill_llm.common.errors import InputError
 from distill_llm.common.processes import exact_device
 from distill_llm.data.causal import CausalCollator
+from distill_llm.losses.objective import parse_objective
 from distill_llm.responses.decoding import Decoder
 from distill_llm.responses.prompts import encode_prompts
 from distill_llm.responses.sampling import Draw, Sampling
@@ -143,3 +144,26 @@ def test_rows_of_a_padded_vocabulary_are_never_answers(temperature: float) -> No
     with decoder.ready():
         answers = decoder([[1, 2, 3]] * 8, sampling.uniforms([bytes([i]) for i in range(8)]))
     assert max(max(answer) for answer in answers) < len(tokenizer)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"temperature": -0.1},
+        {"temperature": float("inf")},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"top_k": -1},
+        {"max_new_tokens": 0},
+    ],
+    ids=str,
+)
+def test_draws_have_the_same_ranges_off_line_and_on_policy(given: dict) -> None:
+    ((field, value),) = given.items()
+    with pytest.raises(
+        InputError, match=f"^{field}: got {value}; accepted: a (whole )?number (of at least|above)"
+    ) as caught:
+        Sampling(**given)
+    with pytest.raises(InputError) as other:
+        parse_objective({"logits": {}, "responses": given})
+    assert str(other.value) == f"losses.responses.{caught.value}"

@@ -11,7 +11,8 @@ from builders.trainers import NO_DROPOUT, causal_model, rows, trainer_of
 from torch.nn import functional as F
 
 from distill_llm.common.errors import InputError
-from distill_llm.teachers import OnlineTeacher
+from distill_llm.losses.signals import Signals
+from distill_llm.teachers import OnlineTeacher, Teacher
 from distill_llm.training.teacher_state import TEACHER_NAME
 
 PAGE = Path(__file__).parents[2] / "docs" / "development" / "add-a-teacher.md"
@@ -189,3 +190,61 @@ def test_a_teacher_is_closed_when_a_training_fails(tmp_path):
 def test_what_is_no_teacher_is_refused(tmp_path):
     with pytest.raises(InputError, match="^teacher: got 'str'; accepted: a transformers model, .*Teacher, or None"):
         trainer_of(tmp_path, tiny_model(), "a folder", [], {"logits": {}})
+
+
+class Answers(Teacher):
+    """Gives what a function makes of the logits of a model."""
+
+    def __init__(self, model, answer):
+        self.inner, self.answer = OnlineTeacher(model), answer
+
+    def meet(self, student, tokenizer=None):
+        return self.inner.meet(student, tokenizer)
+
+    def signals(self, batch, step=0, positions=None, compact=False):
+        return self.answer(self.inner.signals(batch, step, positions).logits)
+
+
+@pytest.mark.parametrize(
+    "answer, words",
+    [
+        (lambda logits: logits, "got 'a Tensor'; return Signals"),
+        (
+            lambda logits: Signals(logits=logits[:, :-1]),
+            r"got 'logits of shape \(\d+, {less}\)'; accepted: \(\d+, {all}\)",
+        ),
+        (
+            lambda logits: Signals(logits=logits[1:]),
+            r"got 'logits of shape .*accepted: \(\d+, {all}\): a row for each item",
+        ),
+        (lambda logits: Signals(logits=logits.sum()), r"got 'logits of shape \(\)'"),
+    ],
+)
+@pytest.mark.parametrize("causal", [False, True])
+def test_signals_of_another_form_are_refused_at_the_first_batch(tmp_path, answer, words, causal):
+    make = causal_model if causal else tiny_model
+    student = make(layers=2)
+    classes = 100 if causal else 2
+    trainer = trainer_of(tmp_path, student, Answers(make(seed=1), answer), rows(student), {"logits": {}})
+    with pytest.raises(InputError, match="^teacher.signals: " + words.format(less=classes - 1, all=classes)):
+        trainer.train()
+
+
+def test_signals_that_the_trainer_cannot_call_are_refused_when_it_is_made(tmp_path):
+    class Short(Answers):
+        def signals(self, batch):
+            return batch
+
+    with pytest.raises(
+        InputError, match=r"^teacher: got 'Short with signals\(batch\)'; accepted: signals\(batch, step, "
+    ):
+        trainer_of(tmp_path, tiny_model(layers=2), Short(tiny_model(seed=1), None), [], {"logits": {}})
+
+
+def test_the_checkpoint_of_a_teacher_with_a_state_is_not_resumed_with_a_plain_model(tmp_path):
+    make, student = from_page(AVERAGE, "MovingAverage"), tiny_model(layers=2)
+    data, settings = rows(student), {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    trainer_of(tmp_path, copy.deepcopy(student), make(DECAY), data, {"logits": {}}, **settings).train()
+    trainer = trainer_of(tmp_path, student, tiny_model(seed=1), data, {"logits": {}}, **settings)
+    with pytest.raises(InputError, match="^resume_from_checkpoint: .*a model does not read its teacher.pt"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))

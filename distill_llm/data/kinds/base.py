@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
 
 import numpy as np
 import transformers
@@ -21,6 +21,8 @@ from distill_llm.metrics.registry import Inputs, find_metric, metrics_of
 
 if TYPE_CHECKING:
     from distill_llm.data.tasks import Task, TaskData
+
+ProblemType = Literal["regression", "single_label_classification"]
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,7 @@ class TaskKind(ABC):
     item: ClassVar[Item] = "example"
     settings: ClassVar[frozenset[str]] = frozenset({"columns"})
     metric_inputs: ClassVar[Inputs | None] = None
-    problem_type: ClassVar[
-        Literal["regression", "single_label_classification", "multi_label_classification"] | None
-    ] = None
+    problem_type: ClassVar[ProblemType | None] = None
     is_language_model: ClassVar[bool] = False
     generates: ClassVar[bool] = False
     keeps_head: ClassVar[bool] = False
@@ -173,9 +173,16 @@ Class = TypeVar("Class", bound=type[TaskKind])
 
 
 def register(kind: Class) -> Class:
-    """Decorator: puts a kind of task into KINDS, and a head that is new to the losses into their table."""
+    """Decorator: puts a kind of task into KINDS, and a head that is new to the losses into their table.
+
+    Raises:
+        InputError: a name that is taken, or a `problem_type` that no loss is for.
+    """
     if kind.name in KINDS:
         raise InputError("kind", kind.name, fix="choose another name: there is a kind of this name")
+    if kind.problem_type not in (None, *get_args(ProblemType)):
+        accepted = f"{' or '.join(get_args(ProblemType))}: an item has one class or one value"
+        raise InputError("problem_type", kind.problem_type, accepted)
     KINDS[kind.name] = kind()
     for head in kind.head_classes:
         if not any(known.endswith(head) for known in ITEMS):  # of the heads LMHeadModel, GPT-2's can be trained

@@ -1,5 +1,6 @@
 """The stages of a run, one to a file: a new one is a file here and a row below (docs/development/add-a-stage.md)."""
 
+from distill_llm.common.errors import InputError
 from distill_llm.pipeline.context import Context
 from distill_llm.pipeline.stage import Stage
 from distill_llm.pipeline.stages.prune import Prune
@@ -14,7 +15,11 @@ LAST: list[type[Stage]] = [Report, Push]
 
 
 def stages_of(run: Context) -> list[Stage]:
-    """The stages that a run's recipe asks for, in order."""
+    """The stages that a run's recipe asks for, in order.
+
+    Raises:
+        InputError: two of them have one name, which `state.json` keeps results under.
+    """
     rounds = run.recipe.pruning.rounds if run.recipe.pruning else 1
     rows = [(kind, 0) for kind in FIRST]
     rows += [(kind, number) for number in range(1, rounds + 1) for kind in EACH_ROUND]
@@ -22,7 +27,11 @@ def stages_of(run: Context) -> list[Stage]:
     stages: list[Stage] = []
     for kind, number in rows:
         if kind.wanted(run.recipe):
-            stages.append(kind(run, tuple(stages), number))
+            stage = kind(run, tuple(stages), number)
+            if stage.name in [each.name for each in stages]:
+                fix = "give each stage a name of its own: state.json keeps results by name"
+                raise InputError("stage", stage.name, fix=fix)
+            stages.append(stage)
     return stages
 
 

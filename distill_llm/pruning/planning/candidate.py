@@ -70,13 +70,22 @@ class Choice:
         """Whether a cost is within the budget."""
         return cost <= self.budget * (1 + 1e-9)
 
-    def drop(self, kind: str, i: int, where: slice) -> bool:
-        """Remove units of a layer; False where they are gone already or too few would be left."""
-        gone = self.kept[kind][i][where]
-        if self.count[kind][i] - int(gone.sum()) < self.least[i][kind] or not gone.any():
+    def price(self, kind: str, i: int) -> float:
+        """What a unit of layer `i` costs with all that is left within it: a head with its queries."""
+        within = sum(row[i] * self.price(k, i) for k, row in self.each.items() if self.inner[k] == kind)
+        return self.costs.at(kind, self.width, i) + within
+
+    def drop(self, kind: str, i: int, where: slice | torch.Tensor) -> bool:
+        """Remove units of a layer; False where they are gone already or too few would be left.
+
+        Args:
+            where: a slice of the layer's units, a mask over them, or their indices, each once.
+        """
+        gone = int(self.kept[kind][i][where].sum())
+        if not gone or self.count[kind][i] - gone < self.least[i][kind]:
             return False
-        self.count[kind][i] -= int(gone.sum())
-        gone[:] = False
+        self.count[kind][i] -= gone
+        self.kept[kind][i][where] = False  # what indices pick is a copy
         return True
 
     def may_lose_layer(self, i: int) -> bool:

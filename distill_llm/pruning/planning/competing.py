@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from distill_llm.architectures.families import family_of
-from distill_llm.common.errors import InputError, one_of
+from distill_llm.common.errors import InputError, one_of, raise_all
 from distill_llm.pruning.cutting.stock import stock_accepts
 from distill_llm.pruning.importance import Importance
 from distill_llm.pruning.names import competing_faults
@@ -20,6 +20,7 @@ from distill_llm.pruning.planning.rules import DEFAULT_RULES, PlanningRules
 from distill_llm.pruning.units.costs import Costs
 from distill_llm.pruning.units.kind import Candidate, UnitKind
 from distill_llm.pruning.units.kinds import KINDS
+from distill_llm.pruning.units.refusals import width_faults
 from distill_llm.pruning.units.sizes import counts_of, hidden_size
 
 
@@ -46,10 +47,7 @@ def plan_for_costs(
     """`plan_pruning` where what units cost is known."""
     check_settings(model, scores, keep, rules)
     shapes, units, family = counts_of(model), rules.units, family_of(model)
-    if family.anchored and "hidden" in units:
-        raise InputError(
-            "units", list(units), "units without hidden for a model with a convolution after its first layer"
-        )
+    raise_all(width_faults(model, units, "units", list(units)))
     rules = replace(rules, anchored=family.anchored)
     choice = Choice(scores, shapes, costs, keep * costs.of(shapes), rules)
     choice.reachable(choice.least_cost())

@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-from distill_llm.pruning.units.heads import Heads
 from distill_llm.pruning.units.kind import Candidate, UnitKind
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ class Attention(UnitKind):
 
     def price(self, choice: "Choice", i: int) -> float:
         """All heads that are left."""
-        return choice.count["heads"][i] * Heads().price(choice, i)
+        return choice.count["heads"][i] * choice.price("heads", i)
 
     def remove(self, choice: "Choice", i: int, j: int) -> bool:
         """All heads of the layer."""

@@ -23,7 +23,7 @@ class Ffn(UnitKind):
 
     def price(self, choice: "Choice", i: int) -> float:
         """All neurons that are left."""
-        return choice.count["neurons"][i] * choice.costs.at("neurons", choice.width)
+        return choice.count["neurons"][i] * choice.price("neurons", i)
 
     def remove(self, choice: "Choice", i: int, j: int) -> bool:
         """All neurons of the layer."""

@@ -20,8 +20,7 @@ class Heads(UnitKind):
 
     def price(self, choice: "Choice", i: int) -> float:
         """A group and its queries."""
-        group, query = (choice.costs.at(kind, choice.width, i) for kind in ("heads", "queries"))
-        return group + choice.each["queries"][i] * query
+        return choice.price("heads", i)
 
     def remove(self, choice: "Choice", i: int, j: int) -> bool:
         """One head."""

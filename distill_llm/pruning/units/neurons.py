@@ -20,7 +20,7 @@ class Neurons(UnitKind):
 
     def price(self, choice: "Choice", i: int) -> float:
         """A neuron's rows and columns."""
-        return choice.costs.at("neurons", choice.width)
+        return choice.price("neurons", i)
 
     def remove(self, choice: "Choice", i: int, j: int) -> bool:
         """One neuron."""

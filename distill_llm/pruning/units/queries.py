@@ -26,7 +26,7 @@ class Queries(UnitKind):
 
     def price(self, choice: "Choice", i: int) -> float:
         """A query of every group."""
-        return choice.count["heads"][i] * choice.costs.at("queries", choice.width, i)
+        return choice.count["heads"][i] * choice.price("queries", i)
 
     def remove(self, choice: "Choice", i: int, j: int) -> bool:
         """One query of every group."""

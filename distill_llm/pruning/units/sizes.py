@@ -10,7 +10,8 @@ from distill_llm.architectures.family import Family
 from distill_llm.architectures.lineage import lineage_of
 from distill_llm.architectures.modeling_pruned import layer_counts, outputs_of
 from distill_llm.architectures.row_check import check_row
-from distill_llm.common.errors import InputError
+from distill_llm.common.errors import InputError, raise_all
+from distill_llm.pruning.units.refusals import quantized_faults
 
 
 def linear(layer: nn.Module, path: str) -> nn.Linear | Conv1D:
@@ -51,10 +52,7 @@ def counts_of(model: PreTrainedModel) -> list[dict[str, int]]:
 
 
 def _family(model: PreTrainedModel) -> Family:
-    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
-        raise InputError(
-            "model", "a quantized model", "its full-precision original: prune first, then quantize the student"
-        )
+    raise_all(quantized_faults(model, "model", "a quantized model"))
     family = family_of(model)
     for path in (*family.attention_in, *family.ffn_in, *(path for path, _ in family.readers)):
         for layer in layers_of(model):

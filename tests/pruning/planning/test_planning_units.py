@@ -456,13 +456,15 @@ def test_the_first_layer_stays_where_a_convolution_follows_it(convolved, keep, u
 
 def test_what_a_convolution_ties_is_refused_in_one_line(convolved):
     model, scores = convolved
-    with pytest.raises(
-        InputError, match="units: got .*; accepted: units without hidden for a model with a convolution"
-    ):
+    follows = "a convolution follows the first layer of this model$"
+    with pytest.raises(InputError, match=f"^units: got .*; leave hidden out: {follows}"):
         plan_pruning(model, scores, 0.5, units=("neurons", "hidden"))
     every = full_plan(model)
-    for plan in (replace(every, layers=every.layers[1:]), replace(every, hidden=(0, 1))):
-        with pytest.raises(InputError, match="plan: got .*; accepted: a plan that keeps layer 0 and every channel"):
+    for plan, line in (
+        (replace(every, layers=every.layers[1:]), r"plan.layers: got \[1, 2, 3, 4\]; keep layer 0"),
+        (replace(every, hidden=(0, 1)), r"plan.hidden: got \(0, 1\); leave hidden out"),
+    ):
+        with pytest.raises(InputError, match=f"^{line}: {follows}"):
             prune(model, plan)
     rows = [LayerPlan(i, (), ()) for i in range(5)]
     least = layer_params(prune(model, PruningPlan("deberta-v2", tuple(rows[:1])))) / layer_params(model)
