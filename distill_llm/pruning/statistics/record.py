@@ -88,7 +88,7 @@ class Statistics:
             for i, row in enumerate(rows if isinstance(rows, tuple) else (rows,)):
                 tensors.update({f"{kind}.{i}.{f.name}": getattr(row, f.name) for f in fields(UnitStatistics)})
         for i, pair in enumerate(self.moments):
-            for name, moments in zip(READER_NAMES, pair, strict=False):
+            for name, moments in zip(READER_NAMES, pair, strict=True):
                 tensors[f"moments.{i}.{name}.mean"], tensors[f"moments.{i}.{name}.second"] = moments
         for i, (_, moments) in enumerate(self.hidden_moments):
             tensors[f"hidden_moments.{i}.mean"], tensors[f"hidden_moments.{i}.second"] = moments
