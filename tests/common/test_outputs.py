@@ -88,7 +88,7 @@ def test_new_files_and_those_that_are_there_are_taken_and_left_as_they_are(home)
         ("folder.safetensors", "folder.safetensors holds something else"),
         ("rows.csv/s.safetensors", "can be written"),
         ("/proc/x/s.safetensors", "can be written"),
-        ("run/state.safetensors", "outside of"),
+        ("run/state.safetensors", "outside the output folder"),
     ],
 )
 def test_statistics_never_take_the_place_of_something_else(home, path, words):
