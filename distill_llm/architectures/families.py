@@ -295,5 +295,7 @@ def dims_of(config: PreTrainedConfig) -> Dims:
     with stock_values(config):
         queries = config.num_attention_heads
         head_size = getattr(config, "head_dim", None) or config.hidden_size // queries
-        groups = named if isinstance(named, int) else getattr(config, named, None) or queries
+        # A field that the config's class does not know is not read by its attention either (GPT-2 with stray groups).
+        known = isinstance(named, str) and hasattr(type(config), named)
+        groups = named if isinstance(named, int) else (getattr(config, named) if known else None) or queries
         return Dims(head_size, queries, groups)

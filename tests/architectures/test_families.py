@@ -34,11 +34,12 @@ from builders.grids import layouts_first
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distill_llm.architectures.families import FAMILIES, family_of
+from distill_llm.architectures.families import FAMILIES, dims_of, family_of
 from distill_llm.models.checkpoint import load_pretrained
 from distill_llm.pruning.cutting.masking import masked
 from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.plan import LayerPlan, PruningPlan
+from distill_llm.pruning.units.sizes import counts_of
 
 DECODING = [*DECODERS, *(name for name, (family, _) in VARIANTS.items() if family in DECODERS)]
 LAYOUTS = ["bert", "modernbert", "llama", "olmo2", "stablelm", "phi3", "gpt2", "gpt_neox", "bloom"]
@@ -244,3 +245,10 @@ def test_generation_with_dynamic_and_static_caches_equals_whole_forwards(name):
         expected = whole_forward(student, found.sequences, mask)[:, length - 1 : -1]
         assert torch.equal(found.sequences[:, length:], expected.argmax(-1)), cache
         assert_equal(torch.stack(found.logits, 1).flatten(), expected.flatten())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "opt", "gpt_neox"])
+def test_a_stray_number_of_groups_in_the_config_counts_for_nothing(name: str) -> None:
+    stray, plain = family_model(name, num_key_value_heads=1), family_model(name)
+    assert counts_of(stray) == counts_of(plain)
+    assert dims_of(stray.config) == dims_of(plain.config)
