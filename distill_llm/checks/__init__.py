@@ -11,7 +11,7 @@ rows, asks all rules that concern the command, and returns what it opened:
     cache     `cache`: `open_cache` -> `OpenCache`
     profile   `profile`: `open_profile`
 
-The door of `respond` is in `responses.opening`, because its Python call needs it; the door of `push` is in `report.hub`.
+The door of `respond` is in `responses.door`, because its Python call needs it; the door of `push` is in `report.hub`.
 
 May import: common, architectures, losses, data, models, pruning, teachers, recipe, training, evaluation, report.
 """

@@ -22,8 +22,8 @@ from distill_llm.common.progress import progress_bar
 from distill_llm.data.causal import CausalCollator
 from distill_llm.models.checkpoint import load_pretrained
 from distill_llm.responses.decoding import Decoder
+from distill_llm.responses.door import open_prompts
 from distill_llm.responses.folder import Counts, ResponseFolder, Row, kept_rows
-from distill_llm.responses.opening import open_prompts
 from distill_llm.responses.prompts import Source
 from distill_llm.responses.settings import ResponseSettings
 from distill_llm.responses.work import Work

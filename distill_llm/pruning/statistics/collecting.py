@@ -30,8 +30,8 @@ from distill_llm.pruning.statistics.magnitudes import UnitWeights, unit_weights
 from distill_llm.pruning.statistics.moments import MomentsSum, finished
 from distill_llm.pruning.statistics.processes import sum_over_processes
 from distill_llm.pruning.statistics.record import Statistics, UnitStatistics
+from distill_llm.pruning.statistics.residual_stream import channel_readers, seen, stream_readers, stream_tensors
 from distill_llm.pruning.statistics.settings import DEFAULT_SETTINGS, CalibrationSettings
-from distill_llm.pruning.statistics.stream import channel_readers, seen, stream_readers, stream_tensors
 from distill_llm.pruning.statistics.unit_sums import UnitSums, stacked
 from distill_llm.pruning.units.kind import UnitKind
 from distill_llm.pruning.units.kinds import KINDS

@@ -17,8 +17,8 @@ from distill_llm.pruning.plan import full_plan
 from distill_llm.pruning.statistics.collecting import collect_statistics
 from distill_llm.pruning.statistics.moments import MomentsSum
 from distill_llm.pruning.statistics.record import Statistics
+from distill_llm.pruning.statistics.residual_stream import stream_norms, stream_tensors
 from distill_llm.pruning.statistics.settings import CalibrationSettings
-from distill_llm.pruning.statistics.stream import stream_norms, stream_tensors
 
 HALF = HIDDEN // 2
 
