@@ -13,9 +13,10 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOu
 
 from distill_llm.architectures.modeling_pruned import CODE_NAMES
 from distill_llm.common.errors import InputError, raise_all
+from distill_llm.common.processes import draw_apart
 from distill_llm.data.epochs import Epoch
 from distill_llm.losses.items import count_items
-from distill_llm.losses.objective import Objective, parse_objective
+from distill_llm.losses.objective import parse_objective
 from distill_llm.losses.terms.term import Use
 from distill_llm.losses.units import UNITS
 from distill_llm.models.adapters import without_adapters
@@ -75,8 +76,7 @@ class DistillationTrainer(ProjectingTrainer):
         args = args if args is not None else DistillationConfig(output_dir="tmp_trainer")
         if not isinstance(args, DistillationConfig):
             raise InputError("args", type(args).__name__, "a DistillationConfig: TrainingArguments with the losses")
-        self.objective: Objective = parse_objective(args.losses)
-        objective = self.objective
+        self.objective = objective = parse_objective(args.losses)
         check_arguments(args, objective, kwargs)
         check_model(model)
         source = as_teacher(teacher)
@@ -116,6 +116,7 @@ class DistillationTrainer(ProjectingTrainer):
         self._evaluated = EvaluationLoss(self.accelerator, self.terms.kind)
         self._logged_terms = torch.zeros(len(objective.terms()), device=args.device)
         self._logged_steps = dict.fromkeys(objective.terms(), 0)  # that a term counted in
+        draw_apart(args.seed)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As `Trainer.train`; at its end, whatever ends it, the teacher is closed."""
