@@ -16,7 +16,7 @@ from distill_llm.common.errors import InputError, raise_all
 from distill_llm.common.processes import draw_apart
 from distill_llm.data.epochs import Epoch
 from distill_llm.losses.items import count_items
-from distill_llm.losses.objective import parse_objective
+from distill_llm.losses.objective import Objective, parse_objective
 from distill_llm.losses.terms.term import Use
 from distill_llm.losses.units import UNITS
 from distill_llm.models.adapters import without_adapters
@@ -76,7 +76,8 @@ class DistillationTrainer(ProjectingTrainer):
         args = args if args is not None else DistillationConfig(output_dir="tmp_trainer")
         if not isinstance(args, DistillationConfig):
             raise InputError("args", type(args).__name__, "a DistillationConfig: TrainingArguments with the losses")
-        self.objective = objective = parse_objective(args.losses)
+        self.objective: Objective = parse_objective(args.losses)
+        objective = self.objective
         check_arguments(args, objective, kwargs)
         check_model(model)
         source = as_teacher(teacher)
@@ -104,9 +105,7 @@ class DistillationTrainer(ProjectingTrainer):
         self.add_callback(EpochBegins(self.epoch))
         if self.teacher is not None:
             self.add_callback(StepsDone(self.teacher))
-        if len(self.terms.projections) and self.lr_scheduler is not None:
-            accepted = "an optimizer without a scheduler: the projections of hidden states join the optimizer"
-            raise InputError("optimizers", type(self.lr_scheduler).__name__, accepted)
+        self._check_scheduler()
         use = Use(kind=self.terms.kind, widths=self.terms.match.widths, sharding=sharding_of(self), packed=packed)
         raise_all(objective.faults(use))
         self.responses: StudentResponses | None = None
