@@ -20,6 +20,7 @@ from distill_llm.common.errors import InputError, raise_all
 from distill_llm.common.processes import open_processes
 from distill_llm.common.progress import progress_bar
 from distill_llm.data.causal import CausalCollator
+from distill_llm.data.special_tokens import tokenizer_fingerprint
 from distill_llm.models.checkpoint import load_pretrained
 from distill_llm.responses.decoding import Decoder
 from distill_llm.responses.door import open_prompts
@@ -61,7 +62,7 @@ def respond(
     """
     settings, processes = settings or ResponseSettings(), open_processes()
     opened = open_prompts(teacher, prompts, settings, tokenizer, processes.device)
-    work = Work(opened.prompts, settings)
+    work = Work(opened.prompts, settings, tokenizer_fingerprint(opened.teacher.tokenizer))
     recorded = settings.recorded(opened.dtype, work.shard_responses)
     folder = ResponseFolder(Path(output_dir), recorded, opened.fingerprints)
     names = {"teacher": opened.teacher.name, "data": prompts if isinstance(prompts, str) else type(prompts).__name__}
@@ -109,10 +110,9 @@ def _generate(work: Work, shards: Sequence[int], decoder: Decoder, folder: Respo
             for batch in work.batches(number):
                 keys = [work.key(*each) for each in batch]
                 answers = decoder([work.prompts[place].ids for place, _ in batch], decoder.sampling.uniforms(keys))
-                rows += [
-                    work.row(*each, decoder.text(answer), len(answer), decoder.ended(answer))
-                    for each, answer in zip(batch, answers, strict=True)
-                ]
+                for (place, sample), ids in zip(batch, answers, strict=True):
+                    text = decoder.text(ids, work.prompts[place].continued)
+                    rows.append(work.row(place, sample, text, ids, decoder.ended(ids)))
                 tokens += sum(map(len, answers))
                 bar.set_postfix_str(f"{tokens / (time.monotonic() - start):,.0f} tokens/s", refresh=False)
                 bar.update(len(batch))
