@@ -53,7 +53,7 @@ LOST = {
 }
 
 
-@pytest.mark.parametrize("lost", ["student", *slow(list(LOST)[1:])])
+@pytest.mark.parametrize("lost", ["student", *slow(*list(LOST)[1:])])
 def test_what_the_report_leaves_is_made_again(folder, inputs, worked, lost):
     LOST[lost](folder)
     result = distill_llm.run(two_rounds(inputs), folder)
@@ -143,10 +143,8 @@ def test_what_was_made_from_a_model_is_made_again_where_that_is_another_one_now(
     [
         (lambda home: (home / "rows.csv").write_text((home / "rows.csv").read_text() + "good film,neg\n"), "data.path"),
         *slow(
-            [
-                (lambda home: damage(home / "teacher" / "model.safetensors"), "teacher.model"),
-                (lambda home: (home / "teacher" / "generation_config.json").write_text("{}"), "teacher.model"),
-            ]
+            (lambda home: damage(home / "teacher" / "model.safetensors"), "teacher.model"),
+            (lambda home: (home / "teacher" / "generation_config.json").write_text("{}"), "teacher.model"),
         ),
     ],
 )
