@@ -56,7 +56,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _settings(
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Show no progress bars, and no warnings of libraries.")
+        bool, typer.Option("--quiet", "-q", help="Show no progress bars, notices, or warnings of libraries.")
     ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
@@ -73,6 +73,7 @@ def _settings(
         for name in ("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
             os.environ[name] = "1"
         warnings.simplefilter("ignore")
+        logging.getLogger("distill_llm").setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

@@ -328,8 +328,12 @@ def test_evaluate_names_the_option_of_a_template_that_it_cannot_read(folder, giv
     assert line.startswith(f"--chat-template-kwargs: got {given!r}; accepted: ")
 
 
-def test_evaluate_says_which_rows_of_a_lone_file_it_scored(folder):
-    assert "rows.csv has no test split: these 4 of its rows are the tenth" in call(*EVALUATE).stdout
+def test_evaluate_says_which_rows_of_a_lone_file_it_scored(folder, caplog):
+    call(*EVALUATE)
+    (line,) = [record.getMessage() for record in caplog.records if "test split" in record.getMessage()]
+    assert line == (
+        "the data have no test split: 4 of 40 rows, the same in every run, are set apart to score on (neg 2, pos 2)"
+    )
 
 
 @pytest.mark.slow
