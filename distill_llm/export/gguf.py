@@ -38,7 +38,7 @@ def write(model_dir: Path, output: Path, quantize: str) -> Exported:
     model = load_pretrained(model_dir)
     layout, sizes = layout_of(model)
     tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
-    vocabulary = vocabulary_of(tokenizer, len(model.get_input_embeddings().weight))
+    vocabulary = vocabulary_of(tokenizer, _rows(model))
     kind, file_type = TYPES[quantize]
     with written_whole(output) as own:
         writer = GGUFWriter(own, layout.name)
@@ -51,6 +51,12 @@ def write(model_dir: Path, output: Path, quantize: str) -> Exported:
     return Exported(output, summary, tuple(_rows_for_k_quants(model, sizes)))
 
 
+def _rows(model: PreTrainedModel) -> int:
+    """Rows of the embedding."""
+    embedding: Any = model.get_input_embeddings()
+    return len(embedding.weight)
+
+
 def _add_sizes(writer: GGUFWriter, model: PreTrainedModel, sizes: list[LayerSize]) -> None:
     config, head_size = model.config, dims_of(model.config).head_size
     rope = config.rope_parameters
@@ -58,7 +64,7 @@ def _add_sizes(writer: GGUFWriter, model: PreTrainedModel, sizes: list[LayerSize
     writer.add_block_count(len(sizes))
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(width_of(model))
-    writer.add_vocab_size(len(model.get_input_embeddings().weight))
+    writer.add_vocab_size(_rows(model))
     for add, counts in (
         (writer.add_feed_forward_length, [size.neurons for size in sizes]),
         (writer.add_head_count, [size.heads for size in sizes]),

@@ -61,7 +61,8 @@ def write(model_dir: Path, output: Path, quantize: str) -> Exported:
 def _sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
     """Two rows of tokens, one of them padded, on the side that the model generates from."""
     draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(len(model.get_input_embeddings().weight), (ROWS, TOKENS), generator=draw)
+    embedding: Any = model.get_input_embeddings()
+    ids = torch.randint(len(embedding.weight), (ROWS, TOKENS), generator=draw)
     mask = torch.ones_like(ids)
     mask[1, : TOKENS // 4] = int(not model.can_generate())
     mask[1, -TOKENS // 4 :] *= int(model.can_generate())
