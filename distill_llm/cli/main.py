@@ -11,6 +11,8 @@ from distill_llm.cli.cache import EXAMPLE as CACHE
 from distill_llm.cli.cache import cache
 from distill_llm.cli.evaluate import EXAMPLE as EVALUATE
 from distill_llm.cli.evaluate import evaluate
+from distill_llm.cli.export import EXAMPLE as EXPORT
+from distill_llm.cli.export import export
 from distill_llm.cli.group import CommandGroup
 from distill_llm.cli.lists import families, recipes
 from distill_llm.cli.profile import EXAMPLE as PROFILE
@@ -33,6 +35,7 @@ for _command, _example in (
     (prune, PRUNE),
     (evaluate, EVALUATE),
     (profile, PROFILE),
+    (export, EXPORT),
     (push, PUSH),
     (respond, RESPOND),
     (cache, CACHE),
