@@ -5,12 +5,13 @@
     python scripts/bench/reliability.py --kinds files --trials 500 --seed 3
 
 Every trial is the real command line in a process of its own, forked from this one, which has imported everything and computed
-nothing. A trial passes if no traceback was printed and the student in the end has the very bits of an undisturbed run's. Where
-that cannot be, it passes if the command said so in one line and left all other files as they were. Linux alone: trials use fork and
-prlimit.
+nothing. A trial passes if no traceback was printed and the student in the end has the very bits of an undisturbed run's.
+Where that cannot be, it passes if the command said so in one line and left all other files as they were. Linux alone: trials
+use fork and prlimit. TMPDIR=/dev/shm saves waiting for the disk.
 """
 
 import argparse
+import gc
 import hashlib
 import importlib
 import json
@@ -144,6 +145,8 @@ class Trials:
         for name in modules.read_text().split("\n"):  # what a run imports late
             with suppress(Exception):
                 importlib.import_module(name)
+        gc.collect()
+        gc.freeze()  # so that children do not copy all of this when they collect garbage
         begun = time.monotonic()
         self._must(self.run(HOME / "whole"))
         self.seconds, self.whole = time.monotonic() - begun, self.weights(HOME / "whole")
