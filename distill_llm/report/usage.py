@@ -54,11 +54,11 @@ def loading(student_dir: str | Path) -> str:
 def _why_not_stock(student_dir: str | Path, config: dict[str, Any]) -> str:
     """Why the stock class cannot hold a pruned model of these sizes; found without weights."""
     import torch
-    import transformers
 
+    from distill_llm.models.configs import open_config
     from distill_llm.pruning.cutting.surgery import pruned_class, why_not_stock
 
-    own = transformers.AutoConfig.from_pretrained(student_dir)
+    own = open_config(student_dir)
     stock = kind_of_student(config).stock_class(own)
     with torch.device("meta"):
         reason = why_not_stock(pruned_class(stock)(own))
