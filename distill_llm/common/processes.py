@@ -25,6 +25,17 @@ def open_processes(cpu: bool = False, backend: str | None = None, seconds: int =
     return PartialState(cpu=cpu, backend=backend, timeout=timedelta(seconds=seconds))
 
 
+def draw_apart(seed: int) -> None:
+    """Seed torch's random numbers of this process, for what each process draws for its own rows: dropout masks.
+
+    The Trainer seeds all processes alike. With the same masks on all of them, the noise of dropout would not average out over
+    processes as it does over the rows of one. Process 0, and so a single one, draws as the Trainer seeded it.
+    """
+    number = PartialState().process_index
+    if number:
+        torch.manual_seed((seed + number) % 2**32)
+
+
 def exact_device(device: torch.device) -> torch.device:
     """Where to compute in fp64 for a device: there, or on the CPU for Apple's, which has none."""
     return torch.device("cpu") if device.type == "mps" else device

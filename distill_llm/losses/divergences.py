@@ -4,6 +4,9 @@ A divergence takes the student's and the teacher's logits, (items, classes) in f
 its own settings by name; it returns (items,) values, in nats where nothing else is said. p is the teacher's distribution,
 q the student's. `@divergence()` makes it one that objectives can name: nothing else has to know of it.
 
+A logit of minus infinity is a class of probability 0 (a model may mask classes): 0 log 0 is 0, in values and in gradients. Where
+only one of the two models has the class, KL is infinite if the other one says it is possible.
+
 torch is not imported here, since objectives are checked without it: tensors bring all that is needed.
 """
 
@@ -113,9 +116,9 @@ def tvd(student: "Tensor", teacher: "Tensor") -> "Tensor":
 def mse(student: "Tensor", teacher: "Tensor") -> "Tensor":
     """Squared difference of the logits summed over the classes; with the squared temperature it does not depend on it.
 
-    The only one for regression heads (Ba and Caruana, 2014, section 2.2).
+    The only one for regression heads (Ba and Caruana, 2014, section 2.2). A class that both mask adds nothing.
     """
-    return (student - teacher).square().sum(-1)
+    return (student - teacher).masked_fill(student == teacher, 0).square().sum(-1)  # infinities have no difference
 
 
 @divergence()
@@ -129,20 +132,37 @@ def dkd(student: "Tensor", teacher: "Tensor", labels: "Tensor", alpha: float = 1
     true = labels.where(known, 0).unsqueeze(-1)
     parts = [(logits.gather(-1, true), logits.scatter(-1, true, -math.inf)) for logits in (teacher, student)]
     # The log-odds of the true class are its logit less the log-sum-exp of the others: nothing cancels near 0 and 1.
-    odds_p, odds_q = (own - others.logsumexp(-1, keepdim=True) for own, others in parts)
+    odds_p, odds_q = (own - log_total(others) for own, others in parts)
     of_true = sum(_kl(_log_sigmoid(sign * odds_p), _log_sigmoid(sign * odds_q)) for sign in (1, -1))
-    # Of the true class both log-probabilities are minus infinity here: 0 in their place, so that it adds nothing.
-    among_others = _kl(*(others.log_softmax(-1).scatter(-1, true, 0.0) for _, others in parts))
+    # Where one of them has no class but the true one there is nothing to compare: of_true has said it all.
+    alone = sum(others.amax(-1, keepdim=True) == -math.inf for _, others in parts).bool()
+    among_others = _kl(*(others.masked_fill(alone, 0.0).log_softmax(-1) for _, others in parts))
     return (alpha * of_true + beta * among_others) * known
 
 
+def log_total(logits: "Tensor") -> "Tensor":
+    """Log-sum-exp over the last dimension, which stays; of nothing but minus infinity that, and its slope is 0."""
+    nothing = logits.amax(-1, keepdim=True) == -math.inf
+    return logits.masked_fill(nothing, 0).logsumexp(-1, keepdim=True).masked_fill(nothing, -math.inf)
+
+
 def log_mixture(log_a: "Tensor", log_b: "Tensor", share: float) -> "Tensor":
-    """log(share a + (1 - share) b), by log-sum-exp: log(a + b) itself has too few digits near convergence."""
-    return (log_a + math.log(share)).logaddexp(log_b + math.log1p(-share))
+    """log(share a + (1 - share) b), by log-sum-exp: log(a + b) itself has too few digits near convergence.
+
+    The lowest number stands for the logarithm of 0: the slope of minus infinity would be no number.
+    """
+    return (log_a + math.log(share)).clamp(min=_lowest(log_a)).logaddexp(log_b + math.log1p(-share))
+
+
+def _lowest(of: "Tensor") -> float:
+    from torch import finfo
+
+    return finfo(of.dtype).min
 
 
 def _kl(log_p: "Tensor", log_q: "Tensor") -> "Tensor":
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    p = log_p.exp()
+    return (p * (log_p - log_q).masked_fill(p == 0, 0)).sum(-1)
 
 
 def _log_sigmoid(x: "Tensor") -> "Tensor":

@@ -69,11 +69,12 @@ def _differentiated(block: Block, *, divergence: str, settings: Mapping[str, Any
 
 
 # By hand: two to four times as fast, in the block's own buffers. A divergence needs none to be used.
+# What is multiplied by a probability of 0 is set to 0 before: it may be infinite, or no number (see `divergences`).
 
 
 def _forward_kl(block: Block) -> tuple[torch.Tensor, torch.Tensor]:
     log_q, log_p, q, p = block.probabilities()
-    value = torch.mul(p, log_p.sub_(log_q), out=log_p).sum(-1)
+    value = torch.mul(p, _where(p, log_p.sub_(log_q)), out=log_p).sum(-1)
     return value, q.sub_(p)
 
 
@@ -85,7 +86,7 @@ def _reverse_kl(block: Block) -> tuple[torch.Tensor, torch.Tensor]:
 def _jsd(block: Block, *, beta: float = 0.5) -> tuple[torch.Tensor, torch.Tensor]:
     log_q, log_p, q, p = block.probabilities()
     log_m = log_mixture(log_p, log_q, beta)
-    of_teacher = p.mul_(log_p.sub_(log_m)).sum(-1)
+    of_teacher = p.mul_(_where(p, log_p.sub_(log_m))).sum(-1)
     of_student, gradient = _through_softmax(q, log_q.sub_(log_m), log_p)
     return beta * of_teacher + (1 - beta) * of_student, gradient.mul_(1 - beta)
 
@@ -93,14 +94,14 @@ def _jsd(block: Block, *, beta: float = 0.5) -> tuple[torch.Tensor, torch.Tensor
 def _skew_kl(block: Block, *, skew: float = 0.1) -> tuple[torch.Tensor, torch.Tensor]:
     log_q, log_p, q, p = block.probabilities()
     log_ratio = log_p.sub_(log_mixture(log_p, log_q, skew))
-    value = torch.mul(p, log_ratio, out=p).sum(-1)
+    value = p.mul_(log_ratio.masked_fill(p == 0, 0)).sum(-1)
     return value, _through_softmax(q, log_ratio.exp_(), log_q)[1].mul_(skew - 1)
 
 
 def _skew_reverse_kl(block: Block, *, skew: float = 0.1) -> tuple[torch.Tensor, torch.Tensor]:
     log_q, log_p, q, p = block.probabilities()
     log_ratio = log_q.sub_(log_mixture(log_q, log_p, skew))
-    value = torch.mul(q, log_ratio, out=p).sum(-1)
+    value = torch.mul(q, _where(q, log_ratio), out=p).sum(-1)
     torch.exp(log_ratio, out=p)
     return value, _through_softmax(q, log_ratio.sub_(p, alpha=skew), log_p)[1]
 
@@ -120,7 +121,12 @@ def softmax_into(logits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     return logits.amax(-1, keepdim=True).sub_(out.amax(-1, keepdim=True).log_())
 
 
+def _where(probabilities: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The values, 0 in place of those of probability 0."""
+    return values.masked_fill_(probabilities == 0, 0)
+
+
 def _through_softmax(q: torch.Tensor, slope: torch.Tensor, scratch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean of `slope` under q, and the gradient in logits of what has the gradient `slope` in q (made in `slope`)."""
-    mean = torch.mul(q, slope, out=scratch).sum(-1)
+    mean = torch.mul(q, _where(q, slope), out=scratch).sum(-1)
     return mean, slope.sub_(mean.unsqueeze(1)).mul_(q)

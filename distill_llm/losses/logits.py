@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from distill_llm.losses.divergences import DIVERGENCES
+from distill_llm.losses.divergences import DIVERGENCES, log_total
 from distill_llm.losses.items import values_of_items
 
 
@@ -55,7 +55,7 @@ def coarsened(student: torch.Tensor, teacher: torch.Tensor, k: int) -> tuple[tor
 
     def merged(logits: torch.Tensor) -> torch.Tensor:
         # From the others themselves: one minus the sum of the k probabilities has no digits left where they are likely.
-        rest = logits.scatter(-1, best, -torch.inf).logsumexp(-1, keepdim=True)
+        rest = log_total(logits.scatter(-1, best, -torch.inf))
         return torch.cat([logits.gather(-1, best), rest], dim=-1).log_softmax(-1)
 
     return merged(student), merged(teacher)

@@ -87,15 +87,15 @@ def value_and_grad(
     held = p > 0
     # Padding points at a token that is held anyway, so it cannot take another one out of the rest.
     ids = torch.where(held, targets.ids, targets.ids.gather(1, p.argmax(-1, keepdim=True)))
-    z = student.gather(1, ids).to(dtype)
+    z = student.gather(1, ids).to(dtype).masked_fill(~held, 0)
     others = student.to(dtype, copy=True).scatter_(1, ids, -torch.inf)
     log_held = z.masked_fill(~held, -torch.inf).logsumexp(-1)
     log_others = others.logsumexp(-1)
-    p_rest = p_rest.masked_fill(log_others == -torch.inf, 0)  # a rounding error: the targets hold the whole vocabulary
+    p_rest = p_rest.masked_fill(held.sum(-1) == student.shape[1], 0)  # nothing is outside: a rounding error
+    mass = p.sum(-1) + p_rest
+    outside = torch.where(p_rest > 0, p_rest * log_others, 0)  # infinite where the student has nothing outside
     log_others = log_others.clamp(min=lowest)
     log_all = torch.logaddexp(log_held, log_others)
-    mass = p.sum(-1) + p_rest
-    outside = torch.where(p_rest > 0, p_rest * log_others, 0)
     value = mass * log_all - (p * z).sum(-1) - outside
     if not with_grad:
         return value, None

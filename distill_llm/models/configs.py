@@ -18,7 +18,7 @@ def open_config(model: str | os.PathLike, **kwargs: Any) -> PreTrainedConfig:
     said, _ = PreTrainedConfig.get_config_dict(model, **kwargs)
     family = family_type(said.get("model_type"))
     if family is None:
-        return AutoConfig.from_pretrained(model, **kwargs)
+        return AutoConfig.from_pretrained(model, **{"trust_remote_code": False} | kwargs)
     return pruned_config_class(CONFIG_MAPPING[family]).from_pretrained(model, **kwargs)
 
 
@@ -26,4 +26,4 @@ def open_tokenizer(model: str | os.PathLike, config: PreTrainedConfig) -> PreTra
     """The tokenizer of a folder or a Hub id whose config was opened; a pruned model's is that of its family."""
     own = copy.copy(config)
     own.__class__ = stock_config_class(type(config))
-    return AutoTokenizer.from_pretrained(model, config=own)
+    return AutoTokenizer.from_pretrained(model, config=own, trust_remote_code=False)

@@ -53,7 +53,7 @@ class ItemCoding:
         """Choose the tokens of some items.
 
         Args:
-            logits: (items, classes), finite.
+            logits: (items, classes), finite or minus infinity.
             uniforms: (items,) random numbers in [0, 1) that decide the draws.
         """
         logits = logits.to(exact_device(logits.device))

@@ -11,6 +11,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer
 
+from distill_llm.common.errors import InputError
 from distill_llm.training import projections
 from distill_llm.training.shards import clip_with
 from distill_llm.training.terms import Terms
@@ -24,6 +25,12 @@ class ProjectingTrainer(Trainer):
     """
 
     terms: Terms
+
+    def _check_scheduler(self) -> None:
+        """Refuse a scheduler that was given, where there are projections: it belongs to an optimizer without them."""
+        if len(self.terms.projections) and self.lr_scheduler is not None:
+            accepted = "an optimizer without a scheduler: the projections of hidden states join the optimizer"
+            raise InputError("optimizers", type(self.lr_scheduler).__name__, accepted)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As `Trainer.training_step`; averages the projections' gradients over processes, as DDP does the student's."""

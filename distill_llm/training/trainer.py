@@ -13,6 +13,7 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOu
 
 from distill_llm.architectures.modeling_pruned import CODE_NAMES
 from distill_llm.common.errors import InputError, raise_all
+from distill_llm.common.processes import draw_apart
 from distill_llm.data.epochs import Epoch
 from distill_llm.losses.items import count_items
 from distill_llm.losses.objective import Objective, parse_objective
@@ -104,9 +105,7 @@ class DistillationTrainer(ProjectingTrainer):
         self.add_callback(EpochBegins(self.epoch))
         if self.teacher is not None:
             self.add_callback(StepsDone(self.teacher))
-        if len(self.terms.projections) and self.lr_scheduler is not None:
-            accepted = "an optimizer without a scheduler: the projections of hidden states join the optimizer"
-            raise InputError("optimizers", type(self.lr_scheduler).__name__, accepted)
+        self._check_scheduler()
         use = Use(kind=self.terms.kind, widths=self.terms.match.widths, sharding=sharding_of(self), packed=packed)
         raise_all(objective.faults(use))
         self.responses: StudentResponses | None = None
@@ -116,6 +115,7 @@ class DistillationTrainer(ProjectingTrainer):
         self._evaluated = EvaluationLoss(self.accelerator, self.terms.kind)
         self._logged_terms = torch.zeros(len(objective.terms()), device=args.device)
         self._logged_steps = dict.fromkeys(objective.terms(), 0)  # that a term counted in
+        draw_apart(args.seed)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As `Trainer.train`; at its end, whatever ends it, the teacher is closed."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from builders.answers import PROMPTS, answering_trainer, prompt_rows
 from builders.causal import causal_model as talker
+from builders.models import tiny_model
 from builders.trainers import TERMS, cached, model_of, rows, trainer_of, with_lora
 
 from distill_llm import DistillationTrainer
@@ -15,7 +16,10 @@ LOSSES = TERMS | {"both": {"labels": {}, "logits": {}}}
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 Learned = tuple[dict[str, torch.Tensor], list[dict[str, float]], list[int]]
 Cases = list[tuple[str, int, list[str]]]
-"""Head, width of the student and names: terms of TERMS, or `both`, and settings; of the head `answers`, shares of them."""
+"""Head, width of the student and names: terms of TERMS, or `both`, and settings.
+
+Of the head `answers` the names are shares of them, of `dropout` its probabilities.
+"""
 
 
 def learned(folder: Path, cases: Cases) -> dict[str, Learned]:
@@ -23,8 +27,9 @@ def learned(folder: Path, cases: Cases) -> dict[str, Learned]:
     found = {}
     for head, width, names in cases:
         for name in names:
-            answers = head == "answers"
-            found[f"{head} {name}"] = of_answers(folder, float(name)) if answers else of_rows(folder, head, width, name)
+            shares = {"answers": of_answers, "dropout": of_dropout}
+            own = shares[head](folder, float(name)) if head in shares else of_rows(folder, head, width, name)
+            found[f"{head} {name}"] = own
     return found
 
 
@@ -89,3 +94,14 @@ def of_answers(folder: Path, share: float) -> Learned:
     settings |= {"per_device_train_batch_size": 4 // PROCESSES, "gradient_accumulation_steps": 2}
     rows = prompt_rows([PROMPTS[row // 3] for row in range(12)])
     return trained(answering_trainer(folder, student, talker(num_hidden_layers=3), rows, losses, **settings))
+
+
+def of_dropout(folder: Path, share: float) -> Learned:
+    """The first step of an encoder with dropout in its embeddings, on a row that comes eight times: what it let through."""
+    student = tiny_model(layers=1, hidden_dropout_prob=share)
+    data = rows(student, count=1) * 8
+    kept: list[torch.Tensor] = []
+    student.bert.embeddings.dropout.register_forward_hook(lambda module, given, out: kept.append(out != 0))
+    settings = {"per_device_train_batch_size": 8 // PROCESSES}
+    _, logs, seen = trained(trainer_of(folder, student, None, data, TERMS["labels"], **settings))
+    return {"kept": kept[0]}, logs, seen

@@ -1,10 +1,11 @@
 import json
+import math
 import os
 import re
 
 import pytest
 import torch
-from builders.caches import causal_model, contents, pad, sequences, write
+from builders.caches import VOCABULARY, causal_model, contents, pad, sequences, write
 from builders.models import tiny_model
 from datasets import Dataset, concatenate_datasets
 from safetensors.numpy import load_file
@@ -343,6 +344,27 @@ def test_logits_that_are_not_finite_are_refused(tmp_path):
     model.lm_head.weight.data[3, 3] = float("nan")
     with pytest.raises(InputError, match="^teacher: got 'logits that are not finite'"):
         write(tmp_path / "cache", model, sequences())
+
+
+@pytest.mark.parametrize("settings", [{"k": VOCABULARY}, {"k": 5}, {"k": 5, "method": "sampled"}], ids=str)
+def test_a_teacher_may_mask_classes_with_minus_infinity(tmp_path, settings):
+    """The teacher that never says some tokens is cached as the one with the lowest logits there."""
+    found = []
+    for name, value in (("masked", -math.inf), ("low", -1e4)):
+        model = causal_model()
+        model.lm_head.register_forward_hook(
+            lambda m, a, out, value=value: out.index_fill(-1, torch.arange(3, 90), value)
+        )
+        write(tmp_path / name, model, sequences(), **settings)
+        cache = CachedTeacher(tmp_path / name)
+        batch = pad(list(sequences()))
+        positions = targets({"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}, "next_token")[
+            0
+        ]
+        signals = cache.signals(batch, positions=positions)
+        found.append(signals.targets if hasattr(signals, "targets") else [signals.logits.softmax(-1)])
+    for masked, low in zip(*found, strict=True):
+        torch.testing.assert_close(masked, low)
 
 
 def test_a_kind_that_is_not_the_teachers_is_refused(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from builders.learning import learned
 from builders.processes import run_script
 
-FEW = [("causal-lm", 16, ["all"])]
+FEW = [("causal-lm", 16, ["all"]), ("dropout", 0, ["0.1"])]
 MANY = [
     ("sequence-classification", 32, ["labels", "logits", "all"]),
     ("masked-lm", 24, ["labels", "hidden", "all", "labels on one rank"]),
@@ -52,9 +52,18 @@ def assert_each_step_seen(runs, head, name):
     assert any(other_seen) == ("one rank" not in name)
 
 
-@pytest.mark.parametrize("head, name", [(head, name) for head, _, names in FEW for name in names])
+@pytest.mark.parametrize("head, name", [(head, name) for head, _, names in FEW[:1] for name in names])
 def test_two_processes_train_as_one_on_the_same_global_batches(few, head, name):
     assert_each_step_seen(few, head, name)
+
+
+def test_each_process_has_dropout_masks_of_its_own_as_each_row_of_one_has(few):
+    one, first, second = (run["dropout 0.1"][0]["kept"] for run in few)
+    assert len(one) == 8 and len(first) == len(second) == 4
+    rows = [row for masks in (first, second) for row in masks]
+    for masks in (list(one), rows):  # the rows themselves are equal
+        assert all(0.8 < row.float().mean() < 0.97 for row in masks)
+        assert not any(torch.equal(a, b) for number, a in enumerate(masks) for b in masks[:number])
 
 
 @pytest.mark.slow

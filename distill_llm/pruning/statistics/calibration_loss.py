@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from distill_llm.common.errors import InputError
 from distill_llm.losses.items import kind_of, targets, valid_tokens
 from distill_llm.losses.labels import label_loss
+from distill_llm.losses.logits import logits_divergence
 from distill_llm.models.inputs import forward_inputs
 from distill_llm.models.item_logits import item_logits, packed
 
@@ -92,7 +93,7 @@ def divergence(target: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """The sum over items of KL(target || own) of logits (items, C), or, of a regression (C = 1), of their squared difference."""
     if logits.shape[-1] == 1:
         return nn.functional.mse_loss(logits, target, reduction="sum")
-    return nn.functional.kl_div(logits.log_softmax(-1), target.log_softmax(-1), reduction="sum", log_target=True)
+    return logits_divergence(logits, target).sum()
 
 
 def _inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
