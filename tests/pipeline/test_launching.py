@@ -14,7 +14,7 @@ from builders.processes import run_script
 from distill_llm import load_pretrained
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "accelerate"
-KINDS = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "deepspeed": "DEEPSPEED"}
+KINDS = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}
 
 
 def variables(name):
