@@ -54,7 +54,9 @@ def train_model(
     )
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(work))
-    weights = trainer.accelerator.get_state_dict(trainer.model) if sharded else None
+    weights = (
+        trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
+    )  # DeepSpeed's engine, FSDP's model
     if run.processes.is_main_process:
         with written_whole(target, folder=True) as path:
             run.save(merged(trainer.accelerator.unwrap_model(trainer.model)), path, weights)
