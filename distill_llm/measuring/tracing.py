@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
 
 from distill_llm.measuring.counting import flop_counter
 from distill_llm.measuring.live import LiveStorages
@@ -65,10 +66,9 @@ def without_numbers(model: Model, dtype: torch.dtype | None = None) -> Model:
     if dtype is not None:
         model.to(dtype)
     model.to_empty(device="cpu")
-    for part in model.modules():  # each alone has lost what it shared
-        if hasattr(part, "tie_weights"):
-            part.tie_weights()
-            break
+    owner = next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
+    if owner is not None:
+        owner.tie_weights()  # each weight has become one of its own
     model.to = lambda *_, **__: model  # type: ignore[assignment,method-assign]
     return model
 
