@@ -11,8 +11,8 @@ from distill_llm.common.outputs import usable_statistics
 from distill_llm.losses.items import kind_of_class
 from distill_llm.models.finding import OpenModel
 from distill_llm.pruning.planning.budgets import least_share
-from distill_llm.pruning.units.refusals import first_layer_faults, quantized_faults, width_faults
-from distill_llm.pruning.units.sizes import counts_of
+from distill_llm.pruning.units.refusals import first_layer_faults, quantized_faults, step_faults, width_faults
+from distill_llm.pruning.units.sizes import counts_of, hidden_size
 from distill_llm.recipe.recipe import Recipe, budget_batch
 
 
@@ -50,9 +50,9 @@ def check_pruning(recipe: Recipe, teacher: OpenModel, skeleton: PreTrainedModel)
         faults += first_layer_faults(config, pruning.layers, "pruning.layers", teacher.name)
     raise_all(faults)
     counts = counts_of(skeleton)
+    raise_all(step_faults(counts, hidden_size(skeleton), pruning.units, pruning.round_to, "pruning.round_to"))
     heads, neurons = (max(each[kind] for each in counts) for kind in ("heads", "neurons"))
     for name, most, what in (
-        ("round_to", max(neurons, 1), "FFN neurons"),
         ("min_heads", heads, "heads (KV groups)"),
         ("min_neurons", neurons, "FFN neurons"),
     ):

@@ -17,7 +17,7 @@ from distill_llm.data.padding import Collator
 from distill_llm.data.tasks import TaskData
 from distill_llm.evaluation.evaluate import evaluate_model
 from distill_llm.evaluation.rules import RECIPE_FIELDS
-from distill_llm.models.checkpoint import converted, load_pretrained
+from distill_llm.models.checkpoint import converted, load_pretrained, name_unnamed
 from distill_llm.models.finding import OpenModel
 
 
@@ -74,7 +74,11 @@ class Context:
         return model if here else converted(model, self.student_dtype, device).to(device)  # type: ignore[arg-type]
 
     def save(self, model: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
-        """Save model and tokenizer. Give `weights` if the model's own are sharded over processes."""
+        """Save model and tokenizer. Give `weights` if the model's own are sharded over processes.
+
+        Classes without names get the task's.
+        """
+        name_unnamed(model.config, self.opened.data.task)
         model.save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
 

@@ -8,6 +8,7 @@ from distill_llm.common.errors import InputError, raise_all
 from distill_llm.data.special_tokens import token_count
 from distill_llm.data.tasks import class_name_faults, label_names
 from distill_llm.losses.items import is_language_model, kind_of
+from distill_llm.models.sharing import check_apart
 
 
 def shared_classes(student: PreTrainedModel, teacher: PreTrainedModel, tokenizer: Any = None) -> int | None:
@@ -21,10 +22,9 @@ def shared_classes(student: PreTrainedModel, teacher: PreTrainedModel, tokenizer
         tokenizer: the tokenizer of the data, needed where the vocabularies differ in size; without it all of equal ones count.
 
     Raises:
-        InputError: the models differ in head, classes or vocabulary, or are one object.
+        InputError: the models differ in head, classes or vocabulary, or share weights that are trained.
     """
-    if student is teacher:
-        raise InputError("teacher", "the student itself", "another model, such as a copy of it")
+    check_apart(student, teacher)
     if _head(student) != _head(teacher):
         raise InputError(
             "teacher", type(teacher).__name__, f"a model with the same kind of head as {type(student).__name__}"

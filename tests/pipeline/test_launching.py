@@ -20,7 +20,9 @@ KINDS = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}
 def variables(name):
     """What `accelerate launch` sets for a configuration."""
     arguments = launch_command_parser().parse_args(["--config_file", str(FOLDER / f"{name}.yaml"), "script.py"])
-    arguments, _, _ = _validate_launch_command(arguments)
+    arguments, config, _ = _validate_launch_command(arguments)
+    if arguments.use_deepspeed:
+        arguments.deepspeed_fields_from_accelerate_config = ",".join(config.deepspeed_config)
     return prepare_deepspeed_cmd_env(arguments)[1] if arguments.use_deepspeed else prepare_multi_gpu_env(arguments)
 
 

@@ -20,7 +20,7 @@ from distill_llm.pruning.planning.rules import DEFAULT_RULES, PlanningRules
 from distill_llm.pruning.units.costs import Costs
 from distill_llm.pruning.units.kind import Candidate, UnitKind
 from distill_llm.pruning.units.kinds import KINDS
-from distill_llm.pruning.units.refusals import width_faults
+from distill_llm.pruning.units.refusals import step_faults, width_faults
 from distill_llm.pruning.units.sizes import counts_of, hidden_size
 
 
@@ -37,8 +37,10 @@ def check_settings(model: PreTrainedModel, scores: Importance, keep: float, rule
         raise InputError("units", list(units), "one or more of " + ", ".join(KINDS))
     for fault in competing_faults(units, scores.criterion, rules.scope, rules.uniform, scores.layer_criterion):
         raise fault
+    counts, channels = counts_of(model), hidden_size(model)
+    raise_all(step_faults(counts, channels, units, rules.round_to))
     scores.require([KINDS[unit].scored for unit in units])
-    scores.check(counts_of(model), hidden_size(model))
+    scores.check(counts, channels)
 
 
 def plan_for_costs(
@@ -58,11 +60,16 @@ def plan_for_costs(
         choice.narrow(choice.width // rules.round_to * rules.round_to)
     alone = len(units) == 1 and KINDS[units[0]].block
     if alone or (not rules.local and scores.comparable(units)):
-        _Competition(choice).run()
+        competition = _Competition(choice)
+        competition.run()
+        gone = [(i, j) for kind, i, j in competition.gone if kind.name == "heads"]
     else:
         keep_shares(choice, accepts)
+        gone = _heads_gone(choice)
     if "neurons" in units:
         _round_neurons(choice)
+        if not rules.local:
+            _put_heads_back(choice, gone)
     choice.reachable(choice.cost())
     return choice.plan(model.config.model_type, keep)
 
@@ -160,12 +167,32 @@ def _made_up(choice: Choice, kind: UnitKind) -> float:
     return gone * choice.costs.at("neurons", choice.width)
 
 
+def _heads_gone(choice: Choice) -> list[tuple[int, int]]:
+    """The heads that went, as (layer, head); the least score first."""
+    gone = [(i, j) for i in choice.living() for j, stays in enumerate(choice.kept["heads"][i].tolist()) if not stays]
+    return sorted(gone, key=lambda head: float(choice.scores.heads[head[0]][head[1]]))
+
+
+def _put_heads_back(choice: Choice, gone: list[tuple[int, int]]) -> None:
+    """Put heads back that fit into the room that whole blocks of neurons leave, the last of `gone` first."""
+    left = choice.cost()
+    for i, j in reversed(gone):
+        if choice.alive[i] and not choice.kept["heads"][i][j] and choice.fits(left + choice.price("heads", i)):
+            choice.put_back("heads", i, j)
+            left = choice.cost()
+
+
 def _round_neurons(choice: Choice) -> None:
-    """Bring every layer's neurons down to a multiple of `round_to`, then add whole blocks while the budget allows it."""
+    """Bring every layer's neurons down to a multiple of `round_to`, then add whole blocks while the budget allows it.
+
+    Where every layer keeps the same share, a layer gets at most one block more.
+    """
     alive, step = [i for i, living in enumerate(choice.alive) if living], choice.rules.round_to
     price, scores = choice.costs.at("neurons", choice.width), choice.scores.neurons
     counts = {i: max(choice.count["neurons"][i] // step * step, choice.least[i]["neurons"]) for i in alive}
     spare = choice.budget - (choice.cost() - price * sum(choice.count["neurons"][i] - counts[i] for i in alive))
+    most = {i: counts[i] + step if choice.rules.local else choice.shapes[i]["neurons"] for i in alive}
+    most = {i: min(most[i], choice.shapes[i]["neurons"]) for i in alive}
     worth = {i: torch.cat([torch.zeros(1), scores[i].sort(descending=True).values.cumsum(0)]) for i in alive}
     while True:
         group = [i for i in alive if choice.shapes[i]["neurons"]] if choice.rules.uniform else []
@@ -173,7 +200,7 @@ def _round_neurons(choice: Choice) -> None:
             best = -1.0
             for i in alive:
                 end = counts[i] + step
-                value = (worth[i][end] - worth[i][counts[i]]).item() if end <= choice.shapes[i]["neurons"] else -1.0
+                value = (worth[i][end] - worth[i][counts[i]]).item() if end <= most[i] else -1.0
                 if value > best:
                     best, group = value, [i]
         needed = price * step * len(group)

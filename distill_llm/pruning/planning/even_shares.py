@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import product
 
 import torch
@@ -25,77 +26,120 @@ def _down(count: float) -> float:
     return math.floor(count + 1e-6)
 
 
-def _up(count: float) -> float:
-    return math.ceil(count - 1e-6)
-
-
 def keep_shares(choice: Choice, accepts: Accepts | None) -> None:
     """Each kind keeps the same share: over all layers, or within each (`local`); fine kinds (neurons) take up what others leave.
 
-    Other units are large, so they keep the nearest whole number for which the fine ones can make up the difference. Where there
-    are numbers that the family's own config `accepts`, they keep the nearest of these.
+    Units come whole, and neurons and channels in steps, so the shares are only nearly the same. Of the numbers of heads,
+    neurons and channels that keep the budget, those count that come within 1% of it; where none does, those within 1% of the
+    largest cost. Of these the most even ones are taken; if the family's own config `accepts` some, the most even of them.
     """
     if "layers" in choice.rules.units:
         _choose_layers(choice)
     counts = _kinds(choice)
+    share, width = _nearest_numbers(choice, counts, accepts)
+    choice.narrow(width)
     cost = _cost_of_shares(choice, counts)
-    share, rounding = _stock_share(choice, accepts) or _nearest_share(choice, cost)
-    fine = _largest(choice, lambda fine: cost(share, fine, rounding=rounding))
+    fine = _largest(choice, lambda fine: cost(share, fine, rounding=round))
     for kind in [kind for kind in counts if kind in choice.rules.units]:
-        found = counts[kind](fine, _down) if KINDS[kind].fine else counts[kind](share, rounding)
+        found = counts[kind](fine, _down) if KINDS[kind].fine else counts[kind](share, round)
         for i, count in zip(choice.living(), found, strict=True):
             choice.keep(kind, i, int(count))
 
 
-def _nearest_share(choice: Choice, cost: Callable[..., float]) -> tuple[float, Rounding]:
-    """The share that all keep, and how it is rounded to whole heads; channels are chosen on the way."""
-    if "hidden" in choice.rules.units:
-        wanted = choice.width * _common_share(choice, cost)
-        widths = [width for width in _widths(choice) if choice.fits(cost(0, 0, width))]
-        near = [w for w in widths if cost(1, 1, w) >= NEAR * choice.budget] or widths[-1:]
-        choice.narrow(min(near, key=lambda w: abs(w - wanted)))
-    share = _largest(choice, lambda share: cost(share, share))
-    rounding: Rounding
-    for rounding in (round, _up, _down):
-        if choice.fits(cost(share, 0, rounding=rounding)) and cost(share, 1, rounding=rounding) >= NEAR * choice.budget:
-            break
-    return share, rounding
+@dataclass(frozen=True)
+class _Numbers:
+    """Numbers of units that keep the budget: the share of heads or queries, the width, as many neurons as fit beside them.
 
-
-def _stock_share(choice: Choice, accepts: Accepts | None) -> tuple[float, Rounding] | None:
-    """As `_nearest_share` where all layers are alike, of the numbers of heads and channels that the family's own config accepts.
-
-    None where it accepts none within a quarter of the share, or neurons cannot bring them to the budget. (Heads that must
-    divide the width can be halved, so that some are near enough.)
+    Attributes:
+        cost: of all that stays.
+        uneven: how far the shares are from the common one, summed over the kinds.
     """
-    counts = _kinds(choice)
-    heads, queries = counts["heads"], counts["queries"]
-    if accepts is None or len(alike := set(zip(heads(1, _exact), queries(1, _exact), strict=True))) > 1:
-        return None
-    cost, (most, shared) = _cost_of_shares(choice, counts), alike.pop()
-    steps = int(most if "heads" in choice.rules.units else shared if "queries" in choice.rules.units else 1)
-    widths = _widths(choice)
+
+    share: float
+    width: int
+    cost: float
+    uneven: float
+
+
+def _nearest_numbers(choice: Choice, counts: dict[str, Counts], accepts: Accepts | None) -> tuple[float, int]:
+    """The share of heads or queries, and the width, by the rule of `keep_shares`.
+
+    The family's config has a say where all layers are alike, within a quarter of the common share. (Heads that must divide
+    the width can be halved, so that some are near enough.)
+    """
+    cost = _cost_of_shares(choice, counts)
     wanted = _common_share(choice, cost)
-    # Of as many widths in a row as there are queries, one divides by their number.
-    widths = sorted(widths, key=lambda width: abs(width / choice.width - wanted))[: int(most * shared)]
-    shares = [step / steps for step in range(1, steps + 1)] if steps > 1 else [wanted]
-    pairs = [(s, w) for s, w in product(shares, widths) if abs(s - wanted) <= 0.25 + 1e-9]
-    for share, width in sorted(pairs, key=lambda pair: abs(pair[0] - wanted) + abs(pair[1] / choice.width - wanted)):
-        least, full = (cost(share, fine, width, round) for fine in (0, 1))
-        groups, each = int(heads(share, round)[0]), int(queries(share, round)[0])
-        near = choice.fits(least) and full >= NEAR * choice.budget
-        if near and accepts(groups * each, groups, width):
-            choice.narrow(width)
-            return share, round
-    return None
+    found = [
+        numbers
+        for share, width in product(_shares(choice, counts, wanted), _widths(choice, counts, wanted))
+        if (numbers := _filled_up(choice, counts, cost(share, 0, width, round), (share, width), wanted))
+    ]
+    if not found:
+        choice.reachable(min(cost(0, 0, width, round) for width in _widths(choice, counts, wanted)))
+    most = max(numbers.cost for numbers in found)
+    floor = NEAR * (choice.budget if most >= NEAR * choice.budget else most)
+    near = sorted((numbers for numbers in found if numbers.cost >= floor), key=lambda numbers: numbers.uneven)
+    heads, queries = counts["heads"], counts["queries"]
+    if accepts is not None and len(set(zip(heads(1, _exact), queries(1, _exact), strict=True))) == 1:
+        for numbers in near:
+            groups, each = int(heads(numbers.share, round)[0]), int(queries(numbers.share, round)[0])
+            if abs(numbers.share - wanted) <= 0.25 + 1e-9 and accepts(groups * each, groups, numbers.width):
+                return numbers.share, numbers.width
+    return near[0].share, near[0].width
 
 
-def _widths(choice: Choice) -> list[int]:
-    """Numbers of channels of the residual stream that may stay."""
+def _filled_up(
+    choice: Choice, counts: dict[str, Counts], least: float, chosen: tuple[float, int], wanted: float
+) -> _Numbers | None:
+    """The chosen share and width with as many neurons as the budget has room for; None where it has no room for the rest.
+
+    Args:
+        least: the cost with as few neurons as may stay.
+        chosen: share and width.
+        wanted: the share that all would keep if units were not whole.
+    """
+    if not choice.fits(least):
+        return None
+    (share, width), units = chosen, choice.rules.units
+    uneven = abs(share - wanted) if _coarse(counts, units) else 0.0
+    uneven += abs(width / choice.costs.hidden - wanted) if "hidden" in units else 0.0
+    if "neurons" not in units:
+        return _Numbers(share, width, least, uneven)
+    fewest_, most = counts["neurons"](0, _exact), counts["neurons"](1, _exact)
+    room = [int(m - f + 1e-6) // choice.rules.round_to for f, m in zip(fewest_, most, strict=True)]
+    together = sum(m > 0 for m in most) if choice.rules.uniform else 1
+    price = choice.costs.at("neurons", width) * choice.rules.round_to
+    blocks = int((choice.budget * (1 + 1e-9) - least) / (price * max(together, 1)))
+    blocks = min(blocks * together, sum(room))
+    kept = (sum(fewest_) + blocks * choice.rules.round_to) / max(sum(most), 1)
+    return _Numbers(share, width, least + blocks * price, uneven + abs(kept - wanted))
+
+
+def _coarse(counts: dict[str, Counts], units: Sequence[str]) -> list[str]:
+    """The kinds inside layers that may go and are not fine: heads or queries."""
+    return [kind for kind in counts if kind in units and not KINDS[kind].fine]
+
+
+def _shares(choice: Choice, counts: dict[str, Counts], wanted: float) -> list[float]:
+    """The shares of heads or queries that whole numbers of them are; over all layers, of many the nearest to the common one."""
+    found: set[float] = set()
+    for kind in _coarse(counts, choice.rules.units):
+        most = counts[kind](1, _exact)
+        sizes = set(most) if choice.rules.local or kind in choice.inner else {sum(most)}
+        found |= {count / size for size in sizes if size for count in range(int(size) + 1)}
+    nearest = sorted(found, key=lambda share: abs(share - wanted))
+    return (nearest if choice.rules.local else nearest[:64]) or [wanted]
+
+
+def _widths(choice: Choice, counts: dict[str, Counts], wanted: float) -> list[int]:
+    """Numbers of channels of the residual stream that may stay, the nearest to the common share."""
     if "hidden" not in choice.rules.units:
         return [choice.width]
     step = choice.rules.round_to
-    return list(range(min(step, choice.width), choice.width + 1, step))
+    every = range(min(step, choice.width), choice.width + 1, step)
+    # Of as many widths in a row as there are queries, one divides by their number.
+    queries = max(h * q for h, q in zip(counts["heads"](1, _exact), counts["queries"](1, _exact), strict=True))
+    return sorted(every, key=lambda width: abs(width / choice.costs.hidden - wanted))[: max(int(queries), 8)]
 
 
 def _choose_layers(choice: Choice) -> None:

@@ -36,8 +36,10 @@ def plan_pruning(
         scope: with "global", the default, units compete over all layers. Where the criterion's scores are comparable between
             kinds of units (Fisher), all kinds compete by score per cost, at what a unit costs in what is left; otherwise each
             kind keeps the same share, layers as nearly as their number allows. With "local" every layer keeps the same share
-            of its heads and of its neurons, apart from its limits, and at least one head where it has any.
-        round_to: neurons of a layer, and channels of the residual stream, stay in multiples of this. Default: 1.
+            of its heads and of its neurons, apart from its limits, and at least one head where it has any. Of the whole numbers
+            that come nearest to the budget (within 1%), the most even shares are taken.
+        round_to: neurons of a layer, and channels of the residual stream, stay in multiples of this, at most the width of the
+            narrowest FFN. Where neurons come in coarse steps, heads take up the rest of the budget. Default: 1.
         uniform: give every layer the same numbers, none more than the smallest layer that has any. Of the numbers that meet the
             budget, those are chosen that the family's own config takes (of Llama and Gemma: query heads that divide the
             width), so that plain transformers can load the student. Whole layers by block influence and uniform widths by

@@ -1,6 +1,6 @@
 """What pruning refuses of a model, each rule once; the door of recipes and the Python calls ask under their own names."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -48,3 +48,24 @@ def first_layer_faults(
     if 0 in kept or not family_of(model).anchored:
         return []
     return [InputError(field, list(kept), fix=f"keep layer 0: a convolution follows the first layer of {name}")]
+
+
+def step_faults(
+    counts: Sequence[Mapping[str, int]], channels: int, units: Collection[str], step: int, field: str = "round_to"
+) -> list[InputError]:
+    """A fault of a step that is wider than what is to be kept in multiples of it: nothing would stay.
+
+    Args:
+        counts: the units of every layer.
+        channels: of the residual stream.
+        units: names of the kinds of units that go.
+        step: of neurons in a layer and of channels.
+        field: what says so.
+    """
+    widths = {i: each["neurons"] for i, each in enumerate(counts) if each["neurons"] and "neurons" in units}
+    narrowest = min(widths, key=widths.__getitem__, default=0)
+    if widths and step > widths[narrowest]:
+        return [InputError(field, step, f"at most {widths[narrowest]}, the FFN neurons of layer {narrowest}")]
+    if "hidden" in units and step > channels:
+        return [InputError(field, step, f"at most {channels}, the channels of the residual stream")]
+    return []
