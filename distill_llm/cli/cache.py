@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 
 from distill_llm.cli.group import is_main_process
-from distill_llm.cli.launching import Accelerate, Processes, on_processes
 from distill_llm.cli.options import as_options
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.recipe.recipe import Recipe, load_recipe, recipe_names
@@ -21,7 +20,6 @@ EXAMPLE = (
 
 
 def cache(
-    context: typer.Context,
     teacher: Annotated[
         str,
         typer.Argument(
@@ -52,12 +50,8 @@ def cache(
         str | None,
         typer.Option(metavar="float32|bfloat16|float16", help="Teacher's dtype; by default bfloat16 on CUDA."),
     ] = None,
-    accelerate: Accelerate = None,
-    processes: Processes = None,
 ) -> None:
     """Write what a teacher says about the training rows to disk, once. Run the same command again to continue after a stop."""
-    if on_processes(context, accelerate, processes):
-        return
     rows: dict[str, Any] = {
         "task": task,
         "path": data,

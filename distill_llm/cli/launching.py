@@ -2,8 +2,11 @@
 
 import logging
 import os
+from collections.abc import Callable
+from functools import wraps
+from inspect import Signature, signature
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,25 +31,39 @@ def configurations() -> dict[str, Path]:
     return {path.stem: path for path in sorted((recipe_folder() / "accelerate").glob("*.yaml"))}
 
 
-def on_processes(context: typer.Context, name: str | None, processes: int | None) -> bool:
-    """Carry out this command on several processes, if that is asked for.
+def shareable(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the options that let several processes share its work."""
+
+    @wraps(command, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
+    def started(
+        context: typer.Context, accelerate: Accelerate = None, processes: Processes = None, **given: Any
+    ) -> None:
+        if accelerate is not None:
+            _on_processes(arguments_of(context), accelerate, processes)
+        elif processes is not None:
+            raise InputError("--processes", processes, fix="add --accelerate, which says how they share the work")
+        else:
+            command(**given)
+
+    own = signature(command).parameters
+    first, *options, _ = signature(started, follow_wrapped=False).parameters.values()
+    started.__signature__ = Signature([first, *own.values(), *options])  # type: ignore[attr-defined]
+    started.__annotations__ = {each.name: each.annotation for each in (first, *own.values(), *options)}
+    return started
+
+
+def _on_processes(arguments: list[str], name: str, processes: int | None) -> None:
+    """Carry out a command on several processes.
 
     Args:
-        context: of the command.
-        name: of a launch configuration; None: this process does the work.
+        arguments: of the command line.
+        name: of a launch configuration.
         processes: how many; None: one for each GPU.
-
-    Returns:
-        Whether the command is done.
 
     Raises:
         InputError: this machine cannot do that.
         typer.Exit: a process failed; with its exit code.
     """
-    if name is None:
-        if processes is not None:
-            raise InputError("--processes", processes, fix="add --accelerate, which says how they share the work")
-        return False
     file = _configuration(name)
     import torch
 
@@ -59,8 +76,7 @@ def on_processes(context: typer.Context, name: str | None, processes: int | None
     most = gpus or os.cpu_count() or 1
     if processes is not None and processes > most:
         raise InputError("--processes", processes, f"at most {most}, the {'GPUs' if gpus else 'cores'} of this machine")
-    _launch(file, processes or gpus or WITHOUT_GPUS, arguments_of(context))
-    return True
+    _launch(file, processes or gpus or WITHOUT_GPUS, _without_own(arguments))
 
 
 def _configuration(name: str) -> Path:
@@ -85,7 +101,7 @@ def _launch(file: Path, processes: int, arguments: list[str]) -> None:
     line = ["--config_file", str(file), "--num_processes", str(processes), "--main_process_port", "0"]
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the process has said what is wrong
     try:
-        launch_command(launch_command_parser().parse_args([*line, "-m", "distill_llm", *_without_own(arguments)]))
+        launch_command(launch_command_parser().parse_args([*line, "-m", "distill_llm", *arguments]))
     except ChildFailedError as error:
         raise typer.Exit(abs(error.get_first_failure()[1].exitcode)) from None
 

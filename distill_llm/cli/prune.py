@@ -6,7 +6,6 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from distill_llm.cli.launching import Accelerate, Processes, on_processes
 from distill_llm.cli.options import Columns, DataPath, ModelName, TaskName, as_options, read_columns
 from distill_llm.cli.output import quiet_weights, say, say_loading
 from distill_llm.recipe.pruning import PruningSection
@@ -25,7 +24,6 @@ def _option(name: str, metavar: str | None = None) -> Any:
 
 
 def prune(
-    context: typer.Context,
     model: ModelName,
     task: TaskName,
     keep: Annotated[str, _option("keep", "NUMBER")],
@@ -45,12 +43,8 @@ def prune(
         list[str] | None,
         typer.Option("--set", metavar="A.B=C", help="Set any other field of a recipe: pruning.cuts=5, seed=1."),
     ] = None,
-    accelerate: Accelerate = None,
-    processes: Processes = None,
 ) -> None:
     """Measure importance, prune, compensate and save, without any training."""
-    if on_processes(context, accelerate, processes):
-        return
     chosen: dict[str, Any] = {"keep": keep, "criterion": criterion, "cost": cost, "scope": scope, "round_to": round_to}
     chosen |= {"uniform": uniform, "compensate": compensate, "units": [unit.strip() for unit in units.split(",")]}
     if calibration_examples is not None:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distill_llm.cli.group import is_main_process
-from distill_llm.cli.launching import Accelerate, Processes, on_processes
 from distill_llm.cli.options import ChatTemplateKwargs, as_options
 from distill_llm.cli.output import quiet_weights
 from distill_llm.recipe.yaml_input import read_mapping
@@ -21,7 +20,6 @@ EXAMPLE = (
 
 
 def respond(
-    context: typer.Context,
     teacher: Annotated[
         str, typer.Argument(metavar="TEACHER", help="Hub id, folder, GGUF file, or package://PACKAGE/PATH.")
     ],
@@ -52,12 +50,8 @@ def respond(
     keep_truncated: Annotated[
         bool, typer.Option("--keep-truncated", help="Keep responses that were cut at --max-new-tokens.")
     ] = False,
-    accelerate: Accelerate = None,
-    processes: Processes = None,
 ) -> None:
     """Let a teacher answer prompts, to train on its answers. Run the same command again to continue after a stop."""
-    if on_processes(context, accelerate, processes):
-        return
     quiet_weights()
     from distill_llm.responses.respond import respond as generate
     from distill_llm.responses.settings import ResponseSettings

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from distill_llm.cli.launching import Accelerate, Processes, on_processes
 from distill_llm.cli.options import OutputDir, RecipeName, Settings
 from distill_llm.cli.output import quiet_weights, say, say_loading
 from distill_llm.common.errors import InputError, faults_in
@@ -16,32 +15,18 @@ RUN = "Example: distill-llm run quickstart --set pruning.keep=0.4"
 DISTILL = "Example: distill-llm distill my_recipe.yaml --student pruned/"
 
 
-def run(
-    context: typer.Context,
-    recipe: RecipeName,
-    output_dir: OutputDir = None,
-    settings: Settings = None,
-    accelerate: Accelerate = None,
-    processes: Processes = None,
-) -> None:
+def run(recipe: RecipeName, output_dir: OutputDir = None, settings: Settings = None) -> None:
     """Prune and distill as a recipe says. Run the same command again to continue after a stop."""
-    if on_processes(context, accelerate, processes):
-        return
     _run(_load(recipe, output_dir, settings or []))
 
 
 def distill(
-    context: typer.Context,
     recipe: RecipeName,
     student: Annotated[str | None, typer.Option(help="The student; replaces the recipe's student.model.")] = None,
     output_dir: OutputDir = None,
     settings: Settings = None,
-    accelerate: Accelerate = None,
-    processes: Processes = None,
 ) -> None:
     """Distill into an existing student: run the recipe without its pruning, in a run folder of its own (NAME-distilled)."""
-    if on_processes(context, accelerate, processes):
-        return
     chosen = [f"student.model={json.dumps(student)}"] if student else []
     try:
         loaded = _load(recipe, output_dir, [*(settings or []), "pruning=null", *chosen])

@@ -30,12 +30,14 @@ class Traced:
 
     Attributes:
         peak: bytes alive at once, at most.
-        activations: the same without gradients of weights, and without copies of weights in another dtype.
+        ungraded: the same without gradients of weights.
+        activations: the same without copies of weights in another dtype, too.
         gradients: bytes of the weights' gradients.
         flops: floating point operations, a multiply-add as two.
     """
 
     peak: int
+    ungraded: int
     activations: int
     gradients: int
     flops: int
@@ -82,7 +84,8 @@ def traced(work: Callable[[], Any], models: Collection[nn.Module]) -> Traced:
         gradients = {live.number(gradient) for gradient in learned}
         flops = counter.get_total_flops()
     sizes = sum(gradient.numel() * gradient.element_size() for gradient in learned)
-    return Traced(live.peak, live.peak_without(gradients | live.casts), sizes, flops)
+    rest = live.peak_without(gradients), live.peak_without(gradients | live.casts)
+    return Traced(live.peak, *rest, sizes, flops)
 
 
 class _Weighed(LiveStorages):
