@@ -96,8 +96,8 @@ def collator(task: Task, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> C
 
     Batches hold `input_ids`, `attention_mask`, `token_type_ids` or `position_ids` if any (all (B, T), int64) and
     `labels`: (B,) int64 class ids or float32 values; for language models (B, T) int64 with -100 at tokens that are not
-    predicted (causal LM: not shifted). `length` is dropped. A batch with `position_ids` is packed: see
-    `distill_llm.data.decoders.without_packed_mask`.
+    predicted (causal LM: not shifted). `length` is dropped. Packed rows have `position_ids` that start
+    again: see `distill_llm.models.inputs.packed_sequences`.
 
     Args:
         task: says which labels to make.
