@@ -1,5 +1,7 @@
 """YAML that cannot be a recipe: each gives one line that names its place, quickly, and runs nothing."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
