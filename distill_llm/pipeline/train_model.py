@@ -55,7 +55,8 @@ def train_model(
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     with full_disk_named(work):
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(work))
-    weights = trainer.accelerator.get_state_dict(trainer.model) if sharded else None
+    engine = trainer.model_wrapped  # DeepSpeed's, or the model of FSDP
+    weights = trainer.accelerator.get_state_dict(engine) if sharded else None
     if run.processes.is_main_process:
         with written_whole(target, folder=True) as path:
             run.save(merged(trainer.accelerator.unwrap_model(trainer.model)), path, weights)
