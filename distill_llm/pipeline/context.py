@@ -11,6 +11,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill_llm.checks.recipe import Opened, encoded_rows
+from distill_llm.common.finite import check_weights
 from distill_llm.common.processes import open_processes
 from distill_llm.data.encoding import collator
 from distill_llm.data.padding import Collator
@@ -74,7 +75,14 @@ class Context:
         return model if here else converted(model, self.student_dtype, device).to(device)  # type: ignore[arg-type]
 
     def save(self, model: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
-        """Save model and tokenizer. Give `weights` if the model's own are sharded over processes."""
+        """Save model and tokenizer. Give `weights` if the model's own are sharded over processes.
+
+        Raises:
+            NotFinite: a weight is nan or infinite, such as one that is too large for the student's dtype.
+        """
+        check_weights(
+            weights or model, "nothing was saved: work in float32 or bfloat16, and train at a lower learning_rate"
+        )
         model.save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
 

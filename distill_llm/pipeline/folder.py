@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from distill_llm.common.errors import InputError
 from distill_llm.common.files import written_whole
+from distill_llm.common.finite import NotFinite
 from distill_llm.common.outputs import usable_output
 from distill_llm.common.processes import open_processes
 from distill_llm.pipeline.stage import Result, Stage, stale
@@ -69,7 +70,10 @@ class RunFolder:
         if stage.name in done:
             return done[stage.name]
         start = time.monotonic()
-        result = stage.work(done) if stage.together or self.processes.is_main_process else None
+        try:
+            result = stage.work(done) if stage.together or self.processes.is_main_process else None
+        except NotFinite as error:
+            raise error.in_stage(stage.name) from error
         clear_device_cache(garbage_collection=True)  # the models of a stage make room for those of the next
         self.processes.wait_for_everyone()
         if self.processes.is_main_process:

@@ -54,6 +54,7 @@ def train_model(
     )
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(work))
+    trainer.check_weights()
     weights = trainer.accelerator.get_state_dict(trainer.model) if sharded else None
     if run.processes.is_main_process:
         with written_whole(target, folder=True) as path:
