@@ -199,7 +199,7 @@ class NoHeads(nn.Module):
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
         cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
         if cache is not None and self.layer_idx is not None:
-            nothing = hidden_states.new_zeros(len(hidden_states), 1, hidden_states.shape[1], 1)
+            nothing = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
             cache.update(nothing, nothing, self.layer_idx)
         context = hidden_states[..., :0]
         output = self.get_submodule(self.out_name)(context) if self.out_name else context

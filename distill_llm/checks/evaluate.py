@@ -14,14 +14,10 @@ from distill_llm.models.limits import length_faults, limits_of
 
 @dataclass(frozen=True)
 class OpenScoring:
-    """A model without its weights, and the encoded rows that it is scored on, as the split `test`.
-
-    `rows` is the number of raw rows. For texts it differs from the number of encoded rows.
-    """
+    """A model without its weights, and the encoded rows that it is scored on, as the split `test`."""
 
     model: OpenModel
     data: TaskData
-    rows: int
 
 
 def open_scoring(model: str, spec: DataSpec) -> OpenScoring:
@@ -42,4 +38,4 @@ def open_scoring(model: str, spec: DataSpec) -> OpenScoring:
     rows.task.kind.check_rows(rows, opened.tokenizer)
     data = check_tokens(encode(rows, opened.tokenizer, spec.max_length), opened, RECIPE_FIELDS.rows)
     raise_all(scoring_faults(limits, data.test, data.task, RECIPE_FIELDS, opened.tokenizer))
-    return OpenScoring(opened, data, len(rows.test))
+    return OpenScoring(opened, data)

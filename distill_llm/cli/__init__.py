@@ -1,4 +1,4 @@
 """The command line.
 
-May import: common, measuring, data, models, pruning, teachers, responses, recipe, evaluation, report, checks, pipeline.
+May import: common, measuring, data, models, pruning, teachers, responses, recipe, evaluation, report, export, checks, pipeline.
 """

@@ -70,7 +70,6 @@ def _score(model: str, spec: "DataSpec", batch_size: int, output: Path) -> None:
     """Score, print and save."""
     from distill_llm.checks.evaluate import open_scoring
     from distill_llm.data.encoding import collator
-    from distill_llm.data.sources import resolve_path
     from distill_llm.evaluation.evaluate import evaluate_model
     from distill_llm.evaluation.rules import RECIPE_FIELDS
 
@@ -85,8 +84,4 @@ def _score(model: str, spec: "DataSpec", batch_size: int, output: Path) -> None:
     for name, value in metrics.items():
         table.add_row(name, f"{value:.4f}")
     say(table)
-    if spec.path is not None and Path(resolve_path(spec.path)).is_file():
-        say(
-            f"{spec.path} has no test split: these {opened.rows} of its rows are the tenth that a run on it is scored on"
-        )
     say(f"metrics: {output}")

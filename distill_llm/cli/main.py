@@ -11,7 +11,10 @@ from distill_llm.cli.cache import EXAMPLE as CACHE
 from distill_llm.cli.cache import cache
 from distill_llm.cli.evaluate import EXAMPLE as EVALUATE
 from distill_llm.cli.evaluate import evaluate
+from distill_llm.cli.export import EXAMPLE as EXPORT
+from distill_llm.cli.export import export
 from distill_llm.cli.group import CommandGroup
+from distill_llm.cli.launching import shareable
 from distill_llm.cli.lists import families, recipes
 from distill_llm.cli.profile import EXAMPLE as PROFILE
 from distill_llm.cli.profile import profile
@@ -28,14 +31,15 @@ app = typer.Typer(
 )
 
 for _command, _example in (
-    (run, RUN),
-    (distill, DISTILL),
-    (prune, PRUNE),
+    (shareable(run), RUN),
+    (shareable(distill), DISTILL),
+    (shareable(prune), PRUNE),
     (evaluate, EVALUATE),
     (profile, PROFILE),
+    (export, EXPORT),
     (push, PUSH),
-    (respond, RESPOND),
-    (cache, CACHE),
+    (shareable(respond), RESPOND),
+    (shareable(cache), CACHE),
     (recipes, "Example: distill-llm recipes"),
     (families, "Example: distill-llm families"),
 ):
@@ -53,7 +57,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _settings(
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Show no progress bars, and no warnings of libraries.")
+        bool, typer.Option("--quiet", "-q", help="Show no progress bars, notices, or warnings of libraries.")
     ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
@@ -70,6 +74,7 @@ def _settings(
         for name in ("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
             os.environ[name] = "1"
         warnings.simplefilter("ignore")
+        logging.getLogger("distill_llm").setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

@@ -3,22 +3,23 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from distill_llm.common.errors import InputError
+from distill_llm.common.locks import LOCK
 
 
-def usable_output(folder: Path, field: str = "output_dir", begun: str | None = None) -> None:
+def usable_output(folder: Path, field: str = "output_dir", begun: str | Collection[str] | None = None) -> None:
     """Check that a folder may be filled: it is new or empty, or this command began it.
 
     Args:
         field: what the folder is called in error messages.
-        begun: a file that the command writes first; a folder with it is one to go on with. None: the folder is put in place
-            whole, and is not the working directory.
+        begun: a file that the command writes first, or several; a folder with one of them is one to go on with. None: the
+            folder is put in place whole, and is not the working directory.
 
     Raises:
         InputError: also where the folder cannot be made or written.
@@ -30,9 +31,11 @@ def usable_output(folder: Path, field: str = "output_dir", begun: str | None = N
         if os.path.lexists(folder) and not folder.is_dir():
             raise InputError(field, str(folder), accepted)
         _writable(folder, field, folder, "a folder")
-        if not folder.is_dir() or (begun is not None and (folder / begun).is_file()):
+        first = [] if begun is None else [begun] if isinstance(begun, str) else begun
+        if not folder.is_dir() or any((folder / name).is_file() for name in first):
             return
-        foreign = any(path.suffix != ".partial" for path in folder.iterdir())  # what a stop at the very start left
+        # A stop at the very start leaves a part or a lock.
+        foreign = any(path.suffix != ".partial" and path.name != LOCK for path in folder.iterdir())
         if foreign or (begun is None and folder.samefile(Path.cwd())):
             raise InputError(field, str(folder), accepted)
 

@@ -53,8 +53,7 @@ def sequence_packer(max_length: int) -> Callable[[Rows], Rows]:
     """A function that packs whole sequences into rows of at most `max_length` tokens.
 
     The longest sequences go first, each into the first row with room. `position_ids` start at 0 in every sequence, which
-    keeps the sequences apart (see `distill_llm.data.decoders.without_packed_mask`). The first token of a sequence must have
-    no label: it would be predicted from the sequence before it.
+    keeps the sequences apart (see `distill_llm.models.inputs.packed_sequences`).
     """
 
     def work(rows: Rows) -> Rows:

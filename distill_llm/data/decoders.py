@@ -1,6 +1,5 @@
-"""What data need to know about decoder models: which models they are, and how they take a packed batch."""
+"""What data need to know about decoder models: which models they are, and which of them take packed rows."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -46,14 +45,3 @@ def is_decoder(config: PreTrainedConfig) -> bool:
         return True
     families = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys()
     return config.model_type in families
-
-
-def without_packed_mask(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch as a model must get it: a packed one (with `position_ids`) without its attention mask.
-
-    Where positions start again, transformers makes the mask that keeps packed sequences apart, but only if it is given no
-    `attention_mask` and no cache: call the model with `use_cache=False`. Padding is at the end of rows, where a causal
-    model does not see it. Losses and statistics use the whole batch with its attention mask.
-    """
-    packed = "position_ids" in batch
-    return {name: values for name, values in batch.items() if not (packed and name == "attention_mask")}

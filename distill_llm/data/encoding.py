@@ -1,8 +1,6 @@
 """Rows to token ids (cached on disk by `datasets`), and token ids to padded batches."""
 
 import json
-import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +10,7 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from distill_llm.common.errors import InputError
+from distill_llm.common.notices import tell
 from distill_llm.data.causal import sequence_packer
 from distill_llm.data.padding import Collator, Rows
 from distill_llm.data.special_tokens import check_tokenizer, tokenizer_state
@@ -53,7 +52,7 @@ def encode(data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int) 
                 "data.max_length", max_length, "a length at which rows remain: every text is empty or too long"
             )
         if not task.kind.joins_documents and len(result) < len(rows):
-            _say(
+            tell(
                 f"left out {len(rows) - len(result)} of {len(rows)} rows, whose prompts have {max_length} tokens or more"
             )
         return result
@@ -92,18 +91,13 @@ def _mapped(rows: Dataset, work: Callable[[Rows], Rows], identity: list, title: 
     )
 
 
-def _say(line: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        logging.getLogger(__name__).warning(line)
-
-
 def collator(task: Task, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> Collator:
     """A function from encoded rows to one batch, padded to its longest row.
 
     Batches hold `input_ids`, `attention_mask`, `token_type_ids` or `position_ids` if any (all (B, T), int64) and
     `labels`: (B,) int64 class ids or float32 values; for language models (B, T) int64 with -100 at tokens that are not
-    predicted (causal LM: not shifted). `length` is dropped. A batch with `position_ids` is packed: see
-    `distill_llm.data.decoders.without_packed_mask`.
+    predicted (causal LM: not shifted). `length` is dropped. Packed rows have `position_ids` that start
+    again: see `distill_llm.models.inputs.packed_sequences`.
 
     Args:
         task: says which labels to make.

@@ -10,7 +10,8 @@ from datasets import Dataset, Features, Value
 from distill_llm.common.errors import InputError
 from distill_llm.data.kinds.classification import classification
 from distill_llm.data.kinds.regression import regression
-from distill_llm.data.sources import Splits, is_saved, read_splits
+from distill_llm.data.sources import is_saved, read_splits
+from distill_llm.data.splitting import Splits
 from distill_llm.data.tasks import Task
 
 HUB_ID = "nyu-mll/glue"

@@ -8,12 +8,12 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from distill_llm.common.errors import InputError, one_of
+from distill_llm.data.complete import complete
 from distill_llm.data.padding import LENGTH, Rows
-from distill_llm.data.sources import Splits, read_splits
+from distill_llm.data.sources import read_splits
 from distill_llm.data.spec import DataSpec
+from distill_llm.data.splitting import Splits, with_test
 
-TEST_SHARE = 0.1
-TEST_SEED = 0
 COLUMNS = ("text", "text_pair", "label")
 
 
@@ -48,55 +48,38 @@ class LabelledRows:
         return made
 
 
-def read_labelled(spec: DataSpec, training: bool = True, words: bool = False) -> LabelledRows:
+def read_labelled(spec: DataSpec, training: bool = True, words: bool = False, classes: bool = False) -> LabelledRows:
     """Rows of the user's own data with the columns `text`, `text_pair` (optional) and `label`.
 
     Where no labelled test split exists, the validation split takes its place; where there is neither, a fixed tenth of the
     training rows.
 
     Args:
-        spec: its path and columns are read.
+        spec: its path, columns, format of files and treatment of incomplete rows are read.
         training: as of `read_splits`.
         words: whether a text is a list of words, not checked here.
+        classes: whether labels are classes, each of which then gives a tenth of its rows.
 
     Raises:
-        InputError: a column is missing, or is not text.
+        InputError: a column is missing, or is not text; a row lacks a value.
     """
     assert spec.path is not None
     names = column_names(spec.columns, ("text", "label"))
-    splits = read_splits(spec.path, training=training)
+    splits = read_splits(spec.path, training=training, form=spec.form)
     for split, rows in splits.items():
         check_columns(rows, names, split)
-        if not words:
-            check_texts(rows, {name: column for name, column in names.items() if name != "label"}, split)
     if len(splits) > 1 and "test" in splits and _unlabelled(splits["test"][names["label"]]):
         del splits["test"]
-    return LabelledRows(names, with_test(splits))
+    for split, rows in splits.items():
+        splits[split] = complete(rows, names, split, spec.drop_incomplete)
+        if not words:
+            check_texts(splits[split], {name: column for name, column in names.items() if name != "label"}, split)
+    return LabelledRows(names, with_test(splits, names["label"] if classes else None))
 
 
 def _unlabelled(labels: Sequence[Any]) -> bool:
     """Whether a split has no labels: the Hub writes -1 for a hidden one."""
     return all(label in (-1, None, "") for label in labels)
-
-
-def with_test(splits: Splits) -> Splits:
-    """The splits with a `test` among them: the validation split, or a fixed tenth of the training rows, where there is
-    none.
-
-    Raises:
-        InputError: fewer than two rows to divide.
-    """
-    if "test" in splits:
-        return splits
-    if "validation" in splits:
-        return {"test" if split == "validation" else split: rows for split, rows in splits.items()}
-    rows = splits["train"]
-    if len(rows) < 2:
-        raise InputError(
-            "data.path", f"{len(rows)} rows", "at least 2 rows, because a tenth of them becomes the test split"
-        )
-    divided = rows.train_test_split(test_size=max(1, int(len(rows) * TEST_SHARE)), seed=TEST_SEED)
-    return {"train": divided["train"], "test": divided["test"]}
 
 
 def column_names(
@@ -128,12 +111,10 @@ def check_columns(rows: Dataset, names: Mapping[str, str], split: str) -> None:
 
 
 def check_texts(rows: Dataset, names: Mapping[str, str], split: str) -> None:
-    """Raise InputError where a column is missing or has no text in some row."""
-    check_columns(rows, names, split)
+    """Raise InputError where a column is not text."""
     for name, column in names.items():
-        is_text = rows.features[column].dtype in ("string", "large_string")
-        if not is_text or rows.data.column(column).null_count:
-            raise InputError(f"data.columns.{name}", column, f"a column with a text in every row (the {split} split)")
+        if rows.features[column].dtype not in ("string", "large_string"):
+            raise InputError(f"data.columns.{name}", column, f"a column of texts (the {split} split)")
 
 
 def text_encoder(

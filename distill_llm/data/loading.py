@@ -10,14 +10,17 @@ from distill_llm.data.embedded import TASK as EMBEDDED
 from distill_llm.data.embedded import load_embedded
 from distill_llm.data.glue import GLUE, load_glue
 from distill_llm.data.kinds import KINDS, TaskKind
-from distill_llm.data.sources import Splits, resolve_path
+from distill_llm.data.sources import resolve_path
 from distill_llm.data.spec import DataSpec
+from distill_llm.data.splitting import Splits, set_apart
 from distill_llm.data.tasks import Task, TaskData
 
 NAMED: dict[str, Task] = {**GLUE, "embedded": EMBEDDED}
 """Tasks whose rows, columns and labels are known; all others are the user's own rows, read by their kind."""
 OF_SOME_KINDS = ("columns", "packing", "chat", "join_rows", "chat_template_kwargs")
 """Fields of a spec that only some kinds take."""
+OF_OWN_ROWS = ("separator", "encoding", "drop_incomplete")
+"""Fields of a spec that every kind takes, for the user's own rows."""
 
 
 def task_names() -> tuple[str, ...]:
@@ -39,7 +42,7 @@ def load_task(spec: DataSpec, config: PreTrainedConfig | None = None, training: 
             there are, or a model or setting that the task does not go with.
     """
     kind = _kind(spec.task, config)
-    _check_settings(spec, frozenset() if spec.task in NAMED else kind.settings)
+    _check_settings(spec, frozenset() if spec.task in NAMED else kind.settings | set(OF_OWN_ROWS))
     if spec.metric is not None:
         kind.check_metric(spec.metric)
     kind.check(spec, config)
@@ -47,15 +50,21 @@ def load_task(spec: DataSpec, config: PreTrainedConfig | None = None, training: 
     task, splits = _read(replace(spec, path=path), kind, config, training)
     task = kind.scored_by(task, spec.metric)
     _check_labels(kind, splits["test"])
+    test = _some(splits["test"], spec.test_examples, "test", spec.seed)
     if not training:
-        return TaskData(task, splits["test"], None, splits["test"])
-    train, validation = _hold_out(splits, spec.holdout_examples, spec.seed)
-    if spec.train_examples is not None:
-        if not 1 <= spec.train_examples <= len(train):
-            accepted = f"1 to {len(train)} (the number of training rows)"
-            raise InputError("data.train_examples", spec.train_examples, accepted)
-        train = train.shuffle(seed=spec.seed).select(range(spec.train_examples))
-    return TaskData(task, train, validation, splits["test"])
+        return TaskData(task, test, None, test)
+    train, validation = _hold_out(task, splits, spec.holdout_examples, spec.seed)
+    return TaskData(task, _some(train, spec.train_examples, "train", spec.seed), validation, test)
+
+
+def _some(rows: Dataset, count: int | None, split: str, seed: int) -> Dataset:
+    """So many rows, drawn with a seed; None: all, as they are."""
+    if count is None:
+        return rows
+    if not 1 <= count <= len(rows):
+        named = {"train": "training"}.get(split, split)
+        raise InputError(f"data.{split}_examples", count, f"1 to {len(rows)} (the number of {named} rows)")
+    return set_apart(rows, count, seed)[1]
 
 
 def _kind(name: str, config: PreTrainedConfig | None) -> TaskKind:
@@ -71,11 +80,11 @@ def _kind(name: str, config: PreTrainedConfig | None) -> TaskKind:
 def _check_settings(spec: DataSpec, taken: frozenset[str]) -> None:
     """Raise InputError where a setting is given that the task does not take."""
     defaults = {each.name: each.default for each in fields(DataSpec)}
-    for name in OF_SOME_KINDS:
+    for name in (*OF_SOME_KINDS, *OF_OWN_ROWS):
         value = getattr(spec, name)
         if name in taken or not value or value == defaults[name]:
             continue
-        takers = dict.fromkeys(kind.task_name for kind in KINDS.values() if name in kind.settings)
+        takers = dict.fromkeys(kind.task_name for kind in KINDS.values() if name in {*kind.settings, *OF_OWN_ROWS})
         fix = f"leave it out: {spec.task} does not use it (only {', '.join(takers)})"
         raise InputError(f"data.{name}", value, fix=fix)
 
@@ -102,7 +111,7 @@ def _read(spec: DataSpec, kind: TaskKind, config: PreTrainedConfig | None, train
     return kind.load(spec, config, training)
 
 
-def _hold_out(splits: Splits, examples: int, seed: int) -> tuple[Dataset, Dataset | None]:
+def _hold_out(task: Task, splits: Splits, examples: int, seed: int) -> tuple[Dataset, Dataset | None]:
     train, own = splits["train"], splits.get("validation")
     available = len(own) if own is not None else len(train) - 1
     if not 0 <= examples <= available:
@@ -111,5 +120,5 @@ def _hold_out(splits: Splits, examples: int, seed: int) -> tuple[Dataset, Datase
         return train, own.select(range(examples)) if examples else own
     if not examples:
         return train, None
-    drawn = train.shuffle(seed=seed)
-    return drawn.select(range(examples, len(drawn))), drawn.select(range(examples))
+    classes = train["labels"][:] if task.label_names and task.kind.item == "example" else None
+    return set_apart(train, examples, seed, classes)

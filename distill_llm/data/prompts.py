@@ -8,11 +8,13 @@ from transformers import PreTrainedTokenizerBase
 from distill_llm.common.errors import InputError
 from distill_llm.data.causal import as_rows
 from distill_llm.data.chats import answered, as_chats, is_chat
-from distill_llm.data.labelled import check_columns, check_texts, column_names, with_test
+from distill_llm.data.complete import complete
+from distill_llm.data.labelled import check_columns, check_texts, column_names
 from distill_llm.data.padding import Rows
-from distill_llm.data.sources import Splits, read_splits
+from distill_llm.data.sources import read_splits
 from distill_llm.data.spec import DataSpec
 from distill_llm.data.special_tokens import document_end, special_ends
+from distill_llm.data.splitting import Splits, with_test
 from distill_llm.data.tasks import Task, TaskData
 from distill_llm.losses.labels import IGNORED
 
@@ -35,11 +37,13 @@ def read_prompts(spec: DataSpec, training: bool = True) -> tuple[tuple[str, ...]
         InputError: a column is missing or is not text, or a chat does not end with an answer of the assistant.
     """
     assert spec.path is not None
-    columns, splits = spec.columns, read_splits(spec.path, training=training)
+    columns, splits = spec.columns, read_splits(spec.path, training=training, form=spec.form)
     present = next(iter(splits.values())).column_names
     chats = "messages" in (columns or ()) or (not columns and "messages" in present and "prompt" not in present)
     names = column_names(columns, CHAT if chats else PAIR, CHAT if chats else PAIR)
     for split, rows in splits.items():
+        check_columns(rows, names, split)
+        splits[split] = rows = complete(rows, names, split, spec.drop_incomplete)
         if chats:
             _check_chats(rows, names["messages"], split)
         else:
@@ -56,7 +60,6 @@ def read_prompts(spec: DataSpec, training: bool = True) -> tuple[tuple[str, ...]
 
 
 def _check_chats(rows: Dataset, column: str, split: str) -> None:
-    check_columns(rows, {"messages": column}, split)
     for chat in rows[column]:
         if not (is_chat(chat) and len(chat) > 1 and chat[-1]["role"] == "assistant"):
             accepted = f"chats of at least 2 turns with role and content, the last by the assistant (the {split} split)"

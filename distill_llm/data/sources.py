@@ -3,24 +3,31 @@
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_dataset, load_from_disk
 
 from distill_llm.common.errors import InputError
+from distill_llm.data.files import (
+    DOCUMENT_MARK,
+    READERS,
+    FileFormat,
+    check_format,
+    kind_of,
+    one_line,
+    read_files,
+    stem_of,
+)
+from distill_llm.data.splitting import Splits
 
 PACKAGE = "package://"
-READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "dev", "val", "valid", "eval"),
     "test": ("test",),
 }
-DOCUMENT_MARK = "<|endoftext|>"
-LONGEST_DOCUMENT = 100_000
-Splits = dict[str, Dataset]
 
 
 def resolve_path(text: str, field: str = "path") -> str:
@@ -47,7 +54,13 @@ def resolve_path(text: str, field: str = "path") -> str:
     raise InputError(field, text, f"a path inside the package {package!r} (it has no {inside!r})")
 
 
-def read_splits(path: str, config: str | None = None, field: str = "data.path", training: bool = True) -> Splits:
+def read_splits(
+    path: str,
+    config: str | None = None,
+    field: str = "data.path",
+    training: bool = True,
+    form: FileFormat = FileFormat(),  # noqa: B008 - frozen
+) -> Splits:
     """All splits of a file, a folder or a Hub data set, under the names `train`, `validation` and `test`.
 
     A lone file is `train`. In a folder, files are told apart by their names (`train.csv`, `dev.jsonl`, ...); text files
@@ -60,6 +73,7 @@ def read_splits(path: str, config: str | None = None, field: str = "data.path", 
         config: the configuration to load where the path does not name one.
         field: the name of the setting, for the error.
         training: whether training rows are needed; without them any of the other splits will do.
+        form: how files are written.
 
     Raises:
         InputError: nothing is there, or it cannot be read, or the rows that are needed are missing.
@@ -67,12 +81,14 @@ def read_splits(path: str, config: str | None = None, field: str = "data.path", 
     name, _, given = path.partition(":")
     here = Path(path)
     if here.is_file():
-        return {"train": _read_files([here], field)}
-    if is_saved(here):
+        return {"train": read_files([here], field, form)}
+    if here.is_dir() and not is_saved(here) and (files := _split_files(here)):
+        splits = {split: read_files(found, field, form) for split, found in files.items()}
+    elif is_saved(here):
+        check_format(form, None)
         splits = _load(lambda: _saved(path), path, field)
-    elif here.is_dir() and (files := _split_files(here)):
-        splits = {split: _read_files(found, field) for split, found in files.items()}
     else:
+        check_format(form, None)
         if not Path(name).is_dir() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
             raise InputError(field, path, "an existing file or folder, or the id of a data set on the Hub")
         splits = _load(lambda: load_dataset(name, given or config), path, field)
@@ -99,7 +115,7 @@ def _load(load: Callable[[], Any], path: str, field: str) -> Splits:
     try:
         loaded = load()
     except Exception as error:  # `datasets` raises many kinds
-        accepted = f"an existing file or folder, or the id of a data set on the Hub ({_one_line(error)})"
+        accepted = f"an existing file or folder, or the id of a data set on the Hub ({one_line(error)})"
         raise InputError(field, path, accepted) from error
     if isinstance(loaded, Dataset):
         return {"train": loaded}
@@ -108,70 +124,15 @@ def _load(load: Callable[[], Any], path: str, field: str) -> Splits:
 
 
 def _split_files(folder: Path) -> dict[str, list[Path]]:
-    readable = sorted(file for file in folder.iterdir() if file.suffix.lower() in READERS)
+    readable = sorted(file for file in folder.iterdir() if kind_of(file) in READERS)
     found: dict[str, list[Path]] = {}
     for split, aliases in SPLIT_NAMES.items():
-        if files := [file for file in readable if file.stem.lower() in aliases]:
+        if files := [file for file in readable if stem_of(file) in aliases]:
             found[split] = files
-    texts = [file for file in readable if file.suffix.lower() == ".txt"]
+    texts = [file for file in readable if kind_of(file) == ".txt"]
     return found or ({"train": texts} if texts else {})
-
-
-def _read_files(files: list[Path], field: str) -> Dataset:
-    kinds = {file.suffix.lower() for file in files}
-    if len(kinds) > 1 or not kinds <= set(READERS):
-        raise InputError(field, ", ".join(map(str, files)), f"files of one kind out of {', '.join(READERS)}")
-    kind = kinds.pop()
-    names = [str(file) for file in files]
-    try:
-        if kind == ".txt":
-            stamps = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-            return Dataset.from_generator(read_documents, gen_kwargs={"files": names, "stamps": stamps}, split="train")
-        options: dict[str, Any] = {"keep_default_na": False} if READERS[kind] == "csv" else {}
-        if kind == ".tsv":
-            options |= {"sep": "\t", "quoting": 3}
-        return load_dataset(READERS[kind], data_files=names, split="train", **options)
-    except Exception as error:
-        raise InputError(field, ", ".join(names), f"a well-formed {kind} file ({_one_line(error)})") from error
-
-
-def read_documents(files: list[str], stamps: list[tuple[int, int]]) -> Iterator[dict[str, str]]:
-    """Documents of plain text files, as rows with a `text` column.
-
-    Documents end at `<|endoftext|>`, at a blank line, or at the first line end after 100,000 characters.
-
-    Args:
-        files: the paths, UTF-8 (a wrong byte becomes U+FFFD).
-        stamps: size and time of change of each file; `datasets` keys its cache by the arguments.
-    """
-    for file in files:
-        kept: list[str] = []
-        length = 0  # of what is kept
-        with open(file, encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                *ended, rest = line.split(DOCUMENT_MARK)
-                for part in ended:
-                    yield from _document([*kept, part])
-                    kept, length = [], 0
-                kept.append(rest)
-                length += len(rest)
-                if not line.strip() or length > LONGEST_DOCUMENT:
-                    yield from _document(kept)
-                    kept, length = [], 0
-        yield from _document(kept)
 
 
 def split_documents(texts: Iterable[str]) -> list[str]:
     """The documents in texts, separated by `<|endoftext|>`; empty ones are left out."""
     return [part for text in texts for part in text.split(DOCUMENT_MARK) if part.strip()]
-
-
-def _document(lines: list[str]) -> Iterator[dict[str, str]]:
-    if text := "".join(lines).strip():
-        yield {"text": text}
-
-
-def _one_line(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return " ".join(str(error).split())[:200] or type(error).__name__

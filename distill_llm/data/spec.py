@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from distill_llm.data.files import FileFormat
+
 
 @dataclass(frozen=True)
 class DataSpec:
@@ -30,6 +32,10 @@ class DataSpec:
         packing: for prompts, whether short training sequences share rows.
         chat: for prompts, whether to ask and answer in the words of the tokenizer's chat template.
         chat_template_kwargs: for chats, what the template is given beside them, such as `enable_thinking`.
+        test_examples: how many test rows to score on, drawn with `seed`; None for all.
+        separator: between the columns of .csv and .tsv files (see `FileFormat`).
+        encoding: of files of text (see `FileFormat`).
+        drop_incomplete: leave out rows that lack a text or a label, in place of an error.
     """
 
     task: str
@@ -45,3 +51,12 @@ class DataSpec:
     packing: bool = False
     chat: bool = False
     chat_template_kwargs: Mapping[str, Any] | None = field(default=None, hash=False)
+    test_examples: int | None = None
+    separator: str | None = None
+    encoding: str | None = None
+    drop_incomplete: bool = False
+
+    @property
+    def form(self) -> FileFormat:
+        """How files are written, as far as the user says so."""
+        return FileFormat(self.separator, self.encoding)

@@ -24,6 +24,7 @@ from distill_llm.evaluation.rules import PYTHON_FIELDS, ScoringFields, scoring_f
 from distill_llm.losses.labels import IGNORED, label_loss
 from distill_llm.metrics.modules import text_score
 from distill_llm.metrics.registry import find_metric
+from distill_llm.models.inputs import forward_inputs
 from distill_llm.models.item_logits import item_logits, packed
 from distill_llm.models.limits import limits_of
 
@@ -97,7 +98,7 @@ def predict(
     for batch in _batches(model, dataset, order, collator, batch_size, progress):
         labels = batch.pop("labels").cpu().numpy()
         with torch.inference_mode():
-            outputs = task.kind.outputs(model(**batch)).float().cpu()
+            outputs = task.kind.outputs(model(**forward_inputs(model, batch))).float().cpu()
         if not (best := outputs.amax(-1)).isfinite().all():
             raise _not_finite(model, "output", best.sum().item())
         rows = range(len(labels))
@@ -136,7 +137,7 @@ def _masked_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tens
     predicted = labels != IGNORED
     positions = predicted.flatten().nonzero().squeeze(-1)
     with packed(model, positions):  # the vocabulary's logits of what is predicted, not of every token
-        logits = item_logits(model(**batch).logits, positions)
+        logits = item_logits(model(**forward_inputs(model, batch)).logits, positions)
     return label_loss(logits, labels[predicted]).sum(), predicted.sum()
 
 

@@ -45,17 +45,28 @@ def valid_tokens(batch: Mapping[str, Any]) -> torch.Tensor:
 
 
 def sequence_numbers(batch: Mapping[str, Any]) -> torch.Tensor | None:
-    """(B, T) the number, within its row, of each token's sequence, where `position_ids` begin at 0 in every one; else None."""
-    positions = batch.get("position_ids")
-    return None if positions is None else (positions == 0).cumsum(-1)
+    """(B, T) the number, within its row, of each token's sequence, from 0; None without `position_ids` of that shape.
+
+    A sequence begins where the position of a token is not beyond that of the token before it, padding left out: that a batch
+    has positions does not mean that its rows are packed. Padding counts to the sequence before it. Positions of an encoder
+    may start again within one sequence: ask only about models that predict the next token.
+    """
+    positions, valid = batch.get("position_ids"), valid_tokens(batch)
+    if positions is None or positions.dim() != 2:
+        return None
+    places = torch.arange(valid.shape[1], device=valid.device).expand_as(valid).masked_fill(~valid, -1)
+    before = torch.nn.functional.pad(places.cummax(-1).values[:, :-1], (1, 0), value=-1)
+    positions = positions.expand_as(valid)
+    begins = valid & (before >= 0) & (positions <= positions.gather(1, before.clamp(min=0)))
+    return begins.cumsum(-1)
 
 
 def aligned_labels(batch: Mapping[str, Any], kind: Kind) -> torch.Tensor:
     """The label of each output: (B, T) with an output per token, else (B,).
 
     The output of a causal LM at position t has the label at t + 1. An output without a label gets -100:
-    where the data says -100, at padding, and, for a causal LM, at the last position. Floats, the values of a regression,
-    always count as labels.
+    where the data says -100, at padding, and, for a causal LM, at the last position of a row and of each sequence in it.
+    Floats, the values of a regression, always count as labels.
     """
     labels = batch["labels"]
     if kind == "example":
@@ -67,7 +78,7 @@ def counted(batch: Mapping[str, Any], kind: Kind, unlabelled: bool = False) -> t
     """Which outputs count: (B, T) of bool with an output per token, else (B,).
 
     Those with a label; where the batch has no labels, or with `unlabelled`, those that are not of padding, and of a
-    causal LM have a next token.
+    causal LM have a next token in their own sequence.
     """
     if unlabelled or batch.get("labels") is None:
         return _in_text(batch, kind)
@@ -77,14 +88,15 @@ def counted(batch: Mapping[str, Any], kind: Kind, unlabelled: bool = False) -> t
 
 def first_rows(batch: Mapping[str, Any], rows: int) -> dict[str, Any]:
     """What says which items count, of the first `rows` of a batch."""
-    return {name: batch[name][:rows] for name in ("input_ids", "attention_mask", "labels") if name in batch}
+    names = ("input_ids", "attention_mask", "position_ids", "labels")
+    return {name: batch[name][:rows] for name in names if name in batch}
 
 
 def targets(batch: Mapping[str, Any], kind: Kind, unlabelled: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The outputs per token that count, to be picked from (B * T) flattened ones; waits for the device.
 
     Args:
-        batch: with `input_ids` (B, T), and `attention_mask` and `labels` of that shape if any.
+        batch: with `input_ids` (B, T), and `attention_mask`, `position_ids` and `labels` of that shape if any.
         kind: token or next_token (see `kind_of`).
         unlabelled: count outputs without a label too (see `counted`).
 
@@ -108,7 +120,9 @@ def _in_text(batch: Mapping[str, Any], kind: Kind) -> torch.Tensor:
     valid = valid_tokens(batch)
     if kind == "example":
         return valid.new_ones(len(valid))
-    return valid & _shifted(valid, False, kind)
+    within = valid & _shifted(valid, False, kind)
+    numbers = sequence_numbers(batch) if kind == "next_token" else None
+    return within if numbers is None else within & (numbers == _shifted(numbers, -1, kind))
 
 
 def _shifted(values: torch.Tensor, last: int | bool, kind: Kind) -> torch.Tensor:

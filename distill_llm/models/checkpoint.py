@@ -110,6 +110,14 @@ def name_labels(
     return fits
 
 
+def name_unnamed(config: PreTrainedConfig, task: Task) -> None:
+    """Give the classes of a model that has no names for them (LABEL_0, LABEL_1, ...) those of the task, if these are words."""
+    names = task.label_names or ()
+    if len(names) != config.num_labels or label_names(config) is not None or all(map(str.isdecimal, names)):
+        return
+    config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+
+
 def load_for_task(
     model: str | os.PathLike,
     task: Task,

@@ -1,7 +1,6 @@
 """Models are opened before they are loaded: where one is, its config, its tokenizer, whether its head fits a task."""
 
 import json
-import logging
 import os
 import re
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from distill_llm.common.errors import InputError, first_line, one_of, raise_all
+from distill_llm.common.notices import tell
 from distill_llm.data.sources import resolve_path
 from distill_llm.data.tasks import Task, TaskData, class_name_faults, label_names, same_names
 from distill_llm.models.gguf import SUFFIX, plain_checkpoint
@@ -82,8 +82,7 @@ def _check_vocabulary(field: str, name: str, config: PreTrainedConfig, tokenizer
         accepted = f"a tokenizer of at most {limits.vocabulary} tokens, as the model has; it has {len(tokenizer)}"
         raise InputError(field, name, accepted)
     shown = ", ".join(list(beyond.values())[:3]) + (", ..." if len(beyond) > 3 else "")
-    line = "%s has no embedding for %d of its tokenizer's tokens (%s): texts must not contain them"
-    logging.getLogger(__name__).warning(line, name, len(beyond), shown)
+    tell(f"{name} has no embedding for {len(beyond)} of its tokenizer's tokens ({shown}): texts must not contain them")
 
 
 def check_tokens(data: TaskData, model: OpenModel, field: str) -> TaskData:

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from distill_llm.architectures.families import facts_of
 from distill_llm.common.errors import InputError
 from distill_llm.data.decoders import is_decoder, packing_faults
+from distill_llm.losses.items import sequence_numbers
 from distill_llm.losses.labels import IGNORED
 
 _COLUMNS = ("input_ids", "position_ids", "attention_mask")
@@ -145,14 +147,18 @@ def row_faults(
 def batch_faults(limits: InputLimits, batch: Mapping[str, Any], field: str) -> list[InputError]:
     """A fault where a row of a batch of tensors has more tokens than the model has positions.
 
-    The device is waited for only where the batch, with its padding, is wider than that. Packed rows, which have `position_ids`,
-    are not looked at.
+    The device is waited for only where the batch, with its padding, is wider than that. Where a decoder is given
+    `position_ids`, as in packed rows, the largest of them counts; those of an encoder are not looked at.
     """
-    ids, longest = batch.get("input_ids"), limits.longest
-    if ids is None or longest is None or "position_ids" in batch or ids.shape[-1] <= longest:
+    ids, longest, positions = batch.get("input_ids"), limits.longest, batch.get("position_ids")
+    if ids is None or longest is None or ids.shape[-1] <= longest or (positions is not None and not limits.decoder):
         return []
     mask = batch.get("attention_mask")
-    return row_faults(limits, RowFacts(longest=ids.shape[-1] if mask is None else int(mask.sum(-1).max())), field)
+    if positions is not None:
+        tokens = int((positions if mask is None else positions.masked_fill(mask == 0, -1)).max()) + 1
+    else:
+        tokens = ids.shape[-1] if mask is None else int(mask.sum(-1).max())
+    return row_faults(limits, RowFacts(longest=tokens), field)
 
 
 def read_rows(rows: Any, limits: InputLimits, tokens: bool = True) -> RowFacts:
@@ -173,8 +179,7 @@ def read_rows(rows: Any, limits: InputLimits, tokens: bool = True) -> RowFacts:
         else:
             own, of_row = _valid(positions, columns.get("attention_mask"))
             longest = max(longest, int(own.max(initial=-1)) + 1)
-            restarts = (np.diff(own) <= 0) & (np.diff(of_row) == 0)
-            packed = packed or bool(restarts.any())
+            packed = packed or _several(own, of_row)
         if tokens and beyond is None and limits.vocabulary is not None:
             unknown = np.flatnonzero(ids.values >= limits.vocabulary)
             if len(unknown):
@@ -244,3 +249,10 @@ def _valid(positions: _Column, mask: _Column | None) -> tuple[np.ndarray, np.nda
         return positions.values, of_row
     kept = mask.values.astype(bool)
     return positions.values[kept], of_row[kept]
+
+
+def _several(positions: np.ndarray, of_row: np.ndarray) -> bool:
+    """Whether a row holds several sequences, by the positions of its tokens and the row of each."""
+    own = torch.tensor(positions)[None]  # a copy: what Arrow holds cannot be written to
+    numbers = sequence_numbers({"input_ids": own, "position_ids": own})
+    return numbers is not None and bool(((numbers[0].diff() > 0) & (torch.tensor(of_row).diff() == 0)).any())

@@ -39,7 +39,7 @@ class Recording:
         """Keep what an attention function was called with; the first call of a layer counts (self-attention)."""
         if index in self.attention:
             return
-        if (beyond := _beyond_the_mask(module, query.shape[2], settings)) is not None:
+        if (beyond := _beyond_the_mask(module, query.shape[2], mask, settings)) is not None:
             accepted = "a model with plain softmax attention (for windows and packed rows: attn_implementation sdpa)"
             raise InputError(self.wanted.field("attention"), f"{type(module).__name__} with {beyond}", accepted)
         if key.shape[1] != query.shape[1]:
@@ -59,7 +59,7 @@ class Recording:
         return self._biases[-1][1]
 
 
-def _beyond_the_mask(module: nn.Module, length: int, settings: dict[str, Any]) -> str | None:
+def _beyond_the_mask(module: nn.Module, length: int, mask: torch.Tensor | None, settings: dict[str, Any]) -> str | None:
     """What changes attention probabilities besides the mask that the kernel was given; None: nothing does."""
     for name in ("softcap", "position_bias", "s_aux"):
         if settings.get(name) is not None:
@@ -70,7 +70,8 @@ def _beyond_the_mask(module: nn.Module, length: int, settings: dict[str, Any]) -
     window, positions = settings.get("sliding_window"), settings.get("position_ids")
     if window is not None and length > window:
         return f"a sliding window of {window} under flash attention"
-    if positions is not None and len(positions) == 1 and bool((positions.diff(dim=-1) != 1).any()):
+    one_row = mask is None and positions is not None and len(positions) == 1
+    if one_row and bool((positions.diff(dim=-1) != 1).any()):
         return "packed rows under flash attention"
     return None
 

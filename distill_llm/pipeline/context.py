@@ -18,7 +18,7 @@ from distill_llm.data.padding import Collator
 from distill_llm.data.tasks import TaskData
 from distill_llm.evaluation.evaluate import evaluate_model
 from distill_llm.evaluation.rules import RECIPE_FIELDS
-from distill_llm.models.checkpoint import converted, load_pretrained
+from distill_llm.models.checkpoint import converted, load_pretrained, name_unnamed
 from distill_llm.models.finding import OpenModel
 
 
@@ -77,12 +77,14 @@ class Context:
     def save(self, model: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
         """Save model and tokenizer. Give `weights` if the model's own are sharded over processes.
 
+        Classes without names get the task's.
+
         Raises:
             NotFinite: a weight is nan or infinite, such as one that is too large for the student's dtype.
         """
-        check_weights(
-            weights or model, "nothing was saved: work in float32 or bfloat16, and train at a lower learning_rate"
-        )
+        fix = "nothing was saved: work in float32 or bfloat16, and train at a lower learning_rate"
+        check_weights(weights or model, fix)
+        name_unnamed(model.config, self.opened.data.task)
         model.save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
 

@@ -123,6 +123,22 @@ class DataSection(Section):
     holdout_examples: int = Field(
         default=0, ge=0, description="number of training rows kept aside to choose settings with; never trained on"
     )
+    test_examples: int | None = Field(default=None, ge=1, description="number of test rows to score on; left out: all")
+    separator: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=1,
+        description="character between the columns of .csv and .tsv files; left out: a tab in .tsv, and in .csv the one of"
+        " comma, semicolon, tab and | that the header line has most of",
+    )
+    encoding: str | None = Field(
+        default=None,
+        min_length=1,
+        description="encoding of files of text, for example cp1252; left out: what a byte order mark says, else UTF-8",
+    )
+    drop_incomplete: bool = Field(
+        default=False, description="leave out rows that lack a text or a label; otherwise they are an error"
+    )
 
 
 class DistillationSection(Section):

@@ -98,9 +98,7 @@ def chosen_tokens(example: Mapping[str, Any], settings: CacheSettings) -> tuple[
 
     Where items are examples no token is one.
     """
-    columns = (
-        ("input_ids", "attention_mask", "labels") if settings.kind != "example" else ("input_ids", "attention_mask")
-    )
+    columns = ["input_ids", "attention_mask", *(("position_ids", "labels") if settings.kind != "example" else ())]
     row = {name: torch.from_numpy(np.array(example[name]))[None] for name in columns if example.get(name) is not None}
     mask = valid_tokens(row)[0].numpy()
     if settings.kind == "example":

@@ -11,14 +11,14 @@ from transformers import PreTrainedModel
 
 from distill_llm.losses.chunked_head import head_losses
 from distill_llm.losses.head_parts import LabelPart
-from distill_llm.losses.items import aligned_labels, first_rows, sequence_numbers, targets, valid_tokens
+from distill_llm.losses.items import aligned_labels, first_rows, targets, valid_tokens
 from distill_llm.losses.labels import label_loss
 from distill_llm.losses.matching import MatchSettings
 from distill_llm.losses.objective import Objective
 from distill_llm.losses.signals import Batch, Signals, check_outputs
 from distill_llm.models.adapters import without_adapters
 from distill_llm.models.capture import Recorder
-from distill_llm.models.inputs import forward_inputs
+from distill_llm.models.inputs import forward_inputs, packed_sequences
 from distill_llm.models.item_logits import item_logits, packed
 from distill_llm.models.output_head import output_head
 from distill_llm.teachers.base import Teacher
@@ -131,7 +131,9 @@ class TrainingLoss:
             positions, labels = targets(inputs, self.terms.kind, unlabelled=self.terms.needs_unlabelled)
         elif self.terms.kind != "example":
             positions = inputs["input_ids"].new_empty(0)
-        signals, sequences = self._signals(inputs, step, positions), sequence_numbers(inputs)
+        # Before the teacher has anything to do: to know whether rows are packed, the host waits for the device.
+        given, sequences = forward_inputs(self.student, inputs), packed_sequences(self.student, inputs)
+        signals = self._signals(inputs, step, positions)
         batch = Batch(signals, labels, valid_tokens(inputs), step, steps, sequences=sequences)
         sums: dict[str, torch.Tensor] = {}
         with ExitStack() as forward:
@@ -140,7 +142,7 @@ class TrainingLoss:
                 forward.enter_context(packed(self.student, positions))
             else:
                 sums = forward.enter_context(self.head_terms.inside(batch, positions, factors))
-            outputs = model(**forward_inputs(self.student, inputs))
+            outputs = model(**given)
         batch = replace(batch, student=recording.with_logits(item_logits(outputs.logits, positions)))
         if self.teacher is not None:
             compared = batch.own.logits if self.terms.needs_teacher_outputs else None

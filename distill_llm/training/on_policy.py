@@ -10,6 +10,7 @@ from distill_llm.data.causal import CausalCollator
 from distill_llm.losses.labels import IGNORED
 from distill_llm.losses.objective import Responses
 from distill_llm.losses.terms.term import Use
+from distill_llm.models.inputs import packed_sequences
 from distill_llm.responses.decoding import Decoder
 from distill_llm.responses.sampling import Sampling, random_numbers
 
@@ -59,7 +60,7 @@ class StudentResponses:
         Raises:
             InputError: a packed batch, rows without prompts, or logits of the student that are not numbers.
         """
-        if "position_ids" in batch:
+        if packed_sequences(model, batch) is not None:
             raise_all([fault.renamed("losses.responses") for fault in self.settings.faults(Use(packed="position_ids"))])
         device = batch["input_ids"].device
         prompts = [_prompt(batch, row) for row in range(len(batch["input_ids"]))]

@@ -8,9 +8,10 @@ import os
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import DataCollatorWithFlattening, PreTrainedModel, TrainingArguments
 
 from distill_llm.common.errors import InputError, raise_all
+from distill_llm.data.decoders import packing_faults
 from distill_llm.data.masked import MaskingCollator
 from distill_llm.losses.items import ITEMS, is_language_model, kind_of
 from distill_llm.losses.objective import Objective
@@ -149,6 +150,9 @@ def check_datasets(
     for limits in models:
         if isinstance(collator, MaskingCollator):
             raise_all(masking_faults(limits, collator.vocabulary, "data_collator", "masks drawn"))
+        if isinstance(collator, DataCollatorWithFlattening):
+            raise_all(packing_faults(limits.family, "data_collator", type(collator).__name__))
+            packed |= {name for name, given in datasets.items() if given is not None}
         tokens = not counts or bool(beyond_vocabulary(limits, tokenizer))
         for name, given in datasets.items():
             several = given if isinstance(given, Mapping) else {"": given}

@@ -36,7 +36,13 @@ TERMS = {
         "relations": {"layers": "last", "heads": 4},
     },
 }
-OPTIONS = ("processing_class", "optimizers", "model_init", "compute_loss_func")  # of the trainer, not of its arguments
+OPTIONS = (
+    "processing_class",
+    "data_collator",
+    "optimizers",
+    "model_init",
+    "compute_loss_func",
+)  # of the trainer, not of its arguments
 SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 

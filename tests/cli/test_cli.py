@@ -318,7 +318,8 @@ def test_evaluate_takes_class_ids_for_the_models_classes_where_some_are_missing(
 def test_evaluate_on_a_full_disk_leaves_the_metrics_that_were_there(folder, monkeypatch):
     (folder / "full.json").write_text("before")
     fill_disk(monkeypatch)
-    assert "No space" in str(call(*EVALUATE, "--output", "full.json").exception)
+    (line,) = refused(*EVALUATE, "--output", "full.json")
+    assert line.startswith("disk: got 'full.json'; make room, then run the same command again: No space")
     assert (folder / "full.json").read_text() == "before"
 
 
@@ -328,8 +329,12 @@ def test_evaluate_names_the_option_of_a_template_that_it_cannot_read(folder, giv
     assert line.startswith(f"--chat-template-kwargs: got {given!r}; accepted: ")
 
 
-def test_evaluate_says_which_rows_of_a_lone_file_it_scored(folder):
-    assert "rows.csv has no test split: these 4 of its rows are the tenth" in call(*EVALUATE).stdout
+def test_evaluate_says_which_rows_of_a_lone_file_it_scored(folder, caplog):
+    call(*EVALUATE)
+    (line,) = [record.getMessage() for record in caplog.records if "test split" in record.getMessage()]
+    assert line == (
+        "the data have no test split: 4 of 40 rows, the same in every run, are set apart to score on (neg 2, pos 2)"
+    )
 
 
 @pytest.mark.slow

@@ -12,8 +12,9 @@ from transformers import AutoConfig
 
 from distill_llm.common.errors import InputError
 from distill_llm.data import DataSpec, collator, encode, load_task
-from distill_llm.data.decoders import PACKED_FAMILIES, without_packed_mask
+from distill_llm.data.decoders import PACKED_FAMILIES
 from distill_llm.data.kinds.prompts import prompts
+from distill_llm.models.inputs import forward_inputs
 
 LLAMA = AutoConfig.for_model("llama")
 CHATS = [
@@ -157,9 +158,8 @@ def test_logits_of_a_packed_batch_are_those_of_its_parts(family: str) -> None:
     packed = encode(data_of(prompts(packing=True), **columns), word_tokenizer(), 18).train
     batch = collator(prompts(packing=True), word_tokenizer())(list(packed))
     assert batch["input_ids"].shape[0] == 2 and batch["attention_mask"].sum() < batch["attention_mask"].numel()
-    inputs = {name: values for name, values in without_packed_mask(batch).items() if name != "labels"}
     with torch.no_grad():
-        logits = model(**inputs, use_cache=False).logits
+        logits = model(**forward_inputs(model, batch)).logits
         for row in plain:
             alone = model(input_ids=torch.tensor([row["input_ids"]]), use_cache=False).logits[0]
             matches = [

@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict
 
 from distill_llm.common.errors import InputError
 from distill_llm.data import DataSpec, load_task, resolve_path
-from distill_llm.data.sources import read_documents
+from distill_llm.data.files import read_documents
 
 
 def documents(file: Path) -> list[str]:

@@ -5,14 +5,15 @@ import torch
 from builders.causal import causal_model
 from builders.checkpoints import spoil, student_of
 from builders.models import random_batch, tiny_model
-from transformers import AutoConfig
+from transformers import AutoConfig, BertConfig
 
 from distill_llm.architectures.lineage import lineage_of
 from distill_llm.common.errors import InputError
 from distill_llm.data.glue import GLUE
 from distill_llm.data.kinds.causal_lm import causal_lm
+from distill_llm.data.kinds.classification import classification
 from distill_llm.data.kinds.prompts import prompts
-from distill_llm.models.checkpoint import load_for_task, load_pretrained
+from distill_llm.models.checkpoint import load_for_task, load_pretrained, name_unnamed
 
 
 @pytest.mark.parametrize("made", [tiny_model, student_of], ids=["dense", "pruned"])
@@ -111,3 +112,20 @@ def test_a_config_that_was_opened_is_used_and_stays_as_it_is(tmp_path, monkeypat
     loaded = load_for_task(tmp_path, GLUE["sst2"], config=config)
     assert loaded.config.hidden_dropout_prob == 0.25 and loaded.config.num_labels == 2
     assert config.to_dict() == before and before != loaded.config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("own", "words", "wanted"),
+    [
+        (None, ("no", "yes"), ("no", "yes")),
+        (("Nein", "Ja"), ("no", "yes"), ("Nein", "Ja")),
+        (None, ("0", "1"), ("LABEL_0", "LABEL_1")),
+        (None, ("a", "b", "c"), ("LABEL_0", "LABEL_1")),
+    ],
+    ids=["no names", "names", "numbers", "another count"],
+)
+def test_classes_without_names_get_the_words_of_the_task(own, words, wanted):
+    config = BertConfig(**({} if own is None else {"id2label": dict(enumerate(own))}))
+    name_unnamed(config, classification("own", ("text",), words))
+    assert tuple(config.id2label[i] for i in range(2)) == wanted
+    assert own or config.label2id == {name: i for i, name in enumerate(wanted)}

@@ -67,9 +67,10 @@ def test_a_second_budget_reads_no_data_for_its_importance(inputs, tmp_path, monk
     data, file = rows_of(inputs), str(tmp_path / "all" / "statistics.safetensors")
     options = {"calibration_examples": 8, "statistics": file}
     model = inputs / "labelled-too"
-    names = {"id2label": {0: "neg", 1: "pos"}, "label2id": {"neg": 0, "pos": 1}}
-    write_model(model, max_position_embeddings=64, **names)
+    write_model(model, max_position_embeddings=64)
     pruned_alone(model, tmp_path / "first", data, keep=0.7, **options)
+    config = distill_llm.load_pretrained(tmp_path / "first").config
+    assert config.id2label == {0: "neg", 1: "pos"} and config.label2id == {"neg": 0, "pos": 1}, "the data's names"
     monkeypatch.setattr("distill_llm.pipeline.calibration.collect_statistics", None)
     pruned_alone(model, tmp_path / "second", data, keep=0.5, criterion="taylor", **options)
     kept = [distill_llm.PruningPlan.load(tmp_path / name / "plan.json").kept for name in ("first", "second")]

@@ -12,8 +12,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from distill_llm.common.errors import InputError, one_of
 from distill_llm.data.padding import Collator, PaddingCollator, Rows
-from distill_llm.data.sources import Splits
 from distill_llm.data.spec import DataSpec
+from distill_llm.data.splitting import Splits
 from distill_llm.losses.items import ITEMS, VOCABULARY_HEADS
 from distill_llm.losses.labels import IGNORED
 from distill_llm.losses.units import Kind as Item

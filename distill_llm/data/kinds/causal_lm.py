@@ -10,9 +10,9 @@ from distill_llm.data.decoders import is_decoder
 from distill_llm.data.documents import read_texts
 from distill_llm.data.kinds.base import KINDS, TaskKind, register
 from distill_llm.data.padding import Collator, Rows
-from distill_llm.data.sources import Splits
 from distill_llm.data.spec import DataSpec
 from distill_llm.data.special_tokens import document_end
+from distill_llm.data.splitting import Splits
 from distill_llm.data.tasks import Task
 
 

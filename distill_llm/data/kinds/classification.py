@@ -7,13 +7,17 @@ from datasets import ClassLabel, Dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from distill_llm.common.errors import InputError
+from distill_llm.common.notices import tell
 from distill_llm.data.kinds.base import KINDS, TaskKind, register
 from distill_llm.data.labelled import LabelledRows, read_labelled, text_encoder
 from distill_llm.data.padding import Rows
-from distill_llm.data.sources import Splits
 from distill_llm.data.spec import DataSpec
+from distill_llm.data.splitting import Splits, same_class
 from distill_llm.data.tasks import Task, label_names
 from distill_llm.metrics.registry import find_metric
+
+SHOWN = 10
+"""How many classes a line names."""
 
 
 @register
@@ -35,7 +39,7 @@ class Classification(TaskKind):
         the data: a `ClassLabel` column's own, else the sorted values of the training rows. Without training rows, data may
         have some of the model's classes only, by name or number.
         """
-        data = read_labelled(spec, training)
+        data = read_labelled(spec, training, classes=True)
         names, ids = _task_classes(data, _classes_of(config))
         task = classification(self.name, data.texts, names, ("accuracy", "f1"))
         return task, data.with_labels(lambda values, split: _class_ids(values, ids, split))
@@ -72,13 +76,8 @@ def _classes_of(config: PreTrainedConfig | None) -> tuple[str, ...]:
     return label_names(config) or tuple(map(str, range(config.num_labels or 0)))
 
 
-def whole(value: Any) -> Any:
-    """Integers that a file format turned into floats, as integers again."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
 def _class_values(rows: Dataset, column: str) -> list[Any]:
-    values = {whole(value) for value in rows.unique(column)}
+    values = {same_class(value) for value in rows.unique(column)}
     if None in values or "" in values or any(isinstance(value, float) for value in values):
         raise InputError("data.columns.label", column, "a column with a class (a word or an integer) in every row")
     return sorted(values)
@@ -104,7 +103,21 @@ def _task_classes(data: LabelledRows, known: Sequence[str]) -> tuple[tuple[str, 
         return tuple(known), {value: value for value in names}
     if len(names) < 2:
         raise InputError("data.columns.label", column, "a column with at least two classes")
+    if any(isinstance(value, str) for value in names):  # words, so their order is ours, and a model may have another
+        _tell_order(list(names.values()), known)
     return tuple(dict.fromkeys(names.values())), {value: number for number, value in enumerate(names)}
+
+
+def _tell_order(names: Sequence[str], known: Sequence[str]) -> None:
+    """Say which class id each word gets, where neither the data nor the model says it."""
+    shown = ", ".join(f"{name}={number}" for number, name in enumerate(names[:SHOWN]))
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    model = (
+        "names no classes" if not known or [*known] == [*map(str, range(len(known)))] else "has classes of other names"
+    )
+    tell(
+        f"labels: {shown}{more}, in alphabetical order, because the model {model}; for another order write ids as labels"
+    )
 
 
 def _ids_by_name(names: Mapping[Any, str], known: Sequence[str]) -> dict[Any, int] | None:
@@ -116,7 +129,7 @@ def _ids_by_name(names: Mapping[Any, str], known: Sequence[str]) -> dict[Any, in
 
 
 def _class_ids(values: Sequence[Any], ids: Mapping[Any, int], split: str) -> list[int]:
-    given = [whole(value) for value in values]
+    given = [same_class(value) for value in values]
     if unknown := [value for value in given if value not in ids]:
         accepted = f"the classes {', '.join(map(str, ids))} of the training rows (found in the {split} split)"
         raise InputError("data.columns.label", unknown[0], accepted)

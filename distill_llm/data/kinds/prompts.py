@@ -13,8 +13,8 @@ from distill_llm.data.kinds.base import KINDS, register
 from distill_llm.data.kinds.causal_lm import Decoding
 from distill_llm.data.padding import Rows
 from distill_llm.data.prompts import CHAT, PAIR, check_chats, prompt_encoder, read_prompts
-from distill_llm.data.sources import Splits
 from distill_llm.data.spec import DataSpec
+from distill_llm.data.splitting import Splits
 from distill_llm.data.tasks import Task, TaskData
 from distill_llm.metrics.modules import PERPLEXITY, prefers_higher
 

@@ -10,8 +10,8 @@ from distill_llm.common.errors import InputError
 from distill_llm.data.kinds.base import KINDS, TaskKind, register
 from distill_llm.data.labelled import read_labelled, text_encoder
 from distill_llm.data.padding import Rows
-from distill_llm.data.sources import Splits
 from distill_llm.data.spec import DataSpec
+from distill_llm.data.splitting import Splits
 from distill_llm.data.tasks import Task
 
 

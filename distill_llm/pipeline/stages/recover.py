@@ -22,6 +22,7 @@ class Recover(Stage):
     """Leaves `round-N/student`, in fp32. The last round trains with the fields of `final`."""
 
     together = True
+    trained = True
 
     @classmethod
     def wanted(cls, recipe: Recipe) -> bool:

@@ -1,0 +1,87 @@
+"""The formats that a student can be written in, by name, and the function that writes one."""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from distill_llm.common.errors import InputError, one_of
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote.
+
+    Attributes:
+        path: the file or folder.
+        summary: one line: how the other program sees the model, and its size.
+        notes: further lines that a user should read.
+    """
+
+    path: Path
+    summary: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format.
+
+    Attributes:
+        module: the file of this room that writes it; it defines `write(model_dir, output, quantize) -> Exported`.
+        types: what `quantize` may be; the first is the default.
+        packages: imported names of the packages that it needs.
+        install: the extra that installs them.
+        default_name: the file or folder that is written into the model's folder if no output is named.
+    """
+
+    module: str
+    types: tuple[str, ...]
+    packages: tuple[str, ...]
+    install: str
+    default_name: str
+
+    @property
+    def write(self) -> Callable[[Path, Path, str], Exported]:
+        """The function that writes this format."""
+        return importlib.import_module(self.module).write
+
+
+FORMATS: dict[str, Format] = {
+    "gguf": Format("distill_llm.export.gguf", ("f16", "bf16", "f32", "q8_0"), ("gguf",), "gguf", "model-{type}.gguf"),
+    "onnx": Format("distill_llm.export.onnx", ("f32", "int8"), ("onnxscript", "onnxruntime"), "onnx", "onnx-{type}"),
+}
+
+
+def export(
+    model_dir: str | Path, format: str, output: str | Path | None = None, quantize: str | None = None
+) -> Exported:
+    """Write a model, pruned or not, for another program.
+
+    Args:
+        model_dir: a folder with the model and its tokenizer, as a run leaves it in `student/`.
+        format: a name in `FORMATS`.
+        output: the file or folder to write, whole or not at all; None: in `model_dir`.
+        quantize: a type of number that the format has; None: its first.
+
+    Raises:
+        InputError: the folder holds no model, the format or type does not exist, its packages are not installed, the output
+            exists, or the format cannot say this model.
+    """
+    folder = Path(model_dir)
+    if not (folder / "config.json").is_file():
+        raise InputError("model_dir", str(model_dir), "a folder with a config.json, as save_pretrained writes it")
+    kind = FORMATS.get(format)
+    if kind is None:
+        raise InputError("format", format, one_of(FORMATS, format))
+    chosen = kind.types[0] if quantize is None else quantize
+    if chosen not in kind.types:
+        raise InputError("quantize", quantize, one_of(kind.types, chosen))
+    if missing := [name for name in kind.packages if importlib.util.find_spec(name) is None]:
+        fix = f"install what it needs ({', '.join(missing)}): pip install 'distill_llm[{kind.install}]'"
+        raise InputError("format", format, fix=fix)
+    target = folder / kind.default_name.format(type=chosen) if output is None else Path(output)
+    if target.exists():
+        raise InputError("output", str(target), fix="name another file, or remove this one: it exists")
+    return kind.write(folder, target, chosen)
