@@ -31,7 +31,8 @@ class CheckedTrainer(ProjectingTrainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         """As `Trainer.get_batch_samples`; keeps the logged loss from before the step."""
-        self._loss_before = self._tr_loss.clone()
+        if self.is_in_train:
+            self._loss_before = self._tr_loss.clone()
         return super().get_batch_samples(*args, **kwargs)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
