@@ -285,6 +285,15 @@ def test_training_fields_are_those_of_the_installed_transformers():
     assert set(RESERVED) <= set(training_fields())
 
 
+def test_what_to_do_at_a_step_that_is_not_finite_is_a_field_of_every_training(tmp_path):
+    skip = {"on_nonfinite": "skip"}
+    own = recipe_for(tmp_path, final=skip, distillation={"losses": {"labels": {}}, **skip})
+    assert all(parse_recipe(own).training(stage)["on_nonfinite"] == "skip" for stage in ("recovery", "final"))
+    for given, words in (("skipp", "'skip' (the nearest), or one of stop, skip"), (["skip"], "one of stop, skip")):
+        with pytest.raises(InputError, match=re.escape(f"final.on_nonfinite: got {given!r}; accepted: {words}")):
+            parse_recipe(recipe_for(tmp_path, final={"on_nonfinite": given}))
+
+
 def test_defaults_of_training_arguments_pass_their_own_check():
     given = {f.name: f.default for f in dataclasses.fields(TrainingArguments) if f.default is not dataclasses.MISSING}
     _, faults = check_training_fields({name: value for name, value in given.items() if name not in RESERVED})
