@@ -290,7 +290,10 @@ def test_what_to_do_at_a_step_that_is_not_finite_is_a_field_of_every_training(tm
     skip = {"on_nonfinite": "skip"}
     own = recipe_for(tmp_path, final=skip, distillation={"losses": {"labels": {}}, **skip})
     assert all(parse_recipe(own).training(stage)["on_nonfinite"] == "skip" for stage in ("recovery", "final"))
-    for given, words in (("skipp", "'skip' (the nearest), or one of stop, skip"), (["skip"], "one of stop, skip")):
+    for given, words in (
+        ("skipp", "'skip' (the nearest), or one of stop, skip"),
+        (["skip"], "'skip' (the nearest), or one of stop, skip"),
+    ):
         with pytest.raises(InputError, match=re.escape(f"final.on_nonfinite: got {given!r}; accepted: {words}")):
             parse_recipe(recipe_for(tmp_path, final={"on_nonfinite": given}))
 
