@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.exporters import (
     ExportedModel,
     OnnxConfig,
@@ -30,6 +30,10 @@ from distill_llm.models.checkpoint import load_pretrained
 
 ROWS, TOKENS = 2, 16
 """Size of the batch that a graph is traced with."""
+
+
+def check(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Nothing is known of a family before its model is traced."""
 
 
 def write(model_dir: Path, output: Path, quantize: str) -> Exported:
