@@ -36,7 +36,7 @@ from distill_llm.models.finding import (
 from distill_llm.models.limits import length_faults, limits_of, longest_input, room_faults
 from distill_llm.models.quantized import quantization_faults
 from distill_llm.recipe.pruning import PruningSection
-from distill_llm.recipe.recipe import RECIPE, Recipe
+from distill_llm.recipe.recipe import BACKUP, RECIPE, STATE, Recipe
 from distill_llm.report.hub import check_push
 from distill_llm.teachers.cache import CachedTeacher
 
@@ -87,7 +87,7 @@ def open_recipe(recipe: Recipe) -> Opened:
     found.ask(_response_faults, recipe, task, shorter)
     paired = found.run(_check_layer_pairs, recipe, teacher, teacher if name is None else student)
     found.run(lambda: check_training(recipe, data, _projected(student, teacher)))
-    found.run(usable_output, recipe.output_dir, "output_dir", RECIPE)
+    found.run(usable_output, recipe.output_dir, "output_dir", (RECIPE, STATE, BACKUP))
     found.run(_check_hub, recipe)
     found.run(check_export, recipe, student or teacher)
     whole = found.run(skeleton, teacher, task)

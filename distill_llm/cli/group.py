@@ -12,10 +12,14 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 _NoArguments = next(kind for kind in _UsageError.__subclasses__() if kind.__name__ == "NoArgsIsHelpError")
 
 
+ARGUMENTS = "distill_llm.arguments"
+
+
 class CommandGroup(typer.core.TyperGroup):
     """Turns bad input into lines on stderr and exit code 2."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta[ARGUMENTS] = list(args)
         try:
             return super().parse_args(ctx, args)
         except _NoArguments:
@@ -56,6 +60,11 @@ def _hint(error: Any) -> str:
     settings = (error.ctx.params.get("settings") if error.ctx is not None else None) or []
     bare = next((text for text in settings if "=" not in text), None)
     return f" (--set takes one argument: --set {bare}=VALUE)" if bare else ""
+
+
+def arguments_of(context: typer.Context) -> list[str]:
+    """The words behind `distill-llm` on the command line."""
+    return context.meta[ARGUMENTS]
 
 
 def is_main_process() -> bool:

@@ -14,6 +14,7 @@ from distill_llm.cli.evaluate import evaluate
 from distill_llm.cli.export import EXAMPLE as EXPORT
 from distill_llm.cli.export import export
 from distill_llm.cli.group import CommandGroup
+from distill_llm.cli.launching import shareable
 from distill_llm.cli.lists import families, recipes
 from distill_llm.cli.profile import EXAMPLE as PROFILE
 from distill_llm.cli.profile import profile
@@ -30,15 +31,15 @@ app = typer.Typer(
 )
 
 for _command, _example in (
-    (run, RUN),
-    (distill, DISTILL),
-    (prune, PRUNE),
+    (shareable(run), RUN),
+    (shareable(distill), DISTILL),
+    (shareable(prune), PRUNE),
     (evaluate, EVALUATE),
     (profile, PROFILE),
     (export, EXPORT),
     (push, PUSH),
-    (respond, RESPOND),
-    (cache, CACHE),
+    (shareable(respond), RESPOND),
+    (shareable(cache), CACHE),
     (recipes, "Example: distill-llm recipes"),
     (families, "Example: distill-llm families"),
 ):

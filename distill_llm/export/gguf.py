@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFWriter, LlamaFileType
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from distill_llm.architectures.families import dims_of, width_of
 from distill_llm.common.errors import InputError
@@ -18,6 +18,7 @@ from distill_llm.export.gguf_layouts import LayerSize, Layout, check_config, lay
 from distill_llm.export.gguf_tensors import tensors_of
 from distill_llm.export.gguf_tokenizer import Vocabulary, vocabulary_of
 from distill_llm.models.checkpoint import load_pretrained
+from distill_llm.models.configs import open_tokenizer
 
 TYPES = {
     "f32": (Type.F32, LlamaFileType.ALL_F32),
@@ -47,7 +48,7 @@ def write(model_dir: Path, output: Path, quantize: str) -> Exported:
     """
     model = load_pretrained(model_dir)
     layout, sizes = layout_of(model)
-    tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
+    tokenizer = open_tokenizer(model_dir, model.config)
     vocabulary = vocabulary_of(tokenizer, _rows(model))
     kind, file_type = TYPES[quantize]
     with written_whole(output) as own:

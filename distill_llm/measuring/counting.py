@@ -1,20 +1,18 @@
 """What can be counted of one forward pass, exactly and without a clock: parameters, FLOPs and peak memory."""
 
-import weakref
 from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
 from distill_llm.architectures.families import layers_of
 from distill_llm.architectures.modes import evaluating, frozen
 from distill_llm.common.errors import InputError, raise_all
+from distill_llm.measuring.live import LiveStorages
+from distill_llm.models.adapters import adapter_faults
 from distill_llm.models.limits import length_faults, limits_of
 
 
@@ -34,13 +32,19 @@ def count_flops(model: PreTrainedModel, batch_size: int = 32, sequence_length: i
         InputError: as `profile`.
     """
     inputs = full_length_inputs(model, batch_size, sequence_length)
-    kernels = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math_for_mps")
-    formulas = {getattr(torch.ops.aten, kernel): _attention_flops for kernel in kernels}
-    counter = FlopCounterMode(display=False, custom_mapping=formulas)
+    counter = flop_counter()
     # The counter follows what requires gradients into modules, and stumbles over a parameter's view (DeBERTa's positions).
     with frozen(model), torch.no_grad(), counter:
         model(**inputs)
     return counter.get_total_flops()
+
+
+def flop_counter() -> FlopCounterMode:
+    """Counts what is dispatched inside it, attention on a CPU and on MPS too."""
+    flash, math = "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math_for_mps"
+    formulas: dict[Any, Any] = {getattr(torch.ops.aten, kernel): _attention_flops for kernel in (flash, math)}
+    formulas[getattr(torch.ops.aten, f"{flash}_backward")] = _attention_backward_flops
+    return FlopCounterMode(display=False, custom_mapping=formulas)
 
 
 def weights_memory(model: nn.Module) -> int:
@@ -72,10 +76,11 @@ def full_length_inputs(model: PreTrainedModel, batch_size: int, sequence_length:
     A multiple-choice head gets (B, 1, T): as many sequences as any other, each the one choice of its question.
 
     Raises:
-        InputError: a size below 1, or more tokens than the model has positions for.
+        InputError: a size below 1, more tokens than the model has positions for, or adapters that are not merged.
     """
     at_least_one("batch_size", batch_size)
     at_least_one("sequence_length", sequence_length)
+    raise_all(adapter_faults(model))
     limits = limits_of(model.config, type(model).__name__)
     raise_all(length_faults(limits, sequence_length, "sequence_length"))
     vocabulary = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
@@ -102,6 +107,14 @@ def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: 
     return 2 * batch * heads * length * key[-2] * (width + value[-1])
 
 
+def _attention_backward_flops(
+    _: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *__: Any, **___: Any
+) -> int:
+    """Scores once more, and a product each for the gradients of probabilities, values, queries and keys."""
+    batch, heads, length, width = query
+    return 2 * batch * heads * length * key[-2] * (3 * width + 2 * value[-1])
+
+
 def _peak_memory(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> int:
     weights = weights_memory(model)
     if model.device.type == "cuda":
@@ -111,33 +124,6 @@ def _peak_memory(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> 
         torch.cuda.reset_peak_memory_stats(model.device)
         model(**inputs)
         return weights + torch.cuda.max_memory_allocated(model.device) - before
-    with _LiveStorages([*model.parameters(), *model.buffers(), *inputs.values()]) as live:
+    with LiveStorages([*model.parameters(), *model.buffers(), *inputs.values()]) as live:
         model(**inputs)
     return weights + live.peak
-
-
-class _LiveStorages(TorchDispatchMode):
-    """Follows the storages that operations create, except `known` ones; `peak` is the most bytes alive at once."""
-
-    def __init__(self, known: list[torch.Tensor]):
-        super().__init__()
-        self.now = self.peak = 0
-        self.seen = WeakIdKeyDictionary({tensor.untyped_storage(): None for tensor in known})
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
-                self._follow(leaf.untyped_storage())
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        if storage not in self.seen:
-            size = storage.nbytes()
-            self.seen[storage] = None
-            self.now += size
-            weakref.finalize(storage, self._freed, size)
-
-    def _freed(self, size: int) -> None:
-        self.now -= size

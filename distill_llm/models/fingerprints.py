@@ -8,10 +8,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from distill_llm.common.errors import InputError
+from distill_llm.common.seals import Seal, seal_of
 from distill_llm.data.special_tokens import token_rules
+
+WEIGHTS = ("*.safetensors", "*.bin")
+OTHERS = ("config.json", "generation_config.json", "chat_template*", "*.py", "*.index.json")
+TOKENIZERS = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
+
+
+def checkpoint_identity(path: str, config: PreTrainedConfig, known: Any = None) -> Seal | str:
+    """What tells a checkpoint from another one under the same name: of a folder the seal of its files, else the revision.
+
+    The files are those that make the model and its tokens: config, tokenizer, code, and weights (safetensors where there are
+    any). Cards, scores and other things beside them may change.
+
+    Args:
+        path: a folder or a Hub id.
+        config: the checkpoint's; of a Hub id it knows the revision.
+        known: an earlier identity, which saves reading large files that it still fits.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return f"revision {getattr(config, '_commit_hash', None)}"
+    weights = next((found for pattern in WEIGHTS if (found := [*folder.glob(pattern)])), [])
+    beside = {file for pattern in (*OTHERS, *TOKENIZERS) for file in folder.glob(pattern)}
+    return seal_of([*weights, *beside], folder, known if isinstance(known, dict) else None)
 
 
 def teacher_fingerprint(teacher: PreTrainedModel | str | Path) -> str:

@@ -60,11 +60,14 @@ class OutputHead:
 def output_head(model: PreTrainedModel) -> OutputHead | None:
     """The output map of a causal or masked language model; None where its logits cannot be computed outside the model.
 
+    None under ZeRO-3 too: it lets a weight go after its module's forward, and brings it back for the gradient of the module's
+    outputs alone.
+
     None for other kinds of models, for a map that is no plain linear layer (quantised, or with an adapter), and for a model
     that does more to its logits than scale and cap them as its config says. A forward of one token shows that.
     """
     linear = model.get_output_embeddings()
-    if not is_language_model(model) or not isinstance(linear, nn.Linear):
+    if not is_language_model(model) or not isinstance(linear, nn.Linear) or is_deepspeed_zero3_enabled():
         return None
     if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
         return None
@@ -73,8 +76,7 @@ def output_head(model: PreTrainedModel) -> OutputHead | None:
     except InputError:
         return None
     found = OutputHead(linear, head.scale, head.softcap)
-    # Sharded by ZeRO-3, a model has no weights outside of its engine.
-    return found if is_deepspeed_zero3_enabled() or _finishes_as_said(model, found) else None
+    return found if _finishes_as_said(model, found) else None
 
 
 def head_of(model: PreTrainedModel, transformed: bool = False) -> Head:

@@ -1,24 +1,27 @@
 """The run folder: what is done is on disk, written whole or not at all, so the same command continues after a stop."""
 
-import json
-import shutil
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from accelerate.utils.memory import clear_device_cache
-from transformers import TrainerCallback
 
-from distill_llm.common.errors import InputError
+from distill_llm.common.errors import InputError, raise_all
 from distill_llm.common.files import written_whole
 from distill_llm.common.outputs import usable_output
 from distill_llm.common.processes import open_processes
+from distill_llm.common.seals import Seal, broken, differences, seal_of
+from distill_llm.pipeline.inputs import Inputs, changes
+from distill_llm.pipeline.lost import Lost, lost
 from distill_llm.pipeline.stage import Result, Stage, stale
-from distill_llm.recipe.recipe import RECIPE
+from distill_llm.pipeline.state import State, read_state, write_state
+from distill_llm.pruning.statistics.processes import from_main_process
+from distill_llm.recipe.recipe import BACKUP, RECIPE, STATE
 
-COMPLETE = "complete"
+CARD = "README.md"
 FREE = ("output_dir", "description")
 """Sections of a recipe that may change in any run: a folder can be moved. So may those that a stage alone reads."""
 
@@ -33,69 +36,142 @@ class RunFolder:
         recipe_yaml: the resolved recipe, kept as `recipe.yaml`. Stages that it makes stale are forgotten, to be done anew.
         stages: of the recipe.
         own_sections: sections of the recipe that a stage alone reads.
+        inputs: makes the fingerprints of what the recipe names, given those of the first start.
+
+    Attributes:
+        notes: lines for the user, on what is done again since its files are gone or damaged.
 
     Raises:
-        InputError: if the folder holds a run of another recipe, or files that are not a run's.
+        InputError: if the folder holds a run of another recipe, files that are not a run's, or a trained model that is damaged;
+            or if something that the recipe names has changed.
     """
 
     def __init__(
-        self, folder: Path, recipe_yaml: str, stages: Sequence[Stage] = (), own_sections: Collection[str] = ()
+        self,
+        folder: Path,
+        recipe_yaml: str,
+        stages: Sequence[Stage] = (),
+        own_sections: Collection[str] = (),
+        inputs: Callable[[Inputs], Inputs] | None = None,
     ):
-        self.folder = folder
-        self.processes = open_processes()
-        own = folder / RECIPE
-        usable_output(folder, begun=RECIPE)
-        before = own.read_text() if own.is_file() else None
+        self.folder, self.stages, self.processes = folder, stages, open_processes()
+        usable_output(folder, begun=(RECIPE, STATE, BACKUP))
+        recipe, known = yaml.safe_load(recipe_yaml), read_state(folder)
+        before = known.recipe if known is not None else _recipe_in(folder)
         if before is not None:
-            _same_recipe(folder, before, recipe_yaml, {*FREE, *own_sections})
-        self.processes.wait_for_everyone()
+            _same_recipe(folder, before, recipe, {*FREE, *own_sections})
+        own = inputs(known.inputs if known is not None else {}) if inputs and self.processes.is_main_process else {}
+        own = from_main_process(own)
+        if known is not None:
+            raise_all(changes(known.inputs, own, recipe))
+        found = Lost()
         if self.processes.is_main_process:
-            recipes = [yaml.safe_load(text) for text in (before or recipe_yaml, recipe_yaml)]
-            self._forget(stale(stages, self.results.keys(), *recipes))
-        if self.processes.is_main_process and before != recipe_yaml:
-            with written_whole(own) as path:
-                path.write_text(recipe_yaml)
+            self._begin(known or State(recipe, own), known is None, recipe, before or recipe)
+            _keep_recipe(folder, recipe_yaml)
+            found = lost(stages, self.results, self._broken)
+        found = from_main_process(found)
+        raise_all([InputError("output_dir", str(folder / name), fix=fix) for name, fix in found.faults])
+        self.notes, self._again = found.notes, set(found.again)
         self.processes.wait_for_everyone()
 
     @property
-    def results(self) -> dict[str, dict[str, Any]]:
+    def state(self) -> State:
+        """What is on disk."""
+        state = read_state(self.folder)
+        assert state is not None
+        return state
+
+    @property
+    def results(self) -> Mapping[str, dict[str, Any]]:
         """Result of every finished stage by its name."""
-        path = self.folder / "state.json"
-        return json.loads(path.read_text())["stages"] if path.is_file() else {}
+        return self.state.stages
 
     def result(self, stage: Stage) -> Result:
         """The result of a stage: from disk if it is done, else by doing its work and keeping the result."""
         done = self.results
-        if stage.name in done:
+        if stage.name in done and stage.name not in self._again:
             return done[stage.name]
         start = time.monotonic()
-        result = stage.work(done) if stage.together or self.processes.is_main_process else None
+        earlier = {each.name: done[each.name] for each in stage.earlier}
+        result = stage.work(earlier) if stage.together or self.processes.is_main_process else None
         clear_device_cache(garbage_collection=True)  # the models of a stage make room for those of the next
         self.processes.wait_for_everyone()
         if self.processes.is_main_process:
             if missing := [str(path) for path in stage.outputs if not path.exists()]:
                 raise FileNotFoundError(f"stage {stage.name} did not write {', '.join(missing)}")
-            done[stage.name] = {**(result or {}), "seconds": round(time.monotonic() - start, 2)}
             try:
-                self._write(done)
+                self._keep(stage, {**(result or {}), "seconds": round(time.monotonic() - start, 2)})
             except TypeError as error:
                 fix = "return plain JSON from its work: numbers, strings, lists and mappings"
                 raise InputError(f"stage {stage.name}", str(error), fix=fix) from error
+        self._again.discard(stage.name)
         self.processes.wait_for_everyone()
         return self.results[stage.name]
 
-    def _forget(self, names: Collection[str]) -> None:
-        if names:
-            self._write({name: result for name, result in self.results.items() if name not in names})
+    def _begin(self, state: State, is_new: bool, recipe: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+        """Keep the state of this start: without what the recipe made stale."""
+        names = stale(self.stages, state.stages.keys(), before, recipe)
+        self._tidy(
+            names if not is_new else {stage.name for stage in self.stages}
+        )  # a run that nobody knows anything of
+        changed = replace(state.without(names), recipe=recipe)
+        if is_new or changed != state:
+            write_state(self.folder, changed)
 
-    def _write(self, results: Mapping[str, Any]) -> None:
-        with written_whole(self.folder / "state.json") as path:
-            path.write_text(json.dumps({"stages": results}, indent=2) + "\n")
+    def _keep(self, stage: Stage, result: dict[str, Any]) -> None:
+        """Keep a result with the seal of its files. If these are others than before, what was made from them is not done."""
+        state, files = self.state, self._seal(stage)
+        if stage.name in self._again and differences(state.files.get(stage.name, {}), files):
+            others = state.without([stage.name]).stages.keys()
+            names = stale(self.stages, others, {}, {})
+            self._tidy(names)
+            state = state.without(names)
+        write_state(self.folder, state.with_stage(stage.name, result, files))
+
+    def _seal(self, stage: Stage) -> Seal:
+        files = [file for path in stage.outputs for file in ([path] if path.is_file() else path.rglob("*"))]
+        return seal_of(files, self.folder)
+
+    def _broken(self, stage: Stage) -> dict[str, str]:
+        """Files of a finished stage that are gone or damaged. A card may change, as long as there is one: people edit it."""
+        found = broken(self.state.files.get(stage.name, {}), self.folder)
+        edited = {name for name in found if Path(name).name == CARD and (self.folder / name).is_file()}
+        return {
+            name: what for name, what in found.items() if name not in edited or not (self.folder / name).stat().st_size
+        }
+
+    def _tidy(self, names: Collection[str]) -> None:
+        """Remove what stages that are to be done anew would go on with."""
+        for stage in self.stages:
+            if stage.name in names:
+                stage.tidy()
 
 
-def _same_recipe(folder: Path, old: str, new: str, free: Collection[str]) -> None:
+def _recipe_in(folder: Path) -> Mapping[str, Any] | None:
+    """The recipe of a run whose state is gone; None where there is none."""
+    file = folder / RECIPE
+    if not file.is_file():
+        return None
+    try:
+        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if isinstance(recipe, dict):
+            return recipe
+    except (OSError, ValueError, yaml.YAMLError):
+        pass
+    raise InputError("output_dir", str(folder), fix=f"use another one: its {RECIPE} is damaged, and {STATE} is gone")
+
+
+def _keep_recipe(folder: Path, recipe_yaml: str) -> None:
+    """Write `recipe.yaml` where it is another text, or damaged."""
+    file, text = folder / RECIPE, recipe_yaml.encode()
+    if not file.is_file() or file.read_bytes() != text:
+        with written_whole(file) as path:
+            path.write_bytes(text)
+
+
+def _same_recipe(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any], free: Collection[str]) -> None:
     """What decides the student must be as the run was begun with; how the student is timed and pushed may change."""
-    before, after = _deciding(yaml.safe_load(old), free), _deciding(yaml.safe_load(new), free)
+    before, after = _deciding(old, free), _deciding(new, free)
     differing = [key for key in after if before.get(key) != after[key]]
     if differing:
         raise InputError(
@@ -114,26 +190,3 @@ def _deciding(recipe: Mapping[str, Any], free: Collection[str]) -> dict[str, Any
     batches = ("batch_size", "latency") if params else ("batch_size",)
     evaluation = {name: value for name, value in recipe.get("evaluation", {}).items() if name not in batches}
     return {**{name: value for name, value in recipe.items() if name not in free}, "evaluation": evaluation}
-
-
-class MarkComplete(TrainerCallback):
-    """Marks a Trainer's checkpoint as complete once every process has written its part."""
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After the checkpoint of the current step was saved."""
-        processes = open_processes()
-        processes.wait_for_everyone()
-        if processes.is_main_process:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
-
-
-def last_complete_checkpoint(folder: Path) -> str | None:
-    """The newest complete checkpoint in a Trainer's folder. Process 0 removes incomplete ones."""
-    processes = open_processes()
-    if processes.is_main_process:
-        for checkpoint in folder.glob("checkpoint-*"):
-            if not (checkpoint / COMPLETE).is_file():
-                shutil.rmtree(checkpoint)
-    processes.wait_for_everyone()
-    whole = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    return str(whole[-1]) if whole else None

@@ -3,14 +3,17 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from distill_llm.checks.prune import open_pruning
 from distill_llm.checks.recipe import check_cached_rows, open_recipe
-from distill_llm.common.files import written_whole
+from distill_llm.common.files import full_disk_named, written_whole
+from distill_llm.common.locks import alone_in
 from distill_llm.pipeline.context import Context
 from distill_llm.pipeline.folder import RunFolder
+from distill_llm.pipeline.inputs import inputs_of
 from distill_llm.pipeline.stages import own_sections, stages_of
 from distill_llm.pipeline.stages.prune import cut_model, models_to_cut, show
 from distill_llm.recipe.recipe import Recipe, parse_recipe
@@ -33,16 +36,27 @@ def run(recipe: Recipe | Mapping[str, Any], output_dir: str | Path | None = None
         output_dir: the run folder; default: the recipe's own.
 
     Raises:
-        InputError: for anything wrong in the recipe, before any work.
+        InputError: for anything wrong in the recipe, before any work; or where another run is using the folder, a model or rows
+            that the recipe names have changed since the run began, or a file of the run is damaged that cannot be made again.
     """
     recipe = recipe if isinstance(recipe, Recipe) else parse_recipe(dict(recipe))
     if output_dir is not None:
         recipe = recipe.model_copy(update={"output_dir": Path(output_dir).expanduser()})
     context = Context(open_recipe(recipe))
+    with alone_in(context.folder), full_disk_named(context.folder):
+        return _run(context)
+
+
+def _run(context: Context) -> RunResult:
+    """Carry out a checked recipe in a folder that nobody else is using."""
     train = context.data.train  # on all processes at once: reading it waits for process 0
     check_cached_rows(context.opened, train)
     stages = stages_of(context)
-    folder = RunFolder(context.folder, recipe.to_yaml(), stages, own_sections())
+    folder = RunFolder(
+        context.folder, context.recipe.to_yaml(), stages, own_sections(), partial(inputs_of, context.opened)
+    )
+    for note in folder.notes:
+        context.say(note)
     for stage in stages:
         result = folder.result(stage)
         if (parts := stage.line(result)) is not None:
@@ -64,6 +78,13 @@ def prune_recipe(recipe: Recipe) -> Path:
         InputError: before any work, for anything wrong in the recipe or that pruning alone would ignore.
     """
     context = Context(open_pruning(recipe))
+    with alone_in(recipe.output_dir, beside=True), full_disk_named(recipe.output_dir):
+        return _prune(context)
+
+
+def _prune(context: Context) -> Path:
+    """Carry out a checked recipe that only prunes."""
+    recipe = context.recipe
     target, section = recipe.output_dir, recipe.pruning
     assert section is not None and section.keep is not None
     file = section.statistics.expanduser() if section.statistics is not None else None

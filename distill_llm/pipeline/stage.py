@@ -32,6 +32,8 @@ class Stage(ABC):
 
     together: ClassVar[bool] = False
     """Whether all processes do the work together, and process 0's result counts; otherwise process 0 works alone."""
+    trained: ClassVar[bool] = False
+    """Whether training made its model: where that is damaged, the user decides what is done."""
     sections: ClassVar[tuple[str, ...]] = ()
     """Sections of the recipe that this stage alone reads. They may change between two starts of a run."""
 
@@ -49,6 +51,11 @@ class Stage(ABC):
     def inputs(self) -> tuple["Stage", ...]:
         """The earlier stages whose results or files it reads. When one of them is done anew, so is this stage."""
         return ()
+
+    @property
+    def reads(self) -> tuple["Stage", ...]:
+        """The inputs whose files it reads; of the others it reads results alone. They are looked at before the work."""
+        return self.inputs
 
     @property
     def outputs(self) -> tuple[Path, ...]:
@@ -110,8 +117,7 @@ class Stage(ABC):
 def stale(
     stages: Sequence[Stage], done: Collection[str], before: Mapping[str, Any], now: Mapping[str, Any]
 ) -> set[str]:
-    """Names of finished stages that must be done anew: the recipe changed for them, an input of theirs is not done, or a file
-    that they left is gone. A stage that made a student is not done anew for that: it would train again.
+    """Names of finished stages that must be done anew: the recipe changed for them, or an input of theirs is not done.
 
     Args:
         stages: of the recipe as it is now.
@@ -124,8 +130,7 @@ def stale(
     fresh: set[str] = set()
     for stage in stages:
         same = _identity(stage, before) == _identity(stage, now)
-        there = stage.model is not None or all(path.exists() for path in stage.outputs)
-        if stage.name in done and same and there and all(each.name in fresh for each in stage.inputs):
+        if stage.name in done and same and all(each.name in fresh for each in stage.inputs):
             fresh.add(stage.name)
     gone = set(done) - {stage.name for stage in stages}
     found = set(done) - fresh - gone

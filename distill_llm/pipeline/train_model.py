@@ -6,11 +6,11 @@ from typing import Any, Literal
 
 from transformers import EvalPrediction, PreTrainedModel
 
-from distill_llm.common.files import written_whole
+from distill_llm.common.files import full_disk_named, written_whole
 from distill_llm.evaluation.evaluate import compute_metrics
 from distill_llm.models.adapters import merged
+from distill_llm.pipeline.checkpoints import MarkComplete, last_complete_checkpoint
 from distill_llm.pipeline.context import Context
-from distill_llm.pipeline.folder import MarkComplete, last_complete_checkpoint
 from distill_llm.teachers.base import Teacher
 from distill_llm.training.config import DistillationConfig
 from distill_llm.training.trainer import DistillationTrainer
@@ -53,8 +53,10 @@ def train_model(
         callbacks=[MarkComplete()],
     )
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(work))
-    weights = trainer.accelerator.get_state_dict(trainer.model) if sharded else None
+    with full_disk_named(work):
+        trainer.train(resume_from_checkpoint=last_complete_checkpoint(work))
+    engine = trainer.model_wrapped  # DeepSpeed's, or the model of FSDP
+    weights = trainer.accelerator.get_state_dict(engine) if sharded else None
     if run.processes.is_main_process:
         with written_whole(target, folder=True) as path:
             run.save(merged(trainer.accelerator.unwrap_model(trainer.model)), path, weights)

@@ -24,8 +24,8 @@ from distill_llm.recipe.sections import (
 from distill_llm.recipe.training_fields import with_defaults
 from distill_llm.recipe.yaml_input import override, read_yaml
 
-RECIPE = "recipe.yaml"
-"""The resolved recipe's name in a run folder."""
+RECIPE, STATE, BACKUP = "recipe.yaml", "state.json", "state.backup.json"
+"""Files of a run folder: the resolved recipe, what is done, and a copy of that. A folder with one of them is a run's."""
 
 
 class Recipe(Section):

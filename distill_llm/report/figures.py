@@ -7,6 +7,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from distill_llm.common.files import written_whole
+
 INK, MUTED, EMPTY = "#2b2d33", "#8a8f98", "#e4e6ea"
 STAGES = {
     "pruned": ("#c8553d", "v"),
@@ -137,6 +139,6 @@ def _bare(axes: Axes) -> Axes:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
+    with written_whole(path) as file:
+        figure.savefig(file, format="png")
     return path

@@ -45,8 +45,8 @@ def run_script(script: str, *arguments: object, processes: int = 1, **variables:
     return Started(script, *arguments, processes=processes, **variables).output()
 
 
-def run_recipe(file: Path, out: Path, launcher: tuple[str, ...] = (), *settings: str) -> subprocess.Popen:
+def run_recipe(file: Path, out: Path, options: tuple[str, ...] = (), *settings: str) -> subprocess.Popen:
     """`distill-llm run` as a process of its own; what it prints, errors too, is in its standard output."""
     sets = [part for setting in settings for part in ("--set", setting)]
-    line = [sys.executable, *launcher, "-m", "distill_llm", "run", str(file), "--output-dir", str(out), *sets]
+    line = [sys.executable, "-m", "distill_llm", "run", str(file), "--output-dir", str(out), *options, *sets]
     return subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from distill_llm.measuring.counting import _LiveStorages
+from distill_llm.measuring.live import LiveStorages
 from distill_llm.pruning.importance import Importance
 from distill_llm.pruning.plan import LayerPlan, PruningPlan
 from distill_llm.pruning.statistics.collecting import collect_statistics
@@ -126,7 +126,7 @@ def inputs_of(modules: list[nn.Module]) -> Iterator[dict[int, torch.Tensor]]:
         handle.remove()
 
 
-class Held(_LiveStorages):
+class Held(LiveStorages):
     """Bytes of tensors, but for those on the meta device, which hold nothing."""
 
     def _follow(self, storage):

@@ -1,4 +1,6 @@
-"""FSDP2 on processors: accelerate shards on accelerators only."""
+"""FSDP2 and ZeRO-3 on processors: accelerate shards on accelerators only."""
+
+import os
 
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
@@ -22,6 +24,10 @@ def shard_on_processors() -> None:
     def then_told(config: DistillationConfig) -> None:
         own(config)
         assert config.device.type == "cpu"
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        zero = os.environ.get("ACCELERATE_USE_DEEPSPEED")
+        PartialState._shared_state["distributed_type"] = (
+            DistributedType.DEEPSPEED if zero else DistributedType.MULTI_GPU
+        )
+        PartialState._shared_state["_cpu"] = not zero
 
     DistillationConfig.__post_init__ = then_told

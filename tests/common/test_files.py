@@ -1,10 +1,16 @@
 """Files and folders that are written whole or not at all."""
 
+import errno
 import os
+import resource
+import signal
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from distill_llm.common.files import written_whole
+from distill_llm.common.errors import InputError
+from distill_llm.common.files import full_disk_named, written_whole
 
 
 def names(folder):
@@ -34,7 +40,8 @@ def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, order):
         path.write_text("whole")
         assert names(path.parent) == [path.name] and path.suffix == ".partial"
     number = (tmp_path / "new" / "file").stat().st_ino
-    assert order == [("fsync", number), ("replace", number)]
+    above = (tmp_path / "new").stat().st_ino
+    assert order == [("fsync", number), ("replace", number), ("fsync", above)], "the swap is on the disk, too"
     assert names(tmp_path / "new") == ["file"] and (tmp_path / "new" / "file").read_text() == "whole"
 
 
@@ -44,8 +51,10 @@ def test_all_files_of_a_folder_are_on_the_disk_before_it_takes_its_place(tmp_pat
         for name in ("weights", "code/own.py"):
             (path / name).write_text(name)
     inodes = {(tmp_path / "model" / name).stat().st_ino for name in ("weights", "code/own.py")}
-    assert {number for kind, number in order[:-1]} == inodes
-    assert [kind for kind, _ in order] == ["fsync", "fsync", "replace"]
+    folders = {(tmp_path / name).stat().st_ino for name in ("model", "model/code")}
+    assert {number for kind, number in order[:-2]} == inodes | folders
+    assert [kind for kind, _ in order] == ["fsync"] * 4 + ["replace", "fsync"]
+    assert order[-1][1] == tmp_path.stat().st_ino
 
 
 @pytest.mark.parametrize("folder", [False, True])
@@ -78,3 +87,46 @@ def test_a_folder_that_a_killed_process_left_is_cleared(tmp_path):
         path.mkdir()
         (path / "whole").write_text("")
     assert names(tmp_path) == ["it"] and names(tmp_path / "it") == ["whole"]
+
+
+WRITERS = {
+    "python": lambda path: path.write_bytes(bytes(1 << 20)),
+    "torch": lambda path: torch.save(torch.zeros(1 << 18), path),
+    "safetensors": lambda path: save_file({"x": torch.zeros(1 << 18)}, path),
+}
+
+
+@pytest.fixture
+def small_disk():
+    """A process whose files may not be larger than 64 KB, as on a disk that is nearly full."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_disk_that_fills_up_is_one_line_with_the_path_and_leaves_nothing(tmp_path, small_disk, writer):
+    (tmp_path / "it").write_text("before")
+    with pytest.raises(InputError) as caught, written_whole(tmp_path / "it") as path:
+        WRITERS[writer](path)
+    assert str(caught.value).startswith(
+        f"disk: got {str(tmp_path / 'it')!r}; make room, then run the same command again: "
+    )
+    assert names(tmp_path) == ["it"] and (tmp_path / "it").read_text() == "before"
+
+
+def test_other_errors_stay_what_they_are(tmp_path):
+    for error in (OSError(errno.EACCES, "denied"), RuntimeError("wrong"), InputError("a", 1, "2")):
+        with pytest.raises(type(error)) as caught, full_disk_named(tmp_path):
+            raise error
+        assert caught.value is error
+
+
+def test_a_full_disk_behind_another_error_is_found(tmp_path):
+    with pytest.raises(InputError, match="No space left"), full_disk_named(tmp_path):
+        try:
+            raise OSError(errno.ENOSPC, "x")
+        except OSError as error:
+            raise RuntimeError("a library's own words") from error

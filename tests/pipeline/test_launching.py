@@ -1,4 +1,4 @@
-"""The launch configurations of recipes/accelerate: what accelerate reads in them, and a whole run under FSDP2."""
+"""The launch configurations of recipes/accelerate: what accelerate reads in them, and whole runs under FSDP2 and ZeRO-3."""
 
 from pathlib import Path
 
@@ -7,21 +7,23 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from builders.causal import causal_model, word_tokenizer
 from builders.processes import run_script
 
 from distill_llm import load_pretrained
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "accelerate"
-KINDS = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "deepspeed": "DEEPSPEED"}
+KINDS = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}
 
 
 def variables(name):
     """What `accelerate launch` sets for a configuration."""
     arguments = launch_command_parser().parse_args(["--config_file", str(FOLDER / f"{name}.yaml"), "script.py"])
-    arguments, _, _ = _validate_launch_command(arguments)
-    return prepare_multi_gpu_env(arguments)
+    arguments, config, _ = _validate_launch_command(arguments)
+    if arguments.use_deepspeed:
+        arguments.deepspeed_fields_from_accelerate_config = ",".join(config.deepspeed_config)
+    return prepare_deepspeed_cmd_env(arguments)[1] if arguments.use_deepspeed else prepare_multi_gpu_env(arguments)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -33,7 +35,10 @@ def test_accelerate_reads_every_launch_configuration(name):
 
 
 @pytest.mark.slow
-def test_a_run_under_the_settings_of_fsdp2_ends_with_the_student_of_one_process(tmp_path):
+@pytest.mark.parametrize("name", ["fsdp2", "zero3"])
+def test_a_run_under_the_settings_of_sharding_ends_with_the_student_of_one_process(tmp_path, name):
+    if name == "zero3":
+        pytest.importorskip("deepspeed")
     for part in (causal_model(max_position_embeddings=64), word_tokenizer()):
         part.save_pretrained(tmp_path / "teacher")
     draw = torch.Generator().manual_seed(0)
@@ -47,7 +52,7 @@ def test_a_run_under_the_settings_of_fsdp2_ends_with_the_student_of_one_process(
         "evaluation": {"latency": {"batch_size": 2, "sequence_length": 8}},
     }
     sizes = {1: 8, 2: 4}
-    sharded = {name: value for name, value in variables("fsdp2").items() if name.startswith(("FSDP", "ACCELERATE"))}
+    sharded = {key: value for key, value in variables(name).items() if key.startswith(("FSDP", "ACCELERATE"))}
     students = []
     for processes in sizes:
         recipe["distillation"]["per_device_train_batch_size"] = sizes[processes]
@@ -55,5 +60,5 @@ def test_a_run_under_the_settings_of_fsdp2_ends_with_the_student_of_one_process(
         run_script("run_sharded.py", tmp_path, processes=processes, **(sharded if processes > 1 else {}))
         students.append(load_pretrained(tmp_path / f"run-{processes}" / "student").state_dict())
     assert students[0].keys() == students[1].keys()
-    for name, tensor in students[0].items():
-        torch.testing.assert_close(students[1][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+    for key, tensor in students[0].items():
+        torch.testing.assert_close(students[1][key], tensor, rtol=1e-3, atol=1e-5, msg=key)

@@ -12,7 +12,7 @@ from builders.recipes import write_recipe
 from builders.runs import same, two_rounds, weights
 
 import distill_llm
-from distill_llm.pipeline import folder as run_folder
+from distill_llm.pipeline.checkpoints import MarkComplete
 from distill_llm.training.trainer import DistillationTrainer
 
 
@@ -29,10 +29,10 @@ def killed_at(event: int, monkeypatch) -> None:
         if left[0] == 0:
             raise Killed
 
-    step, swap, mark = DistillationTrainer.training_step, os.replace, run_folder.MarkComplete.on_save
+    step, swap, mark = DistillationTrainer.training_step, os.replace, MarkComplete.on_save
     monkeypatch.setattr(DistillationTrainer, "training_step", lambda *a, **k: (due(), step(*a, **k))[1])
     monkeypatch.setattr(os, "replace", lambda *a: (due(), swap(*a))[1])
-    monkeypatch.setattr(run_folder.MarkComplete, "on_save", lambda *a, **k: (due(), mark(*a, **k))[1])
+    monkeypatch.setattr(MarkComplete, "on_save", lambda *a, **k: (due(), mark(*a, **k))[1])
 
 
 @pytest.mark.parametrize("events", [[14], *slow([2, 11, 9, 5, 16, 13, 12, 19, 11, 17, 13])], ids=len)

@@ -3,20 +3,30 @@
 import pytest
 import torch
 import yaml
-from builders.processes import ROOT, run_recipe
+from builders.processes import run_recipe
 from builders.recipes import write_model, write_recipe
 from builders.runs import two_rounds, weights, write_learnable_rows
 
-LAUNCH = ("-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes/accelerate/ddp.yaml"))
+TWO = ("--accelerate", "ddp", "--processes", "2")
 
 
 @pytest.mark.slow
 def test_two_processes_run_from_a_teacher_that_is_trained_already(finished, inputs):
     given = {**two_rounds(inputs), "teacher": {"model": str(inputs / "uninterrupted" / "teacher")}}
-    run = run_recipe(write_recipe(inputs, given), inputs / "untrained", LAUNCH)
+    run = run_recipe(write_recipe(inputs, given), inputs / "untrained", TWO)
     output, _ = run.communicate(timeout=300)
     assert run.returncode == 0, output
     assert (inputs / "untrained" / "metrics.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_fault_that_the_processes_find_is_one_line_and_exit_code_2(inputs):
+    given = {**two_rounds(inputs), "teacher": {"model": str(inputs / "nowhere")}}
+    run = run_recipe(write_recipe(inputs, given), inputs / "nothing", TWO)
+    output, _ = run.communicate(timeout=300)
+    assert run.returncode == 2, output
+    assert [line for line in output.splitlines() if "nowhere" in line and line.startswith("error: teacher.model")]
+    assert "Traceback" not in output and not (inputs / "nothing").exists()
 
 
 @pytest.mark.slow
@@ -40,7 +50,7 @@ def test_two_processes_give_what_one_gives_on_the_same_global_batch(inputs):
     output, _ = one.communicate()
     assert one.returncode == 0, output
     halved = [f"{stage}.per_device_train_batch_size=2" for stage in ("teacher.train", "distillation")]
-    two = run_recipe(file, folder / "two", LAUNCH, *halved)
+    two = run_recipe(file, folder / "two", TWO, *halved)
     output, _ = two.communicate()
     assert two.returncode == 0, output
     for number in (1, 2):

@@ -18,6 +18,7 @@ from distill_llm.common.files import written_whole
 from distill_llm.pipeline import stages
 from distill_llm.pipeline.context import Context
 from distill_llm.pipeline.folder import RunFolder
+from distill_llm.pipeline.lost import lost
 from distill_llm.pipeline.stage import Stage, stale
 from distill_llm.pipeline.stages.report import Report
 from distill_llm.recipe.recipe import parse_recipe
@@ -98,7 +99,7 @@ def test_a_stage_added_to_a_finished_run_is_the_only_one_done(given, tmp_path, r
 class Part(Stage):
     """A stage with a letter for a name, made from other letters and from the recipe's field of its own name."""
 
-    letter, reads = "", ()
+    letter, from_ = "", ()
 
     @property
     def name(self) -> str:
@@ -106,7 +107,7 @@ class Part(Stage):
 
     @property
     def inputs(self) -> tuple[Stage, ...]:
-        return tuple(each for each in self.earlier if each.name in self.reads)
+        return tuple(each for each in self.earlier if each.name in self.from_)
 
     def identity(self, recipe) -> object:
         return recipe.get(self.letter)
@@ -118,7 +119,7 @@ class Part(Stage):
 def parts(reads: dict[str, str]) -> list[Stage]:
     made: list[Stage] = []
     for letter, names in reads.items():
-        kind = type(letter, (Part,), {"letter": letter, "reads": tuple(names)})
+        kind = type(letter, (Part,), {"letter": letter, "from_": tuple(names)})
         made.append(kind(SimpleNamespace(), tuple(made)))
     return made
 
@@ -191,21 +192,42 @@ def test_two_stages_of_one_name_are_refused_before_any_work(given, added, tmp_pa
     assert added == []
 
 
-def test_a_stage_whose_file_is_gone_is_done_again_but_no_model_is_trained_again(tmp_path):
-    class Lost(Part):
-        outputs = (tmp_path / "gone.json",)
-
-    class Student(Lost):
-        model = tmp_path / "gone"
-
-    def made(kind):
-        first = type("First", (kind,), {"letter": "a"})(SimpleNamespace())
-        return [first, type("Second", (Part,), {"letter": "b", "reads": ("a",)})(SimpleNamespace(), (first,))]
-
-    assert stale(made(Lost), "ab", {}, {}) == {"a", "b"}
-    assert stale(made(Student), "ab", {}, {}) == set()
-    (tmp_path / "gone.json").write_text("{}")
-    assert stale(made(Lost), "ab", {}, {}) == set()
+@pytest.mark.parametrize(
+    ("done", "broken", "again", "fault", "note"),
+    [
+        ("tpsr", {}, "", "", ""),
+        ("tpsr", {"r": "gone"}, "r", "", "r: done again, since r/file is gone"),
+        ("tpsr", {"r": "changed"}, "r", "", "r: done again, since r/file is damaged"),
+        ("tpsr", {"t": "gone", "p": "gone", "s": "gone"}, "", "", ""),  # nothing is to be done
+        ("tpsr", {"p": "changed"}, "", "", "note: p/file is damaged; this run does not need it"),
+        ("tp", {"p": "changed"}, "p", "", "p: done again, since p/file is damaged"),
+        ("tp", {"t": "gone"}, "t", "", "t: done again, since t/file is gone"),
+        (
+            "tp",
+            {"t": "changed"},
+            "",
+            "put it back, or remove t/ beside it to have it trained again: it is damaged, and s",
+            "",
+        ),
+        ("tps", {"p": "changed"}, "", "", "note: p/file is damaged; this run does not need it"),
+        ("tps", {"s": "gone", "p": "gone"}, "sp", "", "p: done again, since p/file is gone"),
+        ("tpsr", {"r": "gone", "s": "gone", "p": "gone", "t": "gone"}, "rspt", "", "t: done again"),
+    ],
+)
+def test_what_is_lost_is_made_again_where_it_is_needed(tmp_path, done, broken, again, fault, note):
+    """A teacher and a student, both trained, with a pruned model between them; and a report that reads the two."""
+    made: list[Stage] = []
+    for letter, names, trained in (("t", "", True), ("p", "t", False), ("s", "tp", True), ("r", "ts", False)):
+        own = {"model": None if letter == "r" else tmp_path / letter, "outputs": (tmp_path / letter,)}
+        kind = type(letter, (Part,), {"letter": letter, "from_": tuple(names), "trained": trained, **own})
+        made.append(kind(SimpleNamespace(), tuple(made)))
+        if broken.get(letter) != "gone":
+            (tmp_path / letter).mkdir()
+    found = lost(made, done, lambda stage: {f"{stage.name}/file": broken[stage.name]} if stage.name in broken else {})
+    assert found.again == set(again)
+    assert [name for name, _ in found.faults] == (["t/file"] if fault else [])
+    assert all(fix.startswith(fault) for _, fix in found.faults)
+    assert (found.notes[0] if found.notes else "").startswith(note) and bool(note) == bool(found.notes)
 
 
 def test_a_file_of_the_page_that_was_deleted_is_written_again(given, added, tmp_path):

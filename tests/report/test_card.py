@@ -188,7 +188,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
     write_card(folder, metrics(), RECIPE)
     before = (folder / name).read_text()
     fill_disk(monkeypatch)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(InputError, match="^disk: got .*: No space"):
         write_card(folder, metrics(task="mrpc"), RECIPE)
     assert (folder / name).read_text() == before and not list(folder.glob("*.partial"))
 

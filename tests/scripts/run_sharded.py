@@ -13,6 +13,6 @@ import distill_llm
 from distill_llm.recipe.recipe import load_recipe
 
 folder = Path(sys.argv[1])
-if os.environ.get("ACCELERATE_USE_FSDP"):
+if os.environ.get("ACCELERATE_USE_FSDP") or os.environ.get("ACCELERATE_USE_DEEPSPEED"):
     shard_on_processors()
 distill_llm.run(load_recipe(str(folder / "own.yaml")), folder / f"run-{os.environ.get('WORLD_SIZE', '1')}")

@@ -51,8 +51,8 @@ class Prune(Stage):
 
     @property
     def outputs(self) -> tuple[Path, ...]:
-        """The plan and the pruned student."""
-        return self._folder / "plan.json", self.model
+        """The plan with its picture, and the pruned student."""
+        return self._folder / "plan.json", self._folder / "plan.png", self.model
 
     @property
     def model(self) -> Path:

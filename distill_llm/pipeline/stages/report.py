@@ -21,10 +21,16 @@ class Report(Stage):
         return self.earlier
 
     @property
+    def reads(self) -> tuple[Stage, ...]:
+        """The teacher and the student as it is."""
+        return self.teacher, self.student
+
+    @property
     def outputs(self) -> tuple[Path, ...]:
         """The files of a finished run."""
         run = self.run
-        return run.student_dir, run.metrics_file, run.report_file
+        figures = (run.folder / "figures",) if run.recipe.pruning is not None else ()
+        return run.student_dir, run.metrics_file, run.report_file, *figures
 
     def identity(self, recipe: Mapping[str, Any]) -> Any:
         """How the student is scored and timed."""

@@ -15,6 +15,7 @@ class Teacher(Stage):
     """Leaves `teacher/`, or takes the teacher as it is."""
 
     together = True
+    trained = True
     name = "teacher"
 
     @property

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from distill_llm.architectures.configuration_pruned import pruned_config_class
 from distill_llm.architectures.families import dims_of, family_of, layers_of
 from distill_llm.architectures.lineage import LAYER_UNITS, ModelPlan, compose, lineage_of
 from distill_llm.architectures.modeling_pruned import (
@@ -70,7 +71,7 @@ def prune(
         repaired |= repaired_stream(model, plan.layers, torch.tensor(plan.hidden), compensate)
     stock = stock_record(model.config)
     student = _structure_of(model)
-    shrink(student, plan, lineage=lineage, values=True)
+    shrink(student, plan, lineage=lineage)
     modules: dict[str, Any] = dict(student.named_modules())
     for name, (weight, bias) in repaired.items():
         if (module := modules.get(name)) is None:  # of an attention that is gone
@@ -85,6 +86,11 @@ def prune(
         become_stock(student, base)
     except NotStock:
         student.__class__ = pruned_class(base)
+        student.config.__class__ = pruned_config_class(type(student.config))
+        if student.base_model is student:
+            # transformers learns which outputs a class records when the first model of the class is made.
+            with torch.device("meta"):
+                type(student)(copy.deepcopy(student.config))
     return student.requires_grad_(True).train(model.training)
 
 

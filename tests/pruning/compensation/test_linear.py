@@ -7,7 +7,7 @@ from builders.models import random_batch, tiny_model
 from builders.pruning import collect, inputs_of, layers_in, linears_in, plan_of, without
 
 from distill_llm.common.errors import InputError
-from distill_llm.measuring.counting import _LiveStorages
+from distill_llm.measuring.live import LiveStorages
 from distill_llm.pruning.compensation.linear import RIDGE, compensate_linear
 from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.plan import full_plan, keep_layers
@@ -45,7 +45,7 @@ def test_sums_are_freed_as_means_are_made_and_these_are_symmetric():
     total = MomentsSum(64, torch.device("cpu"))
     total.add(torch.randn(70, 64))
     known = total.tensors()
-    with _LiveStorages(known) as live:
+    with LiveStorages(known) as live:
         found = total.finish()
     assert live.peak < 1.2 * found.second.nbytes and torch.equal(found.second, found.second.T)
 
