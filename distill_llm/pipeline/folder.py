@@ -10,7 +10,7 @@ import yaml
 from accelerate.utils.memory import clear_device_cache
 
 from distill_llm.common.errors import InputError, raise_all
-from distill_llm.common.files import written_whole
+from distill_llm.common.files import remove_parts, written_whole
 from distill_llm.common.outputs import usable_output
 from distill_llm.common.processes import open_processes
 from distill_llm.common.seals import Seal, broken, differences, seal_of
@@ -66,6 +66,7 @@ class RunFolder:
             raise_all(changes(known.inputs, own, recipe))
         found = Lost()
         if self.processes.is_main_process:
+            remove_parts(folder)
             self._begin(known or State(recipe, own), known is None, recipe, before or recipe)
             _keep_recipe(folder, recipe_yaml)
             found = lost(stages, self.results, self._broken)

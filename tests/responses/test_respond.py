@@ -10,6 +10,7 @@ from builders.responses import PROMPTS, alone, answer, rows_of, save_teacher, te
 from transformers import AutoConfig, PreTrainedModel
 
 from distill_llm.common.errors import InputError
+from distill_llm.common.locks import alone_in
 from distill_llm.data import DataSpec, encode, load_task
 from distill_llm.models.checkpoint import load_pretrained
 from distill_llm.pruning.cutting.surgery import prune
@@ -162,21 +163,38 @@ def test_prompts_that_the_teacher_cannot_read_are_refused_under_its_name(tmp_pat
         answer(teacher(max_position_embeddings=64), [words(1, 2, 3, 4, 5)], **{**given, "max_new_tokens": 60})
 
 
-def test_a_folder_with_other_files_and_damaged_shards_are_refused(tmp_path: Path) -> None:
+def test_other_files_are_refused_and_damaged_ones_are_made_again(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").touch()
     with pytest.raises(InputError, match="output_dir"):
         answer(teacher(), PROMPTS, tmp_path / "other", **SMALL)
     answer(teacher(), PROMPTS, tmp_path / "done", keep_truncated=True, **SMALL)
     shard = tmp_path / "done" / "generated" / "000001.jsonl"
-    whole = shard.read_bytes()
-    for wrong in (whole[: len(whole) // 2], (tmp_path / "done" / "generated" / "000000.jsonl").read_bytes()):
+    whole, before = shard.read_bytes(), files_of(tmp_path / "done")
+    flipped = bytearray(whole)
+    flipped[30] ^= 1
+    for wrong in (whole[: len(whole) // 2], (shard.parent / "000000.jsonl").read_bytes(), bytes(flipped), b"", b"\xff"):
         shard.write_bytes(wrong)
-        with pytest.raises(InputError, match=r"output_dir.*0*1"):
+        answer(teacher(), PROMPTS, tmp_path / "done", keep_truncated=True, **SMALL)
+        assert files_of(tmp_path / "done") == before
+    for name in ("train.jsonl", "responses.json"):
+        for text in ("", "{", "[]", '{"settings": 1}'):
+            (tmp_path / "done" / name).write_text(text)
             answer(teacher(), PROMPTS, tmp_path / "done", keep_truncated=True, **SMALL)
-    shard.unlink()
-    answer(teacher(), PROMPTS, tmp_path / "done", keep_truncated=True, **SMALL)
-    assert shard.read_bytes() == whole
+            assert files_of(tmp_path / "done") == before
+    (tmp_path / "done" / "responses.json").write_text("")
+    with pytest.raises(InputError, match="^output_dir: got .*put back a copy of its responses.json, or use another"):
+        answer(teacher(), PROMPTS, tmp_path / "done", keep_truncated=True, **{**SMALL, "batch_size": 1})
+
+
+def test_two_at_once_in_one_folder_are_one_and_a_line(tmp_path: Path) -> None:
+    with (
+        alone_in(tmp_path / "answers"),
+        pytest.raises(InputError, match="^output_dir: got .*this process is using it$"),
+    ):
+        answer(teacher(), PROMPTS, tmp_path / "answers", **SMALL)
+    assert not (tmp_path / "answers").exists()
+    answer(teacher(), PROMPTS, tmp_path / "answers", keep_truncated=True, **SMALL)
 
 
 def test_truncated_and_repeated_responses_are_left_out_and_counted() -> None:
