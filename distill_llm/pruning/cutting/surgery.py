@@ -1,6 +1,7 @@
 """Removing what a plan removes: a new, really smaller model."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -69,6 +70,22 @@ def prune(
     repaired = _repaired(model, plan, compensate, bypasses)
     if compensate is not None and plan.hidden is not None:
         repaired |= repaired_stream(model, plan.layers, torch.tensor(plan.hidden), compensate)
+    return _cut(model, plan, lineage, repaired)
+
+
+def prune_skeleton(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
+    """As `prune` of a model on the meta device: sizes, and no weights."""
+    plan.check(model)
+    return _cut(model, plan, lineage_after(model, plan), {})
+
+
+def _cut(
+    model: PreTrainedModel,
+    plan: PruningPlan,
+    lineage: ModelPlan,
+    repaired: Mapping[str, tuple[torch.Tensor, torch.Tensor | None]],
+) -> PreTrainedModel:
+    """What the plan keeps of a model, with repaired weights and biases (by the student's names) in their places."""
     stock = stock_record(model.config)
     student = _structure_of(model)
     shrink(student, plan, lineage=lineage)
