@@ -62,9 +62,7 @@ def cache(
         "seed": seed,
     }
     rows = {name: value for name, value in rows.items() if value is not None}
-    recipe = _recipe(
-        teacher, output_dir, settings or [], rows | ({"trust_remote_code": True} if trust_remote_code else {})
-    )
+    recipe = _recipe(teacher, output_dir, settings or [], rows, trust_remote_code)
     if recipe is None and task is None:
         raise InputError("--task", None, "the task of the data, or a recipe in place of the teacher")
     from distill_llm.data.spec import DataSpec
@@ -83,7 +81,9 @@ def cache(
         print(f"{output_dir}: {items:,} outputs of {teacher}, {size / 1e6:.1f} MB, {each:.0f} bytes each")
 
 
-def _recipe(name: str, output_dir: Path, settings: list[str], rows: Mapping[str, Any]) -> Recipe | None:
+def _recipe(
+    name: str, output_dir: Path, settings: list[str], rows: Mapping[str, Any], trust_remote_code: bool
+) -> Recipe | None:
     """The recipe of that name (a YAML file, or a shipped one unless a folder is called so), with this cache; else None."""
     if not (name.endswith((".yaml", ".yml")) or (name in recipe_names() and not Path(name).exists())):
         if settings:
@@ -91,6 +91,7 @@ def _recipe(name: str, output_dir: Path, settings: list[str], rows: Mapping[str,
                 "--set", settings[0], fix="leave it out: it changes fields of a recipe, and no recipe is given"
             )
         return None
+    rows = {**rows, "trust_remote_code": True} if trust_remote_code else rows
     with as_options({*rows, "data"}):
         fix = "leave it out: the recipe sets it (--set overrides a field)"
         raise_all(
