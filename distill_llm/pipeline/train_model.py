@@ -55,6 +55,7 @@ def train_model(
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     with full_disk_named(work):
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(work))
+    trainer.check_weights()
     engine = trainer.model_wrapped  # DeepSpeed's, or the model of FSDP
     weights = trainer.accelerator.get_state_dict(engine) if sharded else None
     if run.processes.is_main_process:
