@@ -3,7 +3,8 @@
 import copy
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from distill_llm.architectures.configuration_pruned import STOCK_PREFIX, stock_config_class
 from distill_llm.architectures.families import layers_of
 from distill_llm.architectures.modeling_pruned import pruned_class
-from distill_llm.common.errors import InputError
+from distill_llm.common.errors import InputError, first_line
 from distill_llm.data.tasks import Task, label_names, same_names
 from distill_llm.models.configs import open_config
 
@@ -31,16 +32,19 @@ def load_pretrained(model: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
         kwargs: as for `from_pretrained` (`dtype`, `device_map`, ...). The dtype is the checkpoint's unless given.
 
     Raises:
-        InputError: if the config names no model class, or a key is missing, unexpected or of another size.
+        InputError: if the config names no model class, a file is missing or damaged, or a key is missing, unexpected or of
+            another size.
     """
-    config = open_config(model)
-    if not config.architectures:
-        raise InputError("model", str(model), "a checkpoint whose config.json names its class under `architectures`")
-    name = config.architectures[0]
-    stock = getattr(transformers, name.removeprefix(STOCK_PREFIX), None)
-    if stock is None:
-        raise InputError("model", name, "a class of the installed transformers, or a pruned one made here")
-    model_class = pruned_class(stock) if name.startswith(STOCK_PREFIX) else stock
+    with readable(model):
+        config = open_config(model)
+        if not config.architectures:
+            accepted = "a checkpoint whose config.json names its class under `architectures`"
+            raise InputError("model", str(model), accepted)
+        name = config.architectures[0]
+        stock = getattr(transformers, name.removeprefix(STOCK_PREFIX), None)
+        if stock is None:
+            raise InputError("model", name, "a class of the installed transformers, or a pruned one made here")
+        model_class = pruned_class(stock) if name.startswith(STOCK_PREFIX) else stock
     loaded, info = _load(model_class, model, config=config, **kwargs)
     stray = info["unexpected_keys"]
     found = {**info, "unexpected_keys": stray if model_class is not stock else _weights_of_layers(loaded, stray)}
@@ -56,13 +60,27 @@ def load_pretrained(model: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
 
 def _load(model_class: type[PreTrainedModel], model: str | os.PathLike, **kwargs: Any) -> tuple[PreTrainedModel, dict]:
     """A model and its loading report."""
-    try:
+    with readable(model):
         both: Any = model_class.from_pretrained(model, output_loading_info=True, **kwargs)
         return both
-    except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):
-            raise
-        raise InputError("model", str(model), "a checkpoint with weights of the sizes in its config.json") from None
+
+
+@contextmanager
+def readable(model: str | os.PathLike) -> Iterator[None]:
+    """Turn what transformers raises for files that are missing, damaged or of other sizes into one line.
+
+    Raises:
+        InputError: naming `model`.
+    """
+    try:
+        yield
+    except (InputError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # each family's config and model raise their own kinds
+        if "ignore_mismatched_sizes" in str(error):
+            raise InputError("model", str(model), "a checkpoint with weights of the sizes in its config.json") from None
+        accepted = f"a checkpoint that transformers can load ({first_line(error)})"
+        raise InputError("model", str(model), accepted) from error
 
 
 def _weights_of_layers(model: PreTrainedModel, keys: Iterable[str]) -> list[str]:
@@ -139,7 +157,8 @@ def load_for_task(
         InputError: if weights below the head, or of a causal LM's head, are missing from the checkpoint, or the family has
             no such head.
     """
-    config = open_config(model) if config is None else copy.deepcopy(config)
+    with readable(model):
+        config = open_config(model) if config is None else copy.deepcopy(config)
     stock, keeps_head = task.kind.stock_class(config), task.kind.keeps_head
     if stock is None:
         raise InputError("model", config.model_type, f"a family with a head for {task.kind.name}")
