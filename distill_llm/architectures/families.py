@@ -160,6 +160,7 @@ FAMILIES: dict[str, Family] = {
         per_head_inputs=("alibi", "attention_mask"),
         groups="num_attention_heads",
         forms=(
+            ("alibi", {"keeps_width": True}),
             ("parallel_attn", {"parallel": True}),
             ("multi_query", {"groups": 1, "attention_in": {"self_attention.query_key_value": "q kv kv"}}),
             (

@@ -45,7 +45,8 @@ class Family(Facts):
     attention for all the original's heads (position biases). `reads_config`: attention takes its head count from the config.
     `adds_residual`: attention adds its second argument to its output. `parallel`: attention and FFN of a layer read the same, and
     are added up. `anchored`: something follows the first layer alone (DeBERTa-v2's convolution), so that this layer stays, and
-    the width. `caches_queries`: keys and values are cached for every query head (Falcon's new architecture repeats those of a
+    the width. `keeps_width`: the model computes with the config's width while it runs, so that this stays the original's.
+    `caches_queries`: keys and values are cached for every query head (Falcon's new architecture repeats those of a
     group before). `mlm_head` is the first module of the masked-LM head.
     `stock` names the units that the family's own config can say fewer of, where every layer has the same number; `dividing`: if
     the query heads that stay divide the width.
@@ -68,6 +69,7 @@ class Family(Facts):
     parallel: bool = False
     anchored: bool = False
     caches_queries: bool = False
+    keeps_width: bool = False
     mlm_head: str = "cls"
     groups: int | str = "num_key_value_heads"
     stock: tuple[str, ...] = ("neurons", "layers")

@@ -4,8 +4,8 @@ Needs only torch, transformers and the files in CODE_NAMES. `save_pretrained` of
 checkpoint, so `AutoModelFor...from_pretrained(folder, trust_remote_code=True)` works where distill_llm is not installed.
 
 A pruned model is built as its original was; then `shrink` cuts it to what `pruning` in its config keeps (see `lineage.py`). So
-whatever depends on a layer's place (its attention window, its scale, its norms) stays as it was in the original. The other sizes
-in the config are those of the original too, except the number and the kinds of layers.
+whatever depends on a layer's place (its attention window, its scale, its norms) stays as it was in the original, and new weights
+are initialised as the original's. The config says the model's own sizes, as far as one number says them for all layers.
 
 Public names: `shrink`, `pruned_class`, `stock_class`, and a class for every head of every family, made on first use:
 `PrunedBertModel`, `PrunedLlamaForCausalLM`, ...
@@ -17,6 +17,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,12 +27,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
+from .configuration_pruned import STOCK_PREFIX, pruned_config_class
 from .families import Dims, dims_of, family_of, is_in_file, layers_of
 from .family import Family
 from .lineage import LAYER_UNITS, Counts, LayerPlan, ModelPlan, lineage_of, stock_values
 
-STOCK_PREFIX = "Pruned"
-CODE_NAMES = ("modeling_pruned.py", "families.py", "family.py", "lineage.py")
+CODE_NAMES = ("modeling_pruned.py", "configuration_pruned.py", "families.py", "family.py", "lineage.py")
 # What attention modules and configs call their own sizes.
 _QUERIES = ("num_attention_heads", "num_heads", "n_heads")
 _GROUPS = ("num_key_value_heads", "num_kv_heads")
@@ -229,13 +230,12 @@ class LayerConfig:
         setattr(self.shared, name, value)
 
 
-def shrink(model: PreTrainedModel, plan: ModelPlan, *, lineage: ModelPlan, values: bool) -> None:
+def shrink(model: PreTrainedModel, plan: ModelPlan, *, lineage: ModelPlan) -> None:
     """Cut `model`, in place, to what a plan keeps.
 
     Args:
         plan: what stays, in indices of `model` as it is now.
         lineage: the same in indices of the original teacher.
-        values: copy the kept values. If false, the new weights are not initialised (they are about to be loaded).
     """
     family, dims = family_of(model), dims_of(model.config)
     parent, _, name = layer_prefix(model).rstrip(".").rpartition(".")
@@ -245,17 +245,60 @@ def shrink(model: PreTrainedModel, plan: ModelPlan, *, lineage: ModelPlan, value
     for index, (layer, row, source) in enumerate(zip(kept, plan.layers, lineage.layers, strict=True)):
         counts = layer_counts(layer, family, dims)
         for name, (dim, layout) in layer_axes(layer, family).items():
-            _cut(layer, name, dim, kept_channels(layout, row, counts, dims.head_size), values)
+            _cut(layer, name, dim, kept_channels(layout, row, counts, dims.head_size))
         for module in layer.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
                 setattr(module, "layer_idx", index)  # noqa: B010
         _resize_attention(layer, family, dims, row.counts(counts), source)
+    _keep_places(model)
     if plan.hidden is not None:
         sources = [row.source for row in lineage.layers]
-        _cut_hidden(model, torch.tensor(plan.hidden, device="cpu"), sources, values)
+        _cut_hidden(model, torch.tensor(plan.hidden, device="cpu"), sources)
 
 
-def _cut(root: nn.Module, name: str, dim: int, kept: torch.Tensor, values: bool) -> None:
+def _keep_places(model: PreTrainedModel) -> None:
+    """Have the model that runs the layers, which may be inside another (OPT's decoder), line up the attentions it returns."""
+    path, family = layer_prefix(model).rstrip("."), family_of(model)
+    models = [name for name, each in model.named_modules() if isinstance(each, PreTrainedModel)]
+    inner = max((name for name in models if not name or path.startswith(f"{name}.")), key=len)
+    owner = model.get_submodule(inner)
+    hooks = owner._forward_hooks
+    # By name: a model loaded with trust_remote_code has other classes, from the checkpoint's copy of this file.
+    for key in [key for key, hook in hooks.items() if type(hook).__name__ == "LinesUpAttentions"]:
+        del hooks[key]
+    there = tuple(type(layer.get_submodule(family.attention)).__name__ != "NoHeads" for layer in layers_of(model))
+    if not all(there):
+        owner.register_forward_hook(LinesUpAttentions(there))
+
+
+@dataclass(frozen=True)
+class LinesUpAttentions:
+    """A hook that puts None where a layer has no attention: transformers leaves such layers out of what it returns.
+
+    Attributes:
+        there: which layers have one.
+    """
+
+    there: tuple[bool, ...]
+
+    def __call__(self, model: nn.Module, args: tuple, output: Any) -> Any:
+        """The output of the model, its attentions in their places."""
+        if isinstance(output, tuple):  # return_dict=False: the attentions are the tuple of tensors of four dimensions
+            return tuple(self._lined_up(each) for each in output)
+        if getattr(output, "attentions", None) is not None:
+            output.attentions = self._lined_up(output.attentions)
+        return output
+
+    def _lined_up(self, found: Any) -> Any:
+        if not isinstance(found, tuple) or len(found) != sum(self.there):
+            return found
+        if any(not isinstance(each, torch.Tensor) or each.dim() != 4 for each in found):
+            return found
+        rest = iter(found)
+        return tuple(next(rest) if here else None for here in self.there)
+
+
+def _cut(root: nn.Module, name: str, dim: int, kept: torch.Tensor) -> None:
     """Cut a parameter, or a module list, to its `kept` entries along a dimension."""
     path, _, last = name.rpartition(".")
     found: Any = root.get_submodule(path)
@@ -265,8 +308,7 @@ def _cut(root: nn.Module, name: str, dim: int, kept: torch.Tensor, values: bool)
         return
     if len(kept) == old.shape[dim]:
         return
-    shape = (*old.shape[:dim], len(kept), *old.shape[dim + 1 :])
-    new = old.detach().index_select(dim, kept.to(old.device)) if values else old.detach().new_empty(shape)
+    new = old.detach().index_select(dim, kept.to(old.device))
     setattr(found, last, nn.Parameter(new, requires_grad=old.requires_grad))
     _note_sizes(found)
 
@@ -287,13 +329,13 @@ def _note_sizes(module: Any) -> None:
         module.embedding_dim = module.weight.shape[1]
 
 
-def _cut_hidden(model: PreTrainedModel, kept: torch.Tensor, sources: Sequence[int], values: bool) -> None:
+def _cut_hidden(model: PreTrainedModel, kept: torch.Tensor, sources: Sequence[int]) -> None:
     axes, cut = hidden_dims(model, sources), {}
     for name, old in list(model.named_parameters(remove_duplicate=False)):
         path, _, last = name.rpartition(".")
         if id(old) not in cut:
             for dim in axes.get(name, ()):
-                _cut(model, name, dim, kept, values)
+                _cut(model, name, dim, kept)
             cut[id(old)] = model.get_parameter(name)
         module = model.get_submodule(path)
         setattr(module, last, cut[id(old)])  # tied weights stay tied
@@ -362,12 +404,19 @@ class PrunedModel:
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         lineage = lineage_of(config)
         assert lineage is not None
-        shrink(self, lineage, lineage=lineage, values=False)  # type: ignore[arg-type]
+        # Weights are on the meta device if they are about to be loaded; otherwise they were initialised, and stay so.
+        shrink(self, lineage, lineage=lineage)  # type: ignore[arg-type]
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: transformers initialises the modules of custom code in another way, and these are its own modules."""
+        return False
 
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> None:
         """As `PreTrainedModel.save_pretrained`, but also copies the code, so that stock transformers can load the folder."""
         own = type(self).__name__.removeprefix(STOCK_PREFIX)
-        self.config.auto_map = {
+        self.config.__class__ = pruned_config_class(type(self.config))
+        self.config.auto_map = {"AutoConfig": f"configuration_pruned.{type(self.config).__name__}"} | {
             auto: f"modeling_pruned.{STOCK_PREFIX}{name}" for auto, name in _auto_classes(self.config.model_type, own)
         }
         if is_main_process:
@@ -420,7 +469,10 @@ def pruned_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
         return stock
     name = STOCK_PREFIX + stock.__name__
     if name not in _classes:
-        _classes[name] = type(name, (PrunedModel, stock), {"__module__": __name__, "__doc__": PrunedModel.__doc__})
+        assert stock.config_class is not None
+        own: dict[str, Any] = {"__module__": __name__, "__doc__": PrunedModel.__doc__}
+        own["config_class"] = pruned_config_class(stock.config_class)
+        _classes[name] = type(name, (PrunedModel, stock), own)
     return _classes[name]
 
 

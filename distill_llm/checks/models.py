@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
+from distill_llm.architectures.configuration_pruned import stock_config_class
 from distill_llm.architectures.families import FAMILIES, dims_of, layers_of
 from distill_llm.architectures.lineage import lineage_of
 from distill_llm.architectures.modeling_pruned import pruned_class
@@ -35,12 +36,13 @@ def skeleton(model: OpenModel, task: Task | None = None) -> PreTrainedModel:
         InputError: the family has no head for the task.
     """
     auto: Any = AutoModel if task is None else task.kind.auto
-    stock: Any = auto._model_mapping.get(type(model.config), None)
+    config_class = stock_config_class(type(model.config))
+    stock: Any = auto._model_mapping.get(config_class, None)
     if stock is None:
         kind = "transformers" if task is None else task.kind.name
         raise InputError(model.field, f"{model.name} ({model.config.model_type})", f"a family with a model for {kind}")
     with torch.device("meta"):
-        if lineage_of(model.config) is None:
+        if type(model.config) is config_class:
             return auto.from_config(model.config)  # type: ignore[no-any-return]
         return pruned_class(stock)(model.config)
 

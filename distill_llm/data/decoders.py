@@ -8,8 +8,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+from distill_llm.architectures.configuration_pruned import STOCK_PREFIX
 from distill_llm.architectures.families import FAMILIES, OTHERS
-from distill_llm.architectures.modeling_pruned import STOCK_PREFIX
 from distill_llm.common.errors import InputError
 
 PACKED_FAMILIES = tuple(name for name, facts in (FAMILIES | OTHERS).items() if facts.packs)

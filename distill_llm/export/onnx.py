@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.exporters import (
     ExportedModel,
     OnnxConfig,
@@ -27,9 +27,14 @@ from distill_llm.common.errors import InputError, first_line
 from distill_llm.common.files import written_whole
 from distill_llm.export.formats import Exported
 from distill_llm.models.checkpoint import load_pretrained
+from distill_llm.models.configs import open_tokenizer
 
 ROWS, TOKENS = 2, 16
 """Size of the batch that a graph is traced with."""
+
+
+def check(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Nothing is known of a family before its model is traced."""
 
 
 def write(model_dir: Path, output: Path, quantize: str) -> Exported:
@@ -39,7 +44,7 @@ def write(model_dir: Path, output: Path, quantize: str) -> Exported:
         InputError: transformers cannot export this model.
     """
     model = load_pretrained(model_dir, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
+    tokenizer = open_tokenizer(model_dir, model.config)
     quantizer = OnnxRuntimeQuantizer(OnnxRuntimeDynamicConfig(per_channel=True)) if quantize == "int8" else None
     config = OnnxConfig(dynamic=True, quantizer=quantizer)
     exporter, inputs = OnnxExporter(), _sample(model, tokenizer)

@@ -12,6 +12,7 @@ from distill_llm.architectures.families import layers_of
 from distill_llm.architectures.modes import evaluating, frozen
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.measuring.live import LiveStorages
+from distill_llm.models.adapters import adapter_faults
 from distill_llm.models.limits import length_faults, limits_of
 
 
@@ -75,10 +76,11 @@ def full_length_inputs(model: PreTrainedModel, batch_size: int, sequence_length:
     A multiple-choice head gets (B, 1, T): as many sequences as any other, each the one choice of its question.
 
     Raises:
-        InputError: a size below 1, or more tokens than the model has positions for.
+        InputError: a size below 1, more tokens than the model has positions for, or adapters that are not merged.
     """
     at_least_one("batch_size", batch_size)
     at_least_one("sequence_length", sequence_length)
+    raise_all(adapter_faults(model))
     limits = limits_of(model.config, type(model).__name__)
     raise_all(length_faults(limits, sequence_length, "sequence_length"))
     vocabulary = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings

@@ -7,6 +7,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from distill_llm.common.errors import InputError
+
 UNTIED = (
     "modules whose weight is not tied: merging these would change another module too (modules_to_save takes tied ones)"
 )
@@ -42,6 +44,21 @@ def tied_adapters(model: Any) -> list[str]:
 def is_quantized(model: nn.Module) -> bool:
     """Whether a transformers model's weights are quantised (bitsandbytes or another method)."""
     return bool(getattr(model, "is_quantized", False))
+
+
+def adapter_faults(model: nn.Module) -> list[InputError]:
+    """A fault of a model with adapters of peft: around it, or around any of its layers, its head or its embeddings."""
+    # By name, because peft need not be installed.
+    adapted = [name for name, module in model.named_modules() if type(module).__module__.partition(".")[0] == "peft"]
+    if not adapted:
+        return []
+    inside = next((name for name in adapted if name not in ("", "base_model")), None)
+    given = type(model).__name__ + (f" with an adapter at {inside}" if inside else "")
+    merging = hasattr(model, "merge_and_unload")
+    plain = (
+        "merge first: model = model.merge_and_unload()" if merging else "load the model without adapters, or merge them"
+    )
+    return [InputError("model", given, fix=plain)]
 
 
 def merged(model: Any) -> PreTrainedModel:

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
+from distill_llm.architectures.configuration_pruned import STOCK_PREFIX, stock_config_class
 from distill_llm.architectures.families import layers_of
-from distill_llm.architectures.modeling_pruned import STOCK_PREFIX, pruned_class
+from distill_llm.architectures.modeling_pruned import pruned_class
 from distill_llm.common.errors import InputError
 from distill_llm.data.tasks import Task, label_names, same_names
+from distill_llm.models.configs import open_config
 
 
 def load_pretrained(model: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
@@ -31,7 +33,7 @@ def load_pretrained(model: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
     Raises:
         InputError: if the config names no model class, or a key is missing, unexpected or of another size.
     """
-    config = AutoConfig.from_pretrained(model)
+    config = open_config(model)
     if not config.architectures:
         raise InputError("model", str(model), "a checkpoint whose config.json names its class under `architectures`")
     name = config.architectures[0]
@@ -137,7 +139,7 @@ def load_for_task(
         InputError: if weights below the head, or of a causal LM's head, are missing from the checkpoint, or the family has
             no such head.
     """
-    config = AutoConfig.from_pretrained(model) if config is None else copy.deepcopy(config)
+    config = open_config(model) if config is None else copy.deepcopy(config)
     stock, keeps_head = task.kind.stock_class(config), task.kind.keeps_head
     if stock is None:
         raise InputError("model", config.model_type, f"a family with a head for {task.kind.name}")
@@ -148,7 +150,7 @@ def load_for_task(
         loaded, info = _load(model_class, model, config=config, dtype=torch.float32)
         missing = info["missing_keys"]
     else:  # a head for other classes: take the weights below it, through the family's base model
-        base: Any = AutoModel._model_mapping[type(config)]
+        base: Any = AutoModel._model_mapping[stock_config_class(type(config))]
         below, info = _load(pruned_class(base) if is_pruned else base, model, dtype=torch.float32)
         missing = {f"{model_class.base_model_prefix}.{key}" for key in info["missing_keys"]}
         weights = {f"{model_class.base_model_prefix}.{key}": value for key, value in below.state_dict().items()}

@@ -2,19 +2,20 @@
 
 import json
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from distill_llm.common.errors import InputError, first_line, one_of, raise_all
+from distill_llm.common.hub import check_hub_name
 from distill_llm.common.notices import tell
 from distill_llm.data.sources import resolve_path
 from distill_llm.data.tasks import Task, TaskData, class_name_faults, label_names, same_names
+from distill_llm.models.configs import open_config, open_tokenizer
 from distill_llm.models.gguf import SUFFIX, plain_checkpoint
 from distill_llm.models.limits import RowFacts, beyond_vocabulary, limits_of, masking_faults, read_rows, row_faults
 
@@ -54,16 +55,16 @@ def open_model(field: str, name: str, tokenizer: bool = True) -> OpenModel:
         if tokenizer and not any(any(local.glob(pattern)) for pattern in TOKENIZER_FILES):
             raise InputError(field, name, f"a folder with its tokenizer ({', '.join(TOKENIZER_FILES)})")
         _check_weights(field, name, local)
-    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path.startswith("."):
-        raise InputError(field, name, "an existing folder or GGUF file, a Hub id, or package://PACKAGE/PATH")
+    else:
+        check_hub_name(path, field, name, "an existing folder or GGUF file, a Hub id, or package://PACKAGE/PATH")
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = open_config(path)
     except Exception as error:  # each family's config raises its own kinds
         raise InputError(field, name, _reason("a model that transformers can open", path, error)) from None
     if not tokenizer:
         return OpenModel(field, name, path, config)
     try:
-        found = AutoTokenizer.from_pretrained(path)
+        found = open_tokenizer(path, config)
     except Exception as error:
         raise InputError(field, name, _reason("a model with its tokenizer", path, error)) from None
     _check_vocabulary(field, name, config, found)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from distill_llm.checks.cache import CacheRequest, open_cache, request_of
+from distill_llm.checks.cache import CacheRequest, OpenCache, open_cache, request_of
+from distill_llm.common.locks import alone_in
 from distill_llm.common.processes import open_processes
 from distill_llm.data.encoding import collator, encode
 from distill_llm.data.spec import DataSpec
@@ -67,8 +68,14 @@ def cache_teacher(
 
 
 def _write(request: CacheRequest, batch_size: int) -> tuple[int, int]:
+    opened = open_cache(request)
+    with alone_in(request.folder, request.folder_field):
+        return _write_alone(request, opened, batch_size)
+
+
+def _write_alone(request: CacheRequest, opened: OpenCache, batch_size: int) -> tuple[int, int]:
     """The numbers of outputs and of bytes in the cache, once all processes have written their parts."""
-    opened, processes, folder = open_cache(request), open_processes(), request.folder
+    processes, folder = open_processes(), request.folder
     teacher, task = opened.teacher, opened.data.task
     dtype = chosen_dtype(request.settings.dtype, processes.device)
     with processes.main_process_first():

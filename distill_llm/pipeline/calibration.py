@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -12,7 +13,10 @@ import torch
 from transformers import PreTrainedModel
 
 from distill_llm.common.files import written_whole
+from distill_llm.common.locks import LOCK, held
+from distill_llm.common.processes import open_processes
 from distill_llm.common.progress import progress_bar
+from distill_llm.common.seals import seal_of
 from distill_llm.models.fingerprints import teacher_fingerprint
 from distill_llm.pruning.compensation.bypass import Bypasses, fit_bypasses, outputs_taken_over
 from distill_llm.pruning.cutting.strength import Strength, choose_strength
@@ -28,6 +32,8 @@ from distill_llm.recipe.pruning import PruningSection
 
 HELD_OUT = 5
 """Of so many calibration batches one is held out."""
+LONGEST_WAIT = 600
+"""Seconds that a run waits for another one that reads or writes the statistics that they share."""
 
 
 class Calibration:
@@ -78,7 +84,7 @@ class Calibration:
         if file is not None:
             settings = replace(settings, hidden=True)
             kept = StatisticsFile(file, self._identity(model))
-            found = kept.read() if from_main_process(kept.has(self._wanted())) else None
+            found = kept.read(self._wanted())
         needs_without = section.needs("leave_one_out")
         if found is not None and (found.without is not None or not needs_without):
             return found
@@ -166,7 +172,9 @@ class Wanted:
 
 @dataclass(frozen=True)
 class StatisticsFile:
-    """A file of statistics, and a record beside it that says what they are of.
+    """A file of statistics, and a record beside it that says what they are of and seals the file.
+
+    Several runs may share a file: while one reads or writes, the others wait.
 
     Attributes:
         path: the file; the record has the same name with `.json`.
@@ -186,23 +194,42 @@ class StatisticsFile:
             record = json.loads(self._record.read_text())
         except (OSError, ValueError):
             return False
-        if not self.path.is_file() or {name: record.get(name) for name in self.identity} != self.identity:
+        if not isinstance(record, dict) or {name: record.get(name) for name in self.identity} != self.identity:
+            return False
+        if record.get("file") != self._content:
             return False
         if wanted.losses and record.get("loss") not in wanted.losses:
             return False
         parts = ("gradients", "moments", "hidden_moments")
         return all(record.get(part) for part in parts if getattr(wanted, part))
 
-    def read(self) -> Statistics:
-        """The statistics."""
-        return Statistics.load(self.path)
+    def read(self, wanted: Wanted) -> Statistics | None:
+        """The statistics where they are there with all that is wanted, and whole. All processes of a run call it together."""
+        with ExitStack() as stack:
+            there = False
+            if process()[0] == 0:
+                stack.enter_context(self._alone())
+                there = self.has(wanted)
+            found = Statistics.load(self.path) if from_main_process(there) else None
+            open_processes().wait_for_everyone()  # the others read while process 0 keeps other runs out
+        return found
 
     def write(self, statistics: Statistics, loss: str | None) -> None:
-        """Replace the statistics, then the record, so that it never speaks of other statistics."""
-        self._record.unlink(missing_ok=True)
-        with written_whole(self.path) as path:
-            statistics.save(path)
+        """Replace the statistics, then the record. A record that speaks of other statistics is none: it knows their content."""
         has = {"gradients": statistics.has_gradients, "moments": bool(statistics.moments)}
         has |= {"hidden_moments": bool(statistics.hidden_moments)}
-        with written_whole(self._record) as path:
-            path.write_text(json.dumps({**self.identity, "loss": loss, **has}) + "\n")
+        with self._alone():
+            with written_whole(self.path) as path:
+                statistics.save(path)
+            with written_whole(self._record) as path:
+                path.write_text(json.dumps({**self.identity, "loss": loss, **has, "file": self._content}) + "\n")
+
+    @property
+    def _content(self) -> str | int | None:
+        """A hash of the file; None where there is none."""
+        seal = seal_of([self.path], self.path.parent)
+        return seal[self.path.name][2] if seal else None
+
+    def _alone(self) -> AbstractContextManager[None]:
+        lock = self.path.with_name(f".{self.path.name}{LOCK}")
+        return held(lock, "pruning.statistics", self.path, LONGEST_WAIT)

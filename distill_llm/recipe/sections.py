@@ -193,6 +193,16 @@ class EvaluationSection(Section):
     latency: LatencySection = Field(default_factory=LatencySection, description="the batch that is timed")
 
 
+class ExportSection(Section):
+    """A file or folder that other programs read, written when the student is finished."""
+
+    format: str = Field(description="gguf (llama.cpp) or onnx (onnxruntime)")
+    quantize: str | None = Field(
+        default=None,
+        description="type of the weights; gguf: f16 (the default), bf16, f32 or q8_0; onnx: f32 (the default) or int8",
+    )
+
+
 class HubSection(Section):
     """Where to push the student when the run has ended."""
 

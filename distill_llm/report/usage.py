@@ -54,11 +54,11 @@ def loading(student_dir: str | Path) -> str:
 def _why_not_stock(student_dir: str | Path, config: dict[str, Any]) -> str:
     """Why the stock class cannot hold a pruned model of these sizes; found without weights."""
     import torch
-    import transformers
 
+    from distill_llm.models.configs import open_config
     from distill_llm.pruning.cutting.surgery import pruned_class, why_not_stock
 
-    own = transformers.AutoConfig.from_pretrained(student_dir)
+    own = open_config(student_dir)
     stock = kind_of_student(config).stock_class(own)
     with torch.device("meta"):
         reason = why_not_stock(pruned_class(stock)(own))
@@ -74,7 +74,7 @@ def snippet(student_dir: str | Path, model_id: str) -> str:
         "import torch\n"
         f"from transformers import {kind.auto_class}, AutoTokenizer\n\n"
         f'model_id = "{model_id}"\n'
-        "tokenizer = AutoTokenizer.from_pretrained(model_id)\n"
+        f"tokenizer = AutoTokenizer.from_pretrained(model_id{_trust(config)})\n"
         f"model = {_call(config, 'model_id')}.eval()\n\n"
         f'inputs = tokenizer({text}, return_tensors="pt")\n'
         "with torch.inference_mode():\n"
@@ -84,5 +84,9 @@ def snippet(student_dir: str | Path, model_id: str) -> str:
 
 def _call(config: dict[str, Any], model_id: str) -> str:
     """The expression that loads a model with this config. `model_id` is a Python expression."""
-    trust = ", trust_remote_code=True" if needs_code(config) else ""
-    return f"{kind_of_student(config).auto_class}.from_pretrained({model_id}{trust})"
+    return f"{kind_of_student(config).auto_class}.from_pretrained({model_id}{_trust(config)})"
+
+
+def _trust(config: dict[str, Any]) -> str:
+    """The argument that runs the checkpoint's code; the tokenizer's class reads the config, and would ask for it too."""
+    return ", trust_remote_code=True" if needs_code(config) else ""

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.data.chats import check_template_kwargs, template_faults
 from distill_llm.data.kinds.prompts import prompts as prompts_task
-from distill_llm.data.special_tokens import check_tokenizer
+from distill_llm.data.special_tokens import check_tokenizer, tokenizer_fingerprint
 from distill_llm.models.finding import OpenModel, check_head, chosen_dtype, open_model
-from distill_llm.models.fingerprints import teacher_fingerprint, tokenizer_fingerprint
+from distill_llm.models.fingerprints import teacher_fingerprint
 from distill_llm.models.limits import RowFacts, limits_of, read_rows, room_faults, row_faults
 from distill_llm.responses.prompts import Prompt, Source, encode_prompts, read_contents
 from distill_llm.responses.settings import ResponseSettings

@@ -120,7 +120,7 @@ def test_a_bert_with_fewer_heads_keeps_its_head_size_and_is_never_saved_as_stock
         config["auto_map"]["AutoModelForSequenceClassification"]
         == "modeling_pruned.PrunedBertForSequenceClassification"
     )
-    assert config["num_attention_heads"] == 4
+    assert (config["num_attention_heads"], config["head_dim"]) == (2, 8)
     assert config["num_hidden_layers"] == 2
     attention = load_pretrained(tmp_path).bert.encoder.layer[0].attention.self
     assert (attention.num_attention_heads, attention.attention_head_size, attention.query.out_features) == (2, 8, 16)
@@ -133,7 +133,8 @@ def test_lineage_and_sizes_are_in_the_config_and_weights_only_in_safetensors(tmp
     assert config["pruning"]["layers"][0] == {"source": 0, "heads": "1,3", "neurons": "5-39"}
     assert config["num_hidden_layers"] == 3
     found = sorted(p.name for p in tmp_path.iterdir())
-    assert found == ["config.json", "families.py", "family.py", "lineage.py", "model.safetensors", "modeling_pruned.py"]
+    code = ["configuration_pruned.py", "families.py", "family.py", "lineage.py", "modeling_pruned.py"]
+    assert found == sorted(["config.json", "model.safetensors", *code])
     assert lineage_of(load_pretrained(tmp_path)) == lineage_of(student)
 
 

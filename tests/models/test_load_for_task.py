@@ -14,6 +14,7 @@ from distill_llm.data.kinds.causal_lm import causal_lm
 from distill_llm.data.kinds.classification import classification
 from distill_llm.data.kinds.prompts import prompts
 from distill_llm.models.checkpoint import load_for_task, load_pretrained, name_unnamed
+from distill_llm.models.configs import open_config
 
 
 @pytest.mark.parametrize("made", [tiny_model, student_of], ids=["dense", "pruned"])
@@ -105,7 +106,7 @@ def test_a_causal_lm_without_its_head_or_of_a_family_without_one_is_refused(tmp_
 @pytest.mark.parametrize("num_labels", [2, 5])
 def test_a_config_that_was_opened_is_used_and_stays_as_it_is(tmp_path, monkeypatch, num_labels):
     student_of(num_labels=num_labels).save_pretrained(tmp_path)
-    config = AutoConfig.from_pretrained(tmp_path)
+    config = open_config(tmp_path)
     config.hidden_dropout_prob = 0.25
     before = config.to_dict()
     monkeypatch.setattr(AutoConfig, "from_pretrained", None)

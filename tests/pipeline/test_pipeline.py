@@ -106,7 +106,7 @@ def test_the_best_checkpoint_is_chosen_by_the_task_metric_on_held_out_rows(tmp_p
     monkeypatch.setattr(
         "distill_llm.pipeline.stages.recover.remove_checkpoints", lambda *_: None
     )  # leaves the checkpoints to look at
-    monkeypatch.setattr("distill_llm.pipeline.stages.recover.AutoConfig", None)  # the teacher was opened at the door
+    monkeypatch.setattr("distill_llm.pipeline.stages.recover.open_config", None)  # the teacher was opened at the door
     result = distill_llm.run(given, tmp_path / "run")
     work = tmp_path / "run" / "round-1" / "student-training"
     last = max(int(path.name.rpartition("-")[2]) for path in work.iterdir())

@@ -10,6 +10,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from distill_llm.architectures.configuration_pruned import stock_config_class
 from distill_llm.common.errors import InputError, one_of
 from distill_llm.data.padding import Collator, PaddingCollator, Rows
 from distill_llm.data.spec import DataSpec
@@ -138,7 +139,7 @@ class TaskKind(ABC):
 
     def stock_class(self, config: PreTrainedConfig) -> Any:
         """The class of transformers for models of a family with the head; None where the family has none."""
-        return self.auto._model_mapping.get(type(config), None)
+        return self.auto._model_mapping.get(stock_config_class(type(config)), None)
 
     def check_metric(self, metric: str) -> None:
         """Raise InputError, naming `evaluation.metric`, where the kind has no such metric."""

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, set_seed
 
 from distill_llm.checks.recipe import check_cached_weights
 from distill_llm.data.tasks import label_names
 from distill_llm.models.checkpoint import load_for_task, load_pretrained
+from distill_llm.models.configs import open_config
 from distill_llm.models.quantized import load_teacher
 from distill_llm.pipeline.context import Context
 from distill_llm.pipeline.stage import Result, Stage
@@ -87,7 +88,7 @@ class Recover(Stage):
         assert opened.student is not None
         set_seed(recipe.seed)
         tuned = recipe.teacher.train is not None  # in this run, after the teacher was opened
-        names = label_names(AutoConfig.from_pretrained(teacher) if tuned else opened.teacher.config)
+        names = label_names(open_config(teacher) if tuned else opened.teacher.config)
         return load_for_task(opened.student.path, self.run.data.task, names, of_task=True, config=opened.student.config)
 
 

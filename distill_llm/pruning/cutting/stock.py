@@ -8,8 +8,9 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from distill_llm.architectures.configuration_pruned import stock_config_class
 from distill_llm.architectures.families import dims_of, family_of
-from distill_llm.architectures.lineage import Counts, ModelPlan, packed, stock_values
+from distill_llm.architectures.lineage import LAYER_UNITS, Counts, ModelPlan, packed, stock_values
 from distill_llm.pruning.units.sizes import counts_of, hidden_size
 
 # Config fields with a value for each layer.
@@ -49,13 +50,43 @@ def stock_record(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def write_lineage(config: PreTrainedConfig, stock: dict[str, Any], lineage: ModelPlan) -> None:
-    """Write a lineage into a config, with the number and kinds of layers that stay, and the original's other values."""
+    """Write a lineage into a config, with the sizes of the model that it is of.
+
+    Sizes that differ from layer to layer, or that no layer has, stay those of the original.
+    """
     for name, value in stock.items():
         if isinstance(value, list):
             value = [value[row.source] for row in lineage.layers]
         setattr(config, name, value)
     config.num_hidden_layers = len(lineage.layers)
     config.pruning = packed(lineage, stock)
+    family, dims = family_of(config), dims_of(config)
+    original = {"heads": dims.groups, "queries": dims.queries}
+    found = {kind: {len(row.indices(kind, original)) for row in lineage.layers} for kind in LAYER_UNITS}
+    counts = {kind: min(sizes) for kind, sizes in found.items() if len(sizes) == 1 and 0 not in sizes}
+    width = None if lineage.hidden is None or family.keeps_width else len(lineage.hidden)
+    for name, value in _sizes(config, counts, width).items():
+        if not isinstance(getattr(type(config), name, None), property):  # Falcon's: see `pruned_config_class`
+            setattr(config, name, value)
+
+
+def _sizes(config: PreTrainedConfig, counts: Counts, width: int | None) -> dict[str, Any]:
+    """The fields of a config, which says the original's sizes, for these units in every layer and this width; None: as it is.
+
+    Kinds of units that `counts` leaves out stay as they are.
+    """
+    family, dims, stock_width = family_of(config), dims_of(config), stock_record(config)["hidden_size"]
+    queries, groups = counts.get("queries"), counts.get("heads")
+    said: dict[str, Any] = {}
+    if queries is not None and groups is not None:
+        said |= {"num_attention_heads": queries, "num_key_value_heads": groups, "num_kv_heads": groups}
+    if width is not None:
+        said |= {name: width for name in family.hidden_fields if getattr(config, name, None) == stock_width}
+    if (queries or dims.queries, width or stock_width) != (dims.queries, stock_width):
+        said["head_dim"] = dims.head_size
+    if family.ffn_config and "neurons" in counts:
+        said[family.ffn_config] = counts["neurons"]
+    return {name: value for name, value in said.items() if hasattr(config, name) or name == "head_dim"}
 
 
 def stock_config(config: PreTrainedConfig, counts: Counts, width: int) -> PreTrainedConfig:
@@ -64,21 +95,16 @@ def stock_config(config: PreTrainedConfig, counts: Counts, width: int) -> PreTra
     Raises:
         NotStock: the config refuses these sizes.
     """
-    family, dims, own = family_of(config), dims_of(config), copy.deepcopy(config)
-    queries, groups = counts["queries"], counts["heads"]
-    said = {"num_attention_heads": queries, "num_key_value_heads": groups, "num_kv_heads": groups}
-    stock_width = stock_record(config)["hidden_size"]
-    if (queries, width) != (dims.queries, stock_width):
-        said["head_dim"] = dims.head_size
-    said |= {family.ffn_config: counts["neurons"]} if family.ffn_config else {}
-    said |= {name: width for name in family.hidden_fields if getattr(config, name, None) == stock_width}
+    own = copy.deepcopy(config)
+    own.__class__ = stock_config_class(type(config))
+    with stock_values(config):
+        said = _sizes(config, counts, width)
     try:
         for name, value in said.items():
-            if hasattr(own, name) or name == "head_dim":
-                setattr(own, name, value)
+            setattr(own, name, value)
         type(own).from_dict(own.to_dict())  # which checks the sizes, as loading does
     except _REFUSALS as error:
-        raise NotStock(f"{type(config).__name__} refuses its sizes: {_reason(error)}") from error
+        raise NotStock(f"{type(own).__name__} refuses its sizes: {_reason(error)}") from error
     return own
 
 
@@ -109,6 +135,7 @@ def become_stock(student: PreTrainedModel, base: type[PreTrainedModel]) -> None:
         for note in _NOTES & vars(module).keys() & vars(others[name]).keys():
             setattr(module, note, getattr(others[name], note))
     student.config.__dict__.update(config.__dict__)
+    student.config.__class__ = type(config)
     student.__class__ = base
 
 

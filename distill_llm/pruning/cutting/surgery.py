@@ -1,6 +1,7 @@
 """Removing what a plan removes: a new, really smaller model."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from distill_llm.architectures.configuration_pruned import pruned_config_class
 from distill_llm.architectures.families import dims_of, family_of, layers_of
 from distill_llm.architectures.lineage import LAYER_UNITS, ModelPlan, compose, lineage_of
 from distill_llm.architectures.modeling_pruned import (
@@ -71,9 +73,25 @@ def prune(
     repaired = {} if ridge is None else _repaired(model, plan, compensate, bypasses, ridge)
     if compensate is not None and plan.hidden is not None and ridge is not None:
         repaired |= repaired_stream(model, plan.layers, torch.tensor(plan.hidden), compensate, ridge)
+    return _cut(model, plan, lineage, repaired)
+
+
+def prune_skeleton(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
+    """As `prune` of a model on the meta device: sizes, and no weights."""
+    plan.check(model)
+    return _cut(model, plan, lineage_after(model, plan), {})
+
+
+def _cut(
+    model: PreTrainedModel,
+    plan: PruningPlan,
+    lineage: ModelPlan,
+    repaired: Mapping[str, tuple[torch.Tensor, torch.Tensor | None]],
+) -> PreTrainedModel:
+    """What the plan keeps of a model, with repaired weights and biases (by the student's names) in their places."""
     stock = stock_record(model.config)
     student = _structure_of(model)
-    shrink(student, plan, lineage=lineage, values=True)
+    shrink(student, plan, lineage=lineage)
     modules: dict[str, Any] = dict(student.named_modules())
     for name, (weight, bias) in repaired.items():
         if (module := modules.get(name)) is None:  # of an attention that is gone
@@ -88,6 +106,11 @@ def prune(
         become_stock(student, base)
     except NotStock:
         student.__class__ = pruned_class(base)
+        student.config.__class__ = pruned_config_class(type(student.config))
+        if student.base_model is student:
+            # transformers learns which outputs a class records when the first model of the class is made.
+            with torch.device("meta"):
+                type(student)(copy.deepcopy(student.config))
     return student.requires_grad_(True).train(model.training)
 
 

@@ -52,6 +52,7 @@ def latency_costs(
     Raises:
         InputError: a size below 1, or more tokens than the model has positions for.
     """
+    counts, hidden = counts_of(model), hidden_size(model)
     folder = Path(cache_dir) if cache_dir is not None else _cache_folder()
     key = _key(model, batch_size, sequence_length)
     file = folder / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]}.json"
@@ -59,7 +60,7 @@ def latency_costs(
     if rows is None:
         rows = layer_times(model, batch_size, sequence_length, clock or on_device(model.device))
         _write(file, {"key": key, "columns": _columns(), "rows": rows})
-    return fit_costs(rows, counts_of(model)[largest_layer(model)], hidden_size(model))
+    return fit_costs(rows, counts[largest_layer(model)], hidden)
 
 
 def fit_costs(rows: Sequence[Sequence[float]], counts: Counts, hidden: int) -> Costs:

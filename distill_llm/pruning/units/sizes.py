@@ -10,7 +10,8 @@ from distill_llm.architectures.family import Family
 from distill_llm.architectures.lineage import lineage_of
 from distill_llm.architectures.modeling_pruned import layer_counts, outputs_of
 from distill_llm.architectures.row_check import check_row
-from distill_llm.common.errors import InputError, raise_all
+from distill_llm.common.errors import raise_all
+from distill_llm.models.adapters import adapter_faults
 from distill_llm.pruning.units.refusals import quantized_faults
 
 
@@ -53,14 +54,9 @@ def counts_of(model: PreTrainedModel) -> list[dict[str, int]]:
 
 def _family(model: PreTrainedModel) -> Family:
     raise_all(quantized_faults(model, "model", "a quantized model"))
-    family = family_of(model)
-    for path in (*family.attention_in, *family.ffn_in, *(path for path, _ in family.readers)):
-        for layer in layers_of(model):
-            module = dict(layer.named_modules()).get(path)
-            if hasattr(module, "base_layer"):
-                raise InputError("model", f"an adapter at {path}", "a model whose adapters are merged into its weights")
+    raise_all(adapter_faults(model))
     check_row(model)
-    return family
+    return family_of(model)
 
 
 def hidden_size(model: PreTrainedModel) -> int:

@@ -8,7 +8,6 @@ from builders.families import ENCODERS, EVERY, HIDDEN, QUERIES, family_model, gr
 from builders.grids import layouts_first
 from builders.models import tiny_model
 from builders.pruning import UNEVEN, counts, flops_of, plan_of, random_scores
-from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from distill_llm.architectures.families import NotPrunable, family_of, layers_of
@@ -197,15 +196,6 @@ def test_a_quantized_model_is_refused():
     model = tiny_model()
     model.is_quantized = True
     with pytest.raises(InputError, match="prune first, then quantize"):
-        counts_of(model)
-
-
-def test_a_model_with_adapters_is_refused():
-    model = tiny_model()
-    wrapped = nn.Module()  # as PEFT replaces a linear
-    wrapped.base_layer = layers_of(model)[1].attention.self.query
-    layers_of(model)[1].attention.self.query = wrapped
-    with pytest.raises(InputError, match="an adapter at attention.self.query"):
         counts_of(model)
 
 

@@ -1,0 +1,96 @@
+"""Configs of pruned models: those of the family, saved under a `model_type` of their own.
+
+A folder of a pruned model must never open as the family's own class: where shapes happen to agree, it would load and compute
+something else. So config.json says `pruned_llama`, which transformers knows only through the code beside the weights. In memory
+`model_type` stays `llama`, because transformers, PEFT and others choose by it what they do with a model.
+
+Needs only torch, transformers and the files beside it: checkpoints of pruned models hold a copy of this file.
+
+Public names: `pruned_config_class`, `stock_config_class`, `family_type`, and a class for every family, made on first use:
+`PrunedBertConfig`, ...
+"""
+
+import json
+from typing import Any
+
+import transformers
+from transformers import PreTrainedConfig
+
+from .lineage import stock_values
+
+STOCK_PREFIX = "Pruned"
+_TYPE_PREFIX = "pruned_"
+# The name of the weights' file, for a class of the family itself: it reads this field, finds no such file and says so.
+_NO_STOCK_WEIGHTS = (
+    "this model is pruned: open it with AutoModelFor...from_pretrained(..., trust_remote_code=True), or with load_pretrained "
+    "of distill_llm"
+)
+
+
+class PrunedConfig:
+    """Mixed into a family's config class by `pruned_config_class`."""
+
+    model_type: str
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As `PreTrainedConfig.get_config_dict`, with the family's own `model_type`."""
+        said, unused = super().get_config_dict(*args, **kwargs)  # type: ignore[misc]
+        said.pop("transformers_weights", None)
+        return said | {"model_type": cls.model_type}, unused
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """As `PreTrainedConfig.to_json_string`, with the `model_type` that no stock class has."""
+        said = json.loads(super().to_json_string(use_diff))  # type: ignore[misc]
+        said |= {"model_type": _TYPE_PREFIX + self.model_type, "transformers_weights": _NO_STOCK_WEIGHTS}
+        return json.dumps(said, indent=2, sort_keys=True) + "\n"
+
+    def validate(self) -> None:
+        """Check the config as that of the original: a family may refuse the sizes of a pruned model."""
+        with stock_values(self):  # type: ignore[arg-type]
+            super().validate()  # type: ignore[misc]
+
+
+def family_type(model_type: str | None) -> str | None:
+    """The family of a pruned model by the `model_type` in its config.json; None for any other model."""
+    return model_type.removeprefix(_TYPE_PREFIX) if model_type and model_type.startswith(_TYPE_PREFIX) else None
+
+
+_classes: dict[str, type[PreTrainedConfig]] = {}
+
+
+def pruned_config_class(config_class: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """The class for configs of pruned models of a family: PrunedBertConfig for BertConfig."""
+    if config_class.__name__.startswith(STOCK_PREFIX):
+        return config_class
+    name = STOCK_PREFIX + config_class.__name__
+    if name not in _classes:
+        own: dict[str, Any] = {"__module__": __name__, "__doc__": PrunedConfig.__doc__}
+        if isinstance(
+            getattr(config_class, "head_dim", None), property
+        ):  # it would follow from the sizes that are left
+            own["head_dim"] = property(_head_size)
+        _classes[name] = type(name, (PrunedConfig, config_class), own)
+    return _classes[name]
+
+
+def _head_size(config: PreTrainedConfig) -> int:
+    """Channels per head, of a config whose family derives them: as they were in the original."""
+    stock = (getattr(config, "pruning", None) or {}).get("stock", {})
+    width, heads = (stock.get(name, getattr(config, name)) for name in ("hidden_size", "num_attention_heads"))
+    return int(width) // int(heads)
+
+
+def stock_config_class(config_class: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """The transformers class that a class of `pruned_config_class` is made from; any other class is returned as it is."""
+    # By name: a model loaded with trust_remote_code has another PrunedConfig, from the checkpoint's copy of this file.
+    line = config_class.__mro__
+    ours = [index for index, each in enumerate(line) if each.__name__ == "PrunedConfig"]
+    return line[ours[0] + 1] if ours else config_class
+
+
+def __getattr__(name: str) -> type[PreTrainedConfig]:
+    stock = getattr(transformers, name.removeprefix(STOCK_PREFIX), None) if name.startswith(STOCK_PREFIX) else None
+    if stock is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return pruned_config_class(stock)
