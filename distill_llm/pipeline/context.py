@@ -66,7 +66,8 @@ class Context:
         self, path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | None = None
     ) -> PreTrainedModel:
         """A finished model of this run. By default it is in fp32, to work on its weights, and on this process's device."""
-        return load_pretrained(path, dtype=dtype).to(device or self.processes.device)  # type: ignore[arg-type]
+        model = load_pretrained(path, self.recipe.teacher.trust_remote_code, dtype=dtype)
+        return model.to(device or self.processes.device)  # type: ignore[arg-type]
 
     def as_written(self, model: PreTrainedModel) -> PreTrainedModel:
         """The model in the dtype of a saved student and on this process's device; a copy, unless it already is."""

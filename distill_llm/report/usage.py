@@ -58,8 +58,7 @@ def _why_not_stock(student_dir: str | Path, config: dict[str, Any]) -> str:
     """Why the stock class cannot hold a pruned model of these sizes; found without weights."""
     import torch
 
-    from distill_llm.models.checkpoint import readable
-    from distill_llm.models.configs import open_config
+    from distill_llm.models.configs import open_config, readable
     from distill_llm.pruning.cutting.surgery import pruned_class, why_not_stock
 
     with readable(student_dir), torch.device("meta"):
