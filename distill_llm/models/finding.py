@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from distill_llm.common.errors import InputError, first_line, one_of, raise_all
+from distill_llm.common.hub import check_hub_name
 from distill_llm.common.notices import tell
 from distill_llm.data.sources import resolve_path
 from distill_llm.data.tasks import Task, TaskData, class_name_faults, label_names, same_names
@@ -55,8 +55,8 @@ def open_model(field: str, name: str, tokenizer: bool = True) -> OpenModel:
         if tokenizer and not any(any(local.glob(pattern)) for pattern in TOKENIZER_FILES):
             raise InputError(field, name, f"a folder with its tokenizer ({', '.join(TOKENIZER_FILES)})")
         _check_weights(field, name, local)
-    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path.startswith("."):
-        raise InputError(field, name, "an existing folder or GGUF file, a Hub id, or package://PACKAGE/PATH")
+    else:
+        check_hub_name(path, field, name, "an existing folder or GGUF file, a Hub id, or package://PACKAGE/PATH")
     try:
         config = open_config(path)
     except Exception as error:  # each family's config raises its own kinds

@@ -105,14 +105,14 @@ def check_training_fields(
         The fields with their values converted (text such as `5e-5` to a number), and one InputError per fault.
     """
     known, clean, faults = training_fields(), {}, []
-    for name, value in given.items():
+    for name, value in ((str(name), value) for name, value in given.items()):
         if name in RESERVED:
             faults.append(InputError(name, value, fix=RESERVED[name]))
         elif name not in known and name in RENAMED:
             faults.append(InputError(name, value, fix=RENAMED[name]))
         elif name not in known:
             # TrainingArguments has over a hundred fields: only the nearest is worth naming.
-            near = get_close_matches(str(name), [*also, *(set(known) - set(RESERVED))], n=1)
+            near = get_close_matches(name, [*also, *(set(known) - set(RESERVED))], n=1)
             accepted = [f"{near[0]!r} (the nearest)"] if near else []
             faults.append(InputError(name, value, " or ".join([*accepted, *also, "a field of TrainingArguments"])))
         else:
