@@ -7,6 +7,7 @@ import numpy as np
 from datasets import Dataset
 
 from distill_llm.data.tasks import Task
+from distill_llm.metrics.errors import shown_score
 from distill_llm.metrics.registry import find_metric
 
 MOST_TRAIN, MOST_TEST, MOST_CHARACTERS = 10_000, 20_000, 2_000
@@ -74,14 +75,8 @@ def no_better(
     name = max(naive, key=lambda name: sign * naive[name], default=None)
     if name is None or sign * metrics["score"] > sign * naive[name]:
         return None
-    line = f"{model} is no better than {name}: {task.main_metric} {scored(metrics)}, against {naive[name]:.4f}"
+    line = f"{model} is no better than {name}: {task.main_metric} {shown_score(metrics)}, against {naive[name]:.4f}"
     if task.label_names is None:
         return f"{line}. Was it trained on this task?"
     order = ", ".join(f"{name}={number}" for number, name in enumerate(task.label_names[:5]))
     return f"{line}. Was it trained on this task, with its classes in this order ({order})?"
-
-
-def scored(metrics: Mapping[str, Any]) -> str:
-    """A score with its standard error: `0.8727 ± 0.0113`."""
-    error = metrics.get("standard_error")
-    return f"{metrics['score']:.4f}" + ("" if error is None else f" ± {error:.4f}")

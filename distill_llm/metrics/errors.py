@@ -1,7 +1,7 @@
 """How far a score may be off because the rows that it was measured on are a sample: its standard error."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,17 @@ def ratio_error(sums: np.ndarray, counts: np.ndarray) -> float | None:
         return None
     left = sums - counts * (sums.sum() / counts.sum())
     return float(math.sqrt(rows / (rows - 1) * np.square(left).sum()) / counts.sum())
+
+
+def shown_score(metrics: Mapping[str, Any], score: float | None = None) -> str:
+    """A score with its standard error, if that is known: `0.8727 ± 0.0113`.
+
+    Args:
+        metrics: with `score`, and perhaps `standard_error`.
+        score: in place of the metrics' own.
+    """
+    error, score = metrics.get("standard_error"), metrics["score"] if score is None else score
+    return f"{score:.4f}" if error is None else f"{score:.4f} ± {error:.4f}"
 
 
 def _at(values: Sequence[Any], places: np.ndarray) -> Any:
