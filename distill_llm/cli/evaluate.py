@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from distill_llm.cli.options import ChatTemplateKwargs, Columns, DataPath, ModelName, TaskName, as_options, read_columns
+from distill_llm.cli.options import (
+    ChatTemplateKwargs,
+    Columns,
+    DataPath,
+    ModelName,
+    TaskName,
+    TrustCode,
+    as_options,
+    read_columns,
+)
 from distill_llm.cli.output import load_model, say
 from distill_llm.common.files import written_whole
 from distill_llm.common.outputs import usable_file
@@ -45,6 +54,7 @@ def evaluate(
     seed: Annotated[
         int, typer.Option(min=0, max=2**32 - 1, help="Seed of the masks of masked language modelling.")
     ] = 0,
+    trust_remote_code: TrustCode = False,
     output: Annotated[Path, typer.Option(help="File for the metrics.")] = Path("evaluation.json"),
 ) -> None:
     """Score a model on a task's test rows (GLUE: the development set); print and save the metrics."""
@@ -63,10 +73,10 @@ def evaluate(
             chat=chat,
             chat_template_kwargs=read_mapping(chat_template_kwargs, "chat_template_kwargs"),
         )
-        _score(model, spec, batch_size, output)
+        _score(model, spec, batch_size, output, trust_remote_code)
 
 
-def _score(model: str, spec: "DataSpec", batch_size: int, output: Path) -> None:
+def _score(model: str, spec: "DataSpec", batch_size: int, output: Path, trust_remote_code: bool) -> None:
     """Score, print and save."""
     from distill_llm.checks.evaluate import open_scoring
     from distill_llm.data.encoding import collator
@@ -75,7 +85,7 @@ def _score(model: str, spec: "DataSpec", batch_size: int, output: Path) -> None:
     from distill_llm.evaluation.rules import RECIPE_FIELDS
     from distill_llm.metrics.errors import shown_score
 
-    opened = open_scoring(model, spec)
+    opened = open_scoring(model, spec, trust_remote_code)
     task, rows = opened.data.task, opened.data.test
     pad = collator(task, opened.model.tokenizer, seed=spec.seed)
     loaded = load_model(opened.model)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from distill_llm.architectures.modes import evaluating
 from distill_llm.common.errors import InputError, raise_all
+from distill_llm.common.finite import NotFinite
 from distill_llm.common.progress import progress_bar
 from distill_llm.data.causal import CausalCollator
 from distill_llm.data.padding import LENGTH, Collator
@@ -58,7 +59,7 @@ def evaluate_model(
     Raises:
         InputError: the dataset is empty; the model cannot read a row, or has no room for a response (see `scoring_faults`); a
             language model has no token to predict.
-        FloatingPointError: the model gave an output that is not finite.
+        NotFinite: the model gave an output that is nan or infinite; minus infinity is a class that it masks.
     """
     if not len(dataset):
         raise InputError(fields.rows, "no rows", "at least one")
@@ -108,7 +109,7 @@ def predict(
         Predictions and references, (items,) each: an item is a row, or a token with a label.
 
     Raises:
-        FloatingPointError: the model gave an output that is not finite.
+        NotFinite: the model gave an output that is nan or infinite; minus infinity is a class that it masks.
     """
     order = _by_length(dataset)
     found: list[tuple[np.ndarray, np.ndarray]] = []
@@ -116,13 +117,18 @@ def predict(
         labels = batch.pop("labels").cpu().numpy()
         with torch.inference_mode():
             outputs = task.kind.outputs(model(**forward_inputs(model, batch))).float().cpu()
-        if not torch.isfinite(outputs).all():
-            raise FloatingPointError(f"{type(model).__name__} gave outputs that are not finite on {task.name}")
+        if not (best := outputs.amax(-1)).isfinite().all():
+            raise _not_finite(model, "output", best.sum().item())
         rows = range(len(labels))
         found += [task.kind.predictions(outputs[row : row + 1], labels[row : row + 1]) for row in rows]
     in_order = [found[place] for place in np.argsort(order)]
     predictions, references = (np.concatenate(each) for each in zip(*in_order, strict=True))
     return predictions, references
+
+
+def _not_finite(model: PreTrainedModel, what: str, found: float) -> NotFinite:
+    fix = f"score a model with finite numbers: in {str(model.dtype).removeprefix('torch.')} it may overflow"
+    return NotFinite(f"the {what} of {type(model).__name__} in scoring", str(found), fix)
 
 
 def _losses(
@@ -141,7 +147,7 @@ def _losses(
         return None
     loss = float(losses.sum() / tokens.sum())
     if not math.isfinite(loss):
-        raise FloatingPointError(f"{type(model).__name__} gave a loss that is not finite")
+        raise _not_finite(model, "loss", loss)
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}, ratio_error(losses, tokens)
 
 

@@ -18,6 +18,7 @@ from distill_llm.pipeline.folder import RunFolder
 from distill_llm.pipeline.inputs import inputs_of
 from distill_llm.pipeline.stages import own_sections, stages_of
 from distill_llm.pipeline.stages.prune import cut_model, models_to_cut, show
+from distill_llm.pruning.cutting.strength import described
 from distill_llm.recipe.recipe import Recipe, parse_recipe
 
 
@@ -95,6 +96,7 @@ def _prune(context: Context) -> Path:
     if not context.processes.is_main_process:
         return target
     plan, student = cut.plan, context.as_written(cut.model)
+    strengths = [described(strength.record()) for strength in cut.strengths]
     del cut  # two models at a time
     with written_whole(target, folder=True) as folder:
         context.save(student, folder)
@@ -106,5 +108,6 @@ def _prune(context: Context) -> Path:
         context.say(f"WARNING: {warning}")
     of = "the latency" if section.cost == "latency" else f"the layers' {section.cost}"
     share = f"{plan.kept:.1%} of {of} kept" + (f" ({plan.note})" if plan.note else "")
-    context.say(f"prune: {share}, {context.named(before)} -> {shown_score(after)} on {after['rows']} rows")
+    line = f"prune: {share}, {context.named(before)} -> {shown_score(after)} on {after['rows']} rows"
+    context.say(", ".join([line, *strengths]))
     return target

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_llm.common.files import written_whole
+from distill_llm.pruning.cutting.strength import described
 from distill_llm.report.figures import kept_figure, score_figure
 from distill_llm.report.tables import (
     columns,
@@ -42,6 +43,8 @@ def write_report(run_dir: str | Path, metrics: Mapping[str, Any]) -> Path:
     parts = [f"# {headline(metrics)}", *warnings, summary(metrics), results_table(metrics).rstrip(), notes(metrics)]
     if metrics.get("rounds"):
         parts += ["## Rounds", rounds_table(metrics).rstrip()]
+        for number, row in enumerate(metrics["rounds"], 1):
+            parts += [f"Round {number}: {described(record)}." for record in row.get("compensation") or []]
         parts += [f"{row['note'][0].upper()}{row['note'][1:]}." for row in metrics["rounds"] if row.get("note")]
     if scores:
         parts.append("![Score after every stage of every round](figures/scores.png)")

@@ -62,6 +62,7 @@ def test_metrics_json_counts_what_the_saved_models_hold(finished, inputs):
     assert [row["layer_params_kept"] for row in metrics["rounds"]] == pytest.approx([0.5625, 0.5], abs=0.02)
     assert metrics["retention"] == pytest.approx(metrics["student"]["score"] / metrics["teacher"]["score"])
     assert {"pruned", "compensated", "recovered"} <= metrics["rounds"][0].keys()
+    assert all(len(row["compensation"]) == 1 and row["compensation"][0]["rows"] > 0 for row in metrics["rounds"])
 
 
 def test_a_finished_run_is_not_done_again(finished, inputs):

@@ -37,7 +37,12 @@ class Teacher(Stage):
             config = run.opened.teacher.config
             train_model(
                 run,
-                load_for_task(run.teacher_path, run.data.task, config=config),
+                load_for_task(
+                    run.teacher_path,
+                    run.data.task,
+                    config=config,
+                    trust_remote_code=run.recipe.teacher.trust_remote_code,
+                ),
                 None,
                 self.model,
                 "teacher",
