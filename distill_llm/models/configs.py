@@ -18,8 +18,11 @@ def open_config(model: str | os.PathLike, **kwargs: Any) -> PreTrainedConfig:
     said, _ = PreTrainedConfig.get_config_dict(model, **kwargs)
     family = family_type(said.get("model_type"))
     if family is None:
-        return AutoConfig.from_pretrained(model, **{"trust_remote_code": False} | kwargs)
-    return pruned_config_class(CONFIG_MAPPING[family]).from_pretrained(model, **kwargs)
+        config = AutoConfig.from_pretrained(model, **{"trust_remote_code": False} | kwargs)
+    else:
+        config = pruned_config_class(CONFIG_MAPPING[family]).from_pretrained(model, **kwargs)
+    config.return_dict = True  # old checkpoints say false, and decoders of transformers no longer run so
+    return config
 
 
 def open_tokenizer(model: str | os.PathLike, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
