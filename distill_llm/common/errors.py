@@ -4,8 +4,12 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
-LONGEST_SHOWN = 160
-"""Characters of a given value that a message shows."""
+LONGEST_LINE = 300
+"""Characters of a message."""
+LONGEST_SHOWN, LONGEST_FIELD, LEAST_SHOWN = 160, 80, 60
+"""Most characters of a given value and of a field's name in a message, and of a value where the rest is long."""
+LONGEST_LIST = 100
+"""Characters of a list of accepted names."""
 
 
 class InputError(ValueError):
@@ -22,23 +26,36 @@ class InputError(ValueError):
 
     def __init__(self, field: str, given: Any, accepted: str = "", *, fix: str = ""):
         self.field, self.given, self.accepted, self.fix = field, given, accepted, fix
-        super().__init__(f"{field}: got {_shown(given)}; {fix or f'accepted: {accepted}'}")
+        name, rest = cut(" ".join(field.split()), LONGEST_FIELD), " ".join((fix or f"accepted: {accepted}").split())
+        room = LONGEST_LINE - len(name) - len(": got ; ") - len(rest)
+        shown = _both_ends(repr(given), min(LONGEST_SHOWN, max(LEAST_SHOWN, room)))
+        super().__init__(cut(f"{name}: got {shown}; {rest}"))
 
     def renamed(self, field: str) -> "InputError":
         """The same fault under the name that the caller's user knows the field by."""
         return InputError(field, self.given, self.accepted, fix=self.fix)
 
 
-def _shown(given: Any) -> str:
-    text = repr(given)
-    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 4]} ..."
+def cut(text: str, longest: int = LONGEST_LINE) -> str:
+    """A text of at most so many characters; one that is cut ends with ` ...`."""
+    return text if len(text) <= longest else f"{text[: longest - 4]} ..."
+
+
+def _both_ends(text: str, longest: int) -> str:
+    """A text of at most so many characters, cut in the middle: the end of a path says more than its folders."""
+    half = (longest - 5) // 2
+    return text if len(text) <= longest else f"{text[:half]} ... {text[-half:]}"
 
 
 def one_of(names: Iterable[str], given: str = "") -> str:
-    """The words for 'one of these names', with the nearest to `given` first as a suggestion."""
+    """The words for 'one of these names', with the nearest to `given` first as a suggestion; of many names the first ones."""
     names = list(names)
     near = get_close_matches(given, names, n=1)
-    return (f"{near[0]!r} (the nearest), or " if near else "") + "one of " + ", ".join(names)
+    shown, length = 0, 0
+    while shown < len(names) and (length := length + len(names[shown]) + 2) <= LONGEST_LIST:
+        shown += 1
+    more = f", ... ({len(names)} in all)" if shown < len(names) else ""
+    return (f"{near[0]!r} (the nearest), or " if near else "") + "one of " + ", ".join(names[:shown]) + more
 
 
 def first_line(error: BaseException) -> str:

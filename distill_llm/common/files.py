@@ -49,6 +49,12 @@ def written_whole(path: Path, folder: bool = False) -> Iterator[Path]:
             raise
 
 
+def remove_parts(folder: Path) -> None:
+    """Remove what killed processes had not finished below a folder that nobody else is writing in."""
+    for partial in list(folder.rglob("*.partial")):
+        _remove(partial)
+
+
 def to_disk(path: Path) -> None:
     """Wait until a file, or all files and folders of a folder, are on the disk."""
     for each in [*path.rglob("*"), path]:

@@ -1,5 +1,6 @@
 """What may be written where, found out before any work: nothing of the user's is replaced, and nothing is made yet."""
 
+import errno
 import json
 import os
 import tempfile
@@ -11,6 +12,9 @@ from safetensors import SafetensorError, safe_open
 
 from distill_llm.common.errors import InputError
 from distill_llm.common.locks import LOCK
+
+LONGEST_NAME = 200
+"""Bytes of a name; systems take 255, and a file that is not whole yet has a longer name (see `written_whole`)."""
 
 
 def usable_output(folder: Path, field: str = "output_dir", begun: str | Collection[str] | None = None) -> None:
@@ -28,6 +32,7 @@ def usable_output(folder: Path, field: str = "output_dir", begun: str | Collecti
         "not the working directory" if begun is None else "or one that the same command began"
     )
     with _in_one_line(field, folder, accepted):
+        _check_names(folder)
         if os.path.lexists(folder) and not folder.is_dir():
             raise InputError(field, str(folder), accepted)
         _writable(folder, field, folder, "a folder")
@@ -48,6 +53,7 @@ def usable_file(path: Path, field: str) -> None:
     """
     accepted = "the path of a file that can be written"
     with _in_one_line(field, path, accepted):
+        _check_names(path)
         if path.is_dir():
             raise InputError(field, str(path), accepted)
         if not path.exists():
@@ -64,6 +70,8 @@ def usable_statistics(path: Path, field: str) -> None:
     """
     if path.suffix != ".safetensors":
         raise InputError(field, str(path), "a file's path that ends in .safetensors")
+    with _in_one_line(field, path, "the path of a file"):
+        _check_names(path)
     _writable(path.parent, field, path, "the path of a file")
     for file, is_ours in ((path, _has_statistics), (path.with_suffix(".json"), _is_record)):
         if os.path.lexists(file) and not is_ours(file):
@@ -78,6 +86,17 @@ def _in_one_line(field: str, path: Path, accepted: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(field, str(path), f"{accepted} ({error.strerror})") from None
+    except UnicodeError:
+        raise InputError(field, str(path), f"{accepted} (a name that the system can write)") from None
+
+
+def _check_names(path: Path) -> None:
+    """Raise OSError or UnicodeError where no file can have such names: a NUL, a letter that cannot be written, too long."""
+    for name in map(os.fsencode, path.parts):
+        if b"\0" in name:
+            raise OSError(errno.EINVAL, "a NUL in a name")
+        if len(name) > LONGEST_NAME:
+            raise OSError(errno.ENAMETOOLONG, f"a name of {len(name)} bytes; at most {LONGEST_NAME}")
 
 
 def nearest(path: Path) -> Path:

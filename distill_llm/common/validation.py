@@ -91,6 +91,8 @@ def _meaning(info: FieldInfo | None) -> str:
 def _accepted(details: ErrorDetails, owner: type[BaseModel], info: FieldInfo | None) -> str:
     """The words for what a field accepts, of a pydantic error."""
     kind, context = details["type"], details.get("ctx", {})
+    if kind == "invalid_key":
+        return "a name that is text"
     if kind == "extra_forbidden":
         return one_of(owner.model_fields, str(details["loc"][-1]))
     if kind == "literal_error":

@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from datasets import Dataset, load_dataset, load_from_disk
 
 from distill_llm.common.errors import InputError
+from distill_llm.common.hub import check_hub_name
 from distill_llm.data.files import (
     DOCUMENT_MARK,
     READERS,
@@ -49,8 +49,8 @@ def resolve_path(text: str, field: str = "path") -> str:
     if spec is None or not spec.submodule_search_locations:
         raise InputError(field, text, f"package://PKG/PATH with an installed package ({package!r} is not installed)")
     for folder in spec.submodule_search_locations:
-        if (found := Path(folder) / inside).exists():
-            return str(found)
+        if os.path.exists(found := os.path.join(folder, inside)):
+            return found
     raise InputError(field, text, f"a path inside the package {package!r} (it has no {inside!r})")
 
 
@@ -80,17 +80,17 @@ def read_splits(
     """
     name, _, given = path.partition(":")
     here = Path(path)
-    if here.is_file():
+    if os.path.isfile(path):  # unlike that of pathlib, also for a name that no file can have
         return {"train": read_files([here], field, form)}
-    if here.is_dir() and not is_saved(here) and (files := _split_files(here)):
-        splits = {split: read_files(found, field, form) for split, found in files.items()}
-    elif is_saved(here):
+    if is_saved(here):
         check_format(form, None)
         splits = _load(lambda: _saved(path), path, field)
+    elif os.path.isdir(path) and (files := _split_files(here)):
+        splits = {split: read_files(found, field, form) for split, found in files.items()}
     else:
         check_format(form, None)
-        if not Path(name).is_dir() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
-            raise InputError(field, path, "an existing file or folder, or the id of a data set on the Hub")
+        if not os.path.isdir(name):
+            check_hub_name(name, field, path, "an existing file or folder, or the id of a data set on the Hub")
         splits = _load(lambda: load_dataset(name, given or config), path, field)
     if not splits or (training and "train" not in splits):
         raise InputError(field, path, f"data with a train split (found: {', '.join(splits) or 'no data files'})")
@@ -99,8 +99,10 @@ def read_splits(
 
 def is_saved(folder: Path) -> bool:
     """Whether `save_to_disk` of `datasets` wrote the folder."""
-    files = ((folder / name).is_file() for name in ("state.json", "dataset_info.json"))
-    return (folder / "dataset_dict.json").is_file() or all(files)
+    dict_file, *files = (
+        os.path.isfile(folder / name) for name in ("dataset_dict.json", "state.json", "dataset_info.json")
+    )
+    return dict_file or all(files)
 
 
 def _saved(folder: str) -> Any:

@@ -59,12 +59,31 @@ class Signals:
     vectors: dict[int, Vectors] = field(default_factory=dict)
     logits: torch.Tensor = field(kw_only=True)
 
+    def soundness(self) -> torch.Tensor:
+        """0-dim in fp32: 0 where every number is finite, else nan; made without waiting for the device.
+
+        Of a row of logits some may be minus infinity (masked classes).
+        """
+        tops = [each.amax(-1) for each in self._outputs() if each.numel()]
+        inside = [*self.hidden.values()]
+        inside += [each for inputs in self.attention.values() for each in (inputs.query, inputs.key)]
+        inside += [each for vectors in self.vectors.values() for each in vectors]
+        spans = [end for each in (*tops, *inside) if each.numel() for end in each.aminmax()]
+        zero = self.logits.new_zeros((), dtype=torch.float32)
+        return sum((each.float() * 0 for each in spans), zero)
+
+    def _outputs(self) -> tuple[torch.Tensor, ...]:
+        return (self.logits,)
+
 
 @dataclass
 class SparseSignals(Signals):
     """Signals of a teacher known at a few tokens per item: `targets` in place of `logits`, which is (items, 0)."""
 
     targets: SparseTargets = field(kw_only=True)
+
+    def _outputs(self) -> tuple[torch.Tensor, ...]:
+        return self.targets.probabilities, self.targets.teacher_nll[:, None]
 
 
 @dataclass
@@ -73,6 +92,9 @@ class HeadSignals(Signals):
 
     head: Head = field(kw_only=True)
     head_inputs: torch.Tensor = field(kw_only=True)
+
+    def _outputs(self) -> tuple[torch.Tensor, ...]:
+        return (self.head_inputs,)
 
 
 def check_outputs(given: Any, student: torch.Tensor | None, classes: int | None) -> None:

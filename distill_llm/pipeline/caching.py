@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from distill_llm.checks.cache import CacheRequest, open_cache, request_of
+from distill_llm.checks.cache import CacheRequest, OpenCache, open_cache, request_of
+from distill_llm.common.locks import alone_in
 from distill_llm.common.processes import open_processes
 from distill_llm.data.encoding import collator, encode
 from distill_llm.data.spec import DataSpec
@@ -42,6 +43,7 @@ def cache_teacher(
     output_dir: str | Path,
     settings: CacheSettings | None = None,
     batch_size: int = 8,
+    trust_remote_code: bool = False,
 ) -> tuple[int, int]:
     """Write the teacher's outputs on the training rows of a task, or continue after a stop.
 
@@ -56,6 +58,7 @@ def cache_teacher(
         settings: k, method and the dtype of the teacher's weights (None: bfloat16 on CUDA, else float32). A cache has one
             dtype: give it to continue the cache on another kind of device.
         batch_size: number of examples at once.
+        trust_remote_code: run the code that the teacher brings along, if it does.
 
     Returns:
         The numbers of outputs and of bytes in the cache.
@@ -63,18 +66,27 @@ def cache_teacher(
     Raises:
         InputError: one line, if possible before the model's weights are loaded.
     """
-    return _write(CacheRequest(teacher, data, Path(output_dir), settings or CacheSettings()), batch_size)
+    request = CacheRequest(
+        teacher, data, Path(output_dir), settings or CacheSettings(), trust_remote_code=trust_remote_code
+    )
+    return _write(request, batch_size)
 
 
 def _write(request: CacheRequest, batch_size: int) -> tuple[int, int]:
+    opened = open_cache(request)
+    with alone_in(request.folder, request.folder_field):
+        return _write_alone(request, opened, batch_size)
+
+
+def _write_alone(request: CacheRequest, opened: OpenCache, batch_size: int) -> tuple[int, int]:
     """The numbers of outputs and of bytes in the cache, once all processes have written their parts."""
-    opened, processes, folder = open_cache(request), open_processes(), request.folder
+    processes, folder = open_processes(), request.folder
     teacher, task = opened.teacher, opened.data.task
     dtype = chosen_dtype(request.settings.dtype, processes.device)
     with processes.main_process_first():
         rows = encode(opened.data, teacher.tokenizer, request.data.max_length)
         train = check_tokens(rows, teacher, "data.path").train
-    model = load_pretrained(teacher.path, dtype=getattr(torch, dtype))
+    model = load_pretrained(teacher.path, teacher.trust_remote_code, dtype=getattr(torch, dtype))
     source = CacheSource(
         OnlineTeacher(model),
         train,

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -12,9 +13,13 @@ import torch
 from transformers import PreTrainedModel
 
 from distill_llm.common.files import written_whole
+from distill_llm.common.locks import LOCK, held
+from distill_llm.common.processes import open_processes
 from distill_llm.common.progress import progress_bar
+from distill_llm.common.seals import seal_of
 from distill_llm.models.fingerprints import teacher_fingerprint
 from distill_llm.pruning.compensation.bypass import Bypasses, fit_bypasses, outputs_taken_over
+from distill_llm.pruning.cutting.strength import Strength, choose_strength
 from distill_llm.pruning.plan import PruningPlan
 from distill_llm.pruning.statistics.calibration_pass import Batches, CalibrationPass
 from distill_llm.pruning.statistics.collecting import collect_statistics
@@ -25,9 +30,16 @@ from distill_llm.pruning.statistics.record import Statistics
 from distill_llm.pruning.statistics.settings import CalibrationSettings
 from distill_llm.recipe.pruning import PruningSection
 
+HELD_OUT = 5
+"""Of so many calibration batches one is held out."""
+LONGEST_WAIT = 600
+"""Seconds that a run waits for another one that reads or writes the statistics that they share."""
+
 
 class Calibration:
     """Passes over calibration data, with what a pruning section needs of them. All processes of a run call it together.
+
+    One batch in five is held out: nothing is fitted to it, and the strength of compensation is chosen by it.
 
     Args:
         section: a checked pruning section.
@@ -38,7 +50,7 @@ class Calibration:
     def __init__(
         self, section: PruningSection, seed: int, batches: Callable[[int], Batches], device: torch.device | None = None
     ):
-        self.section, self.batches, self.is_main = section, batches, process()[0] == 0
+        self.section, self.every, self.is_main = section, batches, process()[0] == 0
         self.settings = CalibrationSettings(
             moments=section.holds_moments,
             moment_share=section.moment_share,
@@ -50,6 +62,10 @@ class Calibration:
             sharded=True,
             device=device,
         )
+
+    def batches(self, number: int, held_out: bool = False) -> Batches:
+        """A cut's batches: those that it is measured on and fitted to, or those that are held out."""
+        return [batch for i, batch in enumerate(self.every(number)) if (i % HELD_OUT == HELD_OUT - 1) == held_out]
 
     @cached_property
     def loss(self) -> str:
@@ -68,7 +84,7 @@ class Calibration:
         if file is not None:
             settings = replace(settings, hidden=True)
             kept = StatisticsFile(file, self._identity(model))
-            found = kept.read() if from_main_process(kept.has(self._wanted())) else None
+            found = kept.read(self._wanted())
         needs_without = section.needs("leave_one_out")
         if found is not None and (found.without is not None or not needs_without):
             return found
@@ -97,6 +113,21 @@ class Calibration:
         if not (self.section.compensate and outputs_taken_over(model, plan)):
             return None
         return fit_bypasses(model, plan, self._shown(number, "Fitting bypasses"), self.settings)
+
+    def strength(
+        self,
+        model: PreTrainedModel,
+        plan: PruningPlan,
+        statistics: Statistics | None,
+        bypasses: Bypasses | None,
+        number: int,
+    ) -> Strength | None:
+        """How strongly to compensate a cut, the same on every process; None if there is nothing to, or no row to choose by."""
+        held_out = self.batches(number, held_out=True)
+        if not held_out or not (statistics or bypasses):
+            return None
+        found = choose_strength(model, plan, statistics, held_out, bypasses=bypasses, settings=self.settings)
+        return from_main_process(found if self.is_main else None)
 
     def _shown(self, number: int, title: str) -> Batches:
         return progress_bar(self.batches(number), desc=title, leave=False, shown=self.is_main)
@@ -141,7 +172,9 @@ class Wanted:
 
 @dataclass(frozen=True)
 class StatisticsFile:
-    """A file of statistics, and a record beside it that says what they are of.
+    """A file of statistics, and a record beside it that says what they are of and seals the file.
+
+    Several runs may share a file: while one reads or writes, the others wait.
 
     Attributes:
         path: the file; the record has the same name with `.json`.
@@ -159,25 +192,44 @@ class StatisticsFile:
         """Whether there are statistics of this identity with all that is wanted."""
         try:
             record = json.loads(self._record.read_text())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return False
-        if not self.path.is_file() or {name: record.get(name) for name in self.identity} != self.identity:
+        if not isinstance(record, dict) or {name: record.get(name) for name in self.identity} != self.identity:
+            return False
+        if record.get("file") != self._content:
             return False
         if wanted.losses and record.get("loss") not in wanted.losses:
             return False
         parts = ("gradients", "moments", "hidden_moments")
         return all(record.get(part) for part in parts if getattr(wanted, part))
 
-    def read(self) -> Statistics:
-        """The statistics."""
-        return Statistics.load(self.path)
+    def read(self, wanted: Wanted) -> Statistics | None:
+        """The statistics where they are there with all that is wanted, and whole. All processes of a run call it together."""
+        with ExitStack() as stack:
+            there = False
+            if process()[0] == 0:
+                stack.enter_context(self._alone())
+                there = self.has(wanted)
+            found = Statistics.load(self.path) if from_main_process(there) else None
+            open_processes().wait_for_everyone()  # the others read while process 0 keeps other runs out
+        return found
 
     def write(self, statistics: Statistics, loss: str | None) -> None:
-        """Replace the statistics, then the record, so that it never speaks of other statistics."""
-        self._record.unlink(missing_ok=True)
-        with written_whole(self.path) as path:
-            statistics.save(path)
+        """Replace the statistics, then the record. A record that speaks of other statistics is none: it knows their content."""
         has = {"gradients": statistics.has_gradients, "moments": bool(statistics.moments)}
         has |= {"hidden_moments": bool(statistics.hidden_moments)}
-        with written_whole(self._record) as path:
-            path.write_text(json.dumps({**self.identity, "loss": loss, **has}) + "\n")
+        with self._alone():
+            with written_whole(self.path) as path:
+                statistics.save(path)
+            with written_whole(self._record) as path:
+                path.write_text(json.dumps({**self.identity, "loss": loss, **has, "file": self._content}) + "\n")
+
+    @property
+    def _content(self) -> str | int | None:
+        """A hash of the file; None where there is none."""
+        seal = seal_of([self.path], self.path.parent)
+        return seal[self.path.name][2] if seal else None
+
+    def _alone(self) -> AbstractContextManager[None]:
+        lock = self.path.with_name(f".{self.path.name}{LOCK}")
+        return held(lock, "pruning.statistics", self.path, LONGEST_WAIT)

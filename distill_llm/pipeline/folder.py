@@ -10,7 +10,8 @@ import yaml
 from accelerate.utils.memory import clear_device_cache
 
 from distill_llm.common.errors import InputError, raise_all
-from distill_llm.common.files import written_whole
+from distill_llm.common.files import remove_parts, written_whole
+from distill_llm.common.finite import NotFinite
 from distill_llm.common.outputs import usable_output
 from distill_llm.common.processes import open_processes
 from distill_llm.common.seals import Seal, broken, differences, seal_of
@@ -66,6 +67,7 @@ class RunFolder:
             raise_all(changes(known.inputs, own, recipe))
         found = Lost()
         if self.processes.is_main_process:
+            remove_parts(folder)
             self._begin(known or State(recipe, own), known is None, recipe, before or recipe)
             _keep_recipe(folder, recipe_yaml)
             found = lost(stages, self.results, self._broken)
@@ -93,7 +95,10 @@ class RunFolder:
             return done[stage.name]
         start = time.monotonic()
         earlier = {each.name: done[each.name] for each in stage.earlier}
-        result = stage.work(earlier) if stage.together or self.processes.is_main_process else None
+        try:
+            result = stage.work(earlier) if stage.together or self.processes.is_main_process else None
+        except NotFinite as error:
+            raise error.in_stage(stage.name) from error
         clear_device_cache(garbage_collection=True)  # the models of a stage make room for those of the next
         self.processes.wait_for_everyone()
         if self.processes.is_main_process:

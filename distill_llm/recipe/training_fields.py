@@ -11,7 +11,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from distill_llm.common.errors import InputError
+from distill_llm.common.errors import InputError, one_of
+from distill_llm.common.finite import ON_NONFINITE
 
 RESERVED = {
     "output_dir": "set output_dir at the top of the recipe",
@@ -29,6 +30,9 @@ RESERVED = {
     "save_only_model": "remove it: a stopped run also needs the optimizer's state to continue",
 }
 """Fields of TrainingArguments that a recipe may not set, and what to do instead."""
+
+OWN = {"on_nonfinite": ON_NONFINITE}
+"""Fields of `DistillationConfig` that a recipe may set besides, with the words that they take."""
 
 RENAMED = {
     "group_by_length": "write train_sampling_strategy: group_by_length",
@@ -105,14 +109,18 @@ def check_training_fields(
         The fields with their values converted (text such as `5e-5` to a number), and one InputError per fault.
     """
     known, clean, faults = training_fields(), {}, []
-    for name, value in given.items():
+    for name, value in ((str(name), value) for name, value in given.items()):
         if name in RESERVED:
             faults.append(InputError(name, value, fix=RESERVED[name]))
+        elif name in OWN:
+            clean[name] = value
+            if value not in OWN[name]:
+                faults.append(InputError(name, value, one_of(OWN[name], str(value))))
         elif name not in known and name in RENAMED:
             faults.append(InputError(name, value, fix=RENAMED[name]))
         elif name not in known:
             # TrainingArguments has over a hundred fields: only the nearest is worth naming.
-            near = get_close_matches(str(name), [*also, *(set(known) - set(RESERVED))], n=1)
+            near = get_close_matches(name, [*also, *OWN, *(set(known) - set(RESERVED))], n=1)
             accepted = [f"{near[0]!r} (the nearest)"] if near else []
             faults.append(InputError(name, value, " or ".join([*accepted, *also, "a field of TrainingArguments"])))
         else:

@@ -9,26 +9,110 @@ import yaml
 
 from distill_llm.common.errors import InputError
 
+DEEPEST = 50
+"""Mappings and lists inside one another; recipes have about five."""
+MOST_VALUES = 100_000
+"""Values in a text, those behind an alias counted wherever it stands."""
+
+_OTHER_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("binary", "omap", "pairs", "set")}
+
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, but duplicate keys are refused, and `5e-5` is a number (YAML 1.1 reads it as text)."""
+    """The safe loader for what JSON can hold, and dates.
+
+    Keys must be text and stand once. `5e-5` is a number (YAML 1.1 reads it as text). What cannot be read, and what would take
+    too long to build, is a `MarkedYAMLError` with its line.
+    """
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """As the safe loader does it, to a limited depth: it would run out of stack, also where an alias names what holds it."""
+        if self.depth > DEEPEST:
+            raise _fault(f"more than {DEEPEST} lists and mappings inside one another", self.peek_event())
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def get_single_node(self) -> yaml.Node | None:
+        """The tree of the text, if it is small enough to build."""
+        node = super().get_single_node()
+        if node is not None:
+            _check_size(node)
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """As the safe loader does it. A text that is not what its tag or its form says (`!!int x`, 2020-13-45) is refused."""
+        try:
+            value = super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError):  # what it raises, by the tag
+            kind = node.tag.rpartition(":")[2]
+            if not isinstance(node, yaml.ScalarNode):
+                raise
+            raise _fault(
+                f"{str(node.value)[:40]!r} is not a valid {kind}; put it in quotes if it is text", node
+            ) from None
+        if isinstance(value, str) and not _is_plain(value):
+            raise _fault("a text with a NUL or half of a surrogate pair", node)
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """As the safe loader does it, after a check that no key of `node` stands twice."""
+        """As the safe loader does it, after a check that the keys of `node` are text and stand once."""
         seen: dict[str, int] = {}
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+        keys = [key for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []  # else it is refused below
+        for key in (key for key in keys if isinstance(key, yaml.ScalarNode)):
             line = key.start_mark.line + 1
             if key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"{key.value!r} also stands on line {seen[key.value]}", problem_mark=key.start_mark
-                )
+                raise _fault(f"{key.value!r} also stands on line {seen[key.value]}", key)
             seen[key.value] = line
-        return super().construct_mapping(node, deep)
+        mapping: dict[Hashable, Any] = super().construct_mapping(node, deep)
+        for key, _ in node.value:  # without those of `<<`, which is replaced by now
+            if not isinstance(read := self.construct_object(key), str):
+                raise _fault(
+                    f"the name {key.value!r} is read as {read!r}; put it in quotes if it is meant as text", key
+                )
+        return mapping
 
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
+_Loader.yaml_constructors = {tag: each for tag, each in _Loader.yaml_constructors.items() if tag not in _OTHER_TAGS}
+
+
+def _fault(problem: str, place: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=place.start_mark)
+
+
+def _is_plain(text: str) -> bool:
+    """Whether a text can be written to a file and be part of a path."""
+    return "\0" not in text and not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def _check_size(root: yaml.Node) -> None:
+    """Refuse a tree that is too large or too deep once every alias is replaced by what it names, or that holds itself."""
+    known: dict[yaml.Node, tuple[int, int]] = {}  # values and levels
+    above: set[yaml.Node] = set()
+
+    def size(node: yaml.Node) -> tuple[int, int]:
+        if node in above:
+            raise _fault("an alias that names what it is a part of", node)
+        if node not in known:
+            above.add(node)
+            parts = [] if isinstance(node, yaml.ScalarNode) else node.value
+            if isinstance(node, yaml.MappingNode):
+                parts = [each for pair in parts for each in pair]
+            inside = [size(each) for each in parts]
+            known[node] = 1 + sum(values for values, _ in inside), 1 + max((levels for _, levels in inside), default=0)
+            above.remove(node)
+            if known[node][0] > MOST_VALUES:
+                raise _fault(f"more than {MOST_VALUES:,} values, if those behind aliases count", node)
+            if known[node][1] > DEEPEST:
+                raise _fault(f"more than {DEEPEST} lists and mappings inside one another", node)
+        return known[node]
+
+    size(root)
 
 
 def _parse(text: str, field: str) -> Any:
@@ -39,7 +123,7 @@ def _parse(text: str, field: str) -> Any:
         mark = error.problem_mark
         where = f"{field} line {mark.line + 1}" if mark and "\n" in text else field
         line = text.splitlines()[mark.line].strip() if mark and mark.line < len(text.splitlines()) else text
-        raise InputError(where, line, f"valid YAML without duplicate keys ({error.problem})") from None
+        raise InputError(where, line, f"valid YAML ({error.problem})") from None
     except yaml.YAMLError as error:
         raise InputError(field, text[:40], f"valid YAML ({str(error).splitlines()[0]})") from None
 

@@ -17,13 +17,17 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill_llm.common.errors import InputError, raise_all
+from distill_llm.common.files import full_disk_named
+from distill_llm.common.locks import alone_in
+from distill_llm.common.outputs import usable_output
 from distill_llm.common.processes import open_processes
 from distill_llm.common.progress import progress_bar
 from distill_llm.data.causal import CausalCollator
+from distill_llm.data.special_tokens import tokenizer_fingerprint
 from distill_llm.models.checkpoint import load_pretrained
 from distill_llm.responses.decoding import Decoder
-from distill_llm.responses.door import open_prompts
-from distill_llm.responses.folder import Counts, ResponseFolder, Row, kept_rows
+from distill_llm.responses.door import OpenPrompts, open_prompts
+from distill_llm.responses.folder import ABOUT, Counts, ResponseFolder, Row, kept_rows
 from distill_llm.responses.prompts import Source
 from distill_llm.responses.settings import ResponseSettings
 from distill_llm.responses.work import Work
@@ -61,22 +65,37 @@ def respond(
     """
     settings, processes = settings or ResponseSettings(), open_processes()
     opened = open_prompts(teacher, prompts, settings, tokenizer, processes.device)
-    work = Work(opened.prompts, settings)
-    recorded = settings.recorded(opened.dtype, work.shard_responses)
-    folder = ResponseFolder(Path(output_dir), recorded, opened.fingerprints)
+    folder = Path(output_dir)
+    usable_output(folder, begun=ABOUT)
     names = {"teacher": opened.teacher.name, "data": prompts if isinstance(prompts, str) else type(prompts).__name__}
+    with alone_in(folder), full_disk_named(folder):
+        return _respond(teacher, opened, folder, settings, names, progress and processes.is_main_process)
+
+
+def _respond(
+    teacher: str | PreTrainedModel,
+    opened: OpenPrompts,
+    output_dir: Path,
+    settings: ResponseSettings,
+    names: dict[str, str],
+    shown: bool,
+) -> Counts:
+    """Answer checked prompts in a folder that nobody else is using."""
+    processes = open_processes()
+    work = Work(opened.prompts, settings, tokenizer_fingerprint(opened.teacher.tokenizer))
+    recorded = settings.recorded(opened.dtype, work.shard_responses)
+    folder = ResponseFolder(output_dir, recorded, opened.fingerprints)
     environment = _environment(processes.device)
     processes.wait_for_everyone()
     if processes.is_main_process:
         folder.write_about(names, environment)
     missing = [number for number in work.shards if not folder.has_shard(number)]
     processes.wait_for_everyone()  # from here on others write shards
-    shown = progress and processes.is_main_process
     if missing and shown:
         tqdm.write(work.announcement(missing))
     if own := missing[processes.process_index :: processes.num_processes]:
         if isinstance(teacher, str):
-            teacher = load_pretrained(opened.teacher.path, dtype=getattr(torch, opened.dtype))
+            teacher = load_pretrained(opened.teacher.path, settings.trust_remote_code, dtype=opened.dtype)
             teacher.to(processes.device)  # type: ignore[arg-type]
         decoder = Decoder(teacher, CausalCollator(opened.teacher.tokenizer), settings, "teacher")
         _generate(work, own, decoder, folder, shown)
@@ -109,10 +128,9 @@ def _generate(work: Work, shards: Sequence[int], decoder: Decoder, folder: Respo
             for batch in work.batches(number):
                 keys = [work.key(*each) for each in batch]
                 answers = decoder([work.prompts[place].ids for place, _ in batch], decoder.sampling.uniforms(keys))
-                rows += [
-                    work.row(*each, decoder.text(answer), len(answer), decoder.ended(answer))
-                    for each, answer in zip(batch, answers, strict=True)
-                ]
+                for (place, sample), ids in zip(batch, answers, strict=True):
+                    text = decoder.text(ids, work.prompts[place].continued)
+                    rows.append(work.row(place, sample, text, ids, decoder.ended(ids)))
                 tokens += sum(map(len, answers))
                 bar.set_postfix_str(f"{tokens / (time.monotonic() - start):,.0f} tokens/s", refresh=False)
                 bar.update(len(batch))

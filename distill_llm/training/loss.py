@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -41,6 +41,22 @@ class LossSettings:
     precision: torch.dtype | None = None
     smoothing: float = 0.0
     seed: int = 0
+
+
+class StepLoss(NamedTuple):
+    """The loss of a micro-batch.
+
+    Attributes:
+        total: the sum of the terms times their factors.
+        sums: by term, its sum.
+        outputs: the student's.
+        soundness: see `Signals.soundness`.
+    """
+
+    total: torch.Tensor
+    sums: dict[str, torch.Tensor]
+    outputs: Any
+    soundness: torch.Tensor
 
 
 class TrainingLoss:
@@ -96,7 +112,7 @@ class TrainingLoss:
 
     def __call__(
         self, model: nn.Module, inputs: dict[str, Any], factors: Mapping[str, torch.Tensor], step: int, steps: int
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], Any]:
+    ) -> "StepLoss":
         """The loss of a batch in training.
 
         Args:
@@ -106,7 +122,7 @@ class TrainingLoss:
             step, steps: optimizer steps done, and optimizer steps of the whole training.
 
         Returns:
-            The sum of the terms times their factors; the sum of each term; the student's outputs.
+            See `StepLoss`.
         """
         labels, positions = inputs.get("labels"), None
         if self.terms.kind != "example" and self.terms.needs_outputs:
@@ -139,7 +155,8 @@ class TrainingLoss:
             )  # adds only the gradient: FSDP2 rounds the value of outputs
         elif not self.terms.needs_outputs:
             parts.append(0.0 * outputs.logits.float().sum())  # DDP waits for the gradients of all parameters
-        return torch.stack(parts).sum(), {**sums, **rest}, outputs
+        soundness = outputs.logits.new_zeros(()) if signals is None else signals.soundness()
+        return StepLoss(torch.stack(parts).sum(), {**sums, **rest}, outputs, soundness)
 
     def _signals(self, inputs: dict[str, Any], step: int, positions: torch.Tensor | None) -> Signals | None:
         if self.teacher is None:

@@ -13,6 +13,7 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOu
 
 from distill_llm.architectures.modeling_pruned import CODE_NAMES
 from distill_llm.common.errors import InputError, raise_all
+from distill_llm.common.finite import check_weights
 from distill_llm.common.processes import draw_apart
 from distill_llm.data.epochs import Epoch
 from distill_llm.losses.items import count_items
@@ -25,12 +26,12 @@ from distill_llm.teachers.base import Teacher
 from distill_llm.teachers.wrapping import as_teacher
 from distill_llm.training import teacher_state
 from distill_llm.training.batches import EpochBegins, TrainingCollator
+from distill_llm.training.checked_trainer import CheckedTrainer
 from distill_llm.training.config import DistillationConfig
 from distill_llm.training.evaluation_loss import EvaluationLoss
 from distill_llm.training.loss import LossSettings, TrainingLoss
 from distill_llm.training.on_policy import MARK, StudentResponses
 from distill_llm.training.order import GlobalBatchSampler, lengths_of
-from distill_llm.training.projecting_trainer import ProjectingTrainer
 from distill_llm.training.refusals import (
     check_arguments,
     check_batch,
@@ -40,10 +41,11 @@ from distill_llm.training.refusals import (
     check_teacher,
 )
 from distill_llm.training.shards import sharding_of, whole
+from distill_llm.training.step_sums import StepSums
 from distill_llm.training.teacher_state import StepsDone
 
 
-class DistillationTrainer(ProjectingTrainer):
+class DistillationTrainer(CheckedTrainer):
     """Trains a student on the objective of its `DistillationConfig`. Every other feature is the Trainer's own.
 
     Each term is a sum over its items (labelled examples or tokens, examples, or valid tokens) divided by the number of
@@ -82,6 +84,7 @@ class DistillationTrainer(ProjectingTrainer):
         check_model(model)
         source = as_teacher(teacher)
         check_teacher(source, without_adapters(model), objective)
+        check_weights(model, "give a student with finite weights: rows of unused tokens may be set to 0")
         super().__init__(model=model, args=args, **kwargs)
         self.loss = TrainingLoss(
             objective,
@@ -113,8 +116,7 @@ class DistillationTrainer(ProjectingTrainer):
             check_prompts(self.train_dataset, self._limits, objective.responses.max_new_tokens)
             self.responses = StudentResponses(objective.responses, self.data_collator, args.seed)
         self._evaluated = EvaluationLoss(self.accelerator, self.terms.kind)
-        self._logged_terms = torch.zeros(len(objective.terms()), device=args.device)
-        self._logged_steps = dict.fromkeys(objective.terms(), 0)  # that a term counted in
+        self.sums = StepSums(list(objective.terms()), self.accelerator)
         draw_apart(args.seed)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -154,8 +156,7 @@ class DistillationTrainer(ProjectingTrainer):
         batches, counts = super().get_batch_samples(epoch_iterator, num_batches, device)
         step = self.state.global_step
         answered = self.responses is not None and self.responses.chosen(step)
-        for name in self._logged_steps:
-            self._logged_steps[name] += not (answered and self.terms.terms[name].of_data)
+        self.sums.begin([name for name, term in self.terms.terms.items() if not (answered and term.of_data)])
         if self.responses is None or not answered:
             return batches, counts
         student = self.accelerator.unwrap_model(self.model)
@@ -204,10 +205,10 @@ class DistillationTrainer(ProjectingTrainer):
         untrue = [name for name in shares if answered and self.terms.terms[name].of_data]
         for name in untrue:  # its own answers are no truth to the student
             factors[name] = 0.0 * factors[name]
-        loss, sums, outputs = self.loss(model, inputs, factors, step, steps)
+        loss, sums, outputs, soundness = self.loss(model, inputs, factors, step, steps)
         for name in untrue:
             sums[name] = torch.zeros_like(sums[name])
-        self._logged_terms += torch.stack([sums[name].detach() * shares[name] for name in shares])
+        self.sums.add([sums[name] * shares[name] for name in shares], loss, soundness)
         return (loss, outputs) if return_outputs else loss
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
@@ -233,19 +234,6 @@ class DistillationTrainer(ProjectingTrainer):
     def _readers(self) -> tuple[PreTrainedModel, ...]:
         """The teacher's models that read batches."""
         return () if self.teacher is None else self.teacher.readers
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As `Trainer.log`, with the mean of each term over the steps since the last log that it counted in, and processes."""
-        if "loss" in logs and any(self._logged_steps.values()):
-            sums = self._logged_terms
-            if self.accelerator.num_processes > 1:
-                sums = self.accelerator.reduce(sums, reduction="mean")
-            counted = zip(self._logged_steps.items(), sums.tolist(), strict=True)
-            logs.update({f"loss/{name}": value / steps for (name, steps), value in counted if steps})
-        if "loss" in logs or "train_loss" in logs:
-            self._logged_terms.zero_()
-            self._logged_steps = dict.fromkeys(self._logged_steps, 0)
-        super().log(logs, start_time)
 
     # Data: the same global batches for any number of processes, and every column that student or teacher reads.
 

@@ -18,7 +18,9 @@ HEAD = """# Every field of a recipe
 
 This page is made from the code by `make docs`. [The guide](../guide/recipes.md) explains how the sections work together.
 
-`teacher.train`, `distillation` and `final` also take any field of transformers' `TrainingArguments`.
+`teacher.train`, `distillation` and `final` also take any field of transformers' `TrainingArguments`, and `on_nonfinite`: what
+to do with a step whose loss or gradient is nan or infinite. `stop` (the default) ends the run in one line that names the
+term, the layer and the step; `skip` leaves the step out, counts it in the log (`skipped_steps`), and ends after ten in a row.
 """
 
 

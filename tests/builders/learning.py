@@ -1,6 +1,7 @@
 """What students learn from the same global batches, in one process or in several that run this together."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,11 @@ from builders.answers import PROMPTS, answering_trainer, prompt_rows
 from builders.causal import causal_model as talker
 from builders.models import tiny_model
 from builders.trainers import TERMS, cached, model_of, rows, trainer_of, with_lora
+from transformers import PreTrainedModel
 
 from distill_llm import DistillationTrainer
+from distill_llm.losses.signals import Signals
+from distill_llm.teachers import OnlineTeacher
 
 LOSSES = TERMS | {"both": {"labels": {}, "logits": {}}}
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
@@ -18,7 +22,7 @@ Learned = tuple[dict[str, torch.Tensor], list[dict[str, float]], list[int]]
 Cases = list[tuple[str, int, list[str]]]
 """Head, width of the student and names: terms of TERMS, or `both`, and settings.
 
-Of the head `answers` the names are shares of them, of `dropout` its probabilities.
+Of the head `answers` the names are shares of them, of `dropout` its probabilities, of `skips` the row that the teacher spoils.
 """
 
 
@@ -27,7 +31,7 @@ def learned(folder: Path, cases: Cases) -> dict[str, Learned]:
     found = {}
     for head, width, names in cases:
         for name in names:
-            shares = {"answers": of_answers, "dropout": of_dropout}
+            shares = {"answers": of_answers, "dropout": of_dropout, "skips": of_skips}
             own = shares[head](folder, float(name)) if head in shares else of_rows(folder, head, width, name)
             found[f"{head} {name}"] = own
     return found
@@ -105,3 +109,30 @@ def of_dropout(folder: Path, share: float) -> Learned:
     settings = {"per_device_train_batch_size": 8 // PROCESSES}
     _, logs, seen = trained(trainer_of(folder, student, None, data, TERMS["labels"], **settings))
     return {"kept": kept[0]}, logs, seen
+
+
+class SpoilsARow(OnlineTeacher):
+    """A teacher whose output is nan for one row."""
+
+    def __init__(self, model: PreTrainedModel, row: torch.Tensor):
+        super().__init__(model)
+        self.row = row
+
+    def signals(self, batch: Any, *args: Any, **kwargs: Any) -> Signals:
+        found = super().signals(batch, *args, **kwargs)
+        spoilt = (batch["input_ids"] == self.row).all(-1, keepdim=True)
+        return replace(found, logits=found.logits.masked_fill(spoilt, torch.nan))
+
+
+def of_skips(folder: Path, row: float) -> Learned:
+    """Four steps with a teacher that spoils one row, so one process alone sees it; that step is skipped."""
+    head = "sequence-classification"
+    teacher, student = model_of(head, layers=2), model_of(head, layers=1, seed=1)
+    data = rows(teacher, count=32)
+    settings = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 4, "logging_steps": 2, "on_nonfinite": "skip"}
+    settings |= {"per_device_train_batch_size": 8 // PROCESSES}
+    source = SpoilsARow(teacher, data[int(row)]["input_ids"])
+    trainer = trainer_of(folder, student, source, data, LOSSES["both"], **settings)
+    weights, logs, seen = trained(trainer)
+    skipped = sum(log.get("skipped_steps", 0) for log in trainer.state.log_history)
+    return {**weights, "skipped": torch.tensor(float(skipped))}, logs, seen

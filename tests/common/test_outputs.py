@@ -148,3 +148,22 @@ def test_a_cache_and_answers_go_to_a_folder_of_their_own_or_no_teacher_is_loaded
     with pytest.raises(InputError, match="^output_dir: got"):
         respond("llm", ["w1 w2"], output, ResponseSettings(max_new_tokens=4), progress=False)
     assert contents(llm) == before
+
+
+NO_NAMES = ["x" * 250, "new/" + "é" * 130, "a\0b", "\ud800"]
+
+
+@pytest.mark.parametrize("name", NO_NAMES)
+def test_names_that_no_file_can_have_are_refused_before_any_work(home, name):
+    for check, path in ((usable_output, name), (usable_file, name), (usable_statistics, f"{name}.safetensors")):
+        with pytest.raises(InputError) as error:
+            check(home / path, "field")
+        assert str(error.value).startswith("field: got ") and len(str(error.value).splitlines()) == 1
+
+
+def test_the_longest_name_can_be_written_whole(home):
+    path = home / ("x" * 200)
+    usable_file(path, "field")
+    with written_whole(path) as file:
+        file.write_text("text")
+    assert path.read_text() == "text"

@@ -10,6 +10,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from transformers import PreTrainedTokenizerBase
 
 from distill_llm.common.errors import InputError
+from distill_llm.common.finite import NotFinite
 from distill_llm.data import GLUE, collator
 from distill_llm.data.kinds.masked_lm import masked_lm
 from distill_llm.evaluation import evaluate_model, predict
@@ -95,7 +96,7 @@ def test_broken_models_and_empty_data_are_refused() -> None:
         evaluate_model(model, rows(0), task, collator(task, TOKENS), progress=False)
     with torch.no_grad():
         model.classifier.bias.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="not finite"):
+    with pytest.raises(NotFinite, match="^the (output|loss) of .* in scoring is nan; score a model"):
         evaluate_model(model, rows(), task, collator(task, TOKENS), progress=False)
 
 

@@ -9,6 +9,7 @@ from builders.causal import EOS, causal_model, data_of, word_tokenizer, words
 from torch.nn.functional import log_softmax
 from transformers import GenerationConfig, PreTrainedModel
 
+from distill_llm.common.finite import NotFinite
 from distill_llm.data import TaskData, collator, encode
 from distill_llm.data.kinds.causal_lm import causal_lm
 from distill_llm.data.kinds.prompts import prompts
@@ -70,7 +71,7 @@ def test_perplexity_is_that_of_whole_logits_of_single_rows(family: str, monkeypa
     wanted = brute_force(model, encoded.test)
     assert got["loss"] == pytest.approx(wanted, rel=1e-5)
     assert got["perplexity"] == got["score"] == pytest.approx(math.exp(wanted), rel=1e-4)
-    assert got.keys() == {"loss", "perplexity", "score"}
+    assert got.keys() == {"loss", "perplexity", "score", "standard_error", "rows"}
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
@@ -132,5 +133,5 @@ def test_a_model_whose_loss_is_not_finite_is_refused() -> None:
     with torch.no_grad():
         model.lm_head.weight[5] = float("nan")
     make = collator(data.task, word_tokenizer())
-    with pytest.raises(FloatingPointError, match="not finite"):
+    with pytest.raises(NotFinite, match="^the (output|loss) of .* in scoring is nan; score a model"):
         evaluate_model(model, encode(data, word_tokenizer(), 10).test, data.task, make, progress=False)

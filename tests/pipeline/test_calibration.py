@@ -5,7 +5,10 @@ import torch
 from builders.models import tiny_model
 from builders.pruning import collect
 from builders.rounds import Counted, cutter
+from safetensors.torch import load
 
+from distill_llm.common.errors import InputError
+from distill_llm.common.locks import held
 from distill_llm.pipeline import calibration as calibrating
 from distill_llm.pruning.importance import score
 from distill_llm.pruning.planning.planner import plan_pruning
@@ -154,3 +157,28 @@ def test_without_labels_gradients_are_of_the_models_own_predictions(model, tmp_p
     assert found.plan.layers == plan.layers
     assert cutter(tmp_path, Counted(model)).calibration.loss == "labels"
     assert cutter(tmp_path, Counted(model), loss="kl").calibration.loss == "kl"
+
+
+@pytest.mark.parametrize("name", ["statistics.safetensors", "statistics.json"])
+def test_damaged_statistics_are_measured_anew(model, tmp_path, name):
+    file = tmp_path / "statistics.safetensors"
+    cutter(tmp_path, Counted(model), compensate=False).cut(model, model, 0.5, file)
+    whole, tensors = (tmp_path / name).read_bytes(), load(file.read_bytes())
+    flipped = bytearray(whole)
+    flipped[len(flipped) - 20] ^= 1  # a value of the last tensor; a letter of the hash
+    for wrong in (b"", whole[: len(whole) // 2], bytes(flipped), b"[]"):
+        (tmp_path / name).write_bytes(wrong)
+        cutter(tmp_path, Counted(model), compensate=False).cut(model, model, 0.5, file)
+        found = load(file.read_bytes())  # not mapped, since the file is written over
+        assert found.keys() == tensors.keys() and all(torch.equal(found[key], tensors[key]) for key in tensors)
+        assert (tmp_path / name).read_bytes() != wrong
+
+
+def test_a_run_waits_for_another_that_uses_the_same_statistics(model, tmp_path, monkeypatch):
+    file = tmp_path / "statistics.safetensors"
+    monkeypatch.setattr(calibrating, "LONGEST_WAIT", 0)
+    lock, line = tmp_path / ".statistics.safetensors.lock", "^pruning.statistics: got .*; wait until it ends"
+    with held(lock, "x", file), pytest.raises(InputError, match=line):
+        cutter(tmp_path, Counted(model)).cut(model, model, 0.5, file)
+    cutter(tmp_path, Counted(model)).cut(model, model, 0.5, file)
+    assert sorted(path.name for path in tmp_path.glob("*stat*")) == ["statistics.json", "statistics.safetensors"]

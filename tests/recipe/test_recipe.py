@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -283,6 +284,18 @@ def test_the_run_folder_is_named_after_the_file(tmp_path):
 def test_training_fields_are_those_of_the_installed_transformers():
     assert set(training_fields()) == {field.name for field in dataclasses.fields(TrainingArguments)}
     assert set(RESERVED) <= set(training_fields())
+
+
+def test_what_to_do_at_a_step_that_is_not_finite_is_a_field_of_every_training(tmp_path):
+    skip = {"on_nonfinite": "skip"}
+    own = recipe_for(tmp_path, final=skip, distillation={"losses": {"labels": {}}, **skip})
+    assert all(parse_recipe(own).training(stage)["on_nonfinite"] == "skip" for stage in ("recovery", "final"))
+    for given, words in (
+        ("skipp", "'skip' (the nearest), or one of stop, skip"),
+        (["skip"], "'skip' (the nearest), or one of stop, skip"),
+    ):
+        with pytest.raises(InputError, match=re.escape(f"final.on_nonfinite: got {given!r}; accepted: {words}")):
+            parse_recipe(recipe_for(tmp_path, final={"on_nonfinite": given}))
 
 
 def test_defaults_of_training_arguments_pass_their_own_check():

@@ -7,7 +7,7 @@ import torch
 from builders.learning import learned
 from builders.processes import run_script
 
-FEW = [("causal-lm", 16, ["all"]), ("dropout", 0, ["0.1"])]
+FEW = [("causal-lm", 16, ["all"]), ("dropout", 0, ["0.1"]), ("skips", 0, ["5"])]
 MANY = [
     ("sequence-classification", 32, ["labels", "logits", "all"]),
     ("masked-lm", 24, ["labels", "hidden", "all", "labels on one rank"]),
@@ -64,6 +64,11 @@ def test_each_process_has_dropout_masks_of_its_own_as_each_row_of_one_has(few):
     for masks in (list(one), rows):  # the rows themselves are equal
         assert all(0.8 < row.float().mean() < 0.97 for row in masks)
         assert not any(torch.equal(a, b) for number, a in enumerate(masks) for b in masks[:number])
+
+
+def test_a_step_that_one_process_must_skip_is_skipped_by_both(few):
+    assert_alike(few, "skips 5")
+    assert [run["skips 5"][0]["skipped"].item() for run in few] == [1, 1, 1]
 
 
 @pytest.mark.slow
