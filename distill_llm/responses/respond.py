@@ -95,7 +95,7 @@ def _respond(
         tqdm.write(work.announcement(missing))
     if own := missing[processes.process_index :: processes.num_processes]:
         if isinstance(teacher, str):
-            teacher = load_pretrained(opened.teacher.path, dtype=getattr(torch, opened.dtype))
+            teacher = load_pretrained(opened.teacher.path, settings.trust_remote_code, dtype=opened.dtype)
             teacher.to(processes.device)  # type: ignore[arg-type]
         decoder = Decoder(teacher, CausalCollator(opened.teacher.tokenizer), settings, "teacher")
         _generate(work, own, decoder, folder, shown)

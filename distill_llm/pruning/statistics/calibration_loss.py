@@ -4,13 +4,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from distill_llm.common.errors import InputError
-from distill_llm.losses.items import kind_of, targets, valid_tokens
+from distill_llm.losses.divergences import forward_kl
+from distill_llm.losses.items import ITEMS, kind_of, targets, valid_tokens
 from distill_llm.losses.labels import label_loss
-from distill_llm.losses.logits import logits_divergence
 from distill_llm.models.inputs import forward_inputs
 from distill_llm.models.item_logits import item_logits, packed
 
@@ -35,7 +34,7 @@ def calibration_loss(
     if loss == "kl" and teacher is not None:
         with torch.no_grad():
             target, _ = items_of(teacher, batch, labelled=False)
-        return divergence(target, logits)
+        return divergences(target, logits).sum()
     if loss == "kl":
         predicted = logits.detach()
         if regression:
@@ -66,6 +65,7 @@ def items_of(model: PreTrainedModel, batch: Batch, labelled: bool) -> tuple[torc
         labels = torch.cat([batch[name].flatten() for name in names])
     with packed(model, positions):
         outputs = model(**_inputs(model, batch))
+    _check_outputs(model, outputs, per_example=kind == "example" and not spans)
     if not spans:
         logits = item_logits(outputs.logits, positions).float()
         if labels is not None:
@@ -79,6 +79,16 @@ def items_of(model: PreTrainedModel, batch: Batch, labelled: bool) -> tuple[torc
     return logits[inside], labels[inside]
 
 
+def _check_outputs(model: PreTrainedModel, outputs: Any, per_example: bool) -> None:
+    """Refuse a head whose outputs nobody knows the labels of: one without logits, or of another kind than its name says."""
+    name, logits = type(model).__name__, getattr(outputs, "logits", None)
+    known = f"a model whose class ends in {', '.join(ITEMS)}, or a loss that is a callable or None"
+    if logits is None and "start_logits" not in outputs:
+        raise InputError("model", f"{name}, which has no logits", known)
+    if per_example and (logits.dim() != 2 or name.endswith("ForPreTraining")):  # ELECTRA's has a value for each token
+        raise InputError("model", f"{name} with logits of shape {list(logits.shape)}", known)
+
+
 def _check_labels(logits: torch.Tensor, labels: torch.Tensor, given: torch.Tensor) -> None:
     """Refuse labels that are not one for each item: several classes of an example, or their shares."""
     classes = logits.shape[-1]
@@ -89,11 +99,11 @@ def _check_labels(logits: torch.Tensor, labels: torch.Tensor, given: torch.Tenso
         raise InputError("labels", f"{given.dtype} of shape {list(given.shape)}", accepted)
 
 
-def divergence(target: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """The sum over items of KL(target || own) of logits (items, C), or, of a regression (C = 1), of their squared difference."""
+def divergences(target: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """(items,) KL(target || own) of logits (items, C), or, of a regression (C = 1), their squared differences."""
     if logits.shape[-1] == 1:
-        return nn.functional.mse_loss(logits, target, reduction="sum")
-    return logits_divergence(logits, target).sum()
+        return (logits - target).square().squeeze(-1)
+    return forward_kl(logits, target)
 
 
 def _inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
