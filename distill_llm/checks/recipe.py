@@ -67,7 +67,7 @@ def open_recipe(recipe: Recipe) -> Opened:
         InputError: one line per fault (`faults_in(error)`).
     """
     found = Collector()
-    teacher = found.run(open_model, "teacher.model", recipe.teacher.model)
+    teacher = found.run(open_model, "teacher.model", recipe.teacher.model, True, recipe.teacher.trust_remote_code)
     name = recipe.student.model if recipe.student else None
     student = found.run(open_model, "student.model", name)
     data = found.run(lambda: load_rows(recipe, teacher))

@@ -55,6 +55,11 @@ class TeacherSection(Section):
         description="folder that `distill-llm cache` wrote; the student learns from it, with no teacher in memory",
     )
 
+    trust_remote_code: bool = Field(
+        default=False,
+        description="run the code that the teacher's folder or repository brings along, if it does; read that code first",
+    )
+
     _check_train = field_validator("train")(training_fields)
 
     @field_validator("cache")
