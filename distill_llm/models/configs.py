@@ -2,6 +2,8 @@
 
 import copy
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -118,6 +120,22 @@ def unloadable(field: str, name: str, error: Exception) -> Exception:
         )
     reason = f"{type(error).__name__}: {first_line(error)}" if isinstance(error, KeyError) else first_line(error)
     return InputError(field, name, f"a checkpoint that transformers can load ({reason})")
+
+
+@contextmanager
+def readable(model: str | os.PathLike) -> Iterator[None]:
+    """Turn what transformers raises for a checkpoint's files into one line (`unloadable`).
+
+    Raises:
+        InputError: naming `model`.
+    """
+    try:
+        yield
+    except Exception as error:  # each class raises its own kinds
+        found = unloadable("model", str(model), error)
+        if found is error:
+            raise
+        raise found from error
 
 
 def _code_map(config: PreTrainedConfig) -> dict[str, str]:
