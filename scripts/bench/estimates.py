@@ -7,6 +7,7 @@ torch's allocator held at once from the making of the trainer to the end of trai
 alone, without the profiler.
 """
 
+import gc
 import json
 import statistics
 import sys
@@ -90,6 +91,7 @@ def trainer_of(name, folder):
 
 def allocated(work):
     """The most bytes that torch's allocator held at once while `work` ran."""
+    gc.collect()  # what goes while it is profiled would count as never held
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         kept = work()
     events = [each for each in found.profiler.kineto_results.events() if each.name() == "[memory]"]
