@@ -64,8 +64,8 @@ def collect_statistics(
             are needed.
         NotFinite: a weight, a batch's loss or a statistic is nan or infinite.
     """
-    check_weights(model, "prune a model with finite weights: rows of unused tokens may be set to 0")
     calibration = CalibrationPass(model, loss, teacher, settings)
+    check_weights(model, "prune a model with finite weights: rows of unused tokens may be set to 0")
     shown, batches = first_of(dataloader)  # on every process, whoever collects of it
     sums = _PassSums(calibration, shown)
     batch = calibration.batch()
