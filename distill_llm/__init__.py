@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from distill_llm.pruning.compensation.bypass import fit_bypasses as fit_bypasses
     from distill_llm.pruning.criteria import criterion as criterion
     from distill_llm.pruning.cutting.masking import masked as masked
+    from distill_llm.pruning.cutting.strength import Strength as Strength
+    from distill_llm.pruning.cutting.strength import choose_strength as choose_strength
     from distill_llm.pruning.cutting.surgery import prune as prune
     from distill_llm.pruning.importance import Importance as Importance
     from distill_llm.pruning.importance import score as score
@@ -54,6 +56,7 @@ __getattr__, __dir__, __all__ = lazy_names(  # the names above, which are for ty
         "pruning.compensation.bypass": "fit_bypasses",
         "pruning.criteria": "criterion",
         "pruning.cutting.masking": "masked",
+        "pruning.cutting.strength": "Strength choose_strength",
         "pruning.cutting.surgery": "prune",
         "pruning.importance": "Importance score",
         "pruning.plan": "LayerPlan PruningPlan keep_layers",

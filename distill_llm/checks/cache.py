@@ -30,6 +30,7 @@ class CacheRequest:
         settings: what to store; `classes` and `kind` are filled in later.
         model_field, folder_field: names for messages.
         objective: the losses that the cache must serve, if they are known.
+        trust_remote_code: whether code that the teacher brings along may run.
     """
 
     model: str
@@ -39,6 +40,7 @@ class CacheRequest:
     model_field: str = "teacher"
     folder_field: str = "output_dir"
     objective: Objective | None = None
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,15 @@ def request_of(recipe: Recipe, settings: CacheSettings) -> CacheRequest:
             "dtype", settings.dtype, fix=f"leave it out, or set it to {section.dtype}, the recipe's teacher.dtype"
         )
     fields = {"model_field": "teacher.model", "folder_field": "teacher.cache"}
-    return CacheRequest(section.model, data_spec(recipe), section.cache, settings, **fields, objective=losses)
+    return CacheRequest(
+        section.model,
+        data_spec(recipe),
+        section.cache,
+        settings,
+        **fields,
+        objective=losses,
+        trust_remote_code=section.trust_remote_code,
+    )
 
 
 def open_cache(request: CacheRequest) -> OpenCache:
@@ -84,7 +94,7 @@ def open_cache(request: CacheRequest) -> OpenCache:
     usable_output(request.folder, request.folder_field, INDEX_NAME)
     if (request.folder / INDEX_NAME).is_file():
         read_index(request.folder)  # refuses a folder that holds something else
-    teacher = open_model(request.model_field, request.model)
+    teacher = open_model(request.model_field, request.model, True, request.trust_remote_code)
     rows = open_rows(request.data, teacher.config)
     task = rows.task
     if task.kind.changes_inputs:

@@ -20,17 +20,18 @@ class OpenScoring:
     data: TaskData
 
 
-def open_scoring(model: str, spec: DataSpec) -> OpenScoring:
+def open_scoring(model: str, spec: DataSpec, trust_remote_code: bool = False) -> OpenScoring:
     """Open a model and its rows.
 
     Args:
         model: Hub id, folder, GGUF file or package:// path.
         spec: the task, its rows and their length.
+        trust_remote_code: whether code that the model brings along may run.
 
     Raises:
         InputError: for the first fault. Fields are named as in a recipe; the model is `model`.
     """
-    opened = open_model("model", model)
+    opened = open_model("model", model, True, trust_remote_code)
     rows = open_rows(spec, opened.config, training=False)
     check_head(opened, rows.task)
     limits = limits_of(opened.config, opened.name)

@@ -3,6 +3,8 @@
 import copy
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from distill_llm.losses.signals import Wanted
 from distill_llm.losses.terms.term import Use
 from distill_llm.models.adapters import without_adapters
 from distill_llm.models.capture import Recorder
+from distill_llm.models.configs import unloadable
 from distill_llm.models.finding import OpenModel
 from distill_llm.pruning.units.sizes import second_moment_bytes
 from distill_llm.recipe.pruning import PruningSection
@@ -38,13 +41,23 @@ def skeleton(model: OpenModel, task: Task | None = None) -> PreTrainedModel:
     auto: Any = AutoModel if task is None else task.kind.auto
     config_class = stock_config_class(type(model.config))
     stock: Any = auto._model_mapping.get(config_class, None)
-    if stock is None:
+    if stock is None and not (
+        model.trust_remote_code and auto.__name__ in (getattr(model.config, "auto_map", None) or {})
+    ):
         kind = "transformers" if task is None else task.kind.name
         raise InputError(model.field, f"{model.name} ({model.config.model_type})", f"a family with a model for {kind}")
-    with torch.device("meta"):
+    with torch.device("meta"), _buildable(model):
         if type(model.config) is config_class:
-            return auto.from_config(model.config)  # type: ignore[no-any-return]
+            return auto.from_config(model.config, trust_remote_code=model.trust_remote_code)  # type: ignore[no-any-return]
         return pruned_class(stock)(model.config)
+
+
+@contextmanager
+def _buildable(model: OpenModel) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # each class raises its own kinds where a config makes no sense
+        raise unloadable(model.field, model.name, error) from error
 
 
 def adapted(recipe: Recipe, student: PreTrainedModel) -> nn.Module:

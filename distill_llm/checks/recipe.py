@@ -10,6 +10,7 @@ from pathlib import Path
 import datasets
 
 from distill_llm.checks.data import open_rows
+from distill_llm.checks.export import check_export
 from distill_llm.checks.faults import Collector
 from distill_llm.checks.models import adapted, check_disk, check_signals, skeleton
 from distill_llm.checks.pruning import check_pruning
@@ -67,7 +68,7 @@ def open_recipe(recipe: Recipe) -> Opened:
         InputError: one line per fault (`faults_in(error)`).
     """
     found = Collector()
-    teacher = found.run(open_model, "teacher.model", recipe.teacher.model)
+    teacher = found.run(open_model, "teacher.model", recipe.teacher.model, True, recipe.teacher.trust_remote_code)
     name = recipe.student.model if recipe.student else None
     student = found.run(open_model, "student.model", name)
     data = found.run(lambda: load_rows(recipe, teacher))
@@ -90,6 +91,7 @@ def open_recipe(recipe: Recipe) -> Opened:
     found.run(lambda: check_training(recipe, data, _projected(student, teacher)))
     found.run(usable_output, recipe.output_dir, "output_dir", (RECIPE, STATE, BACKUP))
     found.run(_check_hub, recipe)
+    found.run(check_export, recipe, student or teacher)
     whole = found.run(skeleton, teacher, task)
     learner = whole if name is None else found.run(skeleton, student, task)
     if paired:

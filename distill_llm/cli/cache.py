@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from distill_llm.cli.group import is_main_process
-from distill_llm.cli.options import as_options
+from distill_llm.cli.options import TrustCode, as_options
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.recipe.recipe import Recipe, load_recipe, recipe_names
 
@@ -50,6 +50,7 @@ def cache(
         str | None,
         typer.Option(metavar="float32|bfloat16|float16", help="Teacher's dtype; by default bfloat16 on CUDA."),
     ] = None,
+    trust_remote_code: TrustCode = False,
 ) -> None:
     """Write what a teacher says about the training rows to disk, once. Run the same command again to continue after a stop."""
     rows: dict[str, Any] = {
@@ -61,7 +62,7 @@ def cache(
         "seed": seed,
     }
     rows = {name: value for name, value in rows.items() if value is not None}
-    recipe = _recipe(teacher, output_dir, settings or [], rows)
+    recipe = _recipe(teacher, output_dir, settings or [], rows, trust_remote_code)
     if recipe is None and task is None:
         raise InputError("--task", None, "the task of the data, or a recipe in place of the teacher")
     from distill_llm.data.spec import DataSpec
@@ -74,13 +75,15 @@ def cache(
         if recipe is not None:
             items, size = cache_recipe(recipe, coding, batch_size)
         else:
-            items, size = cache_teacher(teacher, DataSpec(**rows), output_dir, coding, batch_size)
+            items, size = cache_teacher(teacher, DataSpec(**rows), output_dir, coding, batch_size, trust_remote_code)
     if is_main_process():
         each = size / max(items, 1)
         print(f"{output_dir}: {items:,} outputs of {teacher}, {size / 1e6:.1f} MB, {each:.0f} bytes each")
 
 
-def _recipe(name: str, output_dir: Path, settings: list[str], rows: Mapping[str, Any]) -> Recipe | None:
+def _recipe(
+    name: str, output_dir: Path, settings: list[str], rows: Mapping[str, Any], trust_remote_code: bool
+) -> Recipe | None:
     """The recipe of that name (a YAML file, or a shipped one unless a folder is called so), with this cache; else None."""
     if not (name.endswith((".yaml", ".yml")) or (name in recipe_names() and not Path(name).exists())):
         if settings:
@@ -88,6 +91,7 @@ def _recipe(name: str, output_dir: Path, settings: list[str], rows: Mapping[str,
                 "--set", settings[0], fix="leave it out: it changes fields of a recipe, and no recipe is given"
             )
         return None
+    rows = {**rows, "trust_remote_code": True} if trust_remote_code else rows
     with as_options({*rows, "data"}):
         fix = "leave it out: the recipe sets it (--set overrides a field)"
         raise_all(

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from distill_llm.cli.options import ChatTemplateKwargs, Columns, DataPath, ModelName, TaskName, as_options, read_columns
+from distill_llm.cli.options import (
+    ChatTemplateKwargs,
+    Columns,
+    DataPath,
+    ModelName,
+    TaskName,
+    TrustCode,
+    as_options,
+    read_columns,
+)
 from distill_llm.cli.output import load_model, say
 from distill_llm.common.files import written_whole
 from distill_llm.common.outputs import usable_file
@@ -45,6 +54,7 @@ def evaluate(
     seed: Annotated[
         int, typer.Option(min=0, max=2**32 - 1, help="Seed of the masks of masked language modelling.")
     ] = 0,
+    trust_remote_code: TrustCode = False,
     output: Annotated[Path, typer.Option(help="File for the metrics.")] = Path("evaluation.json"),
 ) -> None:
     """Score a model on a task's test rows (GLUE: the development set); print and save the metrics."""
@@ -63,25 +73,33 @@ def evaluate(
             chat=chat,
             chat_template_kwargs=read_mapping(chat_template_kwargs, "chat_template_kwargs"),
         )
-        _score(model, spec, batch_size, output)
+        _score(model, spec, batch_size, output, trust_remote_code)
 
 
-def _score(model: str, spec: "DataSpec", batch_size: int, output: Path) -> None:
+def _score(model: str, spec: "DataSpec", batch_size: int, output: Path, trust_remote_code: bool) -> None:
     """Score, print and save."""
     from distill_llm.checks.evaluate import open_scoring
     from distill_llm.data.encoding import collator
+    from distill_llm.evaluation.baselines import baselines, no_better
     from distill_llm.evaluation.evaluate import evaluate_model
     from distill_llm.evaluation.rules import RECIPE_FIELDS
+    from distill_llm.metrics.errors import shown_score
 
-    opened = open_scoring(model, spec)
+    opened = open_scoring(model, spec, trust_remote_code)
     task, rows = opened.data.task, opened.data.test
     pad = collator(task, opened.model.tokenizer, seed=spec.seed)
     loaded = load_model(opened.model)
     metrics = evaluate_model(loaded, rows, task, pad, batch_size=batch_size, fields=RECIPE_FIELDS)
+    naive = baselines(task, None, rows)
     with written_whole(output) as file:
-        file.write_text(json.dumps({"model": model, "task": spec.task, **metrics}, indent=2) + "\n", encoding="utf-8")
+        file.write_text(
+            json.dumps({"model": model, "task": spec.task, **metrics, "baselines": naive}, indent=2) + "\n",
+            encoding="utf-8",
+        )
     table = Table("metric", "value", title=f"{model} on {task.name}, {len(rows)} examples")
     for name, value in metrics.items():
-        table.add_row(name, f"{value:.4f}")
+        table.add_row(name, shown_score(metrics) if name == "score" else f"{value:.4f}")
+    if (warning := no_better(task, metrics, naive, model)) is not None:
+        say(f"WARNING: {warning}")
     say(table)
     say(f"metrics: {output}")

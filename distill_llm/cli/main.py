@@ -9,6 +9,8 @@ import typer
 
 from distill_llm.cli.cache import EXAMPLE as CACHE
 from distill_llm.cli.cache import cache
+from distill_llm.cli.estimate import EXAMPLE as ESTIMATE
+from distill_llm.cli.estimate import estimate
 from distill_llm.cli.evaluate import EXAMPLE as EVALUATE
 from distill_llm.cli.evaluate import evaluate
 from distill_llm.cli.export import EXAMPLE as EXPORT
@@ -35,6 +37,7 @@ for _command, _example in (
     (shareable(distill), DISTILL),
     (shareable(prune), PRUNE),
     (evaluate, EVALUATE),
+    (estimate, ESTIMATE),
     (profile, PROFILE),
     (export, EXPORT),
     (push, PUSH),

@@ -32,6 +32,13 @@ ChatTemplateKwargs = Annotated[
     typer.Option(metavar="YAML", help="Further arguments of the chat template: '{enable_thinking: false}'."),
 ]
 
+TrustCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run the code that the model brings along, if it does; read that code first."
+    ),
+]
+
 SECTIONS = ("data", "pruning", "evaluation")
 """Sections of a recipe whose fields are options of the same name in commands."""
 OTHERWISE = {"data.path": "data"}

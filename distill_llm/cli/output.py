@@ -48,6 +48,6 @@ def load_model(opened: "OpenModel") -> "PreTrainedModel":
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = accelerator.type if accelerator is not None else "cpu"
     try:
-        return load_pretrained(opened.path).to(device)  # type: ignore[arg-type]
+        return load_pretrained(opened.path, opened.trust_remote_code).to(device)  # type: ignore[arg-type]
     except InputError as error:
         raise error.renamed(opened.field) from None

@@ -6,7 +6,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from distill_llm.cli.options import Columns, DataPath, ModelName, TaskName, as_options, read_columns
+from distill_llm.cli.options import Columns, DataPath, ModelName, TaskName, TrustCode, as_options, read_columns
 from distill_llm.cli.output import quiet_weights, say, say_loading
 from distill_llm.recipe.pruning import PruningSection
 from distill_llm.recipe.recipe import parse_recipe
@@ -39,6 +39,7 @@ def prune(
     uniform: Annotated[bool, _option("uniform")] = _PRUNING["uniform"].default,
     compensate: Annotated[bool, _option("compensate")] = _PRUNING["compensate"].default,
     calibration_examples: Annotated[str | None, _option("calibration_examples", "NUMBER")] = None,
+    trust_remote_code: TrustCode = False,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="A.B=C", help="Set any other field of a recipe: pruning.cuts=5, seed=1."),
@@ -50,7 +51,7 @@ def prune(
     if calibration_examples is not None:
         chosen["calibration_examples"] = calibration_examples
     given = {
-        "teacher": {"model": model},
+        "teacher": {"model": model, "trust_remote_code": trust_remote_code},
         "data": {"task": task, "path": data, "columns": read_columns(columns), "max_length": max_length},
         "pruning": chosen,
         "output_dir": str(output_dir),

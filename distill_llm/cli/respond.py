@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distill_llm.cli.group import is_main_process
-from distill_llm.cli.options import ChatTemplateKwargs, as_options
+from distill_llm.cli.options import ChatTemplateKwargs, TrustCode, as_options
 from distill_llm.cli.output import quiet_weights
 from distill_llm.recipe.yaml_input import read_mapping
 
@@ -50,6 +50,7 @@ def respond(
     keep_truncated: Annotated[
         bool, typer.Option("--keep-truncated", help="Keep responses that were cut at --max-new-tokens.")
     ] = False,
+    trust_remote_code: TrustCode = False,
 ) -> None:
     """Let a teacher answer prompts, to train on its answers. Run the same command again to continue after a stop."""
     quiet_weights()
@@ -71,6 +72,7 @@ def respond(
             max_prompts=max_prompts,
             dtype=dtype,
             keep_truncated=keep_truncated,
+            trust_remote_code=trust_remote_code,
         )
         counts = generate(teacher, data, output_dir, settings)
     if is_main_process():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from distill_llm.data.answers import answer_text
 from distill_llm.data.padding import LENGTH, Features, PaddingCollator, Rows
 from distill_llm.data.sources import split_documents
 from distill_llm.data.special_tokens import document_end, special_ends, token_count
@@ -116,7 +117,7 @@ class CausalCollator(PaddingCollator):
 
     def text(self, ids: list[int]) -> str:
         """Token ids as text without special tokens."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return answer_text(self.tokenizer, ids)
 
 
 def prompt_length(labels: list[int]) -> int:

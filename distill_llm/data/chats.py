@@ -3,9 +3,9 @@
 import inspect
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,6 +13,10 @@ from distill_llm.common.errors import InputError, first_line
 from distill_llm.data.padding import Rows
 
 Chat: TypeAlias = list[dict[str, Any]]
+MARK = "\ue000"
+"""A character for private use, which no text and no template has."""
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""Where a turn may have what the assistant thought before it answered."""
 # What `apply_chat_template` takes for itself, or is given here.
 _TAKEN = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"} - {
     "tools",
@@ -85,8 +89,23 @@ def asked(chat: Chat, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, A
     return _in_template(chat, tokenizer, {**kwargs, "add_generation_prompt": True}, field)
 
 
-def answered(chat: Chat, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any], field: str) -> tuple[str, str]:
-    """Prompt and response of a chat as text, without what the template adds after the EOS of the answer.
+class Answer(NamedTuple):
+    """The last turn of a chat as text: the prompt before it; what it says; the template's words after it, up to and with its end.
+
+    `dropped`: the first part of the turn that the template did not write, if any.
+    """
+
+    prompt: str
+    said: str
+    closing: str
+    dropped: str | None = None
+
+
+def answered(chat: Chat, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any], field: str) -> Answer:
+    """Prompt and answer of a chat as text.
+
+    White space that the template adds behind the end of the answer is left out; that of the answer itself stays, unless the
+    template strips it.
 
     Args:
         chat: turns that end with the assistant's.
@@ -101,7 +120,50 @@ def answered(chat: Chat, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str
     if not whole.startswith(prompt):
         given = f"chats in the words of {tokenizer.name_or_path}"
         raise InputError(field, given, "a chat template that leaves the prompt unchanged when an answer follows")
-    return prompt, whole[len(prompt) :].rstrip()
+    # With another content at its place, what follows it is the template's own.
+    marked = _in_template([*turns[:-1], {**turns[-1], "content": MARK}], tokenizer, kwargs, field)
+    closing = marked.rpartition(MARK)[2]
+    if MARK not in marked or not whole.endswith(closing):
+        closing = ""
+    said = whole[len(prompt) : len(whole) - len(closing)]
+    return Answer(prompt, said, closing.rstrip(), _dropped(turns[-1], whole.removesuffix(closing), said + closing))
+
+
+def _dropped(turn: Mapping[str, Any], until: str, answer: str) -> str | None:
+    """The first part of a turn that is not in the text of the chat, white space aside.
+
+    Args:
+        until: all of the chat up to the end of the content: a template may begin the thoughts of an answer within the prompt.
+        answer: the turn in the words of the template.
+    """
+    if not _bare(until).endswith(_bare(turn["content"])):
+        return str(turn["content"])
+    parts = [turn[name] for name in THOUGHTS if isinstance(turn.get(name), str)] + [*_texts(turn.get("tool_calls"))]
+    return next((part for part in parts if not _is_in(answer, part)), None)
+
+
+def _is_in(answer: str, part: str) -> bool:
+    """Whether an answer has a text, white space aside, as it is or as JSON writes it."""
+    forms = (part, json.dumps(part)[1:-1], json.dumps(part, ensure_ascii=False)[1:-1])
+    return any(_bare(form) in _bare(answer) for form in forms)
+
+
+def _bare(text: str) -> str:
+    """A text without white space."""
+    return "".join(text.split())
+
+
+def _texts(calls: Any) -> Iterator[str]:
+    """The names and arguments in the tool calls of a turn, as far as they are text."""
+    if isinstance(calls, str):
+        yield calls
+    elif isinstance(calls, Mapping):
+        for name, value in calls.items():
+            if name not in ("id", "type"):
+                yield from _texts(value)
+    elif isinstance(calls, list | tuple):
+        for call in calls:
+            yield from _texts(call)
 
 
 def _in_template(chat: Chat, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any], field: str) -> str:

@@ -37,11 +37,11 @@ def complete(rows: Dataset, names: Mapping[str, str], split: str, drop: bool) ->
     if not drop:
         name, places = next(iter(lacking.items()))
         fix = "fill them in, or set `data.drop_incomplete` to leave such rows out"
-        raise InputError(f"data.columns.{name}", f"no value in {_numbered(places)} of the {split} rows", fix=fix)
+        raise InputError(f"data.columns.{name}", f"no value in {numbered(places)} of the {split} rows", fix=fix)
     left_out = sorted({place for places in lacking.values() for place in places})
     if len(left_out) == len(rows):
         raise InputError(f"data.columns.{next(iter(lacking))}", f"no value in any {split} row", "a column with values")
-    tell(f"left out {_numbered(left_out)} of {len(rows)} {split} rows, without {' or '.join(lacking)}")
+    tell(f"left out {numbered(left_out)} of {len(rows)} {split} rows, without {' or '.join(lacking)}")
     gone = set(left_out)
     return rows.select([place for place in range(len(rows)) if place not in gone])
 
@@ -55,7 +55,7 @@ def _no_label(value: Any) -> bool:
     return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
-def _numbered(places: list[int]) -> str:
+def numbered(places: list[int]) -> str:
     """`3 (numbers 4, 17 and 201)`: how many rows, and their numbers, counted from 1 without a header line."""
     numbers = [str(place + 1) for place in places[:SHOWN]]
     more = ", ..." if len(places) > SHOWN else ""

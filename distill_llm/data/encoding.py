@@ -9,14 +9,15 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-from distill_llm.common.errors import InputError
+from distill_llm.common.errors import InputError, raise_all
 from distill_llm.common.notices import tell
 from distill_llm.data.causal import sequence_packer
 from distill_llm.data.padding import Collator, Rows
 from distill_llm.data.special_tokens import check_tokenizer, tokenizer_state
 from distill_llm.data.tasks import Task, TaskData
+from distill_llm.data.unlearnable import FAULT, NUMBER, places_of, unlearnable
 
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 
 
 def encode(data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int) -> TaskData:
@@ -36,7 +37,7 @@ def encode(data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int) 
 
     Raises:
         InputError: `max_length` is more than the tokenizer's model takes, or leaves no room for text; the tokenizer
-            lacks a token or template that the task needs.
+            lacks a token or template that the task needs; rows of prompts cannot be learnt as they are (see `unlearnable`).
     """
     task = data.task
     check_tokenizer(task, tokenizer)
@@ -47,6 +48,9 @@ def encode(data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int) 
 
     def encoded(rows: Dataset) -> Dataset:
         result = _mapped(rows, work, identity, "Tokenizing")
+        if FAULT in result.column_names:
+            raise_all(unlearnable(result[FAULT][:]))
+            result = result.remove_columns(FAULT)
         if not len(result):
             raise InputError(
                 "data.max_length", max_length, "a length at which rows remain: every text is empty or too long"
@@ -82,8 +86,9 @@ def _mapped(rows: Dataset, work: Callable[[Rows], Rows], identity: list, title: 
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "distill_llm"
     folder.mkdir(parents=True, exist_ok=True)
     return rows.map(
-        work,
+        lambda columns, numbers: work({**columns, NUMBER: places_of(rows, numbers)}),
         batched=True,
+        with_indices=True,
         remove_columns=rows.column_names,
         cache_file_name=str(folder / f"{key}.arrow"),
         new_fingerprint=key,

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Json, LargeList, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from distill_llm.common.errors import InputError, one_of
@@ -15,6 +15,7 @@ from distill_llm.data.spec import DataSpec
 from distill_llm.data.splitting import Splits, with_test
 
 COLUMNS = ("text", "text_pair", "label")
+TEXTS = "texts"
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,16 @@ def read_labelled(spec: DataSpec, training: bool = True, words: bool = False, cl
     for split, rows in splits.items():
         splits[split] = complete(rows, names, split, spec.drop_incomplete)
         if not words:
+            _check_labels(rows, names["label"], split)
             check_texts(splits[split], {name: column for name, column in names.items() if name != "label"}, split)
     return LabelledRows(names, with_test(splits, names["label"] if classes else None))
+
+
+def _check_labels(rows: Dataset, column: str, split: str) -> None:
+    """Raise InputError where a label is not one word or number."""
+    if not isinstance(rows.features[column], Value | ClassLabel):
+        accepted = f"a column with one word or number in every row; the {split} split has {content_of(rows, column)}"
+        raise InputError("data.columns.label", column, accepted)
 
 
 def _unlabelled(labels: Sequence[Any]) -> bool:
@@ -113,8 +122,24 @@ def check_columns(rows: Dataset, names: Mapping[str, str], split: str) -> None:
 def check_texts(rows: Dataset, names: Mapping[str, str], split: str) -> None:
     """Raise InputError where a column is not text."""
     for name, column in names.items():
-        if rows.features[column].dtype not in ("string", "large_string"):
-            raise InputError(f"data.columns.{name}", column, f"a column of texts (the {split} split)")
+        if (held := content_of(rows, column)) != TEXTS:
+            raise InputError(f"data.columns.{name}", column, f"a column of texts; the {split} split has {held}")
+
+
+def content_of(rows: Dataset, column: str) -> str:
+    """What a column holds, in words: TEXTS, or anything else that files can have."""
+    feature = rows.features[column]
+    if isinstance(feature, dict):
+        by_row = len(rows) == 1 and all(str(key).isdigit() for key in feature)
+        write = ' (from pandas, write to_json(..., orient="records", lines=True))' if by_row else ""
+        return f"mappings{write}"
+    if isinstance(feature, Value) and feature.dtype in ("string", "large_string"):
+        return TEXTS
+    if isinstance(feature, List | LargeList):
+        return "lists"
+    if isinstance(feature, Json):
+        return "values of several kinds"
+    return f"{feature.dtype} values" if isinstance(feature, Value) else f"{type(feature).__name__} values"
 
 
 def text_encoder(

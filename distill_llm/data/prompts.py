@@ -1,26 +1,26 @@
 """Prompts with their responses, or chats: from files to token ids in which only the response has labels."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from distill_llm.common.errors import InputError
-from distill_llm.data.causal import as_rows
-from distill_llm.data.chats import answered, as_chats, is_chat
-from distill_llm.data.complete import complete
+from distill_llm.common.errors import InputError, raise_all
+from distill_llm.common.notices import tell
+from distill_llm.data.chats import as_chats, is_chat
+from distill_llm.data.complete import complete, numbered
 from distill_llm.data.labelled import check_columns, check_texts, column_names
-from distill_llm.data.padding import Rows
+from distill_llm.data.prompt_encoder import CHAT, CUT, FINISH, GENERATED, PAIR, TOKENIZER, PromptEncoder
 from distill_llm.data.sources import read_splits
 from distill_llm.data.spec import DataSpec
-from distill_llm.data.special_tokens import document_end, special_ends
+from distill_llm.data.special_tokens import tokenizer_fingerprint
 from distill_llm.data.splitting import Splits, with_test
-from distill_llm.data.tasks import Task, TaskData
-from distill_llm.losses.labels import IGNORED
+from distill_llm.data.tasks import TaskData
+from distill_llm.data.unlearnable import FAULT, NUMBER, places_of, unlearnable
 
-PAIR = ("prompt", "response")
-CHAT = ("messages",)
-FIRST = 100  # rows of a split that are tried in the template before any work
+FIRST = 100  # rows of a split that are encoded before any work
+REASONS = (CUT, "stop", "eos", "tool_calls", None)
+"""Why a model stopped: its answer was cut, or (all others) ended."""
 
 
 def read_prompts(spec: DataSpec, training: bool = True) -> tuple[tuple[str, ...], Splits]:
@@ -30,11 +30,14 @@ def read_prompts(spec: DataSpec, training: bool = True) -> tuple[tuple[str, ...]
     no `prompt`. With `spec.chat`, prompts and responses become chats: the user asks, the assistant answers. Splits are made
     as by `read_labelled`.
 
+    Columns that say how a model gave the answer are kept: `finish_reason`, and `response_ids` with their `tokenizer`.
+
     Returns:
-        Our names of the columns, and the splits.
+        Our names of the columns of text, and the splits.
 
     Raises:
-        InputError: a column is missing or is not text, or a chat does not end with an answer of the assistant.
+        InputError: a column is missing or is not text, a chat does not end with an answer of the assistant, or a finish reason is
+            not known.
     """
     assert spec.path is not None
     columns, splits = spec.columns, read_splits(spec.path, training=training, form=spec.form)
@@ -48,15 +51,32 @@ def read_prompts(spec: DataSpec, training: bool = True) -> tuple[tuple[str, ...]
             _check_chats(rows, names["messages"], split)
         else:
             check_texts(rows, names, split)
+        _check_reasons(rows, split)
     standard = {column: name for name, column in names.items() if column != name}
     kept = {
-        split: rows.select_columns(list(names.values())).rename_columns(standard)
-        for split, rows in with_test(splits).items()
+        split: rows.select_columns([*names.values(), *_generated(rows, names)]).rename_columns(standard)
+        for split, rows in splits.items()
     }
     if chats or not spec.chat:
-        return tuple(names), kept
+        return tuple(names), with_test(kept)
     asked = {"batched": True, "remove_columns": list(PAIR), "desc": "Making chats"}
-    return CHAT, {split: rows.map(as_chats, **asked) for split, rows in kept.items()}
+    return CHAT, with_test({split: rows.map(as_chats, **asked) for split, rows in kept.items()})
+
+
+def _generated(rows: Dataset, names: Mapping[str, str]) -> list[str]:
+    """The columns that say how a model gave the answers, of those that the rows have."""
+    ids = (GENERATED, TOKENIZER) if {GENERATED, TOKENIZER} <= {*rows.column_names} else ()
+    return [name for name in (FINISH, *ids) if name in rows.column_names and name not in names.values()]
+
+
+def _check_reasons(rows: Dataset, split: str) -> None:
+    if FINISH not in rows.column_names:
+        return
+    given = rows[FINISH][:]
+    if unknown := [place for place, reason in enumerate(given) if reason not in REASONS]:
+        shown = f"the {FINISH} {given[unknown[0]]!r} in {numbered(unknown)} of the {split} rows"
+        fix = f"write {CUT} where an answer was cut off, and stop where it ended"
+        raise InputError("data.path", shown, fix=fix)
 
 
 def _check_chats(rows: Dataset, column: str, split: str) -> None:
@@ -66,50 +86,25 @@ def _check_chats(rows: Dataset, column: str, split: str) -> None:
             raise InputError("data.columns.messages", column, accepted)
 
 
-def check_chats(data: TaskData, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise InputError if the tokenizer has a chat template that refuses one of the first chats of a split."""
-    if data.task.text_columns != CHAT or not tokenizer.chat_template:
-        return
-    for rows in (data.train, data.test):
-        for chat in rows.select(range(min(FIRST, len(rows))))["messages"]:
-            answered(chat, tokenizer, data.task.chat_template_kwargs, "data.path")
+def check_first_rows(data: TaskData, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise InputError if one of the first rows of a split cannot be learnt, or its chat is refused by the chat template.
 
-
-def prompt_encoder(task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Callable[[Rows], Rows]:
-    """A function from raw rows to token ids with labels at the response and at the EOS that ends it.
-
-    Prompt and response are tokenized separately, as a model meets them when it generates. A response is cut where the row
-    is full; a row whose prompt leaves no room for it is left out. The prompt of a chat is all turns but the last, as the
-    tokenizer's chat template writes them.
-
-    Args:
-        task: `prompts`, with the text columns `("prompt", "response")` or `("messages",)`.
-        tokenizer: with an EOS or BOS token, and for chats a template.
-        max_length: most tokens in a row.
-
-    Raises:
-        InputError: by the function, where the template refuses a chat.
+    Says where generated answers are of another tokenizer.
     """
-    (begin, _), end = special_ends(tokenizer), document_end(tokenizer)
-    assert end is not None, "checked by check_tokenizer"
-
-    def work(rows: Rows) -> Rows:
-        if task.text_columns == CHAT:
-            given = task.chat_template_kwargs
-            pairs = [answered(chat, tokenizer, given, "data.path") for chat in rows["messages"]]
-            prompts, responses, first = [p for p, _ in pairs], [r for _, r in pairs], []
-        else:
-            prompts, responses, first = rows["prompt"], rows["response"], begin
-        before, after = (
-            tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] for texts in (prompts, responses)
+    others = {name for rows in (data.train, data.test) for name in _tokenizers(rows)} - {
+        tokenizer_fingerprint(tokenizer)
+    }
+    if others:
+        tell(
+            "the responses were generated with another tokenizer: they are trained on as texts, not as their response_ids"
         )
-        ids, labels = [], []
-        for prompt, response in zip(before, after, strict=True):
-            prompt = [*first, *prompt] or [end]
-            response = [*response, *([] if response[-1:] == [end] else [end])][: max_length - len(prompt)]
-            if len(prompt) < max_length:
-                ids.append([*prompt, *response])
-                labels.append([*[IGNORED] * len(prompt), *response])
-        return as_rows(ids, labels)
+    if data.task.text_columns == CHAT and not tokenizer.chat_template:
+        return
+    work = PromptEncoder(data.task, tokenizer, tokenizer.model_max_length)
+    for rows in (data.train, data.test):
+        some = rows.select(range(min(FIRST, len(rows))))
+        raise_all(unlearnable(work({**some[:], NUMBER: places_of(some, range(len(some)))})[FAULT]))
 
-    return work
+
+def _tokenizers(rows: Dataset) -> set[str]:
+    return {*rows.unique(TOKENIZER)} - {None} if TOKENIZER in rows.column_names else set()

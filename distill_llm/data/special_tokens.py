@@ -1,5 +1,6 @@
 """Special tokens: what tokenizers add to a text, which of them a task needs, and what decides the tokens of a text."""
 
+import hashlib
 import json
 from typing import Any
 
@@ -50,6 +51,13 @@ def token_rules(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = {"vocabulary": tokenizer.get_vocab()} if backend is None else json.loads(backend.to_str())
     return json.dumps(rules | {"padding": None, "truncation": None}, sort_keys=True)
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """A hash of what makes tokens of a text (`token_rules`); None gives 'none'."""
+    if tokenizer is None:
+        return "none"
+    return hashlib.blake2b(token_rules(tokenizer).encode(), digest_size=16).hexdigest()
 
 
 def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list[str]:

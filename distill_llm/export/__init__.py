@@ -3,6 +3,6 @@
 May import: common, architectures, models.
 """
 
-from distill_llm.export.formats import FORMATS, Exported, Format, export
+from distill_llm.export.formats import FORMATS, Exported, Format, export, find_format
 
-__all__ = ["FORMATS", "Exported", "Format", "export"]
+__all__ = ["FORMATS", "Exported", "Format", "export", "find_format"]

@@ -5,8 +5,12 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from distill_llm.common.errors import InputError, one_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class Format:
     """A format.
 
     Attributes:
-        module: the file of this room that writes it; it defines `write(model_dir, output, quantize) -> Exported`.
+        module: the file of this room that writes it; it defines `write(model_dir, output, quantize) -> Exported`, and
+            `check(config, tokenizer)`, which raises an InputError for a family or a tokenizer that the format cannot say.
         types: what `quantize` may be; the first is the default.
         packages: imported names of the packages that it needs.
         install: the extra that installs them.
@@ -46,6 +51,11 @@ class Format:
     def write(self) -> Callable[[Path, Path, str], Exported]:
         """The function that writes this format."""
         return importlib.import_module(self.module).write
+
+    @property
+    def check(self) -> Callable[["PreTrainedConfig", "PreTrainedTokenizerBase"], None]:
+        """The function that checks a model before it is pruned."""
+        return importlib.import_module(self.module).check
 
 
 FORMATS: dict[str, Format] = {
@@ -72,6 +82,19 @@ def export(
     folder = Path(model_dir)
     if not (folder / "config.json").is_file():
         raise InputError("model_dir", str(model_dir), "a folder with a config.json, as save_pretrained writes it")
+    kind, chosen = find_format(format, quantize)
+    target = folder / kind.default_name.format(type=chosen) if output is None else Path(output)
+    if target.exists():
+        raise InputError("output", str(target), fix="name another file, or remove this one: it exists")
+    return kind.write(folder, target, chosen)
+
+
+def find_format(format: str, quantize: str | None = None) -> tuple[Format, str]:
+    """A format by its name, and the type of number to write.
+
+    Raises:
+        InputError: the format or the type does not exist, or its packages are not installed.
+    """
     kind = FORMATS.get(format)
     if kind is None:
         raise InputError("format", format, one_of(FORMATS, format))
@@ -81,7 +104,4 @@ def export(
     if missing := [name for name in kind.packages if importlib.util.find_spec(name) is None]:
         fix = f"install what it needs ({', '.join(missing)}): pip install 'distill_llm[{kind.install}]'"
         raise InputError("format", format, fix=fix)
-    target = folder / kind.default_name.format(type=chosen) if output is None else Path(output)
-    if target.exists():
-        raise InputError("output", str(target), fix="name another file, or remove this one: it exists")
-    return kind.write(folder, target, chosen)
+    return kind, chosen

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFWriter, LlamaFileType
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from distill_llm.architectures.families import dims_of, width_of
 from distill_llm.common.errors import InputError
 from distill_llm.common.files import written_whole
 from distill_llm.export.formats import Exported
-from distill_llm.export.gguf_layouts import LayerSize, Layout, layout_of
+from distill_llm.export.gguf_layouts import LayerSize, Layout, check_config, layout_of
 from distill_llm.export.gguf_tensors import tensors_of
 from distill_llm.export.gguf_tokenizer import Vocabulary, vocabulary_of
 from distill_llm.models.checkpoint import load_pretrained
@@ -28,6 +28,16 @@ TYPES = {
 }
 ROW = 256
 """Inputs of a matrix must be a multiple of this for llama.cpp's K-quants; else it takes larger types."""
+
+
+def check(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check the family and the tokenizer.
+
+    Raises:
+        InputError: llama.cpp has none like it.
+    """
+    check_config(config)
+    vocabulary_of(tokenizer, config.vocab_size)
 
 
 def write(model_dir: Path, output: Path, quantize: str) -> Exported:

@@ -7,7 +7,7 @@ queries and keys, tied output). A student with the same sizes in all layers is w
 
 from dataclasses import dataclass
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from distill_llm.architectures.families import dims_of, family_of, layers_of, width_of
 from distill_llm.architectures.modeling_pruned import layer_counts
@@ -70,10 +70,7 @@ def layout_of(model: PreTrainedModel) -> tuple[Layout, list[LayerSize]]:
         InputError: llama.cpp has no architecture that holds it.
     """
     config = model.config
-    if config.model_type not in _LAYOUTS or not type(model).__name__.endswith("ForCausalLM"):
-        given = f"{type(model).__name__} ({config.model_type})"
-        raise InputError("model_dir", given, f"a causal LM of the families {', '.join(_LAYOUTS)} for GGUF")
-    _check_attention(model)
+    check_config(config)
     family, dims = family_of(model), dims_of(config)
     counts = [layer_counts(layer, family, dims) for layer in layers_of(model)]
     kinds = {tuple(each.values()) for each in counts}
@@ -102,17 +99,23 @@ def _size(model: PreTrainedModel, index: int, counts: dict[str, int], layout: La
     return LayerSize(queries, groups, counts["neurons"] or LEAST_NEURONS, no_heads, no_neurons)
 
 
-def _check_attention(model: PreTrainedModel) -> None:
-    config = model.config
-    window = getattr(config, "sliding_window", None)
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if "sliding_attention" in kinds or (window and config.model_type == "mistral"):
-        given = f"{config.model_type} with sliding_window {window}"
+def check_config(config: PreTrainedConfig) -> None:
+    """Check that llama.cpp computes what this family does.
+
+    Raises:
+        InputError: it does not.
+    """
+    kind, heads = config.model_type, config.architectures or ["a base model"]
+    if kind not in _LAYOUTS or not heads[0].endswith("ForCausalLM"):
+        raise InputError("model_dir", f"{heads[0]} ({kind})", f"a causal LM of {', '.join(_LAYOUTS)}, for GGUF")
+    window, kinds = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or ())
+    if "sliding_attention" in kinds or (window and kind == "mistral"):
+        given = f"{kind} with sliding_window {window}"
         raise InputError("model_dir", given, "a model whose layers attend to all tokens, for GGUF")
     rope = config.rope_parameters["rope_type"]
     if rope not in ("default", "linear", "llama3"):
-        given = f"{config.model_type} with rope_type {rope!r}"
+        given = f"{kind} with rope_type {rope!r}"
         raise InputError("model_dir", given, "rotary embeddings of type default, linear or llama3, for GGUF")
-    if getattr(config, "hidden_act", "silu") != "silu":
-        given = f"{config.model_type} with hidden_act {config.hidden_act!r}"
+    if config.hidden_act != "silu":
+        given = f"{kind} with hidden_act {config.hidden_act!r}"
         raise InputError("model_dir", given, "a model with hidden_act silu, for GGUF")

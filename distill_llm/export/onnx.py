@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.exporters import (
     ExportedModel,
     OnnxConfig,
@@ -31,6 +31,10 @@ from distill_llm.models.configs import open_tokenizer
 
 ROWS, TOKENS = 2, 16
 """Size of the batch that a graph is traced with."""
+
+
+def check(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Nothing is known of a family before its model is traced."""
 
 
 def write(model_dir: Path, output: Path, quantize: str) -> Exported:

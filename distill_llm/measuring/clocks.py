@@ -25,11 +25,16 @@ Measure = Callable[[PreTrainedModel, PreTrainedModel], float]
 def seconds(run: Callable[[], Any], device: torch.device) -> float:
     """How long `run` takes on a device, until all its work there is done; nothing is recorded for gradients."""
     with torch.inference_mode():
-        _wait(device)
-        start = time.perf_counter()
-        run()
-        _wait(device)
-        return time.perf_counter() - start
+        return seconds_with_gradients(run, device)
+
+
+def seconds_with_gradients(run: Callable[[], Any], device: torch.device) -> float:
+    """The same for work that may have a backward pass."""
+    _wait(device)
+    start = time.perf_counter()
+    run()
+    _wait(device)
+    return time.perf_counter() - start
 
 
 def in_turns(first: Callable[[], T], second: Callable[[], T], repeats: int) -> list[tuple[T, T]]:

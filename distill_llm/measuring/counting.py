@@ -73,6 +73,7 @@ def peak_memory(model: PreTrainedModel, batch_size: int = 32, sequence_length: i
 def full_length_inputs(model: PreTrainedModel, batch_size: int, sequence_length: int) -> dict[str, torch.Tensor]:
     """Seeded random ids and an attention mask of ones, both (B, T), on the model's device; no id is the padding id.
 
+    A model with encoder and decoder gets the ids for both.
     A multiple-choice head gets (B, 1, T): as many sequences as any other, each the one choice of its question.
 
     Raises:
@@ -83,13 +84,19 @@ def full_length_inputs(model: PreTrainedModel, batch_size: int, sequence_length:
     raise_all(adapter_faults(model))
     limits = limits_of(model.config, type(model).__name__)
     raise_all(length_faults(limits, sequence_length, "sequence_length"))
+    if model.main_input_name != "input_ids":
+        accepted = f"a model of text; {type(model).__name__} reads {model.main_input_name}"
+        raise InputError("model", model.config.name_or_path or type(model).__name__, accepted)
     vocabulary = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     ids = torch.randint(0, vocabulary, (batch_size, sequence_length), generator=torch.Generator().manual_seed(0))
     padding = getattr(model.config, "pad_token_id", None)
     if padding is not None:
         ids[ids == padding] = (padding + 1) % vocabulary
     ids = ids[:, None] if "ForMultipleChoice" in type(model).__name__ else ids
-    return {"input_ids": ids.to(model.device), "attention_mask": torch.ones_like(ids).to(model.device)}
+    inputs = {"input_ids": ids.to(model.device), "attention_mask": torch.ones_like(ids).to(model.device)}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    return inputs
 
 
 def at_least_one(field: str, given: int) -> None:

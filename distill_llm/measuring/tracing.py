@@ -4,10 +4,11 @@ The tensors are torch's fake ones of a CPU. They hold nothing, so a model of any
 """
 
 import math
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +21,6 @@ from transformers import PreTrainedModel
 from distill_llm.measuring.counting import flop_counter
 from distill_llm.measuring.live import LiveStorages
 
-Model = TypeVar("Model", bound=nn.Module)
 _ATEN = torch.ops.aten
 
 
@@ -52,6 +52,7 @@ def shapes_alone(gpu: bool = False, counted: float = 1.0) -> Iterator[None]:
         counted: the share of the tokens that a search for those with a label finds.
     """
     with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings(action="ignore"))  # that shapes have no memory to point to
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(_Answers(counted))
         if gpu:
@@ -59,20 +60,13 @@ def shapes_alone(gpu: bool = False, counted: float = 1.0) -> Iterator[None]:
         yield
 
 
-def without_numbers(model: Model, dtype: torch.dtype | None = None) -> Model:
-    """The same model of the meta device as one of shapes alone, inside `shapes_alone`; it stays where it is for good.
-
-    Args:
-        dtype: of its weights; None: their own.
-    """
-    if dtype is not None:
-        model.to(dtype)
+def without_numbers(model: nn.Module) -> None:
+    """Make a model of the meta device one of shapes alone, inside `shapes_alone`; it stays where it is for good."""
     model.to_empty(device="cpu")
     owner = next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
     if owner is not None:
         owner.tie_weights()  # each weight has become one of its own
     model.to = lambda *_, **__: model  # type: ignore[assignment,method-assign]
-    return model
 
 
 def traced(work: Callable[[], Any], models: Collection[nn.Module]) -> Traced:

@@ -7,19 +7,19 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from distill_llm.architectures.configuration_pruned import STOCK_PREFIX, stock_config_class
 from distill_llm.architectures.families import layers_of
-from distill_llm.architectures.modeling_pruned import pruned_class
+from distill_llm.architectures.modeling_pruned import pruned_class, stock_class
 from distill_llm.common.errors import InputError
+from distill_llm.common.hub import check_hub_name
 from distill_llm.data.tasks import Task, label_names, same_names
-from distill_llm.models.configs import open_config
+from distill_llm.models.configs import check_own_code, class_of, code_class, open_config, unloadable
 
 
-def load_pretrained(model: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
+def load_pretrained(model: str | os.PathLike, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedModel:
     """Load a model, pruned or stock, with the head it was saved with; every weight must be in the checkpoint.
 
     A stock checkpoint may hold more, as many on the Hub do: heads and poolers that its class does not have, or buffers that
@@ -28,22 +28,22 @@ def load_pretrained(model: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
 
     Args:
         model: a local folder or a Hub id.
+        trust_remote_code: run the code that the folder brings along, where its class is not one of transformers. The code
+            of a pruned model is not run: it must be this package's.
         kwargs: as for `from_pretrained` (`dtype`, `device_map`, ...). The dtype is the checkpoint's unless given.
 
     Raises:
-        InputError: if the config names no model class, or a key is missing, unexpected or of another size.
+        InputError: if the config names no model class, or one whose code is not trusted, or a key is missing, unexpected or
+            of another size.
     """
-    config = open_config(model)
-    if not config.architectures:
-        raise InputError("model", str(model), "a checkpoint whose config.json names its class under `architectures`")
-    name = config.architectures[0]
-    stock = getattr(transformers, name.removeprefix(STOCK_PREFIX), None)
-    if stock is None:
-        raise InputError("model", name, "a class of the installed transformers, or a pruned one made here")
-    model_class = pruned_class(stock) if name.startswith(STOCK_PREFIX) else stock
-    loaded, info = _load(model_class, model, config=config, **kwargs)
+    if not os.path.exists(model):
+        check_hub_name(str(model), "model", str(model), "an existing folder, or a Hub id")
+    config = open_config(model, trust_remote_code)
+    model_class = class_of(model, config, trust_remote_code)
+    loaded, info = _load(model_class, model, trust_remote_code, config=config, **kwargs)
     stray = info["unexpected_keys"]
-    found = {**info, "unexpected_keys": stray if model_class is not stock else _weights_of_layers(loaded, stray)}
+    pruned = stock_class(model_class) is not model_class
+    found = {**info, "unexpected_keys": stray if pruned else _weights_of_layers(loaded, stray)}
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = sorted(key if isinstance(key, str) else key[0] for key in found[kind])
         if keys:
@@ -54,15 +54,17 @@ def load_pretrained(model: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
     return loaded
 
 
-def _load(model_class: type[PreTrainedModel], model: str | os.PathLike, **kwargs: Any) -> tuple[PreTrainedModel, dict]:
+def _load(
+    model_class: type[PreTrainedModel], model: str | os.PathLike, trust_remote_code: bool, **kwargs: Any
+) -> tuple[PreTrainedModel, dict]:
     """A model and its loading report."""
     try:
-        both: Any = model_class.from_pretrained(model, output_loading_info=True, **kwargs)
+        both: Any = model_class.from_pretrained(
+            model, output_loading_info=True, trust_remote_code=trust_remote_code, **kwargs
+        )
         return both
-    except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):
-            raise
-        raise InputError("model", str(model), "a checkpoint with weights of the sizes in its config.json") from None
+    except Exception as error:  # each class raises its own kinds
+        raise unloadable("model", str(model), error) from error
 
 
 def _weights_of_layers(model: PreTrainedModel, keys: Iterable[str]) -> list[str]:
@@ -126,6 +128,7 @@ def load_for_task(
     names: Sequence[str] | None = None,
     of_task: bool = False,
     config: PreTrainedConfig | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """A model with a head for a task, for training, in fp32: the checkpoint's own head where it fits, else a new one.
 
@@ -134,27 +137,36 @@ def load_for_task(
     Args:
         names, of_task: of the classes (see `name_labels`).
         config: of the checkpoint, where it was opened already; it stays as it is.
+        trust_remote_code: as of `load_pretrained`.
 
     Raises:
         InputError: if weights below the head, or of a causal LM's head, are missing from the checkpoint, or the family has
             no such head.
     """
-    config = open_config(model) if config is None else copy.deepcopy(config)
+    config = open_config(model, trust_remote_code) if config is None else copy.deepcopy(config)
     stock, keeps_head = task.kind.stock_class(config), task.kind.keeps_head
+    has_code = stock is None and trust_remote_code
+    if has_code:
+        stock = code_class(model, config, task.kind.auto_class, trust_remote_code)
     if stock is None:
         raise InputError("model", config.model_type, f"a family with a head for {task.kind.name}")
     fits = name_labels(config, task, names, of_task)
     is_pruned = any(name.startswith(STOCK_PREFIX) for name in config.architectures or ())
+    if is_pruned:
+        check_own_code(model)
     model_class = pruned_class(stock) if is_pruned else stock
-    if fits:
-        loaded, info = _load(model_class, model, config=config, dtype=torch.float32)
+    if fits or has_code:  # of a model with code of its own, transformers makes the new head
+        given = {"config": config, "dtype": torch.float32, "ignore_mismatched_sizes": not fits}
+        loaded, info = _load(model_class, model, trust_remote_code, **given)
         missing = info["missing_keys"]
     else:  # a head for other classes: take the weights below it, through the family's base model
         base: Any = AutoModel._model_mapping[stock_config_class(type(config))]
-        below, info = _load(pruned_class(base) if is_pruned else base, model, dtype=torch.float32)
+        below, info = _load(
+            pruned_class(base) if is_pruned else base, model, dtype=torch.float32, trust_remote_code=False
+        )
         missing = {f"{model_class.base_model_prefix}.{key}" for key in info["missing_keys"]}
         weights = {f"{model_class.base_model_prefix}.{key}": value for key, value in below.state_dict().items()}
-        loaded = model_class.from_pretrained(None, config=config, state_dict=weights)
+        loaded = model_class.from_pretrained(None, config=config, state_dict=weights, trust_remote_code=False)
     prefix = f"{model_class.base_model_prefix}."
     lost = sorted(key for key in missing if keeps_head or (key.startswith(prefix) and ".pooler." not in key))
     if lost:

@@ -1,29 +1,150 @@
-"""Configs and tokenizers opened without running any code of the model's folder."""
+"""Configs, tokenizers and classes of models. A folder's own code runs only where the caller trusts it."""
 
 import copy
 import os
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
-from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import cached_file
 
-from distill_llm.architectures.configuration_pruned import family_type, pruned_config_class, stock_config_class
+from distill_llm.architectures import modeling_pruned
+from distill_llm.architectures.configuration_pruned import (
+    STOCK_PREFIX,
+    family_type,
+    pruned_config_class,
+    stock_config_class,
+)
+from distill_llm.architectures.modeling_pruned import CODE_NAMES, pruned_class
+from distill_llm.common.errors import InputError, first_line
+
+TRUST = "it has code of its own: read that, then allow it with `trust_remote_code`"
+"""What to do about a model whose code is not trusted."""
 
 
-def open_config(model: str | os.PathLike, **kwargs: Any) -> PreTrainedConfig:
+def open_config(model: str | os.PathLike, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedConfig:
     """The config of a folder or a Hub id, of a model pruned or not.
 
     Args:
+        trust_remote_code: run the code of the folder where it has a config class of its own. Never a pruned model's.
         kwargs: as for `AutoConfig.from_pretrained`.
     """
     said, _ = PreTrainedConfig.get_config_dict(model, **kwargs)
     family = family_type(said.get("model_type"))
     if family is None:
-        return AutoConfig.from_pretrained(model, **{"trust_remote_code": False} | kwargs)
-    return pruned_config_class(CONFIG_MAPPING[family]).from_pretrained(model, **kwargs)
+        return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code, **kwargs)
+    return pruned_config_class(CONFIG_MAPPING[family]).from_pretrained(model, trust_remote_code=False, **kwargs)
 
 
-def open_tokenizer(model: str | os.PathLike, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or a Hub id whose config was opened; a pruned model's is that of its family."""
+def open_tokenizer(model: str | os.PathLike, config: PreTrainedConfig, trust_remote_code: bool = False) -> Tokenizer:
+    """The tokenizer of a folder or a Hub id whose config was opened; a pruned model's is that of its family.
+
+    Raises:
+        ValueError: its class is in code that is not trusted. transformers would take that of the family without a word.
+    """
+    said = get_tokenizer_config(model)
+    known = any(hasattr(transformers, f"{said.get('tokenizer_class')}{end}") for end in ("", "Fast"))
+    if "AutoTokenizer" in (said.get("auto_map") or ()) and not known and not trust_remote_code:
+        raise ValueError(f"{said.get('tokenizer_class')} is in code of its own, which needs trust_remote_code")
     own = copy.copy(config)
     own.__class__ = stock_config_class(type(config))
-    return AutoTokenizer.from_pretrained(model, config=own, trust_remote_code=False)
+    return AutoTokenizer.from_pretrained(model, config=own, trust_remote_code=trust_remote_code)
+
+
+def needs_trust(error: Exception) -> bool:
+    """Whether transformers raised this because a model has code that it may not run."""
+    return isinstance(error, ValueError) and "trust_remote_code" in str(error)
+
+
+def class_of(
+    model: str | os.PathLike, config: PreTrainedConfig, trust_remote_code: bool = False
+) -> type[PreTrainedModel]:
+    """The class that a checkpoint was saved from: of transformers, of this package, or of the folder's trusted code.
+
+    Raises:
+        InputError: naming `model`: the config names no class, or an unknown one, or one whose code is not trusted; or the
+            code of a pruned model is not this package's.
+    """
+    names = config.architectures
+    if not names:
+        raise InputError("model", str(model), "a checkpoint whose config.json names its class under `architectures`")
+    name = names[0]
+    stock = getattr(transformers, name.removeprefix(STOCK_PREFIX), None)
+    if stock is not None and name.startswith(STOCK_PREFIX):
+        check_own_code(model)
+        return pruned_class(stock)
+    if stock is not None:
+        return stock  # type: ignore[no-any-return]
+    auto = next((auto for auto, ref in _code_map(config).items() if ref.rpartition(".")[2] == name), None)
+    return code_class(model, config, auto or "", trust_remote_code, name)
+
+
+def code_class(
+    model: str | os.PathLike, config: PreTrainedConfig, auto: str, trust_remote_code: bool, name: str = ""
+) -> type[PreTrainedModel]:
+    """The class in a folder's own code for an auto class of transformers.
+
+    Raises:
+        InputError: naming `model`: there is none, or the code is not trusted.
+    """
+    ref = _code_map(config).get(auto)
+    if ref is None:
+        accepted = "a class of the installed transformers, or a pruned one made here"
+        raise InputError("model", name or config.model_type, accepted)
+    if not trust_remote_code:
+        raise InputError("model", str(model), fix=TRUST)
+    repository, _, own = ref.rpartition("--")
+    return get_class_from_dynamic_module(own, repository or model)  # type: ignore[no-any-return]
+
+
+def unloadable(field: str, name: str, error: Exception) -> Exception:
+    """The fault of a model that transformers cannot build from its config, or whose weights it cannot read.
+
+    A device without room for it is no fault of the model: that error is returned as it is.
+    """
+    if isinstance(error, InputError | torch.OutOfMemoryError):
+        return error
+    if "ignore_mismatched_sizes" in str(error):
+        return InputError(field, name, "a checkpoint with weights of the sizes in its config.json")
+    if isinstance(error, UnpicklingError | EOFError):
+        return InputError(
+            field, name, "weights that hold nothing but tensors, undamaged (*.safetensors, or *.bin of torch)"
+        )
+    reason = f"{type(error).__name__}: {first_line(error)}" if isinstance(error, KeyError) else first_line(error)
+    return InputError(field, name, f"a checkpoint that transformers can load ({reason})")
+
+
+def _code_map(config: PreTrainedConfig) -> dict[str, str]:
+    found = getattr(config, "auto_map", None)
+    return {str(auto): ref for auto, ref in found.items() if isinstance(ref, str)} if isinstance(found, dict) else {}
+
+
+def check_own_code(model: str | os.PathLike) -> None:
+    """Check that the code beside a pruned model's weights is this package's, byte for byte; missing files do not count.
+
+    The weights are laid out as that code says; they are loaded with the package's own, and the folder's is never run.
+
+    Raises:
+        InputError: naming `model`.
+    """
+    own = Path(modeling_pruned.__file__).parent
+    for name in CODE_NAMES:
+        file = cached_file(
+            model,
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if file is not None and Path(file).read_bytes() != (own / name).read_bytes():
+            fix = (
+                f"prune the model again: its {name} is not that of the installed distill_llm; or, if you trust it, open it"
+                " with transformers and trust_remote_code=True"
+            )
+            raise InputError("model", str(model), fix=fix)

@@ -15,7 +15,7 @@ from distill_llm.common.hub import check_hub_name
 from distill_llm.common.notices import tell
 from distill_llm.data.sources import resolve_path
 from distill_llm.data.tasks import Task, TaskData, class_name_faults, label_names, same_names
-from distill_llm.models.configs import open_config, open_tokenizer
+from distill_llm.models.configs import TRUST, needs_trust, open_config, open_tokenizer
 from distill_llm.models.gguf import SUFFIX, plain_checkpoint
 from distill_llm.models.limits import RowFacts, beyond_vocabulary, limits_of, masking_faults, read_rows, row_faults
 
@@ -26,13 +26,17 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model that exists: the user's field and name for it, where it is, its config and tokenizer (None: not asked for)."""
+    """A model that exists: the user's field and name for it, where it is, its config and tokenizer (None: not asked for).
+
+    `trust_remote_code` says whether the user trusts the code that it brings along.
+    """
 
     field: str
     name: str
     path: str
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase = None  # type: ignore[assignment]
+    trust_remote_code: bool = False
 
 
 def resolve_model(name: str, field: str = "model") -> str:
@@ -41,8 +45,11 @@ def resolve_model(name: str, field: str = "model") -> str:
     return str(plain_checkpoint(path, field)) if path.endswith(SUFFIX) and os.path.isfile(path) else path
 
 
-def open_model(field: str, name: str, tokenizer: bool = True) -> OpenModel:
+def open_model(field: str, name: str, tokenizer: bool = True, trust_remote_code: bool = False) -> OpenModel:
     """Find a model by folder, Hub id, package:// path or GGUF file and read its config and, but without `tokenizer`, that.
+
+    Args:
+        trust_remote_code: whether code that it brings along may run.
 
     Raises:
         InputError: naming `field`, where the model, its config or its tokenizer is missing; or, of a folder, weights.
@@ -58,17 +65,20 @@ def open_model(field: str, name: str, tokenizer: bool = True) -> OpenModel:
     else:
         check_hub_name(path, field, name, "an existing folder or GGUF file, a Hub id, or package://PACKAGE/PATH")
     try:
-        config = open_config(path)
+        config = open_config(path, trust_remote_code)
     except Exception as error:  # each family's config raises its own kinds
-        raise InputError(field, name, _reason("a model that transformers can open", path, error)) from None
+        raise _refused(field, name, "a model that transformers can open", path, error) from None
+    classes = config.architectures
+    if not (classes is None or (isinstance(classes, list) and all(isinstance(each, str) for each in classes))):
+        raise InputError(field, name, f"a config.json with a list of names under `architectures` (it has {classes!r})")
     if not tokenizer:
-        return OpenModel(field, name, path, config)
+        return OpenModel(field, name, path, config, trust_remote_code=trust_remote_code)
     try:
-        found = open_tokenizer(path, config)
+        found = open_tokenizer(path, config, trust_remote_code)
     except Exception as error:
-        raise InputError(field, name, _reason("a model with its tokenizer", path, error)) from None
+        raise _refused(field, name, "a model with its tokenizer", path, error) from None
     _check_vocabulary(field, name, config, found)
-    return OpenModel(field, name, path, config, found)
+    return OpenModel(field, name, path, config, found, trust_remote_code)
 
 
 def _check_vocabulary(field: str, name: str, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -127,6 +137,14 @@ def _check_weights(field: str, name: str, folder: Path) -> None:
             except (OSError, SafetensorError) as error:
                 accepted = f"a folder with complete weights ({each.name} is damaged: {first_line(error)})"
                 raise InputError(field, name, accepted) from None
+
+
+def _refused(field: str, name: str, wanted: str, path: str, error: Exception) -> InputError:
+    """The fault of a model that could not be opened."""
+    if needs_trust(error):
+        only = "take a student without code of its own: only a teacher's code can be allowed"
+        return InputError(field, name, fix=only if field == "student.model" else TRUST)
+    return InputError(field, name, _reason(wanted, path, error))
 
 
 def _reason(wanted: str, path: str, error: Exception) -> str:

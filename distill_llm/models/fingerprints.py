@@ -1,4 +1,4 @@
-"""Fingerprints of models and tokenizers: they tell whether something on disk was made from them."""
+"""Fingerprints of models: they tell whether something on disk was made from them."""
 
 import hashlib
 import json
@@ -12,7 +12,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from distill_llm.common.errors import InputError
 from distill_llm.common.seals import Seal, seal_of
-from distill_llm.data.special_tokens import token_rules
 
 WEIGHTS = ("*.safetensors", "*.bin")
 OTHERS = ("config.json", "generation_config.json", "chat_template*", "*.py", "*.index.json")
@@ -83,10 +82,3 @@ def _stable_config(config: Any) -> bytes:
         }
 
     return json.dumps(stable(config), sort_keys=True, default=str).encode()
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """A hash of what makes tokens of a text (`token_rules`); None gives 'none'."""
-    if tokenizer is None:
-        return "none"
-    return hashlib.blake2b(token_rules(tokenizer).encode(), digest_size=16).hexdigest()

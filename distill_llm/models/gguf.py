@@ -52,9 +52,13 @@ def _digest(file: Path) -> str:
 
 
 def _convert(file: Path, folder: Path) -> None:
-    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     both: Any = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
+        file.parent,
+        gguf_file=file.name,
+        dtype=torch.float32,
+        output_loading_info=True,
+        trust_remote_code=False,
     )
     source, info = both
     if lost := sorted(info["missing_keys"]):
@@ -64,6 +68,6 @@ def _convert(file: Path, folder: Path) -> None:
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     model.generation_config = GenerationConfig(**{name: getattr(config, name, None) for name in names})
     model.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     tokenizer.model_max_length = config.max_position_embeddings
     tokenizer.save_pretrained(folder)

@@ -19,6 +19,7 @@ def load_teacher(
     quantization: Literal["8bit", "4bit"] | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """A teacher with the head it was saved with, pruned or stock, in evaluation mode.
 
@@ -31,6 +32,7 @@ def load_teacher(
         dtype: dtype of the weights that are not quantised, and of the products of 4-bit layers; None: the checkpoint's.
         device: where the weights go; None: the CPU, or for a quantised model the accelerator if there is one. A quantised
             model cannot be moved afterwards.
+        trust_remote_code: as of `load_pretrained`.
 
     Raises:
         InputError: the quantization is unknown, bitsandbytes is not installed, or the checkpoint lacks weights.
@@ -41,7 +43,7 @@ def load_teacher(
     raise_all(quantization_faults(quantization, "quantization"))
     if quantization is not None:
         settings["quantization_config"] = _settings(quantization, dtype)
-    return load_pretrained(path, **settings).eval()
+    return load_pretrained(path, trust_remote_code, **settings).eval()
 
 
 def quantization_faults(quantization: str | None, field: str) -> list[InputError]:

@@ -43,6 +43,7 @@ def cache_teacher(
     output_dir: str | Path,
     settings: CacheSettings | None = None,
     batch_size: int = 8,
+    trust_remote_code: bool = False,
 ) -> tuple[int, int]:
     """Write the teacher's outputs on the training rows of a task, or continue after a stop.
 
@@ -57,6 +58,7 @@ def cache_teacher(
         settings: k, method and the dtype of the teacher's weights (None: bfloat16 on CUDA, else float32). A cache has one
             dtype: give it to continue the cache on another kind of device.
         batch_size: number of examples at once.
+        trust_remote_code: run the code that the teacher brings along, if it does.
 
     Returns:
         The numbers of outputs and of bytes in the cache.
@@ -64,7 +66,10 @@ def cache_teacher(
     Raises:
         InputError: one line, if possible before the model's weights are loaded.
     """
-    return _write(CacheRequest(teacher, data, Path(output_dir), settings or CacheSettings()), batch_size)
+    request = CacheRequest(
+        teacher, data, Path(output_dir), settings or CacheSettings(), trust_remote_code=trust_remote_code
+    )
+    return _write(request, batch_size)
 
 
 def _write(request: CacheRequest, batch_size: int) -> tuple[int, int]:
@@ -81,7 +86,7 @@ def _write_alone(request: CacheRequest, opened: OpenCache, batch_size: int) -> t
     with processes.main_process_first():
         rows = encode(opened.data, teacher.tokenizer, request.data.max_length)
         train = check_tokens(rows, teacher, "data.path").train
-    model = load_pretrained(teacher.path, dtype=getattr(torch, dtype))
+    model = load_pretrained(teacher.path, teacher.trust_remote_code, dtype=getattr(torch, dtype))
     source = CacheSource(
         OnlineTeacher(model),
         train,

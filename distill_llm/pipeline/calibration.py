@@ -19,6 +19,7 @@ from distill_llm.common.progress import progress_bar
 from distill_llm.common.seals import seal_of
 from distill_llm.models.fingerprints import teacher_fingerprint
 from distill_llm.pruning.compensation.bypass import Bypasses, fit_bypasses, outputs_taken_over
+from distill_llm.pruning.cutting.strength import Strength, choose_strength
 from distill_llm.pruning.plan import PruningPlan
 from distill_llm.pruning.statistics.calibration_pass import Batches, CalibrationPass
 from distill_llm.pruning.statistics.collecting import collect_statistics
@@ -29,12 +30,16 @@ from distill_llm.pruning.statistics.record import Statistics
 from distill_llm.pruning.statistics.settings import CalibrationSettings
 from distill_llm.recipe.pruning import PruningSection
 
+HELD_OUT = 5
+"""Of so many calibration batches one is held out."""
 LONGEST_WAIT = 600
 """Seconds that a run waits for another one that reads or writes the statistics that they share."""
 
 
 class Calibration:
     """Passes over calibration data, with what a pruning section needs of them. All processes of a run call it together.
+
+    One batch in five is held out: nothing is fitted to it, and the strength of compensation is chosen by it.
 
     Args:
         section: a checked pruning section.
@@ -45,7 +50,7 @@ class Calibration:
     def __init__(
         self, section: PruningSection, seed: int, batches: Callable[[int], Batches], device: torch.device | None = None
     ):
-        self.section, self.batches, self.is_main = section, batches, process()[0] == 0
+        self.section, self.every, self.is_main = section, batches, process()[0] == 0
         self.settings = CalibrationSettings(
             moments=section.holds_moments,
             moment_share=section.moment_share,
@@ -57,6 +62,10 @@ class Calibration:
             sharded=True,
             device=device,
         )
+
+    def batches(self, number: int, held_out: bool = False) -> Batches:
+        """A cut's batches: those that it is measured on and fitted to, or those that are held out."""
+        return [batch for i, batch in enumerate(self.every(number)) if (i % HELD_OUT == HELD_OUT - 1) == held_out]
 
     @cached_property
     def loss(self) -> str:
@@ -104,6 +113,21 @@ class Calibration:
         if not (self.section.compensate and outputs_taken_over(model, plan)):
             return None
         return fit_bypasses(model, plan, self._shown(number, "Fitting bypasses"), self.settings)
+
+    def strength(
+        self,
+        model: PreTrainedModel,
+        plan: PruningPlan,
+        statistics: Statistics | None,
+        bypasses: Bypasses | None,
+        number: int,
+    ) -> Strength | None:
+        """How strongly to compensate a cut, the same on every process; None if there is nothing to, or no row to choose by."""
+        held_out = self.batches(number, held_out=True)
+        if not held_out or not (statistics or bypasses):
+            return None
+        found = choose_strength(model, plan, statistics, held_out, bypasses=bypasses, settings=self.settings)
+        return from_main_process(found if self.is_main else None)
 
     def _shown(self, number: int, title: str) -> Batches:
         return progress_bar(self.batches(number), desc=title, leave=False, shown=self.is_main)

@@ -10,6 +10,9 @@ from transformers import PreTrainedModel
 from distill_llm.losses.items import kind_of
 from distill_llm.measuring.clocks import relative_latency
 from distill_llm.pipeline.calibration import Calibration
+from distill_llm.pruning.compensation.bypass import Bypasses
+from distill_llm.pruning.compensation.linear import RIDGE
+from distill_llm.pruning.cutting.strength import Strength
 from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.importance import score
 from distill_llm.pruning.plan import PruningPlan, keep_layers
@@ -34,12 +37,14 @@ class Cut:
         model: the pruned model, after compensation where the section asks for it.
         kept: the share of the teacher's cost that is left.
         compensated: whether anything took over what was removed.
+        strengths: of each small cut whose compensation was chosen on held-out rows, how strong it is.
     """
 
     plan: PruningPlan
     model: PreTrainedModel
     kept: float
     compensated: bool
+    strengths: tuple[Strength, ...] = ()
 
 
 class Cutter:
@@ -67,24 +72,25 @@ class Cutter:
             keep: share of the cost of the teacher's layers; of its latency with cost latency.
             file: where the statistics of the student are kept: read if they are there, else written.
         """
-        plan, model, compensated = None, student, self.section.folds
+        plan, model, compensated, strengths = None, student, False, []
         for number, share in enumerate(cut_shares(self.share(student, teacher), keep, self.section.cuts)):
             statistics = self.calibration.statistics(model, number, None if number else file)
             chosen = from_main_process(self._plan(model, teacher, statistics, share) if self.is_main else None)
             plan = chosen if plan is None else compose_plans(student, plan, chosen)
             bypasses = self.calibration.bypasses(model, chosen, number)
             folded = self.calibration.with_moments(statistics, model, number) if self.section.folds else None
-            model = prune(model, chosen, folded, bypasses=bypasses)
-            compensated |= bool(bypasses)
+            model, strength = self._compensated(model, chosen, folded, bypasses, number)
+            compensated |= bool(folded or bypasses) and (strength is None or strength.ridge is not None)
+            strengths += [strength] if strength else []
         assert plan is not None and plan.kept is not None
         if self.section.cost == "latency":
-            return Cut(plan, model, plan.kept, compensated)
+            return Cut(plan, model, plan.kept, compensated, tuple(strengths))
         kept, note = self.share(model, teacher), None
         if abs(kept - keep) > 0.01 * keep:
             note = f"kept {kept:.2%} of the layers' {self.section.cost} instead of {keep:.2%}: "
             note += "these units come in larger steps"
         own = share_of(model, student, self.section.cost, *self.batch(student))
-        return Cut(replace(plan, kept=own, note=note), model, kept, compensated)
+        return Cut(replace(plan, kept=own, note=note), model, kept, compensated, tuple(strengths))
 
     def cut_layers(self, student: PreTrainedModel) -> Cut:
         """Keep the layers that the section names."""
@@ -92,7 +98,22 @@ class Cutter:
         plan = keep_layers(student, self.section.layers)
         bypasses = self.calibration.bypasses(student, plan)
         kept = plan.share(student, self.section.cost, *self.batch(student))
-        return Cut(plan, prune(student, plan, bypasses=bypasses), kept, bool(bypasses))
+        model, strength = self._compensated(student, plan, None, bypasses)
+        compensated = bool(bypasses) and (strength is None or strength.ridge is not None)
+        return Cut(plan, model, kept, compensated, (strength,) if strength else ())
+
+    def _compensated(
+        self,
+        model: PreTrainedModel,
+        plan: PruningPlan,
+        statistics: Statistics | None,
+        bypasses: Bypasses | None,
+        number: int = 0,
+    ) -> tuple[PreTrainedModel, Strength | None]:
+        """The pruned model, compensated as strongly as held-out rows say; of too few rows with the default strength."""
+        strength = self.calibration.strength(model, plan, statistics, bypasses, number)
+        ridge = RIDGE if strength is None else strength.ridge
+        return prune(model, plan, statistics, bypasses=bypasses, ridge=ridge), strength
 
     def share(self, student: PreTrainedModel, teacher: PreTrainedModel) -> float:
         """The share of the teacher's cost that the student has."""

@@ -11,11 +11,14 @@ from distill_llm.checks.prune import open_pruning
 from distill_llm.checks.recipe import check_cached_rows, open_recipe
 from distill_llm.common.files import full_disk_named, written_whole
 from distill_llm.common.locks import alone_in
+from distill_llm.evaluation.baselines import baselines, no_better
+from distill_llm.metrics.errors import shown_score
 from distill_llm.pipeline.context import Context
 from distill_llm.pipeline.folder import RunFolder
 from distill_llm.pipeline.inputs import inputs_of
 from distill_llm.pipeline.stages import own_sections, stages_of
 from distill_llm.pipeline.stages.prune import cut_model, models_to_cut, show
+from distill_llm.pruning.cutting.strength import described
 from distill_llm.recipe.recipe import Recipe, parse_recipe
 
 
@@ -93,13 +96,18 @@ def _prune(context: Context) -> Path:
     if not context.processes.is_main_process:
         return target
     plan, student = cut.plan, context.as_written(cut.model)
+    strengths = [described(strength.record()) for strength in cut.strengths]
     del cut  # two models at a time
     with written_whole(target, folder=True) as folder:
         context.save(student, folder)
         show(plan, teacher, folder, "plan")
     teacher = context.as_written(teacher)
-    scores = [context.evaluate(model)["score"] for model in (teacher, student)]
+    before, after = (context.evaluate(model) for model in (teacher, student))
+    task, raw = context.data.task, context.opened.data
+    if (warning := no_better(task, before, baselines(task, raw.train, raw.test), "the model")) is not None:
+        context.say(f"WARNING: {warning}")
     of = "the latency" if section.cost == "latency" else f"the layers' {section.cost}"
     share = f"{plan.kept:.1%} of {of} kept" + (f" ({plan.note})" if plan.note else "")
-    context.say(f"prune: {share}, {context.data.task.main_metric} {scores[0]:.4f} -> {scores[1]:.4f}")
+    line = f"prune: {share}, {context.named(before)} -> {shown_score(after)} on {after['rows']} rows"
+    context.say(", ".join([line, *strengths]))
     return target

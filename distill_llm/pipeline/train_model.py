@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from transformers import EvalPrediction, PreTrainedModel
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from distill_llm.common.files import full_disk_named, written_whole
 from distill_llm.evaluation.evaluate import compute_metrics
@@ -62,6 +63,7 @@ def train_model(
         with written_whole(target, folder=True) as path:
             run.save(merged(trainer.accelerator.unwrap_model(trainer.model)), path, weights)
     trainer.accelerator.free_memory()  # ends DeepSpeed's engine, which nothing else does
+    unset_hf_deepspeed_config()  # otherwise every model that is loaded later, by one process even, is divided by ZeRO-3
 
 
 def remove_checkpoints(run: Context, target: Path) -> None:

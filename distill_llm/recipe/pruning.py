@@ -86,13 +86,15 @@ class PruningSection(Section):
     compensate: bool = Field(
         default=True,
         description="let the kept columns take over what removed units contributed, and the FFN before a removed layer what that"
-        " layer added",
+        " layer added. How strongly, or not at all, is chosen by what the cut model does on rows that this is not fitted to: a"
+        " quarter as many as calibration_examples",
     )
     calibration_examples: int = Field(
         default=1024,
         ge=1,
-        description="number of training rows that importance is measured on. Each cut gets this many: rows that no cut has used"
-        " while there are any, then the first ones again",
+        description="number of training rows that importance is measured on; a quarter as many more are held out, to choose the"
+        " strength of compensation by. Each cut gets this many: rows that no cut has used while there are any, then the first"
+        " ones again",
     )
     moment_share: float | None = Field(
         default=None,
@@ -106,7 +108,8 @@ class PruningSection(Section):
         default=None,
         ge=1,
         description="number of layers whose second moments are held at a time, with a calibration pass for each such group of"
-        " layers. Set it if the moments of all layers do not fit: they take about 1 GB per layer of an 8B model. Left out: all"
+        " layers and each strength of compensation that is tried. Set it if the moments of all layers do not fit: they take"
+        " about 1 GB per layer of an 8B model. Left out: all"
         " are collected in the pass that measures importance, and kept in its file. What takes over removed layers needs moments"
         " of its own, of the same size, always all at once",
     )

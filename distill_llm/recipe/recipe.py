@@ -15,6 +15,7 @@ from distill_llm.recipe.sections import (
     DataSection,
     DistillationSection,
     EvaluationSection,
+    ExportSection,
     HubSection,
     StudentSection,
     TeacherSection,
@@ -50,6 +51,9 @@ class Recipe(Section):
         description="TrainingArguments fields that differ in the last recovery; all others are as in distillation, max_steps too",
     )
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="scoring and profiling")
+    export: list[ExportSection] = Field(
+        default=[], description="formats of other programs to write the student in, into export/ of the run folder"
+    )
     hub: HubSection | None = Field(default=None, description="push the student at the end")
 
     _check_final = field_validator("final")(training_fields)

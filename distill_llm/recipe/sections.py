@@ -55,6 +55,11 @@ class TeacherSection(Section):
         description="folder that `distill-llm cache` wrote; the student learns from it, with no teacher in memory",
     )
 
+    trust_remote_code: bool = Field(
+        default=False,
+        description="run the code that the teacher's folder or repository brings along, if it does; read that code first",
+    )
+
     _check_train = field_validator("train")(training_fields)
 
     @field_validator("cache")
@@ -191,6 +196,16 @@ class EvaluationSection(Section):
     )
     max_new_tokens: int = Field(default=64, ge=1, description="largest number of tokens in a generated response")
     latency: LatencySection = Field(default_factory=LatencySection, description="the batch that is timed")
+
+
+class ExportSection(Section):
+    """A file or folder that other programs read, written when the student is finished."""
+
+    format: str = Field(description="gguf (llama.cpp) or onnx (onnxruntime)")
+    quantize: str | None = Field(
+        default=None,
+        description="type of the weights; gguf: f16 (the default), bf16, f32 or q8_0; onnx: f32 (the default) or int8",
+    )
 
 
 class HubSection(Section):

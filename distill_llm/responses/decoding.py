@@ -10,6 +10,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from distill_llm.architectures.modes import evaluating
 from distill_llm.common.errors import InputError
 from distill_llm.common.processes import exact_device
+from distill_llm.data.answers import answer_text
 from distill_llm.data.causal import CausalCollator
 from distill_llm.data.special_tokens import document_end
 from distill_llm.losses.labels import IGNORED
@@ -79,9 +80,9 @@ class Decoder:
         """Whether an answer has its end, rather than being cut off."""
         return bool(answer) and answer[-1] in self.ends
 
-    def text(self, answer: list[int]) -> str:
-        """An answer without its end and special tokens."""
-        return self.collator.text(answer[:-1] if self.ended(answer) else answer)
+    def text(self, answer: list[int], before: Sequence[int] = ()) -> str:
+        """An answer without its end and special tokens, as it continues the tokens before."""
+        return answer_text(self.collator.tokenizer, answer[:-1] if self.ended(answer) else answer, before)
 
     def _answer(self, ids: list[int]) -> list[int]:
         """Without the padding after the end token."""

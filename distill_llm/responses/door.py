@@ -11,9 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.data.chats import check_template_kwargs, template_faults
 from distill_llm.data.kinds.prompts import prompts as prompts_task
-from distill_llm.data.special_tokens import check_tokenizer
+from distill_llm.data.special_tokens import check_tokenizer, tokenizer_fingerprint
 from distill_llm.models.finding import OpenModel, check_head, chosen_dtype, open_model
-from distill_llm.models.fingerprints import teacher_fingerprint, tokenizer_fingerprint
+from distill_llm.models.fingerprints import teacher_fingerprint
 from distill_llm.models.limits import RowFacts, limits_of, read_rows, room_faults, row_faults
 from distill_llm.responses.prompts import Prompt, Source, encode_prompts, read_contents
 from distill_llm.responses.settings import ResponseSettings
@@ -54,7 +54,7 @@ def open_prompts(
     Raises:
         InputError: one line that names the argument.
     """
-    opened = _opened(teacher, tokenizer)
+    opened = _opened(teacher, tokenizer, settings.trust_remote_code)
     dtype = _dtype(teacher, settings.dtype, device)
     contents = read_contents(prompts, settings.prompt_column, settings.max_prompts)
     are_chats = settings.chat or not isinstance(contents[0], str)
@@ -79,13 +79,15 @@ def open_prompts(
     return OpenPrompts(opened, dtype, len(contents), encoded, fingerprints)
 
 
-def _opened(teacher: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> OpenModel:
+def _opened(
+    teacher: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, trust_remote_code: bool
+) -> OpenModel:
     """The teacher without its weights, if it can answer prompts."""
     if isinstance(teacher, str):
         if tokenizer is not None:
             fix = "leave it out: a teacher that is given by name has its own"
             raise InputError("tokenizer", type(tokenizer).__name__, fix=fix)
-        opened = open_model("teacher", teacher)
+        opened = open_model("teacher", teacher, True, trust_remote_code)
         check_head(opened, prompts_task())
         return opened
     if tokenizer is None:

@@ -1,9 +1,10 @@
 """The folder of generated responses: what is done is on disk, whole shards only, so the same command goes on.
 
-    responses.json      settings, fingerprints, versions; when all is done the counts
+    responses.json      format, settings, fingerprints, versions; when all is done the counts
     generated/N.jsonl   shards: every response, in the order of the work; the last line tells whether the shard is whole
     train.jsonl         the responses that are kept, in the order of the prompts: rows of the task `prompts`
 
+A row has the answer as text, for people, and as the tokens that were generated (`response_ids`), which training reads.
 `train.jsonl` appears when all shards are there, so nothing unfinished can be trained on.
 """
 
@@ -17,12 +18,14 @@ from typing import Any, TypeAlias
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.common.files import written_whole
 from distill_llm.common.outputs import usable_output
+from distill_llm.data.prompt_encoder import CUT, FINISH, GENERATED
 
 Row: TypeAlias = dict[str, Any]
 ABOUT, SHARDS, KEPT = "responses.json", "generated", "train.jsonl"
+FORMAT = 2
 FINGERPRINTS = ("teacher", "tokenizer", "data")
 CHECK = "check"
-CUT = ("batch_size", "shard_responses")  # settings that decide which responses share a shard, and nothing else
+SHARING = ("batch_size", "shard_responses")  # settings that decide which responses share a shard, and nothing else
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Counts:
     """Numbers of a finished folder; truncated and repeated responses are left out of the kept ones.
 
     prompts_read: rows of the data; prompts: different ones among them; responses, tokens: generated; truncated: cut off
-    at max_new_tokens; repeated: the same text as another kept response to the prompt; kept: rows of `train.jsonl`.
+    at max_new_tokens; repeated: the same tokens as another kept response to the prompt, end aside; kept: rows of `train.jsonl`.
     """
 
     prompts_read: int
@@ -60,7 +63,7 @@ class ResponseFolder:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], fingerprints: Mapping[str, str]):
         self.folder = folder
-        self.begun = {"settings": dict(settings), "fingerprints": dict(fingerprints)}
+        self.begun: dict[str, Any] = {"format": FORMAT, "settings": dict(settings), "fingerprints": dict(fingerprints)}
         usable_output(folder, begun=ABOUT)
         about = self.about()
         if about is not None:
@@ -70,8 +73,13 @@ class ResponseFolder:
             raise InputError("output_dir", str(folder), fix=fix)
 
     def _check_begun(self, about: Mapping[str, Any]) -> None:
+        if about.get("format") != FORMAT:
+            given = f"{self.folder}, whose responses have the format of another version (without response_ids)"
+            raise InputError(
+                "output_dir", given, fix="choose another folder, or remove this one to generate them again"
+            )
         old, new = about["settings"], self.begun["settings"]
-        free = () if any((self.folder / SHARDS).glob("*.jsonl")) else CUT
+        free = () if any((self.folder / SHARDS).glob("*.jsonl")) else SHARING
         faults = [
             InputError(
                 name, new[name], f"{old.get(name)!r}, with which {self.folder} was begun, or another output folder"
@@ -176,7 +184,7 @@ def kept_rows(answers: Iterable[list[Row]], prompts_read: int, keep_truncated: b
     """The rows worth training on, and the counts.
 
     Args:
-        answers: per prompt its rows, with `finish_reason`, `tokens`, and the answer as `response` or as the last of `messages`.
+        answers: per prompt its rows, with `finish_reason`, `tokens` and `response_ids`.
         prompts_read: rows that the prompts were read from.
         keep_truncated: keep responses that were cut off.
     """
@@ -185,9 +193,9 @@ def kept_rows(answers: Iterable[list[Row]], prompts_read: int, keep_truncated: b
     for rows in answers:
         prompts, responses = prompts + 1, responses + len(rows)
         tokens += sum(row["tokens"] for row in rows)
-        truncated += sum(row["finish_reason"] == "length" for row in rows)
-        whole = [row for row in rows if keep_truncated or row["finish_reason"] == "eos"]
-        different = {_response(row): row for row in reversed(whole)}
+        truncated += sum(row[FINISH] == CUT for row in rows)
+        whole = [row for row in rows if keep_truncated or row[FINISH] != CUT]
+        different = {_said(row): row for row in reversed(whole)}
         repeated += len(whole) - len(different)
         kept += reversed(different.values())
     shares = [round(count / responses, 4) for count in (truncated, repeated, len(kept))]
@@ -195,5 +203,6 @@ def kept_rows(answers: Iterable[list[Row]], prompts_read: int, keep_truncated: b
     return kept, Counts(prompts_read, prompts, responses, tokens, *numbers)
 
 
-def _response(row: Row) -> str:
-    return row["messages"][-1]["content"] if "messages" in row else row["response"]
+def _said(row: Row) -> tuple[int, ...]:
+    """The tokens of a response without its end."""
+    return tuple(row[GENERATED] if row[FINISH] == CUT else row[GENERATED][:-1])

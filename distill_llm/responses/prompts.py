@@ -10,7 +10,7 @@ from datasets import Dataset, Value
 from transformers import PreTrainedTokenizerBase
 
 from distill_llm.common.errors import InputError, one_of
-from distill_llm.data.chats import Chat, answered, as_turn, asked, is_chat
+from distill_llm.data.chats import Chat, as_turn, asked, is_chat
 from distill_llm.data.sources import read_splits, resolve_path
 from distill_llm.data.special_tokens import special_ends
 
@@ -32,6 +32,11 @@ class Prompt:
         if isinstance(self.content, str):
             return {"prompt": self.content, "response": response}
         return {"messages": [*self.content, as_turn("assistant", response)]}
+
+    @property
+    def continued(self) -> list[int]:
+        """The tokens that an answer continues as text: none of a chat, where an answer is a turn of its own."""
+        return self.ids if isinstance(self.content, str) else []
 
     def is_asked_in(self, row: Mapping[str, Any]) -> bool:
         """Whether a row is an answer to this prompt."""
@@ -100,7 +105,7 @@ def encode_prompts(
 ) -> list[Prompt]:
     """The different prompts among `contents`, in the order of their first occurrence.
 
-    Token ids are those of `distill_llm.data.prompts.prompt_encoder`: a text begins as the tokenizer begins texts, a chat is
+    Token ids are those of `distill_llm.data.prompt_encoder.PromptEncoder`: a text begins as the tokenizer begins texts, a chat is
     in the words of the chat template up to where the assistant's turn begins.
 
     Args:
@@ -110,7 +115,7 @@ def encode_prompts(
         chat_template_kwargs: what the template is given beside the chats.
 
     Raises:
-        InputError: the template refuses a chat, or does not only add the answer to its prompt; a prompt has no tokens.
+        InputError: the template refuses a chat; a prompt has no tokens.
     """
     given = chat_template_kwargs or {}
     chats = [[as_turn("user", each)] if chat and isinstance(each, str) else each for each in contents]
@@ -130,8 +135,6 @@ def encode_prompts(
             if not ids:
                 raise InputError("data", content, "a prompt with at least one token that the tokenizer knows")
             prompts.append(Prompt(content, ids, keys[place], rows[place]))
-    if not isinstance(kept[0], str):
-        answered([*kept[0], as_turn("assistant", "x")], tokenizer, given, "data")
     return prompts
 
 

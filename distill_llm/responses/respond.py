@@ -23,6 +23,7 @@ from distill_llm.common.outputs import usable_output
 from distill_llm.common.processes import open_processes
 from distill_llm.common.progress import progress_bar
 from distill_llm.data.causal import CausalCollator
+from distill_llm.data.special_tokens import tokenizer_fingerprint
 from distill_llm.models.checkpoint import load_pretrained
 from distill_llm.responses.decoding import Decoder
 from distill_llm.responses.door import OpenPrompts, open_prompts
@@ -80,7 +81,8 @@ def _respond(
     shown: bool,
 ) -> Counts:
     """Answer checked prompts in a folder that nobody else is using."""
-    processes, work = open_processes(), Work(opened.prompts, settings)
+    processes = open_processes()
+    work = Work(opened.prompts, settings, tokenizer_fingerprint(opened.teacher.tokenizer))
     recorded = settings.recorded(opened.dtype, work.shard_responses)
     folder = ResponseFolder(output_dir, recorded, opened.fingerprints)
     environment = _environment(processes.device)
@@ -93,7 +95,7 @@ def _respond(
         tqdm.write(work.announcement(missing))
     if own := missing[processes.process_index :: processes.num_processes]:
         if isinstance(teacher, str):
-            teacher = load_pretrained(opened.teacher.path, dtype=getattr(torch, opened.dtype))
+            teacher = load_pretrained(opened.teacher.path, settings.trust_remote_code, dtype=opened.dtype)
             teacher.to(processes.device)  # type: ignore[arg-type]
         decoder = Decoder(teacher, CausalCollator(opened.teacher.tokenizer), settings, "teacher")
         _generate(work, own, decoder, folder, shown)
@@ -126,10 +128,9 @@ def _generate(work: Work, shards: Sequence[int], decoder: Decoder, folder: Respo
             for batch in work.batches(number):
                 keys = [work.key(*each) for each in batch]
                 answers = decoder([work.prompts[place].ids for place, _ in batch], decoder.sampling.uniforms(keys))
-                rows += [
-                    work.row(*each, decoder.text(answer), len(answer), decoder.ended(answer))
-                    for each, answer in zip(batch, answers, strict=True)
-                ]
+                for (place, sample), ids in zip(batch, answers, strict=True):
+                    text = decoder.text(ids, work.prompts[place].continued)
+                    rows.append(work.row(place, sample, text, ids, decoder.ended(ids)))
                 tokens += sum(map(len, answers))
                 bar.set_postfix_str(f"{tokens / (time.monotonic() - start):,.0f} tokens/s", refresh=False)
                 bar.update(len(batch))

@@ -20,6 +20,7 @@ class ResponseSettings(Sampling):
         max_prompts: only the first rows.
         dtype: of a teacher given by name: float32, bfloat16 or float16; by default bfloat16 on CUDA, else float32.
         keep_truncated: keep responses that reached `max_new_tokens`; may be changed later without generating again.
+        trust_remote_code: run the code that a teacher given by name brings along, if it does.
 
     Raises:
         InputError: names the value that is out of its range.
@@ -32,6 +33,7 @@ class ResponseSettings(Sampling):
     max_prompts: int | None = None
     dtype: str | None = None
     keep_truncated: bool = False
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,5 +51,5 @@ class ResponseSettings(Sampling):
         """
         kwargs = dict(self.chat_template_kwargs) if self.chat_template_kwargs else None
         settings = {**asdict(self), "chat_template_kwargs": kwargs, "dtype": dtype, "shard_responses": shard_responses}
-        del settings["keep_truncated"]
+        del settings["keep_truncated"], settings["trust_remote_code"]
         return settings

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from distill_llm.common.errors import InputError
+from distill_llm.data.prompt_encoder import CUT, FINISH, GENERATED, TOKENIZER
 from distill_llm.responses.folder import ResponseFolder, Row
 from distill_llm.responses.prompts import Prompt
 from distill_llm.responses.settings import ResponseSettings
@@ -16,12 +17,13 @@ class Work:
     Args:
         prompts: the different ones.
         settings: the number of responses to each and at once, their length, and the seed that every row notes.
+        tokenizer: the fingerprint of the tokenizer, which every row notes.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], settings: ResponseSettings):
+    def __init__(self, prompts: Sequence[Prompt], settings: ResponseSettings, tokenizer: str):
         samples, batch_size, max_new_tokens = settings.samples, settings.batch_size, settings.max_new_tokens
         self.prompts, self.batch_size = prompts, batch_size
-        self.max_new_tokens, self.seed = max_new_tokens, settings.seed
+        self.max_new_tokens, self.seed, self.tokenizer = max_new_tokens, settings.seed, tokenizer
         by_length = sorted(range(len(prompts)), key=lambda place: -len(prompts[place].ids))
         self.order = [(place, sample) for place in by_length for sample in range(samples)]
         self.shard_responses = batch_size * max(1, SHARD_TOKENS // (batch_size * max_new_tokens))
@@ -40,13 +42,15 @@ class Work:
         """What the random numbers of a response depend on."""
         return self.prompts[place].key + f"{sample} {self.seed}".encode()
 
-    def row(self, place: int, sample: int, text: str, tokens: int, ended: bool) -> Row:
-        """A response with its prompt, as it is written; `tokens` were generated, the end token among them."""
+    def row(self, place: int, sample: int, text: str, ids: list[int], ended: bool) -> Row:
+        """A response with its prompt, as it is written: as text, and as the tokens that were generated, its end among them."""
         about = {
-            "finish_reason": "eos" if ended else "length",
-            "tokens": tokens,
+            GENERATED: ids,
+            FINISH: "eos" if ended else CUT,
+            "tokens": len(ids),
             "sample": sample,
             "seed": self.seed,
+            TOKENIZER: self.tokenizer,
         }
         return {**self.prompts[place].answered(text), **about}
 

@@ -11,11 +11,12 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from distill_llm.common.errors import InputError
+from distill_llm.data.special_tokens import tokenizer_fingerprint
 from distill_llm.losses.items import is_language_model, kind_of, valid_tokens
 from distill_llm.losses.signals import Signals, SparseSignals
 from distill_llm.losses.sparse import SparseTargets
 from distill_llm.losses.terms.term import Gives
-from distill_llm.models.fingerprints import teacher_fingerprint, tokenizer_fingerprint
+from distill_llm.models.fingerprints import teacher_fingerprint
 from distill_llm.teachers.base import Teacher
 from distill_llm.teachers.cache_coding import ItemCoding, Tokens
 from distill_llm.teachers.cache_contents import check_fingerprints, find_examples

@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 from distill_llm.common.errors import InputError
 from distill_llm.common.files import written_whole
 from distill_llm.common.progress import progress_bar
+from distill_llm.data.special_tokens import tokenizer_fingerprint
 from distill_llm.losses.items import counted, valid_tokens
-from distill_llm.models.fingerprints import teacher_fingerprint, tokenizer_fingerprint
+from distill_llm.models.fingerprints import teacher_fingerprint
 from distill_llm.teachers.base import Teacher
 from distill_llm.teachers.cache_coding import ItemCoding, Tokens
 from distill_llm.teachers.cache_contents import Examples, check_fingerprints, chosen_tokens, find_examples

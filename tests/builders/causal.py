@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from distill_llm.data import TaskData
@@ -25,10 +25,14 @@ THINKING_TEMPLATE = (
 
 
 def word_tokenizer(begins: bool = False, pad: bool = False, **special: str | None) -> PreTrainedTokenizerFast:
-    """Word `wN` has id 4 + N, `user` 94 and `assistant` 95; BOS begins a text where `begins`; no padding token unless `pad`."""
+    """Word `wN` has id 4 + N, `user` 94 and `assistant` 95; BOS begins a text where `begins`; no padding token unless `pad`.
+
+    Words need no space between them: a prompt and its response may meet at any place.
+    """
     names = ["<s>", "</s>", "<unk>", "<pad>", *(f"w{i}" for i in range(90)), "user", "assistant", "a"]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(names)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    apart = pre_tokenizers.Split(Regex("w[0-9]+|user|assistant"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), apart])
     if begins:
         backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", BOS)])
     tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>" if pad else None}

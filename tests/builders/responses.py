@@ -49,14 +49,11 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 @torch.no_grad()
 def alone(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, ids: list[int], count: int
-) -> tuple[str, bool, int]:
-    """Text, whether it ended, and number of tokens of a greedy response: token by token, without batch, padding or cache."""
+) -> tuple[str, bool, list[int]]:
+    """Text, whether it ended, and tokens of a greedy response: token by token, without batch, padding or cache."""
     new: list[int] = []
     while len(new) < count and (not new or new[-1] not in ENDS):
         new.append(int(model(torch.tensor([ids + new]), use_cache=False).logits[0, -1].argmax()))
     ended = new[-1] in ENDS
-    return (
-        tokenizer.decode(new[:-1] if ended else new, skip_special_tokens=True),
-        ended,
-        len(new),
-    )
+    said = tokenizer.decode(new[:-1] if ended else new, skip_special_tokens=True)
+    return (f" {said}" if said else said), ended, new  # as it follows the last word of the prompt

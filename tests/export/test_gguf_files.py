@@ -111,7 +111,7 @@ def test_what_k_quants_need_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda: tiny_model("bert"), "BertForSequenceClassification.*a causal LM of the families llama, mistral"),
+        (lambda: tiny_model("bert"), "BertForSequenceClassification.*a causal LM of llama, mistral"),
         (lambda: llama_kind("mistral", sliding_window=16), "sliding_window 16"),
         (lambda: llama_kind("llama", hidden_act="gelu"), "hidden_act"),
         (lambda: uneven(llama_kind("qwen3")), "uneven Qwen3 with an output head of its own.*uniform"),

@@ -43,6 +43,17 @@ def test_report_of_a_student_that_was_never_pruned_leaves_out_rounds_and_figures
     assert not (tmp_path / "figures").exists()
 
 
+def test_report_says_how_strongly_every_round_was_compensated(tmp_path: Path) -> None:
+    student_folder(tmp_path / "student")
+    rounds = [dict(row) for row in metrics()["rounds"]]
+    divergence = {"none": 0.5, "1": 0.125, "0.1": 0.25}
+    rounds[0]["compensation"] = [{"ridge": 1.0, "rows": 256, "divergence": divergence}]
+    rounds[1]["compensation"] = [{"ridge": None, "rows": 256, "divergence": divergence}]
+    text = write_report(tmp_path, metrics(rounds=rounds)).read_text()
+    said = "divergence on 256 held-out rows 0.5 without, 0.125 with it."
+    assert f"Round 1: compensated with ridge 1: {said}" in text and f"Round 2: no compensation: {said}" in text
+
+
 def test_a_full_disk_leaves_the_report_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     student_folder(tmp_path / "student")
     before = write_report(tmp_path, metrics(rounds=[], plan_layers=[])).read_text()

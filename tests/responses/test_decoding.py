@@ -29,8 +29,9 @@ def test_greedy_batches_of_uneven_prompts_equal_a_loop_over_tokens(family: str) 
     with decoder.ready():
         found = [each for batch in (prompts[:6], prompts[6:]) for each in decoder([prompt.ids for prompt in batch])]
     wanted = [alone(model, tokenizer, prompt.ids, 12) for prompt in prompts]
-    assert [(decoder.text(each), decoder.ended(each), len(each)) for each in found] == wanted
-    assert len({tokens for *_, tokens in wanted}) > 3  # rows of a batch end at different places
+    texts = [decoder.text(each, prompt.ids) for each, prompt in zip(found, prompts, strict=True)]
+    assert [(text, decoder.ended(each), each) for text, each in zip(texts, found, strict=True)] == wanted
+    assert len({len(tokens) for *_, tokens in wanted}) > 3  # rows of a batch end at different places
     assert model.generation_config is config
 
 

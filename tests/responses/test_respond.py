@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 from builders.causal import EOS, THINKING_TEMPLATE, ids, word_tokenizer, words
-from builders.responses import PROMPTS, alone, answer, rows_of, save_teacher, teacher
+from builders.responses import ENDS, PROMPTS, alone, answer, rows_of, save_teacher, teacher
 from transformers import AutoConfig, PreTrainedModel
 
 from distill_llm.common.errors import InputError
 from distill_llm.common.locks import alone_in
 from distill_llm.data import DataSpec, encode, load_task
+from distill_llm.data.special_tokens import tokenizer_fingerprint
 from distill_llm.models.checkpoint import load_pretrained
 from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.plan import LayerPlan, PruningPlan
@@ -58,15 +59,17 @@ def test_the_folder_holds_the_greedy_answer_to_each_prompt_in_their_order(tmp_pa
         {
             "prompt": prompt,
             "response": text,
+            "response_ids": new,
             "finish_reason": "eos" if ended else "length",
-            "tokens": tokens,
+            "tokens": len(new),
             "sample": 0,
             "seed": 0,
+            "tokenizer": tokenizer_fingerprint(tokenizer),
         }
-        for prompt, (text, ended, tokens) in zip(PROMPTS, wanted, strict=True)
+        for prompt, (text, ended, new) in zip(PROMPTS, wanted, strict=True)
     ]
     cut = sum(not ended for _, ended, _ in wanted)
-    total = sum(tokens for *_, tokens in wanted)
+    total = sum(len(new) for *_, new in wanted)
     assert counts == Counts(14, 11, 11, total, cut, round(cut / 11, 4), 0, 0.0, 11, 1.0)
     about = json.loads((tmp_path / "responses.json").read_text())
     assert about["counts"]["tokens"] == total and about["settings"]["temperature"] == 0
@@ -87,13 +90,11 @@ def test_the_folder_is_read_as_data_of_the_task_prompts_with_the_tokens_that_wer
         encoded = encode(data, tokenizer, 64)
         found = [row["input_ids"] for rows in (encoded.train, encoded.test) for row in rows]
         prompts = [prompt.ids for prompt in encode_prompts(PROMPTS, tokenizer, chat, kwargs)]
-        thought = tokenizer("w80 w81", add_special_tokens=False)["input_ids"] if chat and not kwargs else []
         assert all(each[-2:] == ids(80, 81) for each in prompts) == (kwargs is not None)
-        texts = [alone(model, tokenizer, each, 10)[0] for each in prompts]
-        assert sorted(found) == sorted(
-            [*each, *thought, *tokenizer(text, add_special_tokens=False)["input_ids"], EOS]
-            for each, text in zip(prompts, texts, strict=True)
-        )
+        # No thought of the template's, no other end token than the one that was generated, none where the answer was cut.
+        answers = [alone(model, tokenizer, each, 10)[2] for each in prompts]
+        assert sorted(found) == sorted([*each, *new] for each, new in zip(prompts, answers, strict=True))
+        assert {new[-1] for new in answers} - {EOS} and all(len(new) == 10 or new[-1] in ENDS for new in answers)
 
 
 @pytest.mark.parametrize("stop", [0, 1, 3, 5])
@@ -199,7 +200,8 @@ def test_two_at_once_in_one_folder_are_one_and_a_line(tmp_path: Path) -> None:
 
 def test_truncated_and_repeated_responses_are_left_out_and_counted() -> None:
     def row(response: str, reason: str = "eos") -> dict[str, Any]:
-        return {"prompt": "p", "response": response, "finish_reason": reason, "tokens": 3}
+        new = [*response.encode(), *([EOS] if reason == "eos" else [])]
+        return {"prompt": "p", "response": response, "response_ids": new, "finish_reason": reason, "tokens": 3}
 
     answers = [[row("a"), row("b", "length"), row("a"), row("b")], [row("a"), row("c", "length")], [row("d", "length")]]
     kept, counts = kept_rows(answers, 5, keep_truncated=False)
@@ -239,5 +241,5 @@ def test_a_pruned_student_answers_with_its_cache_as_without(tmp_path: Path) -> N
     ]
     wanted = [alone(loaded, tokenizer, prompt.ids, 10) for prompt in encode_prompts(PROMPTS, tokenizer)]
     assert [
-        (row["response"], row["finish_reason"] == "eos", row["tokens"]) for row in rows_of(tmp_path / "out")
+        (row["response"], row["finish_reason"] == "eos", row["response_ids"]) for row in rows_of(tmp_path / "out")
     ] == wanted

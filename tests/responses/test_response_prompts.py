@@ -64,11 +64,11 @@ def test_bad_prompts_are_one_line(source, column, field, words) -> None:
     assert caught.value.field == field and words in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_template_that_refuses_a_chat_or_rewrites_it_is_one_line() -> None:
+def test_a_template_that_refuses_a_chat_is_one_line_and_one_that_rewrites_answers_may_ask() -> None:
     tokenizer = word_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('no system turn') }}"
     with pytest.raises(InputError, match="no system turn"):
         encode_prompts([[USER]], tokenizer)
     tokenizer.chat_template = "{{ messages | length }}{% if add_generation_prompt %}assistant{% endif %}"
-    with pytest.raises(InputError, match="leaves the prompt unchanged"):
-        encode_prompts([[USER]], tokenizer)
+    (prompt,) = encode_prompts([[USER]], tokenizer)
+    assert prompt.ids, "what is generated is trained on as it is, not in the words of the template"

@@ -11,8 +11,9 @@ from datasets import Dataset, concatenate_datasets
 from safetensors.numpy import load_file
 
 from distill_llm.common.errors import InputError
+from distill_llm.data.special_tokens import tokenizer_fingerprint
 from distill_llm.losses.items import targets
-from distill_llm.models.fingerprints import teacher_fingerprint, tokenizer_fingerprint
+from distill_llm.models.fingerprints import teacher_fingerprint
 from distill_llm.teachers.cache import CachedTeacher
 from distill_llm.teachers.cache_contents import find_examples
 from distill_llm.teachers.cache_format import CacheSettings

@@ -12,7 +12,8 @@ from distill_llm.data.decoders import is_decoder, packing_faults
 from distill_llm.data.kinds.base import KINDS, register
 from distill_llm.data.kinds.causal_lm import Decoding
 from distill_llm.data.padding import Rows
-from distill_llm.data.prompts import CHAT, PAIR, check_chats, prompt_encoder, read_prompts
+from distill_llm.data.prompt_encoder import CHAT, PAIR, PromptEncoder
+from distill_llm.data.prompts import check_first_rows, read_prompts
 from distill_llm.data.spec import DataSpec
 from distill_llm.data.splitting import Splits
 from distill_llm.data.tasks import Task, TaskData
@@ -61,12 +62,12 @@ class Prompts(Decoding):
         return replace(task, metrics=(metric,), main_metric=name, higher_is_better=prefers_higher(metric))
 
     def check_rows(self, data: TaskData, tokenizer: PreTrainedTokenizerBase) -> None:
-        """The chat template takes the first chats."""
-        check_chats(data, tokenizer)
+        """The first rows can be encoded."""
+        check_first_rows(data, tokenizer)
 
     def encoder(self, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Callable[[Rows], Rows]:
         """Prompt and response in a row, with labels at the response."""
-        return prompt_encoder(task, tokenizer, max_length)
+        return PromptEncoder(task, tokenizer, max_length)
 
     def missing(self, task: Task, tokenizer: PreTrainedTokenizerBase) -> str | None:
         """A token that ends a text, or the template of chats."""

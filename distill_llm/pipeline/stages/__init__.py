@@ -3,6 +3,7 @@
 from distill_llm.common.errors import InputError
 from distill_llm.pipeline.context import Context
 from distill_llm.pipeline.stage import Stage
+from distill_llm.pipeline.stages.export import Export
 from distill_llm.pipeline.stages.prune import Prune
 from distill_llm.pipeline.stages.push import Push
 from distill_llm.pipeline.stages.recover import Recover
@@ -11,7 +12,7 @@ from distill_llm.pipeline.stages.teacher import Teacher
 
 FIRST: list[type[Stage]] = [Teacher]
 EACH_ROUND: list[type[Stage]] = [Prune, Recover]
-LAST: list[type[Stage]] = [Report, Push]
+LAST: list[type[Stage]] = [Report, Export, Push]
 
 
 def stages_of(run: Context) -> list[Stage]:

@@ -13,9 +13,12 @@ from transformers import PreTrainedModel
 
 from distill_llm.common.files import written_whole
 from distill_llm.data.padding import LENGTH
+from distill_llm.metrics.errors import shown_score
+from distill_llm.pipeline.calibration import HELD_OUT
 from distill_llm.pipeline.context import Context
 from distill_llm.pipeline.rounds import Cut, Cutter
 from distill_llm.pipeline.stage import Result, Stage
+from distill_llm.pruning.cutting.strength import described
 from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.plan import PruningPlan
 from distill_llm.pruning.planning.budgets import share_of
@@ -85,6 +88,7 @@ class Prune(Stage):
             "kept": cut.kept,
             "layer_params_kept": share_of(cut.model, teacher, "params"),
             "note": f"round {number} {plan.note}" if plan.note else None,
+            "compensation": [strength.record() for strength in cut.strengths],
         }
         model = run.as_written(cut.model)
         del teacher, cut  # two models at a time
@@ -97,9 +101,10 @@ class Prune(Stage):
     def line(self, result: Result) -> list[str]:
         """What is kept, and the scores before and after compensation."""
         parts = [f"{result['layer_params_kept']:.1%} of the layers' parameters kept"]
-        parts.append(f"{self.run.named(result['score_pruned'])} pruned")
+        parts.append(f"{self.run.named(result['pruned'])} pruned")
         if result["score_compensated"] is not None:
-            parts.append(f"{result['score_compensated']:.4f} compensated")
+            parts.append(f"{shown_score(result['compensated'])} compensated")
+        parts += [described(record) for record in result.get("compensation") or []]
         return parts + ([result["note"]] if result.get("note") else [])
 
     def row(self, result: Result) -> dict[str, Any]:
@@ -144,14 +149,16 @@ def calibration(run: Context, examples: int, cut: int = 0) -> DataLoader:
     """Calibration batches, of rows of similar length.
 
     Args:
-        examples: the number of rows, from the shuffled training data; all where there are fewer.
+        examples: the number of rows that statistics are of, from the shuffled training data. As many more come with them as
+            `Calibration` holds out. All rows where there are fewer.
         cut: 0 for the first rows; each later cut takes those after the one before.
     """
     train = run.data.train.shuffle(seed=run.recipe.seed)
-    size = min(examples, len(train))
+    size = min(examples * HELD_OUT // (HELD_OUT - 1), len(train))
     rows = train.select([(cut * size + i) % len(train) for i in range(size)])
     rows = rows.select(np.argsort(rows[LENGTH], kind="stable"))
-    batch_size = max(1, min(CALIBRATION_BATCH, CALIBRATION_TOKENS // max(rows[LENGTH])))
+    most = min(CALIBRATION_BATCH, CALIBRATION_TOKENS // max(rows[LENGTH]), size // HELD_OUT)
+    batch_size = max(1, most)
     known = {*run.tokenizer.model_input_names, "position_ids", "labels"}
     rows = rows.remove_columns([name for name in rows.column_names if name not in known])
     return DataLoader(rows, batch_size=batch_size, collate_fn=run.collator)  # type: ignore[arg-type]

@@ -73,7 +73,7 @@ class Recover(Stage):
 
     def line(self, result: Result) -> list[str]:
         """Its score."""
-        return [self.run.named(result["score"])]
+        return [self.run.named(result["metrics"])]
 
     def row(self, result: Result) -> dict[str, Any]:
         """The metrics after recovery."""
@@ -88,7 +88,7 @@ class Recover(Stage):
         assert opened.student is not None
         set_seed(recipe.seed)
         tuned = recipe.teacher.train is not None  # in this run, after the teacher was opened
-        names = label_names(open_config(teacher) if tuned else opened.teacher.config)
+        names = label_names(open_config(teacher, recipe.teacher.trust_remote_code) if tuned else opened.teacher.config)
         return load_for_task(opened.student.path, self.run.data.task, names, of_task=True, config=opened.student.config)
 
 
@@ -101,9 +101,10 @@ def recovery_teacher(run: Context, path: Path | str, fields: Fields) -> PreTrain
         assert cache is not None
         return cache
     if section.quantization is None:
-        return load_pretrained(path, dtype=getattr(torch, section.dtype or precision or "float32"))
+        dtype = getattr(torch, section.dtype or precision or "float32")
+        return load_pretrained(path, section.trust_remote_code, dtype=dtype)
     dtype = getattr(torch, section.dtype or "bfloat16")
-    return load_teacher(path, section.quantization, dtype, run.processes.device)
+    return load_teacher(path, section.quantization, dtype, run.processes.device, section.trust_remote_code)
 
 
 def with_adapters(recipe: Recipe, student: PreTrainedModel) -> Any:

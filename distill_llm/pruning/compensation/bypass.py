@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from distill_llm.architectures.families import family_of, layers_of
 from distill_llm.architectures.modes import frozen
 from distill_llm.common.errors import InputError
-from distill_llm.pruning.compensation.linear import RIDGE, compensate_linear
+from distill_llm.pruning.compensation.linear import compensate_linear
 from distill_llm.pruning.plan import PruningPlan
 from distill_llm.pruning.statistics.calibration_loss import calibration_loss
 from distill_llm.pruning.statistics.calibration_pass import CalibrationPass, first_of
@@ -61,7 +61,9 @@ class Bypasses:
     def __bool__(self) -> bool:
         return bool(self.moments)
 
-    def folded(self, module: nn.Linear | Conv1D, layer: int, kept: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    def folded(
+        self, module: nn.Linear | Conv1D, layer: int, kept: torch.Tensor, ridge: float
+    ) -> tuple[torch.Tensor, Any]:
         """New weight (H, K) and bias (H,) or None of an FFN-down linear that keeps `kept` (K,) of its neurons.
 
         Raises:
@@ -75,8 +77,8 @@ class Bypasses:
             )
         both = torch.cat([weight, torch.eye(outputs, device=weight.device, dtype=weight.dtype)], 1)
         squares = moments.second.diagonal()
-        ridge = RIDGE * squares[:inputs].mean() / squares.mean().clamp(min=torch.finfo(squares.dtype).tiny)
-        return compensate_linear(both, module.bias, moments, kept, float(ridge))
+        share = ridge * squares[:inputs].mean() / squares.mean().clamp(min=torch.finfo(squares.dtype).tiny)
+        return compensate_linear(both, module.bias, moments, kept, float(share))
 
 
 def outputs_taken_over(model: PreTrainedModel, plan: PruningPlan) -> dict[int, list[Place]]:

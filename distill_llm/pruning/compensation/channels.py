@@ -23,7 +23,7 @@ from distill_llm.pruning.units.sizes import counts_of, weight_of
 
 
 def repaired_stream(
-    model: PreTrainedModel, rows: Sequence[LayerPlan], kept: torch.Tensor, statistics: Statistics
+    model: PreTrainedModel, rows: Sequence[LayerPlan], kept: torch.Tensor, statistics: Statistics, ridge: float
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
     """New weights and biases for the norms and linears that read the residual stream, which keeps only some channels.
 
@@ -31,6 +31,7 @@ def repaired_stream(
         rows: what stays, a row per remaining layer.
         kept: indices (K,) of the channels that stay.
         statistics: of this model; without `hidden_moments` nothing is compensated.
+        ridge: see `compensate_linear`.
 
     Returns:
         Weight and bias by the module's name in the student. A linear's weight is (kept outputs, K), a norm's is (K,).
@@ -56,7 +57,7 @@ def repaired_stream(
             if name == tensor.norm:
                 found[own] = rescaled_norm(module, moments, kept)
                 continue
-            weight, bias = compensate_linear(weight_of(module), module.bias, moments, kept)
+            weight, bias = compensate_linear(weight_of(module), module.bias, moments, kept, ridge)
             outputs: Any = slice(None)
             into = int(not isinstance(module, Conv1D))
             if 1 - into in spans[f"{name}.weight"]:

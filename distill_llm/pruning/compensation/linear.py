@@ -11,7 +11,7 @@ RIDGE = 0.1
 
 
 def compensate_linear(
-    weight: torch.Tensor, bias: torch.Tensor | None, moments: Moments, kept: torch.Tensor, ridge: float | None = None
+    weight: torch.Tensor, bias: torch.Tensor | None, moments: Moments, kept: torch.Tensor, ridge: float = RIDGE
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Fold what the removed input columns of a linear contributed into the kept ones and the bias, by least squares.
 
@@ -24,7 +24,7 @@ def compensate_linear(
         bias: (H,) or None.
         moments: of the linear's input, C channels.
         kept: indices (K,) of the columns that stay.
-        ridge: lambda as a share of the mean diagonal of the second moment; None: RIDGE.
+        ridge: lambda as a share of the mean diagonal of the second moment.
 
     Returns:
         The new weight (H, K) and bias, in the dtype and on the device of the old; computed in fp64.
@@ -40,7 +40,7 @@ def compensate_linear(
     w, mean, second = (each.detach().to(device, torch.float64) for each in (weight, moments.mean, moments.second))
     kept, gone = kept.to(device), removed.nonzero().squeeze(1).to(device)
     s = second if bias is None else second - torch.outer(mean, mean)
-    damping = (RIDGE if ridge is None else ridge) * second.diagonal().mean() + torch.finfo(torch.float32).tiny
+    damping = ridge * second.diagonal().mean() + torch.finfo(torch.float32).tiny
     a = _solve(s[kept][:, kept], s[kept][:, gone], damping).T
     new = (w[:, kept] + w[:, gone] @ a).to(weight)
     if bias is None:

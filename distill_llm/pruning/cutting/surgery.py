@@ -1,6 +1,7 @@
 """Removing what a plan removes: a new, really smaller model."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from distill_llm.common.finite import check_weights
 from distill_llm.models.placement import check_in_memory
 from distill_llm.pruning.compensation.bypass import Bypasses
 from distill_llm.pruning.compensation.channels import repaired_stream
-from distill_llm.pruning.compensation.linear import compensate_linear
+from distill_llm.pruning.compensation.linear import RIDGE, compensate_linear
 from distill_llm.pruning.cutting.stock import NotStock, become_stock, stock_record, stock_twin, write_lineage
 from distill_llm.pruning.plan import PruningPlan, full_plan
 from distill_llm.pruning.statistics.moments import Moments
@@ -44,6 +45,7 @@ def prune(
     compensate: Statistics | None = None,
     *,
     bypasses: Bypasses | None = None,
+    ridge: float | None = RIDGE,
 ) -> PreTrainedModel:
     """A new model with only what the plan keeps; the input is untouched.
 
@@ -55,6 +57,8 @@ def prune(
             `compensate_linear`): heads and neurons, and channels of the residual stream where they have `hidden_moments`.
         bypasses: what `fit_bypasses` found for this very model and plan; the FFN before what is removed whole (layers,
             attentions, FFNs) takes over what that added. It is fitted to all tokens alike, its own removed neurons included.
+        ridge: how strongly: the share of the mean square of a linear's inputs that damps its fit. A larger one changes the
+            kept weights less; None: not at all, whatever is given. `choose_strength` finds the best on held-out rows.
 
     Raises:
         InputError: if the plan does not fit the model, the model is not in memory whole, the statistics have no moments or
@@ -68,9 +72,25 @@ def prune(
     if compensate is not None:
         _check_statistics(model, compensate)
     lineage = lineage_after(model, plan)
-    repaired = _repaired(model, plan, compensate, bypasses)
-    if compensate is not None and plan.hidden is not None:
-        repaired |= repaired_stream(model, plan.layers, torch.tensor(plan.hidden), compensate)
+    repaired = {} if ridge is None else _repaired(model, plan, compensate, bypasses, ridge)
+    if compensate is not None and plan.hidden is not None and ridge is not None:
+        repaired |= repaired_stream(model, plan.layers, torch.tensor(plan.hidden), compensate, ridge)
+    return _cut(model, plan, lineage, repaired)
+
+
+def prune_skeleton(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
+    """As `prune` of a model on the meta device: sizes, and no weights."""
+    plan.check(model)
+    return _cut(model, plan, lineage_after(model, plan), {})
+
+
+def _cut(
+    model: PreTrainedModel,
+    plan: PruningPlan,
+    lineage: ModelPlan,
+    repaired: Mapping[str, tuple[torch.Tensor, torch.Tensor | None]],
+) -> PreTrainedModel:
+    """What the plan keeps of a model, with repaired weights and biases (by the student's names) in their places."""
     stock = stock_record(model.config)
     student = _structure_of(model)
     shrink(student, plan, lineage=lineage)
@@ -138,6 +158,7 @@ def _repaired(
     plan: PruningPlan,
     statistics: Statistics | None,
     bypasses: Bypasses | None,
+    ridge: float,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
     """Weights and biases that change, by the student's names.
 
@@ -154,12 +175,12 @@ def _repaired(
             module = linear(layers_of(model)[row.source], path)
             kept = kept_channels(layout, row, counts[row.source], dims.head_size)
             if bypasses is not None and path == family.ffn_out and row.source in bypasses.moments:
-                weight, bias = bypasses.folded(module, row.source, kept)
+                weight, bias = bypasses.folded(module, row.source, kept, ridge)
             elif statistics is None or len(kept) == weight_of(module).shape[1]:
                 continue
             else:
                 moments = _moments(statistics, row.source)[place]
-                weight, bias = compensate_linear(weight_of(module), module.bias, moments, kept)
+                weight, bias = compensate_linear(weight_of(module), module.bias, moments, kept, ridge)
             found[f"{prefix}{index}.{path}"] = weight[out], None if bias is None else bias[out]
         if bypasses is not None and row.source in bypasses.norms:
             layer, path = bypasses.norms[row.source]

@@ -4,13 +4,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from distill_llm.common.errors import InputError
+from distill_llm.losses.divergences import forward_kl
 from distill_llm.losses.items import kind_of, targets, valid_tokens
 from distill_llm.losses.labels import label_loss
-from distill_llm.losses.logits import logits_divergence
 from distill_llm.models.inputs import forward_inputs
 from distill_llm.models.item_logits import item_logits, packed
 
@@ -35,7 +34,7 @@ def calibration_loss(
     if loss == "kl" and teacher is not None:
         with torch.no_grad():
             target, _ = items_of(teacher, batch, labelled=False)
-        return divergence(target, logits)
+        return divergences(target, logits).sum()
     if loss == "kl":
         predicted = logits.detach()
         if not predicted.amax(-1).isfinite().all():  # nothing can be drawn from these
@@ -91,11 +90,11 @@ def _check_labels(logits: torch.Tensor, labels: torch.Tensor, given: torch.Tenso
         raise InputError("labels", f"{given.dtype} of shape {list(given.shape)}", accepted)
 
 
-def divergence(target: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """The sum over items of KL(target || own) of logits (items, C), or, of a regression (C = 1), of their squared difference."""
+def divergences(target: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """(items,) KL(target || own) of logits (items, C), or, of a regression (C = 1), their squared differences."""
     if logits.shape[-1] == 1:
-        return nn.functional.mse_loss(logits, target, reduction="sum")
-    return logits_divergence(logits, target).sum()
+        return (logits - target).square().squeeze(-1)
+    return forward_kl(logits, target)
 
 
 def _inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from distill_llm.common.errors import InputError, one_of, raise_all
 from distill_llm.losses.labels import label_loss
 from distill_llm.models.adapters import adapter_faults
 from distill_llm.models.placement import streamed
-from distill_llm.pruning.statistics.calibration_loss import divergence, items_of
+from distill_llm.pruning.statistics.calibration_loss import divergences, items_of
 from distill_llm.pruning.statistics.processes import process, sum_over_processes
 from distill_llm.pruning.statistics.record import Statistics
 from distill_llm.pruning.statistics.settings import DEFAULT_SETTINGS, CalibrationSettings
@@ -81,7 +81,7 @@ def _without_each(
                 stack.enter_context(forward_as(before, _again(output)))
             stack.enter_context(forward_as(layer, _passing_on(given[i])))
             logits, _ = items_of(model, batch, labelled)
-        totals[i] = divergence(dense, logits) if labels is None else label_loss(logits, labels).sum() - whole
+        totals[i] = divergences(dense, logits).sum() if labels is None else label_loss(logits, labels).sum() - whole
     return totals
 
 

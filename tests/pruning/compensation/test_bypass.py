@@ -177,7 +177,7 @@ def test_an_attention_belongs_to_the_last_ffn_that_does_not_read_what_it_adds(na
     assert (last == 2) == (name in PARALLEL)
 
 
-def test_what_is_linear_in_the_neurons_is_taken_over_without_loss(monkeypatch):
+def test_what_is_linear_in_the_neurons_is_taken_over_without_loss():
     """Layer 2 adds another matrix of the very neurons of layer 1, and nothing else."""
     model = family_model("llama")
     first, second = model.model.layers[1], model.model.layers[2]
@@ -187,9 +187,8 @@ def test_what_is_linear_in_the_neurons_is_taken_over_without_loss(monkeypatch):
     for mine, its in ((second.mlp.up_proj, first.mlp.up_proj), (second.mlp.gate_proj, first.mlp.gate_proj)):
         mine.load_state_dict(its.state_dict())
     second.post_attention_layernorm.load_state_dict(first.post_attention_layernorm.state_dict())
-    monkeypatch.setattr(bypass, "RIDGE", 1e-8)
     batches, plan = batches_of(model, 40), keep_layers(model, [0, 1, 3, 4])
-    student = prune(model, plan, bypasses=fit_bypasses(model, plan, batches))
+    student = prune(model, plan, bypasses=fit_bypasses(model, plan, batches), ridge=1e-8)
     for batch in (batches[0], family_batch(model, seed=99)):
         dense = outputs_of(model, batch)
         torch.testing.assert_close(outputs_of(student, batch), dense, rtol=0, atol=2e-2)

@@ -1,0 +1,57 @@
+"""The door of `estimate`: what a recipe names, without weights; the devices are not this machine's."""
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from distill_llm.checks.faults import Collector
+from distill_llm.checks.models import adapted, skeleton
+from distill_llm.checks.pruning import check_pruning
+from distill_llm.checks.recipe import Opened, load_rows
+from distill_llm.common.errors import InputError, raise_all
+from distill_llm.models.finding import open_model
+from distill_llm.recipe.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """A recipe's data, and its models on the meta device.
+
+    Attributes:
+        opened: the recipe with its rows.
+        teacher: with the task's head.
+        student: the given student; None: pruning makes it.
+    """
+
+    opened: Opened
+    teacher: PreTrainedModel
+    student: PreTrainedModel | None
+
+    def adapted(self, student: PreTrainedModel) -> nn.Module:
+        """A student as it trains: with adapters, where only those learn."""
+        return adapted(self.opened.recipe, student)
+
+
+def open_sketch(recipe: Recipe) -> Sketch:
+    """Open the configs, the tokenizer and the rows of a recipe.
+
+    Raises:
+        InputError: one line per fault (`faults_in(error)`).
+    """
+    found = Collector()
+    teacher = found.run(open_model, "teacher.model", recipe.teacher.model)
+    student = found.run(open_model, "student.model", recipe.student.model if recipe.student else None)
+    data = found.run(lambda: load_rows(recipe, teacher))
+    task = data.task if data else None
+    whole = found.run(skeleton, teacher, task)
+    given = found.run(skeleton, student, task)
+    found.run(check_pruning, recipe, teacher, found.run(skeleton, teacher))
+    if recipe.student is not None and recipe.student.peft is not None:
+        found.run(adapted, recipe, whole if recipe.student.model is None else given)
+    if recipe.distillation is not None and recipe.distillation.losses.responses is not None:
+        fix = "remove it for the estimate: how long the student's own answers are shows only in training"
+        found.faults.append(InputError("distillation.losses.responses", "answers of the student", fix=fix))
+    raise_all(found.faults)
+    assert teacher is not None and data is not None and whole is not None
+    return Sketch(Opened(recipe, teacher, student, data), whole, given)

@@ -1,0 +1,211 @@
+"""What a run will take, before it runs: memory of a device and time, stage by stage."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from distill_llm.architectures.lineage import LAYER_UNITS
+from distill_llm.losses.objective import parse_objective
+from distill_llm.models.adapters import without_adapters
+from distill_llm.pipeline.prices import (
+    Devices,
+    Rows,
+    StageCost,
+    checkpointing_in,
+    gathered_bytes,
+    optimizer_bytes,
+    precision_of,
+    steps_of,
+    teacher_bytes,
+    weight_bytes,
+)
+from distill_llm.pipeline.stages.prune import CALIBRATION_BATCH, CALIBRATION_TOKENS, kept_after
+from distill_llm.pipeline.work import Shape, Step, calibration, forward_pass, scoring
+from distill_llm.pruning.cutting.surgery import prune_skeleton
+from distill_llm.pruning.importance import Importance
+from distill_llm.pruning.plan import keep_layers
+from distill_llm.pruning.planning.competing import plan_for_costs
+from distill_llm.pruning.statistics.settings import CalibrationSettings
+from distill_llm.pruning.units.costs import unit_costs
+from distill_llm.pruning.units.sizes import counts_of, hidden_size
+from distill_llm.recipe.pruning import PruningSection
+from distill_llm.recipe.recipe import Recipe, budget_batch
+
+MEASURED_FORWARDS = 26
+"""Forward passes of each model when the report measures both."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """A run's models on the meta device.
+
+    Attributes:
+        teacher: with the task's head.
+        student: the given student; None: pruning makes it.
+        adapted: puts the recipe's adapters around a student, where only those learn.
+        tokenizer: of both.
+    """
+
+    teacher: PreTrainedModel
+    student: PreTrainedModel | None = None
+    adapted: Callable[[PreTrainedModel], nn.Module] = lambda model: model
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+
+class Estimate:
+    """The costs of a recipe's stages.
+
+    Args:
+        recipe: a checked recipe.
+        models, rows, devices: of the run.
+        gpu: whether the devices are GPUs.
+    """
+
+    def __init__(self, recipe: Recipe, models: Models, rows: Rows, devices: Devices, gpu: bool = True):
+        self.recipe, self.models, self.rows, self.devices, self.gpu = recipe, models, rows, devices, gpu
+
+    def stages(self) -> Iterator[StageCost]:
+        """Each stage of the run, in order."""
+        recipe, teacher = self.recipe, self.models.teacher
+        if recipe.teacher.train is not None:
+            fields = recipe.training("teacher")
+            yield self._training("teacher", self._labels_alone(teacher, fields), fields)
+        else:
+            yield self._scoring("teacher", teacher)
+        section, rounds = recipe.pruning, self._rounds
+        for number in range(1, rounds + 1):
+            student = self._student(number)
+            if section is not None:
+                yield self._pruning(f"round-{number}/prune", section, self._student(number - 1), student)
+            if recipe.distillation is not None:
+                fields = recipe.training("final" if number == rounds else "recovery")
+                yield self._training(f"round-{number}/recover", self._recovery(student, fields), fields)
+        yield self._report(self._student(rounds))
+
+    def trial(self) -> tuple[Step, Shape]:
+        """The longest training's step, to measure a rate with: that of the last recovery, if there is one."""
+        recipe = self.recipe
+        if recipe.distillation is None:
+            fields = recipe.training("teacher")
+            step = self._labels_alone(self.models.teacher, fields)
+        else:
+            fields = recipe.training("final")
+            step = self._recovery(self._student(self._rounds), fields)
+        return step, self._shape(fields)
+
+    @property
+    def _rounds(self) -> int:
+        return self.recipe.pruning.rounds if self.recipe.pruning is not None else 1
+
+    def _shape(self, fields: Mapping[str, Any]) -> Shape:
+        return Shape(fields.get("per_device_train_batch_size", 8), self.rows.longest, self.rows.counted, self.gpu)
+
+    def _labels_alone(self, model: nn.Module, fields: Mapping[str, Any]) -> Step:
+        """A training step without a teacher in memory."""
+        labels, how = parse_objective({"labels": {}}), (precision_of(fields), torch.float32, checkpointing_in(fields))
+        return Step(model, None, labels, self.models.tokenizer, *how)
+
+    def _recovery(self, student: PreTrainedModel, fields: Mapping[str, Any]) -> Step:
+        """A training step of a student on the recipe's teacher."""
+        section, distillation = self.recipe.teacher, self.recipe.distillation
+        step = self._labels_alone(self.models.adapted(student), fields)
+        if distillation is None or not distillation.losses.needs_teacher or section.cache is not None:
+            return step
+        dtype = getattr(torch, section.dtype) if section.dtype else step.precision or torch.float32
+        return replace(step, teacher=self.models.teacher, objective=distillation.losses, teacher_dtype=dtype)
+
+    def _student(self, number: int) -> PreTrainedModel:
+        """The student after a round (0: before them), cut at random: the sizes count, not which units stay."""
+        teacher, section = self.models.teacher, self.recipe.pruning
+        if section is None or number == 0:
+            return self.models.student or teacher
+        if section.layers is not None:
+            return prune_skeleton(teacher, keep_layers(teacher, section.layers))
+        assert section.keep is not None
+        keep = kept_after(section.keep, number, section.rounds, section.schedule)
+        # Latency is measured; on paper the cost is that of parameters.
+        costs = unit_costs(
+            teacher, "params" if section.cost == "latency" else section.cost, *budget_batch(self.recipe, True)
+        )
+        return prune_skeleton(teacher, plan_for_costs(teacher, _even_scores(teacher), keep, costs, section.rules))
+
+    def _training(self, name: str, step: Step, fields: Mapping[str, Any]) -> StageCost:
+        own, devices = without_adapters(step.student), self.devices
+        accumulated, shape = fields.get("gradient_accumulation_steps", 1), self._shape(fields)
+        trace = step.traced(shape)
+        weights, learned = weight_bytes(step.student), weight_bytes(step.student, learned=True)
+        parts = {"weights": weights, "optimizer": learned / 4 * optimizer_bytes(str(fields.get("optim", "adamw")))}
+        whole = devices.sharing == "ddp" or devices.count == 1
+        if whole:
+            accumulating = trace.gradients + trace.ungraded if accumulated > 1 else 0
+            parts["gradients and batch"] = max(trace.peak, accumulating)
+            if devices.count > 1:
+                parts["buckets"] = learned
+        else:
+            parts = {part: held / devices.count for part, held in parts.items()}
+            parts |= {"gradients": learned / devices.count, "gathered": gathered_bytes(own, step.precision)}
+            parts["batch"] = trace.activations
+        if step.teacher is not None:
+            parts["teacher"] = teacher_bytes(step.teacher, step.teacher_dtype, self.recipe.teacher.quantization)
+        micro = steps_of(fields, self.rows.train, shape.rows * accumulated * devices.count) * accumulated
+        flops = micro * trace.flops * self.rows.padded / self.rows.longest
+        return StageCost(name, parts, flops + self._scored(own).flops)
+
+    def _scoring(self, name: str, model: PreTrainedModel) -> StageCost:
+        scored = self._scored(model)
+        return StageCost(name, {"weights": weight_bytes(model), "batch": scored.parts["batch"]}, scored.flops)
+
+    def _scored(self, model: PreTrainedModel) -> StageCost:
+        """A pass over the test rows, by one process."""
+        size = min(self.recipe.evaluation.batch_size, self.rows.test)
+        shape = Shape(size, max(8, round(self.rows.scored)), self.rows.counted, self.gpu)
+        trace = scoring(model, shape)
+        return StageCost("scores", {"batch": trace.peak}, trace.flops * self.rows.test / size)
+
+    def _pruning(
+        self, name: str, section: PruningSection, before: PreTrainedModel, after: PreTrainedModel
+    ) -> StageCost:
+        examples = min(section.calibration_examples, self.rows.train)
+        size = max(1, min(CALIBRATION_BATCH, CALIBRATION_TOKENS // self.rows.longest, examples))
+        settings = CalibrationSettings(
+            moments=section.folds,
+            moment_share=section.moment_share,
+            hidden=False,
+            precision=getattr(torch, section.precision) if section.precision else None,
+            checkpointing=section.checkpointing,
+        )
+        shape = Shape(size, self.rows.longest, self.rows.counted, self.gpu)
+        loss = "labels" if section.needs("gradients") else None
+        trace = None if section.layers is not None else calibration(before, loss, settings, shape)
+        models = weight_bytes(before) + (weight_bytes(self.models.teacher) if before is not self.models.teacher else 0)
+        scored, scores = self._scored(after), 2 if section.folds else 1
+        parts = {"models": models + weight_bytes(after), "batch": scored.parts["batch"]}
+        flops = scores * scored.flops
+        if trace is not None:
+            parts["batch"] = max(parts["batch"], trace.peak)
+            batches = math.ceil(examples / size / self.devices.count)
+            flops += trace.flops * batches * self.rows.padded / self.rows.longest
+        return StageCost(name, parts, flops)
+
+    def _report(self, student: PreTrainedModel) -> StageCost:
+        latency, teacher = self.recipe.evaluation.latency, self.models.teacher
+        shape = Shape(latency.batch_size, latency.sequence_length, gpu=self.gpu)
+        traces = [forward_pass(model, shape) for model in (teacher, student)]
+        parts = {"models": weight_bytes(teacher) + weight_bytes(student), "batch": max(trace.peak for trace in traces)}
+        return StageCost("report", parts, MEASURED_FORWARDS * sum(trace.flops for trace in traces))
+
+
+def _even_scores(model: PreTrainedModel) -> Importance:
+    """Scores at random for everything that a plan may rank."""
+    draw, counts = torch.Generator().manual_seed(0), counts_of(model)
+    layers, width = len(counts), hidden_size(model)
+    rows: dict[str, Any] = {
+        kind: tuple(torch.rand(each[kind], generator=draw) for each in counts) for kind in LAYER_UNITS
+    }
+    whole = {kind: torch.rand(layers, generator=draw) for kind in ("layers", "attention", "ffn")}
+    return Importance("random", units={**rows, **whole, "hidden": torch.rand(width, generator=draw)})

@@ -1,0 +1,134 @@
+"""How strongly the kept weights take over what is removed, chosen on rows that they were not fitted to.
+
+A compensated linear is fitted to what it read in the dense model. In the cut model all linears before it are changed too, and
+a fit to few tokens follows their noise. Both can cost more than the removal did, and neither shows in the fit itself.
+"""
+
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from distill_llm.architectures.families import layers_of
+from distill_llm.architectures.modes import frozen
+from distill_llm.common.errors import InputError
+from distill_llm.losses.items import kind_of, targets
+from distill_llm.models.placement import streamed
+from distill_llm.pruning.compensation.bypass import Bypasses
+from distill_llm.pruning.cutting.surgery import prune
+from distill_llm.pruning.plan import PruningPlan
+from distill_llm.pruning.statistics.calibration_loss import divergences, items_of
+from distill_llm.pruning.statistics.record import Statistics
+from distill_llm.pruning.statistics.settings import DEFAULT_SETTINGS, CalibrationSettings
+
+Batches = Iterable[Mapping[str, torch.Tensor]]
+RIDGES = (None, 10.0, 1.0, 0.1, 0.01)
+"""The strengths that are tried, the weakest first; None: plain removal."""
+
+
+@dataclass(frozen=True)
+class Strength:
+    """The strength that was chosen, and what each did.
+
+    Attributes:
+        ridge: for `prune(..., ridge=)`; None: plain removal.
+        losses: by ridge, the divergence of the cut model from the dense one on the held-out rows: the mean over rows.
+        rows: how many rows there were.
+    """
+
+    ridge: float | None
+    losses: Mapping[float | None, float]
+    rows: int
+
+    def record(self) -> dict[str, Any]:
+        """For JSON: `ridge`, `rows`, and `divergence` by ridge, that of plain removal under `none`."""
+        divergence = {"none" if ridge is None else f"{ridge:g}": loss for ridge, loss in self.losses.items()}
+        return {"ridge": self.ridge, "rows": self.rows, "divergence": divergence}
+
+
+def described(record: Mapping[str, Any]) -> str:
+    """A strength's record in words."""
+    divergence, ridge = dict(record["divergence"]), record["ridge"]
+    plain = divergence.pop("none")
+    best = min(divergence.values()) if ridge is None else divergence[f"{ridge:g}"]
+    chosen = "no compensation" if ridge is None else f"compensated with ridge {ridge:g}"
+    return f"{chosen}: divergence on {record['rows']} held-out rows {plain:.4g} without, {best:.4g} with it"
+
+
+def choose_strength(
+    model: PreTrainedModel,
+    plan: PruningPlan,
+    compensate: Statistics | None,
+    held_out: Batches,
+    *,
+    bypasses: Bypasses | None = None,
+    settings: CalibrationSettings = DEFAULT_SETTINGS,
+) -> Strength:
+    """Choose the ridge of a cut's compensation, or none, by the cut model's divergence from the model on held-out rows.
+
+    The model is cut with each strength and run over the rows; no labels are needed. The weakest strength is chosen whose
+    divergence is within one standard error of the least (of the difference, over rows), so that compensation has to be worth
+    more than chance. Then `prune(model, plan, compensate, bypasses=bypasses, ridge=strength.ridge)`.
+
+    Args:
+        model, plan, compensate, bypasses: as for `prune`.
+        held_out: batches as for `collect_statistics`, of rows that neither the statistics nor the bypasses are of; they are
+            read once.
+        settings: the device and precision of the passes.
+
+    Returns:
+        The strength, with the divergences of all that were tried.
+
+    Raises:
+        InputError: there are no rows; and as `prune`.
+    """
+    batches = list(held_out)
+    if not batches:
+        raise InputError("held_out", batches, "at least one batch of rows")
+    found: dict[float | None, torch.Tensor] = {}
+    for ridge in RIDGES:
+        student = prune(model, plan, compensate, bypasses=bypasses, ridge=ridge)
+        found[ridge] = row_divergences(model, student, batches, settings)
+    least = found[min(found, key=lambda ridge: float(found[ridge].mean()))]
+    chosen = next(ridge for ridge, rows in found.items() if _as_good(rows, least))
+    return Strength(chosen, {ridge: float(rows.mean()) for ridge, rows in found.items()}, len(least))
+
+
+def _as_good(rows: torch.Tensor, least: torch.Tensor) -> bool:
+    """Whether the mean of a value per row is within one standard error of the difference from the least."""
+    more = rows - least
+    return float(more.mean()) <= float(more.std(correction=0)) / max(len(more) - 1, 1) ** 0.5
+
+
+@torch.no_grad()
+def row_divergences(
+    model: PreTrainedModel, student: PreTrainedModel, batches: Batches, settings: CalibrationSettings = DEFAULT_SETTINGS
+) -> torch.Tensor:
+    """(rows,) the divergence of a student from its model: KL(model || student), the mean over a row's outputs that count.
+
+    Of a regression it is the squared difference.
+    """
+    device, kind = settings.device_for(model), kind_of(model)
+    found: list[torch.Tensor] = []
+    with ExitStack() as stack:
+        stack.enter_context(torch.autocast(device.type, settings.precision, enabled=settings.precision is not None))
+        for each in (model, student):
+            stack.enter_context(frozen(each))
+            if device != each.device:
+                stack.enter_context(streamed(each, layers_of(each), device))
+        for batch in batches:
+            batch = {name: value.to(device) for name, value in batch.items() if kind != "example" or name != "labels"}
+            (target, _), (logits, _) = (items_of(each, batch, labelled=False) for each in (model, student))
+            items = divergences(target, logits)
+            rows = len(batch["input_ids"])
+            if kind == "example":  # of question answering, a row has a start and an end
+                found.append(items.view(-1, rows).mean(0))
+                continue
+            positions, _ = targets({name: value for name, value in batch.items() if name != "labels"}, kind)
+            row = positions // batch["input_ids"].shape[-1]
+            count = row.bincount(minlength=rows)
+            found.append((row.bincount(items, minlength=rows) / count)[count > 0].float())
+    return torch.cat(found).double().cpu()

@@ -1,0 +1,184 @@
+"""What a run will take: the bytes of each stage by hand, the table, and what is refused."""
+
+import re
+
+import pytest
+import torch
+from builders.recipes import recipe_for, write_model, write_recipe, write_rows
+from builders.trainers import causal_model
+from typer.testing import CliRunner
+
+from distill_llm.cli.main import app
+from distill_llm.common.errors import InputError
+from distill_llm.pipeline.estimate import Estimate, Models
+from distill_llm.pipeline.prices import Devices, Rows, optimizer_bytes, steps_of
+from distill_llm.recipe.recipe import parse_recipe
+
+ROWS = Rows(train=100, test=10, longest=32, padded=32.0, scored=32.0)
+
+
+TEACHER, STUDENT = (causal_model(layers=layers).to("meta") for layers in (2, 1))
+SIZE, SMALL = (sum(each.numel() for each in model.parameters()) for model in (TEACHER, STUDENT))
+TRAINING = {"losses": {"labels": {}, "logits": {}}, "per_device_train_batch_size": 4, "max_steps": 10}
+
+
+def given(**changes):
+    """A recipe with a given student, or with a pruning section."""
+    recipe = {
+        "teacher": {"model": "teacher"},
+        "data": {"task": "text", "path": "text.txt"},
+        "student": {"model": "student"},
+        "distillation": TRAINING,
+    }
+    return parse_recipe({**recipe, **changes})
+
+
+def made(recipe, devices=None):
+    return Estimate(recipe, Models(TEACHER, STUDENT if recipe.student else None), ROWS, devices or Devices(1, 10**9))
+
+
+def recovery(recipe, devices=None):
+    """The stage that trains the student; nothing after it is priced."""
+    return next(stage for stage in made(recipe, devices).stages() if "recover" in stage.name)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return recovery(given())
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "size"),
+    [("8x80GB", 8, 80 * 10**9), ("80gb", 1, 80 * 10**9), ("2 x 24 GB", 2, 24 * 10**9), ("1x0.5GB", 1, 5 * 10**8)],
+)
+def test_devices_are_read(text, count, size):
+    assert (Devices.named(text).count, Devices.named(text).size) == (count, size)
+
+
+@pytest.mark.parametrize("text", ["", "8", "0x80GB", "8x80", "8x0GB", "x80GB", "8xH100"])
+def test_other_devices_are_refused(text):
+    with pytest.raises(InputError, match="accepted: NUMBERxMEMORY, for example 8x80GB"):
+        Devices.named(text)
+
+
+def test_every_stage_has_its_weights_gradients_moments_and_teacher():
+    found = {stage.name: stage.parts for stage in made(given(student=None, pruning={"keep": 0.5})).stages()}
+    assert list(found) == ["teacher", "round-1/prune", "round-1/recover", "report"]
+    assert found["teacher"]["weights"] == 4 * SIZE
+    recover = found["round-1/recover"]
+    student = recover["weights"] / 4
+    embeddings = 2 * 100 * 32 + 32  # and the last norm: what is not in layers
+    assert student - embeddings == pytest.approx(0.5 * (SIZE - embeddings), rel=0.02)
+    assert recover["optimizer"] == 8 * student and recover["teacher"] == 4 * SIZE
+    assert recover["gradients and batch"] > 4 * student
+    assert found["round-1/prune"]["models"] == found["report"]["models"] == 4 * (SIZE + student)
+
+
+def test_sharing_divides_the_students_bytes_and_not_the_teachers(plain):
+    ddp, fsdp = (recovery(given(), Devices(4, 10**9, sharing)).parts for sharing in ("ddp", "fsdp2"))
+    one = plain.parts
+    assert one["weights"] == 4 * SMALL and one["teacher"] == 4 * SIZE
+    assert ddp == {**one, "buckets": 4 * SMALL}
+    assert fsdp["weights"] == fsdp["gradients"] == SMALL and fsdp["optimizer"] == 2 * SMALL
+    assert fsdp["teacher"] == 4 * SIZE
+
+
+@pytest.mark.parametrize(
+    ("changes", "per_weight"),
+    [
+        ({"teacher": {"model": "teacher", "dtype": "bfloat16"}}, 2),
+        ({"distillation": {**TRAINING, "bf16": True}}, 2),
+        ({"teacher": {"model": "teacher", "cache": "folder"}}, 0),
+    ],
+)
+def test_the_teacher_is_as_large_as_its_dtype(changes, per_weight):
+    assert recovery(given(**changes)).parts.get("teacher", 0) == per_weight * SIZE
+
+
+def test_a_teacher_that_is_trained_is_priced_as_a_student():
+    stage = next(made(given(teacher={"model": "t", "train": {"optim": "sgd"}})).stages())
+    assert stage.name == "teacher" and stage.parts["optimizer"] == 0 and stage.parts["weights"] == 4 * SIZE
+
+
+def test_accumulated_micro_batches_hold_whole_gradients_beside_the_next_batch(plain):
+    more = recovery(given(distillation={**TRAINING, "gradient_accumulation_steps": 2}))
+    name = "gradients and batch"
+    assert plain.parts[name] < more.parts[name] <= plain.parts[name] + 4 * SMALL
+    assert 1.9 < more.flops / plain.flops < 2
+
+
+def test_flops_are_those_of_all_steps_and_of_the_scored_rows(plain):
+    two = recovery(given(distillation={**TRAINING, "max_steps": 20})).flops
+    steps = two - plain.flops  # of ten steps
+    assert 0 < plain.flops - steps < 0.2 * steps
+
+
+@pytest.mark.parametrize(
+    ("fields", "rows", "batch", "steps"),
+    [
+        ({"max_steps": 7}, 1000, 8, 7),
+        ({"num_train_epochs": 2}, 1000, 8, 250),
+        ({}, 1001, 8, 3 * 126),
+        ({"num_train_epochs": 0.5}, 90, 8, 6),
+    ],
+)
+def test_steps_are_those_of_the_trainer(fields, rows, batch, steps):
+    assert steps_of(fields, rows, batch) == steps
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("adamw_torch", torch.optim.AdamW),
+        ("sgd", torch.optim.SGD),
+        ("adagrad", torch.optim.Adagrad),
+        ("rmsprop", torch.optim.RMSprop),
+    ],
+)
+def test_an_optimizers_state_is_as_large_as_torchs(name, make):
+    weight = torch.nn.Parameter(torch.zeros(1000))
+    weight.grad = torch.zeros(1000)
+    optimizer = make([weight])
+    optimizer.step()
+    held = sum(each.nbytes for each in optimizer.state.get(weight, {}).values() if each.numel() > 1)
+    assert optimizer_bytes(name) == held / 1000
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "teacher")
+    write_rows(tmp_path / "rows.csv")
+    write_recipe(tmp_path, recipe_for(tmp_path))
+    return tmp_path
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, ["estimate", *arguments], env={"COLUMNS": "200"})
+
+
+def test_the_command_shows_every_stage_at_a_measured_rate_and_writes_nothing(folder):
+    before = sorted(folder.rglob("*"))
+    result = call("recipe.yaml", "--devices", "2x0.000001GB")
+    assert result.exit_code == 0, result.output
+    for stage in ("teacher", "round-1/prune", "round-1/recover", "report"):
+        (line,) = [line for line in result.output.splitlines() if re.match(rf"\W*{stage}\b", line)]
+        assert " no " in line
+    assert "TFLOP/s a device, measured on " in result.output
+    assert [path for path in sorted(folder.rglob("*")) if path not in before] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--devices", "8xH100"], "--devices: got '8xH100'; accepted: NUMBERxMEMORY, for example 8x80GB"),
+        (["--accelerate", "fsdp"], "--accelerate: got 'fsdp'; accepted: 'fsdp2' (the nearest), or one of ddp,"),
+        (
+            ["--set", "teacher.model=nowhere/at/all"],
+            "teacher.model: got 'nowhere/at/all'; accepted: an existing folder",
+        ),
+    ],
+)
+def test_bad_input_is_one_line(folder, arguments, line):
+    result = call("recipe.yaml", *arguments)
+    assert result.exit_code == 2 and result.stderr.startswith(f"error: {line}"), result.stderr
