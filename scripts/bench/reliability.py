@@ -39,7 +39,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 from distill_llm.cli.main import app  # noqa: E402
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "plot", "not", "very", "the"]
-TRAINING = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "save_steps": 2}
+TRAINING = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "save_steps": 2}
 MODELS = ("teacher", "round-1/student", "round-2/student", "student")
 COUNTS = {"kills": (3, 30), "disks": (3, 20), "pairs": (4, 20), "files": (20, 500), "steps": (1, 1)}
 
@@ -278,7 +278,13 @@ class Trials:
         found = self.ended(self.run(folder).wait(), folder)
         if found.how == "line":
             now = hashes(folder)
-            lost = [each for each in before if each != name and now.get(each) != before[each]]
+            own = {
+                name,
+                "recipe.yaml",
+                "state.json",
+                "state.backup.json",
+            }  # a copy is written anew: its folder has another name
+            lost = [each for each in before if each not in own and now.get(each) != before[each]]
             found = Outcome("fault", f"lost {lost}: {found.words}") if lost else found
         return Outcome(found.how, f"{how} {name}: {found.words}" if found.words else "")
 
