@@ -40,8 +40,11 @@ def open_config(model: str | os.PathLike, trust_remote_code: bool = False, **kwa
     said, _ = PreTrainedConfig.get_config_dict(model, **kwargs)
     family = family_type(said.get("model_type"))
     if family is None:
-        return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code, **kwargs)
-    return pruned_config_class(CONFIG_MAPPING[family]).from_pretrained(model, trust_remote_code=False, **kwargs)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code, **kwargs)
+    else:
+        config = pruned_config_class(CONFIG_MAPPING[family]).from_pretrained(model, trust_remote_code=False, **kwargs)
+    config.return_dict = True  # old checkpoints say false, and decoders of transformers no longer run so
+    return config
 
 
 def open_tokenizer(model: str | os.PathLike, config: PreTrainedConfig, trust_remote_code: bool = False) -> Tokenizer:
