@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -88,6 +89,8 @@ class PruningPlan(ModelPlan):
             raise InputError(
                 "plan.model_type", self.model_type, f"{model.config.model_type!r}, the family of the model"
             )
+        if self.kept is not None and not isfinite(self.kept):
+            raise InputError("plan.kept", self.kept, "the share of the layers' cost that stays, or null")
         counts = counts_of(model)
         _ascending("plan.layers[].source", [row.source for row in self.layers], len(counts))
         if not self.layers:

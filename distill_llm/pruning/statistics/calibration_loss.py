@@ -37,6 +37,8 @@ def calibration_loss(
         return divergences(target, logits).sum()
     if loss == "kl":
         predicted = logits.detach()
+        if not predicted.amax(-1).isfinite().all():  # nothing can be drawn from these
+            return predicted.sum() * torch.nan
         if regression:
             labels = predicted + torch.randn(predicted.shape, generator=generator, device=logits.device)
         else:
