@@ -11,6 +11,7 @@ from distill_llm.checks.prune import open_pruning
 from distill_llm.checks.recipe import check_cached_rows, open_recipe
 from distill_llm.common.files import full_disk_named, written_whole
 from distill_llm.common.locks import alone_in
+from distill_llm.common.outputs import usable_output
 from distill_llm.evaluation.baselines import baselines, no_better
 from distill_llm.metrics.errors import shown_score
 from distill_llm.pipeline.context import Context
@@ -81,7 +82,8 @@ def prune_recipe(recipe: Recipe) -> Path:
         InputError: before any work, for anything wrong in the recipe or that pruning alone would ignore.
     """
     context = Context(open_pruning(recipe))
-    with alone_in(recipe.output_dir, beside=True), full_disk_named(recipe.output_dir):
+    with alone_in(recipe.output_dir), full_disk_named(recipe.output_dir):
+        usable_output(recipe.output_dir)  # another command may have filled it since it was checked
         return _prune(context)
 
 
