@@ -39,6 +39,7 @@ from distill_llm.recipe.pruning import PruningSection
 from distill_llm.recipe.recipe import BACKUP, RECIPE, STATE, Recipe
 from distill_llm.report.hub import check_push
 from distill_llm.teachers.cache import CachedTeacher
+from distill_llm.training.refusals import router_faults
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ def open_recipe(recipe: Recipe) -> Opened:
     found.ask(_answer_faults, recipe, shorter, task)
     found.run(_check_raw_rows, data, teacher)
     found.ask(_loss_faults, recipe, task)
+    found.ask(_mixture_faults, recipe, teacher if name is None else student, task)
     cache = found.run(_open_cache, recipe, teacher)
     found.ask(_response_faults, recipe, task, shorter)
     paired = found.run(_check_layer_pairs, recipe, teacher, teacher if name is None else student)
@@ -197,6 +199,11 @@ def _loss_faults(recipe: Recipe, task: Task) -> list[InputError]:
         return []
     use = Use(single_output=not task.kind.has_distribution, packed="data.packing" if task.packing else None)
     return recipe.distillation.losses.faults(use, "distillation.losses")
+
+
+def _mixture_faults(recipe: Recipe, student: OpenModel, task: Task) -> list[InputError]:
+    trains = recipe.distillation is not None and task.is_language_model
+    return router_faults(student.config, f"{student.field}: config.json") if trains else []
 
 
 def _projected(student: OpenModel | None, teacher: OpenModel | None) -> tuple[int, int] | None:

@@ -1,4 +1,5 @@
 """The command line.
 
-May import: common, measuring, data, models, pruning, teachers, responses, recipe, evaluation, report, export, checks, pipeline.
+May import: common, metrics, measuring, data, models, pruning, teachers, responses, recipe, evaluation, report, export, checks,
+pipeline.
 """

@@ -80,18 +80,26 @@ def _score(model: str, spec: "DataSpec", batch_size: int, output: Path, trust_re
     """Score, print and save."""
     from distill_llm.checks.evaluate import open_scoring
     from distill_llm.data.encoding import collator
+    from distill_llm.evaluation.baselines import baselines, no_better
     from distill_llm.evaluation.evaluate import evaluate_model
     from distill_llm.evaluation.rules import RECIPE_FIELDS
+    from distill_llm.metrics.errors import shown_score
 
     opened = open_scoring(model, spec, trust_remote_code)
     task, rows = opened.data.task, opened.data.test
     pad = collator(task, opened.model.tokenizer, seed=spec.seed)
     loaded = load_model(opened.model)
     metrics = evaluate_model(loaded, rows, task, pad, batch_size=batch_size, fields=RECIPE_FIELDS)
+    naive = baselines(task, None, rows)
     with written_whole(output) as file:
-        file.write_text(json.dumps({"model": model, "task": spec.task, **metrics}, indent=2) + "\n", encoding="utf-8")
+        file.write_text(
+            json.dumps({"model": model, "task": spec.task, **metrics, "baselines": naive}, indent=2) + "\n",
+            encoding="utf-8",
+        )
     table = Table("metric", "value", title=f"{model} on {task.name}, {len(rows)} examples")
     for name, value in metrics.items():
-        table.add_row(name, f"{value:.4f}")
+        table.add_row(name, shown_score(metrics) if name == "score" else f"{value:.4f}")
+    if (warning := no_better(task, metrics, naive, model)) is not None:
+        say(f"WARNING: {warning}")
     say(table)
     say(f"metrics: {output}")

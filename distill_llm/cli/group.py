@@ -34,6 +34,12 @@ class CommandGroup(typer.core.TyperGroup):
             raise _told([str(fault) for fault in faults_in(error)]) from None
         except _UsageError as error:
             raise _told([error.format_message() + _hint(error)]) from None  # type: ignore[attr-defined]
+        except OSError as error:
+            if error.filename is None:  # not about a file: a fault of the program
+                raise
+            line = f"{error.filename}: {error.strerror or error}; mend that, then run the same command again"
+            print("error:", " ".join(line.split()), file=sys.stderr)  # from every process: others may not meet it
+            raise typer.Exit(2) from None
         _leave_processes()
         return result
 

@@ -51,6 +51,8 @@ def _run(recipe: Recipe) -> None:
     from distill_llm.pipeline import run as pipeline
 
     result = pipeline.run(recipe, recipe.output_dir)
+    for warning in result.metrics.get("warnings", []):
+        say(f"WARNING: {warning}")
     say(f"student: {result.student_dir}")
     say(f"report:  {result.report}")
     say_loading(result.student_dir)

@@ -86,12 +86,13 @@ def _holder(file: Path) -> str:
 
 
 @contextmanager
-def alone_in(folder: Path, field: str = "output_dir", beside: bool = False) -> Iterator[None]:
+def alone_in(folder: Path, field: str = "output_dir") -> Iterator[None]:
     """Keep other commands out of a folder while the block runs. The processes of one `accelerate launch` are one holder.
+
+    What a check of the folder said before may be different by now: check again inside. The folder may be replaced as a whole.
 
     Args:
         field: what the folder is called in error messages.
-        beside: the folder is put in place whole at the end, so the lock is beside it.
 
     Raises:
         InputError: on all processes, where another command is at work there.
@@ -100,12 +101,11 @@ def alone_in(folder: Path, field: str = "output_dir", beside: bool = False) -> I
 
     from distill_llm.common.processes import open_processes
 
-    file = folder.with_name(f".{folder.name}{LOCK}") if beside else folder / LOCK
     fault: list[tuple[str, str, str] | None] = [None]
     with ExitStack() as stack:
         if open_processes().is_main_process:
             try:
-                stack.enter_context(held(file, field, folder))
+                stack.enter_context(held(folder / LOCK, field, folder))
             except InputError as error:
                 fault = [(error.field, error.given, error.fix)]
         if (found := broadcast_object_list(fault)[0]) is not None:

@@ -98,7 +98,7 @@ def check_first_rows(data: TaskData, tokenizer: PreTrainedTokenizerBase) -> None
         tell(
             "the responses were generated with another tokenizer: they are trained on as texts, not as their response_ids"
         )
-    if data.task.text_columns == CHAT and not tokenizer.chat_template:
+    if data.task.kind.missing(data.task, tokenizer):  # check_tokenizer says what
         return
     work = PromptEncoder(data.task, tokenizer, tokenizer.model_max_length)
     for rows in (data.train, data.test):

@@ -104,5 +104,5 @@ def _counted(numbers: Mapping[Any, int]) -> str:
     none = [str(name) for name in names if not numbers[name]]
     if none:
         shown = ", ".join(none[:CLASSES_SHOWN]) + (", ..." if len(none) > CLASSES_SHOWN else "")
-        words.append(f"no row of {shown}: too rare")
+        words.append(f"no row of {shown}")
     return ", ".join(words)

@@ -19,11 +19,12 @@ from distill_llm.data.causal import CausalCollator
 from distill_llm.data.padding import LENGTH, Collator
 from distill_llm.data.tasks import Task
 from distill_llm.evaluation.generation import respond
-from distill_llm.evaluation.perplexity import causal_loss
+from distill_llm.evaluation.perplexity import by_row, causal_loss
 from distill_llm.evaluation.rules import PYTHON_FIELDS, ScoringFields, scoring_faults
 from distill_llm.losses.labels import IGNORED, label_loss
+from distill_llm.metrics.errors import ratio_error, standard_error
 from distill_llm.metrics.modules import text_score
-from distill_llm.metrics.registry import find_metric
+from distill_llm.metrics.registry import METRICS, find_metric
 from distill_llm.models.inputs import forward_inputs
 from distill_llm.models.item_logits import item_logits, packed
 from distill_llm.models.limits import limits_of
@@ -43,7 +44,8 @@ def evaluate_model(
 
     Rows of similar length share a batch, so little time goes into padding. A language model gets `loss`, in nats per
     predicted token (masked LM: the tokens that the collator hides; prompts: those of the responses), and `perplexity`, its
-    exponential. For prompts, the task's metrics of greedily generated responses come on top.
+    exponential. For prompts, the task's metrics of greedily generated responses come on top. `standard_error` is the score's
+    (see `distill_llm.metrics.errors`; left out for modules of `evaluate`), `rows` how many rows were scored.
 
     Args:
         model: a model with the task's head, on any device; its training mode is restored.
@@ -63,17 +65,33 @@ def evaluate_model(
         raise InputError(fields.rows, "no rows", "at least one")
     raise_all(scoring_faults(limits_of(model.config, type(model).__name__), dataset, task, fields))
     if not task.is_language_model:
-        return compute_metrics(task, *predict(model, dataset, task, collator, batch_size=batch_size, progress=progress))
+        found = predict(model, dataset, task, collator, batch_size=batch_size, progress=progress)
+        result = compute_metrics(task, *found)
+        return _counted(result, _error(task, result["score"], *found), dataset)
     with evaluating(model):
-        result = _losses(model, dataset, task, collator, batch_size, progress)
-        if result is None:
+        result, error = _losses(model, dataset, task, collator, batch_size, progress) or ({}, None)
+        if not result:
             accepted = "rows with tokens to predict: words that the tokenizer knows, responses that are not empty"
             raise InputError(fields.rows, f"{len(dataset)} rows without a token to predict", accepted)
         if task.generates:
             assert isinstance(collator, CausalCollator)
             texts = respond(model, dataset, collator, task.max_new_tokens, batch_size=batch_size, progress=progress)
             result |= compute_metrics(task, *texts)
-    return {**result, "score": result[task.main_metric]}
+            error = _error(task, result[task.main_metric], *texts)
+    if task.main_metric == "perplexity" and error is not None:  # that of the loss is known
+        error *= result["perplexity"]
+    return _counted({**result, "score": result[task.main_metric]}, error, dataset)
+
+
+def _error(task: Task, score: float, predictions: Any, references: Any) -> float | None:
+    """The standard error of a score by a metric of METRICS; None for a module of `evaluate`."""
+    if task.main_metric not in METRICS:
+        return None
+    return standard_error(METRICS[task.main_metric], score, predictions, references, task.num_labels)
+
+
+def _counted(metrics: dict[str, float], error: float | None, dataset: Dataset) -> dict[str, float]:
+    return {**metrics, **({} if error is None else {"standard_error": error}), "rows": len(dataset)}
 
 
 def predict(
@@ -115,37 +133,39 @@ def _not_finite(model: PreTrainedModel, what: str, found: float) -> NotFinite:
 
 def _losses(
     model: PreTrainedModel, dataset: Dataset, task: Task, collator: Collator, batch_size: int, progress: bool
-) -> dict[str, float] | None:
-    """Loss and perplexity; None where the rows have no token to predict."""
+) -> tuple[dict[str, float], float | None] | None:
+    """Loss and perplexity, and the standard error of the loss; None where the rows have no token to predict."""
     batch_loss = BATCH_LOSSES[task.kind.item]
-    total, tokens = 0.0, 0
+    sums, counts = [], []
     for batch in _batches(model, dataset, _by_length(dataset), collator, batch_size, progress):
         with torch.inference_mode():
-            loss_sum, count = batch_loss(model, batch)
-        total, tokens = total + float(loss_sum), tokens + int(count)
-    if tokens == 0:
+            row_sums, row_counts = batch_loss(model, batch)
+        sums.append(row_sums.numpy())
+        counts.append(row_counts.numpy())
+    losses, tokens = np.concatenate(sums), np.concatenate(counts)
+    if not tokens.sum():
         return None
-    loss = total / tokens
+    loss = float(losses.sum() / tokens.sum())
     if not math.isfinite(loss):
         raise _not_finite(model, "loss", loss)
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}, ratio_error(losses, tokens)
 
 
 def _masked_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Sum of the losses of a batch's hidden tokens, and their number."""
+    """Sums of the losses of each row's hidden tokens, and their numbers."""
     labels = batch.pop("labels")
     predicted = labels != IGNORED
     positions = predicted.flatten().nonzero().squeeze(-1)
     with packed(model, positions):  # the vocabulary's logits of what is predicted, not of every token
         logits = item_logits(model(**forward_inputs(model, batch)).logits, positions)
-    return label_loss(logits, labels[predicted]).sum(), predicted.sum()
+    return by_row(label_loss(logits, labels[predicted]), positions, labels)
 
 
-BATCH_LOSSES: dict[str, Callable[[PreTrainedModel, dict[str, Tensor]], tuple[Tensor, Tensor | int]]] = {
+BATCH_LOSSES: dict[str, Callable[[PreTrainedModel, dict[str, Tensor]], tuple[Tensor, Tensor]]] = {
     "token": _masked_loss,
     "next_token": causal_loss,
 }
-"""Sum of the losses of a batch's labelled tokens and their number, by what an output of the model is about."""
+"""(B,) sums of the losses of each row's labelled tokens and (B,) their numbers, by what an output of the model is about."""
 
 
 def _by_length(dataset: Dataset) -> np.ndarray:

@@ -10,16 +10,18 @@ from distill_llm.common.errors import InputError
 from distill_llm.losses.labels import IGNORED
 from distill_llm.losses.units import Kind
 
+# Causal heads of another name. XLM's and XLNet's, which end so too, do not predict the next token.
+_CAUSAL = ("BertLMHeadModel", "CTRLLMHeadModel", "GPT2LMHeadModel", "OpenAIGPTLMHeadModel")
 ITEMS: dict[str, Kind] = {
     "ForSequenceClassification": "example",
     "ForTokenClassification": "token",
     "ForMaskedLM": "token",
     "ForCausalLM": "next_token",
-    "GPT2LMHeadModel": "next_token",
+    **dict.fromkeys(_CAUSAL, "next_token"),
 }
 """What an output is about, by the end of the model's class name: all heads that can be trained. A task kind adds its own."""
 
-VOCABULARY_HEADS = {"ForMaskedLM", "ForCausalLM", "GPT2LMHeadModel"}
+VOCABULARY_HEADS = {"ForMaskedLM", "ForCausalLM", *_CAUSAL}
 """Of the heads in ITEMS, those of language models. A task kind adds its own."""
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from distill_llm.metrics.registry import metric
 
 
-@metric("classes")
+@metric("classes", is_share=True)
 def accuracy(predictions: Any, references: Any) -> float:
     """Share of the predictions that equal their reference."""
     from sklearn.metrics import accuracy_score

@@ -21,12 +21,14 @@ class Metric:
         inputs: what it compares: ids of `classes`, real `values` or `texts`.
         higher_is_better: whether a larger number is a better one.
         function: from predictions and references, sequences of one length, to a number.
+        is_share: whether it is the share of the items that are right, which has a standard error by formula.
     """
 
     name: str
     inputs: Inputs
     higher_is_better: bool
     function: Function
+    is_share: bool = False
 
     def __call__(self, predictions: Any, references: Any, num_labels: int = 1) -> float:
         """The metric of predictions (items,) against references (items,).
@@ -53,8 +55,11 @@ METRICS: dict[str, Metric] = {}
 """All metrics by name, in the order in which messages list them."""
 
 
-def metric(inputs: Inputs, *, higher_is_better: bool = True) -> Callable[[Function], Function]:
+def metric(inputs: Inputs, *, higher_is_better: bool = True, is_share: bool = False) -> Callable[[Function], Function]:
     """Decorator: makes a function of predictions and references a metric of the function's name.
+
+    Args:
+        inputs, higher_is_better, is_share: see `Metric`.
 
     Raises:
         InputError: no such inputs, or a name that is taken.
@@ -66,7 +71,7 @@ def metric(inputs: Inputs, *, higher_is_better: bool = True) -> Callable[[Functi
         name = function.__name__
         if name in METRICS:
             raise InputError("metric", name, fix="choose another name: there is a metric of this name")
-        METRICS[name] = Metric(name, inputs, higher_is_better, function)
+        METRICS[name] = Metric(name, inputs, higher_is_better, function, is_share)
         return function
 
     return register

@@ -10,14 +10,14 @@ MARK = "####"
 NUMBER = re.compile(r"((?<![\w.)])-)?\$?((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
 
 
-@metric("texts")
+@metric("texts", is_share=True)
 def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
     """Share of the texts that equal their reference; white space at the ends does not count."""
     equal = [one.strip() == other.strip() for one, other in zip(predictions, references, strict=True)]
     return sum(equal) / len(equal)
 
 
-@metric("texts")
+@metric("texts", is_share=True)
 def final_answer(predictions: Sequence[str], references: Sequence[str]) -> float:
     """Share of the texts that end with the answer of their reference (as in GSM8K: Cobbe et al., 2021).
 

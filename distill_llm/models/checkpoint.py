@@ -16,7 +16,7 @@ from distill_llm.architectures.modeling_pruned import pruned_class, stock_class
 from distill_llm.common.errors import InputError
 from distill_llm.common.hub import check_hub_name
 from distill_llm.data.tasks import Task, label_names, same_names
-from distill_llm.models.configs import check_own_code, class_of, code_class, open_config, unloadable
+from distill_llm.models.configs import check_own_code, class_of, code_class, open_config, readable
 
 
 def load_pretrained(model: str | os.PathLike, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedModel:
@@ -33,13 +33,14 @@ def load_pretrained(model: str | os.PathLike, trust_remote_code: bool = False, *
         kwargs: as for `from_pretrained` (`dtype`, `device_map`, ...). The dtype is the checkpoint's unless given.
 
     Raises:
-        InputError: if the config names no model class, or one whose code is not trusted, or a key is missing, unexpected or
-            of another size.
+        InputError: if the config names no model class, or one whose code is not trusted, a file is missing or damaged, or a
+            key is missing, unexpected or of another size.
     """
     if not os.path.exists(model):
         check_hub_name(str(model), "model", str(model), "an existing folder, or a Hub id")
-    config = open_config(model, trust_remote_code)
-    model_class = class_of(model, config, trust_remote_code)
+    with readable(model):
+        config = open_config(model, trust_remote_code)
+        model_class = class_of(model, config, trust_remote_code)
     loaded, info = _load(model_class, model, trust_remote_code, config=config, **kwargs)
     stray = info["unexpected_keys"]
     pruned = stock_class(model_class) is not model_class
@@ -58,13 +59,11 @@ def _load(
     model_class: type[PreTrainedModel], model: str | os.PathLike, trust_remote_code: bool, **kwargs: Any
 ) -> tuple[PreTrainedModel, dict]:
     """A model and its loading report."""
-    try:
+    with readable(model):
         both: Any = model_class.from_pretrained(
             model, output_loading_info=True, trust_remote_code=trust_remote_code, **kwargs
         )
         return both
-    except Exception as error:  # each class raises its own kinds
-        raise unloadable("model", str(model), error) from error
 
 
 def _weights_of_layers(model: PreTrainedModel, keys: Iterable[str]) -> list[str]:
@@ -143,7 +142,8 @@ def load_for_task(
         InputError: if weights below the head, or of a causal LM's head, are missing from the checkpoint, or the family has
             no such head.
     """
-    config = open_config(model, trust_remote_code) if config is None else copy.deepcopy(config)
+    with readable(model):
+        config = open_config(model, trust_remote_code) if config is None else copy.deepcopy(config)
     stock, keeps_head = task.kind.stock_class(config), task.kind.keeps_head
     has_code = stock is None and trust_remote_code
     if has_code:

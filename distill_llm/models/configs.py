@@ -2,6 +2,8 @@
 
 import copy
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -38,8 +40,11 @@ def open_config(model: str | os.PathLike, trust_remote_code: bool = False, **kwa
     said, _ = PreTrainedConfig.get_config_dict(model, **kwargs)
     family = family_type(said.get("model_type"))
     if family is None:
-        return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code, **kwargs)
-    return pruned_config_class(CONFIG_MAPPING[family]).from_pretrained(model, trust_remote_code=False, **kwargs)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code, **kwargs)
+    else:
+        config = pruned_config_class(CONFIG_MAPPING[family]).from_pretrained(model, trust_remote_code=False, **kwargs)
+    config.return_dict = True  # old checkpoints say false, and decoders of transformers no longer run so
+    return config
 
 
 def open_tokenizer(model: str | os.PathLike, config: PreTrainedConfig, trust_remote_code: bool = False) -> Tokenizer:
@@ -118,6 +123,22 @@ def unloadable(field: str, name: str, error: Exception) -> Exception:
         )
     reason = f"{type(error).__name__}: {first_line(error)}" if isinstance(error, KeyError) else first_line(error)
     return InputError(field, name, f"a checkpoint that transformers can load ({reason})")
+
+
+@contextmanager
+def readable(model: str | os.PathLike) -> Iterator[None]:
+    """Turn what transformers raises for a checkpoint's files into one line (`unloadable`).
+
+    Raises:
+        InputError: naming `model`.
+    """
+    try:
+        yield
+    except Exception as error:  # each class raises its own kinds
+        found = unloadable("model", str(model), error)
+        if found is error:
+            raise
+        raise found from error
 
 
 def _code_map(config: PreTrainedConfig) -> dict[str, str]:

@@ -196,7 +196,7 @@ class StatisticsFile:
         """Whether there are statistics of this identity with all that is wanted."""
         try:
             record = json.loads(self._record.read_text())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return False
         if not isinstance(record, dict) or {name: record.get(name) for name in self.identity} != self.identity:
             return False

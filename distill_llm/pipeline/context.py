@@ -1,5 +1,6 @@
 """What the stages of a run share: recipe, data, tokenizer, devices, and how models are loaded, saved and scored."""
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from distill_llm.data.padding import Collator
 from distill_llm.data.tasks import TaskData
 from distill_llm.evaluation.evaluate import evaluate_model
 from distill_llm.evaluation.rules import RECIPE_FIELDS
+from distill_llm.metrics.errors import shown_score
 from distill_llm.models.checkpoint import converted, load_pretrained, name_unnamed
 from distill_llm.models.finding import OpenModel
 
@@ -109,9 +111,9 @@ class Context:
         metrics = self.evaluate(self.load(path, dtype))
         return {"score": metrics["score"], "metrics": metrics}
 
-    def named(self, score: float) -> str:
-        """A score after the name of its metric, to print."""
-        return f"{self.data.task.main_metric} {score:.4f}"
+    def named(self, metrics: Mapping[str, Any]) -> str:
+        """A score after the name of its metric, with its standard error, to print."""
+        return f"{self.data.task.main_metric} {shown_score(metrics)}"
 
     def say(self, text: str) -> None:
         """Print a line for the user, on process 0."""

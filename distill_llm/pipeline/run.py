@@ -11,6 +11,9 @@ from distill_llm.checks.prune import open_pruning
 from distill_llm.checks.recipe import check_cached_rows, open_recipe
 from distill_llm.common.files import full_disk_named, written_whole
 from distill_llm.common.locks import alone_in
+from distill_llm.common.outputs import usable_output
+from distill_llm.evaluation.baselines import baselines, no_better
+from distill_llm.metrics.errors import shown_score
 from distill_llm.pipeline.context import Context
 from distill_llm.pipeline.folder import RunFolder
 from distill_llm.pipeline.inputs import inputs_of
@@ -79,7 +82,8 @@ def prune_recipe(recipe: Recipe) -> Path:
         InputError: before any work, for anything wrong in the recipe or that pruning alone would ignore.
     """
     context = Context(open_pruning(recipe))
-    with alone_in(recipe.output_dir, beside=True), full_disk_named(recipe.output_dir):
+    with alone_in(recipe.output_dir), full_disk_named(recipe.output_dir):
+        usable_output(recipe.output_dir)  # another command may have filled it since it was checked
         return _prune(context)
 
 
@@ -100,9 +104,12 @@ def _prune(context: Context) -> Path:
         context.save(student, folder)
         show(plan, teacher, folder, "plan")
     teacher = context.as_written(teacher)
-    scores = [context.evaluate(model)["score"] for model in (teacher, student)]
+    before, after = (context.evaluate(model) for model in (teacher, student))
+    task, raw = context.data.task, context.opened.data
+    if (warning := no_better(task, before, baselines(task, raw.train, raw.test), "the model")) is not None:
+        context.say(f"WARNING: {warning}")
     of = "the latency" if section.cost == "latency" else f"the layers' {section.cost}"
     share = f"{plan.kept:.1%} of {of} kept" + (f" ({plan.note})" if plan.note else "")
-    line = f"prune: {share}, {context.data.task.main_metric} {scores[0]:.4f} -> {scores[1]:.4f}"
+    line = f"prune: {share}, {context.named(before)} -> {shown_score(after)} on {after['rows']} rows"
     context.say(", ".join([line, *strengths]))
     return target

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from distill_llm.architectures.lineage import LAYER_UNITS, Counts
 from distill_llm.common.errors import InputError
 from distill_llm.common.files import written_whole
+from distill_llm.common.finite import NotFinite, first_unsound
 from distill_llm.common.tensors import saved_tensors
 from distill_llm.pruning.criteria import Criterion, Seen, find_criterion, is_comparable, ranks_layers_only
 from distill_llm.pruning.declared import Declared, checked_scores
@@ -88,7 +89,13 @@ class Importance:
                 raise InputError("criterion", self.criterion, f"scores of {unit}: {scored_by}")
 
     def check(self, counts: Sequence[Counts], hidden: int) -> None:
-        """Raise InputError unless the scores are of a model with these units in its layers and `hidden` channels."""
+        """Raise InputError unless the scores are finite, and of a model with these units in its layers and `hidden` channels."""
+        tensors = self._tensors()
+        if (found := first_unsound(tensors)) is not None:
+            kind, _, layer = found[0].partition(".")
+            fix = "score statistics of finite numbers: by these scores any units would be removed"
+            layer = layer or str((~tensors[found[0]].isfinite()).nonzero()[0].item())
+            raise NotFinite(f"a score of {kind}", found[1], fix, layer=None if kind == "hidden" else int(layer))
         # What is empty was not scored: `require` judges that.
         own = {kind: list(map(len, rows)) for kind in LAYER_UNITS if (rows := getattr(self, kind))}
         wanted = {kind: [each[kind] for each in counts] for kind in own}
@@ -99,13 +106,18 @@ class Importance:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write as safetensors."""
-        tensors: dict[str, torch.Tensor] = {}
-        for kind, rows in self.units.items():
-            tensors |= {f"{kind}.{i}": row for i, row in enumerate(rows)} if isinstance(rows, tuple) else {kind: rows}
+        tensors = self._tensors()
         names = {"criterion": self.criterion, "layer_criterion": self.layer_criterion}
         metadata = {name: value for name, value in names.items() if value is not None}
         with written_whole(Path(path)) as file:
             save_file({k: v.contiguous() for k, v in tensors.items()}, file, metadata=metadata)
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """All scores by the names that they have in files."""
+        tensors: dict[str, torch.Tensor] = {}
+        for kind, rows in self.units.items():
+            tensors |= {f"{kind}.{i}": row for i, row in enumerate(rows)} if isinstance(rows, tuple) else {kind: rows}
+        return tensors
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Importance":

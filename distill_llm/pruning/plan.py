@@ -5,12 +5,13 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from distill_llm.architectures.lineage import LAYER_UNITS, MODEL_UNITS, Counts, LayerPlan, ModelPlan, pack_indices
-from distill_llm.common.errors import InputError, raise_all
+from distill_llm.common.errors import InputError, first_line, raise_all
 from distill_llm.common.files import written_whole
 from distill_llm.pruning.units.costs import unit_costs
 from distill_llm.pruning.units.refusals import first_layer_faults, width_faults
@@ -79,8 +80,8 @@ class PruningPlan(ModelPlan):
             layers = [LayerPlan(row["source"], units={k: row.get(k) for k in LAYER_UNITS}) for row in record["layers"]]
             whole = {kind: record.get(kind) for kind in MODEL_UNITS}
             return cls(record["model_type"], layers, record.get("kept"), record.get("note"), whole=whole)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError("plan", str(path), f"a file that PruningPlan.save wrote ({error})") from error
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise InputError("plan", str(path), f"a file that PruningPlan.save wrote ({first_line(error)})") from error
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise InputError unless the plan is of the model's family, and its indices exist, are ascending and occur once."""
@@ -88,6 +89,8 @@ class PruningPlan(ModelPlan):
             raise InputError(
                 "plan.model_type", self.model_type, f"{model.config.model_type!r}, the family of the model"
             )
+        if self.kept is not None and not isfinite(self.kept):
+            raise InputError("plan.kept", self.kept, "the share of the layers' cost that stays, or null")
         counts = counts_of(model)
         _ascending("plan.layers[].source", [row.source for row in self.layers], len(counts))
         if not self.layers:

@@ -192,7 +192,7 @@ class EvaluationSection(Section):
         description="the main metric; left out: the task's own. Classification: accuracy, f1 or matthews_correlation."
         " Regression: spearmanr or pearsonr. Prompts: perplexity of the data's responses; or, for generated responses,"
         " exact_match, final_answer (what follows the last ####, else the last number), or a metric of the library evaluate as"
-        " NAME or NAME:VALUE, for example rouge:rougeL, which may need further packages",
+        " NAME or NAME:VALUE, for example rouge:rougeL: its code then runs and may need further packages",
     )
     max_new_tokens: int = Field(default=64, ge=1, description="largest number of tokens in a generated response")
     latency: LatencySection = Field(default_factory=LatencySection, description="the batch that is timed")

@@ -16,6 +16,7 @@ from distill_llm.report.tables import (
     percent,
     results_table,
     rounds_table,
+    score_note,
 )
 from distill_llm.report.usage import snippet
 
@@ -38,7 +39,8 @@ def write_report(run_dir: str | Path, metrics: Mapping[str, Any]) -> Path:
     figures = run_dir / "figures"
     scores = score_figure(metrics, figures / "scores.png")
     kept = kept_figure(metrics, figures / "kept.png")
-    parts = [f"# {headline(metrics)}", summary(metrics), results_table(metrics).rstrip(), notes(metrics)]
+    warnings = [f"> **Warning:** {warning}" for warning in metrics.get("warnings") or []]
+    parts = [f"# {headline(metrics)}", *warnings, summary(metrics), results_table(metrics).rstrip(), notes(metrics)]
     if metrics.get("rounds"):
         parts += ["## Rounds", rounds_table(metrics).rstrip()]
         for number, row in enumerate(metrics["rounds"], 1):
@@ -87,7 +89,7 @@ def summary(metrics: Mapping[str, Any]) -> str:
 
 def notes(metrics: Mapping[str, Any]) -> str:
     """What was measured, and how to read the results table."""
-    lines = [latency_note(metrics), dtype_note(metrics)]
+    lines = [score_note(metrics), latency_note(metrics), dtype_note(metrics)]
     if len(columns(metrics)) > 2:
         last = " of the last round" if len(metrics["rounds"]) > 1 else ""
         lines.append(f"The columns after the teacher share one architecture{last}, so its costs were measured once.")

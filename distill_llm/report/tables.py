@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from distill_llm.metrics.errors import shown_score
+
 MISSING = "–"
 
 
@@ -18,10 +20,11 @@ def retention(score: float, teacher_score: float, higher_is_better: bool = True)
 
 @dataclass(frozen=True)
 class Column:
-    """One model of the results table: its heading, its score and its costs (the keys of `metrics["student"]`)."""
+    """One model of the results table: its heading, its score as number and as text, and its costs (as `metrics["student"]`)."""
 
     name: str
     score: float
+    shown: str
     costs: Mapping[str, Any]
 
 
@@ -32,16 +35,22 @@ def columns(metrics: Mapping[str, Any]) -> list[Column]:
     same costs. A student that was never pruned has one column, `student`.
     """
     student, rounds = metrics["student"], metrics.get("rounds") or []
-    found = [Column("teacher", metrics["teacher"]["score"], metrics["teacher"])]
+    teacher = metrics["teacher"]
+    found = [Column("teacher", teacher["score"], shown_score(teacher), teacher)]
+    recovered = Column("recovered" if rounds else "student", student["score"], shown_score(student), student)
     if not rounds:
-        return [*found, Column("student", student["score"], student)]
+        return [*found, recovered]
     last = rounds[-1]
     for stage in ("pruned", "compensated"):
         if last.get(f"score_{stage}") is not None:
-            found.append(Column(stage, last[f"score_{stage}"], student))
-    if last.get("score_recovered") is not None:
-        found.append(Column("recovered", student["score"], student))
-    return found
+            found.append(Column(stage, last[f"score_{stage}"], _stage_score(last, stage), student))
+    return [*found, recovered] if last.get("score_recovered") is not None else found
+
+
+def _stage_score(row: Mapping[str, Any], stage: str) -> str:
+    """The score after a stage of a round, with its standard error; a dash where the round has no such stage."""
+    score = row.get(f"score_{stage}")
+    return MISSING if score is None else shown_score(row.get(stage) or {}, score)
 
 
 def results_table(metrics: Mapping[str, Any]) -> str:
@@ -50,7 +59,7 @@ def results_table(metrics: Mapping[str, Any]) -> str:
     higher = metrics.get("higher_is_better", True)
     arrow = "" if higher else " (lower is better)"
     body = [
-        [f"{metrics['metric']}{arrow}", *(f"{m.score:.4f}" for m in models)],
+        [f"{metrics['metric']}{arrow}", *(m.shown for m in models)],
         ["retention", *(percent(retention(m.score, teacher["score"], higher)) for m in models)],
     ]
     for key, label, show in (
@@ -81,11 +90,21 @@ def rounds_table(metrics: Mapping[str, Any]) -> str:
     body = []
     for number, each in enumerate(rounds, 1):
         seconds = ", ".join(f"{stage} {duration(value)}" for stage, value in (each.get("seconds") or {}).items())
-        scores = [each.get(f"score_{stage}") for stage in stages]
-        shown = [MISSING if score is None else f"{score:.4f}" for score in scores]
+        shown = [_stage_score(each, stage) for stage in stages]
         kept = [percent(each.get("keep")), percent(each.get("layer_params_kept"))]
         body.append([str(number), *kept, *shown, seconds or MISSING])
     return markdown_table(["round", "target", "layer parameters kept", *stages, "time"], body)
+
+
+def score_note(metrics: Mapping[str, Any]) -> str:
+    """How many rows were scored, what ± means, and what needs no model to reach; empty if unknown."""
+    rows, naive = metrics["student"].get("rows"), metrics.get("baselines") or {}
+    if rows is None:
+        return ""
+    error = metrics["student"].get("standard_error")
+    note = f"Scored on {rows:,} rows{'' if error is None else '; ± is one standard error'}."
+    shown = ", ".join(f"{name} {score:.4f}" for name, score in naive.items())
+    return f"{note} For comparison: {shown}." if shown else note
 
 
 def latency_note(metrics: Mapping[str, Any]) -> str:

@@ -18,9 +18,12 @@ def read_config(student_dir: str | Path) -> dict[str, Any]:
     path = Path(student_dir) / "config.json"
     accepted = "a folder with a model: config.json and weights, for example student/ of a run"
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError("student_dir", str(student_dir), accepted) from error
+    if not isinstance(config, dict) or not all(isinstance(name, str) for name in config.get("architectures") or []):
+        raise InputError("student_dir", str(student_dir), accepted)
+    return config
 
 
 def kind_of_student(config: Mapping[str, Any]) -> TaskKind:
@@ -55,13 +58,12 @@ def _why_not_stock(student_dir: str | Path, config: dict[str, Any]) -> str:
     """Why the stock class cannot hold a pruned model of these sizes; found without weights."""
     import torch
 
-    from distill_llm.models.configs import open_config
+    from distill_llm.models.configs import open_config, readable
     from distill_llm.pruning.cutting.surgery import pruned_class, why_not_stock
 
-    own = open_config(student_dir)
-    stock = kind_of_student(config).stock_class(own)
-    with torch.device("meta"):
-        reason = why_not_stock(pruned_class(stock)(own))
+    with readable(student_dir), torch.device("meta"):
+        own = open_config(student_dir)
+        reason = why_not_stock(pruned_class(kind_of_student(config).stock_class(own))(own))
     return reason or "its sizes are in a config of its own"
 
 

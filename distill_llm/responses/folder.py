@@ -100,7 +100,7 @@ class ResponseFolder:
             about = json.loads((self.folder / ABOUT).read_text(encoding="utf-8"))
             is_whole = isinstance(about["settings"], dict) and isinstance(about["environments"], list)
             return about if is_whole and about["fingerprints"].keys() >= set(FINGERPRINTS) else None
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return None
 
     def write_about(

@@ -52,6 +52,20 @@ def adapter_faults(model: Any, field: str) -> list[InputError]:
     return [InputError(field, ", ".join(tied), UNTIED)] if tied else []
 
 
+def router_faults(config: Any, field: str) -> list[InputError]:
+    """A fault of a mixture of experts whose config asks its forward for a loss of its router, which no term of ours adds.
+
+    Args:
+        config: of the student.
+        field: what messages call the config.
+    """
+    weight = getattr(config, "router_aux_loss_coef", 0.0)
+    if not (getattr(config, "output_router_logits", False) and weight):
+        return []
+    fix = f"set it to false: the losses have no term for the router, so its loss (times {weight}) would be lost"
+    return [InputError(f"{field}.output_router_logits", True, fix=fix)]
+
+
 def check_model(model: Any) -> None:
     """Whether the trainer knows what the outputs of a student mean, and can train it.
 
@@ -60,7 +74,7 @@ def check_model(model: Any) -> None:
 
     Raises:
         InputError: another head than those of ITEMS, labels that are neither one class nor one value per item, adapters
-            that lengthen the input or are on tied weights, or quantised weights with nothing to train.
+            that lengthen the input or are on tied weights, quantised weights with nothing to train, or a router's own loss.
     """
     adapted = without_adapters(model) is not model
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
@@ -75,7 +89,7 @@ def check_model(model: Any) -> None:
             "model", f"a quantised {name}", "a PeftModel around it (LoRA): its own weights cannot be trained"
         )
     if is_language_model(model):
-        return
+        return raise_all(router_faults(model.config, "model.config"))
     labels, problem = model.config.num_labels or 0, getattr(model.config, "problem_type", None)
     if kind_of(model) == "token":
         if labels == 1:

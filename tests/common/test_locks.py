@@ -7,6 +7,7 @@ import time
 import pytest
 
 from distill_llm.common.errors import InputError
+from distill_llm.common.files import written_whole
 from distill_llm.common.locks import alone_in, held
 
 
@@ -72,13 +73,15 @@ def test_a_lock_whose_file_was_removed_by_its_last_holder_is_not_taken_for_the_n
         pass
 
 
-@pytest.mark.parametrize("beside", [False, True])
-def test_nothing_is_left_of_a_lock_and_what_was_refused_leaves_no_folder(tmp_path, beside):
+def test_nothing_is_left_of_a_lock_and_what_was_refused_leaves_no_folder(tmp_path):
     folder = tmp_path / "new"
-    with alone_in(folder, beside=beside):
+    with alone_in(folder):
         assert len([*tmp_path.rglob("*.lock")]) == 1
     assert list(tmp_path.iterdir()) == []
-    with alone_in(folder, beside=beside):
-        folder.mkdir(exist_ok=True)
+    with alone_in(folder):
         (folder / "kept").write_text("")
     assert [path.name for path in tmp_path.rglob("*")] == ["new", "kept"]
+    with alone_in(folder), written_whole(folder, folder=True) as path:
+        path.mkdir()
+        (path / "other").write_text("")
+    assert [path.name for path in tmp_path.rglob("*")] == ["new", "other"]

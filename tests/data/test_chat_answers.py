@@ -132,7 +132,7 @@ def test_a_row_of_which_the_template_drops_a_part_is_refused_by_its_number(templ
         learnt(template, rows)
     line = str(caught.value)
     assert line.startswith("data.path: got ") and "the chat template leaves out" in line and repr(dropped)[1:-1] in line
-    assert "in rows 2 (numbers 2, 4, counted from 1)" in line and "\n" not in line
+    assert "in 2 (numbers 2, 4, counted from 1) of the rows" in line and "\n" not in line
 
 
 def test_calls_of_tools_that_the_template_writes_are_learnt():

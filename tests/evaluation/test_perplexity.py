@@ -71,7 +71,7 @@ def test_perplexity_is_that_of_whole_logits_of_single_rows(family: str, monkeypa
     wanted = brute_force(model, encoded.test)
     assert got["loss"] == pytest.approx(wanted, rel=1e-5)
     assert got["perplexity"] == got["score"] == pytest.approx(math.exp(wanted), rel=1e-4)
-    assert got.keys() == {"loss", "perplexity", "score"}
+    assert got.keys() == {"loss", "perplexity", "score", "standard_error", "rows"}
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 64])

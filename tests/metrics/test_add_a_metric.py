@@ -47,6 +47,7 @@ def test_a_model_is_scored_by_it(tmp_path: Path) -> None:
     ids = {"input_ids": [[5, 6]] * 8, "attention_mask": [[1, 1]] * 8, "length": [2] * 8}
     data = Dataset.from_dict({**ids, "labels": [1] * 6 + [0] * 2})
     got = evaluate_model(model, data, task, collator(task, Padding()), progress=False)
+    assert got.pop("rows") == 8 and 0 < got.pop("standard_error") < 0.3
     # of class 1 all are found, of class 0 none: (1 + 0) / 2; accuracy 6/8, f1 2 * 6 / (2 * 6 + 2)
     assert got == {"accuracy": 0.75, "f1": pytest.approx(12 / 14), "balanced_accuracy": 0.5, "score": 0.5}
 

@@ -223,3 +223,18 @@ def test_a_checkpoint_that_names_no_known_class_is_refused(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": architectures}))
         with pytest.raises(InputError, match="model: got"):
             load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("how", ["empty", "list", "cut", "bytes", "gone"])
+def test_a_damaged_or_missing_file_is_one_line(tmp_path, name, how):
+    save = tiny_model()
+    save.save_pretrained(tmp_path)
+    file = tmp_path / name
+    content = file.read_bytes()
+    file.write_bytes({"empty": b"", "list": b"[]", "cut": content[: len(content) // 2]}.get(how, b"\xff\xfe" * 50))
+    if how == "gone":
+        file.unlink()
+    with pytest.raises(InputError) as caught:
+        load_pretrained(tmp_path)
+    assert str(caught.value).startswith(f"model: got {str(tmp_path)!r}; accepted: ") and "\n" not in str(caught.value)

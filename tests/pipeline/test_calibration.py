@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from builders.grids import slow
 from builders.models import tiny_model
 from builders.pruning import collect
 from builders.rounds import Counted, cutter
@@ -159,14 +160,14 @@ def test_without_labels_gradients_are_of_the_models_own_predictions(model, tmp_p
     assert cutter(tmp_path, Counted(model), loss="kl").calibration.loss == "kl"
 
 
-@pytest.mark.parametrize("name", ["statistics.safetensors", "statistics.json"])
+@pytest.mark.parametrize("name", ["statistics.safetensors", *slow("statistics.json")])
 def test_damaged_statistics_are_measured_anew(model, tmp_path, name):
     file = tmp_path / "statistics.safetensors"
     cutter(tmp_path, Counted(model), compensate=False).cut(model, model, 0.5, file)
     whole, tensors = (tmp_path / name).read_bytes(), load(file.read_bytes())
     flipped = bytearray(whole)
     flipped[len(flipped) - 20] ^= 1  # a value of the last tensor; a letter of the hash
-    for wrong in (b"", whole[: len(whole) // 2], bytes(flipped), b"[]"):
+    for wrong in (b"", bytes(flipped)):
         (tmp_path / name).write_bytes(wrong)
         cutter(tmp_path, Counted(model), compensate=False).cut(model, model, 0.5, file)
         found = load(file.read_bytes())  # not mapped, since the file is written over

@@ -98,7 +98,7 @@ def test_the_best_checkpoint_is_chosen_by_the_task_metric_on_held_out_rows(tmp_p
     for name, seed in (("teacher", 0), ("student", 1)):
         write_model(tmp_path / name, max_position_embeddings=64, seed=seed)
     best = {"load_best_model_at_end": True, "metric_for_best_model": "accuracy", "eval_strategy": "steps"}
-    training = {"num_train_epochs": 2, "per_device_train_batch_size": 8, "learning_rate": 3e-3}
+    training = {"num_train_epochs": 2, "per_device_train_batch_size": 8, "learning_rate": 6e-3}
     steps = {"eval_steps": 2, "save_steps": 2}
     given = recipe_for(tmp_path, student={"model": str(tmp_path / "student")}, pruning=None)
     given["data"]["holdout_examples"] = 20
@@ -194,3 +194,16 @@ def test_a_cache_of_other_rows_is_refused_before_any_stage(inputs, tmp_path):
 def test_schedules_end_at_keep_and_cubic_removes_most_early():
     assert [kept_after(0.4, n, 3, "linear") for n in (1, 2, 3)] == pytest.approx([0.8, 0.6, 0.4])
     assert [kept_after(0.2, n, 2, "cubic") for n in (1, 2)] == pytest.approx([0.2 + 0.8 / 8, 0.2])
+
+
+def test_scores_come_with_their_error_their_rows_and_a_warning_of_a_teacher_that_learnt_nothing(finished):
+    metrics, report = finished.metrics, finished.report.read_text()
+    for side in ("teacher", "student"):
+        score, error, rows = (metrics[side][name] for name in ("score", "standard_error", "rows"))
+        assert rows == 4 and error == pytest.approx((score * (1 - score) / rows) ** 0.5)
+        assert f"{score:.4f} ± {error:.4f}" in report
+    assert metrics["baselines"].keys() == {"the most frequent class", "naive Bayes on words"}
+    best = max(metrics["baselines"].values())
+    warned = metrics["teacher"]["score"] <= best
+    assert bool(metrics["warnings"]) == warned and report.splitlines()[2].startswith("> **Warning:**") == warned
+    assert f"naive Bayes on words {metrics['baselines']['naive Bayes on words']:.4f}" in report

@@ -7,7 +7,9 @@ from builders.recipes import write_model
 from builders.runs import rows_of, two_rounds, weights
 
 import distill_llm
+from distill_llm.checks.prune import open_pruning
 from distill_llm.common.errors import InputError, faults_in
+from distill_llm.common.locks import alone_in
 from distill_llm.pipeline.run import prune_recipe
 from distill_llm.pruning.planning.budgets import share_of
 from distill_llm.pruning.units.costs import unit_costs
@@ -97,3 +99,22 @@ def test_pruning_alone_leaves_a_folder_with_files_alone(finished, inputs, tmp_pa
     with pytest.raises(InputError, match="output_dir"):
         pruned_alone(inputs / "teacher", inputs / "uninterrupted", rows_of(inputs), keep=0.5)
     assert (inputs / "uninterrupted" / "state.json").is_file(), "a run's folder"
+
+
+def test_a_folder_that_another_command_uses_or_filled_meanwhile_is_left_alone(inputs, tmp_path, monkeypatch):
+    model = write_model(tmp_path / "model", id2label={0: "neg", 1: "pos"}, label2id={"neg": 0, "pos": 1})
+    options = {"keep": 0.7, "calibration_examples": 8}
+    with alone_in(tmp_path / "out"), pytest.raises(InputError, match="^output_dir: got .* is using it$"):
+        pruned_alone(model, tmp_path / "out", rows_of(inputs), **options)
+    assert not (tmp_path / "out").exists()
+
+    def opened(recipe):
+        found = open_pruning(recipe)
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "model.safetensors").write_text("another's")
+        return found
+
+    monkeypatch.setattr("distill_llm.pipeline.run.open_pruning", opened)
+    with pytest.raises(InputError, match="^output_dir: got .*a new or empty folder"):
+        pruned_alone(model, tmp_path / "out", rows_of(inputs), **options)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]

@@ -63,7 +63,14 @@ def test_files_that_are_no_scores_or_statistics_are_refused_in_one_line(tmp_path
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", '{"model_type": "bert", "layers": [{"source": 0}]}', '{"model_type": "bert", "layers": 3}'],
+    [
+        "",
+        "[]",
+        "{}",
+        "[" * 100_000,
+        '{"model_type": "bert", "layers": [{"source": 0}]}',
+        '{"model_type": "bert", "layers": 3}',
+    ],
 )
 def test_files_that_are_no_plan_are_refused_in_one_line(tmp_path, text):
     (tmp_path / "plan.json").write_text(text)

@@ -210,3 +210,21 @@ def test_rows_that_the_trainer_was_not_made_with_are_read_before_they_are_scored
     ):
         with pytest.raises(InputError, match=f"^{field}: {said}"):
             call(given)
+
+
+def test_a_mixtures_own_loss_of_its_router_is_not_lost_unsaid(tmp_path):
+    """transformers adds it where the config asks for it; the terms of an objective do not."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.MixtralConfig(vocab_size=100, num_key_value_heads=2, num_local_experts=2, **sizes)
+    for asks, weight, refused in ((True, 0.01, True), (True, 0.0, False), (False, 0.01, False)):
+        config.output_router_logits, config.router_aux_loss_coef = asks, weight
+        student = transformers.MixtralForCausalLM(config)
+        if not refused:
+            trainer_of(tmp_path, student, None, rows(student), {"labels": {}})
+            continue
+        batch = {name: torch.stack([row[name] for row in rows(student)]) for name in rows(student)[0]}
+        plain = student(**batch, output_router_logits=False).loss
+        assert student(**batch).loss > plain  # what would be lost
+        words = r"^model.config.output_router_logits: got True; set it to false: .*\(times 0.01\) would be lost"
+        with pytest.raises(InputError, match=words):
+            trainer_of(tmp_path, student, None, rows(student), {"labels": {}})

@@ -186,7 +186,7 @@ def register(kind: Class) -> Class:
         raise InputError("problem_type", kind.problem_type, accepted)
     KINDS[kind.name] = kind()
     for head in kind.head_classes:
-        if not any(known.endswith(head) for known in ITEMS):  # of the heads LMHeadModel, GPT-2's can be trained
+        if not any(known.endswith(head) for known in ITEMS):  # of the heads LMHeadModel, some can be trained
             ITEMS[head] = kind.item
             if kind.is_language_model:
                 VOCABULARY_HEADS.add(head)

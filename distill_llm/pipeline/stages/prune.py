@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from distill_llm.common.files import written_whole
 from distill_llm.data.padding import LENGTH
+from distill_llm.metrics.errors import shown_score
 from distill_llm.pipeline.calibration import HELD_OUT
 from distill_llm.pipeline.context import Context
 from distill_llm.pipeline.rounds import Cut, Cutter
@@ -100,9 +101,9 @@ class Prune(Stage):
     def line(self, result: Result) -> list[str]:
         """What is kept, and the scores before and after compensation."""
         parts = [f"{result['layer_params_kept']:.1%} of the layers' parameters kept"]
-        parts.append(f"{self.run.named(result['score_pruned'])} pruned")
+        parts.append(f"{self.run.named(result['pruned'])} pruned")
         if result["score_compensated"] is not None:
-            parts.append(f"{result['score_compensated']:.4f} compensated")
+            parts.append(f"{shown_score(result['compensated'])} compensated")
         parts += [described(record) for record in result.get("compensation") or []]
         return parts + ([result["note"]] if result.get("note") else [])
 

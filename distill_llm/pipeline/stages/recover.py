@@ -73,7 +73,7 @@ class Recover(Stage):
 
     def line(self, result: Result) -> list[str]:
         """Its score."""
-        return [self.run.named(result["score"])]
+        return [self.run.named(result["metrics"])]
 
     def row(self, result: Result) -> dict[str, Any]:
         """The metrics after recovery."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import set_seed
 
+from distill_llm.evaluation.baselines import baselines, no_better
 from distill_llm.models.checkpoint import load_for_task
 from distill_llm.pipeline.stage import Result, Stage
 from distill_llm.pipeline.train_model import remove_checkpoints, train_model
@@ -47,12 +48,19 @@ class Teacher(Stage):
                 "teacher",
                 {"labels": {}},
             )
-        return run.scored(self.model if self.outputs else run.teacher_path, run.teacher_dtype)
+        result = run.scored(self.model if self.outputs else run.teacher_path, run.teacher_dtype)
+        if not result:
+            return {}
+        task, raw = run.data.task, run.opened.data
+        naive = baselines(task, raw.train, raw.test)
+        return {**result, "baselines": naive, "warning": no_better(task, result["metrics"], naive)}
 
     def tidy(self) -> None:
         """Remove the checkpoints of the training."""
         remove_checkpoints(self.run, self.run.folder / "teacher")
 
     def line(self, result: Result) -> list[str]:
-        """Its score."""
-        return [self.run.named(result["score"])]
+        """Its score, the number of rows, and what is wrong with it."""
+        warning = result.get("warning")
+        shown = f"{self.run.named(result['metrics'])} on {result['metrics']['rows']} rows"
+        return [shown, *([] if warning is None else [f"WARNING: {warning}"])]

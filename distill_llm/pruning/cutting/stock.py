@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from distill_llm.architectures.configuration_pruned import stock_config_class
 from distill_llm.architectures.families import dims_of, family_of
-from distill_llm.architectures.lineage import LAYER_UNITS, Counts, ModelPlan, packed, stock_values
+from distill_llm.architectures.lineage import Counts, ModelPlan, packed, stock_values
 from distill_llm.pruning.units.sizes import counts_of, hidden_size
 
 # Config fields with a value for each layer.
@@ -62,7 +62,8 @@ def write_lineage(config: PreTrainedConfig, stock: dict[str, Any], lineage: Mode
     config.pruning = packed(lineage, stock)
     family, dims = family_of(config), dims_of(config)
     original = {"heads": dims.groups, "queries": dims.queries}
-    found = {kind: {len(row.indices(kind, original)) for row in lineage.layers} for kind in LAYER_UNITS}
+    kinds = ("heads", "queries", "neurons")  # of which configs have fields
+    found = {kind: {len(row.indices(kind, original)) for row in lineage.layers} for kind in kinds}
     counts = {kind: min(sizes) for kind, sizes in found.items() if len(sizes) == 1 and 0 not in sizes}
     width = None if lineage.hidden is None or family.keeps_width else len(lineage.hidden)
     for name, value in _sizes(config, counts, width).items():

@@ -20,6 +20,7 @@ from distill_llm.architectures.modeling_pruned import (
     stock_class,
 )
 from distill_llm.common.errors import InputError
+from distill_llm.common.finite import check_weights
 from distill_llm.models.placement import check_in_memory
 from distill_llm.pruning.compensation.bypass import Bypasses
 from distill_llm.pruning.compensation.channels import repaired_stream
@@ -62,6 +63,7 @@ def prune(
     Raises:
         InputError: if the plan does not fit the model, the model is not in memory whole, the statistics have no moments or
             other sizes, or the bypasses are of another plan.
+        NotFinite: a weight of the pruned model is nan or infinite.
     """
     plan.check(model)
     if bypasses is not None and (bypasses.plan.layers != plan.layers or (bypasses.norms and plan.hidden is not None)):
@@ -111,6 +113,7 @@ def _cut(
             # transformers learns which outputs a class records when the first model of the class is made.
             with torch.device("meta"):
                 type(student)(copy.deepcopy(student.config))
+    check_weights(student, "prune a model with finite weights: rows of unused tokens may be set to 0")
     return student.requires_grad_(True).train(model.training)
 
 

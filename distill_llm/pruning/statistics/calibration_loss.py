@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from distill_llm.common.errors import InputError
 from distill_llm.losses.divergences import forward_kl
-from distill_llm.losses.items import kind_of, targets, valid_tokens
+from distill_llm.losses.items import ITEMS, kind_of, targets, valid_tokens
 from distill_llm.losses.labels import label_loss
 from distill_llm.models.inputs import forward_inputs
 from distill_llm.models.item_logits import item_logits, packed
@@ -37,6 +37,8 @@ def calibration_loss(
         return divergences(target, logits).sum()
     if loss == "kl":
         predicted = logits.detach()
+        if not predicted.amax(-1).isfinite().all():  # nothing can be drawn from these
+            return predicted.sum() * torch.nan
         if regression:
             labels = predicted + torch.randn(predicted.shape, generator=generator, device=logits.device)
         else:
@@ -65,6 +67,7 @@ def items_of(model: PreTrainedModel, batch: Batch, labelled: bool) -> tuple[torc
         labels = torch.cat([batch[name].flatten() for name in names])
     with packed(model, positions):
         outputs = model(**_inputs(model, batch))
+    _check_outputs(model, outputs, per_example=kind == "example" and not spans)
     if not spans:
         logits = item_logits(outputs.logits, positions).float()
         if labels is not None:
@@ -76,6 +79,16 @@ def items_of(model: PreTrainedModel, batch: Batch, labelled: bool) -> tuple[torc
         return logits, None
     inside = (labels >= 0) & (labels < padding.shape[-1])  # an answer that was cut off has no label
     return logits[inside], labels[inside]
+
+
+def _check_outputs(model: PreTrainedModel, outputs: Any, per_example: bool) -> None:
+    """Refuse a head whose outputs nobody knows the labels of: one without logits, or of another kind than its name says."""
+    name, logits = type(model).__name__, getattr(outputs, "logits", None)
+    known = f"a model whose class ends in {', '.join(ITEMS)}, or a loss that is a callable or None"
+    if logits is None and "start_logits" not in outputs:
+        raise InputError("model", f"{name}, which has no logits", known)
+    if per_example and (logits.dim() != 2 or name.endswith("ForPreTraining")):  # ELECTRA's has a value for each token
+        raise InputError("model", f"{name} with logits of shape {list(logits.shape)}", known)
 
 
 def _check_labels(logits: torch.Tensor, labels: torch.Tensor, given: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from distill_llm.architectures.families import layers_of
 from distill_llm.architectures.modes import frozen
 from distill_llm.common.errors import InputError, raise_all
+from distill_llm.common.finite import NotFinite
 from distill_llm.losses.items import valid_tokens
 from distill_llm.models.adapters import adapter_faults
 from distill_llm.models.limits import batch_faults, limits_of
@@ -20,6 +21,9 @@ from distill_llm.pruning.statistics.fast_backward import fast_backward
 from distill_llm.pruning.statistics.hooks import CalibrationBatch
 from distill_llm.pruning.statistics.processes import process
 from distill_llm.pruning.statistics.settings import DEFAULT_SETTINGS, CalibrationSettings
+
+CALIBRATE = "calibrate a model with finite outputs, in float32 or bfloat16: in float16 it may overflow"
+"""What to do about numbers of a calibration pass that are not finite."""
 
 Batches = Iterable[Mapping[str, torch.Tensor]]
 
@@ -96,6 +100,7 @@ class CalibrationPass:
 
         Raises:
             InputError: a row is longer than the model's positions.
+            NotFinite: a batch's loss is nan or infinite.
         """
         device, settings, generator = self.device, self.settings, torch.Generator(device=self.device)
         rank, processes = process() if settings.sharded else (0, 1)
@@ -115,6 +120,8 @@ class CalibrationPass:
             with torch.set_grad_enabled(self.loss is not None), autocast:
                 total = calibration_loss(self.model, batch, self.loss, self.teacher, generator)
             if total is not None:
+                if not total.isfinite():
+                    raise NotFinite(f"the loss of batch {number + 1}", str(total.item()), CALIBRATE, stage="statistics")
                 total.backward()
             after()
         return examples, tokens

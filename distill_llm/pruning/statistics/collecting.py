@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from distill_llm.architectures.families import family_of, layers_of, width_of
 from distill_llm.architectures.lineage import LAYER_UNITS, kinds_of
+from distill_llm.common.finite import check_weights
 from distill_llm.pruning.statistics.calibration_loss import Loss
 from distill_llm.pruning.statistics.calibration_pass import CalibrationPass, first_of
 from distill_llm.pruning.statistics.hooks import (
@@ -61,8 +62,10 @@ def collect_statistics(
     Raises:
         InputError: another `loss`, a model that is offloaded or spread over devices, or batches without labels where they
             are needed.
+        NotFinite: a weight, a batch's loss or a statistic is nan or infinite.
     """
     calibration = CalibrationPass(model, loss, teacher, settings)
+    check_weights(model, "prune a model with finite weights: rows of unused tokens may be set to 0")
     shown, batches = first_of(dataloader)  # on every process, whoever collects of it
     sums = _PassSums(calibration, shown)
     batch = calibration.batch()
@@ -74,7 +77,7 @@ def collect_statistics(
         examples, tokens = calibration.over(batches, batch, partial(sums.add_channels, batch))
     if settings.sharded:
         sum_over_processes(sums.tensors())
-    return sums.finish(examples, tokens)
+    return sums.finish(examples, tokens).check()
 
 
 class _PassSums:

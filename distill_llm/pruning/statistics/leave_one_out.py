@@ -63,7 +63,7 @@ def leave_one_out(
                 exact += _without_each(model, layers, batch, labelled).cpu().double()
     if settings.sharded:
         sum_over_processes([exact])
-    return replace(statistics, without=(exact[:-1] / exact[-1].clamp(min=1)).float())
+    return replace(statistics, without=(exact[:-1] / exact[-1].clamp(min=1)).float()).check()
 
 
 def _without_each(

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,8 @@ from safetensors.torch import save_file
 
 from distill_llm.architectures.family import READER_NAMES
 from distill_llm.architectures.lineage import LAYER_UNITS
+from distill_llm.common.files import written_whole
+from distill_llm.common.finite import NotFinite, first_unsound
 from distill_llm.common.tensors import saved_tensors
 from distill_llm.pruning.statistics.moments import Moments
 from distill_llm.pruning.units.kinds import KINDS
@@ -79,29 +82,55 @@ class Statistics:
             raise AttributeError(f"Statistics has no {kind!r}")
         return self.units[kind]
 
+    def check(self) -> "Statistics":
+        """The statistics themselves, once every number is finite: by others any units would be removed.
+
+        Moments that are collected when they are read are looked at where they are used.
+
+        Raises:
+            NotFinite: names the statistic, its kind of unit and the layer.
+        """
+        tensors = self._tensors(isinstance(self.moments, tuple))
+        if (found := first_unsound(tensors)) is None:
+            return self
+        name, *rest = found[0].split(".")
+        layer = int(rest[0]) if rest and name in (*LAYER_UNITS, "moments") else None
+        if layer is None and name != "hidden_moments":
+            unsound = (~tensors[found[0]].isfinite()).nonzero()[0].item()
+            layer = None if name == "hidden" else int(unsound)
+        what = f"{rest[-1]} of {name}" if rest else name
+        fix = "calibrate a model with finite outputs, in float32 or bfloat16: in float16 it may overflow"
+        raise NotFinite(what, found[1], fix, stage="statistics", layer=layer)
+
     def save(self, path: str | os.PathLike) -> None:
-        """Write as safetensors."""
+        """Write as safetensors, whole or not at all; errors as of `check`."""
+        metadata = {name: str(int(getattr(self.check(), name))) for name in ("examples", "tokens", "has_gradients")}
+        metadata["hidden_moments"] = json.dumps([tensor for tensor, _ in self.hidden_moments])
+        tensors = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
+        with written_whole(Path(path)) as file:
+            save_file(tensors, file, metadata)
+
+    def _tensors(self, with_moments: bool = True) -> dict[str, torch.Tensor]:
+        """All numbers by the names that they have in files."""
         tensors = {"similarity": self.similarity}
         if self.without is not None:
             tensors["without"] = self.without
         for kind, rows in self.units.items():
             for i, row in enumerate(rows if isinstance(rows, tuple) else (rows,)):
                 tensors.update({f"{kind}.{i}.{f.name}": getattr(row, f.name) for f in fields(UnitStatistics)})
-        for i, pair in enumerate(self.moments):
+        for i, pair in enumerate(self.moments if with_moments else ()):
             for name, moments in zip(READER_NAMES, pair, strict=True):
                 tensors[f"moments.{i}.{name}.mean"], tensors[f"moments.{i}.{name}.second"] = moments
         for i, (_, moments) in enumerate(self.hidden_moments):
             tensors[f"hidden_moments.{i}.mean"], tensors[f"hidden_moments.{i}.second"] = moments
-        metadata = {name: str(int(getattr(self, name))) for name in ("examples", "tokens", "has_gradients")}
-        metadata["hidden_moments"] = json.dumps([tensor for tensor, _ in self.hidden_moments])
-        save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata)
+        return tensors
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Statistics":
         """Read what `save` wrote.
 
         Raises:
-            InputError: if the file is not of statistics.
+            InputError: if the file is not of statistics, or they are not finite.
         """
         with saved_tensors(path, "statistics", "statistics saved by Statistics.save") as file:
             names, get, meta = set(file.keys()), file.get_tensor, file.metadata()
@@ -118,7 +147,7 @@ class Statistics:
             inside = {kind: rows for kind in LAYER_UNITS if (rows := units(kind))}
             whole = {kind: rows[0] for kind, its in KINDS.items() if its.source and (rows := units(kind))}
             count = sum(name.startswith("moments.") and name.endswith(f".{READER_NAMES[0]}.mean") for name in names)
-            return cls(
+            read = cls(
                 units={**inside, **whole},
                 similarity=get("similarity"),
                 moments=tuple(
@@ -136,3 +165,4 @@ class Statistics:
                     for i, (norm, readers) in enumerate(json.loads(meta["hidden_moments"]))
                 ),
             )
+        return read.check()
