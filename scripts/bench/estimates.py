@@ -3,8 +3,8 @@
 Usage: estimates.py [NAME ...]   (default: all of MODELS); prints one JSON line for each model.
 
 The rate is measured by one step of the same models before the training, as the command does it. Bytes are the most that
-torch's allocator held at once from the making of the trainer to the end of training; seconds are those of the training
-alone, without the profiler.
+torch's allocator held at once from the making of the trainer to the end of training; seconds are those of the processor in
+the training alone, without the profiler, with one thread (OMP_NUM_THREADS=1).
 """
 
 import gc
@@ -89,6 +89,13 @@ def trainer_of(name, folder):
     return DistillationTrainer(model=kind(student), teacher=kind(teacher).eval(), args=args, train_dataset=data)
 
 
+def processor_seconds(work):
+    """Seconds of the processor, which other processes on the machine do not change much."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
 def allocated(work):
     """The most bytes that torch's allocator held at once while `work` ran."""
     gc.collect()  # what goes while it is profiled would count as never held
@@ -120,7 +127,7 @@ def on_paper(name):
     count = rows * accumulated * STEPS
     made = Estimate(recipe, models, Rows(count, 1, TOKENS, TOKENS, TOKENS), Devices(1, 10**10), gpu=False)
     stage = next(stage for stage in made.stages() if "recover" in stage.name)
-    return stage, measured_rate(*made.trial(), torch.device("cpu"))
+    return stage, measured_rate(*made.trial(), torch.device("cpu"), lambda work, device: processor_seconds(work))
 
 
 def run(name):
@@ -130,9 +137,7 @@ def run(name):
         for _ in range(PAIRS):  # in turns: the machine is not ours alone
             stage, rate = on_paper(name)
             trainer = trainer_of(name, Path(folder))
-            start = time.perf_counter()
-            trainer.train()
-            times.append(time.perf_counter() - start)
+            times.append(processor_seconds(trainer.train))
             rates.append(rate)
     pairs = [stage.flops / rate / seconds for rate, seconds in zip(rates, times, strict=True)]
     found = {"model": name, "estimated_mb": stage.bytes / 1e6, "measured_mb": peak / 1e6, "memory": stage.bytes / peak}

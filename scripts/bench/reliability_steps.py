@@ -1,6 +1,7 @@
 """Whether a long training grows: memory, tensors, file handles and threads of a process over 500 optimizer steps.
 
-Usage: reliability_steps.py [STEPS]   (default 500); prints one JSON line for each training, and a row of Markdown.
+Usage: reliability_steps.py [STEPS [NUMBER ...]]   (default: 500, all of CASES); prints a JSON line and a row of Markdown
+for each.
 
 Each training evaluates and saves a checkpoint every 100 steps, and takes two micro-batches of uneven length a step. What is there
 at a step is counted after a garbage collection. Growth is that from a fifth of the steps, when caches are full, to the end.
@@ -145,10 +146,11 @@ CASES = {
 }
 
 
-def main(steps: int) -> None:
-    """All cases."""
+def main(steps: int, chosen: list[int]) -> None:
+    """The cases of these numbers."""
     lines = []
-    for name, (kind, losses, cache) in CASES.items():
+    for name in [list(CASES)[number] for number in chosen]:
+        kind, losses, cache = CASES[name]
         with tempfile.TemporaryDirectory() as folder:
             seen = training(kind, losses, steps, Path(folder), cache)
         first, last = seen[len(seen) // 5 - 1], seen[-1]
@@ -161,4 +163,5 @@ def main(steps: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 500)
+    steps, *chosen = [int(word) for word in sys.argv[1:]] or [500]
+    main(steps, chosen or list(range(len(CASES))))
