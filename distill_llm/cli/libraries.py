@@ -29,8 +29,8 @@ def subdued(quiet: bool) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in DEFAULTS | QUIET}
     heard = {name: logging.getLogger(name).level for name in levels}
     with warnings.catch_warnings() if quiet else nullcontext():
-        for name, value in DEFAULTS.items():
-            os.environ.setdefault(name, value)
+        for name, default in DEFAULTS.items():
+            os.environ.setdefault(name, default)
         if quiet:
             os.environ.update(QUIET)
             warnings.simplefilter("ignore")
