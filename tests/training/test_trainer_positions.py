@@ -9,6 +9,8 @@ from transformers import DataCollatorWithFlattening
 from distill_llm.common.errors import InputError
 from distill_llm.evaluation.perplexity import causal_loss
 from distill_llm.losses.items import count_items, targets
+from distill_llm.models.inputs import forward_inputs
+from distill_llm.models.limits import batch_faults, limits_of
 from distill_llm.pruning.statistics.calibration_loss import calibration_loss
 
 LENGTHS = (5, 7, 2)
@@ -144,3 +146,17 @@ def test_a_family_that_mixes_the_sequences_of_a_flattened_batch_is_refused(tmp_p
         trainer(lambda rows: flat(rows)).train()  # any other collator shows in the batch
     with pytest.raises(InputError, match=f"^data_collator: got 'DataCollatorWithFlattening'; {words}"):
         trainer_of(tmp_path, student, teacher, rows, losses, data_collator=flat)
+
+
+def test_borders_that_no_model_reads_and_positions_that_it_does_not_have_are_refused():
+    model, ids = causal_model(layers=1, max_position_embeddings=8), torch.arange(3, 15)[None]
+    borders = torch.tensor([0, 5, 12])
+    with pytest.raises(
+        InputError, match="^position_ids: got 'a batch with cu_seq_lens_q alone'; let the collator return"
+    ):
+        forward_inputs(model, {"input_ids": ids, "cu_seq_lens_q": borders, "cu_seq_lens_k": borders})
+    limits = limits_of(model.config, "tiny")
+    fits = {"input_ids": ids, "position_ids": torch.cat([torch.arange(5), torch.arange(7)])[None]}
+    assert batch_faults(limits, fits, "input_ids") == []
+    (fault,) = batch_faults(limits, {"input_ids": ids, "position_ids": torch.arange(12)[None]}, "input_ids")
+    assert str(fault).startswith("input_ids: got 'a row of 12 tokens'; accepted: rows of at most 8 tokens")
