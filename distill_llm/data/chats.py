@@ -126,26 +126,27 @@ def answered(chat: Chat, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str
     if MARK not in marked or not whole.endswith(closing):
         closing = ""
     said = whole[len(prompt) : len(whole) - len(closing)]
-    return Answer(prompt, said, closing.rstrip(), _dropped(turns[-1], whole.removesuffix(closing), said + closing))
+    return Answer(prompt, said, closing.rstrip(), _dropped(turns[-1], prompt, said, closing))
 
 
-def _dropped(turn: Mapping[str, Any], until: str, answer: str) -> str | None:
+def _dropped(turn: Mapping[str, Any], prompt: str, said: str, closing: str) -> str | None:
     """The first part of a turn that is not in the text of the chat, white space aside.
 
-    Args:
-        until: all of the chat up to the end of the content: a template may begin the thoughts of an answer within the prompt.
-        answer: the turn in the words of the template.
+    Thoughts and calls must stand beside the content, which may well name them too. The content may begin within the prompt:
+    a template may open the thoughts of an answer there.
     """
-    if not _bare(until).endswith(_bare(turn["content"])):
+    content, answer = _bare(turn["content"]), _bare(said)
+    if not _bare(prompt + said).endswith(content):
         return str(turn["content"])
+    beside = f"{answer[: max(0, len(answer) - len(content))]} {_bare(closing)}"
     parts = [turn[name] for name in THOUGHTS if isinstance(turn.get(name), str)] + [*_texts(turn.get("tool_calls"))]
-    return next((part for part in parts if not _is_in(answer, part)), None)
+    return next((part for part in parts if not _is_in(beside, part)), None)
 
 
-def _is_in(answer: str, part: str) -> bool:
-    """Whether an answer has a text, white space aside, as it is or as JSON writes it."""
+def _is_in(bare: str, part: str) -> bool:
+    """Whether a text without white space has a part, white space aside, as it is or as JSON writes it."""
     forms = (part, json.dumps(part)[1:-1], json.dumps(part, ensure_ascii=False)[1:-1])
-    return any(_bare(form) in _bare(answer) for form in forms)
+    return any(_bare(form) in bare for form in forms)
 
 
 def _bare(text: str) -> str:

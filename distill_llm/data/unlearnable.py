@@ -51,7 +51,9 @@ def unlearnable(faults: Iterable[str]) -> list[InputError]:
     errors = []
     for kind, (seen, places) in found.items():
         given, fix = FAULTS[kind]
-        errors.append(InputError("data.path", f"{given.format(seen)} in rows {numbered(sorted(places))}", fix=fix))
+        errors.append(
+            InputError("data.path", f"{given.format(seen)} in {numbered(sorted(places))} of the rows", fix=fix)
+        )
     return errors
 
 

@@ -107,6 +107,9 @@ class _Answers(TorchDispatchMode):
         if func is _ATEN.nonzero.default:
             found = math.ceil(args[0].numel() * self.counted)
             return args[0].new_empty((found, args[0].dim()), dtype=torch.long)
+        if func is _ATEN.bincount.default:
+            least = args[2] if len(args) > 2 else (kwargs or {}).get("minlength", 0)
+            return args[0].new_empty(max(least, 1), dtype=torch.float if args[1:2] not in ((), (None,)) else torch.long)
         if func is _ATEN.allclose.default or func is _ATEN.equal.default:
             return True
         if func is _ATEN._local_scalar_dense.default:

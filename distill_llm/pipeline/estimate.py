@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill_llm.architectures.lineage import LAYER_UNITS
 from distill_llm.losses.objective import parse_objective
+from distill_llm.measuring.tracing import Traced
 from distill_llm.models.adapters import without_adapters
 from distill_llm.pipeline.prices import (
     Devices,
@@ -20,6 +21,7 @@ from distill_llm.pipeline.prices import (
     gathered_bytes,
     optimizer_bytes,
     precision_of,
+    resident_bytes,
     steps_of,
     teacher_bytes,
     weight_bytes,
@@ -32,7 +34,7 @@ from distill_llm.pruning.plan import keep_layers
 from distill_llm.pruning.planning.competing import plan_for_costs
 from distill_llm.pruning.statistics.settings import CalibrationSettings
 from distill_llm.pruning.units.costs import unit_costs
-from distill_llm.pruning.units.sizes import counts_of, hidden_size
+from distill_llm.pruning.units.sizes import counts_of, hidden_size, second_moment_bytes
 from distill_llm.recipe.pruning import PruningSection
 from distill_llm.recipe.recipe import Recipe, budget_batch
 
@@ -158,7 +160,8 @@ class Estimate:
 
     def _scoring(self, name: str, model: PreTrainedModel) -> StageCost:
         scored = self._scored(model)
-        return StageCost(name, {"weights": weight_bytes(model), "batch": scored.parts["batch"]}, scored.flops)
+        weights = weight_bytes(model, model.dtype)
+        return StageCost(name, {"weights": weights, "batch": scored.parts["batch"]}, scored.flops)
 
     def _scored(self, model: PreTrainedModel) -> StageCost:
         """A pass over the test rows, by one process."""
@@ -172,31 +175,46 @@ class Estimate:
     ) -> StageCost:
         examples = min(section.calibration_examples, self.rows.train)
         size = max(1, min(CALIBRATION_BATCH, CALIBRATION_TOKENS // self.rows.longest, examples))
+        others = [] if before is self.models.teacher else [self.models.teacher]
+        held = sum(map(weight_bytes, (before, after, *others)))
+        scored = self._scored(after)
+        scoring_parts = {"models": weight_bytes(after, after.dtype), "batch": scored.parts["batch"]}
+        if section.offload:  # what is outside the layers, and a layer at a time
+            held = resident_bytes(before)
+        else:
+            scoring_parts["models"] += weight_bytes(before)
+        parts: dict[str, float] = {"models": held, "batch": 0}
+        flops = scored.flops * (2 if section.folds else 1)
+        if section.layers is None:
+            trace = self._calibration(section, before, size)
+            parts["batch"], passes = trace.peak, 1
+            if section.folds and section.moment_layers is not None:
+                every, layers = second_moment_bytes(before), len(counts_of(before))
+                parts["second moments"] = every * min(1.0, section.moment_layers / layers)
+                passes += math.ceil(layers / section.moment_layers)
+            batches = math.ceil(examples / size / self.devices.count)
+            flops += passes * trace.flops * batches * self.rows.padded / self.rows.longest
+        fuller = max(parts, scoring_parts, key=lambda each: sum(each.values()))
+        return StageCost(name, fuller, flops)
+
+    def _calibration(self, section: PruningSection, model: PreTrainedModel, size: int) -> Traced:
+        """A batch of calibration, with the statistics that it adds to."""
         settings = CalibrationSettings(
-            moments=section.folds,
+            moments=section.holds_moments,
             moment_share=section.moment_share,
             hidden=False,
             precision=getattr(torch, section.precision) if section.precision else None,
             checkpointing=section.checkpointing,
         )
-        shape = Shape(size, self.rows.longest, self.rows.counted, self.gpu)
         loss = "labels" if section.needs("gradients") else None
-        trace = None if section.layers is not None else calibration(before, loss, settings, shape)
-        models = weight_bytes(before) + (weight_bytes(self.models.teacher) if before is not self.models.teacher else 0)
-        scored, scores = self._scored(after), 2 if section.folds else 1
-        parts = {"models": models + weight_bytes(after), "batch": scored.parts["batch"]}
-        flops = scores * scored.flops
-        if trace is not None:
-            parts["batch"] = max(parts["batch"], trace.peak)
-            batches = math.ceil(examples / size / self.devices.count)
-            flops += trace.flops * batches * self.rows.padded / self.rows.longest
-        return StageCost(name, parts, flops)
+        return calibration(model, loss, settings, Shape(size, self.rows.longest, self.rows.counted, self.gpu))
 
     def _report(self, student: PreTrainedModel) -> StageCost:
         latency, teacher = self.recipe.evaluation.latency, self.models.teacher
         shape = Shape(latency.batch_size, latency.sequence_length, gpu=self.gpu)
         traces = [forward_pass(model, shape) for model in (teacher, student)]
-        parts = {"models": weight_bytes(teacher) + weight_bytes(student), "batch": max(trace.peak for trace in traces)}
+        models = sum(weight_bytes(model, model.dtype) for model in (teacher, student))
+        parts = {"models": models, "batch": max(trace.peak for trace in traces)}
         return StageCost("report", parts, MEASURED_FORWARDS * sum(trace.flops for trace in traces))
 
 

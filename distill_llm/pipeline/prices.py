@@ -137,10 +137,20 @@ def gathered_bytes(model: nn.Module, precision: torch.dtype | None) -> int:
     """Bytes that a device holds whole of a divided model: what is outside the layers, a layer and the next one, and the
     gradients of a layer.
     """
+    outside, largest = _outside_and_largest(model)
+    return (outside + 3 * largest) * (precision or torch.float32).itemsize
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """Bytes in fp32 of what is outside a model's layers, and of its largest layer."""
+    return torch.float32.itemsize * sum(_outside_and_largest(model))
+
+
+def _outside_and_largest(model: nn.Module) -> tuple[int, int]:
+    """Numbers of weights."""
     own = without_adapters(model)
     layers = [sum(each.numel() for each in layer.parameters()) for layer in layers_of(own)]
-    outside = sum(each.numel() for each in own.parameters()) - sum(layers)
-    return (outside + 3 * max(layers, default=0)) * (precision or torch.float32).itemsize
+    return sum(each.numel() for each in own.parameters()) - sum(layers), max(layers, default=0)
 
 
 def teacher_bytes(model: nn.Module, dtype: torch.dtype, quantization: str | None) -> float:

@@ -130,8 +130,13 @@ def forward_pass(model: PreTrainedModel, shape: Shape) -> Traced:
         return traced(lambda: own(**forward_inputs(own, batch)), [own])
 
 
-def measured_rate(step: Step, shape: Shape, device: torch.device) -> float:
+def measured_rate(
+    step: Step, shape: Shape, device: torch.device, timer: Callable[..., float] = seconds_with_gradients
+) -> float:
     """Floating point operations a second of a training step on a device: the median of three steps, after one.
+
+    Args:
+        timer: the seconds that work takes on a device.
 
     Raises:
         InputError: models that are too large to try here.
@@ -142,7 +147,7 @@ def measured_rate(step: Step, shape: Shape, device: torch.device) -> float:
         raise InputError("tflops", None, accepted)
     tried = [_with_numbers(model, device) for model in models]
     work = step.on(tried[0], tried[1] if len(tried) > 1 else None, shape, device)  # type: ignore[arg-type]
-    times = [seconds_with_gradients(work, device) for _ in range(4)][1:]
+    times = [timer(work, device) for _ in range(4)][1:]
     return step.traced(shape).flops / statistics.median(times)
 
 

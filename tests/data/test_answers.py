@@ -118,7 +118,7 @@ def test_a_token_across_the_border_is_refused_with_the_numbers_of_the_rows(name,
             encode(data, tokenizer, 200)
         line = str(caught.value)
         assert line.startswith("data.path: got ") and "\n" not in line and f"share the token '{token}'" in line
-        assert "in rows 2 (numbers 4, 1201, counted from 1)" in line and "move the space" in line
+        assert "in 2 (numbers 4, 1201, counted from 1) of the rows" in line and "move the space" in line
 
 
 def test_row_numbers_are_those_of_the_file_after_rows_were_set_apart_and_drawn(tmp_path: Path):
@@ -129,7 +129,7 @@ def test_row_numbers_are_those_of_the_file_after_rows_were_set_apart_and_drawn(t
         lambda: encode(data, llama_tokenizer(), 64),
         lambda: data.task.kind.check_rows(data, llama_tokenizer()),
     ):
-        with pytest.raises(InputError, match=r"in rows 1 \(number 18, counted from 1\)"):
+        with pytest.raises(InputError, match=r"in 1 \(number 18, counted from 1\) of the rows"):
             refused()
 
 

@@ -120,6 +120,8 @@ def test_thoughts_that_the_template_keeps_are_learnt(template, answer):
         (FORGETS, {"answer": "<think>a</think>b"}, "<think>a</think>b"),
         (PLAIN, {"answer": "b", "reasoning_content": "so it is"}, "so it is"),
         (ENDED, {"answer": "b", "thinking": "so it is"}, "so it is"),
+        (ENDED, {"answer": "so it is: 4", "reasoning": "4"}, "4"),
+        (ENDED, {"answer": "look", "tool_calls": [{"function": {"name": "look", "arguments": {"at": "x"}}}]}, "look"),
         (ENDED, {"answer": "b", "tool_calls": [{"function": {"name": "look", "arguments": {"at": "x y"}}}]}, "look"),
         (ENDED.replace("m['content']", "m['content'][:3]"), {"answer": "yes it is"}, "yes it is"),
     ],
@@ -132,7 +134,7 @@ def test_a_row_of_which_the_template_drops_a_part_is_refused_by_its_number(templ
         learnt(template, rows)
     line = str(caught.value)
     assert line.startswith("data.path: got ") and "the chat template leaves out" in line and repr(dropped)[1:-1] in line
-    assert "in rows 2 (numbers 2, 4, counted from 1)" in line and "\n" not in line
+    assert "in 2 (numbers 2, 4, counted from 1) of the rows" in line and "\n" not in line
 
 
 def test_calls_of_tools_that_the_template_writes_are_learnt():

@@ -182,7 +182,7 @@ def test_a_run_or_a_cache_of_another_template_is_not_gone_on_with(tmp_path: Path
     RunFolder(tmp_path / "run", cached.to_yaml())
     other = recipe(tmp_path, QUESTIONS, THINKING_TEMPLATE, **NAMED)
     other.teacher.cache = tmp_path / "cache"
-    with pytest.raises(InputError, match="data differ from its recipe"):
+    with pytest.raises(InputError, match="changed since this run was begun: data.chat_template_kwargs"):
         RunFolder(tmp_path / "run", other.to_yaml())
     with pytest.raises(InputError, match=r"teacher\.cache.*another data"):
         distill_llm.run(other, tmp_path / "other")

@@ -74,6 +74,13 @@ def test_every_stage_has_its_weights_gradients_moments_and_teacher():
     assert found["round-1/prune"]["models"] == found["report"]["models"] == 4 * (SIZE + student)
 
 
+def test_pruning_from_main_memory_holds_a_layer_and_its_second_moments():
+    pruning = {"keep": 0.5, "offload": True, "checkpointing": True, "moment_layers": 1}
+    parts = next(stage for stage in made(given(student=None, pruning=pruning)).stages() if "prune" in stage.name).parts
+    assert parts["models"] == 4 * SMALL  # a teacher of one layer is the student
+    assert parts["second moments"] == 4 * (32**2 + 64**2)  # of what attention's and FFN's last linears read
+
+
 def test_sharing_divides_the_students_bytes_and_not_the_teachers(plain):
     ddp, fsdp = (recovery(given(), Devices(4, 10**9, sharing)).parts for sharing in ("ddp", "fsdp2"))
     one = plain.parts

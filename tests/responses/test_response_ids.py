@@ -94,7 +94,7 @@ def test_an_edited_text_is_not_silently_left_out(tmp_path: Path) -> None:
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     write()
-    line = rf"a response that is not the text of its response_ids \(' no'\) in rows 1 \(number {place + 1}, counted from 1\)"
+    line = rf"a response that is not the text of its response_ids \(' no'\) in 1 \(number {place + 1}, counted from 1\)"
     with pytest.raises(InputError, match=line):
         encode(data_of_folder(file), TOKENIZER, 64)
     rows[place]["response_ids"] = None
