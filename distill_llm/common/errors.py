@@ -26,7 +26,10 @@ class InputError(ValueError):
 
     def __init__(self, field: str, given: Any, accepted: str = "", *, fix: str = ""):
         self.field, self.given, self.accepted, self.fix = field, given, accepted, fix
-        name, rest = cut(" ".join(field.split()), LONGEST_FIELD), " ".join((fix or f"accepted: {accepted}").split())
+        name, rest = (
+            _both_ends(" ".join(field.split()), LONGEST_FIELD),
+            " ".join((fix or f"accepted: {accepted}").split()),
+        )
         room = LONGEST_LINE - len(name) - len(": got ; ") - len(rest)
         shown = _both_ends(repr(given), min(LONGEST_SHOWN, max(LEAST_SHOWN, room)))
         super().__init__(cut(f"{name}: got {shown}; {rest}"))

@@ -85,9 +85,9 @@ def _why_full(error: BaseException | None) -> str | None:
         if isinstance(error, OSError) and error.errno in _FULL:
             return os.strerror(error.errno)
         text = str(error)
-        found = re.search(r"\(os error (\d+)\)", text)  # of Rust: safetensors, tokenizers
-        if found and int(found[1]) in _FULL:
-            return os.strerror(int(found[1]))
+        for words in map(os.strerror, _FULL):
+            if words in text:  # of Rust (safetensors, tokenizers), and of torch's shared memory
+                return words
         if isinstance(error, RuntimeError) and _TORCH.search(text):
             return os.strerror(errno.ENOSPC)
         error = error.__cause__ or error.__context__

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from distill_llm.common.errors import InputError, one_of
 from distill_llm.data.complete import complete
+from distill_llm.data.cutting import cut_text
 from distill_llm.data.padding import LENGTH, Rows
 from distill_llm.data.sources import read_splits
 from distill_llm.data.spec import DataSpec
@@ -148,7 +149,7 @@ def text_encoder(
     """A function from rows of one or two texts and `labels` to token ids between special tokens, cut to `max_length`."""
 
     def work(rows: Rows) -> Rows:
-        texts = [rows[column] for column in columns]
+        texts = [[cut_text(text, tokenizer, max_length) for text in rows[column]] for column in columns]
         result = dict(tokenizer(*texts, truncation=True, max_length=max_length))
         return {**result, "labels": rows["labels"], LENGTH: [len(ids) for ids in result["input_ids"]]}
 

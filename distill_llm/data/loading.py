@@ -14,6 +14,7 @@ from distill_llm.data.sources import resolve_path
 from distill_llm.data.spec import DataSpec
 from distill_llm.data.splitting import Splits, set_apart
 from distill_llm.data.tasks import Task, TaskData
+from distill_llm.data.unsupported import unsupported_task
 
 NAMED: dict[str, Task] = {**GLUE, "embedded": EMBEDDED}
 """Tasks whose rows, columns and labels are known; all others are the user's own rows, read by their kind."""
@@ -72,6 +73,9 @@ def _kind(name: str, config: PreTrainedConfig | None) -> TaskKind:
     if name in NAMED:
         return NAMED[name].kind
     kinds = [kind for kind in KINDS.values() if kind.task_name == name]
+    if not kinds and (what := unsupported_task(name)) is not None:
+        fix = f"choose a supported task ({', '.join(task_names())}): {what} is not supported"
+        raise InputError("data.task", name, fix=fix)
     if not kinds:
         raise InputError("data.task", name, one_of(task_names(), name))
     return next((kind for kind in kinds if kind.serves(config)), kinds[0])

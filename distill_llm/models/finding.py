@@ -13,8 +13,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from distill_llm.common.errors import InputError, first_line, one_of, raise_all
 from distill_llm.common.hub import check_hub_name
 from distill_llm.common.notices import tell
+from distill_llm.data.kinds import kind_of_head
 from distill_llm.data.sources import resolve_path
 from distill_llm.data.tasks import Task, TaskData, class_name_faults, label_names, same_names
+from distill_llm.data.unsupported import unsupported_head
 from distill_llm.models.configs import TRUST, needs_trust, open_config, open_tokenizer
 from distill_llm.models.gguf import SUFFIX, plain_checkpoint
 from distill_llm.models.limits import RowFacts, beyond_vocabulary, limits_of, masking_faults, read_rows, row_faults
@@ -166,7 +168,9 @@ def check_head(model: OpenModel, task: Task) -> None:
     hint = " (or a teacher.train section, to fine-tune one)" if model.field == "teacher.model" else ""
     if not task.kind.has_head(classes):
         given = f"{model.name} ({', '.join(classes) or 'no class'})"
-        raise InputError(model.field, given, f"a ...{task.kind.head_classes[0]} model{hint}")
+        what = unsupported_head(classes) if kind_of_head(classes) is None else None
+        told = "" if what is None else f"; this one is for {what}, which is not supported"
+        raise InputError(model.field, given, f"a ...{task.kind.head_classes[0]} model{hint}{told}")
     if task.is_language_model:
         return
     if model.config.num_labels != task.num_labels:

@@ -142,7 +142,11 @@ class Calibration:
     def _identity(self, model: PreTrainedModel) -> dict[str, Any]:
         """What statistics depend on: the model with its dtypes, the rows, and how they are computed."""
         identity = {"model": teacher_fingerprint(model), "rows": self._rows, "precision": self.section.precision}
-        return identity | ({"moment_share": self.section.moment_share} if self.settings.moments else {})
+        return identity | (
+            {"moment_share": self.section.moment_share, "token_weights": "squared gradients"}
+            if self.settings.moments
+            else {}
+        )
 
     @cached_property
     def _rows(self) -> str:

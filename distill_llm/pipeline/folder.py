@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from accelerate.utils.memory import clear_device_cache
 
+from distill_llm.common.changes import changed
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.common.files import remove_parts, written_whole
 from distill_llm.common.finite import NotFinite
@@ -177,13 +178,9 @@ def _keep_recipe(folder: Path, recipe_yaml: str) -> None:
 def _same_recipe(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any], free: Collection[str]) -> None:
     """What decides the student must be as the run was begun with; how the student is timed and pushed may change."""
     before, after = _deciding(old, free), _deciding(new, free)
-    differing = [key for key in after if before.get(key) != after[key]]
-    if differing:
-        raise InputError(
-            "output_dir",
-            str(folder),
-            f"another folder, or the recipe that this run was begun with: {', '.join(differing)} differ from its recipe.yaml",
-        )
+    if found := changed(before, after):
+        fix = f"set another one, or undo what changed since this run was begun: {found}"
+        raise InputError("output_dir", str(folder), fix=fix)
 
 
 def _deciding(recipe: Mapping[str, Any], free: Collection[str]) -> dict[str, Any]:

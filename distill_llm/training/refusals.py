@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from accelerate.utils import DistributedType, parse_flag_from_env
-from transformers import DataCollatorWithFlattening, PreTrainedModel, TrainingArguments
+from transformers import DataCollatorWithFlattening, PreTrainedModel
 
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.data.decoders import packing_faults
@@ -29,6 +29,7 @@ from distill_llm.models.limits import (
     row_faults,
 )
 from distill_llm.teachers.base import Teacher
+from distill_llm.training.config import DistillationConfig
 
 UNUSED = {
     "model_init": "leave it out: the student is given as a model, made once",
@@ -47,7 +48,7 @@ def compiling(training: Mapping[str, Any]) -> list[InputError]:
     return [InputError(name, value, fix=fix) for name, value in given[:1]]
 
 
-def whole_copies(args: TrainingArguments) -> list[InputError]:
+def whole_copies(args: DistillationConfig) -> list[InputError]:
     """The fault of fields, or of an `accelerate launch`, that would divide the student among processes of CPUs."""
     if args.distributed_state is None or args.distributed_state.distributed_type != DistributedType.MULTI_CPU:
         return []
@@ -58,6 +59,14 @@ def whole_copies(args: TrainingArguments) -> list[InputError]:
         asked += [(name, f"true ({variable})")] if parse_flag_from_env(variable) else []
     fix = "take ddp: accelerate divides a model among GPUs only, and each process here would train a whole copy"
     return [InputError(name, value, fix=fix) for name, value in asked[:1]]
+
+
+def skipping(args: DistillationConfig) -> list[InputError]:
+    """The fault of steps that are to be skipped where nothing can be looked at before they are taken."""
+    if args.on_nonfinite != "skip" or args.deepspeed_plugin is None:
+        return []
+    fix = "set it to stop: DeepSpeed takes each step within the backward pass, before its numbers can be checked"
+    return [InputError("on_nonfinite", "skip", fix=fix)]
 
 
 def adapter_faults(model: Any, field: str) -> list[InputError]:
@@ -135,7 +144,7 @@ def check_teacher(teacher: Teacher | None, student: PreTrainedModel, objective: 
     raise_all(objective.faults(Use(single_output=single)))
 
 
-def check_arguments(args: TrainingArguments, objective: Objective, options: Mapping[str, Any]) -> None:
+def check_arguments(args: DistillationConfig, objective: Objective, options: Mapping[str, Any]) -> None:
     """Whether training can be exact under these arguments.
 
     Args:
@@ -146,7 +155,7 @@ def check_arguments(args: TrainingArguments, objective: Objective, options: Mapp
     Raises:
         InputError: names the argument.
     """
-    raise_all(compiling(vars(args)) + whole_copies(args))
+    raise_all(compiling(vars(args)) + whole_copies(args) + skipping(args))
     for name, fix in UNUSED.items():
         if options.get(name) is not None:
             raise InputError(name, type(options[name]).__name__, fix=fix)

@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--train-examples", type=int, help="how many training rows the teacher had")
     parser.add_argument("--holdout", type=int, default=0, help="how many training rows it was not given")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.7, 0.5, 0.35])
+    parser.add_argument("--scope", choices=("global", "local"), default="global")
     parser.add_argument("--calibration", type=int, default=1024, help="rows; a quarter as many more are held out")
     parser.add_argument("--rows", type=int, default=3000, help="rows to score, at most")
     parser.add_argument("--draws", type=int, nargs="+", default=[0, 1, 2])
@@ -84,7 +85,7 @@ def main() -> None:
         fitted, held_out = rows.select(range(size)), rows.select(range(size, size + size // 4))
         statistics = collect_statistics(model, given.batches(fitted))
         for keep in args.keep:
-            plan = plan_pruning(model, score(statistics, "fisher"), keep)
+            plan = plan_pruning(model, score(statistics, "fisher"), keep, scope=args.scope)
             start = time.perf_counter()
             strength = choose_strength(model, plan, statistics, given.batches(held_out))
             seconds = round(time.perf_counter() - start, 1)

@@ -164,11 +164,11 @@ def main() -> int:
             wrong[found] += 1
             (folder / f"wrong-{number}.yaml").write_bytes(file.read_bytes())
             found = "wrong"
-        counts["door" if door else "loaded", kind, found] += 1
+        counts["door" if door else "reading", kind, found] += 1
     print(
         "| checked by | changed as | accepted | refused in lines | tracebacks, hangs, long lines |\n|---|---|---|---|---|"
     )
-    for check in ("loaded", "door"):
+    for check in ("reading", "door"):
         for kind in ("text", "tree"):
             cells = [counts[check, kind, found] for found in ("accepted", "refused", "wrong")]
             print(f"| {check} | {kind} | {' | '.join(map(str, cells))} |")

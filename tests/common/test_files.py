@@ -124,6 +124,11 @@ def test_other_errors_stay_what_they_are(tmp_path):
         assert caught.value is error
 
 
+def test_full_shared_memory_is_a_full_disk(tmp_path):
+    with pytest.raises(InputError, match="File too large$"), full_disk_named(tmp_path):
+        raise RuntimeError("unable to resize file </torch_1_2_3> to the right size: File too large (27)")
+
+
 def test_a_full_disk_behind_another_error_is_found(tmp_path):
     with pytest.raises(InputError, match="No space left"), full_disk_named(tmp_path):
         try:

@@ -75,7 +75,7 @@ def test_rows_have_labels_at_first_tokens_and_the_score_is_counted_by_hand(kind,
             hits += (logits.argmax(-1) == torch.tensor(row["labels"])).tolist()
     got = evaluate_model(student, rows.test, data.task, collator(data.task, tokenizer()), batch_size=4, progress=False)
     assert got["accuracy"] == got["score"] == pytest.approx(sum(hits) / len(hits))
-    assert got.keys() == {"accuracy", "f1", "score"}
+    assert got.keys() == {"accuracy", "f1", "score", "standard_error", "rows"}
 
 
 def test_words_of_several_tokens_are_one_item(kind, spec: DataSpec) -> None:

@@ -120,6 +120,8 @@ def test_thoughts_that_the_template_keeps_are_learnt(template, answer):
         (FORGETS, {"answer": "<think>a</think>b"}, "<think>a</think>b"),
         (PLAIN, {"answer": "b", "reasoning_content": "so it is"}, "so it is"),
         (ENDED, {"answer": "b", "thinking": "so it is"}, "so it is"),
+        (ENDED, {"answer": "so it is: 4", "reasoning": "4"}, "4"),
+        (ENDED, {"answer": "look", "tool_calls": [{"function": {"name": "look", "arguments": {"at": "x"}}}]}, "look"),
         (ENDED, {"answer": "b", "tool_calls": [{"function": {"name": "look", "arguments": {"at": "x y"}}}]}, "look"),
         (ENDED.replace("m['content']", "m['content'][:3]"), {"answer": "yes it is"}, "yes it is"),
     ],

@@ -72,11 +72,11 @@ class CalibrationBatch:
         return rows if len(rows) == self.examples else rows.unflatten(0, (self.examples, -1)).sum(1)
 
     def token_weights(self, gradients: torch.Tensor) -> torch.Tensor:
-        """(R, T, C) -> (valid tokens, 1): the norm of each token's gradient over the mean of its example."""
-        norms = torch.linalg.vector_norm(gradients, dim=-1, dtype=torch.float32) * self.mask
-        norms = norms.view(self.examples, -1)
-        mean = norms.sum(1, keepdim=True) / self.mask.view(self.examples, -1).sum(1, keepdim=True)
-        weights = torch.where(mean > 0, norms / mean, 1.0).view(-1, 1)
+        """(R, T, C) -> (valid tokens, 1): the square of each token's gradient over the mean square of its example."""
+        squares = torch.linalg.vector_norm(gradients, dim=-1, dtype=torch.float32).square() * self.mask
+        squares = squares.view(self.examples, -1)
+        mean = squares.sum(1, keepdim=True) / self.mask.view(self.examples, -1).sum(1, keepdim=True)
+        weights = torch.where(mean > 0, squares / mean, 1.0).view(-1, 1)
         return weights if self.valid is None else weights[self.valid]
 
     def add_moments(self, moments: MomentsSum | None, values: torch.Tensor, gradients: torch.Tensor | None) -> None:

@@ -9,8 +9,10 @@ import torch
 class Moments(NamedTuple):
     """Over valid tokens x of C channels: the mean (C,) and the mean of x x^T (C, C), fp32.
 
-    With a loss, each token is weighted by the norm of the loss's gradient at x, divided by the mean norm of its example.
-    Compensation is then most exact where the loss depends on it (in a classifier's last layer, at the first token only).
+    With a loss, each token is weighted by the square of the loss's gradient at x, divided by the mean square of its example.
+    To second order that is what an error at x costs. So compensation is most exact where the loss depends on it (in a
+    classifier's last layer, at the first token only), and it does not serve a token of massive activations alone, whose errors
+    the norm after it hides.
     """
 
     mean: torch.Tensor

@@ -141,7 +141,8 @@ def test_a_cut_fits_to_four_batches_in_five_and_chooses_by_the_fifth(tmp_path):
 def test_the_line_of_a_round_says_what_was_chosen(ridge, words):
     record = {"ridge": ridge, "rows": 256, "divergence": {"none": 0.5, "1": 0.3, "0.1": 0.25}}
     result = {"layer_params_kept": 0.5, "score_pruned": 0.8, "score_compensated": 0.9, "compensation": [record]}
-    stage = SimpleNamespace(run=SimpleNamespace(named=lambda score: f"accuracy {score:.4f}"))
+    result |= {"pruned": {"score": 0.8}, "compensated": {"score": 0.9}}
+    stage = SimpleNamespace(run=SimpleNamespace(named=lambda metrics: f"accuracy {metrics['score']:.4f}"))
     line = ", ".join(Prune.line(stage, result))
     assert f"{words}: divergence on 256 held-out rows 0.5 without, 0.25 with it" in line
 

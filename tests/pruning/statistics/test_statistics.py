@@ -39,7 +39,7 @@ def labels_loss(outputs, example):
 
 
 def reference(model, batch, loss=labels_loss):
-    """Sums by unit, written out: {(kind, layer): {statistic: values}}, and means of x x^T by gradient norm."""
+    """Sums by unit, written out: {(kind, layer): {statistic: values}}, and means of x x^T by squared gradient."""
     found, second, similarity = {}, {}, np.zeros(len(layers_in(model)))
     taps = [
         (kind, i, pair[k])
@@ -68,7 +68,7 @@ def reference(model, batch, loss=labels_loss):
             for unit in range(a.shape[1] // size):
                 columns = slice(unit * size, (unit + 1) * size)
                 _add(found, kind, i, unit, a.shape[1] // size, a[:, columns], g[:, columns])
-            weights, rows = g.double().norm(dim=-1).numpy(), a.double().numpy()
+            weights, rows = g.double().square().sum(-1).numpy(), a.double().numpy()
             weights = weights / weights.mean()
             total, product = second.get((kind, i), (0, 0))
             second[kind, i] = (

@@ -264,7 +264,7 @@ def test_heads_of_questions_have_the_gradients_of_masks(head, loss):
         found["heads"].append(torch.stack([m.grad for m in heads]).unflatten(-1, (QUERIES, HEAD_SIZE)).sum(-1))
         found["neurons"].append(torch.stack([m.grad for m in neurons]))
         found["channels"].append(channels.grad)
-        weights, x = seen[0].grad.flatten(0, 1).norm(dim=-1), seen[0].detach().flatten(0, 1)
+        weights, x = seen[0].grad.flatten(0, 1).square().sum(-1), seen[0].detach().flatten(0, 1)
         total, second = total + len(x), second + (weights / weights.mean() * x.T) @ x
     model.zero_grad()
     given = batch if loss == "kl" else {**batch, **labels}
