@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from distill_llm.architectures.families import layers_of
-from distill_llm.architectures.modes import frozen
+from distill_llm.architectures.modes import evaluating, frozen
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.common.finite import NotFinite
 from distill_llm.losses.items import valid_tokens
@@ -73,6 +73,8 @@ class CalibrationPass:
         """
         with ExitStack() as stack:
             stack.enter_context(frozen(self.model))
+            if self.teacher is not None:
+                stack.enter_context(evaluating(self.teacher))
             if self.device != self.model.device:
                 stack.enter_context(streamed(self.model, layers_of(self.model), self.device))
             if self.loss is not None:
