@@ -22,13 +22,18 @@ FAULTS = {
         "an answer of which the chat template leaves out {}",
         "remove that part from the answer, or give the tokenizer a chat template that keeps it",
     ),
+    "refused": ("a chat that the chat template refuses ({})", "change these rows, or remove them"),
+    "changed": (
+        "a chat whose question the chat template writes otherwise before the answer {}",
+        "remove thoughts that `data.chat_template_kwargs` turns off, or use a template that leaves questions as they are",
+    ),
     "edited": (
         "a response that is not the text of its response_ids ({})",
         "remove `response_ids` from these rows, to train on their texts",
     ),
 }
 """By kind: what is given, with what was seen of it in the first row; what to do."""
-LONGEST = 40
+LONGEST = 60
 
 
 def fault_of(number: int, kind: str, seen: str) -> str:
