@@ -53,7 +53,7 @@ def whole_copies(args: DistillationConfig) -> list[InputError]:
     if args.distributed_state is None or args.distributed_state.distributed_type != DistributedType.MULTI_CPU:
         return []
     given = {"fsdp": args.fsdp_plugin_args, "deepspeed": args.deepspeed}
-    asked = [(name, True) for name, value in given.items() if value]
+    asked: list[tuple[str, Any]] = [(name, True) for name, value in given.items() if value]
     for name in given:
         variable = f"ACCELERATE_USE_{name.upper()}"
         asked += [(name, f"true ({variable})")] if parse_flag_from_env(variable) else []
