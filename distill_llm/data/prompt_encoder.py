@@ -114,7 +114,7 @@ class PromptEncoder:
         if answer.fault is not None:
             return fault_of(number, *answer.fault)
         if shared is not None:
-            return fault_of(number, "shared", shared)
+            return fault_of(number, "joined" if self.chats else "shared", shared)
         if answer.ids is not None:
             ids = answer.ids if answer.cut else answer.ids[:-1]
             text = answer_text(self.tokenizer, ids, () if self.chats else prompt)

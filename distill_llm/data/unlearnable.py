@@ -18,6 +18,10 @@ FAULTS = {
         "a prompt and a response that share the token {}",
         "move the space or line end between them to the beginning of the response, or divide them between two words",
     ),
+    "joined": (
+        "an answer that shares the token {} with the words of the chat template before it",
+        "remove the white space with which the answer begins",
+    ),
     "dropped": (
         "an answer of which the chat template leaves out {}",
         "remove that part from the answer, or give the tokenizer a chat template that keeps it",
