@@ -10,7 +10,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.data.decoders import is_decoder, packing_faults
-from distill_llm.losses.items import sequence_numbers
+from distill_llm.losses.items import kind_of_class, sequence_numbers
 
 BORDERS = ("cu_seq_lens_q", "seq_idx")
 """What collators say of the borders of sequences besides `position_ids`; most models do not read it."""
@@ -31,7 +31,10 @@ def packed_sequences(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor
         fix = "let the collator return position_ids too: they keep the sequences of a row apart"
         raise InputError("position_ids", f"a batch with {named[0]} alone", fix=fix)
     config = getattr(model, "config", None)
-    if "position_ids" not in batch or config is None or not is_decoder(config):
+    if "position_ids" not in batch or config is None:
+        return None
+    # A config names no class before it is saved: whether a family with both heads (BERT) is a decoder, only the class says.
+    if kind_of_class(type(model).__name__) != "next_token" and not is_decoder(config):
         return None
     numbers = sequence_numbers(batch)
     if numbers is None or not numbers.any():

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -34,6 +35,12 @@ from distill_llm.pruning.cutting.masking import masked
 from distill_llm.pruning.cutting.surgery import prune, stock_expressible
 from distill_llm.pruning.plan import PruningPlan, keep_layers
 
+HEADED = [
+    ("llama", "sequence-classification"),
+    ("llama", "question-answering"),
+    ("bert", "multiple-choice"),
+    ("gpt2", "base"),
+]
 CUTS = ("heads", "neurons", "layers", "first layer", "hidden", "uneven")
 
 
@@ -101,6 +108,25 @@ def check_sizes(student: PreTrainedModel, head_size: int) -> None:
         said = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         assert said == head_size and config.num_attention_heads * head_size in channels
     assert config.num_hidden_layers == len(layers_of(student))
+
+
+@pytest.mark.parametrize("name, head", [*HEADED, *slow(*(row for row in product(EVERY, HEADS) if row not in HEADED))])
+def test_every_head_of_a_family_is_cut_saved_and_opened_again(tmp_path, name, head):
+    """Some heads make the model below them through AutoModel."""
+    try:
+        model = family_model(name, head, num_labels=2)
+    except ValueError:
+        pytest.skip("the family has no such head")
+    plan, batch = uneven_plan(model, hidden=head != "base"), family_batch(model)
+    student = prune(model, plan)
+    student.save_pretrained(tmp_path)
+    with masked(model, plan):
+        expected = outputs_of(model, batch)
+    loaded = HEADS[head].from_pretrained(tmp_path, trust_remote_code=True)
+    for each in (loaded, load_pretrained(tmp_path)):
+        assert_equal(outputs_of(aligned(each), batch), expected)
+    twice = (prune(each, keep_layers(each, [0, 1])) for each in (loaded, student))
+    assert_equal(*(outputs_of(each, batch) for each in twice))
 
 
 @pytest.mark.parametrize("name", layouts_first(EVERY))
