@@ -67,9 +67,8 @@ def request_of(recipe: Recipe, settings: CacheSettings) -> CacheRequest:
     """
     section, losses = recipe.teacher, recipe.distillation.losses if recipe.distillation else None
     if section.cache is None or losses is None:
-        raise InputError(
-            "teacher.cache", section.cache, "a folder for the cache, and a distillation section that learns from it"
-        )
+        fix = f"{'set it, and ' if section.cache is None else ''}add a distillation section that learns from the cache"
+        raise InputError("teacher.cache", section.cache, fix=fix)
     if settings.dtype is not None and section.dtype not in (None, settings.dtype):
         raise InputError(
             "dtype", settings.dtype, fix=f"leave it out, or set it to {section.dtype}, the recipe's teacher.dtype"

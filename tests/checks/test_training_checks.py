@@ -167,7 +167,7 @@ def test_what_cannot_learn_while_it_is_divided_among_processes_is_refused_at_the
     given = {"student__model": str(folder / "narrow"), "pruning": None, "distillation__losses": {"embeddings": {}}}
     pruned = {"distillation__losses": {"hidden": {}}, "pruning__units": ["hidden", "neurons"]}
     found = [sharded_faults(folder, monkeypatch, sharding, **changes) for changes in (lora, given, pruned)]
-    adapters = f"student.peft: got {sharding!r}; accepted: DDP, which holds a whole copy of the student in each process"
+    adapters = f"student.peft: got {sharding!r}; use DDP: adapters cannot be sharded here"
     projections = "distillation.losses.embeddings: got 'states of 24 and 32 channels under DeepSpeed'"
     assert found[0] == ([adapters] if sharding else [])
     assert [line.startswith(projections) for line in found[1]] == [True] * (sharding == "DeepSpeed")

@@ -247,6 +247,13 @@ def test_columns_of_own_data_are_named_in_one_option(folder, calls, command):
         assert refused("evaluate", "teacher", "--task", "sst3")[0].startswith("--task: got 'sst3'")
 
 
+@pytest.mark.parametrize(("command", "model"), [("evaluate", "MODEL"), ("cache", "TEACHER")])
+def test_a_wrong_model_and_wrong_data_are_told_at_once(folder, command, model):
+    more = {"evaluate": ["--output", "new.json"], "cache": ["--output-dir", "new"]}[command]
+    lines = refused(command, "./none", "--task", "classification", "--data", "./none.csv", *more)
+    assert [line.partition(":")[0] for line in lines] == [model, "--data"]
+
+
 def test_commands_read_what_a_spreadsheet_writes(folder):
     rows = [f"le film é{i}\t{('neg', 'pos')[i % 2]}" for i in range(20)] + ["sans avis\t"]
     (folder / "sheet.csv").write_bytes("\n".join(["review\tmood", *rows]).encode("cp1252"))

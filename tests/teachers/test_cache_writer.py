@@ -294,7 +294,7 @@ def test_a_bad_index_is_one_line(copy, text):
 def test_a_cache_of_an_older_format_is_refused_by_reader_and_writer_in_one_line(whole, copy):
     text = (copy / "index.json").read_text()
     (copy / "index.json").write_text(text.replace('"format": 4', '"format": 3'))
-    refused = "^cache: got [^\n]*a folder with a teacher cache of format 4: write it again$"
+    refused = "^cache: got [^\n]*write the cache again: this version reads format 4$"
     with pytest.raises(InputError, match=refused):
         CachedTeacher(copy)
     with pytest.raises(InputError, match=refused):
@@ -307,7 +307,9 @@ def test_a_cache_of_an_older_format_is_refused_by_reader_and_writer_in_one_line(
 def test_a_disk_too_small_is_refused_before_anything_is_written(whole, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 100})
     monkeypatch.setattr("distill_llm.teachers.cache_writer.shutil.disk_usage", lambda folder: usage)
-    with pytest.raises(InputError, match="^path: got .* with 0.0 MB free'; accepted: a disk with 0.0 MB free"):
+    with pytest.raises(
+        InputError, match="^path: got .* with 0.0 MB free'; free some space, or choose another disk: 0.0 MB are needed"
+    ):
         write(tmp_path / "cache", *whole[:2])
     assert contents(tmp_path / "cache") == {}
 
