@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from datasets import Dataset, Value
 from transformers import PreTrainedTokenizerBase
 
-from distill_llm.common.errors import InputError, one_of
+from distill_llm.common.errors import InputError, as_arguments, one_of
 from distill_llm.data.chats import Chat, as_turn, asked, is_chat
 from distill_llm.data.files import FileFormat
 from distill_llm.data.sources import read_splits, resolve_path
@@ -86,9 +86,9 @@ def _rows(source: Source, form: FileFormat) -> Dataset:
     if isinstance(source, str):
         try:
             return read_splits(resolve_path(source, "data.path"), form=form)["train"]
-        except InputError as error:  # fields of a recipe's data section
-            name = error.field.removeprefix("data.")
-            raise error.renamed("data" if name == "path" else name) from error
+        except InputError as error:
+            fault = as_arguments(error, ("data",))
+            raise fault.renamed("data" if fault.field == "path" else fault.field) from error
     texts = all(isinstance(each, str) for each in source)
     return Dataset.from_dict({"prompt" if texts else "messages": list(source)})
 

@@ -6,7 +6,8 @@ import pytest
 from transformers import BertConfig
 
 from distill_llm.common.errors import InputError
-from distill_llm.data import GLUE, DataSpec, load_task
+from distill_llm.data import GLUE, DataSpec
+from distill_llm.data.loading import read_task
 from distill_llm.models.finding import OpenModel, check_head
 
 
@@ -22,7 +23,7 @@ from distill_llm.models.finding import OpenModel, check_head
 )
 def test_a_task_is_named_with_those_that_are_supported(name, words):
     with pytest.raises(InputError, match=rf"data.task: got '{name}'; .*classification, .*{words}.* is not supported"):
-        load_task(DataSpec(name, "rows.csv"))
+        read_task(DataSpec(name, "rows.csv"))
 
 
 @pytest.mark.parametrize(
@@ -37,4 +38,4 @@ def test_a_model_for_such_a_task_is_named_too(head, words):
 
 def test_another_name_gets_the_nearest():
     with pytest.raises(InputError, match="'sst2' \\(the nearest\\)"):
-        load_task(DataSpec("sst-2"))
+        read_task(DataSpec("sst-2"))
