@@ -179,3 +179,9 @@ def test_missing_data_is_one_line(path: str) -> None:
 def test_folder_without_task_files_names_the_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"train\.tsv and dev\.tsv"):
         read_task(DataSpec("sst2", str(tmp_path)))
+
+
+def test_bytes_that_are_not_utf_8_are_said_with_what_to_do(tmp_path):
+    (tmp_path / "dev.tsv").write_bytes("sentence\tlabel\ncafé\t1\n".encode("cp1252"))
+    with pytest.raises(InputError, match="^data.path: got .*dev.tsv'; save it as UTF-8 "):
+        read_task(DataSpec("sst2", str(tmp_path)), training=False)
