@@ -275,7 +275,7 @@ def test_a_full_disk_and_an_output_that_is_a_file_are_refused(folder, monkeypatc
             patch.setattr(shutil, "disk_usage", lambda path: usage)
             patch.setattr(model_checks, "second_moment_bytes", lambda model, inner, hidden: 5 * 10**9 * inner)
             model_checks.check_disk(recipe, model, model)
-        needed.append(float(error.value.accepted.split()[4]))
+        needed.append(float(error.value.fix.split("about ")[1].split()[0]))
     assert needed[0] == needed[1] == pytest.approx(needed[2] - 15)
     (folder / "run").write_text("")
     (line,) = faults(recipe_with(folder))

@@ -116,7 +116,9 @@ def test_rows_that_are_no_prompts_are_refused_in_one_line(row: dict, field: str,
 
 def test_encoders_and_families_that_mix_packed_rows_are_refused(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", [{"prompt": "x", "response": "y"}] * 4)
-    with pytest.raises(InputError, match=r"data\.task: got 'prompts'; accepted: .* bert models cannot answer prompts"):
+    with pytest.raises(
+        InputError, match=r"data\.task: got 'prompts'; choose text, .* bert models cannot answer prompts"
+    ):
         read_task(DataSpec("prompts", file), AutoConfig.for_model("bert"))
     assert read_task(DataSpec("prompts", file), AutoConfig.for_model("opt")).task.packing is False
     with pytest.raises(InputError, match=r"data\.packing: got True; leave packing out: opt mixes"):

@@ -160,7 +160,9 @@ def test_what_changed_is_named_by_writer_and_reader(tmp_path):
     }
     CachedTeacher(tmp_path / "cache", model, tokenizer, data)
     for names, (other, rows, words) in changes.items():
-        expected = f"^cache: got .*made with another {re.escape(names)}'; accepted: .*$"
+        expected = (
+            f"^cache: got .*made with another {re.escape(names)}'; choose another folder, or write the cache again: .*$"
+        )
         with pytest.raises(InputError, match=expected):
             write(tmp_path / "cache", other, rows, tokenizer=words)
         with pytest.raises(InputError, match=expected):
