@@ -151,6 +151,7 @@ def _check_student(recipe: Recipe, student: OpenModel, teacher: OpenModel, task:
         raise InputError(
             student.field, student.name, f"a student with the same tokenizer as the teacher ({teacher.name})"
         )
+    task.kind.check(data_spec(recipe), student.config)
     if task.kind.has_head(student.config.architectures):
         check_head(student, task)
     compared = recipe.distillation is not None and recipe.distillation.losses.needs_teacher

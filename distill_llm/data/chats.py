@@ -84,21 +84,31 @@ def asked(chat: Chat, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, A
         field: the setting that gave the chat, for errors.
 
     Raises:
-        InputError: the template refuses the chat.
+        TemplateRefusal: the template refuses the chat.
     """
     return _in_template(chat, tokenizer, {**kwargs, "add_generation_prompt": True}, field)
+
+
+class TemplateRefusal(InputError):
+    """A chat that a template refuses; `reason`: in the words of the template."""
+
+    def __init__(self, field: str, chat: Chat, error: Exception):
+        self.reason = first_line(error)
+        roles = ", ".join(turn["role"] for turn in chat)
+        super().__init__(field, f"a chat of {roles}", f"chats that the template takes ({self.reason})")
 
 
 class Answer(NamedTuple):
     """The last turn of a chat as text: the prompt before it; what it says; the template's words after it, up to and with its end.
 
-    `dropped`: the first part of the turn that the template did not write, if any.
+    `fault`: why it cannot be learnt, if so: `dropped` and the first part of the turn that the template did not write, or
+    `changed` and the turn behind which the template writes another prompt.
     """
 
     prompt: str
     said: str
     closing: str
-    dropped: str | None = None
+    fault: tuple[str, str] | None = None
 
 
 def answered(chat: Chat, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any], field: str) -> Answer:
@@ -112,21 +122,21 @@ def answered(chat: Chat, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str
         tokenizer, kwargs, field: as of `asked`.
 
     Raises:
-        InputError: the template refuses the chat, or does more than add the answer to the prompt.
+        TemplateRefusal: the template refuses the chat.
     """
     turns = [{key: value for key, value in turn.items() if value is not None} for turn in chat]
     prompt = asked(turns[:-1], tokenizer, kwargs, field)
     whole = _in_template(turns, tokenizer, kwargs, field)
     if not whole.startswith(prompt):
-        given = f"chats in the words of {tokenizer.name_or_path}"
-        raise InputError(field, given, "a chat template that leaves the prompt unchanged when an answer follows")
+        return Answer(prompt, "", "", ("changed", turns[-1]["content"]))
     # With another content at its place, what follows it is the template's own.
     marked = _in_template([*turns[:-1], {**turns[-1], "content": MARK}], tokenizer, kwargs, field)
     closing = marked.rpartition(MARK)[2]
     if MARK not in marked or not whole.endswith(closing):
         closing = ""
     said = whole[len(prompt) : len(whole) - len(closing)]
-    return Answer(prompt, said, closing.rstrip(), _dropped(turns[-1], prompt, said, closing))
+    dropped = _dropped(turns[-1], prompt, said, closing)
+    return Answer(prompt, said, closing.rstrip(), None if dropped is None else ("dropped", dropped))
 
 
 def _dropped(turn: Mapping[str, Any], prompt: str, said: str, closing: str) -> str | None:
@@ -171,5 +181,4 @@ def _in_template(chat: Chat, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping
     try:
         return str(tokenizer.apply_chat_template(chat, tokenize=False, **kwargs))
     except Exception as error:  # a template raises what it likes
-        roles = ", ".join(turn["role"] for turn in chat)
-        raise InputError(field, f"a chat of {roles}", f"chats that the template takes ({first_line(error)})") from None
+        raise TemplateRefusal(field, chat, error) from None

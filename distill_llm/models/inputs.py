@@ -49,8 +49,6 @@ def packed_sequences(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor
 def forward_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs that the model's forward names (all of them where it names none), without labels, and with no cache.
 
-    With them it returns outputs by name, whatever its config says.
-
     Of a packed batch (see `packed_sequences`), the model gets no attention mask: where positions start again, transformers
     makes the mask that keeps sequences apart, but only if it is given no other and no cache. Padding has position 0 then, and
     is a sequence of its own. Losses and statistics use the whole batch with its attention mask.
@@ -65,6 +63,4 @@ def forward_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any
     names = inspect.signature(model.forward).parameters
     everything = "input_ids" not in names
     chosen = {name: value for name, value in inputs.items() if name != "labels" and (everything or name in names)}
-    if getattr(getattr(model, "config", None), "return_dict", True) is False:
-        chosen["return_dict"] = True  # outputs are read by name
     return {**chosen, "use_cache": False} if "use_cache" in names else chosen

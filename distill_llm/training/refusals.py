@@ -55,7 +55,7 @@ def skipping(args: DistillationConfig) -> list[InputError]:
     return [InputError("on_nonfinite", "skip", fix=fix)]
 
 
-def adapter_faults(model: Any, field: str) -> list[InputError]:
+def tied_adapter_faults(model: Any, field: str) -> list[InputError]:
     """A fault of adapters on weights that the model has twice; `field` names what says where they go."""
     tied = tied_adapters(model)
     return [InputError(field, ", ".join(tied), UNTIED)] if tied else []
@@ -88,7 +88,7 @@ def check_model(model: Any) -> None:
     adapted = without_adapters(model) is not model
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise InputError("model", type(model.active_peft_config).__name__, "LoRA or another adapter inside layers")
-    raise_all(adapter_faults(model, "model"))
+    raise_all(tied_adapter_faults(model, "model"))
     model = without_adapters(model)
     name = type(model).__name__
     if not (isinstance(model, PreTrainedModel) and name.endswith(tuple(ITEMS))):

@@ -101,6 +101,19 @@ def test_what_overflows_ends_in_one_line_that_says_where_and_when(tmp_path, sett
         assert all(parameter.isfinite().all() for parameter in whole.parameters())
 
 
+def test_weights_that_the_last_step_makes_infinite_are_not_saved(tmp_path):
+    """No later loss shows them: the step itself was finite."""
+    student = model_of("sequence-classification", 1)
+    trainer = trainer_of(
+        tmp_path, student, None, rows(student), {"labels": {"weight": 1e4}}, optim="sgd", learning_rate=1e38,
+        save_strategy="steps", save_steps=1,
+    )  # fmt: skip
+    for work in (trainer.train, trainer.save_model):
+        with pytest.raises(NotFinite, match="^a weight of the student is (-inf|inf|nan) in .* at step 1; lower"):
+            work()
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
 def test_a_term_that_is_infinite_is_named_though_the_gradient_is_finite(tmp_path):
     """The teacher says what the student, whose bias masks the class, cannot."""
     teacher, student = model_of("sequence-classification", 2), model_of("sequence-classification", 1, seed=1)
