@@ -95,6 +95,8 @@ def read_files(files: list[Path], field: str, form: FileFormat) -> Dataset:
     except Exception as error:  # pyarrow, pandas and `datasets` raise many kinds
         if (wrong := _wrong_bytes(error)) is not None:
             raise _encoding_fault(wrong, names) from error
+        if "corresponds to no data" in str(error):  # `datasets` found a header line, or less
+            raise InputError(field, ", ".join(names), "a file with rows: it has none") from error
         raise InputError(field, ", ".join(names), f"a well-formed {kind} file ({one_line(error)})") from error
 
 

@@ -131,3 +131,18 @@ def test_in_python_faults_have_the_names_of_the_specs_fields(tmp_path: Path) -> 
         with pytest.raises(InputError) as caught:
             load_task(DataSpec(**{"task": "classification", "path": str(tmp_path / "a.csv"), **changes}))
         assert str(caught.value).startswith(line)
+
+
+def test_a_file_without_rows_and_a_folder_without_data_say_so(tmp_path: Path) -> None:
+    (tmp_path / "head.csv").write_text("text,label\n")
+    (tmp_path / "two.csv").write_text("text,label\na,no\nb,yes\n")
+    (tmp_path / "junk").mkdir()
+    (tmp_path / "junk" / "notes.md").write_text("x")
+    for name, line in (
+        ("head.csv", "accepted: a file with rows: it has none"),
+        ("junk", "accepted: a folder with files train.*, validation.* or test.* (.csv, "),
+        ("two.csv", "accepted: at least two classes in the training rows (they have only 'no')"),
+    ):
+        with pytest.raises(InputError) as caught:
+            load_task(DataSpec("classification", str(tmp_path / name)))
+        assert str(caught.value).partition("; ")[2].startswith(line)

@@ -3,12 +3,14 @@
 from types import SimpleNamespace
 
 import pytest
-from transformers import BertConfig
+import torch
+from safetensors.torch import save_file
+from transformers import BertConfig, ViTConfig
 
 from distill_llm.common.errors import InputError
 from distill_llm.data import GLUE, DataSpec
 from distill_llm.data.loading import read_task
-from distill_llm.models.finding import OpenModel, check_head
+from distill_llm.models.finding import OpenModel, check_head, open_model
 
 
 @pytest.mark.parametrize(
@@ -34,6 +36,13 @@ def test_a_model_for_such_a_task_is_named_too(head, words):
     model = OpenModel("teacher.model", "m", "m", BertConfig(architectures=[head]), SimpleNamespace())
     with pytest.raises(InputError, match=f"this one is for {words}.* not supported"):
         check_head(model, GLUE["sst2"])
+
+
+def test_an_image_model_is_named_where_its_tokenizer_is_looked_for(tmp_path):
+    ViTConfig(architectures=["ViTForImageClassification"]).save_pretrained(tmp_path)
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="^model: got .*; this model is for image classification, which is not supp"):
+        open_model("model", str(tmp_path))
 
 
 def test_another_name_gets_the_nearest():
