@@ -400,10 +400,14 @@ class PrunedModel:
     config: PreTrainedConfig
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
+        lineage = lineage_of(config)
+        if lineage is None:
+            raise ValueError(f"config: {type(self).__name__} needs that of a pruned model: this one has no `pruning`")
+        if (layers := len(lineage.layers)) != config.num_hidden_layers:
+            given = config.num_hidden_layers
+            raise ValueError(f"num_hidden_layers: got {given}; leave it out: this pruned model has {layers} layers")
         with stock_config_of(config):
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        lineage = lineage_of(config)
-        assert lineage is not None
         # Weights are on the meta device if they are about to be loaded; otherwise they were initialised, and stay so.
         shrink(self, lineage, lineage=lineage)  # type: ignore[arg-type]
 

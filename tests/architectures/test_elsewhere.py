@@ -148,6 +148,16 @@ def test_a_new_model_of_a_pruned_config_is_initialised_as_the_original_is(name):
     assert all(parameter.is_meta for parameter in empty.parameters())
 
 
+def test_a_pruned_model_is_not_opened_with_another_number_of_layers_than_it_has(tmp_path):
+    """Its config would say one and its layers the other."""
+    model = family_model("llama")
+    prune(model, uneven_plan(model)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="^num_hidden_layers: got 2; leave it out: this pruned model has 4 layers$"):
+        auto_of("llama").from_pretrained(tmp_path, trust_remote_code=True, num_hidden_layers=2)
+    with pytest.raises(ValueError, match="^config: PrunedLlamaForCausalLM needs that of a pruned model"):
+        pruned_class(type(model))(model.config)
+
+
 def test_an_uncut_model_of_a_pruned_class_is_the_stock_class_to_the_last_bit(tmp_path):
     model = family_model("bert")
     student = prune(model, uneven_plan(model))
