@@ -63,9 +63,9 @@ def cache(
     trust_remote_code: TrustCode = False,
 ) -> None:
     """Write what a teacher says about the training rows to disk, once. Run the same command again to continue after a stop."""
-    own = {"path": data, "columns": read_columns(columns), "separator": separator, "encoding": encoding}
+    source = {"path": data, "columns": read_columns(columns), "separator": separator, "encoding": encoding}
     counts = {"max_length": max_length, "train_examples": train_examples, "holdout_examples": holdout_examples}
-    rows: dict[str, Any] = {"task": task, **own, **counts, "seed": seed, "drop_incomplete": drop_incomplete or None}
+    rows: dict[str, Any] = {"task": task, **source, **counts, "seed": seed, "drop_incomplete": drop_incomplete or None}
     rows = {name: value for name, value in rows.items() if value is not None}
     recipe = _recipe(teacher, output_dir, settings or [], rows, trust_remote_code)
     if recipe is None and task is None:
