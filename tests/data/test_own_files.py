@@ -141,7 +141,7 @@ def test_a_file_without_rows_and_a_folder_without_data_say_so(tmp_path: Path) ->
     for name, line in (
         ("head.csv", "accepted: a file with rows: it has none"),
         ("junk", "accepted: a folder with files train.*, validation.* or test.* (.csv, "),
-        ("two.csv", "accepted: at least two classes in the training rows (they have only 'no')"),
+        ("two.csv", "accepted: at least two classes in the training rows (they have only 'yes')"),
     ):
         with pytest.raises(InputError) as caught:
             load_task(DataSpec("classification", str(tmp_path / name)))
