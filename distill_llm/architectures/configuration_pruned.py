@@ -11,6 +11,8 @@ Public names: `pruned_config_class`, `stock_config_class`, `family_type`, and a 
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import transformers
@@ -87,6 +89,22 @@ def stock_config_class(config_class: type[PreTrainedConfig]) -> type[PreTrainedC
     line = config_class.__mro__
     ours = [index for index, each in enumerate(line) if each.__name__ == "PrunedConfig"]
     return line[ours[0] + 1] if ours else config_class
+
+
+@contextmanager
+def stock_config_of(config: PreTrainedConfig) -> Iterator[None]:
+    """Within the context a pruned model's config is that of its original: of the family's class, with its sizes.
+
+    Some heads make the model below them with `AutoModel.from_config`. It must be the family's own, still uncut, and not the
+    class that the code beside the weights has for it.
+    """
+    own = type(config)
+    with stock_values(config):
+        config.__class__ = stock_config_class(own)
+        try:
+            yield
+        finally:
+            config.__class__ = own
 
 
 def __getattr__(name: str) -> type[PreTrainedConfig]:

@@ -229,7 +229,7 @@ def family_of(model: PreTrainedModel | PreTrainedConfig) -> Family:
                 "The model was pruned with a row that a script added: add the same row before you load it, "
                 "to families.py beside the weights or, with distill_llm, to FAMILIES"
             )
-        accepted = f"one of {', '.join(FAMILIES)}. {todo}"
+        accepted = f"a family that `distill-llm families` lists. {todo}"
         raise NotPrunable(f"family {config.model_type!r}", accepted)
     if getattr(config, "add_cross_attention", False):
         raise NotPrunable(f"{config.model_type!r} with add_cross_attention", "a model without cross-attention")

@@ -27,10 +27,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
-from .configuration_pruned import STOCK_PREFIX, pruned_config_class
+from .configuration_pruned import STOCK_PREFIX, pruned_config_class, stock_config_of
 from .families import Dims, dims_of, family_of, is_in_file, layers_of
 from .family import Family
-from .lineage import LAYER_UNITS, Counts, LayerPlan, ModelPlan, lineage_of, stock_values
+from .lineage import LAYER_UNITS, Counts, LayerPlan, ModelPlan, lineage_of
 
 CODE_NAMES = ("modeling_pruned.py", "configuration_pruned.py", "families.py", "family.py", "lineage.py")
 # What attention modules and configs call their own sizes.
@@ -142,7 +142,7 @@ def _hidden_axes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     double are those of channels, except dimensions along which heads or neurons lie.
     """
     family = family_of(model)
-    with stock_values(model.config):
+    with stock_config_of(model.config):
         configs = [_widened(model.config, family, factor) for factor in (1, 2)]
     width = configs[0].hidden_size
     small, large = (_without_memory(stock_class(type(model)), config) for config in configs)
@@ -400,10 +400,14 @@ class PrunedModel:
     config: PreTrainedConfig
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
-        with stock_values(config):
-            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         lineage = lineage_of(config)
-        assert lineage is not None
+        if lineage is None:
+            raise ValueError(f"config: {type(self).__name__} needs that of a pruned model: this one has no `pruning`")
+        if (layers := len(lineage.layers)) != config.num_hidden_layers:
+            given = config.num_hidden_layers
+            raise ValueError(f"num_hidden_layers: got {given}; leave it out: this pruned model has {layers} layers")
+        with stock_config_of(config):
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         # Weights are on the meta device if they are about to be loaded; otherwise they were initialised, and stay so.
         shrink(self, lineage, lineage=lineage)  # type: ignore[arg-type]
 

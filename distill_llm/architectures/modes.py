@@ -1,4 +1,4 @@
-"""Models held still for a while: eval mode, no gradients, another forward. Everything is undone at the end."""
+"""Models held still for a while: eval mode, no gradients, outputs by name, another forward. Everything is undone at the end."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,12 +8,31 @@ from torch import nn
 
 
 @contextmanager
+def named_outputs(model: nn.Module) -> Iterator[None]:
+    """Within the context a model gives its outputs by name, also if its config has `return_dict: false`.
+
+    An argument of the forward would not do: heads of decoders read the outputs of the model below them by name, but do not
+    ask it for names.
+    """
+    config = getattr(model, "config", None)
+    if getattr(config, "return_dict", True) is not False:
+        yield
+        return
+    config.return_dict = True  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        config.return_dict = False  # type: ignore[union-attr]
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode within the context; every module gets its own mode back afterwards."""
+    """Eval mode and outputs by name within the context; every module gets its own mode back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        yield
+        with named_outputs(model):
+            yield
     finally:
         for module, training in modes:
             module.training = training

@@ -28,7 +28,7 @@ from distill_llm.models.finding import OpenModel
 from distill_llm.pruning.units.sizes import second_moment_bytes
 from distill_llm.recipe.pruning import PruningSection
 from distill_llm.recipe.recipe import Recipe
-from distill_llm.training.refusals import adapter_faults
+from distill_llm.training.refusals import tied_adapter_faults
 from distill_llm.training.terms import Terms, wanted_by
 
 
@@ -76,7 +76,7 @@ def adapted(recipe: Recipe, student: PreTrainedModel) -> nn.Module:
             model = get_peft_model(copy.deepcopy(student), LoraConfig(**fields))
     except Exception as error:
         raise InputError("student.peft", fields, f"adapters that fit the model ({first_line(error)})") from None
-    raise_all(adapter_faults(model, "student.peft.target_modules"))
+    raise_all(tied_adapter_faults(model, "student.peft.target_modules"))
     return model
 
 

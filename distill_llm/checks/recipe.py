@@ -84,7 +84,7 @@ def open_recipe(recipe: Recipe) -> Opened:
     found.ask(_answer_faults, recipe, shorter, task)
     found.run(_check_raw_rows, data, teacher)
     found.ask(_loss_faults, recipe, task)
-    found.ask(_mixture_faults, recipe, teacher if name is None else student, task)
+    found.ask(_mixture_faults, recipe, teacher, teacher if name is None else student, task)
     cache = found.run(_open_cache, recipe, teacher)
     found.ask(_response_faults, recipe, task, shorter)
     paired = found.run(_check_layer_pairs, recipe, teacher, teacher if name is None else student)
@@ -151,6 +151,7 @@ def _check_student(recipe: Recipe, student: OpenModel, teacher: OpenModel, task:
         raise InputError(
             student.field, student.name, f"a student with the same tokenizer as the teacher ({teacher.name})"
         )
+    task.kind.check(data_spec(recipe), student.config)
     if task.kind.has_head(student.config.architectures):
         check_head(student, task)
     compared = recipe.distillation is not None and recipe.distillation.losses.needs_teacher
@@ -201,9 +202,12 @@ def _loss_faults(recipe: Recipe, task: Task) -> list[InputError]:
     return recipe.distillation.losses.faults(use, "distillation.losses")
 
 
-def _mixture_faults(recipe: Recipe, student: OpenModel, task: Task) -> list[InputError]:
-    trains = recipe.distillation is not None and task.is_language_model
-    return router_faults(student.config, f"{student.field}: config.json") if trains else []
+def _mixture_faults(recipe: Recipe, teacher: OpenModel, student: OpenModel, task: Task) -> list[InputError]:
+    trained = [student] if recipe.distillation is not None else []
+    if recipe.teacher.train is not None and student is not teacher:
+        trained.append(teacher)
+    several = [router_faults(each.config, f"{each.field}: config.json") for each in trained]
+    return [fault for faults in several for fault in faults] if task.is_language_model else []
 
 
 def _projected(student: OpenModel | None, teacher: OpenModel | None) -> tuple[int, int] | None:

@@ -38,7 +38,7 @@ class CommandGroup(typer.core.TyperGroup):
             if error.filename is None:  # not about a file: a fault of the program
                 raise
             line = f"{error.filename}: {error.strerror or error}; mend that, then run the same command again"
-            print("error:", " ".join(line.split()), file=sys.stderr)  # from every process: others may not meet it
+            _print_error(line)  # from every process: others may not meet it
             raise typer.Exit(2) from None
         _leave_processes()
         return result
@@ -57,8 +57,15 @@ def _leave_processes() -> None:
 def _told(lines: list[str]) -> typer.Exit:
     if is_main_process():
         for line in lines:
-            print("error:", " ".join(line.split()), file=sys.stderr)
+            _print_error(line)
     return typer.Exit(2)
+
+
+def _print_error(line: str) -> None:
+    """Print one line on stderr, below the progress bars that the error left open."""
+    for bar in list(getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ())):
+        bar.close()
+    print("error:", " ".join(line.split()), file=sys.stderr)
 
 
 def _hint(error: Any) -> str:

@@ -1,8 +1,5 @@
 """The command line. Bad input gives exit code 2 and a line per fault on stderr. Heavy imports wait until they are needed."""
 
-import logging
-import os
-import warnings
 from typing import Annotated
 
 import typer
@@ -17,6 +14,7 @@ from distill_llm.cli.export import EXAMPLE as EXPORT
 from distill_llm.cli.export import export
 from distill_llm.cli.group import CommandGroup
 from distill_llm.cli.launching import shareable
+from distill_llm.cli.libraries import subdued
 from distill_llm.cli.lists import families, recipes
 from distill_llm.cli.profile import EXAMPLE as PROFILE
 from distill_llm.cli.profile import profile
@@ -59,6 +57,7 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _settings(
+    context: typer.Context,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Show no progress bars, notices, or warnings of libraries.")
     ] = False,
@@ -67,17 +66,7 @@ def _settings(
     ] = False,
 ) -> None:
     """Prune and distill Hugging Face models."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports kernels that nobody asked for
-    if quiet:
-        for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):
-            os.environ[name] = "error"
-        for name in ("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
-            os.environ[name] = "1"
-        warnings.simplefilter("ignore")
-        logging.getLogger("distill_llm").setLevel(logging.ERROR)
+    context.with_resource(subdued(quiet))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from distill_llm.common.errors import InputError, InputErrors, faults_in, one_of
+from distill_llm.common.finite import NotFinite
 from distill_llm.recipe.sections import ColumnsSection
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")]
@@ -65,6 +66,8 @@ def _renamed(fault: InputError, options: Collection[str], arguments: Mapping[str
     def mention(match: re.Match[str]) -> str:
         return f"`{_written(match[1])}`" if match[1] in options else match[0]
 
+    if isinstance(fault, NotFinite):  # of no option
+        return fault
     accepted, fix = (re.sub(r"`(\w+)`", mention, text) for text in (fault.accepted, fault.fix))
     return InputError(_option(fault.field, options, arguments), fault.given, accepted, fix=fix)
 

@@ -42,6 +42,10 @@ class NotFinite(InputError):
         when = "" if step is None else f" at step {step}"
         self.args = (f"{f'{stage}: ' if stage else ''}{what} is {found}{where}{when}; {fix}",)
 
+    def renamed(self, field: str) -> "NotFinite":
+        """The same: it names numbers that were computed, no field that a user wrote."""
+        return self
+
     def in_stage(self, stage: str) -> "NotFinite":
         """The same with the stage that the caller knows."""
         return NotFinite(self.field, self.given, self.fix, stage=stage, layer=self.layer, step=self.step)

@@ -84,21 +84,31 @@ def asked(chat: Chat, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, A
         field: the setting that gave the chat, for errors.
 
     Raises:
-        InputError: the template refuses the chat.
+        TemplateRefusal: the template refuses the chat.
     """
     return _in_template(chat, tokenizer, {**kwargs, "add_generation_prompt": True}, field)
+
+
+class TemplateRefusal(InputError):
+    """A chat that a template refuses; `reason`: in the words of the template."""
+
+    def __init__(self, field: str, chat: Chat, error: Exception):
+        self.reason = first_line(error)
+        roles = ", ".join(turn["role"] for turn in chat)
+        super().__init__(field, f"a chat of {roles}", f"chats that the template takes ({self.reason})")
 
 
 class Answer(NamedTuple):
     """The last turn of a chat as text: the prompt before it; what it says; the template's words after it, up to and with its end.
 
-    `dropped`: the first part of the turn that the template did not write, if any.
+    `fault`: why it cannot be learnt, if so: `dropped` and the first part of the turn that the template did not write, or
+    `changed` and the turn behind which the template writes another prompt.
     """
 
     prompt: str
     said: str
     closing: str
-    dropped: str | None = None
+    fault: tuple[str, str] | None = None
 
 
 def answered(chat: Chat, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any], field: str) -> Answer:
@@ -112,40 +122,41 @@ def answered(chat: Chat, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str
         tokenizer, kwargs, field: as of `asked`.
 
     Raises:
-        InputError: the template refuses the chat, or does more than add the answer to the prompt.
+        TemplateRefusal: the template refuses the chat.
     """
     turns = [{key: value for key, value in turn.items() if value is not None} for turn in chat]
     prompt = asked(turns[:-1], tokenizer, kwargs, field)
     whole = _in_template(turns, tokenizer, kwargs, field)
     if not whole.startswith(prompt):
-        given = f"chats in the words of {tokenizer.name_or_path}"
-        raise InputError(field, given, "a chat template that leaves the prompt unchanged when an answer follows")
+        return Answer(prompt, "", "", ("changed", turns[-1]["content"]))
     # With another content at its place, what follows it is the template's own.
     marked = _in_template([*turns[:-1], {**turns[-1], "content": MARK}], tokenizer, kwargs, field)
     closing = marked.rpartition(MARK)[2]
     if MARK not in marked or not whole.endswith(closing):
         closing = ""
     said = whole[len(prompt) : len(whole) - len(closing)]
-    return Answer(prompt, said, closing.rstrip(), _dropped(turns[-1], whole.removesuffix(closing), said + closing))
+    dropped = _dropped(turns[-1], prompt, said, closing)
+    return Answer(prompt, said, closing.rstrip(), None if dropped is None else ("dropped", dropped))
 
 
-def _dropped(turn: Mapping[str, Any], until: str, answer: str) -> str | None:
+def _dropped(turn: Mapping[str, Any], prompt: str, said: str, closing: str) -> str | None:
     """The first part of a turn that is not in the text of the chat, white space aside.
 
-    Args:
-        until: all of the chat up to the end of the content: a template may begin the thoughts of an answer within the prompt.
-        answer: the turn in the words of the template.
+    Thoughts and calls must stand beside the content, which may well name them too. The content may begin within the prompt:
+    a template may open the thoughts of an answer there.
     """
-    if not _bare(until).endswith(_bare(turn["content"])):
+    content, answer = _bare(turn["content"]), _bare(said)
+    if not _bare(prompt + said).endswith(content):
         return str(turn["content"])
+    beside = f"{answer[: max(0, len(answer) - len(content))]} {_bare(closing)}"
     parts = [turn[name] for name in THOUGHTS if isinstance(turn.get(name), str)] + [*_texts(turn.get("tool_calls"))]
-    return next((part for part in parts if not _is_in(answer, part)), None)
+    return next((part for part in parts if not _is_in(beside, part)), None)
 
 
-def _is_in(answer: str, part: str) -> bool:
-    """Whether an answer has a text, white space aside, as it is or as JSON writes it."""
+def _is_in(bare: str, part: str) -> bool:
+    """Whether a text without white space has a part, white space aside, as it is or as JSON writes it."""
     forms = (part, json.dumps(part)[1:-1], json.dumps(part, ensure_ascii=False)[1:-1])
-    return any(_bare(form) in _bare(answer) for form in forms)
+    return any(_bare(form) in bare for form in forms)
 
 
 def _bare(text: str) -> str:
@@ -170,5 +181,4 @@ def _in_template(chat: Chat, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping
     try:
         return str(tokenizer.apply_chat_template(chat, tokenize=False, **kwargs))
     except Exception as error:  # a template raises what it likes
-        roles = ", ".join(turn["role"] for turn in chat)
-        raise InputError(field, f"a chat of {roles}", f"chats that the template takes ({first_line(error)})") from None
+        raise TemplateRefusal(field, chat, error) from None

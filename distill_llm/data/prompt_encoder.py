@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from distill_llm.data.answers import Divided, answer_text, divided, encoded
 from distill_llm.data.causal import as_rows
-from distill_llm.data.chats import answered, asked
+from distill_llm.data.chats import Chat, TemplateRefusal, answered, asked
 from distill_llm.data.padding import Rows
 from distill_llm.data.special_tokens import document_end, special_ends, tokenizer_fingerprint
 from distill_llm.data.tasks import Task
@@ -31,14 +31,14 @@ class _Answer:
         prompt, text: as text; where there are ids, `text` is what people read of them.
         ids: token ids that a model generated.
         cut: whether the answer was cut off, and so has no end.
-        dropped: what the chat template left out of it.
+        fault: the kind of what is wrong with it as a chat, and what shows it.
     """
 
     prompt: str
     text: str
     ids: list[int] | None
     cut: bool
-    dropped: str | None = None
+    fault: tuple[str, str] | None = None
 
 
 class PromptEncoder:
@@ -66,11 +66,7 @@ class PromptEncoder:
         self.fingerprint = tokenizer_fingerprint(tokenizer)
 
     def __call__(self, rows: Rows) -> Rows:
-        """Encoded rows.
-
-        Raises:
-            InputError: the template refuses a chat.
-        """
+        """Encoded rows."""
         answers = [self._answer(row) for row in _each(rows)]
         ids, labels, faults = [], [], []
         numbers = rows.get(NUMBER, range(len(answers)))
@@ -89,12 +85,17 @@ class PromptEncoder:
         ids = row.get(GENERATED) if row.get(TOKENIZER) == self.fingerprint else None
         if not self.chats:
             return _Answer(row["prompt"], row["response"], ids, cut)
-        chat = row["messages"]
+        try:
+            return self._last_turn(row["messages"], ids, cut)
+        except TemplateRefusal as error:
+            return _Answer("", "", None, cut, ("refused", error.reason))
+
+    def _last_turn(self, chat: Chat, ids: list[int] | None, cut: bool) -> _Answer:
         if ids is not None:
             turns = [{name: value for name, value in turn.items() if value is not None} for turn in chat[:-1]]
             return _Answer(asked(turns, self.tokenizer, self.kwargs, "data.path"), chat[-1]["content"], ids, cut)
         found = answered(chat, self.tokenizer, self.kwargs, "data.path")
-        return _Answer(found.prompt, found.said + ("" if cut else found.closing), None, cut, found.dropped)
+        return _Answer(found.prompt, found.said + ("" if cut else found.closing), None, cut, found.fault)
 
     def _divided(self, answers: Sequence[_Answer]) -> list[Divided]:
         """The tokens of prompts and responses in the order of the answers."""
@@ -110,10 +111,10 @@ class PromptEncoder:
         return [*response, self.end]
 
     def _fault(self, number: int, answer: _Answer, prompt: list[int], shared: str | None) -> str:
-        if answer.dropped is not None:
-            return fault_of(number, "dropped", answer.dropped)
+        if answer.fault is not None:
+            return fault_of(number, *answer.fault)
         if shared is not None:
-            return fault_of(number, "shared", shared)
+            return fault_of(number, "joined" if self.chats else "shared", shared)
         if answer.ids is not None:
             ids = answer.ids if answer.cut else answer.ids[:-1]
             text = answer_text(self.tokenizer, ids, () if self.chats else prompt)

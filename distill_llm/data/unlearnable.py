@@ -18,9 +18,18 @@ FAULTS = {
         "a prompt and a response that share the token {}",
         "move the space or line end between them to the beginning of the response, or divide them between two words",
     ),
+    "joined": (
+        "an answer that shares the token {} with the words of the chat template before it",
+        "remove the white space with which the answer begins",
+    ),
     "dropped": (
         "an answer of which the chat template leaves out {}",
         "remove that part from the answer, or give the tokenizer a chat template that keeps it",
+    ),
+    "refused": ("a chat that the chat template refuses ({})", "change these rows, or remove them"),
+    "changed": (
+        "a chat whose question the chat template writes otherwise before the answer {}",
+        "remove thoughts that `data.chat_template_kwargs` turns off, or use a template that leaves questions as they are",
     ),
     "edited": (
         "a response that is not the text of its response_ids ({})",
@@ -28,7 +37,7 @@ FAULTS = {
     ),
 }
 """By kind: what is given, with what was seen of it in the first row; what to do."""
-LONGEST = 40
+LONGEST = 60
 
 
 def fault_of(number: int, kind: str, seen: str) -> str:

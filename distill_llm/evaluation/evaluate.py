@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from distill_llm.architectures.modes import evaluating
 from distill_llm.common.errors import InputError, raise_all
-from distill_llm.common.finite import NotFinite
+from distill_llm.common.finite import NotFinite, unsound_weight
 from distill_llm.common.progress import progress_bar
 from distill_llm.data.causal import CausalCollator
 from distill_llm.data.padding import LENGTH, Collator
@@ -128,6 +128,8 @@ def predict(
 
 def _not_finite(model: PreTrainedModel, what: str, found: float) -> NotFinite:
     fix = f"score a model with finite numbers: in {str(model.dtype).removeprefix('torch.')} it may overflow"
+    if (weight := unsound_weight(model)) is not None:
+        fix = "score a model with finite numbers: its weight {} holds {}".format(*weight)
     return NotFinite(f"the {what} of {type(model).__name__} in scoring", str(found), fix)
 
 

@@ -50,8 +50,9 @@ def sequence_numbers(batch: Mapping[str, Any]) -> torch.Tensor | None:
     """(B, T) the number, within its row, of each token's sequence, from 0; None without `position_ids` of that shape.
 
     A sequence begins where the position of a token is not beyond that of the token before it, padding left out: that a batch
-    has positions does not mean that its rows are packed. Padding counts to the sequence before it. Positions of an encoder
-    may start again within one sequence: ask only about models that predict the next token.
+    has positions does not mean that its rows are packed. Without a mask it begins wherever the position is not the next one,
+    as transformers divides attention then. Padding counts to the sequence before it. Positions of an encoder may start again
+    within one sequence: ask only about models that predict the next token.
     """
     positions, valid = batch.get("position_ids"), valid_tokens(batch)
     if positions is None or positions.dim() != 2:
@@ -59,8 +60,9 @@ def sequence_numbers(batch: Mapping[str, Any]) -> torch.Tensor | None:
     places = torch.arange(valid.shape[1], device=valid.device).expand_as(valid).masked_fill(~valid, -1)
     before = torch.nn.functional.pad(places.cummax(-1).values[:, :-1], (1, 0), value=-1)
     positions = positions.expand_as(valid)
-    begins = valid & (before >= 0) & (positions <= positions.gather(1, before.clamp(min=0)))
-    return begins.cumsum(-1)
+    steps = positions - positions.gather(1, before.clamp(min=0))
+    apart = steps != 1 if batch.get("attention_mask") is None else steps <= 0
+    return (valid & (before >= 0) & apart).cumsum(-1)
 
 
 def aligned_labels(batch: Mapping[str, Any], kind: Kind) -> torch.Tensor:

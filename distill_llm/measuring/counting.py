@@ -12,7 +12,7 @@ from distill_llm.architectures.families import layers_of
 from distill_llm.architectures.modes import evaluating, frozen
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.measuring.live import LiveStorages
-from distill_llm.models.adapters import adapter_faults
+from distill_llm.models.adapters import unmerged_faults
 from distill_llm.models.limits import length_faults, limits_of
 
 
@@ -81,11 +81,12 @@ def full_length_inputs(model: PreTrainedModel, batch_size: int, sequence_length:
     """
     at_least_one("batch_size", batch_size)
     at_least_one("sequence_length", sequence_length)
-    raise_all(adapter_faults(model))
+    raise_all(unmerged_faults(model))
     limits = limits_of(model.config, type(model).__name__)
     raise_all(length_faults(limits, sequence_length, "sequence_length"))
-    if model.main_input_name != "input_ids":
-        accepted = f"a model of text; {type(model).__name__} reads {model.main_input_name}"
+    main = getattr(model, "main_input_name", "input_ids")
+    if main != "input_ids":
+        accepted = f"a model of text; {type(model).__name__} reads {main}"
         raise InputError("model", model.config.name_or_path or type(model).__name__, accepted)
     vocabulary = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     ids = torch.randint(0, vocabulary, (batch_size, sequence_length), generator=torch.Generator().manual_seed(0))

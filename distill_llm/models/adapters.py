@@ -1,11 +1,13 @@
-"""Models with adapters of peft around them: the model inside, and one plain model out of both."""
+"""Models with adapters of peft: refused where only a plain one will do, looked into, and merged into one plain model."""
 
 import copy
 from collections import Counter
+from os import PathLike
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from distill_llm.common.errors import InputError
 
@@ -46,7 +48,7 @@ def is_quantized(model: nn.Module) -> bool:
     return bool(getattr(model, "is_quantized", False))
 
 
-def adapter_faults(model: nn.Module) -> list[InputError]:
+def unmerged_faults(model: nn.Module) -> list[InputError]:
     """A fault of a model with adapters of peft: around it, or around any of its layers, its head or its embeddings."""
     # By name, because peft need not be installed.
     adapted = [name for name, module in model.named_modules() if type(module).__module__.partition(".")[0] == "peft"]
@@ -59,6 +61,26 @@ def adapter_faults(model: nn.Module) -> list[InputError]:
         "merge first: model = model.merge_and_unload()" if merging else "load the model without adapters, or merge them"
     )
     return [InputError("model", given, fix=plain)]
+
+
+def adapter_folder_faults(field: str, name: str, model: str | PathLike) -> list[InputError]:
+    """A fault of a folder or Hub id that holds adapters: transformers would put them on a model that the folder names.
+
+    Args:
+        field, name: what the user called it.
+        model: where it is.
+    """
+    try:
+        found = find_adapter_config_file(str(model))
+    except OSError:  # no such model: opening its config says so
+        found = None
+    if found is None:
+        return []
+    fix = (
+        "it holds adapters: merge them first, AutoPeftModelFor...from_pretrained(folder).merge_and_unload()"
+        ".save_pretrained(other), and give the other folder"
+    )
+    return [InputError(field, name, fix=fix)]
 
 
 def merged(model: Any) -> PreTrainedModel:

@@ -13,9 +13,10 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from distill_llm.architectures.configuration_pruned import STOCK_PREFIX, stock_config_class
 from distill_llm.architectures.families import layers_of
 from distill_llm.architectures.modeling_pruned import pruned_class, stock_class
-from distill_llm.common.errors import InputError
+from distill_llm.common.errors import InputError, raise_all
 from distill_llm.common.hub import check_hub_name
 from distill_llm.data.tasks import Task, label_names, same_names
+from distill_llm.models.adapters import adapter_folder_faults
 from distill_llm.models.configs import check_own_code, class_of, code_class, open_config, readable
 
 
@@ -38,6 +39,7 @@ def load_pretrained(model: str | os.PathLike, trust_remote_code: bool = False, *
     """
     if not os.path.exists(model):
         check_hub_name(str(model), "model", str(model), "an existing folder, or a Hub id")
+    raise_all(adapter_folder_faults("model", str(model), model))
     with readable(model):
         config = open_config(model, trust_remote_code)
         model_class = class_of(model, config, trust_remote_code)

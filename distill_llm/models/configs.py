@@ -23,6 +23,7 @@ from distill_llm.architectures.configuration_pruned import (
     pruned_config_class,
     stock_config_class,
 )
+from distill_llm.architectures.families import NotPrunable
 from distill_llm.architectures.modeling_pruned import CODE_NAMES, pruned_class
 from distill_llm.common.errors import InputError, first_line
 
@@ -115,6 +116,8 @@ def unloadable(field: str, name: str, error: Exception) -> Exception:
     """
     if isinstance(error, InputError | torch.OutOfMemoryError):
         return error
+    if isinstance(error, NotPrunable):
+        return InputError(field, error.given, error.accepted)
     if "ignore_mismatched_sizes" in str(error):
         return InputError(field, name, "a checkpoint with weights of the sizes in its config.json")
     if isinstance(error, UnpicklingError | EOFError):

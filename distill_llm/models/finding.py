@@ -17,6 +17,7 @@ from distill_llm.data.kinds import kind_of_head
 from distill_llm.data.sources import resolve_path
 from distill_llm.data.tasks import Task, TaskData, class_name_faults, label_names, same_names
 from distill_llm.data.unsupported import unsupported_head
+from distill_llm.models.adapters import adapter_folder_faults
 from distill_llm.models.configs import TRUST, needs_trust, open_config, open_tokenizer
 from distill_llm.models.gguf import SUFFIX, plain_checkpoint
 from distill_llm.models.limits import RowFacts, beyond_vocabulary, limits_of, masking_faults, read_rows, row_faults
@@ -58,14 +59,15 @@ def open_model(field: str, name: str, tokenizer: bool = True, trust_remote_code:
     """
     path = resolve_model(name, field)
     local = Path(path)
+    if not os.path.exists(path):
+        check_hub_name(path, field, name, "an existing folder or GGUF file, a Hub id, or package://PACKAGE/PATH")
+    raise_all(adapter_folder_faults(field, name, path))
     if os.path.exists(path):
         if not (local / "config.json").is_file():
             raise InputError(field, name, "a folder with a config.json, as save_pretrained writes it")
         if tokenizer and not any(any(local.glob(pattern)) for pattern in TOKENIZER_FILES):
             raise InputError(field, name, f"a folder with its tokenizer ({', '.join(TOKENIZER_FILES)})")
         _check_weights(field, name, local)
-    else:
-        check_hub_name(path, field, name, "an existing folder or GGUF file, a Hub id, or package://PACKAGE/PATH")
     try:
         config = open_config(path, trust_remote_code)
     except Exception as error:  # each family's config raises its own kinds

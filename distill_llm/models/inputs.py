@@ -10,7 +10,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.data.decoders import is_decoder, packing_faults
-from distill_llm.losses.items import sequence_numbers
+from distill_llm.losses.items import kind_of_class, sequence_numbers
 
 BORDERS = ("cu_seq_lens_q", "seq_idx")
 """What collators say of the borders of sequences besides `position_ids`; most models do not read it."""
@@ -31,7 +31,10 @@ def packed_sequences(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor
         fix = "let the collator return position_ids too: they keep the sequences of a row apart"
         raise InputError("position_ids", f"a batch with {named[0]} alone", fix=fix)
     config = getattr(model, "config", None)
-    if "position_ids" not in batch or config is None or not is_decoder(config):
+    if "position_ids" not in batch or config is None:
+        return None
+    # A config names no class before it is saved: whether a family with both heads (BERT) is a decoder, only the class says.
+    if kind_of_class(type(model).__name__) != "next_token" and not is_decoder(config):
         return None
     numbers = sequence_numbers(batch)
     if numbers is None or not numbers.any():
@@ -45,8 +48,6 @@ def packed_sequences(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor
 
 def forward_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs that the model's forward names (all of them where it names none), without labels, and with no cache.
-
-    With them it returns outputs by name, whatever its config says.
 
     Of a packed batch (see `packed_sequences`), the model gets no attention mask: where positions start again, transformers
     makes the mask that keeps sequences apart, but only if it is given no other and no cache. Padding has position 0 then, and
@@ -62,6 +63,4 @@ def forward_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any
     names = inspect.signature(model.forward).parameters
     everything = "input_ids" not in names
     chosen = {name: value for name, value in inputs.items() if name != "labels" and (everything or name in names)}
-    if getattr(getattr(model, "config", None), "return_dict", True) is False:
-        chosen["return_dict"] = True  # outputs are read by name
     return {**chosen, "use_cache": False} if "use_cache" in names else chosen

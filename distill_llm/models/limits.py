@@ -252,7 +252,7 @@ def _valid(positions: _Column, mask: _Column | None) -> tuple[np.ndarray, np.nda
 
 
 def _several(positions: np.ndarray, of_row: np.ndarray) -> bool:
-    """Whether a row holds several sequences, by the positions of its tokens and the row of each."""
+    """Whether a row holds several sequences, by the positions of its tokens and the row of each; the batch may get a mask."""
     own = torch.tensor(positions)[None]  # a copy: what Arrow holds cannot be written to
-    numbers = sequence_numbers({"input_ids": own, "position_ids": own})
+    numbers = sequence_numbers({"input_ids": own, "position_ids": own, "attention_mask": torch.ones_like(own)})
     return numbers is not None and bool(((numbers[0].diff() > 0) & (torch.tensor(of_row).diff() == 0)).any())

@@ -11,7 +11,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.generic import is_flash_attention_requested
 
 from distill_llm.architectures.families import facts_of
-from distill_llm.architectures.modes import forward_as
+from distill_llm.architectures.modes import forward_as, named_outputs
 from distill_llm.common.errors import InputError
 from distill_llm.losses.head import Head
 from distill_llm.losses.items import is_language_model
@@ -118,7 +118,7 @@ def _finishes_as_said(model: PreTrainedModel, head: OutputHead) -> bool:
     half = torch.autocast(model.device.type, torch.bfloat16, enabled=is_flash_attention_requested(model.config))
     eager = kernels_named(attention_configs(model), lambda kernel: "eager")
     fixed = forward_as(head.linear, lambda hidden: products)
-    with torch.no_grad(), half, eager, fixed, torch.random.fork_rng(devices):
+    with torch.no_grad(), half, eager, fixed, named_outputs(model), torch.random.fork_rng(devices):
         logits = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device)).logits
     expected = products * head.scale
     if head.softcap is not None:

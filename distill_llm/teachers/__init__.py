@@ -1,6 +1,6 @@
 """Where the signals that a student learns from come from: a kind of teacher a file, behind one protocol (`base.Teacher`).
 
-May import: common, losses, data, models.
+May import: common, architectures, losses, data, models.
 """
 
 from distill_llm.losses.terms.term import Gives

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from distill_llm.architectures.modes import named_outputs
 from distill_llm.losses.signals import HeadSignals, Signals, Wanted
 from distill_llm.losses.terms.term import Gives
 from distill_llm.models.adapters import is_quantized
@@ -80,6 +81,7 @@ class OnlineTeacher(Teacher):
         self.model.eval()
         with ExitStack() as forward:
             forward.enter_context(torch.no_grad())
+            forward.enter_context(named_outputs(self.model))
             recording = forward.enter_context(self.recorder.recording())
             forward.enter_context(packed(self.model, positions))
             if compact:

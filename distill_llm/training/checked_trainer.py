@@ -43,7 +43,8 @@ class CheckedTrainer(ProjectingTrainer):
             return norm
         scaled = self.accelerator.scaler is not None and [*unsound] == [GRADIENT]  # the scaler leaves such a step out
         skips = scaled or self.args.on_nonfinite == "skip"
-        if not skips or self.sums.in_a_row >= (MOST_SCALED if scaled else MOST_SKIPPED):
+        in_vain = not self.sums.all_kept and self.sums.all_steps + 1 >= self.state.max_steps  # nothing would be learnt
+        if not skips or in_vain or self.sums.in_a_row >= (MOST_SCALED if scaled else MOST_SKIPPED):
             raise self._fault(unsound, skips)
         self.sums.skip()
         self._tr_loss.copy_(self._loss_before)
@@ -56,7 +57,7 @@ class CheckedTrainer(ProjectingTrainer):
         (what, found), layer, step = next(iter(unsound.items())), None, self.state.global_step + 1
         fix = f"{LEARN_SLOWER}, or set on_nonfinite: skip"
         if skipped:
-            fix = f"{LEARN_SLOWER}: {self.sums.in_a_row} steps in a row were skipped"
+            fix = f"{LEARN_SLOWER}: {self.sums.in_a_row + 1} steps in a row were not finite"
         if what == TEACHER:
             fix = "give a teacher with finite outputs: it may overflow in its dtype, or have weights that are nan"
         elif (weight := unsound_weight(self.model)) is not None:

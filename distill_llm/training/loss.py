@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from distill_llm.architectures.modes import named_outputs
 from distill_llm.losses.chunked_head import head_losses
 from distill_llm.losses.head_parts import LabelPart
 from distill_llm.losses.items import aligned_labels, first_rows, targets, valid_tokens
@@ -142,6 +143,7 @@ class TrainingLoss:
                 forward.enter_context(packed(self.student, positions))
             else:
                 sums = forward.enter_context(self.head_terms.inside(batch, positions, factors))
+            forward.enter_context(named_outputs(self.student))
             outputs = model(**given)
         batch = replace(batch, student=recording.with_logits(item_logits(outputs.logits, positions)))
         if self.teacher is not None:
@@ -167,7 +169,8 @@ class TrainingLoss:
 
     def of_labels(self, model: nn.Module, inputs: dict[str, Any], rows: int) -> tuple[torch.Tensor, Any]:
         """The loss against the labels, without smoothing, summed over the first `rows` of a batch; and all outputs."""
-        outputs = model(**forward_inputs(self.student, inputs))
+        with named_outputs(self.student):
+            outputs = model(**forward_inputs(self.student, inputs))
         labels = aligned_labels(inputs, self.terms.kind)[:rows].flatten()
         return label_loss(outputs.logits[:rows].flatten(0, -2), labels).sum(), outputs
 
@@ -182,6 +185,6 @@ class TrainingLoss:
         def receive(hidden: torch.Tensor) -> None:
             sums.append(head_losses(head.head, hidden, [LabelPart(labels)]).sums[0])
 
-        with torch.no_grad(), packed(self.student, positions), head.handing_on(receive):
+        with torch.no_grad(), named_outputs(self.student), packed(self.student, positions), head.handing_on(receive):
             model(**forward_inputs(self.student, inputs))
         return sums[0]

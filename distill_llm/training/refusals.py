@@ -8,7 +8,7 @@ import os
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from transformers import DataCollatorWithFlattening, PreTrainedModel, TrainingArguments
+from transformers import DataCollatorWithFlattening, PreTrainedModel
 
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.data.decoders import packing_faults
@@ -28,6 +28,7 @@ from distill_llm.models.limits import (
     row_faults,
 )
 from distill_llm.teachers.base import Teacher
+from distill_llm.training.config import DistillationConfig
 
 UNUSED = {
     "model_init": "leave it out: the student is given as a model, made once",
@@ -46,7 +47,15 @@ def compiling(training: Mapping[str, Any]) -> list[InputError]:
     return [InputError(name, value, fix=fix) for name, value in given[:1]]
 
 
-def adapter_faults(model: Any, field: str) -> list[InputError]:
+def skipping(args: DistillationConfig) -> list[InputError]:
+    """The fault of steps that are to be skipped where nothing can be looked at before they are taken."""
+    if args.on_nonfinite != "skip" or args.deepspeed_plugin is None:
+        return []
+    fix = "set it to stop: DeepSpeed takes each step within the backward pass, before its numbers can be checked"
+    return [InputError("on_nonfinite", "skip", fix=fix)]
+
+
+def tied_adapter_faults(model: Any, field: str) -> list[InputError]:
     """A fault of adapters on weights that the model has twice; `field` names what says where they go."""
     tied = tied_adapters(model)
     return [InputError(field, ", ".join(tied), UNTIED)] if tied else []
@@ -79,7 +88,7 @@ def check_model(model: Any) -> None:
     adapted = without_adapters(model) is not model
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise InputError("model", type(model.active_peft_config).__name__, "LoRA or another adapter inside layers")
-    raise_all(adapter_faults(model, "model"))
+    raise_all(tied_adapter_faults(model, "model"))
     model = without_adapters(model)
     name = type(model).__name__
     if not (isinstance(model, PreTrainedModel) and name.endswith(tuple(ITEMS))):
@@ -121,7 +130,7 @@ def check_teacher(teacher: Teacher | None, student: PreTrainedModel, objective: 
     raise_all(objective.faults(Use(single_output=single)))
 
 
-def check_arguments(args: TrainingArguments, objective: Objective, options: Mapping[str, Any]) -> None:
+def check_arguments(args: DistillationConfig, objective: Objective, options: Mapping[str, Any]) -> None:
     """Whether training can be exact under these arguments.
 
     Args:
@@ -132,7 +141,7 @@ def check_arguments(args: TrainingArguments, objective: Objective, options: Mapp
     Raises:
         InputError: names the argument.
     """
-    raise_all(compiling(vars(args)))
+    raise_all(compiling(vars(args)) + skipping(args))
     for name, fix in UNUSED.items():
         if options.get(name) is not None:
             raise InputError(name, type(options[name]).__name__, fix=fix)

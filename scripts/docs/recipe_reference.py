@@ -20,7 +20,8 @@ This page is made from the code by `make docs`. [The guide](../guide/recipes.md)
 
 `teacher.train`, `distillation` and `final` also take any field of transformers' `TrainingArguments`, and `on_nonfinite`: what
 to do with a step whose loss or gradient is nan or infinite. `stop` (the default) ends the run in one line that names the
-term, the layer and the step; `skip` leaves the step out, counts it in the log (`skipped_steps`), and ends after ten in a row.
+term, the layer and the step; `skip` leaves the step out and counts it in the log (`skipped_steps`), and still ends the run after
+ten in a row or where no step was kept. DeepSpeed takes its steps too early to skip them.
 """
 
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -34,6 +35,12 @@ from distill_llm.pruning.cutting.masking import masked
 from distill_llm.pruning.cutting.surgery import prune, stock_expressible
 from distill_llm.pruning.plan import PruningPlan, keep_layers
 
+HEADED = [
+    ("llama", "sequence-classification"),
+    ("llama", "question-answering"),
+    ("bert", "multiple-choice"),
+    ("gpt2", "base"),
+]
 CUTS = ("heads", "neurons", "layers", "first layer", "hidden", "uneven")
 
 
@@ -103,6 +110,25 @@ def check_sizes(student: PreTrainedModel, head_size: int) -> None:
     assert config.num_hidden_layers == len(layers_of(student))
 
 
+@pytest.mark.parametrize("name, head", [*HEADED, *slow(*(row for row in product(EVERY, HEADS) if row not in HEADED))])
+def test_every_head_of_a_family_is_cut_saved_and_opened_again(tmp_path, name, head):
+    """Some heads make the model below them through AutoModel."""
+    try:
+        model = family_model(name, head, num_labels=2)
+    except ValueError:
+        pytest.skip("the family has no such head")
+    plan, batch = uneven_plan(model, hidden=head != "base"), family_batch(model)
+    student = prune(model, plan)
+    student.save_pretrained(tmp_path)
+    with masked(model, plan):
+        expected = outputs_of(model, batch)
+    loaded = HEADS[head].from_pretrained(tmp_path, trust_remote_code=True)
+    for each in (loaded, load_pretrained(tmp_path)):
+        assert_equal(outputs_of(aligned(each), batch), expected)
+    twice = (prune(each, keep_layers(each, [0, 1])) for each in (loaded, student))
+    assert_equal(*(outputs_of(each, batch) for each in twice))
+
+
 @pytest.mark.parametrize("name", layouts_first(EVERY))
 def test_a_new_model_of_a_pruned_config_is_initialised_as_the_original_is(name):
     """By cutting a stock model that was made with the same seed, on the CPU; on the meta device nothing is made."""
@@ -120,6 +146,16 @@ def test_a_new_model_of_a_pruned_config_is_initialised_as_the_original_is(name):
     with torch.device("meta"):
         empty = type(student)._from_config(student.config)
     assert all(parameter.is_meta for parameter in empty.parameters())
+
+
+def test_a_pruned_model_is_not_opened_with_another_number_of_layers_than_it_has(tmp_path):
+    """Its config would say one and its layers the other."""
+    model = family_model("llama")
+    prune(model, uneven_plan(model)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="^num_hidden_layers: got 2; leave it out: this pruned model has 4 layers$"):
+        auto_of("llama").from_pretrained(tmp_path, trust_remote_code=True, num_hidden_layers=2)
+    with pytest.raises(ValueError, match="^config: PrunedLlamaForCausalLM needs that of a pruned model"):
+        pruned_class(type(model))(model.config)
 
 
 def test_an_uncut_model_of_a_pruned_class_is_the_stock_class_to_the_last_bit(tmp_path):

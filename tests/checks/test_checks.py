@@ -398,6 +398,15 @@ def test_the_last_token_that_fits_and_packing_are_accepted(folder):
     assert faults(causal_recipe(folder, "prompts", data__packing=True, **exact)) == []
 
 
+def test_packing_is_refused_where_the_student_or_the_teacher_would_mix_the_rows(folder):
+    for side, other in (("teacher", "student"), ("student", "teacher")):
+        write_decoder(folder / side, "bloom")
+        write_decoder(folder / other)
+        recipe = causal_recipe(folder, "prompts", data__packing=True, student__model=str(folder / "student"))
+        (line,) = faults(recipe)
+        assert line.startswith("data.packing: got True; leave packing out: bloom mixes the sequences of a row")
+
+
 @pytest.mark.parametrize("family", ["bert", "roberta", "xlm-roberta", "camembert", "mpnet"])
 @pytest.mark.parametrize("pad", [0, 1])
 def test_the_longest_input_is_the_longest_that_the_model_reads(family, pad):

@@ -168,3 +168,15 @@ def test_a_pruned_teacher_with_a_layer_without_heads_can_be_pruned_again(folder)
     changes = {"student__model": None, "pruning": {"keep": 0.9}}
     for term in ("attention", "relations"):
         assert faults(causal_recipe(folder, **changes, distillation__losses={term: {"layers": "lineage"}})) == []
+
+
+def test_a_mixture_that_a_run_trains_must_not_ask_for_a_loss_of_its_router(tmp_path):
+    student = {"student__model": str(tmp_path / "student")}
+    trained = {**student, "teacher__train": {"max_steps": 1}}
+    write_decoder(tmp_path / "student")
+    for asks, refused in ((True, ["student", None, "teacher"]), (False, [None, None, None])):
+        write_decoder(tmp_path / "teacher", "mixtral", num_local_experts=2, output_router_logits=asks)
+        for changes, which in zip(({}, student, trained), refused, strict=True):
+            found = faults(causal_recipe(tmp_path, **changes))
+            line = f"{which}.model: config.json.output_router_logits: got True; set it to false: "
+            assert [each[: len(line)] for each in found] == ([line] if which else []), found

@@ -187,6 +187,16 @@ def test_a_students_own_answers_need_its_whole_weights(tmp_path, monkeypatch, sh
     assert [each.startswith(line) for each in found] == [True] * (sharding in ("FSDP1", "DeepSpeed"))
 
 
+def test_steps_that_deepspeed_takes_cannot_be_skipped(folder, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr(accelerate.utils, "DeepSpeedPlugin", MagicMock())  # it is not installed
+    line = "final.on_nonfinite: got 'skip'; set it to stop: DeepSpeed takes each step within the backward pass"
+    two = {"pruning__rounds": 2, "distillation__on_nonfinite": "stop"}
+    assert faults(recipe_with(folder, **two)) == []
+    (fault,) = faults(recipe_with(folder, **two, final__on_nonfinite="skip"))
+    assert fault.startswith(line)
+
+
 @pytest.mark.parametrize(
     ("launched", "given", "wanted"),
     [

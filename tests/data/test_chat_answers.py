@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from builders.causal import data_of
-from builders.tokenizers import llama_tokenizer
+from builders.tokenizers import bytes_tokenizer, llama_tokenizer
 from transformers import AutoConfig
 
 from distill_llm.common.errors import InputError
@@ -120,6 +120,8 @@ def test_thoughts_that_the_template_keeps_are_learnt(template, answer):
         (FORGETS, {"answer": "<think>a</think>b"}, "<think>a</think>b"),
         (PLAIN, {"answer": "b", "reasoning_content": "so it is"}, "so it is"),
         (ENDED, {"answer": "b", "thinking": "so it is"}, "so it is"),
+        (ENDED, {"answer": "so it is: 4", "reasoning": "4"}, "4"),
+        (ENDED, {"answer": "look", "tool_calls": [{"function": {"name": "look", "arguments": {"at": "x"}}}]}, "look"),
         (ENDED, {"answer": "b", "tool_calls": [{"function": {"name": "look", "arguments": {"at": "x y"}}}]}, "look"),
         (ENDED.replace("m['content']", "m['content'][:3]"), {"answer": "yes it is"}, "yes it is"),
     ],
@@ -139,3 +141,13 @@ def test_calls_of_tools_that_the_template_writes_are_learnt():
     call = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": {"at": 'x "y"'}}}
     (found,) = learnt(CALLS, [chat("so:", tool_calls=[call])])
     assert found == 'so:call look {"at": "x \\"y\\""}</s>'
+
+
+def test_an_answer_whose_white_space_joins_that_of_the_template_is_refused_with_what_to_do():
+    tokenizer = bytes_tokenizer()
+    tokenizer.chat_template = PLAIN
+    with pytest.raises(InputError) as caught:
+        encode(data_of(prompts(("messages",)), messages=[chat("yes"), chat("\n\nyes")]), tokenizer, 500)
+    line = str(caught.value)
+    assert "an answer that shares the token 'ĊĊ' with the words of the chat template" in line and "(number 2, " in line
+    assert line.endswith("remove the white space with which the answer begins")

@@ -1,6 +1,7 @@
 """Prompts as chats in the words of a tokenizer's template: their tokens, in training and generation, and what is refused."""
 
 import json
+import re
 from datetime import date
 from pathlib import Path
 
@@ -58,20 +59,24 @@ def recipe(folder: Path, rows: list[dict], template: str | None, **data: object)
 
 
 @pytest.mark.parametrize(
-    ("template", "given", "accepted"),
+    ("template", "given", "numbers"),
     [
-        (NO_SYSTEM, "a chat of system, user", "no system turn"),
-        (OUT_OF_TYPE, "a chat of ", "unsupported operand"),
-        (REWRITES, "chats in the words of", "a chat template that leaves the prompt unchanged"),
+        (NO_SYSTEM, "a chat that the chat template refuses ('no system turn')", {2}),
+        (OUT_OF_TYPE, 'a chat that the chat template refuses ("unsupported operand', {1, 2}),
+        (REWRITES, "a chat whose question the chat template writes otherwise before the answer 'w", {1, 2}),
     ],
 )
-def test_a_chat_that_a_template_refuses_is_one_line(template: str, given: str, accepted: str, tmp_path: Path) -> None:
+def test_a_chat_that_a_template_refuses_is_one_line_with_its_number(
+    template: str, given: str, numbers: set[int], tmp_path: Path
+) -> None:
     rows = [chat("user", "assistant"), chat("system", "user", "assistant")]
     with pytest.raises(InputError) as caught:
         encode(data_of(prompts(("messages",)), messages=rows), word_tokenizer(chat_template=template), 32)
     (line,) = faults_at_the_door(recipe(tmp_path, [{"messages": row} for row in rows] * 5, template))
     for said in (line, str(caught.value)):
-        assert said.startswith(f"data.path: got '{given}") and accepted in said and "\n" not in said
+        assert said.startswith("data.path: got ") and given in said.replace("\\", "") and "\n" not in said
+    shown = re.search(r"\(numbers? ([\d, ]+), counted from 1\)", str(caught.value))
+    assert {int(number) for number in shown[1].split(",")} == numbers
 
 
 QUESTIONS = [{"q": f"w{i} w{i + 1}", "a": f"w{i + 30}"} for i in range(20)]

@@ -12,7 +12,7 @@ from distill_llm.losses.head import Head
 from distill_llm.losses.labels import label_loss
 from distill_llm.losses.logits import logits_divergence
 from distill_llm.losses.sparse import SparseTargets, entropy_of, sparse_forward_kl
-from distill_llm.pruning.statistics.calibration_loss import divergence as calibration_divergence
+from distill_llm.pruning.statistics.calibration_loss import divergences as calibration_divergences
 
 SETTINGS = {
     "forward_kl": [{}, {"top_k": 3}, {"top_k": 8}],
@@ -180,7 +180,7 @@ def test_labels_and_calibration_compare_the_classes_that_are_left():
         (true.sum(), lambda own: label_loss(own, LABELS).sum()),
         (
             kl(t[:, LEFT].softmax(-1), z[:, LEFT].softmax(-1)).sum(),
-            lambda own: calibration_divergence(masked(t).float(), own),
+            lambda own: calibration_divergences(masked(t).float(), own).sum(),
         ),
     ):
         slope = torch.autograd.grad(value, z)[0]

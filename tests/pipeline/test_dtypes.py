@@ -1,5 +1,6 @@
 """In which precision a run scores, measures and writes its models."""
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import distill_llm
 from distill_llm.checks.recipe import open_recipe
+from distill_llm.common.finite import NotFinite
 from distill_llm.pipeline.context import Context
 from distill_llm.pipeline.run import prune_recipe
 from distill_llm.recipe.recipe import parse_recipe
@@ -133,3 +135,23 @@ def test_a_checkpoint_whose_config_names_no_dtype_gives_a_student_in_float32(tmp
         json.dumps({name: value for name, value in json.loads(file.read_text()).items() if name != "dtype"})
     )
     assert Context(open_recipe(parse_recipe(given))).student_dtype == torch.float32
+
+
+def test_a_student_with_a_weight_beyond_its_dtype_is_not_written(tmp_path):
+    """The largest finite number of float16 is 65504."""
+    write_model(tmp_path / "teacher")
+    write_rows(tmp_path / "rows.csv")
+    run = Context(open_recipe(parse_recipe(recipe_for(tmp_path))))
+    model = distill_llm.load_pretrained(tmp_path / "teacher")
+    for value in (65504.0, 70000.0):
+        model.classifier.weight.data[0, 0] = value
+        half, folder = copy.deepcopy(model).half(), tmp_path / str(value)
+        if value < 65505:
+            run.save(half, folder)
+            assert weights(folder)["classifier.weight"][0, 0] == value
+            continue
+        with pytest.raises(
+            NotFinite, match=r"^a weight is inf in classifier\.weight; nothing was saved: work in float32"
+        ):
+            run.save(half, folder)
+        assert not folder.exists()

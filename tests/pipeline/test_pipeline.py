@@ -101,7 +101,10 @@ def test_the_best_checkpoint_is_chosen_by_the_task_metric_on_held_out_rows(tmp_p
     training = {"num_train_epochs": 2, "per_device_train_batch_size": 8, "learning_rate": 6e-3}
     steps = {"eval_steps": 2, "save_steps": 2}
     given = recipe_for(tmp_path, student={"model": str(tmp_path / "student")}, pruning=None)
-    given["data"]["holdout_examples"] = 20
+    given["data"]["holdout_examples"], given["seed"] = (
+        20,
+        2,
+    )  # a seed whose best step is neither the last nor that of the least loss
     given["distillation"] = {"losses": {"labels": {}}, **best, **training, **steps}
     monkeypatch.setattr(
         "distill_llm.pipeline.stages.recover.remove_checkpoints", lambda *_: None

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from builders.families import family_batch, family_model, uneven_plan
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PromptTuningConfig, get_peft_model
 
 import distill_llm
 from distill_llm import InputError
+from distill_llm.models.finding import open_model
 
 PLAIN = family_model("llama")
 BATCH = family_batch(PLAIN) | {"labels": family_batch(PLAIN)["input_ids"]}
@@ -59,6 +60,27 @@ def test_a_model_with_adapters_is_refused_with_what_to_do(kind, call):
     line, merges = str(caught.value), "inside" not in kind and kind not in ("added", "prompt")
     assert "\n" not in line and ("model = model.merge_and_unload()" in line) == merges
     assert "merge" in line
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_folder_of_adapters_is_not_opened_as_the_model_that_it_names(tmp_path, whole):
+    """Also beside a whole model: transformers would put them on it."""
+    PLAIN.save_pretrained(tmp_path / "plain")
+    wrapped = get_peft_model(distill_llm.load_pretrained(tmp_path / "plain"), LoraConfig(target_modules=["q_proj"]))
+    if whole:
+        PLAIN.save_pretrained(tmp_path / "adapters")
+    wrapped.save_pretrained(tmp_path / "adapters")
+    for opens in (
+        distill_llm.load_pretrained,
+        lambda folder: open_model("teacher.model", str(folder)),
+    ):
+        with pytest.raises(InputError, match="model: got .*adapters'; it holds adapters: merge them first, ") as caught:
+            opens(tmp_path / "adapters")
+        assert str(caught.value).endswith(", and give the other folder")
+    AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapters").merge_and_unload().save_pretrained(
+        tmp_path / "other"
+    )
+    assert type(distill_llm.load_pretrained(tmp_path / "other")) is type(PLAIN)
 
 
 def test_a_merged_model_is_pruned_and_says_what_the_adapted_one_said():

@@ -92,11 +92,8 @@ def test_checks_and_messages_know_the_new_criterion(page, tmp_path):
         parse_recipe(recipe_for(tmp_path, pruning=wrong))
     assert "rms_effect" not in str(before.value)
     exec(page[0], {})
-    with pytest.raises(
-        InputError, match="pruning.criterion: got 'rms_efect'; accepted: 'rms_effect' .the nearest."
-    ) as after:
+    with pytest.raises(InputError, match="pruning.criterion: got 'rms_efect'; accepted: 'rms_effect' .the nearest."):
         parse_recipe(recipe_for(tmp_path, pruning=wrong))
-    assert str(after.value).endswith("leave_one_out, rms_effect"), "it comes last"
     statistics = collect_statistics(tiny_model(), [random_batch(tiny_model())], loss=None)
     with pytest.raises(InputError, match="criterion: got 'rms_effect'; accepted: statistics collected with a loss"):
         score(statistics, "rms_effect")

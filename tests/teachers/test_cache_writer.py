@@ -1,6 +1,5 @@
 import json
 import math
-import os
 import re
 
 import pytest
@@ -10,6 +9,7 @@ from builders.models import tiny_model
 from datasets import Dataset, concatenate_datasets
 from safetensors.numpy import load_file
 
+from distill_llm.common import files
 from distill_llm.common.errors import InputError
 from distill_llm.data.special_tokens import tokenizer_fingerprint
 from distill_llm.losses.items import targets
@@ -78,22 +78,21 @@ def test_stopped_after_any_batch_and_begun_again_the_files_are_the_same(whole, t
 
 def test_a_process_killed_while_it_writes_a_shard_leaves_none(whole, tmp_path, monkeypatch):
     model, data, folder = whole
-    real, calls = os.fsync, []
+    second, real = shards(folder)[1].name, files.to_disk
 
-    def fails(descriptor):
-        calls.append(descriptor)
-        if len(calls) == 3:
+    def fails(path):
+        if path.name.startswith(second):
             raise Interrupted
-        real(descriptor)
+        real(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr("distill_llm.common.files.os.fsync", fails)
+        patch.setattr(files, "to_disk", fails)
         with pytest.raises(Interrupted):
             write(tmp_path / "cache", model, data)
     assert len(shards(tmp_path / "cache")) == 1
     with pytest.raises(InputError, match="this one is missing"):
         CachedTeacher(tmp_path / "cache")
-    (tmp_path / "cache" / f"{shards(folder)[1].name}.0123.partial").write_bytes(b"what a kill left")
+    (tmp_path / "cache" / f"{second}.0123.partial").write_bytes(b"what a kill left")
     write(tmp_path / "cache", model, data)
     assert contents(tmp_path / "cache") == contents(folder)
 

@@ -10,7 +10,10 @@ from builders.trainers import cached, causal_model, model_of, rows, step_gradien
 
 from distill_llm.common.errors import InputError
 from distill_llm.common.finite import NotFinite
+from distill_llm.losses.objective import parse_objective
 from distill_llm.teachers import OnlineTeacher
+from distill_llm.training.refusals import check_arguments
+from distill_llm.training.trainer import DistillationConfig, DistillationTrainer
 
 BOTH = {"labels": {"weight": 0.5}, "logits": {"weight": 0.5}}
 
@@ -98,6 +101,19 @@ def test_what_overflows_ends_in_one_line_that_says_where_and_when(tmp_path, sett
         assert all(parameter.isfinite().all() for parameter in whole.parameters())
 
 
+def test_weights_that_the_last_step_makes_infinite_are_not_saved(tmp_path):
+    """No later loss shows them: the step itself was finite."""
+    student = model_of("sequence-classification", 1)
+    trainer = trainer_of(
+        tmp_path, student, None, rows(student), {"labels": {"weight": 1e4}}, optim="sgd", learning_rate=1e38,
+        save_strategy="steps", save_steps=1,
+    )  # fmt: skip
+    for work in (trainer.train, trainer.save_model):
+        with pytest.raises(NotFinite, match="^a weight of the student is (-inf|inf|nan) in .* at step 1; lower"):
+            work()
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
 def test_a_term_that_is_infinite_is_named_though_the_gradient_is_finite(tmp_path):
     """The teacher says what the student, whose bias masks the class, cannot."""
     teacher, student = model_of("sequence-classification", 2), model_of("sequence-classification", 1, seed=1)
@@ -156,6 +172,36 @@ def test_training_that_skips_everything_ends_in_one_line(tmp_path):
     with pytest.raises(NotFinite, match="at step 11") as error:
         trainer.train()
     one_line(error)
+
+
+def test_a_short_training_that_skips_every_step_ends_in_one_line_and_one_that_keeps_a_step_does_not(tmp_path):
+    teacher, student = model_of("sequence-classification", 1), model_of("sequence-classification", 1, seed=1)
+    source = Faulty(teacher, math.nan, 0, 1, 2)
+    for steps in (3, 4):
+        source.asked = 0
+        trainer = trainer_of(tmp_path, student, source, rows(teacher), BOTH, max_steps=steps, on_nonfinite="skip")
+        if steps == 4:
+            trainer.train()
+            assert sum(log.get("skipped_steps", 0) for log in trainer.state.log_history) == 3
+            continue
+        with pytest.raises(NotFinite, match="^the teacher's output is nan at step 3"):
+            trainer.train()
+
+
+def test_steps_that_deepspeed_takes_cannot_be_skipped(tmp_path):
+    """Its engine updates the weights in `backward`, before the trainer sees the norm of the gradient."""
+    student = model_of("sequence-classification", 1)
+    for on_nonfinite, refused in (("skip", True), ("stop", False)):
+        args = DistillationConfig(
+            str(tmp_path), report_to=[], use_cpu=True, losses={"labels": {}}, on_nonfinite=on_nonfinite
+        )
+        args.deepspeed_plugin = object()
+        objective = parse_objective(args.losses)
+        if not refused:
+            check_arguments(args, objective, {})
+            continue
+        with pytest.raises(InputError, match="^on_nonfinite: got 'skip'; set it to stop: DeepSpeed takes each step"):
+            DistillationTrainer(student, None, args)
 
 
 def test_a_student_with_a_weight_that_is_nan_is_refused_before_training_even_where_no_row_uses_it(tmp_path):

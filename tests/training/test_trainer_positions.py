@@ -113,6 +113,24 @@ def test_no_token_of_a_packed_row_predicts_one_of_the_next_sequence(tmp_path, wi
     assert evaluated["eval_loss"] == pytest.approx(ce / items, rel=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("masked", [True, False])
+def test_positions_that_jump_part_sequences_only_without_a_mask(tmp_path, family, masked):
+    """As the model itself does: with a mask, a row whose positions never start again is one sequence."""
+    models = [causal_model(family, layers=2, seed=seed) for seed in (0, 1)]
+    ids, positions = torch.cat(sequences((5, 7))), torch.cat([torch.arange(5), torch.arange(20, 27)])
+    kl = items = 0
+    for start, end in [(0, 12)] if masked else [(0, 5), (5, 12)]:
+        mask = torch.ones(end - start, dtype=torch.long)
+        given = {"position_ids": positions[start:end], "attention_mask": mask}
+        logits = [alone(model, ids[start:end], **given)[:-1] for model in models]
+        kl, items = kl + divergence(*logits), items + end - start - 1
+    row = {"input_ids": ids, "position_ids": positions, "labels": ids}
+    row |= {"attention_mask": torch.ones_like(ids)} if masked else {}
+    _, log = step_gradient(tmp_path, models[1], models[0], [row], {"logits": {}}, per_device_train_batch_size=1)
+    assert log["loss/logits"] == pytest.approx(kl / items, rel=1e-4)
+
+
 def test_a_cache_and_the_loss_of_a_calibration_pass_stop_at_the_borders_of_sequences(tmp_path):
     models, parts = [causal_model(layers=2, seed=seed) for seed in (0, 1)], sequences()
     logits = [[alone(model, part) for part in parts] for model in models]
@@ -128,9 +146,9 @@ def test_a_cache_and_the_loss_of_a_calibration_pass_stop_at_the_borders_of_seque
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
-@pytest.mark.parametrize("family", ["opt", "bloom", "falcon"])
+@pytest.mark.parametrize("family", ["opt", "bloom", "falcon", "bert"])
 def test_a_family_that_mixes_the_sequences_of_a_flattened_batch_is_refused(tmp_path, family, side):
-    mixing, apart = causal_model(family, layers=1), causal_model(layers=1)
+    mixing, apart = causal_model(family, layers=1, is_decoder=True), causal_model(layers=1)
     student, teacher = (mixing, None) if side == "student" else (apart, mixing)
     losses = {"labels": {}} if side == "student" else {"logits": {}}
     rows = [{"input_ids": part, "labels": part} for part in sequences()]

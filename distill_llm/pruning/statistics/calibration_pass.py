@@ -9,11 +9,11 @@ import torch
 from transformers import PreTrainedModel
 
 from distill_llm.architectures.families import layers_of
-from distill_llm.architectures.modes import frozen
+from distill_llm.architectures.modes import evaluating, frozen
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.common.finite import NotFinite
 from distill_llm.losses.items import valid_tokens
-from distill_llm.models.adapters import adapter_faults
+from distill_llm.models.adapters import unmerged_faults
 from distill_llm.models.limits import batch_faults, limits_of
 from distill_llm.models.placement import check_in_memory, checkpointed, streamed
 from distill_llm.pruning.statistics.calibration_loss import Loss, calibration_loss
@@ -51,7 +51,7 @@ class CalibrationPass:
             raise InputError("loss", self.loss, "labels, kl, a callable (outputs, batch) -> tensor, or None")
         if self.settings.device is not None and self.loss is not None and not self.settings.checkpointing:
             raise InputError("checkpointing", False, "true: on another device, gradients are taken one layer at a time")
-        raise_all(adapter_faults(self.model))
+        raise_all(unmerged_faults(self.model))
         check_in_memory(self.model, one_device=True)
 
     @property
@@ -73,6 +73,8 @@ class CalibrationPass:
         """
         with ExitStack() as stack:
             stack.enter_context(frozen(self.model))
+            if self.teacher is not None:
+                stack.enter_context(evaluating(self.teacher))
             if self.device != self.model.device:
                 stack.enter_context(streamed(self.model, layers_of(self.model), self.device))
             if self.loss is not None:

@@ -13,7 +13,7 @@ from distill_llm.architectures.families import layers_of
 from distill_llm.architectures.modes import forward_as, frozen, passed_on
 from distill_llm.common.errors import InputError, one_of, raise_all
 from distill_llm.losses.labels import label_loss
-from distill_llm.models.adapters import adapter_faults
+from distill_llm.models.adapters import unmerged_faults
 from distill_llm.models.placement import streamed
 from distill_llm.pruning.statistics.calibration_loss import divergences, items_of
 from distill_llm.pruning.statistics.processes import process, sum_over_processes
@@ -49,7 +49,7 @@ def leave_one_out(
     """
     if loss not in ("labels", "kl"):
         raise InputError("loss", loss, one_of(("labels", "kl"), loss))
-    raise_all(adapter_faults(model))
+    raise_all(unmerged_faults(model))
     layers, labelled = list(layers_of(model)), loss == "labels"
     rank, processes = process() if settings.sharded else (0, 1)
     at = settings.device_for(model)

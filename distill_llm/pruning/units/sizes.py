@@ -11,7 +11,7 @@ from distill_llm.architectures.lineage import lineage_of
 from distill_llm.architectures.modeling_pruned import layer_counts, outputs_of
 from distill_llm.architectures.row_check import check_row
 from distill_llm.common.errors import raise_all
-from distill_llm.models.adapters import adapter_faults
+from distill_llm.models.adapters import unmerged_faults
 from distill_llm.pruning.units.refusals import quantized_faults
 
 
@@ -54,7 +54,7 @@ def counts_of(model: PreTrainedModel) -> list[dict[str, int]]:
 
 def _family(model: PreTrainedModel) -> Family:
     raise_all(quantized_faults(model, "model", "a quantized model"))
-    raise_all(adapter_faults(model))
+    raise_all(unmerged_faults(model))
     check_row(model)
     return family_of(model)
 

@@ -8,6 +8,7 @@ from transformers import BertConfig, ElectraConfig, RobertaConfig
 
 import distill_llm
 from distill_llm import InputError
+from distill_llm.architectures.modes import evaluating
 from distill_llm.losses.items import is_language_model, kind_of
 from distill_llm.models.checkpoint import load_pretrained
 from distill_llm.pruning.cutting.masking import masked
@@ -61,7 +62,9 @@ def test_the_loss_of_calibration_is_transformers_own_whatever_return_dict_says(n
         expected = model(**batch).loss * items
         for return_dict in (True, False):
             model.config.return_dict = return_dict
-            found = calibration_loss(model, batch, "labels", None, torch.Generator())
+            with evaluating(model):
+                found = calibration_loss(model, batch, "labels", None, torch.Generator())
+            assert model.config.return_dict == return_dict
             assert torch.allclose(found, expected, rtol=1e-5), return_dict
     assert kind_of(model) == kind
     assert is_language_model(model) == (kind == "next_token" or "MaskedLM" in name)
