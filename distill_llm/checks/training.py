@@ -23,7 +23,7 @@ from distill_llm.losses.objective import parse_objective
 from distill_llm.losses.terms.term import Use
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.training.config import DistillationConfig
-from distill_llm.training.refusals import compiling, skipping
+from distill_llm.training.refusals import compiling, skipping, whole_copies
 
 Stage = Literal["teacher", "recovery", "final"]
 
@@ -110,8 +110,11 @@ def _check_stage(recipe: Recipe, stage: Stage, data: TaskData | None) -> Distill
         if isinstance(value, str) and value and not value.startswith("{") and not Path(value).is_file():
             faults.append(InputError(name, value, "a mapping, or an existing JSON file"))
     section = "teacher.train" if stage == "teacher" else "final" if "final" in where.values() else "distillation"
-    named = [f.renamed(f"{where.get(f.field, section)}.{f.field}") for f in faults]
-    raise_all(named)
+
+    def named(faults: list[InputError]) -> list[InputError]:
+        return [f.renamed(f"{where.get(f.field, section)}.{f.field}") for f in faults]
+
+    raise_all(named(faults))
     losses: dict[str, Any] = {"labels": {}}
     if stage != "teacher" and recipe.distillation is not None:
         losses = recipe.distillation.losses.model_dump(mode="json", exclude_none=True)
@@ -120,7 +123,7 @@ def _check_stage(recipe: Recipe, stage: Stage, data: TaskData | None) -> Distill
         args = DistillationConfig(output_dir=str(recipe.output_dir), losses=losses, **training)
     except Exception as error:  # each integration raises its own kinds of errors
         raise _together(error, where, training, section) from None
-    raise_all([fault.renamed(f"{where[fault.field]}.{fault.field}") for fault in skipping(args)])
+    raise_all(named(whole_copies(args) + skipping(args)))
     for make, likely in ((_optimizer, OPTIMIZER_FIELDS), (_schedule, SCHEDULE_FIELDS)):
         try:
             make(args)

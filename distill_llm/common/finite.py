@@ -54,20 +54,22 @@ class NotFinite(InputError):
 def first_unsound(tensors: Mapping[str, "torch.Tensor"], masks: Iterable[str] = ()) -> tuple[str, str] | None:
     """The first tensor with a NaN or an infinity: its name and what it holds; None where all are finite.
 
-    Waits for each device once. Tensors without numbers to look at (meta, integers) are sound; of a tensor that is divided
-    among processes this process's part is looked at.
+    Waits for each device once. Tensors without numbers to look at (meta, fake, integers) are sound; of a tensor that is
+    divided among processes this process's part is looked at.
 
     Args:
         tensors: by name.
         masks: names of those that may hold minus infinity.
     """
     import torch
+    from torch._subclasses.fake_tensor import FakeTensor
 
     masks = set(masks)
     spans: dict[torch.device, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         tensor = getattr(tensor, "to_local", lambda whole=tensor: whole)().detach()
-        if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta:
+        numbers = not (tensor.is_meta or isinstance(tensor, FakeTensor))
+        if tensor.is_floating_point() and tensor.numel() and numbers:
             span = torch.stack((tensor if tensor.itemsize > 1 else tensor.float()).aminmax()).double()
             spans.setdefault(tensor.device, {})[name] = span[1:].repeat(2) if name in masks else span
     found: dict[str, str] = {}

@@ -109,8 +109,15 @@ class Estimate:
 
     def _labels_alone(self, model: nn.Module, fields: Mapping[str, Any]) -> Step:
         """A training step without a teacher in memory."""
-        labels, how = parse_objective({"labels": {}}), (precision_of(fields), torch.float32, checkpointing_in(fields))
-        return Step(model, None, labels, self.models.tokenizer, *how)
+        return Step(
+            model,
+            None,
+            parse_objective({"labels": {}}),
+            self.models.tokenizer,
+            precision=precision_of(fields),
+            checkpointing=checkpointing_in(fields),
+            accumulated=fields.get("gradient_accumulation_steps", 1),
+        )
 
     def _recovery(self, student: PreTrainedModel, fields: Mapping[str, Any]) -> Step:
         """A training step of a student on the recipe's teacher."""
@@ -138,7 +145,7 @@ class Estimate:
 
     def _training(self, name: str, step: Step, fields: Mapping[str, Any]) -> StageCost:
         own, devices = without_adapters(step.student), self.devices
-        accumulated, shape = fields.get("gradient_accumulation_steps", 1), self._shape(fields)
+        accumulated, shape = step.accumulated, self._shape(fields)
         trace = step.traced(shape)
         weights, learned = weight_bytes(step.student), weight_bytes(step.student, learned=True)
         parts = {"weights": weights, "optimizer": learned / 4 * optimizer_bytes(str(fields.get("optim", "adamw")))}

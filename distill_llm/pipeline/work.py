@@ -48,7 +48,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Step:
-    """A training step of one micro-batch: the loss, and the student's forward and backward pass.
+    """The work of training on a micro-batch: the loss, and the student's forward and backward pass.
 
     Attributes:
         student: on the meta device, with its adapters where only those learn; not changed.
@@ -58,6 +58,7 @@ class Step:
         precision: dtype of mixed precision; None: fp32.
         teacher_dtype: of the teacher's weights.
         checkpointing: whether a layer's activations are computed again in the backward pass.
+        accumulated: micro-batches of an update.
     """
 
     student: nn.Module
@@ -67,6 +68,7 @@ class Step:
     precision: torch.dtype | None = None
     teacher_dtype: torch.dtype = torch.float32
     checkpointing: bool = False
+    accumulated: int = 1
 
     def traced(self, shape: Shape) -> Traced:
         """What a step takes beside weights and optimizer."""
@@ -133,7 +135,8 @@ def forward_pass(model: PreTrainedModel, shape: Shape) -> Traced:
 def measured_rate(
     step: Step, shape: Shape, device: torch.device, timer: Callable[..., float] = seconds_with_gradients
 ) -> float:
-    """Floating point operations a second of a training step on a device: the median of three steps, after one.
+    """Floating point operations a second that a device reaches in training: those of the micro-batches of an update, in the
+    time of these and of the update itself (clipping, AdamW), which moves much memory for few operations.
 
     Args:
         timer: the seconds that work takes on a device.
@@ -146,9 +149,22 @@ def measured_rate(
         accepted = "the TFLOP/s that a device reaches in training: these models are too large to try here"
         raise InputError("tflops", None, accepted)
     tried = [_with_numbers(model, device) for model in models]
-    work = step.on(tried[0], tried[1] if len(tried) > 1 else None, shape, device)  # type: ignore[arg-type]
-    times = [timer(work, device) for _ in range(4)][1:]
-    return step.traced(shape).flops / statistics.median(times)
+    micro_batch = step.on(tried[0], tried[1] if len(tried) > 1 else None, shape, device)  # type: ignore[arg-type]
+    learned = [each for each in tried[0].parameters() if each.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=1e-5, fused=True)
+
+    def update() -> None:
+        micro_batch()
+        nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def seconds(work: Callable[[], None]) -> float:
+        return statistics.median([timer(work, device) for _ in range(4)][1:])
+
+    more = step.accumulated - 1  # these add to gradients that are there
+    taken = seconds(update) + (more * seconds(micro_batch) if more else 0.0)
+    return step.accumulated * step.traced(shape).flops / taken
 
 
 def _with_numbers(model: nn.Module, device: torch.device) -> nn.Module:

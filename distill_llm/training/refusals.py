@@ -8,6 +8,7 @@ import os
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from accelerate.utils import DistributedType, parse_flag_from_env
 from transformers import DataCollatorWithFlattening, PreTrainedModel
 
 from distill_llm.common.errors import InputError, raise_all
@@ -45,6 +46,19 @@ def compiling(training: Mapping[str, Any]) -> list[InputError]:
         given = [("torch_compile", f"{launched} (ACCELERATE_DYNAMO_BACKEND)")]
     fix = "leave it out: losses read values inside the student's forward, which compiled code does not run"
     return [InputError(name, value, fix=fix) for name, value in given[:1]]
+
+
+def whole_copies(args: DistillationConfig) -> list[InputError]:
+    """The fault of fields, or of an `accelerate launch`, that would divide the student among processes of CPUs."""
+    if args.distributed_state is None or args.distributed_state.distributed_type != DistributedType.MULTI_CPU:
+        return []
+    given = {"fsdp": args.fsdp_plugin_args, "deepspeed": args.deepspeed}
+    asked: list[tuple[str, Any]] = [(name, True) for name, value in given.items() if value]
+    for name in given:
+        variable = f"ACCELERATE_USE_{name.upper()}"
+        asked += [(name, f"true ({variable})")] if parse_flag_from_env(variable) else []
+    fix = "take ddp: accelerate divides a model among GPUs only, and each process here would train a whole copy"
+    return [InputError(name, value, fix=fix) for name, value in asked[:1]]
 
 
 def skipping(args: DistillationConfig) -> list[InputError]:
@@ -141,7 +155,7 @@ def check_arguments(args: DistillationConfig, objective: Objective, options: Map
     Raises:
         InputError: names the argument.
     """
-    raise_all(compiling(vars(args)) + skipping(args))
+    raise_all(compiling(vars(args)) + whole_copies(args) + skipping(args))
     for name, fix in UNUSED.items():
         if options.get(name) is not None:
             raise InputError(name, type(options[name]).__name__, fix=fix)

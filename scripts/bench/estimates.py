@@ -3,8 +3,8 @@
 Usage: estimates.py [NAME ...]   (default: all of MODELS); prints one JSON line for each model.
 
 The rate is measured by one step of the same models before the training, as the command does it. Bytes are the most that
-torch's allocator held at once from the making of the trainer to the end of training; seconds are those of the processor in
-the training alone, without the profiler, with one thread (OMP_NUM_THREADS=1).
+torch's allocator held at once from the making of the trainer to the end of a training of three steps; seconds are those of
+the processor in the whole of `train()` with twenty, without the profiler, with one thread (OMP_NUM_THREADS=1).
 """
 
 import gc
@@ -25,7 +25,7 @@ from distill_llm.pipeline.prices import Devices, Rows
 from distill_llm.pipeline.work import measured_rate
 from distill_llm.recipe.recipe import parse_recipe
 
-STEPS, TOKENS, PAIRS = 3, 64, 2
+PROFILED, TIMED, TOKENS, PAIRS = 3, 20, 64, 3
 
 
 def bert(width, layers, neurons):
@@ -64,11 +64,11 @@ MODELS = {
 }
 
 
-def trainer_of(name, folder):
+def trainer_of(name, folder, steps):
     """A trainer on random rows of full length."""
     (kind, teacher), (_, student), losses, rows, accumulated, fields = MODELS[name]
     torch.manual_seed(0)
-    ids = torch.randint(5, 16000, (rows * accumulated * STEPS, TOKENS))
+    ids = torch.randint(5, 16000, (rows * accumulated * steps, TOKENS))
     labels = ids if kind is LlamaForCausalLM else ids[:, 0] % 2
     data = [
         {"input_ids": row, "attention_mask": torch.ones_like(row), "labels": label}
@@ -77,7 +77,7 @@ def trainer_of(name, folder):
     args = DistillationConfig(
         output_dir=str(folder),
         losses=losses,
-        max_steps=STEPS,
+        max_steps=steps,
         per_device_train_batch_size=rows,
         gradient_accumulation_steps=accumulated,
         save_strategy="no",
@@ -89,7 +89,7 @@ def trainer_of(name, folder):
     return DistillationTrainer(model=kind(student), teacher=kind(teacher).eval(), args=args, train_dataset=data)
 
 
-def processor_seconds(work):
+def processor_seconds(work, device=None):
     """Seconds of the processor, which other processes on the machine do not change much."""
     start = time.process_time()
     work()
@@ -119,24 +119,24 @@ def on_paper(name):
             "teacher": {"model": "teacher"},
             "student": {"model": "student"},
             "data": {"task": "text", "path": "text"},
-            "distillation": {"losses": losses, "max_steps": STEPS, **training},
+            "distillation": {"losses": losses, "max_steps": TIMED, **training},
         }
     )
     with torch.device("meta"):
         models = Models(kind(teacher), kind(student))
-    count = rows * accumulated * STEPS
+    count = rows * accumulated * TIMED
     made = Estimate(recipe, models, Rows(count, 1, TOKENS, TOKENS, TOKENS), Devices(1, 10**10), gpu=False)
     stage = next(stage for stage in made.stages() if "recover" in stage.name)
-    return stage, measured_rate(*made.trial(), torch.device("cpu"), lambda work, device: processor_seconds(work))
+    return stage, measured_rate(*made.trial(), torch.device("cpu"), processor_seconds)
 
 
 def run(name):
     with tempfile.TemporaryDirectory() as folder:
-        peak = allocated(lambda: (trainer := trainer_of(name, Path(folder)), trainer.train()))
+        peak = allocated(lambda: (trainer := trainer_of(name, Path(folder), PROFILED), trainer.train()))
         rates, times = [], []
         for _ in range(PAIRS):  # in turns: the machine is not ours alone
             stage, rate = on_paper(name)
-            trainer = trainer_of(name, Path(folder))
+            trainer = trainer_of(name, Path(folder), TIMED)
             times.append(processor_seconds(trainer.train))
             rates.append(rate)
     pairs = [stage.flops / rate / seconds for rate, seconds in zip(rates, times, strict=True)]

@@ -16,6 +16,7 @@ from transformers.training_args import OptimizerNames
 
 from distill_llm.checks import training as training_checks
 from distill_llm.checks.training import OPTIMIZER_PACKAGES, check_training
+from distill_llm.training.refusals import whole_copies
 from distill_llm.training.trainer import DistillationConfig
 
 
@@ -218,3 +219,22 @@ def test_sharding_is_known_from_the_launch_or_the_fields(tmp_path, monkeypatch, 
         assert training_checks.sharding_of(args) is None, "accelerate shards on no CPU"
     args.distributed_state = SimpleNamespace(distributed_type=DistributedType.MULTI_GPU)
     assert training_checks.sharding_of(args) == wanted
+
+
+@pytest.mark.parametrize(
+    ("launched", "given", "line"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, {}, "fsdp: got 'true (ACCELERATE_USE_FSDP)'; take ddp: "),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "deepspeed: got 'true (ACCELERATE_USE_DEEPSPEED)'; take ddp: "),
+        ({}, {"fsdp": True}, "fsdp: got True; take ddp: accelerate divides a model among GPUs only"),
+        ({}, {}, None),
+    ],
+)
+def test_what_would_train_whole_copies_on_cpus_is_refused(tmp_path, monkeypatch, launched, given, line):
+    args = DistillationConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True, **given)
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    assert whole_copies(args) == [], "one process has it all anyway"
+    args.distributed_state = SimpleNamespace(distributed_type=DistributedType.MULTI_CPU)
+    found = [str(fault) for fault in whole_copies(args)]
+    assert [each.startswith(line or "") for each in found] == [True] * bool(line)

@@ -61,6 +61,7 @@ def test_other_devices_are_refused(text):
         Devices.named(text)
 
 
+@pytest.mark.slow
 def test_every_stage_has_its_weights_gradients_moments_and_teacher():
     found = {stage.name: stage.parts for stage in made(given(student=None, pruning={"keep": 0.5})).stages()}
     assert list(found) == ["teacher", "round-1/prune", "round-1/recover", "report"]
@@ -93,7 +94,7 @@ def test_sharing_divides_the_students_bytes_and_not_the_teachers(plain):
 @pytest.mark.parametrize(
     ("changes", "per_weight"),
     [
-        ({"teacher": {"model": "teacher", "dtype": "bfloat16"}}, 2),
+        pytest.param({"teacher": {"model": "teacher", "dtype": "bfloat16"}}, 2, marks=pytest.mark.slow),
         ({"distillation": {**TRAINING, "bf16": True}}, 2),
         ({"teacher": {"model": "teacher", "cache": "folder"}}, 0),
     ],
@@ -102,11 +103,13 @@ def test_the_teacher_is_as_large_as_its_dtype(changes, per_weight):
     assert recovery(given(**changes)).parts.get("teacher", 0) == per_weight * SIZE
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_trained_is_priced_as_a_student():
     stage = next(made(given(teacher={"model": "t", "train": {"optim": "sgd"}})).stages())
     assert stage.name == "teacher" and stage.parts["optimizer"] == 0 and stage.parts["weights"] == 4 * SIZE
 
 
+@pytest.mark.slow
 def test_accumulated_micro_batches_hold_whole_gradients_beside_the_next_batch(plain):
     more = recovery(given(distillation={**TRAINING, "gradient_accumulation_steps": 2}))
     name = "gradients and batch"
@@ -114,6 +117,7 @@ def test_accumulated_micro_batches_hold_whole_gradients_beside_the_next_batch(pl
     assert 1.9 < more.flops / plain.flops < 2
 
 
+@pytest.mark.slow
 def test_flops_are_those_of_all_steps_and_of_the_scored_rows(plain):
     two = recovery(given(distillation={**TRAINING, "max_steps": 20})).flops
     steps = two - plain.flops  # of ten steps
