@@ -1,13 +1,14 @@
 """Plain removal, compensation of one fixed strength, and of the strength that held-out calibration rows choose.
 
-For every draw of calibration rows and every budget: one plan, three students, no training. The scores are of rows that neither
-the teacher nor calibration has seen: those held out of the training data, and the test split. `error` is the standard error
-of the difference between the chosen student and the plain one, by bootstrap over the scored rows.
+For every draw of calibration rows, scope and budget: one plan, three students, no training. The scores are of
+rows that neither the teacher nor calibration has seen: those held out of the training data, and the test split. `error` is the
+standard error of the difference between the chosen student and the plain one, by bootstrap over the scored rows.
 
     python scripts/bench/compensation.py --teacher TEACHER --task sst2 --data GLUE/SST-2 --train-examples 8000 --holdout 2000
 """
 
 import argparse
+import itertools
 import json
 import time
 from datetime import date
@@ -18,14 +19,23 @@ import datasets
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedModel
 
-from distill_llm import choose_strength, collect_statistics, load_pretrained, plan_pruning, prune, score
+from distill_llm import (
+    PruningPlan,
+    Statistics,
+    choose_strength,
+    collect_statistics,
+    load_pretrained,
+    plan_pruning,
+    prune,
+    score,
+)
 from distill_llm.data import DataSpec, collator, encode, load_task
 from distill_llm.data.padding import LENGTH
 from distill_llm.evaluation import compute_metrics, predict
 from distill_llm.measuring.profiling import device_name
 
 PACKAGES = ("torch", "transformers", "distill_llm")
-RESAMPLES = 300
+RESAMPLES, FIXED = 300, 0.1
 
 
 class Subject:
@@ -55,6 +65,15 @@ class Subject:
         """The task's main metric."""
         return compute_metrics(self.task, predictions, references)["score"]
 
+    def compare(self, plan: PruningPlan, statistics: Statistics, chosen: float | None) -> dict[str, Any]:
+        """The scores of plain removal, of the fixed strength and of the chosen one; and the error of the difference."""
+        found = {}
+        for ridge in {None, FIXED, chosen}:
+            found[ridge], references = self.answers(prune(self.model, plan, statistics, ridge=ridge))
+        scores = {ridge: self.score(answers, references) for ridge, answers in found.items()}
+        record = {"plain": scores[None], "fixed": scores[FIXED], "chosen": scores[chosen]}
+        return record | {"error": self.error(found[chosen], found[None], references), "scored_rows": len(references)}
+
     def error(self, one: np.ndarray, other: np.ndarray, references: np.ndarray) -> float:
         """The standard error of the difference between two models' scores."""
         draws = np.random.default_rng(0).integers(len(references), size=(RESAMPLES, len(references)))
@@ -70,7 +89,7 @@ def main() -> None:
     parser.add_argument("--train-examples", type=int, help="how many training rows the teacher had")
     parser.add_argument("--holdout", type=int, default=0, help="how many training rows it was not given")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.7, 0.5, 0.35])
-    parser.add_argument("--scope", choices=("global", "local"), default="global")
+    parser.add_argument("--scope", nargs="+", choices=("global", "local"), default=["global"])
     parser.add_argument("--calibration", type=int, default=1024, help="rows; a quarter as many more are held out")
     parser.add_argument("--rows", type=int, default=3000, help="rows to score, at most")
     parser.add_argument("--draws", type=int, nargs="+", default=[0, 1, 2])
@@ -84,31 +103,13 @@ def main() -> None:
         size = min(args.calibration, len(rows) * 4 // 5)
         fitted, held_out = rows.select(range(size)), rows.select(range(size, size + size // 4))
         statistics = collect_statistics(model, given.batches(fitted))
-        for keep in args.keep:
-            plan = plan_pruning(model, score(statistics, "fisher"), keep, scope=args.scope)
+        for scope, keep in itertools.product(args.scope, args.keep):
+            plan = plan_pruning(model, score(statistics, "fisher"), keep, scope=scope)
             start = time.perf_counter()
             strength = choose_strength(model, plan, statistics, given.batches(held_out))
             seconds = round(time.perf_counter() - start, 1)
-            plain, references = given.answers(prune(model, plan))
-            fixed, _ = given.answers(prune(model, plan, statistics))
-            chosen, _ = given.answers(prune(model, plan, statistics, ridge=strength.ridge))
-            scores = {
-                name: given.score(answers, references)
-                for name, answers in (("plain", plain), ("fixed", fixed), ("chosen", chosen))
-            }
-            record = {
-                "benchmark": "compensation",
-                "task": args.task,
-                "draw": draw,
-                "keep": keep,
-                "dense": dense,
-                **scores,
-            }
-            record |= {
-                "error": given.error(chosen, plain, references),
-                **strength.record(),
-                "scored_rows": len(references),
-            }
+            record = {"benchmark": "compensation", "task": args.task, "draw": draw, "scope": scope, "keep": keep}
+            record |= {"dense": dense, **given.compare(plan, statistics, strength.ridge), **strength.record()}
             record |= {"fitted_rows": size, "choice_seconds": seconds, "date": date.today().isoformat()}
             record |= {"device": device_name("cpu"), "versions": {name: version(name) for name in PACKAGES}}
             print(json.dumps(record), flush=True)
