@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill_llm.checks.data import open_rows
+from distill_llm.checks.faults import Collector
 from distill_llm.checks.recipe import data_spec
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.common.outputs import usable_output
@@ -66,9 +67,8 @@ def request_of(recipe: Recipe, settings: CacheSettings) -> CacheRequest:
     """
     section, losses = recipe.teacher, recipe.distillation.losses if recipe.distillation else None
     if section.cache is None or losses is None:
-        raise InputError(
-            "teacher.cache", section.cache, "a folder for the cache, and a distillation section that learns from it"
-        )
+        fix = f"{'set it, and ' if section.cache is None else ''}add a distillation section that learns from the cache"
+        raise InputError("teacher.cache", section.cache, fix=fix)
     if settings.dtype is not None and section.dtype not in (None, settings.dtype):
         raise InputError(
             "dtype", settings.dtype, fix=f"leave it out, or set it to {section.dtype}, the recipe's teacher.dtype"
@@ -89,22 +89,32 @@ def open_cache(request: CacheRequest) -> OpenCache:
     """Open teacher and rows, and check that their outputs can be cached and learned from.
 
     Raises:
-        InputError: for the first fault.
+        InputError: one line per fault.
     """
-    usable_output(request.folder, request.folder_field, INDEX_NAME)
+    found = Collector()
+    found.run(usable_output, request.folder, request.folder_field, INDEX_NAME)
     if (request.folder / INDEX_NAME).is_file():
-        read_index(request.folder)  # refuses a folder that holds something else
-    teacher = open_model(request.model_field, request.model, True, request.trust_remote_code)
-    rows = open_rows(request.data, teacher.config)
+        found.run(read_index, request.folder)  # refuses a folder that holds something else
+    teacher = found.run(open_model, request.model_field, request.model, True, request.trust_remote_code)
+    rows = found.run(lambda: open_rows(request.data, teacher.config if teacher else None))
+    found.ask(_task_faults, rows)
+    found.run(check_head, teacher, rows.task if rows else None)
+    limits = limits_of(teacher.config, teacher.name) if teacher else None
+    found.ask(length_faults, limits, request.data.max_length, "data.max_length")
+    raise_all(found.faults)
+    assert teacher is not None and rows is not None
     task = rows.task
-    if task.kind.changes_inputs:
-        accepted = "a task whose inputs are the same in every epoch; masked words change"
-        raise InputError("data.task", task.name, accepted)
-    check_head(teacher, task)
-    raise_all(length_faults(limits_of(teacher.config, teacher.name), request.data.max_length, "data.max_length"))
     # A tokenizer may know tokens that the model has no embedding for (Gemma 3's images).
     classes = min(token_count(teacher.tokenizer), teacher.config.vocab_size) if task.is_language_model else None
     if request.objective is not None:
         held = cache_gives(CacheIndex(request.settings, classes or task.num_labels, {}, ()))
         raise_all(request.objective.faults(Use(teacher=held), "distillation.losses"))
     return OpenCache(teacher, rows, classes)
+
+
+def _task_faults(rows: TaskData) -> list[InputError]:
+    """A fault of a task whose inputs no cache can hold."""
+    if not rows.task.kind.changes_inputs:
+        return []
+    fix = "choose another task: a cache holds one answer to a row, and here other words are masked in every epoch"
+    return [InputError("data.task", rows.task.name, fix=fix)]

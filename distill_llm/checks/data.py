@@ -7,22 +7,22 @@ import datasets
 from transformers import PreTrainedConfig
 
 from distill_llm.checks.faults import in_one_line
-from distill_llm.data.loading import load_task
+from distill_llm.data.loading import read_task
 from distill_llm.data.spec import DataSpec
 from distill_llm.data.tasks import TaskData
 
 
 def open_rows(spec: DataSpec, config: PreTrainedConfig | None, training: bool = True) -> TaskData:
-    """Read the rows of a task, as `load_task` does.
+    """Read the rows of a task, as `read_task` does.
 
     Args:
-        spec, config, training: as for `load_task`.
+        spec, config, training: as for `read_task`.
 
     Raises:
         InputError: a field of the recipe is wrong; it is named.
     """
     with _quiet_datasets(), in_one_line("data.path", spec.path, "data that can be read"):
-        return load_task(spec, config, training)
+        return read_task(spec, config, training)
 
 
 @contextmanager

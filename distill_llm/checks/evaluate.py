@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from distill_llm.checks.data import open_rows
+from distill_llm.checks.faults import Collector
 from distill_llm.common.errors import raise_all
 from distill_llm.data.encoding import encode
 from distill_llm.data.spec import DataSpec
@@ -29,13 +30,16 @@ def open_scoring(model: str, spec: DataSpec, trust_remote_code: bool = False) ->
         trust_remote_code: whether code that the model brings along may run.
 
     Raises:
-        InputError: for the first fault. Fields are named as in a recipe; the model is `model`.
+        InputError: one line per fault. Fields are named as in a recipe; the model is `model`.
     """
-    opened = open_model("model", model, True, trust_remote_code)
-    rows = open_rows(spec, opened.config, training=False)
-    check_head(opened, rows.task)
-    limits = limits_of(opened.config, opened.name)
-    raise_all(length_faults(limits, spec.max_length, "data.max_length"))
+    found = Collector()
+    opened = found.run(open_model, "model", model, True, trust_remote_code)
+    rows = found.run(lambda: open_rows(spec, opened.config if opened else None, training=False))
+    found.run(check_head, opened, rows.task if rows else None)
+    limits = limits_of(opened.config, opened.name) if opened else None
+    found.ask(length_faults, limits, spec.max_length, "data.max_length")
+    raise_all(found.faults)
+    assert opened is not None and rows is not None and limits is not None
     rows.task.kind.check_rows(rows, opened.tokenizer)
     data = check_tokens(encode(rows, opened.tokenizer, spec.max_length), opened, RECIPE_FIELDS.rows)
     raise_all(scoring_faults(limits, data.test, data.task, RECIPE_FIELDS, opened.tokenizer))

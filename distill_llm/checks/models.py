@@ -170,7 +170,7 @@ def check_disk(recipe: Recipe, teacher: PreTrainedModel, student: nn.Module) -> 
         raise InputError(
             "output_dir",
             f"{recipe.output_dir} with {free / 1e9:.1f} GB free",
-            f"a disk with about {needed / 1e9:.1f} GB free",
+            fix=f"free some space, or choose another disk: about {needed / 1e9:.1f} GB are needed",
         )
 
 

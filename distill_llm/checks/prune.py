@@ -30,7 +30,4 @@ def _unused(recipe: Recipe) -> list[InputError]:
         "pruning.rounds": section.rounds if section and section.rounds > 1 else None,
     }
     fix = "leave it out, or use `distill-llm run`: this command only prunes"
-    faults = [InputError(name, value, fix=fix) for name, value in given.items() if value is not None]
-    if not faults and (section is None or section.keep is None):
-        faults = [InputError("pruning.keep", None, "a number above 0 and at most 1")]
-    return faults
+    return [InputError(name, value, fix=fix) for name, value in given.items() if value is not None]

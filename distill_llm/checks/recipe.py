@@ -276,7 +276,7 @@ def _response_faults(recipe: Recipe, task: Task, shorter: OpenModel) -> list[Inp
         return faults
     field = "distillation.losses.responses"
     if not task.kind.generates:
-        return [*faults, InputError(field, f"the task {task.name}", "data of the task prompts")]
+        return [*faults, InputError(field, f"the task {task.name}", fix="remove it, or use data of the task prompts")]
     most = recipe.data.max_length + responses.max_new_tokens
     limits = limits_of(shorter.config, shorter.name)
     return faults + length_faults(limits, most, f"data.max_length + {field}.max_new_tokens")

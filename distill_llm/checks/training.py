@@ -94,9 +94,7 @@ def _check_sharding(recipe: Recipe, sharding: str | None, widths: tuple[int, int
         return
     losses, faults = recipe.distillation.losses, []
     if recipe.student is not None and recipe.student.peft is not None:
-        faults.append(
-            InputError("student.peft", sharding, "DDP, which holds a whole copy of the student in each process")
-        )
+        faults.append(InputError("student.peft", sharding, fix="use DDP: adapters cannot be sharded here"))
     raise_all(faults + losses.faults(Use(widths=widths, sharding=sharding), "distillation.losses"))
 
 
@@ -197,7 +195,7 @@ def _installed(training: Mapping[str, Any]) -> list[InputError]:
     faults, optimizer = [], str(training.get("optim", ""))
     package = next((package for names, package in OPTIMIZER_PACKAGES if re.fullmatch(names, optimizer)), None)
     if package is not None and find_spec(package) is None:
-        faults.append(InputError("optim", optimizer, f"adamw_torch, or install {package}"))
+        faults.append(InputError("optim", optimizer, fix=f"set it to adamw_torch, or install {package}"))
     if training.get("deepspeed") and find_spec("deepspeed") is None:
         faults.append(InputError("deepspeed", training["deepspeed"], fix="install deepspeed, or leave this field out"))
     reporters = training["report_to"]
@@ -230,11 +228,11 @@ def _evaluation(training: Mapping[str, Any], data: TaskData) -> list[InputError]
     if data.validation is None and (evaluates or chosen):
         name = (evaluates or chosen)[0]
         off = {"eval_strategy": "no", "save_strategy": "no, steps or epoch"}.get(name, "false")
-        accepted = f"{off}, or held-out rows to evaluate on: data.holdout_examples > 0"
-        faults.append(InputError(name, training[name], accepted))
+        fix = f"set it to {off}, or set data.holdout_examples, for rows to evaluate on"
+        faults.append(InputError(name, training[name], fix=fix))
     elif chosen and training["eval_strategy"] == "no":
-        accepted = "this value together with eval_strategy steps or epoch"
-        faults.append(InputError(chosen[0], training[chosen[0]], accepted))
+        fix = "set eval_strategy to steps or epoch too, or leave this field out"
+        faults.append(InputError(chosen[0], training[chosen[0]], fix=fix))
     metric, known = training.get("metric_for_best_model"), _metrics(data.task)
     if metric is not None and metric.removeprefix("eval_") not in known:
         faults.append(InputError("metric_for_best_model", metric, one_of(known, metric)))
@@ -250,7 +248,7 @@ def _precision(training: Mapping[str, Any]) -> list[InputError]:
     """Faults of precisions that this device cannot train in."""
     gpu = torch.accelerator.is_available() and not training["use_cpu"]
     if training.get("fp16") and not gpu:
-        return [InputError("fp16", True, "false on a CPU (bf16 works there)")]
+        return [InputError("fp16", True, fix="set it to false: a CPU cannot train in it (bf16 works)")]
     if training.get("bf16") and gpu and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
-        return [InputError("bf16", True, "false on this GPU (fp16 works there)")]
+        return [InputError("bf16", True, fix="set it to false: this GPU cannot train in it (fp16 works)")]
     return []

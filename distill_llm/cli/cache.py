@@ -9,7 +9,16 @@ from typing import Annotated, Any
 import typer
 
 from distill_llm.cli.group import is_main_process
-from distill_llm.cli.options import TrustCode, as_options
+from distill_llm.cli.options import (
+    Columns,
+    DropIncomplete,
+    Encoding,
+    Separator,
+    TeacherDtype,
+    TrustCode,
+    as_options,
+    read_columns,
+)
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.recipe.recipe import Recipe, load_recipe, recipe_names
 
@@ -33,6 +42,10 @@ def cache(
     ] = None,
     task: Annotated[str | None, typer.Option(help="Without a recipe: the task, as in data.task.")] = None,
     data: Annotated[str | None, typer.Option(help="Without a recipe: the data, as in data.path.")] = None,
+    columns: Columns = None,
+    separator: Separator = None,
+    encoding: Encoding = None,
+    drop_incomplete: DropIncomplete = False,
     max_length: Annotated[
         int | None, typer.Option(min=8, help="Without a recipe: tokens that an example is cut to, by default 128.")
     ] = None,
@@ -46,21 +59,13 @@ def cache(
         str, typer.Option(metavar="sampled|topk", help="Store unbiased draws, or the most probable tokens.")
     ] = "sampled",
     batch_size: Annotated[int, typer.Option(min=1, help="Number of examples at once.")] = 8,
-    dtype: Annotated[
-        str | None,
-        typer.Option(metavar="float32|bfloat16|float16", help="Teacher's dtype; by default bfloat16 on CUDA."),
-    ] = None,
+    dtype: TeacherDtype = None,
     trust_remote_code: TrustCode = False,
 ) -> None:
     """Write what a teacher says about the training rows to disk, once. Run the same command again to continue after a stop."""
-    rows: dict[str, Any] = {
-        "task": task,
-        "path": data,
-        "max_length": max_length,
-        "train_examples": train_examples,
-        "holdout_examples": holdout_examples,
-        "seed": seed,
-    }
+    source = {"path": data, "columns": read_columns(columns), "separator": separator, "encoding": encoding}
+    counts = {"max_length": max_length, "train_examples": train_examples, "holdout_examples": holdout_examples}
+    rows: dict[str, Any] = {"task": task, **source, **counts, "seed": seed, "drop_incomplete": drop_incomplete or None}
     rows = {name: value for name, value in rows.items() if value is not None}
     recipe = _recipe(teacher, output_dir, settings or [], rows, trust_remote_code)
     if recipe is None and task is None:

@@ -12,7 +12,10 @@ from distill_llm.cli.options import (
     ChatTemplateKwargs,
     Columns,
     DataPath,
+    DropIncomplete,
+    Encoding,
     ModelName,
+    Separator,
     TaskName,
     TrustCode,
     as_options,
@@ -34,6 +37,12 @@ def evaluate(
     task: TaskName,
     data: DataPath = None,
     columns: Columns = None,
+    separator: Separator = None,
+    encoding: Encoding = None,
+    drop_incomplete: DropIncomplete = False,
+    test_examples: Annotated[
+        int | None, typer.Option(min=1, help="Number of test rows to score on; by default all.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Number of examples at once.")] = 64,
     max_length: Annotated[
         int,
@@ -72,6 +81,10 @@ def evaluate(
             max_new_tokens=max_new_tokens,
             chat=chat,
             chat_template_kwargs=read_mapping(chat_template_kwargs, "chat_template_kwargs"),
+            test_examples=test_examples,
+            separator=separator,
+            encoding=encoding,
+            drop_incomplete=drop_incomplete,
         )
         _score(model, spec, batch_size, output, trust_remote_code)
 

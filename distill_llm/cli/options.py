@@ -28,6 +28,27 @@ Columns = Annotated[
 DataPath = Annotated[
     str | None, typer.Option(help="Folder, file or Hub id of the data; GLUE tasks come from the Hub by default.")
 ]
+Separator = Annotated[
+    str | None,
+    typer.Option(
+        metavar="CHARACTER",
+        help="Character between the columns of .csv and .tsv files; by default found in the header line.",
+    ),
+]
+Encoding = Annotated[
+    str | None,
+    typer.Option(help="Encoding of files of text, for example cp1252; by default UTF-8 or the byte order mark's."),
+]
+DropIncomplete = Annotated[
+    bool, typer.Option("--drop-incomplete", help="Leave out rows that lack a text or a label; by default an error.")
+]
+TeacherDtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="float32|bfloat16|float16",
+        help="Dtype of the teacher's weights; by default bfloat16 on CUDA, else float32.",
+    ),
+]
 ChatTemplateKwargs = Annotated[
     str | None,
     typer.Option(metavar="YAML", help="Further arguments of the chat template: '{enable_thinking: false}'."),
@@ -64,11 +85,11 @@ def _renamed(fault: InputError, options: Collection[str], arguments: Mapping[str
     """The fault under the option's name. Options that its text mentions in backticks are renamed too."""
 
     def mention(match: re.Match[str]) -> str:
-        return f"`{_written(match[1])}`" if match[1] in options else match[0]
+        return f"`{_option(match[1], options, arguments)}`"
 
     if isinstance(fault, NotFinite):  # of no option
         return fault
-    accepted, fix = (re.sub(r"`(\w+)`", mention, text) for text in (fault.accepted, fault.fix))
+    accepted, fix = (re.sub(r"`([\w.]+)`", mention, text) for text in (fault.accepted, fault.fix))
     return InputError(_option(fault.field, options, arguments), fault.given, accepted, fix=fix)
 
 

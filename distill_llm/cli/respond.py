@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distill_llm.cli.group import is_main_process
-from distill_llm.cli.options import ChatTemplateKwargs, TrustCode, as_options
+from distill_llm.cli.options import ChatTemplateKwargs, Encoding, Separator, TeacherDtype, TrustCode, as_options
 from distill_llm.cli.output import quiet_weights
 from distill_llm.recipe.yaml_input import read_mapping
 
@@ -34,19 +34,15 @@ def respond(
     samples: Annotated[int, typer.Option(help="Number of responses to each prompt.")] = 1,
     batch_size: Annotated[int, typer.Option(help="Number of responses at once.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of the random numbers.")] = 0,
+    separator: Separator = None,
+    encoding: Encoding = None,
     prompt_column: Annotated[
         str | None, typer.Option(help="Column with texts or chats; by default prompt, or else messages.")
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put prompts that are texts into the chat template.")] = False,
     chat_template_kwargs: ChatTemplateKwargs = None,
     max_prompts: Annotated[int | None, typer.Option(help="Use only this many rows, the first ones.")] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="float32|bfloat16|float16",
-            help="Dtype of the teacher's weights; by default bfloat16 on CUDA, else float32.",
-        ),
-    ] = None,
+    dtype: TeacherDtype = None,
     keep_truncated: Annotated[
         bool, typer.Option("--keep-truncated", help="Keep responses that were cut at --max-new-tokens.")
     ] = False,
@@ -72,6 +68,8 @@ def respond(
             max_prompts=max_prompts,
             dtype=dtype,
             keep_truncated=keep_truncated,
+            separator=separator,
+            encoding=encoding,
             trust_remote_code=trust_remote_code,
         )
         counts = generate(teacher, data, output_dir, settings)

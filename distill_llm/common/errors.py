@@ -1,5 +1,6 @@
 """The one exception for bad input: a single line with the field, what was given, and what is accepted or what to do."""
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
@@ -74,6 +75,22 @@ class InputErrors(InputError):
         first = self.faults[0]
         super().__init__(first.field, first.given, first.accepted, fix=first.fix)
         self.args = ("\n".join(map(str, self.faults)),)
+
+
+def as_arguments(error: InputError, sections: Iterable[str]) -> InputErrors:
+    """The same faults for a caller in Python, whose arguments have no section of a recipe before them: `path` for `data.path`."""
+    begins = tuple(f"{section}." for section in sections)
+
+    def short(name: str) -> str:
+        return next((name.removeprefix(begin) for begin in begins if name.startswith(begin)), name)
+
+    def text(words: str) -> str:
+        return re.sub(r"`([\w.]+)`", lambda match: f"`{short(match[1])}`", words)
+
+    return InputErrors(
+        InputError(short(fault.field), fault.given, text(fault.accepted), fix=text(fault.fix))
+        for fault in faults_in(error)
+    )
 
 
 def faults_in(error: InputError) -> list[InputError]:

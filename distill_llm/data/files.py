@@ -94,7 +94,9 @@ def read_files(files: list[Path], field: str, form: FileFormat) -> Dataset:
         return rows
     except Exception as error:  # pyarrow, pandas and `datasets` raise many kinds
         if (wrong := _wrong_bytes(error)) is not None:
-            raise _encoding_fault(wrong, field, names) from error
+            raise _encoding_fault(wrong, names) from error
+        if "corresponds to no data" in str(error):  # `datasets` found a header line, or less
+            raise InputError(field, ", ".join(names), "a file with rows: it has none") from error
         raise InputError(field, ", ".join(names), f"a well-formed {kind} file ({one_line(error)})") from error
 
 
@@ -149,11 +151,9 @@ def _wrong_bytes(error: BaseException | None) -> UnicodeError | None:
     return None
 
 
-def _encoding_fault(error: UnicodeError, field: str, names: list[str]) -> InputError:
+def _encoding_fault(error: UnicodeError, names: list[str]) -> InputError:
     """What to do about bytes that are not what the encoding says."""
     used = str(getattr(error, "encoding", "utf-8"))
-    if field != "data.path":  # no setting of the caller's user says the encoding
-        return InputError(field, ", ".join(names), fix=f"save it as UTF-8: it has bytes that are not {used}")
     fix = f"set it to the encoding of {names[0]}, for example cp1252 or utf-16: it has bytes that are not {used}"
     return InputError("data.encoding", used, fix=fix)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Dataset, Features, Value
 
-from distill_llm.common.errors import InputError
+from distill_llm.common.errors import InputError, first_line
 from distill_llm.data.kinds.classification import classification
 from distill_llm.data.kinds.regression import regression
 from distill_llm.data.sources import is_saved, read_splits
@@ -105,14 +105,15 @@ def read_tsv(file: Path, task: Task) -> Dataset:
     if not file.is_file():
         raise InputError("data.path", str(file), "an existing file (the folder lacks it)")
     layout = LAYOUTS[task.name]
-    with open(file, encoding="utf-8-sig", newline="\n") as lines:
-        header = list(layout.header or next(lines, "").rstrip("\r\n").split("\t"))
-        if missing := [column for column in layout.columns if column not in header]:
-            raise InputError(
-                "data.path", str(file), f"the columns {', '.join(layout.columns)} ({missing[0]!r} is missing)"
-            )
-        places = [header.index(column) for column in layout.columns]
-        rows = [line.rstrip("\r\n").split("\t") for line in lines]
+    try:
+        with open(file, encoding="utf-8-sig", newline="\n") as text:
+            rows = [line.rstrip("\r\n").split("\t") for line in text]
+    except UnicodeError as error:
+        raise InputError("data.path", str(file), fix=f"save it as UTF-8 ({first_line(error)})") from error
+    header = list(layout.header or (rows.pop(0) if rows else ()))
+    if missing := [column for column in layout.columns if column not in header]:
+        raise InputError("data.path", str(file), f"the columns {', '.join(layout.columns)} ({missing[0]!r} is missing)")
+    places = [header.index(column) for column in layout.columns]
     complete = [row for row in rows if len(row) >= len(header) and row[places[-1]] != "-"]
     if not complete:
         raise InputError("data.path", str(file), "a file with at least one complete row")

@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 from datasets import ClassLabel, Dataset, Value
 from transformers import PreTrainedConfig
 
-from distill_llm.common.errors import InputError, one_of
+from distill_llm.common.errors import InputError, as_arguments, one_of
 from distill_llm.data.embedded import TASK as EMBEDDED
 from distill_llm.data.embedded import load_embedded
 from distill_llm.data.glue import GLUE, load_glue
@@ -30,6 +30,14 @@ def task_names() -> tuple[str, ...]:
 
 
 def load_task(spec: DataSpec, config: PreTrainedConfig | None = None, training: bool = True) -> TaskData:
+    """As `read_task`, with faults under the names that `DataSpec` has for its fields: `path`, `columns.text`."""
+    try:
+        return read_task(spec, config, training)
+    except InputError as error:
+        raise as_arguments(error, ("data", "evaluation")) from error
+
+
+def read_task(spec: DataSpec, config: PreTrainedConfig | None = None, training: bool = True) -> TaskData:
     """The rows of a task, in the splits that training, choosing and reporting use.
 
     Args:
@@ -39,8 +47,8 @@ def load_task(spec: DataSpec, config: PreTrainedConfig | None = None, training: 
             training rows.
 
     Raises:
-        InputError: an unknown task, missing data, file or column, a label that does not fit, more rows asked for than
-            there are, or a model or setting that the task does not go with.
+        InputError: under the names of a recipe's fields: an unknown task, missing data, file or column, a label that does not
+            fit, more rows asked for than there are, or a model or setting that the task does not go with.
     """
     kind = _kind(spec.task, config)
     _check_settings(spec, frozenset() if spec.task in NAMED else kind.settings | set(OF_OWN_ROWS))

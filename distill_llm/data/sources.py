@@ -117,6 +117,9 @@ def _load(load: Callable[[], Any], path: str, field: str) -> Splits:
     try:
         loaded = load()
     except Exception as error:  # `datasets` raises many kinds
+        if os.path.isdir(path) and not is_saved(Path(path)):
+            accepted = f"a folder with files train.*, validation.* or test.* ({', '.join(READERS)}), or texts (.txt)"
+            raise InputError(field, path, accepted) from error
         accepted = f"an existing file or folder, or the id of a data set on the Hub ({one_line(error)})"
         raise InputError(field, path, accepted) from error
     if isinstance(loaded, Dataset):

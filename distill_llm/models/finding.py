@@ -65,8 +65,6 @@ def open_model(field: str, name: str, tokenizer: bool = True, trust_remote_code:
     if os.path.exists(path):
         if not (local / "config.json").is_file():
             raise InputError(field, name, "a folder with a config.json, as save_pretrained writes it")
-        if tokenizer and not any(any(local.glob(pattern)) for pattern in TOKENIZER_FILES):
-            raise InputError(field, name, f"a folder with its tokenizer ({', '.join(TOKENIZER_FILES)})")
         _check_weights(field, name, local)
     try:
         config = open_config(path, trust_remote_code)
@@ -77,6 +75,10 @@ def open_model(field: str, name: str, tokenizer: bool = True, trust_remote_code:
         raise InputError(field, name, f"a config.json with a list of names under `architectures` (it has {classes!r})")
     if not tokenizer:
         return OpenModel(field, name, path, config, trust_remote_code=trust_remote_code)
+    if os.path.exists(path) and not any(any(local.glob(pattern)) for pattern in TOKENIZER_FILES):
+        what = unsupported_head(classes or [])
+        told = "" if what is None else f"; this model is for {what}, which is not supported"
+        raise InputError(field, name, f"a folder with its tokenizer ({', '.join(TOKENIZER_FILES)}){told}")
     try:
         found = open_tokenizer(path, config, trust_remote_code)
     except Exception as error:
@@ -179,7 +181,7 @@ def check_head(model: OpenModel, task: Task) -> None:
         raise InputError(
             model.field,
             f"{model.name} with {model.config.num_labels} labels",
-            f"{task.num_labels} labels, {task.name}'s{hint}",
+            f"a model with {task.num_labels} labels, as many as the data of {task.name} have{hint}",
         )
     own, names = label_names(model.config) or (), task.label_names or ()
     if same_names(sorted(own, key=str.casefold), sorted(names, key=str.casefold)):  # its names may be others

@@ -146,8 +146,8 @@ def measured_rate(
     """
     models = [model for model in (step.student, step.teacher) if model is not None]
     if sum(each.numel() for model in models for each in model.parameters()) > LARGEST_TRIAL:
-        accepted = "the TFLOP/s that a device reaches in training: these models are too large to try here"
-        raise InputError("tflops", None, accepted)
+        fix = "set it to the TFLOP/s that a device reaches in training: these models are too large to try here"
+        raise InputError("tflops", None, fix=fix)
     tried = [_with_numbers(model, device) for model in models]
     micro_batch = step.on(tried[0], tried[1] if len(tried) > 1 else None, shape, device)  # type: ignore[arg-type]
     learned = [each for each in tried[0].parameters() if each.requires_grad]

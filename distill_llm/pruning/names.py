@@ -40,11 +40,11 @@ def competing_faults(
     faults = []
     if not is_comparable(criterion):
         comparable = " or ".join(filter(is_comparable, CRITERIA))
-        faults.append(InputError("criterion", criterion, f"{comparable} {where}"))
+        faults.append(InputError("criterion", criterion, fix=f"set it to {comparable} {where}"))
     if layer_criterion is not None:
         faults.append(InputError("layer_criterion", layer_criterion, fix=f"leave it out {where}"))
     if scope != "global":
-        faults.append(InputError("scope", scope, f"global {where}"))
+        faults.append(InputError("scope", scope, fix=f"set it to global {where}"))
     if uniform:
-        faults.append(InputError("uniform", uniform, f"false {where}"))
+        faults.append(InputError("uniform", uniform, fix=f"set it to false {where}"))
     return faults

@@ -185,8 +185,8 @@ def _contradictions(section: PruningSection) -> list[InputError]:
     if len(units) != len(section.units):
         faults.append(InputError("units", section.units, "each unit at most once"))
     if ranks_layers_only(section.criterion) and section.units != ["layers"]:
-        accepted = f"[layers] with criterion {section.criterion} (with other units, set it as `layer_criterion`)"
-        faults.append(InputError("units", section.units, accepted))
+        fix = f"set them to [layers], or set {section.criterion} as `layer_criterion` and choose another `criterion`"
+        faults.append(InputError("units", section.units, fix=fix))
     if section.layer_criterion is not None and ("layers" not in units or units == {"layers"}):
         fix = "leave it out: it counts only if units has layers and other units"
         faults.append(InputError("layer_criterion", section.layer_criterion, fix=fix))
@@ -211,10 +211,10 @@ def _contradictions(section: PruningSection) -> list[InputError]:
         faults.append(InputError("checkpointing", False, fix="set it to true: offload needs it"))
     if section.offload and section.cost == "latency":
         faults.append(
-            InputError("cost", "latency", "params, flops or memory with offload: latency is measured on the device")
+            InputError("cost", "latency", fix="choose params, flops or memory: with offload no latency can be measured")
         )
     if section.scope == "local" and not any(KINDS[unit].in_layer for unit in units):
-        faults.append(InputError("scope", "local", "global with units [hidden]: all layers share their channels"))
+        faults.append(InputError("scope", "local", fix="set it to global: these units are not of one layer"))
     return faults + competing_faults(units, section.criterion, section.scope, section.uniform, section.layer_criterion)
 
 
@@ -228,7 +228,7 @@ def _explicit_layers(section: PruningSection) -> list[InputError]:
     if section.statistics is not None:
         faults.append(InputError("statistics", str(section.statistics), fix="leave it out: `layers` says what to keep"))
     if section.cost == "latency":
-        faults.append(InputError("cost", "latency", "params, flops or memory, if `layers` says what to keep"))
+        faults.append(InputError("cost", "latency", fix="choose params, flops or memory: `layers` says what to keep"))
     if min(layers) < 0 or sorted(set(layers)) != layers:
         faults.append(InputError("layers", layers, "different indices of layers, counted from 0, in ascending order"))
     return faults

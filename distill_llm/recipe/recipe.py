@@ -68,7 +68,7 @@ class Recipe(Section):
         faults = []
         given = self.student.model if self.student else None
         if self.pruning is None and given is None:
-            faults.append(InputError("pruning", None, "a pruning section, or a student.model to distill into"))
+            faults.append(InputError("pruning", None, fix="add a pruning section, or a student.model to distill into"))
         if self.pruning is not None and given is not None:
             faults.append(
                 InputError(
@@ -78,7 +78,9 @@ class Recipe(Section):
                 )
             )
         if self.student is not None and self.distillation is None:
-            faults.append(InputError("distillation", None, "a distillation section, since there is a student section"))
+            faults.append(
+                InputError("distillation", None, fix="add a distillation section, or remove the student section")
+            )
         if self.teacher.cache is not None:
             faults += self._cache_faults()
         elif self.teacher.quantization is not None and not (

@@ -57,7 +57,9 @@ def push(student_dir: str | Path, repo_id: str, private: bool = False, token: st
     except OfflineModeIsEnabled as error:
         raise InputError("HF_HUB_OFFLINE", "1", fix="unset it: pushing needs the Hub") from error
     except LocalTokenNotFoundError as error:
-        raise InputError("token", None, "a token with write access (`hf auth login`, or HF_TOKEN)") from error
+        raise InputError(
+            "token", None, fix="run `hf auth login`, or set HF_TOKEN, with a token that has write access"
+        ) from error
     except HfHubHTTPError as error:
         accepted = f"a repository that the Hub accepts ({first_line(error)})"
         if error.response is not None and error.response.status_code in (401, 403):
@@ -66,8 +68,8 @@ def push(student_dir: str | Path, repo_id: str, private: bool = False, token: st
     except Exception as error:
         if not type(error).__module__.startswith("httpx"):  # httpx or httpx2, by the version of huggingface_hub
             raise
-        accepted = f"a Hub that can be reached ({first_line(error)}); push again when it is back"
-        raise InputError("repo_id", repo_id, accepted) from error
+        fix = f"push again when the Hub can be reached ({first_line(error)})"
+        raise InputError("repo_id", repo_id, fix=fix) from error
     return str(repo)
 
 

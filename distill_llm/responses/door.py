@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.data.chats import check_template_kwargs, template_faults
+from distill_llm.data.files import FileFormat
 from distill_llm.data.kinds.prompts import prompts as prompts_task
 from distill_llm.data.special_tokens import check_tokenizer, tokenizer_fingerprint
 from distill_llm.models.finding import OpenModel, check_head, chosen_dtype, open_model
@@ -56,7 +57,8 @@ def open_prompts(
     """
     opened = _opened(teacher, tokenizer, settings.trust_remote_code)
     dtype = _dtype(teacher, settings.dtype, device)
-    contents = read_contents(prompts, settings.prompt_column, settings.max_prompts)
+    form = FileFormat(settings.separator, settings.encoding)
+    contents = read_contents(prompts, settings.prompt_column, settings.max_prompts, form)
     are_chats = settings.chat or not isinstance(contents[0], str)
     check_tokenizer(prompts_task(("messages",) if are_chats else ("prompt", "response")), opened.tokenizer, "teacher")
     given = settings.chat_template_kwargs

@@ -9,8 +9,9 @@ from typing import Any, TypeAlias
 from datasets import Dataset, Value
 from transformers import PreTrainedTokenizerBase
 
-from distill_llm.common.errors import InputError, one_of
+from distill_llm.common.errors import InputError, as_arguments, one_of
 from distill_llm.data.chats import Chat, as_turn, asked, is_chat
+from distill_llm.data.files import FileFormat
 from distill_llm.data.sources import read_splits, resolve_path
 from distill_llm.data.special_tokens import special_ends
 
@@ -43,19 +44,25 @@ class Prompt:
         return self.content == (row.get("prompt") if isinstance(self.content, str) else row.get("messages", [])[:-1])
 
 
-def read_contents(source: Source, column: str | None, limit: int | None) -> list[str] | list[Chat]:
+def read_contents(
+    source: Source,
+    column: str | None,
+    limit: int | None,
+    form: FileFormat = FileFormat(),  # noqa: B008 - frozen
+) -> list[str] | list[Chat]:
     """The prompts in the order of the rows, repeated ones too: all texts, or all chats.
 
     Args:
         source: what `read_splits` takes (its train split is answered), a data set, texts, or chats.
         column: with texts or with chats; by default `prompt`, else `messages`.
         limit: only the first rows.
+        form: how files are written.
 
     Raises:
-        InputError: naming `data` or `prompt_column`: nothing to read, no such column, other values than texts or chats, an
-            empty prompt.
+        InputError: naming `data`, `separator`, `encoding` or `prompt_column`: nothing to read, no such column, other values
+            than texts or chats, an empty prompt.
     """
-    rows = _rows(source)
+    rows = _rows(source, form)
     if limit is not None:
         rows = rows.select(range(min(limit, len(rows))))
     name = column or ("messages" if {"prompt", "messages"} & {*rows.column_names} == {"messages"} else "prompt")
@@ -73,11 +80,15 @@ def read_contents(source: Source, column: str | None, limit: int | None) -> list
     return [_without_answer(chat, place, name) for place, chat in enumerate(rows[name])]
 
 
-def _rows(source: Source) -> Dataset:
+def _rows(source: Source, form: FileFormat) -> Dataset:
     if isinstance(source, Dataset):
         return source
     if isinstance(source, str):
-        return read_splits(resolve_path(source, "data"), field="data")["train"]
+        try:
+            return read_splits(resolve_path(source, "data.path"), form=form)["train"]
+        except InputError as error:
+            fault = as_arguments(error, ("data",))
+            raise fault.renamed("data" if fault.field == "path" else fault.field) from error
     texts = all(isinstance(each, str) for each in source)
     return Dataset.from_dict({"prompt" if texts else "messages": list(source)})
 

@@ -21,6 +21,7 @@ class ResponseSettings(Sampling):
         dtype: of a teacher given by name: float32, bfloat16 or float16; by default bfloat16 on CUDA, else float32.
         keep_truncated: keep responses that reached `max_new_tokens`; may be changed later without generating again.
         trust_remote_code: run the code that a teacher given by name brings along, if it does.
+        separator, encoding: how files with prompts are written (see `distill_llm.data.files.FileFormat`).
 
     Raises:
         InputError: names the value that is out of its range.
@@ -34,6 +35,8 @@ class ResponseSettings(Sampling):
     dtype: str | None = None
     keep_truncated: bool = False
     trust_remote_code: bool = False
+    separator: str | None = None
+    encoding: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,5 +54,6 @@ class ResponseSettings(Sampling):
         """
         kwargs = dict(self.chat_template_kwargs) if self.chat_template_kwargs else None
         settings = {**asdict(self), "chat_template_kwargs": kwargs, "dtype": dtype, "shard_responses": shard_responses}
-        del settings["keep_truncated"], settings["trust_remote_code"]
+        for name in ("keep_truncated", "trust_remote_code", "separator", "encoding"):  # prompts have a fingerprint
+            del settings[name]
         return settings

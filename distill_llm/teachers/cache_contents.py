@@ -115,5 +115,5 @@ def check_fingerprints(
         old, new = vars(index.settings), vars(settings)
         changed += [f"{name} ({old[name]}, not {new[name]})" for name in new if old[name] != new[name]]
     if changed:
-        accepted = "a cache made with the same teacher, tokenizer and data: choose another folder, or write it again"
-        raise InputError("cache", f"{folder}, made with another {' and '.join(changed)}", accepted)
+        fix = "choose another folder, or write the cache again: it must be of the same teacher, tokenizer and data"
+        raise InputError("cache", f"{folder}, made with another {' and '.join(changed)}", fix=fix)

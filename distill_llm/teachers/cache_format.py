@@ -120,7 +120,7 @@ def read_index(folder: Path) -> CacheIndex:
     try:
         fields = json.loads(path.read_text())
         if fields.pop("format") != FORMAT:
-            raise InputError("cache", str(folder), f"{accepted} of format {FORMAT}: write it again")
+            raise InputError("cache", str(folder), fix=f"write the cache again: this version reads format {FORMAT}")
         shards = tuple((int(examples), int(items)) for examples, items in fields.pop("shards"))
         return CacheIndex(settings=CacheSettings(**fields.pop("settings")), shards=shards, **fields)
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -121,7 +121,11 @@ def write_cache(
         per_item * examples.items[span].sum() + PER_EXAMPLE * len(span) for span in _spans(index, missing).values()
     )
     if needed * SPARE > (free := shutil.disk_usage(folder).free):
-        raise InputError("path", f"{folder} with {_size(free)} free", f"a disk with {_size(needed * SPARE)} free")
+        raise InputError(
+            "path",
+            f"{folder} with {_size(free)} free",
+            fix=f"free some space, or choose another disk: {_size(needed * SPARE)} are needed",
+        )
     if known is None:
         with written_whole(folder / INDEX_NAME) as partial:
             partial.write_text(index.to_json())

@@ -275,7 +275,7 @@ def test_a_full_disk_and_an_output_that_is_a_file_are_refused(folder, monkeypatc
             patch.setattr(shutil, "disk_usage", lambda path: usage)
             patch.setattr(model_checks, "second_moment_bytes", lambda model, inner, hidden: 5 * 10**9 * inner)
             model_checks.check_disk(recipe, model, model)
-        needed.append(float(error.value.accepted.split()[4]))
+        needed.append(float(error.value.fix.split("about ")[1].split()[0]))
     assert needed[0] == needed[1] == pytest.approx(needed[2] - 15)
     (folder / "run").write_text("")
     (line,) = faults(recipe_with(folder))
@@ -310,6 +310,13 @@ def test_the_least_keep_that_passes_is_the_least_that_pruning_reaches(folder, un
         assert least <= named < least + 1e-4
         scores = Importance("fisher", [torch.rand(4)] * 3, [torch.rand(64)] * 3, torch.rand(3))
         plan_pruning(model, scores, named, units=units, cost=cost, sequence_length=8)
+
+
+def test_all_faults_of_a_pruning_section_are_told_at_once(folder):
+    pruning = {"keep": 0.5, "units": ["heads", "neurons"], "round_to": 65, "min_heads": 5, "min_neurons": 65}
+    lines = faults(recipe_with(folder, pruning={**pruning, "statistics": str(folder / "teacher" / "config.json")}))
+    fields = ["statistics", "round_to", "min_heads", "min_neurons"]
+    assert [line.partition(": got")[0] for line in lines] == [f"pruning.{name}" for name in fields]
 
 
 def test_the_least_keep_of_a_pruned_teacher_is_a_share_of_what_it_has_left(folder):
@@ -347,9 +354,7 @@ def test_a_quantized_model_is_not_pruned(folder):
     quantized = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": quantized}))
     (found,) = faults(recipe_with(folder, pruning={"layers": [0]}))
-    assert found.startswith(
-        f"teacher.model: got '{folder / 'teacher'}, quantized'; accepted: its full-precision original"
-    )
+    assert found.startswith(f"teacher.model: got '{folder / 'teacher'}, quantized'; use its full-precision original")
 
 
 def test_paths_may_begin_with_the_home_folder(folder, monkeypatch):

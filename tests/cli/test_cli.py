@@ -247,6 +247,38 @@ def test_columns_of_own_data_are_named_in_one_option(folder, calls, command):
         assert refused("evaluate", "teacher", "--task", "sst3")[0].startswith("--task: got 'sst3'")
 
 
+@pytest.mark.parametrize(("command", "model"), [("evaluate", "MODEL"), ("cache", "TEACHER")])
+def test_a_wrong_model_and_wrong_data_are_told_at_once(folder, command, model):
+    more = {"evaluate": ["--output", "new.json"], "cache": ["--output-dir", "new"]}[command]
+    lines = refused(command, "./none", "--task", "classification", "--data", "./none.csv", *more)
+    assert [line.partition(":")[0] for line in lines] == [model, "--data"]
+
+
+def test_commands_read_what_a_spreadsheet_writes(folder):
+    rows = [f"le film é{i}\t{('neg', 'pos')[i % 2]}" for i in range(20)] + ["sans avis\t"]
+    (folder / "sheet.csv").write_bytes("\n".join(["review\tmood", *rows]).encode("cp1252"))
+    data = ["teacher", "--task", "classification", "--data", "sheet.csv", "--columns", "text=review,label=mood"]
+    commands = {
+        "evaluate": ["--test-examples", "1", "--output", "sheet.json"],
+        "cache": ["--output-dir", "cached", "--k", "2"],
+    }
+    for command, more in commands.items():
+        (line,) = refused(command, *data, *more)
+        assert line.startswith("--encoding: got 'utf-8'; set it to the encoding of sheet.csv, for example cp1252")
+        (line,) = refused(command, *data, *more, "--encoding", "cp1252", "--separator", ";")
+        assert line.startswith("--columns: got 'review'")
+        (line,) = refused(command, *data, *more, "--encoding", "cp1252", "--separator", ";;")
+        assert line.startswith("--separator: got ';;'")
+        (line,) = refused(command, *data, *more, "--encoding", "cp1252")
+        assert "no value in 1 (number 21" in line and line.endswith("or set `--drop-incomplete` to leave such rows out")
+        result = call(command, *data, *more, "--encoding", "cp1252", "--drop-incomplete")
+        assert result.exit_code == 0, result.output
+    assert json.loads((folder / "sheet.json").read_text())["rows"] == 1
+    assert refused("evaluate", *data, "--encoding", "cp1252", "--drop-incomplete", "--test-examples", "9")[
+        0
+    ].startswith("--test-examples: got 9; accepted: 1 to 2")
+
+
 def test_evaluate_saves_the_share_of_right_predictions(folder, glue_dir):
     task = folder / "SST-2"
     task.mkdir()

@@ -99,6 +99,19 @@ def test_encoders_missing_files_and_other_settings_are_one_line(folder: Path, mo
     assert line == "--top-p: got 0.5; accepted: 1.0, with which out was begun, or another output folder"
 
 
+def test_prompts_in_a_table_of_another_program(folder: Path) -> None:
+    (folder / "sheet.csv").write_bytes("n|prompt\n1|café, noir\n2|thé".encode("cp1252"))
+    line = fault(call("--max-new-tokens", "20", data="sheet.csv"))
+    assert line.startswith("--encoding: got 'utf-8'; set it to the encoding of sheet.csv")
+    line = fault(call("--max-new-tokens", "20", "--encoding", "cp1252", "--separator", ",", data="sheet.csv"))
+    assert line.startswith("--prompt-column: got 'prompt'")
+    assert fault(call("--separator", ";", data="prompts.jsonl")).startswith(
+        "--separator: got ';'; leave it out: only .csv"
+    )
+    assert call("--max-new-tokens", "20", "--encoding", "cp1252", data="sheet.csv").exit_code == 0
+    assert {row["prompt"] for row in rows_of(folder / "out")} <= {"café, noir", "thé"}
+
+
 def test_what_the_template_is_given_is_read_checked_and_kept(folder: Path) -> None:
     save_teacher(folder / "teacher", chat_template=THINKING_TEMPLATE)
     options = ["--chat", "--max-new-tokens", "20", "--chat-template-kwargs"]

@@ -13,8 +13,9 @@ from datasets import Dataset
 
 import distill_llm
 from distill_llm.common.errors import InputError
-from distill_llm.data import DataSpec, collator, encode, load_task, task_names
+from distill_llm.data import DataSpec, collator, encode, task_names
 from distill_llm.data.kinds import KINDS
+from distill_llm.data.loading import read_task
 from distill_llm.evaluation import evaluate_model
 from distill_llm.losses.items import kind_of
 from distill_llm.models.checkpoint import load_for_task
@@ -60,7 +61,7 @@ def spec(tmp_path: Path) -> DataSpec:
 
 def test_rows_have_labels_at_first_tokens_and_the_score_is_counted_by_hand(kind, spec: DataSpec) -> None:
     assert task_names()[-1] == "token_classification"
-    data = load_task(spec)
+    data = read_task(spec)
     assert data.task.label_names == ("LOC", "O", "PER") and data.task.kind == kind and len(data.test) == 20
     rows = encode(data, tokenizer(), 16)
     for raw, row in zip(data.test, rows.test, strict=True):
@@ -84,7 +85,7 @@ def test_words_of_several_tokens_are_one_item(kind, spec: DataSpec) -> None:
     split = BertTokenizerFast(
         vocab={t: i for i, t in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "w", "##1", "##2"])}
     )
-    task = load_task(spec).task
+    task = read_task(spec).task
     made = kind.encoder(task, split, 8)({"text": [["w1", "w"], ["w2"]], "labels": [[2, 0], [1]]})
     assert made["input_ids"] == [[2, 4, 5, 4, 3], [2, 4, 6, 3]]
     assert made["labels"] == [[-100, 2, -100, 0, -100], [-100, 1, -100, -100]]
@@ -93,7 +94,7 @@ def test_words_of_several_tokens_are_one_item(kind, spec: DataSpec) -> None:
 
 
 def test_a_student_learns_it_through_the_trainer(kind, spec: DataSpec, tmp_path) -> None:
-    data = encode(load_task(spec), tokenizer(), 16)
+    data = encode(read_task(spec), tokenizer(), 16)
     pad = collator(data.task, tokenizer())
     assert kind_of(model()) == kind.item
     model(1).save_pretrained(tmp_path / "student")
@@ -153,4 +154,4 @@ def test_bad_rows_are_one_line(kind, tmp_path: Path) -> None:
     for split, tag in (("train", "A"), ("test", "B")):
         Dataset.from_dict({"text": [["w1"], ["w2"]], "label": [[tag], ["A"]]}).to_json(tmp_path / f"{split}.jsonl")
     with pytest.raises(InputError, match=r"^data.columns.label: got 'B'; accepted: the classes A of the training rows"):
-        load_task(DataSpec("token_classification", str(tmp_path)))
+        read_task(DataSpec("token_classification", str(tmp_path)))

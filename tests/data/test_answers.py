@@ -16,9 +16,10 @@ from builders.tokenizers import (
 from transformers import AutoConfig, ByT5Tokenizer
 
 from distill_llm.common.errors import InputError
-from distill_llm.data import DataSpec, encode, load_task
+from distill_llm.data import DataSpec, encode
 from distill_llm.data.answers import answer_text
 from distill_llm.data.kinds.prompts import prompts
+from distill_llm.data.loading import read_task
 
 FAST = {
     "llama": llama_tokenizer,
@@ -124,7 +125,7 @@ def test_a_token_across_the_border_is_refused_with_the_numbers_of_the_rows(name,
 def test_row_numbers_are_those_of_the_file_after_rows_were_set_apart_and_drawn(tmp_path: Path):
     rows = [{"prompt": "ab" if number == 17 else "a:", "response": "cd"} for number in range(40)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = load_task(DataSpec("prompts", str(tmp_path / "rows.jsonl")), AutoConfig.for_model("llama"))
+    data = read_task(DataSpec("prompts", str(tmp_path / "rows.jsonl")), AutoConfig.for_model("llama"))
     for refused in (
         lambda: encode(data, llama_tokenizer(), 64),
         lambda: data.task.kind.check_rows(data, llama_tokenizer()),

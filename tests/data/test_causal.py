@@ -9,9 +9,10 @@ from builders.causal import BOS, EOS, PAD, data_of, ids, word_tokenizer, words
 from transformers import AutoConfig
 
 from distill_llm.common.errors import InputError
-from distill_llm.data import DataSpec, collator, encode, load_task
+from distill_llm.data import DataSpec, collator, encode
 from distill_llm.data.decoders import is_decoder
 from distill_llm.data.kinds.causal_lm import causal_lm
+from distill_llm.data.loading import read_task
 
 TASK = causal_lm("text", "text")
 
@@ -43,7 +44,7 @@ def test_text_is_causal_for_a_decoder_and_masked_for_others(tmp_path: Path) -> N
     file = tmp_path / "a.txt"
     file.write_text("\n\n".join(words(n) for n in range(20)))
     kinds = {
-        family: load_task(DataSpec("text", str(file)), config).task.kind.name
+        family: read_task(DataSpec("text", str(file)), config).task.kind.name
         for family, config in [
             ("llama", AutoConfig.for_model("llama")),
             ("bert", AutoConfig.for_model("bert")),
@@ -68,7 +69,7 @@ def test_rows_that_are_lines_are_one_document(causal: bool, tmp_path: Path) -> N
     file.write_text("".join(json.dumps({"text": line}) + "\n" for line in [*lines, words(5)]))
     config = AutoConfig.for_model("llama" if causal else "bert")
     tokenizer = word_tokenizer(begins=True, pad=True, mask_token="w89")
-    rows = encode(load_task(DataSpec("text", str(file), join_rows=True), config), tokenizer, 32)
+    rows = encode(read_task(DataSpec("text", str(file), join_rows=True), config), tokenizer, 32)
     text = tokenizer("\n\n".join(lines))["input_ids"]
     assert rows.train["input_ids"][:] == [[*text, EOS] if causal else text], "in their order, the last tenth apart"
     last = tokenizer(words(5))["input_ids"]
@@ -79,7 +80,7 @@ def test_lines_are_joined_before_any_are_drawn(tmp_path: Path) -> None:
     for split, count in (("train", 2500), ("test", 1)):
         lines = (json.dumps({"text": f"line {i}"}) + "\n" for i in range(count))
         (tmp_path / f"{split}.jsonl").write_text("".join(lines))
-    data = load_task(DataSpec("text", str(tmp_path), join_rows=True, train_examples=1, holdout_examples=2))
+    data = read_task(DataSpec("text", str(tmp_path), join_rows=True, train_examples=1, holdout_examples=2))
     for document in (*data.train["text"], *data.validation["text"]):
         numbers = [int(line.split()[1]) for line in document.split("\n\n")]
         assert numbers == list(range(numbers[0], numbers[0] + len(numbers))) and len(numbers) in (500, 1000)
@@ -89,7 +90,7 @@ def test_only_text_is_joined(tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match=r"data\.join_rows: got True; leave it out: prompts does not use it \(only text\)"
     ):
-        load_task(DataSpec("prompts", str(tmp_path), join_rows=True))
+        read_task(DataSpec("prompts", str(tmp_path), join_rows=True))
 
 
 def test_where_the_tokenizer_begins_texts_so_do_documents_and_rows() -> None:
@@ -128,6 +129,6 @@ def test_batches_are_padded_on_the_right_by_length_not_by_token(pad: bool) -> No
 
 def test_settings_of_prompts_are_refused_for_text(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"data\.packing: got True"):
-        load_task(DataSpec("text", str(tmp_path), packing=True))
+        read_task(DataSpec("text", str(tmp_path), packing=True))
     with pytest.raises(InputError, match=r"evaluation\.metric: got 'exact_match'"):
-        load_task(DataSpec("sst2", str(tmp_path), metric="exact_match"))
+        read_task(DataSpec("sst2", str(tmp_path), metric="exact_match"))

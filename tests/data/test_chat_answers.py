@@ -9,8 +9,9 @@ from builders.tokenizers import bytes_tokenizer, llama_tokenizer
 from transformers import AutoConfig
 
 from distill_llm.common.errors import InputError
-from distill_llm.data import DataSpec, encode, load_task
+from distill_llm.data import DataSpec, encode
 from distill_llm.data.kinds.prompts import prompts
+from distill_llm.data.loading import read_task
 
 BEGIN = "{% for m in messages %}<|{{ m['role'] }}|>\n"
 ASK = "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
@@ -84,7 +85,7 @@ def test_neither_has_a_response_without_a_chat(tmp_path: Path):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = llama_tokenizer()
-    data = load_task(DataSpec("prompts", str(file)), AutoConfig.for_model("llama"))
+    data = read_task(DataSpec("prompts", str(file)), AutoConfig.for_model("llama"))
     encoded = encode(data, tokenizer, 64)
     ends = [
         (text, labels[-1] == tokenizer.eos_token_id)
@@ -96,7 +97,7 @@ def test_neither_has_a_response_without_a_chat(tmp_path: Path):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     line = r"the finish_reason 'max_tokens' in 1 \(number 7, counted from 1\) of the train rows.*; write length where"
     with pytest.raises(InputError, match=line):
-        load_task(DataSpec("prompts", str(file)), AutoConfig.for_model("llama"))
+        read_task(DataSpec("prompts", str(file)), AutoConfig.for_model("llama"))
 
 
 @pytest.mark.parametrize(

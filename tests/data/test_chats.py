@@ -22,8 +22,9 @@ from typer.testing import CliRunner
 import distill_llm
 from distill_llm.cli.main import app
 from distill_llm.common.errors import InputError
-from distill_llm.data import DataSpec, collator, encode, load_task
+from distill_llm.data import DataSpec, collator, encode
 from distill_llm.data.kinds.prompts import prompts
+from distill_llm.data.loading import read_task
 from distill_llm.evaluation.evaluate import evaluate_model
 from distill_llm.evaluation.generation import respond
 from distill_llm.losses.objective import Responses
@@ -88,7 +89,7 @@ OFF = {"enable_thinking": False}
 def test_prompts_of_plain_text_become_chats_with_labels_at_the_answer(kwargs: dict | None, tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
-    data = load_task(DataSpec("prompts", str(file), **NAMED, chat_template_kwargs=kwargs))
+    data = read_task(DataSpec("prompts", str(file), **NAMED, chat_template_kwargs=kwargs))
     rows = encode(data, word_tokenizer(begins=True, chat_template=THINKING_TEMPLATE), 32)
     user, assistant, thought = 94, 95, ids(80, 81)
     found = [(row["input_ids"], row["labels"]) for split in (rows.train, rows.test) for row in split]
@@ -103,7 +104,7 @@ def test_prompts_of_plain_text_become_chats_with_labels_at_the_answer(kwargs: di
 def test_models_answer_behind_the_generation_prompt_of_the_template_when_scored_and_on_policy(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
-    data = load_task(DataSpec("prompts", str(file), **NAMED, chat_template_kwargs=OFF))
+    data = read_task(DataSpec("prompts", str(file), **NAMED, chat_template_kwargs=OFF))
     tokenizer, model = word_tokenizer(chat_template=THINKING_TEMPLATE), causal_model()
     rows, pad = encode(data, tokenizer, 32), collator(data.task, tokenizer)
 
@@ -204,7 +205,7 @@ def test_the_command_line_scores_prompts_as_chats(tmp_path: Path) -> None:
     given = ["--chat", "--chat-template-kwargs", "{enable_thinking: false}"]
     result = CliRunner().invoke(app, command + given)
     assert result.exit_code == 0, result.output
-    data = load_task(DataSpec("prompts", str(file), **NAMED, chat_template_kwargs=OFF), training=False)
+    data = read_task(DataSpec("prompts", str(file), **NAMED, chat_template_kwargs=OFF), training=False)
     rows = encode(data, tokenizer, 32)
     wanted = evaluate_model(model, rows.test, data.task, collator(data.task, tokenizer), batch_size=64)
     assert json.loads(scores.read_text())["perplexity"] == pytest.approx(wanted["perplexity"], rel=1e-5)

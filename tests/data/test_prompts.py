@@ -11,9 +11,10 @@ from datasets import Dataset
 from transformers import AutoConfig
 
 from distill_llm.common.errors import InputError
-from distill_llm.data import DataSpec, collator, encode, load_task
+from distill_llm.data import DataSpec, collator, encode
 from distill_llm.data.decoders import PACKED_FAMILIES
 from distill_llm.data.kinds.prompts import prompts
+from distill_llm.data.loading import read_task
 from distill_llm.models.inputs import forward_inputs
 
 LLAMA = AutoConfig.for_model("llama")
@@ -35,7 +36,7 @@ def write(file: Path, rows: list[dict]) -> str:
 
 def test_columns_are_taken_by_name_and_only_responses_have_labels(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", [{"q": words(1, 2), "a": words(i), "extra": i} for i in range(20)])
-    data = load_task(DataSpec("prompts", file, columns={"prompt": "q", "response": "a"}), LLAMA)
+    data = read_task(DataSpec("prompts", file, columns={"prompt": "q", "response": "a"}), LLAMA)
     assert data.task == prompts() and data.train.column_names == ["prompt", "response"]
     rows = encode(data, word_tokenizer(), 16).train
     assert sorted(rows["input_ids"][:]) == sorted([*ids(1, 2), *ids(i), EOS] for i in _numbers(data.train))
@@ -78,7 +79,7 @@ def test_rows_left_out_may_fill_a_whole_chunk_and_not_all() -> None:
 def test_chats_are_prompts_in_the_words_of_the_template(named: bool, tmp_path: Path) -> None:
     column = "talk" if named else "messages"
     file = write(tmp_path / "a.jsonl", [{column: CHATS[i % 2]} for i in range(20)])
-    data = load_task(DataSpec("prompts", file, columns={"messages": "talk"} if named else None), LLAMA)
+    data = read_task(DataSpec("prompts", file, columns={"messages": "talk"} if named else None), LLAMA)
     assert data.task.text_columns == ("messages",)
     tokenizer = word_tokenizer(begins=True)
     with pytest.raises(InputError, match="chat template"):
@@ -109,19 +110,21 @@ def test_chats_are_prompts_in_the_words_of_the_template(named: bool, tmp_path: P
 def test_rows_that_are_no_prompts_are_refused_in_one_line(row: dict, field: str, tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", [row] * 4)
     with pytest.raises(InputError) as caught:
-        load_task(DataSpec("prompts", file), LLAMA)
+        read_task(DataSpec("prompts", file), LLAMA)
     assert caught.value.field == field and "\n" not in str(caught.value)
 
 
 def test_encoders_and_families_that_mix_packed_rows_are_refused(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", [{"prompt": "x", "response": "y"}] * 4)
-    with pytest.raises(InputError, match=r"data\.task: got 'prompts'; accepted: .* bert models cannot answer prompts"):
-        load_task(DataSpec("prompts", file), AutoConfig.for_model("bert"))
-    assert load_task(DataSpec("prompts", file), AutoConfig.for_model("opt")).task.packing is False
+    with pytest.raises(
+        InputError, match=r"data\.task: got 'prompts'; choose text, .* bert models cannot answer prompts"
+    ):
+        read_task(DataSpec("prompts", file), AutoConfig.for_model("bert"))
+    assert read_task(DataSpec("prompts", file), AutoConfig.for_model("opt")).task.packing is False
     with pytest.raises(InputError, match=r"data\.packing: got True; leave packing out: opt mixes"):
-        load_task(DataSpec("prompts", file, packing=True), AutoConfig.for_model("opt"))
+        read_task(DataSpec("prompts", file, packing=True), AutoConfig.for_model("opt"))
     with pytest.raises(InputError, match=r"evaluation\.metric: got 'accuracy'"):
-        load_task(DataSpec("prompts", file, metric="accuracy"), LLAMA)
+        read_task(DataSpec("prompts", file, metric="accuracy"), LLAMA)
 
 
 def test_packing_puts_whole_training_sequences_into_full_rows() -> None:

@@ -7,8 +7,9 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from distill_llm.common.errors import InputError
-from distill_llm.data import DataSpec, load_task, resolve_path
+from distill_llm.data import DataSpec, resolve_path
 from distill_llm.data.files import read_documents
+from distill_llm.data.loading import read_task
 
 
 def documents(file: Path) -> list[str]:
@@ -29,7 +30,7 @@ def broken_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_package_path_is_found_without_importing(broken_package: str) -> None:
     found = resolve_path(f"package://{broken_package}/rows.csv")
     assert Path(found).read_text().startswith("text") and broken_package not in sys.modules
-    assert len(load_task(DataSpec("classification", f"package://{broken_package}/rows.csv")).train) == 2
+    assert len(read_task(DataSpec("classification", f"package://{broken_package}/rows.csv")).train) == 2
 
 
 @pytest.mark.parametrize(
@@ -62,22 +63,22 @@ def test_documents_of_endless_files_stay_short(tmp_path: Path) -> None:
 def test_changed_text_file_is_read_again(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text("one\n\ntwo\n\nthree")
-    assert len(load_task(DataSpec("text", str(file))).train) == 2
+    assert len(read_task(DataSpec("text", str(file))).train) == 2
     file.write_text("one\n\ntwo\n\nthree\n\nfour")
-    assert len(load_task(DataSpec("text", str(file))).train) == 3
+    assert len(read_task(DataSpec("text", str(file))).train) == 3
 
 
 def test_text_from_files_and_folders_and_columns(tmp_path: Path) -> None:
     rows = Dataset.from_dict({"body": [f"document {i}" for i in range(20)], "other": list(range(20))})
     rows.to_json(tmp_path / "a.jsonl")
-    data = load_task(DataSpec("text", str(tmp_path / "a.jsonl"), columns={"text": "body"}))
+    data = read_task(DataSpec("text", str(tmp_path / "a.jsonl"), columns={"text": "body"}))
     assert (len(data.train), len(data.test), data.train.column_names) == (18, 2, ["body"])
     assert {*data.train["body"]}.isdisjoint(data.test["body"]) and data.task.kind.name == "masked_lm"
     texts = tmp_path / "texts"
     texts.mkdir()
     for name in ("b", "c"):
         (texts / f"{name}.txt").write_text(f"{name} one\n\n{name} two")
-    data = load_task(DataSpec("text", str(texts), holdout_examples=1))
+    data = read_task(DataSpec("text", str(texts), holdout_examples=1))
     assert data.validation and {*data.train["text"], *data.validation["text"], *data.test["text"]} == {
         "b one", "b two", "c one", "c two",
     }  # fmt: skip
@@ -91,7 +92,7 @@ def test_hub_id_takes_a_configuration_after_a_colon(monkeypatch: pytest.MonkeyPa
         return {"train": Dataset.from_dict({"text": ["a", "b"]}), "test": Dataset.from_dict({"text": ["c"]})}
 
     monkeypatch.setattr("distill_llm.data.sources.load_dataset", load_dataset)
-    assert load_task(DataSpec("text", "owner/name:part-1")).test["text"][:] == ["c"]
+    assert read_task(DataSpec("text", "owner/name:part-1")).test["text"][:] == ["c"]
     assert asked == [("owner/name", "part-1")]
 
 
@@ -106,7 +107,7 @@ def test_hub_id_takes_a_configuration_after_a_colon(monkeypatch: pytest.MonkeyPa
 def test_unusable_text_is_one_line(content: str, columns: dict | None, field: str, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(content)
     with pytest.raises(InputError) as caught:
-        load_task(DataSpec("text", str(tmp_path / "a.csv"), columns=columns))
+        read_task(DataSpec("text", str(tmp_path / "a.csv"), columns=columns))
     assert caught.value.field == field and "\n" not in str(caught.value)
 
 
@@ -115,15 +116,15 @@ def test_what_datasets_saved_to_disk_is_read_back(tmp_path: Path) -> None:
     parts = DatasetDict({"train": rows.select(range(12)), "dev": rows.select(range(12, 15)), "test": rows.select([17])})
     rows.with_format("torch").save_to_disk(tmp_path / "one")
     parts.save_to_disk(tmp_path / "parts")
-    data = load_task(DataSpec("classification", str(tmp_path / "one")))
+    data = read_task(DataSpec("classification", str(tmp_path / "one")))
     assert (len(data.train), len(data.test)) == (18, 2)
     assert sorted([*data.train["text"], *data.test["text"]]) == sorted(rows["text"])
-    data = load_task(DataSpec("text", str(tmp_path / "parts")))
+    data = read_task(DataSpec("text", str(tmp_path / "parts")))
     assert data.validation and (len(data.train), len(data.validation)) == (12, 3)
     assert data.test["text"][:] == ["row 17"]
     (tmp_path / "parts" / "test" / "state.json").write_text("{")
     with pytest.raises(InputError) as caught:
-        load_task(DataSpec("text", str(tmp_path / "parts")))
+        read_task(DataSpec("text", str(tmp_path / "parts")))
     assert caught.value.field == "data.path" and "\n" not in str(caught.value)
 
 
@@ -134,5 +135,5 @@ def test_saved_rows_of_a_folder_that_cannot_be_written_are_read(
     Dataset.from_dict({"text": [f"row {i}" for i in range(20)]}).save_to_disk(folder)
     monkeypatch.setattr("distill_llm.data.sources.os.access", lambda path, mode: False)
     before = sorted(folder.iterdir())
-    assert len(load_task(DataSpec("text", str(folder), train_examples=5)).train) == 5
+    assert len(read_task(DataSpec("text", str(folder), train_examples=5)).train) == 5
     assert sorted(folder.iterdir()) == before

@@ -8,7 +8,8 @@ from datasets import Dataset
 from transformers import BertConfig
 
 from distill_llm.common.errors import InputError
-from distill_llm.data import DataSpec, load_task
+from distill_llm.data import DataSpec
+from distill_llm.data.loading import read_task
 from distill_llm.data.splitting import set_apart, shares_of
 
 
@@ -58,7 +59,7 @@ def test_a_rare_class_stays_in_the_training_rows_and_the_user_is_told(tmp_path, 
     for turn in range(10):
         folder = tmp_path / str(turn)
         folder.mkdir()
-        data = load_task(DataSpec("classification", written(folder, labels[turn * 7 :] + labels[: turn * 7])))
+        data = read_task(DataSpec("classification", written(folder, labels[turn * 7 :] + labels[: turn * 7])))
         names = data.task.label_names
         assert Counter(names[label] for label in data.train["labels"]) == {"often": 54, "other": 34, "rare": 2}
         assert Counter(names[label] for label in data.test["labels"]) == {"often": 6, "other": 4}
@@ -69,7 +70,7 @@ def test_held_out_rows_leave_every_class_in_the_training_rows(tmp_path):
     for name in ("train", "test"):
         written(tmp_path, ["often"] * 30 + ["rare"], f"{name}.jsonl")
     for seed in range(5):
-        data = load_task(DataSpec("classification", str(tmp_path), holdout_examples=15, seed=seed))
+        data = read_task(DataSpec("classification", str(tmp_path), holdout_examples=15, seed=seed))
         assert data.validation and Counter(data.validation["labels"]) == {0: 15} and 1 in data.train["labels"]
 
 
@@ -77,12 +78,12 @@ def test_held_out_rows_leave_every_class_in_the_training_rows(tmp_path):
 def test_test_rows_can_be_fewer(task, tmp_path):
     for name in ("train", "test"):
         written(tmp_path, [0, 1] * 10, f"{name}.jsonl")
-    data = load_task(DataSpec(task, str(tmp_path), test_examples=6, seed=1))
-    other = load_task(DataSpec(task, str(tmp_path), test_examples=6, seed=2))
+    data = read_task(DataSpec(task, str(tmp_path), test_examples=6, seed=1))
+    other = read_task(DataSpec(task, str(tmp_path), test_examples=6, seed=2))
     assert len(data.test) == len(other.test) == 6 and len({*data.test["text"]}) == 6 and len(data.train) == 20
     assert {*data.test["text"]} != {*other.test["text"]}
     with pytest.raises(InputError, match=r"1 to 20 \(the number of test rows\)") as caught:
-        load_task(DataSpec(task, str(tmp_path), test_examples=21))
+        read_task(DataSpec(task, str(tmp_path), test_examples=21))
     assert caught.value.field == "data.test_examples"
 
 
@@ -94,9 +95,9 @@ def test_rows_without_a_label_are_numbered_or_left_out(missing, tmp_path, caplog
     with pytest.raises(
         InputError, match=r"2 \(numbers 4, 13, counted from 1\) of the train rows.*drop_incomplete"
     ) as caught:
-        load_task(DataSpec("classification", path))
+        read_task(DataSpec("classification", path))
     assert caught.value.field == "data.columns.label"
-    data = load_task(DataSpec("classification", path, drop_incomplete=True))
+    data = read_task(DataSpec("classification", path, drop_incomplete=True))
     assert len(data.train) + len(data.test) == 18 and data.task.label_names == ("no", "yes")
     assert {"text 3", "text 12"}.isdisjoint([*data.train["text"], *data.test["text"]])
     assert "left out 2 (numbers 4, 13, counted from 1) of 20 train rows, without label" in said(caplog)
@@ -107,8 +108,8 @@ def test_rows_without_a_number_are_left_out(missing, tmp_path):
     rows = Dataset.from_dict({"text": list("abcdef"), "label": [1.0, 2.0, missing, 4.0, 5.0, 6.0]})
     rows.to_parquet(tmp_path / "a.parquet")
     with pytest.raises(InputError, match="number 3, counted"):
-        load_task(DataSpec("regression", str(tmp_path / "a.parquet")))
-    data = load_task(DataSpec("regression", str(tmp_path / "a.parquet"), drop_incomplete=True))
+        read_task(DataSpec("regression", str(tmp_path / "a.parquet")))
+    data = read_task(DataSpec("regression", str(tmp_path / "a.parquet"), drop_incomplete=True))
     assert sorted([*data.train["labels"], *data.test["labels"]]) == [1, 2, 4, 5, 6]
 
 
@@ -119,25 +120,25 @@ def test_rows_without_a_text_are_left_out_of_every_kind_of_task(task, tmp_path):
     rows[column][2] = None
     Dataset.from_dict(rows).to_json(tmp_path / "a.jsonl")
     with pytest.raises(InputError, match="number 3, counted") as caught:
-        load_task(DataSpec(task, str(tmp_path / "a.jsonl")))
+        read_task(DataSpec(task, str(tmp_path / "a.jsonl")))
     assert caught.value.field == f"data.columns.{column}"
-    data = load_task(DataSpec(task, str(tmp_path / "a.jsonl"), drop_incomplete=True))
+    data = read_task(DataSpec(task, str(tmp_path / "a.jsonl"), drop_incomplete=True))
     assert len(data.train) + len(data.test) == 3
 
 
 def test_a_column_without_any_value_is_refused_though_incomplete_rows_may_go(tmp_path):
     with pytest.raises(InputError, match="no value in any train row"):
-        load_task(DataSpec("classification", written(tmp_path, [None] * 4), drop_incomplete=True))
+        read_task(DataSpec("classification", written(tmp_path, [None] * 4), drop_incomplete=True))
 
 
 def test_words_are_classes_without_the_blanks_around_them_and_their_order_is_said(tmp_path, caplog):
     path = written(tmp_path, ["positive", " negative", "negative ", "positive"] * 5)
-    data = load_task(DataSpec("classification", path), BertConfig())
+    data = read_task(DataSpec("classification", path), BertConfig())
     assert data.task.label_names == ("negative", "positive")
     assert "labels: negative=0, positive=1, in alphabetical order, because the model names no classes" in said(caplog)
 
 
 def test_the_order_of_words_is_not_said_where_the_model_has_it(tmp_path, caplog):
     config = BertConfig(id2label={0: "Positive", 1: "Negative"})
-    data = load_task(DataSpec("classification", written(tmp_path, ["positive", "negative"] * 5)), config)
+    data = read_task(DataSpec("classification", written(tmp_path, ["positive", "negative"] * 5)), config)
     assert data.task.label_names == ("Positive", "Negative") and "labels:" not in said(caplog)

@@ -9,8 +9,9 @@ from builders.models import tiny_model
 from datasets import Dataset
 
 from distill_llm.common.errors import InputError
-from distill_llm.data import DataSpec, collator, load_task
+from distill_llm.data import DataSpec, collator
 from distill_llm.data.kinds.classification import classification
+from distill_llm.data.loading import read_task
 from distill_llm.evaluation import compute_metrics, evaluate_model
 from distill_llm.metrics import METRICS, metric
 
@@ -38,7 +39,7 @@ class Padding:
 
 def test_a_model_is_scored_by_it(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(rows(["no", "yes"] * 5))
-    task = load_task(DataSpec("classification", str(tmp_path / "a.csv"), metric="balanced_accuracy")).task
+    task = read_task(DataSpec("classification", str(tmp_path / "a.csv"), metric="balanced_accuracy")).task
     assert (task.main_metric, task.metrics) == ("balanced_accuracy", ("accuracy", "f1", "balanced_accuracy"))
     model = tiny_model()
     with torch.no_grad():  # every answer is class 1
@@ -54,7 +55,7 @@ def test_a_model_is_scored_by_it(tmp_path: Path) -> None:
 
 def test_less_may_be_better(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(rows([1, 2.5, 4]))
-    task = load_task(DataSpec("regression", str(tmp_path / "a.csv"), metric="mean_absolute_error")).task
+    task = read_task(DataSpec("regression", str(tmp_path / "a.csv"), metric="mean_absolute_error")).task
     assert not task.higher_is_better
     assert compute_metrics(task, [1.0, 2.0, 4.0], [1.0, 3.0, 2.0])["score"] == pytest.approx((0 + 1 + 2) / 3)
 
@@ -70,7 +71,7 @@ def test_less_may_be_better(tmp_path: Path) -> None:
 )
 def test_a_metric_of_other_inputs_is_refused_before_any_row_is_read(task: str, name: str, words: str) -> None:
     with pytest.raises(InputError) as caught:
-        load_task(DataSpec(task, "missing", metric=name))
+        read_task(DataSpec(task, "missing", metric=name))
     assert caught.value.field == "evaluation.metric" and words in str(caught.value)
 
 

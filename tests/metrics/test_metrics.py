@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from distill_llm.common.errors import InputError
-from distill_llm.data import DataSpec, load_task
+from distill_llm.data import DataSpec
 from distill_llm.data.glue import GLUE
 from distill_llm.data.kinds.classification import classification
+from distill_llm.data.loading import read_task
 from distill_llm.evaluation import compute_metrics
 from distill_llm.metrics import METRICS, find_metric
 
@@ -192,7 +193,7 @@ def script(folder: Path, name: str, returned: str) -> str:
 def test_any_metric_of_evaluate_scores_generated_texts(name, returned, wanted, score, higher, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"prompt": "x", "response": "y"}\n' * 4)
     metric = script(tmp_path, name, returned) + wanted
-    task = load_task(DataSpec("prompts", str(tmp_path / "a.jsonl"), metric=metric)).task
+    task = read_task(DataSpec("prompts", str(tmp_path / "a.jsonl"), metric=metric)).task
     assert (task.main_metric, task.higher_is_better) == (f"{name}.py{wanted}", higher)
     got = compute_metrics(task, ["a b", "c e"], ["a b", "c d"])
     assert got == {f"{name}.py{wanted}": pytest.approx(score), "score": pytest.approx(score)}
@@ -212,14 +213,14 @@ def test_a_metric_that_cannot_score_texts_is_one_line_before_any_row_is_read(
 ) -> None:
     metric = script(tmp_path, name, returned) + wanted
     with pytest.raises(InputError) as caught:
-        load_task(DataSpec("prompts", str(tmp_path / "missing"), metric=metric))
+        read_task(DataSpec("prompts", str(tmp_path / "missing"), metric=metric))
     line = str(caught.value)
     assert line.startswith("evaluation.metric: got") and words in line and "\n" not in line
 
 
 def test_a_module_that_is_not_there_is_one_line_with_the_nearest_of_ours(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
-        load_task(DataSpec("prompts", str(tmp_path), metric="exact_mach"))
+        read_task(DataSpec("prompts", str(tmp_path), metric="exact_mach"))
     line = str(caught.value)
     assert "'exact_match' (the nearest), or one of perplexity" in line and "Couldn't find a module" in line
     assert "\n" not in line

@@ -74,7 +74,7 @@ def test_a_finished_run_is_not_done_again(finished, inputs):
 
 def test_a_folder_with_another_run_or_other_files_is_refused_and_left_alone(finished, inputs, tmp_path):
     other = two_rounds(inputs, pruning={"keep": 0.4, "calibration_examples": 8})
-    with pytest.raises(InputError, match="output_dir.*pruning differ"):
+    with pytest.raises(InputError, match="output_dir.*pruning.keep: 0.5 -> 0.4"):
         distill_llm.run(other, inputs / "uninterrupted")
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="output_dir"):

@@ -37,27 +37,27 @@ def test_costs_are_those_of_the_library():
     [
         (
             {"criterion": "leave_one_out"},
-            "pruning.units: got ['heads', 'neurons']; accepted: [layers] with criterion leave",
+            "pruning.units: got ['heads', 'neurons']; set them to [layers], or set leave",
         ),
         (
             {"units": ["attention"], "criterion": "block_influence"},
-            "pruning.units: got ['attention']; accepted: [layers]",
+            "pruning.units: got ['attention']; set them to [layers]",
         ),
         (
             {"units": ["attention", "ffn"], "criterion": "wanda"},
-            "pruning.criterion: got 'wanda'; accepted: fisher if units",
+            "pruning.criterion: got 'wanda'; set it to fisher if units",
         ),
         (
             {"units": ["ffn", "heads"], "scope": "local"},
-            "pruning.scope: got 'local'; accepted: global if units has ffn",
+            "pruning.scope: got 'local'; set it to global if units has ffn",
         ),
         (
             {"units": ["queries", "heads"], "uniform": True},
-            "pruning.uniform: got True; accepted: false if units has queries",
+            "pruning.uniform: got True; set it to false if units has queries",
         ),
         (
             {"units": ["hidden"], "scope": "local"},
-            "pruning.scope: got 'local'; accepted: global with units [hidden]",
+            "pruning.scope: got 'local'; set it to global: these units are not of one layer",
         ),
         (
             {"units": ["hidden"], "uniform": True},
@@ -94,7 +94,7 @@ def test_costs_are_those_of_the_library():
         ({"keep": None, "layers": [0], "cuts": 2}, "pruning.cuts: got 2; leave it out: `layers`"),
         (
             {"keep": None, "layers": [0], "cost": "latency"},
-            "pruning.cost: got 'latency'; accepted: params, flops or memory",
+            "pruning.cost: got 'latency'; choose params, flops or memory",
         ),
         ({"keep": None, "layers": [0], "statistics": "s"}, "pruning.statistics: got 's'; leave it out: `layers`"),
         (
@@ -108,7 +108,7 @@ def test_costs_are_those_of_the_library():
         ({"offload": True}, "pruning.checkpointing: got False; set it to true"),
         (
             {"offload": True, "checkpointing": True, "cost": "latency"},
-            "pruning.cost: got 'latency'; accepted: params, flops or memory with offload",
+            "pruning.cost: got 'latency'; choose params, flops or memory: with offload",
         ),
         ({"cuts": 0}, "pruning.cuts: got 0; accepted: a whole number of at least 1"),
         ({"loss": "logits"}, "pruning.loss: got 'logits'; accepted: "),

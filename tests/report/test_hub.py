@@ -170,7 +170,9 @@ def test_a_hub_out_of_reach_is_one_line(student: Path, monkeypatch: pytest.Monke
         unused.bind(("127.0.0.1", 0))
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{unused.getsockname()[1]}")
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        with pytest.raises(InputError, match="^repo_id: got 'owner/student'; accepted: .* can be reached") as error:
+        with pytest.raises(
+            InputError, match="^repo_id: got 'owner/student'; push again when the Hub can be reached"
+        ) as error:
             push(student, "owner/student", token=TOKEN)
     assert "\n" not in str(error.value)
 

@@ -159,7 +159,9 @@ def test_what_changed_is_named_by_writer_and_reader(tmp_path):
     }
     CachedTeacher(tmp_path / "cache", model, tokenizer, data)
     for names, (other, rows, words) in changes.items():
-        expected = f"^cache: got .*made with another {re.escape(names)}'; accepted: .*$"
+        expected = (
+            f"^cache: got .*made with another {re.escape(names)}'; choose another folder, or write the cache again: .*$"
+        )
         with pytest.raises(InputError, match=expected):
             write(tmp_path / "cache", other, rows, tokenizer=words)
         with pytest.raises(InputError, match=expected):
@@ -293,7 +295,7 @@ def test_a_bad_index_is_one_line(copy, text):
 def test_a_cache_of_an_older_format_is_refused_by_reader_and_writer_in_one_line(whole, copy):
     text = (copy / "index.json").read_text()
     (copy / "index.json").write_text(text.replace('"format": 4', '"format": 3'))
-    refused = "^cache: got [^\n]*a folder with a teacher cache of format 4: write it again$"
+    refused = "^cache: got [^\n]*write the cache again: this version reads format 4$"
     with pytest.raises(InputError, match=refused):
         CachedTeacher(copy)
     with pytest.raises(InputError, match=refused):
@@ -306,7 +308,9 @@ def test_a_cache_of_an_older_format_is_refused_by_reader_and_writer_in_one_line(
 def test_a_disk_too_small_is_refused_before_anything_is_written(whole, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 100})
     monkeypatch.setattr("distill_llm.teachers.cache_writer.shutil.disk_usage", lambda folder: usage)
-    with pytest.raises(InputError, match="^path: got .* with 0.0 MB free'; accepted: a disk with 0.0 MB free"):
+    with pytest.raises(
+        InputError, match="^path: got .* with 0.0 MB free'; free some space, or choose another disk: 0.0 MB are needed"
+    ):
         write(tmp_path / "cache", *whole[:2])
     assert contents(tmp_path / "cache") == {}
 

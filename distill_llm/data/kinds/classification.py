@@ -102,7 +102,8 @@ def _task_classes(data: LabelledRows, known: Sequence[str]) -> tuple[tuple[str, 
     if known and some and all(type(value) is int and 0 <= value < len(known) for value in names):
         return tuple(known), {value: value for value in names}
     if len(names) < 2:
-        raise InputError("data.columns.label", column, "a column with at least two classes")
+        only = "".join(f" (they have only {name!r})" for name in names.values())
+        raise InputError("data.columns.label", column, f"at least two classes in the training rows{only}")
     if any(isinstance(value, str) for value in names):  # words, so their order is ours, and a model may have another
         _tell_order(list(names.values()), known)
     return tuple(dict.fromkeys(names.values())), {value: number for number, value in enumerate(names)}

@@ -42,10 +42,8 @@ class Prompts(Decoding):
         if config is None:
             return
         if not is_decoder(config):
-            accepted = (
-                f"a task for encoders (text, classification, ...): {config.model_type} models cannot answer prompts"
-            )
-            raise InputError("data.task", spec.task, accepted)
+            fix = f"choose text, classification or regression: {config.model_type} models cannot answer prompts"
+            raise InputError("data.task", spec.task, fix=fix)
         if spec.packing:
             raise_all(packing_faults(config.model_type, "data.packing", given=True))
 

@@ -38,7 +38,9 @@ def check_settings(model: PreTrainedModel, scores: Importance, keep: float, rule
     for fault in competing_faults(units, scores.criterion, rules.scope, rules.uniform, scores.layer_criterion):
         raise fault
     counts, channels = counts_of(model), hidden_size(model)
-    raise_all(step_faults(counts, channels, units, rules.round_to))
+    raise_all(
+        [*step_faults(counts, channels, units, rules.round_to), *width_faults(model, units, "units", list(units))]
+    )
     scores.require([KINDS[unit].scored for unit in units])
     scores.check(counts, channels)
 
@@ -49,7 +51,6 @@ def plan_for_costs(
     """`plan_pruning` where what units cost is known."""
     check_settings(model, scores, keep, rules)
     shapes, units, family = counts_of(model), rules.units, family_of(model)
-    raise_all(width_faults(model, units, "units", list(units)))
     rules = replace(rules, anchored=family.anchored)
     choice = Choice(scores, shapes, costs, keep * costs.of(shapes), rules)
     choice.reachable(choice.least_cost())

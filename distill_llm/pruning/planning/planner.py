@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from distill_llm.common.errors import InputError, one_of
 from distill_llm.pruning.importance import Importance
 from distill_llm.pruning.plan import PruningPlan
-from distill_llm.pruning.planning.competing import check_settings, plan_for_costs
+from distill_llm.pruning.planning.competing import plan_for_costs
 from distill_llm.pruning.planning.latency import LatencySettings, plan_for_latency
 from distill_llm.pruning.planning.rules import PlanningRules, RuleOptions
 from distill_llm.pruning.units.costs import COSTS, Costs, unit_costs
@@ -54,7 +54,6 @@ def plan_pruning(
         raise InputError("cost", cost, one_of((*COSTS, "latency"), cost))
     chosen = PlanningRules(**rules)
     if cost == "latency":
-        check_settings(model, scores, keep, chosen)
         return plan_for_latency(model, scores, keep, LatencySettings(batch_size, sequence_length), chosen)
     costs = cost if isinstance(cost, Costs) else unit_costs(model, cost, batch_size, sequence_length)
     return plan_for_costs(model, scores, keep, costs, chosen)

@@ -18,7 +18,7 @@ def quantized_faults(model: PreTrainedModel | PreTrainedConfig, field: str, give
     """
     if not any(getattr(model, name, None) for name in ("is_quantized", "hf_quantizer", "quantization_config")):
         return []
-    return [InputError(field, given, "its full-precision original: prune first, then quantize the student")]
+    return [InputError(field, given, fix="use its full-precision original: prune first, then quantize the student")]
 
 
 def width_faults(

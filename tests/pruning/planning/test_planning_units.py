@@ -13,6 +13,7 @@ from distill_llm.pruning.compensation.bypass import fit_bypasses
 from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.importance import score
 from distill_llm.pruning.plan import LayerPlan, PruningPlan, full_plan, keep_layers
+from distill_llm.pruning.planning import latency
 from distill_llm.pruning.planning.layer_times import layer_run, layer_times
 from distill_llm.pruning.planning.planner import plan_pruning
 from distill_llm.pruning.planning.rules import Limits
@@ -249,18 +250,18 @@ def test_whole_layers_go_by_score_per_cost_where_layers_are_uneven(uneven):
 @pytest.mark.parametrize(
     ("units", "options", "line"),
     [
-        (("heads", "queries", "neurons"), {"criterion": "taylor"}, "criterion: got 'taylor'; accepted: fisher if"),
+        (("heads", "queries", "neurons"), {"criterion": "taylor"}, "criterion: got 'taylor'; set it to fisher if"),
         (
             ("heads", "queries", "neurons"),
             {"uniform": True},
-            "uniform: got True; accepted: false if units has queries",
+            "uniform: got True; set it to false if units has queries",
         ),
         (
             ("layers", "attention"),
             {"scope": "local"},
-            "scope: got 'local'; accepted: global if units has layers and",
+            "scope: got 'local'; set it to global if units has layers and",
         ),
-        (("queries", "hidden"), {"scope": "local"}, "scope: got 'local'; accepted: global if units has queries"),
+        (("queries", "hidden"), {"scope": "local"}, "scope: got 'local'; set it to global if units has queries"),
         (
             ("layers", "ffn"),
             {"layer_criterion": "block_influence"},
@@ -454,11 +455,14 @@ def test_the_first_layer_stays_where_a_convolution_follows_it(convolved, keep, u
     assert plan.kept == pytest.approx(layer_params(prune(model, plan)) / layer_params(model)) and plan.kept <= keep
 
 
-def test_what_a_convolution_ties_is_refused_in_one_line(convolved):
+def test_what_a_convolution_ties_is_refused_in_one_line(convolved, monkeypatch):
     model, scores = convolved
     follows = "a convolution follows the first layer of this model$"
     with pytest.raises(InputError, match=f"^units: got .*; leave hidden out: {follows}"):
         plan_pruning(model, scores, 0.5, units=("neurons", "hidden"))
+    monkeypatch.setattr(latency, "latency_costs", None)  # nothing is timed before the refusal
+    with pytest.raises(InputError, match=f"^units: got .*; leave hidden out: {follows}"):
+        plan_pruning(model, scores, 0.5, units=("neurons", "hidden"), cost="latency")
     every = full_plan(model)
     for plan, line in (
         (replace(every, layers=every.layers[1:]), r"plan.layers: got \[1, 2, 3, 4\]; keep layer 0"),
