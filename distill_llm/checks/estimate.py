@@ -40,7 +40,8 @@ def open_sketch(recipe: Recipe) -> Sketch:
         InputError: one line per fault (`faults_in(error)`).
     """
     found = Collector()
-    teacher = found.run(open_model, "teacher.model", recipe.teacher.model)
+    trust = recipe.teacher.trust_remote_code
+    teacher = found.run(open_model, "teacher.model", recipe.teacher.model, True, trust)
     student = found.run(open_model, "student.model", recipe.student.model if recipe.student else None)
     data = found.run(lambda: load_rows(recipe, teacher))
     task = data.task if data else None

@@ -17,9 +17,7 @@ def export(
     quantize: Annotated[
         str | None, typer.Option(help="Type of the weights. gguf: f16, bf16, f32 or q8_0; onnx: f32 or int8.")
     ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="The file or folder to write; by default it is put into DIR.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="The file or folder to write; by default beside DIR.")] = None,
 ) -> None:
     """Write a student for llama.cpp or onnxruntime."""
     from distill_llm.export import export as write

@@ -22,7 +22,8 @@ def written_whole(path: Path, folder: bool = False) -> Iterator[Path]:
     """A path to write to that takes the place of `path` when the block ends without an error.
 
     What was written reaches the disk before it takes that place, and the swap reaches the disk before the block is left: a
-    machine that stops leaves the old or the new, never a part. After an error nothing is left.
+    machine that stops leaves the old or the new (of a folder that is replaced, the new or none), never a part. After an error
+    nothing is left.
 
     Args:
         path: a file, which is replaced in one step, or a new folder. Several processes may write the same one: of files the

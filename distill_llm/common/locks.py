@@ -48,8 +48,9 @@ def held(file: Path, field: str, given: Path, seconds: float = 0) -> Iterator[No
             time.sleep(_PAUSE)
     _mine.add(file)
     try:
-        os.truncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        with full_disk_named(file):
+            os.truncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
     finally:
         file.unlink(missing_ok=True)  # before it is given back: who opened it meanwhile sees that it has no name

@@ -38,7 +38,7 @@ class Format:
         types: what `quantize` may be; the first is the default.
         packages: imported names of the packages that it needs.
         install: the extra that installs them.
-        default_name: the file or folder that is written into the model's folder if no output is named.
+        default_name: of the file or folder, where no output is named.
     """
 
     module: str
@@ -72,7 +72,8 @@ def export(
     Args:
         model_dir: a folder with the model and its tokenizer, as a run leaves it in `student/`.
         format: a name in `FORMATS`.
-        output: the file or folder to write, whole or not at all; None: in `model_dir`.
+        output: the file or folder to write, whole or not at all; None: beside `model_dir`, and named after it: a run writes
+            its `student/` anew, and `push` uploads all that is in it.
         quantize: a type of number that the format has; None: its first.
 
     Raises:
@@ -83,7 +84,8 @@ def export(
     if not (folder / "config.json").is_file():
         raise InputError("model_dir", str(model_dir), "a folder with a config.json, as save_pretrained writes it")
     kind, chosen = find_format(format, quantize)
-    target = folder / kind.default_name.format(type=chosen) if output is None else Path(output)
+    name = kind.default_name.format(type=chosen)
+    target = folder.parent / f"{folder.resolve().name}-{name}" if output is None else Path(output)
     if target.exists():
         raise InputError("output", str(target), fix="name another file, or remove this one: it exists")
     return kind.write(folder, target, chosen)

@@ -23,6 +23,7 @@ from transformers.exporters import (
     OnnxRuntimeQuantizer,
 )
 
+from distill_llm.architectures.configuration_pruned import stock_config_of
 from distill_llm.common.errors import InputError, first_line
 from distill_llm.common.files import written_whole
 from distill_llm.export.formats import Exported
@@ -55,7 +56,7 @@ def write(model_dir: Path, output: Path, quantize: str) -> Exported:
         except (RuntimeError, ValueError, NotImplementedError, torch.onnx.OnnxExporterError) as error:
             accepted = f"a model that transformers can export to ONNX ({first_line(error)})"
             raise InputError("model_dir", type(model).__name__, accepted) from error
-        with written_whole(output) as folder:
+        with written_whole(output) as folder, stock_config_of(model.config):  # the graphs need no code beside them
             exported.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     names = sorted(path.name for path in output.glob("*.onnx"))

@@ -68,7 +68,9 @@ class Context:
         self, path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | None = None
     ) -> PreTrainedModel:
         """A finished model of this run. By default it is in fp32, to work on its weights, and on this process's device."""
-        model = load_pretrained(path, self.recipe.teacher.trust_remote_code, dtype=dtype)
+        of_teacher = str(path) in (str(self.teacher_path), str(self.folder / "teacher"))  # no student's code is trusted
+        trusted = self.recipe.teacher.trust_remote_code and of_teacher
+        model = load_pretrained(path, trusted, dtype=dtype)
         return model.to(device or self.processes.device)  # type: ignore[arg-type]
 
     def as_written(self, model: PreTrainedModel) -> PreTrainedModel:

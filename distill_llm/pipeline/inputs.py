@@ -47,7 +47,7 @@ def changes(before: Inputs, now: Inputs, recipe: Mapping[str, Any]) -> list[Inpu
         if words := _words(field, before.get(field), now[field]):
             section, name = field.split(".")
             given = recipe[section][name] or recipe[section].get("task")
-            fix = f"put back what it was, or use another output_dir: {words} since this run began"
+            fix = f"use another output_dir, or put back what it was where you can: {words} since this run began"
             faults.append(InputError(field, given, fix=fix))
     return faults
 

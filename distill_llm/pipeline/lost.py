@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from distill_llm.pipeline.stage import Stage
 
@@ -48,7 +49,7 @@ def lost(stages: Sequence[Stage], done: Collection[str], broken: Callable[[Stage
                 f"note: {name} is damaged; this run does not need it" for name in files if files[name] == "changed"
             ]
         elif stage.trained and any(path.exists() for path in stage.outputs):
-            folder = f"remove {stage.outputs[0].name}/ beside it to have it trained again"
+            folder = f"remove {Path(name).parent}/ of the run to have it trained again"
             faults.append((name, f"put it back, or {folder}: it is {_WORDS[files[name]]}, and {readers[0]} needs it"))
         else:
             again.add(stage.name)

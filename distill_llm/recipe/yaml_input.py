@@ -46,7 +46,7 @@ class _Loader(yaml.SafeLoader):
         """As the safe loader does it. A text that is not what its tag or its form says (`!!int x`, 2020-13-45) is refused."""
         try:
             value = super().construct_object(node, deep)
-        except (ValueError, LookupError, AttributeError):  # what it raises, by the tag
+        except (ArithmeticError, ValueError, LookupError, AttributeError):  # what it raises, by the tag
             kind = node.tag.rpartition(":")[2]
             if not isinstance(node, yaml.ScalarNode):
                 raise

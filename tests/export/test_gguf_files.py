@@ -32,7 +32,7 @@ def test_transformers_reads_a_student_of_even_layers_back(family: str, hidden: i
     rows = [LayerPlan(index, (1,), range(32)) for index in (0, 1, 3)]
     student = prune(model, PruningPlan(family, rows)) if family != "qwen2" else model
     file = export(save(student, tmp_path), "gguf", quantize="f32").path
-    back = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32).eval()
+    back = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
     ids = torch.randint(2, 340, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         torch.testing.assert_close(back(ids).logits, student(ids).logits, rtol=1e-4, atol=1e-5)
@@ -126,7 +126,7 @@ def test_what_llama_cpp_cannot_hold_is_one_line(model: Any, message: str, tmp_pa
     save(model(), tmp_path)
     with pytest.raises(InputError, match=message):
         export(tmp_path, "gguf")
-    assert not list(tmp_path.glob("*.gguf*"))
+    assert not list(tmp_path.parent.glob(f"{tmp_path.name}-*"))
 
 
 def test_weights_beyond_half_precision_are_refused_and_nothing_is_left(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_weights_beyond_half_precision_are_refused_and_nothing_is_left(tmp_path:
     save(model, tmp_path)
     with pytest.raises(InputError, match=r"f16.*use bf16 or f32: blk\.1\.ffn_up\.weight"):
         export(tmp_path, "gguf", quantize="f16")
-    assert not list(tmp_path.glob("*.gguf*"))
+    assert not list(tmp_path.parent.glob(f"{tmp_path.name}-*"))
 
 
 def test_tokens_have_types() -> None:

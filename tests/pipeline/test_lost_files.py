@@ -111,7 +111,7 @@ def test_a_damaged_model_that_was_trained_is_named_with_what_to_do(folder, input
     weights_file.write_bytes(weights_file.read_bytes()[:1000])
     with pytest.raises(InputError) as caught:
         distill_llm.run(two_rounds(inputs), folder)
-    fix = "put it back, or remove teacher/ beside it to have it trained again: it is damaged, and report needs it"
+    fix = "put it back, or remove teacher/ of the run to have it trained again: it is damaged, and report needs it"
     assert str(caught.value) == f"output_dir: got {str(weights_file)!r}; {fix}" and worked == []
 
 
@@ -165,6 +165,6 @@ def test_an_input_that_changed_is_named_and_nothing_is_mixed(folder, inputs, wor
     with pytest.raises(InputError) as caught:
         distill_llm.run(given, home / "run")
     (fault,) = faults_in(caught.value)
-    assert fault.field == line and "put back what it was, or use another output_dir: " in str(fault)
+    assert fault.field == line and "use another output_dir, or put back what it was where you can: " in str(fault)
     assert str(fault).endswith(" since this run began")
     assert worked == done and (home / "run" / "state.json").read_bytes() == before

@@ -141,12 +141,12 @@ def test_how_a_student_is_scored_and_pushed_may_change_in_a_run_but_not_what_dec
     assert again.metrics["latency"] == scored["latency"], "measured anew"
     written = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
     assert written["evaluation"]["batch_size"] == 3 and written["description"] == "another"
-    with pytest.raises(InputError, match="evaluation differ"):
+    with pytest.raises(InputError, match="evaluation.max_new_tokens: 64 -> 8"):
         distill_llm.run({**given, "evaluation": {**scored, "max_new_tokens": 8}}, tmp_path / "run")
     by_flops = {**given, "pruning": {**given["pruning"], "cost": "flops"}}
     distill_llm.run(by_flops, tmp_path / "flops")
     distill_llm.run({**by_flops, "evaluation": {**given["evaluation"], "batch_size": 3}}, tmp_path / "flops")
-    with pytest.raises(InputError, match="evaluation differ"):
+    with pytest.raises(InputError, match="changed since this run was begun: evaluation"):
         distill_llm.run({**by_flops, "evaluation": scored}, tmp_path / "flops")
 
 

@@ -206,7 +206,7 @@ def test_two_stages_of_one_name_are_refused_before_any_work(given, added, tmp_pa
             "tp",
             {"t": "changed"},
             "",
-            "put it back, or remove t/ beside it to have it trained again: it is damaged, and s",
+            "put it back, or remove t/ of the run to have it trained again: it is damaged, and s",
             "",
         ),
         ("tps", {"p": "changed"}, "", "", "note: p/file is damaged; this run does not need it"),

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from distill_llm.architectures.families import layers_of
 from distill_llm.architectures.modes import frozen
 from distill_llm.common.errors import InputError
+from distill_llm.common.finite import NotFinite
 from distill_llm.losses.items import kind_of, targets
 from distill_llm.models.placement import streamed
 from distill_llm.pruning.compensation.bypass import Bypasses
@@ -91,7 +92,13 @@ def choose_strength(
     found: dict[float | None, torch.Tensor] = {}
     for ridge in RIDGES:
         student = prune(model, plan, compensate, bypasses=bypasses, ridge=ridge)
-        found[ridge] = row_divergences(model, student, batches, settings)
+        rows = row_divergences(model, student, batches, settings)
+        if bool(rows.isfinite().all()):
+            found[ridge] = rows
+        del student  # before the next is cut
+    if not found:
+        fix = "prune less, or check the rows that are held out: no student gives finite outputs on them"
+        raise NotFinite("outputs of the pruned model", "nan", fix, stage="compensation")
     least = found[min(found, key=lambda ridge: float(found[ridge].mean()))]
     chosen = next(ridge for ridge, rows in found.items() if _as_good(rows, least))
     return Strength(chosen, {ridge: float(rows.mean()) for ridge, rows in found.items()}, len(least))
