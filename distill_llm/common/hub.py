@@ -52,8 +52,8 @@ def check_hub_name(name: str, field: str, given: str, accepted: str) -> None:
         _reach()
     except _Unreachable as error:
         fix = (
-            f"check the name and the network: no such file or folder is here, and the Hub cannot be reached ({error});"
-            " with HF_HUB_OFFLINE=1 what the local cache holds is used"
+            "check the name and the network; with HF_HUB_OFFLINE=1 what the local cache holds is used: no such file or"
+            f" folder is here, and the Hub cannot be reached ({error})"
         )
         raise InputError(field, given, fix=fix) from None
 
