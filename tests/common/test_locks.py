@@ -54,7 +54,7 @@ def test_who_waits_gets_the_lock_when_it_is_free(tmp_path):
     child = holder_in_another_process(tmp_path / "lock")
     os.kill(child, signal.SIGKILL)
     with held(tmp_path / "lock", "field", tmp_path, seconds=60):
-        pass
+        assert (tmp_path / "lock").read_text().startswith(f"process {os.getpid()} on ")
     os.waitpid(child, 0)
 
 

@@ -112,7 +112,8 @@ def test_a_teacher_that_is_the_student_on_purpose_is_its_own_business(tmp_path):
         def signals(self, batch, step=0, positions=None, compact=False):
             raise NotImplementedError
 
-    trainer_of(tmp_path, student, Itself(), rows(student), {"logits": {}})
+    trainer = trainer_of(tmp_path, student, Itself(), rows(student), {"logits": {}})
+    assert trainer.model is student
 
 
 def test_models_without_memory_and_loaded_twice_are_apart(tmp_path):
