@@ -90,9 +90,10 @@ def choose_strength(
     if not batches:
         raise InputError("held_out", batches, "at least one batch of rows")
     found: dict[float | None, torch.Tensor] = {}
+    dense: list[torch.Tensor] | None = [] if kind_of(model) == "example" else None  # of tokens they would be large
     for ridge in RIDGES:
         student = prune(model, plan, compensate, bypasses=bypasses, ridge=ridge)
-        rows = row_divergences(model, student, batches, settings)
+        rows = row_divergences(model, student, batches, settings, dense)
         if bool(rows.isfinite().all()):
             found[ridge] = rows
         del student  # before the next is cut
@@ -112,11 +113,19 @@ def _as_good(rows: torch.Tensor, least: torch.Tensor) -> bool:
 
 @torch.no_grad()
 def row_divergences(
-    model: PreTrainedModel, student: PreTrainedModel, batches: Batches, settings: CalibrationSettings = DEFAULT_SETTINGS
+    model: PreTrainedModel,
+    student: PreTrainedModel,
+    batches: Batches,
+    settings: CalibrationSettings = DEFAULT_SETTINGS,
+    dense: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """(rows,) the divergence of a student from its model: KL(model || student), the mean over a row's outputs that count.
 
     Of a regression it is the squared difference.
+
+    Args:
+        dense: the model's outputs, a tensor for each batch, from an earlier call with the same batches; an empty list is
+            filled. None: they are made and not kept.
     """
     device, kind = settings.device_for(model), kind_of(model)
     found: list[torch.Tensor] = []
@@ -126,9 +135,12 @@ def row_divergences(
             stack.enter_context(frozen(each))
             if device != each.device:
                 stack.enter_context(streamed(each, layers_of(each), device))
-        for batch in batches:
+        for index, batch in enumerate(batches):
             batch = {name: value.to(device) for name, value in batch.items() if kind != "example" or name != "labels"}
-            (target, _), (logits, _) = (items_of(each, batch, labelled=False) for each in (model, student))
+            target = dense[index] if dense and index < len(dense) else items_of(model, batch, labelled=False)[0]
+            if dense is not None and index == len(dense):
+                dense.append(target)
+            logits, _ = items_of(student, batch, labelled=False)
             items = divergences(target, logits)
             rows = len(batch["input_ids"])
             if kind == "example":  # of question answering, a row has a start and an end
