@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from distill_llm.data.tasks import Task
+from distill_llm.measuring.counting import count_params
 from distill_llm.measuring.profiling import Profile, compare
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.report.plans import kept_of
@@ -28,6 +29,8 @@ def collect_metrics(
     latency = recipe.evaluation.latency
     measured = compare(student, teacher, latency.batch_size, latency.sequence_length)
     kept, channels = kept_of(student, teacher)
+    sizes = zip(count_params(student), count_params(teacher), strict=True)
+    kept_params, kept_in_layers = (ours / theirs for ours, theirs in sizes)
     last = rounds[-1]
     final = last.get("recovered") or last.get("compensated") or last["pruned"]
     return {
@@ -42,8 +45,8 @@ def collect_metrics(
         "baselines": dict(teacher_result["baselines"]),
         "warnings": [teacher_result["warning"]] if teacher_result["warning"] else [],
         "retention": retention(final["score"], teacher_result["score"], task.higher_is_better),
-        "params_kept": measured.model.params / measured.other.params,
-        "layer_params_kept": measured.model.layer_params / measured.other.layer_params,
+        "params_kept": kept_params,
+        "layer_params_kept": kept_in_layers,
         "speedup": measured.speedup,
         "speedup_min": measured.speedup_min,
         "speedup_max": measured.speedup_max,
