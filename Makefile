@@ -21,6 +21,7 @@ test-all: test  ## the fast tests, then the slow ones
 
 docs: .venv/installed  ## the reference pages that are made from the code
 	$(BIN)/python scripts/docs/recipe_reference.py
+	$(BIN)/python scripts/docs/gallery.py
 
 lint: .venv/installed  ## style and types
 	$(BIN)/ruff check .

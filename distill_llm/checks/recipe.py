@@ -154,6 +154,9 @@ def _check_student(recipe: Recipe, student: OpenModel, teacher: OpenModel, task:
     task.kind.check(data_spec(recipe), student.config)
     if task.kind.has_head(student.config.architectures):
         check_head(student, task)
+    elif recipe.student is not None and recipe.student.quantization is not None:
+        given, fix = recipe.student.quantization, f"remove it: {student.name} gets a new head, which must learn whole"
+        raise InputError("student.quantization", given, fix=fix)
     compared = recipe.distillation is not None and recipe.distillation.losses.needs_teacher
     if task.is_language_model or recipe.teacher.cache is not None or not compared:
         return
@@ -269,8 +272,10 @@ def _named_as_in_a_recipe() -> Iterator[None]:
 
 
 def _response_faults(recipe: Recipe, task: Task, shorter: OpenModel) -> list[InputError]:
-    """Faults of `responses` (the student must be able to answer prompts) and of the teacher's quantization."""
+    """Faults of `responses` (the student must be able to answer prompts) and of quantized models."""
     faults = quantization_faults(recipe.teacher.quantization, "teacher.quantization")
+    if recipe.student is not None:
+        faults += quantization_faults(recipe.student.quantization, "student.quantization")
     responses = recipe.distillation.losses.responses if recipe.distillation else None
     if responses is None:
         return faults

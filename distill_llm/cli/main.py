@@ -15,7 +15,7 @@ from distill_llm.cli.export import export
 from distill_llm.cli.group import CommandGroup
 from distill_llm.cli.launching import shareable
 from distill_llm.cli.libraries import subdued
-from distill_llm.cli.lists import families, recipes
+from distill_llm.cli.lists import RECIPES, families, recipes
 from distill_llm.cli.profile import EXAMPLE as PROFILE
 from distill_llm.cli.profile import profile
 from distill_llm.cli.prune import EXAMPLE as PRUNE
@@ -41,7 +41,7 @@ for _command, _example in (
     (push, PUSH),
     (shareable(respond), RESPOND),
     (shareable(cache), CACHE),
-    (recipes, "Example: distill-llm recipes"),
+    (recipes, RECIPES),
     (families, "Example: distill-llm families"),
 ):
     app.command(epilog=_example)(_command)
