@@ -17,6 +17,7 @@ from distill_llm.metrics.errors import shown_score
 from distill_llm.pipeline.context import Context
 from distill_llm.pipeline.folder import RunFolder
 from distill_llm.pipeline.inputs import inputs_of
+from distill_llm.pipeline.sharing import take_teacher
 from distill_llm.pipeline.stages import own_sections, stages_of
 from distill_llm.pipeline.stages.prune import cut_model, models_to_cut, show
 from distill_llm.pruning.cutting.strength import described
@@ -46,8 +47,18 @@ def run(recipe: Recipe | Mapping[str, Any], output_dir: str | Path | None = None
     recipe = recipe if isinstance(recipe, Recipe) else parse_recipe(dict(recipe))
     if output_dir is not None:
         recipe = recipe.model_copy(update={"output_dir": Path(output_dir).expanduser()})
-    context = Context(open_recipe(recipe))
+    return carry_out(Context(open_recipe(recipe)))
+
+
+def carry_out(context: Context, donor: Path | None = None) -> RunResult:
+    """Carry out a checked recipe.
+
+    Args:
+        donor: the folder of a run with the same teacher, which is taken over where this run has not begun.
+    """
     with alone_in(context.folder), full_disk_named(context.folder):
+        if donor is not None:
+            take_teacher(context, donor)
         return _run(context)
 
 
