@@ -16,11 +16,13 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 test: .venv/installed  ## the fast tests
 	$(PYTEST)
 
-test-all: test  ## the fast tests, then the slow ones
+test-all: .venv/docs test  ## the fast tests, then the slow ones; those of the site need its tools
 	$(PYTEST) -m slow
 
-docs: .venv/installed  ## the reference pages that are made from the code
+docs: .venv/docs  ## the reference pages that are made from the code, then the site: build/site/index.html
 	$(BIN)/python scripts/docs/recipe_reference.py
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs build/site
+	@echo build/site/index.html
 
 lint: .venv/installed  ## style and types
 	$(BIN)/ruff check .
@@ -30,6 +32,10 @@ lint: .venv/installed  ## style and types
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[quickstart,dev]"
+	touch $@
+
+.venv/docs: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	touch $@
 
 clean:
