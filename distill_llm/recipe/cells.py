@@ -39,11 +39,11 @@ class Cell:
 
 def first_of(given: Mapping[str, Any], over: Mapping[str, Sequence[Any]]) -> Recipe:
     """The recipe of a plain mapping with the first of the values: it need not have what is varied, such as a size."""
-    given = copy.deepcopy(dict(given))
+    chosen = copy.deepcopy(dict(given))
     for field, values in over.items():
         if values:
-            put(given, field, values[0], ("over", field))
-    return parse_recipe(given)
+            put(chosen, field, values[0], ("over", field))
+    return parse_recipe(chosen)
 
 
 def cells_of(recipe: Recipe, over: Mapping[str, Sequence[Any]], folder: Path) -> list[Cell]:
