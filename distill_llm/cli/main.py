@@ -27,7 +27,11 @@ from distill_llm.cli.respond import respond
 from distill_llm.cli.run import DISTILL, RUN, distill, run
 
 app = typer.Typer(
-    cls=CommandGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+    cls=CommandGroup,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
 
 for _command, _example in (
@@ -59,7 +63,12 @@ def _version(wanted: bool) -> None:
 def _settings(
     context: typer.Context,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Show no progress bars, notices, or warnings of libraries.")
+        bool,
+        typer.Option(
+            "--quiet",
+            "-q",
+            help="Show no progress bars, notices, or warnings of libraries; of `run`, the last line alone.",
+        ),
     ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
