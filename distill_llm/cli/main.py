@@ -25,6 +25,8 @@ from distill_llm.cli.push import push
 from distill_llm.cli.respond import EXAMPLE as RESPOND
 from distill_llm.cli.respond import respond
 from distill_llm.cli.run import DISTILL, RUN, distill, run
+from distill_llm.cli.sweep import EXAMPLE as SWEEP
+from distill_llm.cli.sweep import ManyNumbers, sweep
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -49,6 +51,7 @@ for _command, _example in (
     (families, "Example: distill-llm families"),
 ):
     app.command(epilog=_example)(_command)
+app.command(cls=ManyNumbers, epilog=SWEEP)(shareable(sweep))
 
 
 def _version(wanted: bool) -> None:

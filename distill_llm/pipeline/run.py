@@ -18,6 +18,7 @@ from distill_llm.pipeline.context import Context
 from distill_llm.pipeline.folder import RunFolder
 from distill_llm.pipeline.inputs import inputs_of
 from distill_llm.pipeline.listener import Listener, StageDone
+from distill_llm.pipeline.sharing import take_teacher
 from distill_llm.pipeline.stages import own_sections, stages_of
 from distill_llm.pipeline.stages.prune import cut_model, models_to_cut, show
 from distill_llm.pruning.cutting.strength import described
@@ -50,8 +51,18 @@ def run(
     recipe = recipe if isinstance(recipe, Recipe) else parse_recipe(dict(recipe))
     if output_dir is not None:
         recipe = recipe.model_copy(update={"output_dir": Path(output_dir).expanduser()})
-    context = Context(open_recipe(recipe), listener)
+    return carry_out(Context(open_recipe(recipe), listener))
+
+
+def carry_out(context: Context, donor: Path | None = None) -> RunResult:
+    """Carry out a checked recipe.
+
+    Args:
+        donor: the folder of a run with the same teacher, which is taken over where this run has not begun.
+    """
     with alone_in(context.folder), full_disk_named(context.folder):
+        if donor is not None:
+            take_teacher(context, donor)
         return _run(context)
 
 
