@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
@@ -13,7 +13,7 @@ from distill_llm.checks.augment import augment_faults, open_masked_lm
 from distill_llm.checks.data import open_rows
 from distill_llm.checks.export import check_export
 from distill_llm.checks.faults import Collector
-from distill_llm.checks.models import adapted, check_disk, check_signals, skeleton
+from distill_llm.checks.models import Disk, adapted, check_disk, check_signals, skeleton
 from distill_llm.checks.pruning import check_pruning
 from distill_llm.checks.training import check_training
 from distill_llm.common.errors import InputError, raise_all
@@ -54,6 +54,7 @@ class Opened:
         data: the task's raw rows.
         cache: the cache that the student learns from, if the recipe names one.
         masked_lm: config and tokenizer of the masked LM that proposes words, if the recipe names one.
+        disk: what the run takes on the disk.
     """
 
     recipe: Recipe
@@ -62,6 +63,7 @@ class Opened:
     data: TaskData
     cache: CachedTeacher | None = None
     masked_lm: OpenModel | None = None
+    disk: Disk = field(default_factory=Disk)
 
 
 def open_recipe(recipe: Recipe) -> Opened:
@@ -101,10 +103,10 @@ def open_recipe(recipe: Recipe) -> Opened:
     learner = whole if name is None else found.run(skeleton, student, task)
     if paired:
         found.run(check_signals, recipe, whole, learner)
-    found.run(check_disk, recipe, whole, found.run(adapted, recipe, learner))
+    disk = found.run(check_disk, recipe, whole, found.run(adapted, recipe, learner))
     raise_all(found.faults)
-    assert teacher is not None and data is not None
-    return Opened(recipe, teacher, student, data, cache, masked_lm)
+    assert teacher is not None and data is not None and disk is not None
+    return Opened(recipe, teacher, student, data, cache, masked_lm, disk)
 
 
 def load_rows(recipe: Recipe, teacher: OpenModel | None) -> TaskData:
