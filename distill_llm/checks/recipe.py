@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
@@ -12,7 +12,7 @@ import datasets
 from distill_llm.checks.data import open_rows
 from distill_llm.checks.export import check_export
 from distill_llm.checks.faults import Collector
-from distill_llm.checks.models import adapted, check_disk, check_signals, skeleton
+from distill_llm.checks.models import Disk, adapted, check_disk, check_signals, skeleton
 from distill_llm.checks.pruning import check_pruning
 from distill_llm.checks.training import check_training
 from distill_llm.common.errors import InputError, raise_all
@@ -52,6 +52,7 @@ class Opened:
         student: config and tokenizer of the recipe's student; None: pruning makes the student from the teacher.
         data: the task's raw rows.
         cache: the cache that the student learns from, if the recipe names one.
+        disk: what the run takes on the disk.
     """
 
     recipe: Recipe
@@ -59,6 +60,7 @@ class Opened:
     student: OpenModel | None
     data: TaskData
     cache: CachedTeacher | None = None
+    disk: Disk = field(default_factory=Disk)
 
 
 def open_recipe(recipe: Recipe) -> Opened:
@@ -96,10 +98,10 @@ def open_recipe(recipe: Recipe) -> Opened:
     learner = whole if name is None else found.run(skeleton, student, task)
     if paired:
         found.run(check_signals, recipe, whole, learner)
-    found.run(check_disk, recipe, whole, found.run(adapted, recipe, learner))
+    disk = found.run(check_disk, recipe, whole, found.run(adapted, recipe, learner))
     raise_all(found.faults)
-    assert teacher is not None and data is not None
-    return Opened(recipe, teacher, student, data, cache)
+    assert teacher is not None and data is not None and disk is not None
+    return Opened(recipe, teacher, student, data, cache, disk)
 
 
 def load_rows(recipe: Recipe, teacher: OpenModel | None) -> TaskData:

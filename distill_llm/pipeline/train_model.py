@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import EvalPrediction, PreTrainedModel
+from transformers import EvalPrediction, PreTrainedModel, PrinterCallback, ProgressCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from distill_llm.common.files import full_disk_named, written_whole
@@ -14,6 +14,7 @@ from distill_llm.pipeline.checkpoints import MarkComplete, last_complete_checkpo
 from distill_llm.pipeline.context import Context
 from distill_llm.teachers.base import Teacher
 from distill_llm.training.config import DistillationConfig
+from distill_llm.training.progress import TrainingProgress
 from distill_llm.training.trainer import DistillationTrainer
 
 Fields = Literal["teacher", "recovery", "final"]
@@ -53,6 +54,9 @@ def train_model(
         compute_metrics=None if run.data.task.is_language_model else metrics,
         callbacks=[MarkComplete()],
     )
+    for theirs in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(theirs)
+    trainer.add_callback(TrainingProgress(f"Training {target.relative_to(run.folder)}"))
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     with full_disk_named(work):
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(work))
