@@ -88,10 +88,14 @@ class RunFolder:
         """Result of every finished stage by its name."""
         return self.state.stages
 
+    def has(self, stage: Stage) -> bool:
+        """Whether a stage is done, so that its result is read."""
+        return stage.name in self.results and stage.name not in self._again
+
     def result(self, stage: Stage) -> Result:
         """The result of a stage: from disk if it is done, else by doing its work and keeping the result."""
         done = self.results
-        if stage.name in done and stage.name not in self._again:
+        if self.has(stage):
             return done[stage.name]
         start = time.monotonic()
         earlier = {each.name: done[each.name] for each in stage.earlier}
