@@ -6,9 +6,8 @@ export TOKENIZERS_PARALLELISM := false
 
 .PHONY: docs quickstart test test-all lint clean
 
-quickstart: .venv/installed  ## prune and distill the embedded model on the embedded data
+quickstart: .venv/quickstart  ## prune and distill the embedded model on the embedded data
 	HF_HUB_OFFLINE=1 $(BIN)/distill-llm run recipes/quickstart.yaml --output-dir runs/quickstart
-	@cat runs/quickstart/report.md
 
 # Two workers with a thread each: tiny models gain nothing from more threads, and busy threads wait for one another.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
@@ -29,13 +28,22 @@ lint: .venv/installed  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-.venv/installed: pyproject.toml constraints.txt
+# Modules are compiled when they are first imported: compiling all of them takes longer than the quickstart's download.
+PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
+
+.venv/quickstart: pyproject.toml constraints.txt
+	@echo "installing into .venv: about a minute"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[quickstart,dev]"
+	$(PIP) --editable ".[quickstart]"
 	touch $@
 
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) --editable ".[quickstart,dev]"
+	touch $@ .venv/quickstart
+
 .venv/docs: .venv/installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	$(PIP) --editable ".[docs]"
 	touch $@
 
 clean:

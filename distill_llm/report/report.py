@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from distill_llm.common.durations import duration
 from distill_llm.common.files import written_whole
 from distill_llm.pruning.cutting.strength import described
 from distill_llm.report.figures import kept_figure, score_figure
@@ -11,7 +12,6 @@ from distill_llm.report.tables import (
     columns,
     count,
     dtype_note,
-    duration,
     latency_note,
     percent,
     results_table,

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from distill_llm.common.durations import duration
 from distill_llm.metrics.errors import shown_score
 
 MISSING = "–"
@@ -165,16 +166,6 @@ def megabytes(number: float) -> str:
 def milliseconds(number: float) -> str:
     """A latency, given in milliseconds."""
     return f"{number:.1f} ms"
-
-
-def duration(seconds: float) -> str:
-    """A stage's time as `42 s`, `3 min 5 s` or `2 h 10 min`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def speedup(metrics: Mapping[str, Any]) -> str:
