@@ -21,6 +21,7 @@ from distill_llm.evaluation.rules import RECIPE_FIELDS
 from distill_llm.metrics.errors import shown_score
 from distill_llm.models.checkpoint import converted, load_pretrained, name_unnamed
 from distill_llm.models.finding import OpenModel
+from distill_llm.pipeline.augmentation import augmented
 from distill_llm.pipeline.listener import Listener, StageDone
 
 
@@ -55,6 +56,11 @@ class Context:
     def collator(self) -> Collator:
         """Pads batches of this task."""
         return collator(self.data.task, self.tokenizer, self.recipe.seed)
+
+    @cached_property
+    def lessons(self) -> tuple[Dataset, Collator]:
+        """The rows that a student learns from, and the collator of its batches: augmented where the recipe says so."""
+        return augmented(self.opened, self.data.train, self.collator)
 
     @cached_property
     def teacher_dtype(self) -> torch.dtype:

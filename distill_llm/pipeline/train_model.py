@@ -8,6 +8,7 @@ from transformers import EvalPrediction, PreTrainedModel, PrinterCallback, Progr
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from distill_llm.common.files import full_disk_named, written_whole
+from distill_llm.data.augmenting import AugmentingCollator
 from distill_llm.evaluation.evaluate import compute_metrics
 from distill_llm.models.adapters import merged
 from distill_llm.pipeline.checkpoints import MarkComplete, last_complete_checkpoint
@@ -28,8 +29,12 @@ def train_model(
     target: Path,
     fields: Fields,
     losses: dict[str, Any],
-) -> None:
-    """Train a model, going on from the last whole checkpoint, and save it with its tokenizer to `target`."""
+) -> dict[str, int] | None:
+    """Train a model, going on from the last whole checkpoint, and save it with its tokenizer to `target`.
+
+    Returns:
+        How much of the rows was changed (see `AugmentedRows.totals`); None where they are learnt as they are.
+    """
     work = _checkpoints(target)
     args = DistillationConfig(
         output_dir=str(work),
@@ -43,13 +48,14 @@ def train_model(
         task = run.data.task
         return compute_metrics(task, *task.kind.predictions(given.predictions, given.label_ids))
 
+    rows, collator = (run.data.train, run.collator) if fields == "teacher" else run.lessons
     trainer = DistillationTrainer(
         model=model,
         teacher=teacher,
         args=args,
-        train_dataset=run.data.train,
+        train_dataset=rows,
         eval_dataset=run.data.validation,
-        data_collator=run.collator,
+        data_collator=collator,
         processing_class=run.tokenizer,
         compute_metrics=None if run.data.task.is_language_model else metrics,
         callbacks=[MarkComplete()],
@@ -68,6 +74,7 @@ def train_model(
             run.save(merged(trainer.accelerator.unwrap_model(trainer.model)), path, weights)
     trainer.accelerator.free_memory()  # ends DeepSpeed's engine, which nothing else does
     unset_hf_deepspeed_config()  # otherwise every model that is loaded later, by one process even, is divided by ZeRO-3
+    return trainer.augmented.totals() if isinstance(collator, AugmentingCollator) else None
 
 
 def remove_checkpoints(run: Context, target: Path) -> None:

@@ -18,6 +18,7 @@ from distill_llm.common.errors import raise_all
 from distill_llm.common.validation import faults_of
 from distill_llm.losses.objective import Objective, parse_objective
 from distill_llm.recipe.adapter_fields import check_adapter_fields
+from distill_llm.recipe.augment import AugmentSection
 from distill_llm.recipe.section import Section
 from distill_llm.recipe.training_fields import check_training_fields
 
@@ -143,6 +144,10 @@ class DataSection(Section):
     )
     drop_incomplete: bool = Field(
         default=False, description="leave out rows that lack a text or a label; otherwise they are an error"
+    )
+    augment: AugmentSection | None = Field(
+        default=None,
+        description="how the student's training rows are changed anew in every epoch; left out: not at all",
     )
 
 
