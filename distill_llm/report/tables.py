@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from distill_llm.common.durations import duration
 from distill_llm.metrics.errors import shown_score
 
 MISSING = "–"
@@ -96,6 +97,26 @@ def rounds_table(metrics: Mapping[str, Any]) -> str:
     return markdown_table(["round", "target", "layer parameters kept", *stages, "time"], body)
 
 
+def harness_table(metrics: Mapping[str, Any]) -> str:
+    """A row per metric of every benchmark: teacher and student. Empty without benchmarks."""
+    rows = metrics.get("harness") or []
+    if not rows:
+        return ""
+    body = []
+    for row in rows:
+        teacher, student = (row[side]["score"] for side in ("teacher", "student"))
+        kept = (
+            percent(retention(student, teacher, row["higher_is_better"]))
+            if row["higher_is_better"] is not None
+            else MISSING
+        )
+        arrow = " (lower is better)" if row["higher_is_better"] is False else ""
+        shown = [shown_score(row[side]) for side in ("teacher", "student")]
+        shots = MISSING if row["shots"] is None else str(row["shots"])
+        body.append([row["task"], f"{row['metric']}{arrow}", f"{row['rows']:,}", shots, *shown, kept])
+    return markdown_table(["benchmark", "metric", "rows", "shots", "teacher", "student", "retention"], body)
+
+
 def score_note(metrics: Mapping[str, Any]) -> str:
     """How many rows were scored, what ± means, and what needs no model to reach; empty if unknown."""
     rows, naive = metrics["student"].get("rows"), metrics.get("baselines") or {}
@@ -165,16 +186,6 @@ def megabytes(number: float) -> str:
 def milliseconds(number: float) -> str:
     """A latency, given in milliseconds."""
     return f"{number:.1f} ms"
-
-
-def duration(seconds: float) -> str:
-    """A stage's time as `42 s`, `3 min 5 s` or `2 h 10 min`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def speedup(metrics: Mapping[str, Any]) -> str:

@@ -79,6 +79,9 @@ class LogitsLoss(Term):
     def faults(self, use: Use) -> Iterator[InputError]:
         """A single output has no probabilities; a few tokens of each item allow one divergence only."""
         yield from super().faults(use)
+        if use.mixed and self.needs_labels:
+            fix = f"choose another one: {self.divergence} needs one label, and {use.mixed} mixes examples of two"
+            yield InputError("divergence", self.divergence, fix=fix)
         if use.single_output and self.divergence != "mse":
             yield InputError("divergence", self.divergence, "mse, where outputs are no probabilities (a regression)")
         if use.teacher is None or use.teacher.few is None:

@@ -18,6 +18,7 @@ from distill_llm.pipeline.stage import Result, Stage
 from distill_llm.pipeline.train_model import Fields, remove_checkpoints, train_model
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.teachers.base import Teacher
+from distill_llm.training.augmented import shown
 
 
 class Recover(Stage):
@@ -61,7 +62,7 @@ class Recover(Stage):
         assert section is not None and teacher is not None
         rounds = run.recipe.pruning.rounds if run.recipe.pruning else 1
         fields: Fields = "final" if self.round == rounds else "recovery"
-        train_model(  # no name here holds the models, so that they go when it returns
+        augmented = train_model(  # no name here holds the models, so that they go when it returns
             run,
             with_adapters(run.recipe, self._student(teacher, fields)),
             recovery_teacher(run, teacher, fields) if section.losses.needs_teacher else None,
@@ -69,19 +70,21 @@ class Recover(Stage):
             fields,
             section.losses.model_dump(mode="json", exclude_none=True),
         )
-        return run.scored(self.model, run.student_dtype)
+        return {**run.scored(self.model, run.student_dtype), **({"augmented": augmented} if augmented else {})}
 
     def tidy(self) -> None:
         """Remove the checkpoints of the training."""
         remove_checkpoints(self.run, self.model)
 
     def line(self, result: Result) -> list[str]:
-        """Its score."""
-        return [self.run.named(result["metrics"])]
+        """Its score, and how much of the rows was changed."""
+        changed = [shown(result["augmented"])] if "augmented" in result else []
+        return [self.run.named(result["metrics"]), *changed]
 
     def row(self, result: Result) -> dict[str, Any]:
-        """The metrics after recovery."""
-        return {"score_recovered": result["score"], "recovered": result["metrics"]}
+        """The metrics after recovery, and how much of the rows was changed."""
+        changed = {"augmented": result["augmented"]} if "augmented" in result else {}
+        return {"score_recovered": result["score"], "recovered": result["metrics"], **changed}
 
     def _student(self, teacher: Path | str, fields: Fields) -> PreTrainedModel:
         """The pruned student of a folder, or the one that was given, with a head for the task."""
