@@ -133,7 +133,8 @@ def test_tinybert_learns_from_layers_first_and_from_predictions_afterwards():
 def test_tinybert_projects_a_narrower_student_and_leaves_no_trace_of_it(tmp_path):
     student = write_model(tmp_path / "student", head="base", layers=4, hidden=12, heads=2, intermediate=24)
     local = [f"teacher.model={teacher(tmp_path)}", f"student.model={student}", glue(tmp_path, "sst2")]
-    local += ["distillation.max_steps=8"]
+    masked = write_model(tmp_path / "masked", head="masked-lm", layers=2, hidden=16, heads=2)
+    local += ["distillation.max_steps=8", f"data.augment.replace.model={masked}"]
     result = distill_llm.run(load_recipe("tinybert", small("tinybert", *local)), tmp_path / "run")
     loaded = distill_llm.load_pretrained(result.student_dir)
     assert loaded.config.hidden_size == 12 and loaded.config.num_hidden_layers == 4
