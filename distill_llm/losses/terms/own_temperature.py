@@ -35,7 +35,7 @@ class OwnTemperatureLoss(ClassTerm):
         from distill_llm.losses.logits import logits_divergence
 
         if self.by == "spread":
-            return logits_divergence(*map(standardised, (student, teacher)), "forward_kl", self.temperature)
+            return logits_divergence(standardised(student), standardised(teacher), "forward_kl", self.temperature)
         temperature = temperature_of(teacher, self.entropy).unsqueeze(-1)
         return logits_divergence(student / temperature, teacher / temperature) * temperature.squeeze(-1) ** 2
 
