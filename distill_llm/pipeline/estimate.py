@@ -147,7 +147,8 @@ class Estimate:
         own, devices = without_adapters(step.student), self.devices
         accumulated, shape = step.accumulated, self._shape(fields)
         trace = step.traced(shape)
-        weights, learned = weight_bytes(step.student), weight_bytes(step.student, learned=True)
+        weights: float = weight_bytes(step.student)
+        learned = weight_bytes(step.student, learned=True)
         if own is not step.student and self.recipe.student and self.recipe.student.quantization is not None:
             weights = held_bytes(own, step.precision or torch.float32, self.recipe.student.quantization)
         parts: dict[str, float] = {
