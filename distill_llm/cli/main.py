@@ -22,6 +22,8 @@ from distill_llm.cli.prune import EXAMPLE as PRUNE
 from distill_llm.cli.prune import prune
 from distill_llm.cli.push import EXAMPLE as PUSH
 from distill_llm.cli.push import push
+from distill_llm.cli.report import EXAMPLE as REPORT
+from distill_llm.cli.report import report
 from distill_llm.cli.respond import EXAMPLE as RESPOND
 from distill_llm.cli.respond import respond
 from distill_llm.cli.run import DISTILL, RUN, distill, run
@@ -37,6 +39,7 @@ for _command, _example in (
     (evaluate, EVALUATE),
     (estimate, ESTIMATE),
     (profile, PROFILE),
+    (report, REPORT),
     (export, EXPORT),
     (push, PUSH),
     (shareable(respond), RESPOND),

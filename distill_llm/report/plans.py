@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 from transformers import PreTrainedModel
@@ -23,17 +24,23 @@ def kept_by(plan: PruningPlan, model: PreTrainedModel) -> list[dict[str, int]]:
     return _rows([(row.source, row.counts(counts[row.source])) for row in plan.layers], counts)
 
 
-def kept_of(student: PreTrainedModel, teacher: PreTrainedModel) -> tuple[list[dict[str, int]], dict[str, int] | None]:
+def kept_of(student: PreTrainedModel, teacher: PreTrainedModel) -> tuple[list[dict[str, Any]], dict[str, int] | None]:
     """As `kept_by`, but of a student that was pruned from `teacher`, compared with the teacher as it is now.
 
     Returns:
-        The rows; and the channels of the residual stream as `kept` and `of`, None if all stay. ([], None) for a student that
-        was not pruned.
+        The rows, with the indices `heads_kept` in a teacher that was never pruned; and the channels of the residual stream as
+        `kept` and `of`, None if all stay. ([], None) for a student that was not pruned.
     """
-    if lineage_of(student) is None or student.config.model_type != teacher.config.model_type:
+    lineage = lineage_of(student)
+    if lineage is None or student.config.model_type != teacher.config.model_type:
         return [], None
     channels = {"kept": hidden_size(student), "of": hidden_size(teacher)}
-    kept = _rows(zip(sources_in(student, teacher), counts_of(student), strict=True), counts_of(teacher))
+    kept: list[dict[str, Any]] = [
+        *_rows(zip(sources_in(student, teacher), counts_of(student), strict=True), counts_of(teacher))
+    ]
+    if lineage_of(teacher) is None:
+        for row, layer in zip(kept, lineage.layers, strict=True):
+            row["heads_kept"] = list(layer.units["heads"])
     return kept, channels if channels["kept"] < channels["of"] else None
 
 

@@ -57,7 +57,7 @@ class Recover(Stage):
         assert section is not None and teacher is not None
         rounds = run.recipe.pruning.rounds if run.recipe.pruning else 1
         fields: Fields = "final" if self.round == rounds else "recovery"
-        train_model(  # no name here holds the models, so that they go when it returns
+        history = train_model(  # no name here holds the models, so that they go when it returns
             run,
             with_adapters(run.recipe, self._student(teacher)),
             recovery_teacher(run, teacher, fields) if section.losses.needs_teacher else None,
@@ -65,7 +65,7 @@ class Recover(Stage):
             fields,
             section.losses.model_dump(mode="json", exclude_none=True),
         )
-        return run.scored(self.model, run.student_dtype)
+        return {**run.scored(self.model, run.student_dtype), "history": history}
 
     def tidy(self) -> None:
         """Remove the checkpoints of the training."""
