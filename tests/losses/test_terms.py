@@ -13,7 +13,8 @@ from distill_llm.losses.terms.term import Gives, Term, Use
 
 KINDS = ("example", "token", "next_token")
 FEW, ALL = Gives("a cached teacher", few=(5, 100), new_text=False), Gives("a cached teacher", new_text=False)
-OF_LAYERS = ("embeddings", "hidden", "attention", "relations")
+OF_EXAMPLES = ("rkd_distance", "rkd_angle", "similarity", "correlation", "channels", "flow")
+OF_LAYERS = ("embeddings", "hidden", "attention", "relations", *OF_EXAMPLES)
 OF_CLASSES = ("smoothing", "ranking", "focal", "own_temperature")
 
 
