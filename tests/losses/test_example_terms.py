@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from builders.models import random_batch, tiny_model
-from builders.trainers import rows, trainer_of
+from builders.trainers import NO_DROPOUT, rows, trainer_of
 
+from distill_llm.common.errors import InputError
 from distill_llm.losses.examples import pooled
 from distill_llm.losses.mapping import LayerPair
 from distill_llm.losses.matching import Match, MatchSettings
@@ -136,27 +137,17 @@ def test_flow_is_the_product_of_a_layers_channels_with_the_nexts_over_tokens():
 
 def test_examples_are_related_within_a_micro_batch(tmp_path):
     """Two micro-batches of four give the mean of their own values; one of eight another value: as the page says."""
-    student, teacher = tiny_model(layers=1, hidden=16), tiny_model(layers=2, seed=1)
-    data = rows(student)
-    settings = {"losses": {"rkd_distance": {"pool": "first"}}, "learning_rate": 0.0}
-    losses = {}
+    student, teacher = tiny_model(layers=1, hidden=16, **NO_DROPOUT), tiny_model(layers=2, seed=1)
+    data, losses = rows(student), {}
     for size in (8, 4):
-        trainer = trainer_of(
-            tmp_path / str(size),
-            student.eval(),
-            teacher,
-            data,
-            settings["losses"],
-            learning_rate=0.0,
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=8 // size,
-        )
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size}
+        objective = {"rkd_distance": {"pool": "first"}}
+        trainer = trainer_of(tmp_path / str(size), student, teacher, data, objective, learning_rate=0.0, **sizes)
         order = list(trainer._get_train_sampler())
-        trainer.model.train = lambda mode=True: trainer.model  # no dropout
         trainer.train()
         losses[size] = trainer.state.log_history[0]["loss/rkd_distance"]
     outputs = []
-    for model in (student, teacher):
+    for model in (student.eval(), teacher.eval()):
         with torch.no_grad():
             batch = {name: torch.stack([data[i][name] for i in order]) for name in ("input_ids", "attention_mask")}
             outputs.append(model(**batch, output_hidden_states=True).hidden_states[-1][:, 0].double().numpy())
@@ -166,8 +157,6 @@ def test_examples_are_related_within_a_micro_batch(tmp_path):
 
 
 def test_settings_that_do_not_exist_are_named():
-    from distill_llm.common.errors import InputError
-
     with pytest.raises(InputError, match="losses.rkd_angle.pool"):
         parse_objective({"rkd_angle": {"pool": "max"}})
     (fault,) = parse_objective({"flow": {}}).faults(Use(packed="data.packing"))
