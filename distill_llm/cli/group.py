@@ -13,6 +13,8 @@ _NoArguments = next(kind for kind in _UsageError.__subclasses__() if kind.__name
 
 
 ARGUMENTS = "distill_llm.arguments"
+RESUMABLE = ("run", "distill", "sweep", "cache", "respond")
+"""Commands that, given again, go on where they were stopped."""
 
 
 class CommandGroup(typer.core.TyperGroup):
@@ -34,6 +36,8 @@ class CommandGroup(typer.core.TyperGroup):
             raise _told([str(fault) for fault in faults_in(error)]) from None
         except _UsageError as error:
             raise _told([error.format_message() + _hint(error)]) from None  # type: ignore[attr-defined]
+        except KeyboardInterrupt:
+            raise _stopped(ctx) from None
         except OSError as error:
             if error.filename is None:  # not about a file: a fault of the program
                 raise
@@ -54,6 +58,15 @@ def _leave_processes() -> None:
         distributed.destroy_process_group()
 
 
+def _stopped(ctx: Any) -> typer.Exit:
+    """Ctrl-C: what is done is on the disk, whole; say how to go on."""
+    goes_on = ctx.invoked_subcommand in RESUMABLE
+    _print_line(
+        "stopped: the same command again goes on from the last finished stage or checkpoint" if goes_on else "stopped"
+    )
+    return typer.Exit(130)
+
+
 def _told(lines: list[str]) -> typer.Exit:
     if is_main_process():
         for line in lines:
@@ -62,10 +75,14 @@ def _told(lines: list[str]) -> typer.Exit:
 
 
 def _print_error(line: str) -> None:
-    """Print one line on stderr, below the progress bars that the error left open."""
+    _print_line(f"error: {' '.join(line.split())}")
+
+
+def _print_line(line: str) -> None:
+    """Print one line on stderr, below the progress bars that were left open."""
     for bar in list(getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ())):
         bar.close()
-    print("error:", " ".join(line.split()), file=sys.stderr)
+    print(line, file=sys.stderr)
 
 
 def _hint(error: Any) -> str:

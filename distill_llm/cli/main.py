@@ -27,9 +27,15 @@ from distill_llm.cli.report import report
 from distill_llm.cli.respond import EXAMPLE as RESPOND
 from distill_llm.cli.respond import respond
 from distill_llm.cli.run import DISTILL, RUN, distill, run
+from distill_llm.cli.sweep import EXAMPLE as SWEEP
+from distill_llm.cli.sweep import ManyNumbers, sweep
 
 app = typer.Typer(
-    cls=CommandGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+    cls=CommandGroup,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
 
 for _command, _example in (
@@ -48,6 +54,7 @@ for _command, _example in (
     (families, "Example: distill-llm families"),
 ):
     app.command(epilog=_example)(_command)
+app.command(cls=ManyNumbers, epilog=SWEEP)(shareable(sweep))
 
 
 def _version(wanted: bool) -> None:
@@ -62,7 +69,12 @@ def _version(wanted: bool) -> None:
 def _settings(
     context: typer.Context,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Show no progress bars, notices, or warnings of libraries.")
+        bool,
+        typer.Option(
+            "--quiet",
+            "-q",
+            help="Show no progress bars, notices, or warnings of libraries; of `run`, the last line alone.",
+        ),
     ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")

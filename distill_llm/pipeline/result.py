@@ -52,6 +52,7 @@ def collect_metrics(
         "speedup_max": measured.speedup_max,
         "latency": latency.model_dump(),
         "latency_grid": [asdict(point) for point in points],
+        **({"augmented": last["augmented"]} if "augmented" in last else {}),
         "rounds": [dict(row) for row in rounds] if recipe.pruning is not None else [],
         "plan_layers": kept,
         "plan_hidden": channels,

@@ -5,16 +5,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import EvalPrediction, PreTrainedModel
+from transformers import EvalPrediction, PreTrainedModel, PrinterCallback, ProgressCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from distill_llm.common.files import full_disk_named, written_whole
+from distill_llm.data.augmenting import AugmentingCollator
 from distill_llm.evaluation.evaluate import compute_metrics
 from distill_llm.models.adapters import merged
 from distill_llm.pipeline.checkpoints import MarkComplete, last_complete_checkpoint
 from distill_llm.pipeline.context import Context
 from distill_llm.teachers.base import Teacher
 from distill_llm.training.config import DistillationConfig
+from distill_llm.training.progress import TrainingProgress
 from distill_llm.training.trainer import DistillationTrainer
 
 Fields = Literal["teacher", "recovery", "final"]
@@ -34,7 +36,8 @@ def train_model(
     """Train a model, going on from the last whole checkpoint, and save it with its tokenizer to `target`.
 
     Returns:
-        The losses that were logged (see `loss_history`).
+        For the stage's result: the `history` of the losses (see `loss_history`), and, where rows were changed while they were
+        learnt, how much (`augmented`, see `AugmentedRows.totals`).
     """
     work = _checkpoints(target)
     args = DistillationConfig(
@@ -49,17 +52,21 @@ def train_model(
         task = run.data.task
         return compute_metrics(task, *task.kind.predictions(given.predictions, given.label_ids))
 
+    rows, collator = (run.data.train, run.collator) if fields == "teacher" else run.lessons
     trainer = DistillationTrainer(
         model=model,
         teacher=teacher,
         args=args,
-        train_dataset=run.data.train,
+        train_dataset=rows,
         eval_dataset=run.data.validation,
-        data_collator=run.collator,
+        data_collator=collator,
         processing_class=run.tokenizer,
         compute_metrics=None if run.data.task.is_language_model else metrics,
         callbacks=[MarkComplete()],
     )
+    for theirs in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(theirs)
+    trainer.add_callback(TrainingProgress(f"Training {target.relative_to(run.folder)}"))
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     with full_disk_named(work):
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(work))
@@ -71,7 +78,8 @@ def train_model(
             run.save(merged(trainer.accelerator.unwrap_model(trainer.model)), path, weights)
     trainer.accelerator.free_memory()  # ends DeepSpeed's engine, which nothing else does
     unset_hf_deepspeed_config()  # otherwise every model that is loaded later, by one process even, is divided by ZeRO-3
-    return loss_history(trainer.state.log_history)
+    history = {"history": loss_history(trainer.state.log_history)}
+    return history | ({"augmented": trainer.augmented.totals()} if isinstance(collator, AugmentingCollator) else {})
 
 
 def loss_history(log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -171,11 +171,16 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     Raises:
         InputError: one line per fault: the field, what was given, what is accepted; for an unknown name, the nearest known one.
     """
+    return parse_recipe(read_recipe(path, overrides))
+
+
+def read_recipe(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """A recipe as a plain mapping that is not checked yet. Arguments: as for `load_recipe`."""
     file = find_recipe(str(path))
     given = {"output_dir": f"runs/{file.stem}", **read_yaml(file)}
     for text in overrides or []:
         override(given, text)
-    return parse_recipe(given)
+    return given
 
 
 def budget_batch(recipe: Recipe, decoder: bool) -> tuple[int, int]:

@@ -9,14 +9,15 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from distill_llm.common.durations import duration
 from distill_llm.common.files import written_whole
 from distill_llm.report import tables
 from distill_llm.report.card import shown_name, shown_recipe
 from distill_llm.report.drawing import inline
 from distill_llm.report.figures import draw_latency, draw_losses, draw_scores
 from distill_llm.report.palette import DARK, LIGHT
-from distill_llm.report.report import headline, notes, round_notes, summary
-from distill_llm.report.tables import MISSING, Cells, count, duration, megabytes, milliseconds, percent
+from distill_llm.report.report import HARNESS, headline, notes, round_notes, summary
+from distill_llm.report.tables import MISSING, Cells, count, megabytes, milliseconds, percent
 from distill_llm.report.usage import loading, snippet
 
 MOST_SQUARES = 32
@@ -72,6 +73,8 @@ def write_page(
         columns=columns,
         layers=layers,
         rounds=tables.rounds_cells(metrics),
+        benchmarks=tables.harness_cells(metrics),
+        benchmarks_note=HARNESS,
         round_notes=round_notes(metrics),
         charts=charts(metrics),
         grid=grid_cells(metrics),

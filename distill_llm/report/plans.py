@@ -18,7 +18,7 @@ from distill_llm.report.tables import MISSING, percent
 def kept_by(plan: PruningPlan, model: PreTrainedModel) -> list[dict[str, Any]]:
     """What a plan keeps of every layer of `model` that stays.
 
-    A row has `source`, `heads` of `heads_of` and their indices `heads_kept`, and `neurons` of `neurons_of`. Where queries share keys
+    A row has `source`, `heads` of `heads_of`, their indices `heads_kept`, and `neurons` of `neurons_of`. Where queries share keys
     and values, heads are KV groups, and `queries` and `queries_of` are added.
     """
     counts = counts_of(model)

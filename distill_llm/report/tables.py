@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from distill_llm.common.durations import duration
 from distill_llm.metrics.errors import shown_score
 
 MISSING = "–"
@@ -114,6 +115,30 @@ def rounds_cells(metrics: Mapping[str, Any]) -> Cells:
     return Cells(["round", "target", "layer parameters kept", *stages, "time"], body)
 
 
+def harness_table(metrics: Mapping[str, Any]) -> str:
+    """The cells of `harness_cells` in Markdown; empty without benchmarks."""
+    cells = harness_cells(metrics)
+    return markdown_table(cells.head, cells.body) if cells.body else ""
+
+
+def harness_cells(metrics: Mapping[str, Any]) -> Cells:
+    """A row per metric of every benchmark: teacher and student."""
+    rows = metrics.get("harness") or []
+    body = []
+    for row in rows:
+        teacher, student = (row[side]["score"] for side in ("teacher", "student"))
+        kept = (
+            percent(retention(student, teacher, row["higher_is_better"]))
+            if row["higher_is_better"] is not None
+            else MISSING
+        )
+        arrow = " (lower is better)" if row["higher_is_better"] is False else ""
+        shown = [shown_score(row[side]) for side in ("teacher", "student")]
+        shots = MISSING if row["shots"] is None else str(row["shots"])
+        body.append([row["task"], f"{row['metric']}{arrow}", f"{row['rows']:,}", shots, *shown, kept])
+    return Cells(["benchmark", "metric", "rows", "shots", "teacher", "student", "retention"], body)
+
+
 def score_note(metrics: Mapping[str, Any]) -> str:
     """How many rows were scored, what ± means, and what needs no model to reach; empty if unknown."""
     rows, naive = metrics["student"].get("rows"), metrics.get("baselines") or {}
@@ -183,16 +208,6 @@ def megabytes(number: float) -> str:
 def milliseconds(number: float) -> str:
     """A latency, given in milliseconds."""
     return f"{number:.1f} ms"
-
-
-def duration(seconds: float) -> str:
-    """A stage's time as `42 s`, `3 min 5 s` or `2 h 10 min`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def speedup(metrics: Mapping[str, Any]) -> str:

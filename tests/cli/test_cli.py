@@ -58,7 +58,7 @@ def calls(tmp_path, monkeypatch):
     seen: list = []
     fake = types.ModuleType("distill_llm.pipeline.run")
     result = types.SimpleNamespace(metrics={}, student_dir=Path("student"), report=Path("report.md"))
-    fake.run = lambda recipe, output_dir: open_recipe(recipe) and (seen.append((recipe, output_dir)) or result)
+    fake.run = lambda recipe, output_dir, _: open_recipe(recipe) and (seen.append((recipe, output_dir)) or result)
     fake.prune_recipe = lambda recipe: usable_output(recipe.output_dir) or seen.append(recipe) or Path("pruned")
     monkeypatch.setitem(sys.modules, "distill_llm.pipeline.run", fake)
     monkeypatch.setattr("distill_llm.pipeline.run", fake, raising=False)  # another test may have imported the real one
@@ -147,7 +147,8 @@ def test_run_hands_the_recipe_with_overrides_to_the_pipeline(folder, calls):
     assert isinstance(recipe, Recipe) and recipe.pruning.keep == 0.25
     assert output_dir == recipe.output_dir == Path("elsewhere")
     assert "report.md" in result.stdout
-    assert result.stdout.endswith('from_pretrained("student"): a stock transformers model\n')
+    assert 'from_pretrained("student"): a stock transformers model\n' in result.stdout
+    assert result.stdout.endswith("student: student\n")
 
 
 def test_distill_leaves_pruning_out_and_takes_the_student(folder, calls):

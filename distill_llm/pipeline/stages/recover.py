@@ -17,6 +17,7 @@ from distill_llm.pipeline.stage import Result, Stage
 from distill_llm.pipeline.train_model import Fields, remove_checkpoints, train_model
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.teachers.base import Teacher
+from distill_llm.training.augmented import shown
 
 
 class Recover(Stage):
@@ -57,7 +58,7 @@ class Recover(Stage):
         assert section is not None and teacher is not None
         rounds = run.recipe.pruning.rounds if run.recipe.pruning else 1
         fields: Fields = "final" if self.round == rounds else "recovery"
-        history = train_model(  # no name here holds the models, so that they go when it returns
+        trained = train_model(  # no name here holds the models, so that they go when it returns
             run,
             with_adapters(run.recipe, self._student(teacher)),
             recovery_teacher(run, teacher, fields) if section.losses.needs_teacher else None,
@@ -65,19 +66,21 @@ class Recover(Stage):
             fields,
             section.losses.model_dump(mode="json", exclude_none=True),
         )
-        return {**run.scored(self.model, run.student_dtype), "history": history}
+        return {**run.scored(self.model, run.student_dtype), **trained}
 
     def tidy(self) -> None:
         """Remove the checkpoints of the training."""
         remove_checkpoints(self.run, self.model)
 
     def line(self, result: Result) -> list[str]:
-        """Its score."""
-        return [self.run.named(result["metrics"])]
+        """Its score, and how much of the rows was changed."""
+        changed = [shown(result["augmented"])] if "augmented" in result else []
+        return [self.run.named(result["metrics"]), *changed]
 
     def row(self, result: Result) -> dict[str, Any]:
-        """The metrics after recovery."""
-        return {"score_recovered": result["score"], "recovered": result["metrics"]}
+        """The metrics after recovery, and how much of the rows was changed."""
+        changed = {"augmented": result["augmented"]} if "augmented" in result else {}
+        return {"score_recovered": result["score"], "recovered": result["metrics"], **changed}
 
     def _student(self, teacher: Path | str) -> PreTrainedModel:
         """The pruned student of a folder, or the one that was given, with a head for the task."""

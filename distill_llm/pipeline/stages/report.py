@@ -8,8 +8,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from distill_llm.checks.evaluate import benchmarks_of
 from distill_llm.common.files import written_whole
 from distill_llm.evaluation.disagreements import find_disagreements
+from distill_llm.evaluation.harness import run_benchmarks, side_by_side
 from distill_llm.pipeline.result import collect_metrics, stage_records
 from distill_llm.pipeline.stage import Result, Stage
 
@@ -62,6 +64,12 @@ class Report(Stage):
         rounds = self._rounds(results)
         metrics = collect_metrics(run.recipe, run.data.task, teacher, student, results[self.teacher.name], rounds)
         metrics |= stage_records(results)
+        if (benchmarks := benchmarks_of(run.recipe)) is not None:
+            scores = (
+                run_benchmarks(model, run.tokenizer, benchmarks, run.recipe.evaluation.batch_size)
+                for model in (teacher, student)
+            )
+            metrics["harness"] = side_by_side(*scores)
         shown = self._disagreements(teacher, student)
         for file, content in ((run.metrics_file, metrics), (run.disagreements_file, shown)):
             with written_whole(file) as target:

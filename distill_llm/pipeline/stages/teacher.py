@@ -32,11 +32,11 @@ class Teacher(Stage):
     def work(self, results: Mapping[str, Result]) -> dict[str, Any]:
         """Fine-tune and score."""
         run = self.run
-        history = None
+        trained: dict[str, Any] = {}
         if self.outputs:
             set_seed(run.recipe.seed)
             config = run.opened.teacher.config
-            history = train_model(
+            trained = train_model(
                 run,
                 load_for_task(
                     run.teacher_path,
@@ -55,7 +55,7 @@ class Teacher(Stage):
         task, raw = run.data.task, run.opened.data
         naive = baselines(task, raw.train, raw.test)
         warning = no_better(task, result["metrics"], naive)
-        return {**result, "baselines": naive, "warning": warning, **({"history": history} if history else {})}
+        return {**result, "baselines": naive, "warning": warning, **trained}
 
     def tidy(self) -> None:
         """Remove the checkpoints of the training."""
