@@ -19,13 +19,15 @@ from distill_llm.cli.init import EXAMPLE as INIT
 from distill_llm.cli.init import init
 from distill_llm.cli.launching import shareable
 from distill_llm.cli.libraries import subdued
-from distill_llm.cli.lists import families, recipes
+from distill_llm.cli.lists import RECIPES, families, recipes
 from distill_llm.cli.profile import EXAMPLE as PROFILE
 from distill_llm.cli.profile import profile
 from distill_llm.cli.prune import EXAMPLE as PRUNE
 from distill_llm.cli.prune import prune
 from distill_llm.cli.push import EXAMPLE as PUSH
 from distill_llm.cli.push import push
+from distill_llm.cli.report import EXAMPLE as REPORT
+from distill_llm.cli.report import report
 from distill_llm.cli.respond import EXAMPLE as RESPOND
 from distill_llm.cli.respond import respond
 from distill_llm.cli.run import DISTILL, RUN, distill, run
@@ -51,12 +53,13 @@ for _command, _example in (
     (evaluate, EVALUATE),
     (estimate, ESTIMATE),
     (profile, PROFILE),
+    (report, REPORT),
     (export, EXPORT),
     (push, PUSH),
     (shareable(respond), RESPOND),
     (shareable(cache), CACHE),
     (env, ENV),
-    (recipes, "Example: distill-llm recipes"),
+    (recipes, RECIPES),
     (families, "Example: distill-llm families"),
 ):
     app.command(epilog=_example)(_command)
