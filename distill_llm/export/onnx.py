@@ -101,7 +101,10 @@ def _no_empty_products(model: PreTrainedModel) -> Iterator[None]:
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
     """Without the reports of torch.onnx's steps."""
-    levels = {name: logging.getLogger(name).level for name in ("torch.onnx", "torch._export", "transformers", "onnxscript", "onnx_ir", "root")}
+    levels = {
+        name: logging.getLogger(name).level
+        for name in ("torch.onnx", "torch._export", "transformers", "onnxscript", "onnx_ir", "root")
+    }
     for name in levels:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:

@@ -14,6 +14,13 @@ from distill_llm.losses.sparse import SparseTargets
 EMBEDDINGS = -1  # the layer before the first: its output is what the first reads
 
 
+class MixedLabels(NamedTuple):
+    """The labels of the examples that a batch's examples are mixed with, (B,), and an example's own share, (B,) in fp32."""
+
+    labels: torch.Tensor
+    share: torch.Tensor
+
+
 class Vectors(NamedTuple):
     """What an attention layer was given: queries (B, N, T, D), and keys and values, which may have fewer heads."""
 
@@ -131,6 +138,7 @@ class Batch:
         step, steps: optimizer steps done, and those of the whole training.
         student: of the training forward; None before it.
         sequences: (B, T) of packed rows, the number of the sequence that each token belongs to; None: a sequence per row.
+        mixed: where examples are mixtures of two.
     """
 
     teacher: Signals | None
@@ -140,6 +148,7 @@ class Batch:
     steps: int = 1
     student: Signals | None = None
     sequences: torch.Tensor | None = None
+    mixed: MixedLabels | None = None
 
     @property
     def own(self) -> Signals:

@@ -65,16 +65,16 @@ class ExportedNetwork(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         Raises:
             InputError: several sequences in a row, which graphs do not keep apart.
         """
-        if attention_mask is None and position_ids is not None:
+        if attention_mask is None and position_ids is not None and (position_ids.diff() <= 0).any():
             raise InputError("position_ids", "packed rows", fix="give an exported model a row for each sequence")
-        ids, started = input_ids, past_key_values is not None and past_key_values.get_seq_length() > 0
-        runner = self.graphs.runners["decode"] if started else next(iter(self.graphs.runners.values()))
-        mask = torch.ones_like(ids) if attention_mask is None else attention_mask
+        ids, before = input_ids, 0 if past_key_values is None else past_key_values.get_seq_length()
+        runner = self.graphs.runners["decode"] if before else next(iter(self.graphs.runners.values()))
+        mask = ids.new_ones(len(ids), before + ids.shape[1]) if attention_mask is None else attention_mask
         if position_ids is None:
             position_ids = (mask.cumsum(-1) - 1).clamp(0)[:, -ids.shape[1] :]
         types = torch.zeros_like(ids) if token_type_ids is None else token_type_ids
         given = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types, "position_ids": position_ids}
-        cache = {"past_key_values": past_key_values} if started else {}
+        cache = {"past_key_values": past_key_values} if before else {}
         return runner(**{name: value for name, value in given.items() if name in runner.metadata.kwargs}, **cache)
 
 

@@ -38,12 +38,14 @@ class Gives:
         signals: the kinds of signals that it has; `logits` stands for any form of outputs.
         few: (k, classes) of a teacher that knows at most k classes of each item; None: all classes.
         new_text: whether it has signals of text that is in no dataset, such as the student's own answers.
+        mixtures: whether it has signals of examples whose embeddings are mixed.
     """
 
     name: str
     signals: tuple[Signal, ...] = ("logits",)
     few: tuple[int, int] | None = None
     new_text: bool = True
+    mixtures: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Use:
         head_size: channels of a head, where pruning chooses how many heads stay.
         kind: what an output of the student is about.
         packed: the field whose rows hold several sequences.
+        mixed: the field by which examples are mixtures of two.
     """
 
     teacher: Gives | None = None
@@ -75,6 +78,7 @@ class Use:
     head_size: int | None = None
     kind: Kind | None = None
     packed: str | None = None
+    mixed: str | None = None
 
 
 class Term(BaseModel):
