@@ -73,7 +73,7 @@ def test_a_classifier_scores_the_same_and_is_profiled_beside_its_model(tmp_path:
     )
     lines = "\n".join(f"{WORDS[i % 6]} {WORDS[i % 5]},{i % 2}" for i in range(30))
     (tmp_path / "rows.csv").write_text(f"text,label\n{lines}\n")
-    options = ["--task", "classification", "--data", str(tmp_path / "rows.csv")]
+    options = ["--task", "classification", "--data", str(tmp_path / "rows.csv"), "--max-length", "32"]
     graph = export(folder, "onnx").path
     assert scores(graph, *options)["score"] == scores(folder, *options)["score"]
     shown = CliRunner().invoke(app, ["profile", str(graph), "--against", str(folder), "--batch-size", "2"])
