@@ -11,6 +11,7 @@ import datasets
 
 from distill_llm.checks.augment import augment_faults, open_masked_lm
 from distill_llm.checks.data import open_rows
+from distill_llm.checks.evaluate import check_harness
 from distill_llm.checks.export import check_export
 from distill_llm.checks.faults import Collector
 from distill_llm.checks.models import Disk, adapted, check_disk, check_signals, skeleton
@@ -99,6 +100,7 @@ def open_recipe(recipe: Recipe) -> Opened:
     found.run(usable_output, recipe.output_dir, "output_dir", (RECIPE, STATE, BACKUP))
     found.run(_check_hub, recipe)
     found.run(check_export, recipe, student or teacher)
+    found.run(check_harness, recipe, task)
     whole = found.run(skeleton, teacher, task)
     learner = whole if name is None else found.run(skeleton, student, task)
     if paired:

@@ -43,12 +43,13 @@ def estimate(
     with as_options(signature(estimate).parameters):
         chosen = Devices.named(devices, accelerate)  # type: ignore[arg-type]
         forecast = estimating.estimate(loaded, chosen, tflops)
-    say(_table(forecast, chosen, f"{recipe} on {devices}" + (f", {accelerate}" if chosen.count > 1 else "")))
+    say(estimate_table(forecast, chosen, f"{recipe} on {devices}" + (f", {accelerate}" if chosen.count > 1 else "")))
     rows = f"{forecast.rows.train:,} training rows of at most {forecast.rows.longest} tokens"
     say(f"{rows}; {forecast.rate / 1e12:.3g} TFLOP/s a device, {forecast.source}")
 
 
-def _table(forecast: "Forecast", devices: "Devices", title: str) -> Table:
+def estimate_table(forecast: "Forecast", devices: "Devices", title: str) -> Table:
+    """Memory and time, a row for each stage."""
     table = Table(title=title, title_justify="left")
     for name in ("stage", "GB a device", "of it", "fits", "time"):
         table.add_column(name, justify="right" if name in ("GB a device", "time") else "left")

@@ -38,7 +38,7 @@ def shareable(command: Callable[..., None]) -> Callable[..., None]:
     def started(
         context: typer.Context, accelerate: Accelerate = None, processes: Processes = None, **given: Any
     ) -> None:
-        if accelerate is not None:
+        if accelerate is not None and not given.get("dry_run"):
             _on_processes(arguments_of(context), accelerate, processes)
         elif processes is not None:
             raise InputError("--processes", processes, fix="add --accelerate, which says how they share the work")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from distill_llm.cli.dry_run import DryRun, tell_preview
 from distill_llm.cli.options import OutputDir, RecipeName, Settings
 from distill_llm.cli.output import quiet_weights
 from distill_llm.cli.telling import AsJson, Quiet, Teller, telling
@@ -23,12 +24,13 @@ def run(
     recipe: RecipeName,
     output_dir: OutputDir = None,
     settings: Settings = None,
+    dry_run: DryRun = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Prune and distill as a recipe says. Run the same command again to continue after a stop."""
     with telling(quiet, as_json) as teller:
-        carry_out(_load(recipe, output_dir, settings or []), teller)
+        carry_out(_load(recipe, output_dir, settings or []), teller, dry_run)
 
 
 def distill(
@@ -36,6 +38,7 @@ def distill(
     student: Annotated[str | None, typer.Option(help="The student; replaces the recipe's student.model.")] = None,
     output_dir: OutputDir = None,
     settings: Settings = None,
+    dry_run: DryRun = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -52,7 +55,7 @@ def distill(
     if output_dir is None and not any(text.startswith("output_dir=") for text in settings or []):
         loaded.output_dir = loaded.output_dir.with_name(f"{loaded.output_dir.name}-distilled")
     with telling(quiet, as_json) as teller:
-        carry_out(loaded, teller)
+        carry_out(loaded, teller, dry_run)
 
 
 def _load(name: str, output_dir: Path | None, settings: list[str]) -> Recipe:
@@ -60,9 +63,12 @@ def _load(name: str, output_dir: Path | None, settings: list[str]) -> Recipe:
     return load_recipe(name, [*settings, *given])
 
 
-def carry_out(recipe: Recipe, teller: Teller) -> None:
+def carry_out(recipe: Recipe, teller: Teller, dry_run: bool = False) -> None:
     """Carry out a recipe, and tell its result: the table, where everything is, and what to do next."""
     quiet_weights()
+    if dry_run:
+        tell_preview(recipe, teller)
+        return
     from distill_llm.pipeline import run as pipeline
     from distill_llm.report.tables import results_table
     from distill_llm.report.usage import loading

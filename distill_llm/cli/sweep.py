@@ -1,18 +1,16 @@
 """`distill-llm sweep`: one recipe at several sizes, or over the values of any fields."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from distill_llm.cli.options import RecipeName, Settings
-from distill_llm.cli.output import quiet_weights, say
+from distill_llm.cli.output import quiet_weights
+from distill_llm.cli.telling import AsJson, Quiet, telling
 from distill_llm.common.errors import InputError
 from distill_llm.recipe.recipe import read_recipe
 from distill_llm.recipe.yaml_input import several
-
-if TYPE_CHECKING:
-    from distill_llm.pipeline.sweep import OpenSweep
 
 EXAMPLE = "Example: distill-llm sweep quickstart --keep 0.7 0.5 0.35 --over pruning.criterion=fisher,taylor"
 
@@ -50,6 +48,8 @@ def sweep(
     ] = None,
     settings: Settings = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list the students, and stop.")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make one student for each size: the teacher is trained and looked at once. The same command again goes on."""
     fields = [several(text) for text in ([f"pruning.keep={','.join(keep)}"] if keep else []) + (over or [])]
@@ -61,22 +61,18 @@ def sweep(
     from distill_llm.pipeline.sweep import open_sweep, run_sweep
     from distill_llm.report.sweep import sweep_table
 
-    opened = open_sweep(given, over=dict(fields), output_dir=output_dir)
-    _say_plan(opened)
-    if dry_run:
-        return
-    done = run_sweep(opened)
-    say(sweep_table(done.record))
-    say(f"table: {done.report}")
-    say(f"page:  {done.page}")
-
-
-def _say_plan(opened: "OpenSweep") -> None:
-    """What will be done, and what it takes."""
-    todo = {cell.name for cell, _ in opened.todo}
-    for cell, context in opened.runs:
-        say(f"{context.folder}: {'to do' if cell.name in todo else 'done'}")
-    say(f"{len(todo)} of {len(opened.runs)} to do; at most {opened.disk / 1e9:.1f} GB on the disk")
+    with telling(quiet, as_json) as teller:
+        opened = open_sweep(given, over=dict(fields), output_dir=output_dir, listener=teller)
+        todo = {cell.name: str(context.folder) for cell, context in opened.todo}
+        for cell, context in opened.runs:
+            teller.say(f"{context.folder}: {'to do' if cell.name in todo else 'done'}")
+        line = f"{len(todo)} of {len(opened.runs)} to do; at most {opened.disk / 1e9:.1f} GB on the disk"
+        if dry_run:
+            return teller.end(line, todo=todo, disk=opened.disk)
+        teller.say(line)
+        done = run_sweep(opened)
+        teller.say(sweep_table(done.record))
+        teller.end(f"page: {done.page}", page=str(done.page), report=str(done.report), **done.record)
 
 
 def _is_number(word: str) -> bool:

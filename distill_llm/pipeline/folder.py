@@ -198,13 +198,12 @@ def _same_recipe(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any], f
 
 
 def _deciding(recipe: Mapping[str, Any], free: Collection[str]) -> dict[str, Any]:
-    """The parts of a recipe that decide the student. Batch sizes do not: one that is too large must not cost a trained run.
-
-    The timed batch does where pruning counts costs for it.
+    """The parts of a recipe that decide the student. Benchmarks do not, and may be added later. Batch sizes do not: one that is
+    too large must not cost a trained run. The timed batch does where pruning counts costs for it.
     """
     params = (recipe.get("pruning") or {}).get("cost", "params") == "params"
-    batches = ("batch_size", "latency") if params else ("batch_size",)
-    evaluation = {name: value for name, value in recipe.get("evaluation", {}).items() if name not in batches}
+    after = ("harness", "batch_size", "latency") if params else ("harness", "batch_size")
+    evaluation = {name: value for name, value in recipe.get("evaluation", {}).items() if name not in after}
     sections = {name: value for name, value in recipe.items() if name not in free}
     if sections.get("pruning"):  # where statistics are kept decides nothing: a file of others is not used
         sections["pruning"] = {name: value for name, value in sections["pruning"].items() if name != "statistics"}

@@ -1,7 +1,7 @@
 """A sweep: one recipe at several sizes, or over the values of any fields, and what each of them costs and gains."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from distill_llm.common.locks import alone_in
 from distill_llm.common.outputs import usable_output
 from distill_llm.pipeline.context import Context
 from distill_llm.pipeline.folder import check_same_recipe
+from distill_llm.pipeline.listener import Listener, StageDone
 from distill_llm.pipeline.run import carry_out
 from distill_llm.pipeline.sharing import has_teacher
 from distill_llm.pipeline.stages import own_sections
@@ -23,6 +24,21 @@ from distill_llm.pipeline.state import read_state
 from distill_llm.recipe.cells import Cell, cells_of, first_of, teacher_key
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.report.sweep import RECORD, record_of, write_sweep
+
+
+class InCell(Listener):
+    """Tells what the run of a cell does, its stages under the cell's name."""
+
+    def __init__(self, listener: Listener, cell: str):
+        self.listener, self.cell = listener, cell
+
+    def say(self, what: Any) -> None:
+        """A line, or a rich table."""
+        self.listener.say(what)
+
+    def done(self, stage: StageDone) -> None:
+        """A stage is finished: `keep-0.5/round-1/prune`."""
+        self.listener.done(replace(stage, name=f"{self.cell}/{stage.name}"))
 
 
 @dataclass(frozen=True)
@@ -91,6 +107,7 @@ def sweep(
     keep: Sequence[float] = (),
     over: Mapping[str, Sequence[Any]] | None = None,
     output_dir: str | Path | None = None,
+    listener: Listener | None = None,
 ) -> SweepResult:
     """Carry out a recipe at several sizes, or over the values of other fields: every combination is a run of its own.
 
@@ -102,11 +119,12 @@ def sweep(
         keep: values of `pruning.keep`.
         over: by field of the recipe (`pruning.criterion`), the values to try.
         output_dir: a folder for the runs, `sweep.json`, `sweep.md` and `sweep.html`; default: the recipe's own with `-sweep`.
+        listener: is told what the runs do; by default that is printed.
 
     Raises:
         InputError: for anything wrong in any cell, before any work.
     """
-    opened = open_sweep(recipe, keep, over, output_dir)
+    opened = open_sweep(recipe, keep, over, output_dir, listener)
     return run_sweep(opened)
 
 
@@ -115,6 +133,7 @@ def open_sweep(
     keep: Sequence[float] = (),
     over: Mapping[str, Sequence[Any]] | None = None,
     output_dir: str | Path | None = None,
+    listener: Listener | None = None,
 ) -> OpenSweep:
     """Check every cell of a sweep before any work. Arguments and errors: as for `sweep`."""
     if keep and "pruning.keep" in (over or {}):
@@ -129,7 +148,7 @@ def open_sweep(
     for cell in cells:
         try:
             check_same_recipe(cell.recipe.output_dir, yaml.safe_load(cell.recipe.to_yaml()), own_sections())
-            contexts.append(Context(open_recipe(cell.recipe)))
+            contexts.append(Context(open_recipe(cell.recipe), InCell(listener or Listener(), cell.name)))
         except InputError as error:
             faults |= {str(fault): fault for fault in faults_in(error)}
     raise_all([*faults.values(), *_hub_faults(cells, folder)])

@@ -187,6 +187,35 @@ class LatencySection(Section):
     sequence_length: int = Field(default=64, ge=1, description="number of tokens in each example")
 
 
+class HarnessSection(Section):
+    """Benchmarks of lm-evaluation-harness (extra `harness`), for decoders; a list of tasks is short for `tasks`."""
+
+    tasks: list[str] = Field(min_length=1, description="names of tasks, groups or tags of the harness")
+    limit: int | None = Field(default=None, ge=1, description="most rows of each task; left out: all")
+    num_fewshot: int | None = Field(
+        default=None, ge=0, description="examples before each question; left out: as many as the task says"
+    )
+    include_path: Path | None = Field(
+        default=None, description="folder with tasks of your own, as YAML files; found before those of the harness"
+    )
+    chat: bool = Field(default=False, description="put questions into the tokenizer's chat template")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tasks_alone(cls, given: Any) -> Any:
+        return {"tasks": [given] if isinstance(given, str) else given} if isinstance(given, str | list) else given
+
+    @field_validator("tasks")
+    @classmethod
+    def _each_once(cls, names: list[str]) -> list[str]:
+        return list(dict.fromkeys(names))
+
+    @field_validator("include_path")
+    @classmethod
+    def _expand_home(cls, folder: Path | None) -> Path | None:
+        return None if folder is None else Path(os.path.expanduser(folder))
+
+
 class EvaluationSection(Section):
     """How models are scored and profiled."""
 
@@ -201,6 +230,9 @@ class EvaluationSection(Section):
     )
     max_new_tokens: int = Field(default=64, ge=1, description="largest number of tokens in a generated response")
     latency: LatencySection = Field(default_factory=LatencySection, description="the batch that is timed")
+    harness: HarnessSection | None = Field(
+        default=None, description="benchmarks that teacher and student are scored on at the end"
+    )
 
 
 class ExportSection(Section):

@@ -12,8 +12,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from distill_llm.common.files import written_whole
 from distill_llm.data.glue import GLUE, HUB_ID
-from distill_llm.report.report import headline, notes, provenance, short_name, summary
-from distill_llm.report.tables import results_table, rounds_table
+from distill_llm.report.report import HARNESS, headline, notes, provenance, short_name, summary
+from distill_llm.report.tables import harness_table, results_table, rounds_table
 from distill_llm.report.usage import kind_of_student, needs_code, read_config, snippet
 
 NO_PATHS = ("description", "hub")
@@ -100,6 +100,7 @@ def _body(student_dir: Path, metrics: Mapping[str, Any], recipe_yaml: str) -> st
         "## Results",
         results_table(metrics).rstrip(),
         notes(metrics),
+        *(["### Benchmarks", harness_table(metrics).rstrip(), HARNESS] if metrics.get("harness") else []),
         "## How it was made",
         f"Teacher: `{_shown(str(metrics['teacher_model']))}`."
         " The licence and the limitations of the teacher and of its data apply.",

@@ -12,6 +12,7 @@ from distill_llm.report.tables import (
     columns,
     count,
     dtype_note,
+    harness_table,
     latency_note,
     percent,
     results_table,
@@ -19,6 +20,8 @@ from distill_llm.report.tables import (
     score_note,
 )
 from distill_llm.report.usage import snippet
+
+HARNESS = "Scored by lm-evaluation-harness; ± is one standard error."
 
 
 def write_report(run_dir: str | Path, metrics: Mapping[str, Any]) -> Path:
@@ -41,6 +44,8 @@ def write_report(run_dir: str | Path, metrics: Mapping[str, Any]) -> Path:
     kept = kept_figure(metrics, figures / "kept.png")
     warnings = [f"> **Warning:** {warning}" for warning in metrics.get("warnings") or []]
     parts = [f"# {headline(metrics)}", *warnings, summary(metrics), results_table(metrics).rstrip(), notes(metrics)]
+    if metrics.get("harness"):
+        parts += ["## Benchmarks", harness_table(metrics).rstrip(), HARNESS]
     if metrics.get("rounds"):
         parts += ["## Rounds", rounds_table(metrics).rstrip()]
         for number, row in enumerate(metrics["rounds"], 1):

@@ -97,6 +97,26 @@ def rounds_table(metrics: Mapping[str, Any]) -> str:
     return markdown_table(["round", "target", "layer parameters kept", *stages, "time"], body)
 
 
+def harness_table(metrics: Mapping[str, Any]) -> str:
+    """A row per metric of every benchmark: teacher and student. Empty without benchmarks."""
+    rows = metrics.get("harness") or []
+    if not rows:
+        return ""
+    body = []
+    for row in rows:
+        teacher, student = (row[side]["score"] for side in ("teacher", "student"))
+        kept = (
+            percent(retention(student, teacher, row["higher_is_better"]))
+            if row["higher_is_better"] is not None
+            else MISSING
+        )
+        arrow = " (lower is better)" if row["higher_is_better"] is False else ""
+        shown = [shown_score(row[side]) for side in ("teacher", "student")]
+        shots = MISSING if row["shots"] is None else str(row["shots"])
+        body.append([row["task"], f"{row['metric']}{arrow}", f"{row['rows']:,}", shots, *shown, kept])
+    return markdown_table(["benchmark", "metric", "rows", "shots", "teacher", "student", "retention"], body)
+
+
 def score_note(metrics: Mapping[str, Any]) -> str:
     """How many rows were scored, what ± means, and what needs no model to reach; empty if unknown."""
     rows, naive = metrics["student"].get("rows"), metrics.get("baselines") or {}

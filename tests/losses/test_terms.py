@@ -13,6 +13,8 @@ from distill_llm.losses.terms.term import Gives, Term, Use
 
 KINDS = ("example", "token", "next_token")
 FEW, ALL = Gives("a cached teacher", few=(5, 100), new_text=False), Gives("a cached teacher", new_text=False)
+OF_LAYERS = ("embeddings", "hidden", "attention", "relations")
+OF_CLASSES = ("smoothing", "ranking", "focal", "own_temperature")
 
 
 @pytest.fixture
@@ -73,8 +75,8 @@ def test_what_each_term_is_averaged_over(mapping, units):
     "use, faulty",
     [
         (Use(), {}),
-        (Use(teacher=ALL), dict.fromkeys(("embeddings", "hidden", "attention", "relations"), "losses.{}: ")),
-        (Use(teacher=FEW), dict.fromkeys(("embeddings", "hidden", "attention", "relations"), "losses.{}: ")),
+        (Use(teacher=ALL), dict.fromkeys(OF_LAYERS, "losses.{}: ")),
+        (Use(teacher=FEW), dict.fromkeys((*OF_LAYERS, *OF_CLASSES), "losses.{}: ")),
         (Use(widths=(8, 16)), {}),
         (Use(widths=(8, 16), sharding="FSDP2"), {}),
         (Use(sharding="DeepSpeed"), {}),
@@ -82,7 +84,7 @@ def test_what_each_term_is_averaged_over(mapping, units):
         (Use(reentrant="kwargs.use_reentrant"), dict.fromkeys(("attention", "relations"), "kwargs.use_reentrant: ")),
         (Use(cut=True, layers=(2, 4)), {}),
         (Use(cut=False), dict.fromkeys(("hidden", "attention"), "losses.{}.layers: ")),
-        (Use(single_output=True), {"logits": "losses.logits.divergence: "}),
+        (Use(single_output=True), {"logits": "losses.logits.divergence: ", **dict.fromkeys(OF_CLASSES, "losses.{}: ")}),
         (Use(packed="data.packing"), {}),
         (Use(vector_widths=frozenset((16, 24))), {}),
     ],

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from distill_llm.checks.evaluate import benchmarks_of
 from distill_llm.common.files import written_whole
+from distill_llm.evaluation.harness import run_benchmarks, side_by_side
 from distill_llm.pipeline.result import collect_metrics
 from distill_llm.pipeline.stage import Result, Stage
 
@@ -46,15 +48,22 @@ class Report(Stage):
         student = run.load(path, run.student_dtype)
         with written_whole(run.student_dir, folder=True) as folder:
             run.save(student, folder)
+        whole = run.load(teacher.model, run.teacher_dtype)
         metrics = collect_metrics(
             run.recipe,
             run.data.task,
-            run.load(teacher.model, run.teacher_dtype),
+            whole,
             student,
             results[teacher.name],
             self._rounds(results),
             sum(result["seconds"] for result in results.values()),
         )
+        if (benchmarks := benchmarks_of(run.recipe)) is not None:
+            scores = (
+                run_benchmarks(model, run.tokenizer, benchmarks, run.recipe.evaluation.batch_size)
+                for model in (whole, student)
+            )
+            metrics["harness"] = side_by_side(*scores)
         with written_whole(run.metrics_file) as file:
             file.write_text(json.dumps(metrics, indent=2) + "\n")
         write_report(run.folder, metrics)
