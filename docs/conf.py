@@ -23,6 +23,7 @@ html_css_files = ["site.css"]
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
+nb_output_stderr = "remove"  # bars and notices
 nb_execution_mode = "off"  # the notebook is shown as its last run left it; a test runs it
 highlight_language = "bash"  # of indented blocks; they are commands
 default_role = "code"  # docstrings write `name`, as Markdown does
