@@ -13,6 +13,12 @@ BUILT_IN = (
     "own_temperature",
     "embeddings",
     "hidden",
+    "rkd_distance",
+    "rkd_angle",
+    "similarity",
+    "correlation",
+    "channels",
+    "flow",
     "attention",
     "relations",
 )
