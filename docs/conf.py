@@ -45,9 +45,11 @@ PAGES = {
 
 
 def to_pages_of_the_site(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Show the pages of scripts/bench and the help of every command, and let links to these pages stay within the site."""
+    """Show the pages of scripts/bench, the help of every command and all public names; links to these pages stay within the site."""
     if docname == "reference/cli":
         source[0] += commands()
+    if docname == "reference/api":
+        source[0] += further_names(source[0])
     if docname == "benchmarks":
         texts = [(BENCH / page).read_text() for page in PAGES]
         source[0] = "\n\n".join([texts[0], *(re.sub(r"^# ", "## ", text) for text in texts[1:])])
@@ -70,6 +72,17 @@ def commands() -> str:
     group = get_command(app)
     text = get_docs_for_click(obj=group, ctx=click.Context(group, info_name="distill-llm"), name="distill-llm")
     return "\n" + re.sub(r"^# `", "## `", text, flags=re.MULTILINE)
+
+
+def further_names(page: str) -> str:
+    """The public names that the page does not name yet."""
+    lines = [f".. auto{documented(name)}:: {name}" for name in distill_llm.__all__ if f":: {name}\n" not in page]
+    return "\n".join(["\n## Further names\n", "```{eval-rst}", *lines, "```", ""]) if lines else ""
+
+
+def documented(name: str) -> str:
+    """What autodoc calls a public name's kind."""
+    return "class" if isinstance(getattr(distill_llm, name), type) else "function"
 
 
 def visit_math(translator: HTML5Translator, node: nodes.Element) -> None:

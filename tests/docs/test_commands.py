@@ -43,4 +43,4 @@ def test_an_option_that_does_not_exist_is_found() -> None:
     assert unknown(["distill-llm", "run", "x", "--sett", "a=1"]) == ["--sett"]
     assert unknown(["distill-llm", "runn", "x"]) == ["runn"]
     assert unknown(["distill-llm", "run", "x", "--set", "prunning.keep=1"]) == ["prunning.keep"]
-    assert len(commands(ROOT / "README.md")) > 5
+    assert len(commands(ROOT / "README.md")) >= 5
