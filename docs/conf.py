@@ -45,7 +45,7 @@ PAGES = {
 
 
 def to_pages_of_the_site(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Show the pages of scripts/bench, the help of every command and all public names; links to these pages stay within the site."""
+    """Show the pages of scripts/bench, the help of every command and all public names; keep links within the site."""
     if docname == "reference/cli":
         source[0] += commands()
     if docname == "reference/api":
