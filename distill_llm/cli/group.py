@@ -13,7 +13,7 @@ _NoArguments = next(kind for kind in _UsageError.__subclasses__() if kind.__name
 
 
 ARGUMENTS = "distill_llm.arguments"
-RESUMABLE = ("run", "distill", "sweep", "cache", "respond")
+RESUMABLE = ("run", "distill", "shrink", "sweep", "cache", "respond")
 """Commands that, given again, go on where they were stopped."""
 
 

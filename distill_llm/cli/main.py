@@ -6,6 +6,8 @@ import typer
 
 from distill_llm.cli.cache import EXAMPLE as CACHE
 from distill_llm.cli.cache import cache
+from distill_llm.cli.env import EXAMPLE as ENV
+from distill_llm.cli.env import env
 from distill_llm.cli.estimate import EXAMPLE as ESTIMATE
 from distill_llm.cli.estimate import estimate
 from distill_llm.cli.evaluate import EXAMPLE as EVALUATE
@@ -15,6 +17,8 @@ from distill_llm.cli.export import export
 from distill_llm.cli.glue import EXAMPLE as GLUE
 from distill_llm.cli.glue import glue
 from distill_llm.cli.group import CommandGroup
+from distill_llm.cli.init import EXAMPLE as INIT
+from distill_llm.cli.init import init
 from distill_llm.cli.launching import shareable
 from distill_llm.cli.libraries import subdued
 from distill_llm.cli.lists import families, recipes
@@ -24,9 +28,13 @@ from distill_llm.cli.prune import EXAMPLE as PRUNE
 from distill_llm.cli.prune import prune
 from distill_llm.cli.push import EXAMPLE as PUSH
 from distill_llm.cli.push import push
+from distill_llm.cli.report import EXAMPLE as REPORT
+from distill_llm.cli.report import report
 from distill_llm.cli.respond import EXAMPLE as RESPOND
 from distill_llm.cli.respond import respond
 from distill_llm.cli.run import DISTILL, RUN, distill, run
+from distill_llm.cli.shrink import EXAMPLE as SHRINK
+from distill_llm.cli.shrink import shrink
 from distill_llm.cli.sweep import EXAMPLE as SWEEP
 from distill_llm.cli.sweep import ManyNumbers, sweep
 
@@ -39,6 +47,8 @@ app = typer.Typer(
 )
 
 for _command, _example in (
+    (shrink, SHRINK),
+    (init, INIT),
     (shareable(run), RUN),
     (shareable(distill), DISTILL),
     (shareable(prune), PRUNE),
@@ -46,10 +56,12 @@ for _command, _example in (
     (glue, GLUE),
     (estimate, ESTIMATE),
     (profile, PROFILE),
+    (report, REPORT),
     (export, EXPORT),
     (push, PUSH),
     (shareable(respond), RESPOND),
     (shareable(cache), CACHE),
+    (env, ENV),
     (recipes, "Example: distill-llm recipes"),
     (families, "Example: distill-llm families"),
 ):

@@ -24,6 +24,9 @@ from distill_llm.models.finding import OpenModel
 from distill_llm.pipeline.augmentation import augmented
 from distill_llm.pipeline.listener import Listener, StageDone
 
+METRICS, PAGE, DISAGREEMENTS = "metrics.json", "report.html", "disagreements.json"
+"""Files that the report stage leaves in the run folder."""
+
 
 class Context:
     """What the stages of a run share. Rows are encoded on first use.
@@ -39,7 +42,8 @@ class Context:
         self.processes = open_processes()
         self.teacher_path = opened.teacher.path
         self.student_dir = self.folder / "student"
-        self.metrics_file, self.report_file = self.folder / "metrics.json", self.folder / "report.md"
+        self.metrics_file, self.report_file = self.folder / METRICS, self.folder / "report.md"
+        self.page_file, self.disagreements_file = self.folder / PAGE, self.folder / DISAGREEMENTS
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -1,6 +1,7 @@
 """How a stage trains a model: from its last whole checkpoint to a saved folder."""
 
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,8 @@ from distill_llm.training.trainer import DistillationTrainer
 
 Fields = Literal["teacher", "recovery", "final"]
 """Which of the recipe's training fields hold (see `Recipe.training`)."""
+MOST_LOGS = 200
+"""Steps whose losses are kept of a training, however often it was logged."""
 
 
 def train_model(
@@ -29,11 +32,12 @@ def train_model(
     target: Path,
     fields: Fields,
     losses: dict[str, Any],
-) -> dict[str, int] | None:
+) -> dict[str, Any]:
     """Train a model, going on from the last whole checkpoint, and save it with its tokenizer to `target`.
 
     Returns:
-        How much of the rows was changed (see `AugmentedRows.totals`); None where they are learnt as they are.
+        For the stage's result: the `history` of the losses (see `loss_history`), and, where rows were changed while they were
+        learnt, how much (`augmented`, see `AugmentedRows.totals`).
     """
     work = _checkpoints(target)
     args = DistillationConfig(
@@ -74,7 +78,24 @@ def train_model(
             run.save(merged(trainer.accelerator.unwrap_model(trainer.model)), path, weights)
     trainer.accelerator.free_memory()  # ends DeepSpeed's engine, which nothing else does
     unset_hf_deepspeed_config()  # otherwise every model that is loaded later, by one process even, is divided by ZeRO-3
-    return trainer.augmented.totals() if isinstance(collator, AugmentingCollator) else None
+    history = {"history": loss_history(trainer.state.log_history)}
+    return history | ({"augmented": trainer.augmented.totals()} if isinstance(collator, AugmentingCollator) else {})
+
+
+def loss_history(log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The losses of a Trainer's log, for the report.
+
+    Args:
+        log: `log_history` of a Trainer's state, which its checkpoints keep too.
+
+    Returns:
+        `steps`, at most MOST_LOGS of them, evenly spread; and by name `losses`, with a number for each of these steps: the `loss`
+        that was minimised, and each term unweighted, as `loss/logits`. None where a term did not count.
+    """
+    rows = [row for row in log if "loss" in row]
+    rows = rows[:: -(-len(rows) // MOST_LOGS) or 1]
+    names = dict.fromkeys(name for row in rows for name in row if name == "loss" or name.startswith("loss/"))
+    return {"steps": [row["step"] for row in rows], "losses": {name: [row.get(name) for row in rows] for name in names}}
 
 
 def remove_checkpoints(run: Context, target: Path) -> None:

@@ -17,6 +17,7 @@ from distill_llm.recipe.sections import (
     EvaluationSection,
     ExportSection,
     HubSection,
+    ReportSection,
     StudentSection,
     TeacherSection,
     training_fields,
@@ -51,6 +52,7 @@ class Recipe(Section):
         description="TrainingArguments fields that differ in the last recovery; all others are as in distillation, max_steps too",
     )
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="scoring and profiling")
+    report: ReportSection = Field(default_factory=ReportSection, description="what the report shows")
     export: list[ExportSection] = Field(
         default=[], description="formats of other programs to write the student in, into export/ of the run folder"
     )

@@ -245,6 +245,22 @@ class ExportSection(Section):
     )
 
 
+class ReportSection(Section):
+    """What the report shows beside scores and costs. Each costs the report stage about as much time as a scoring."""
+
+    examples: int = Field(
+        default=10,
+        ge=0,
+        le=100,
+        description="number of test rows to show, those on which teacher and student disagree most; 0 shows no rows of the data",
+    )
+    latency_grid: bool = Field(
+        default=True,
+        description="time teacher and student on further batch sizes and lengths, none with more tokens than the batch of"
+        " evaluation.latency, for at most half a minute",
+    )
+
+
 class HubSection(Section):
     """Where to push the student when the run has ended."""
 

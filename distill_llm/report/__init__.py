@@ -4,7 +4,8 @@ May import: common, architectures, metrics, data, models, pruning.
 """
 
 from distill_llm.report.card import write_card
+from distill_llm.report.page import write_page
 from distill_llm.report.report import write_report
 from distill_llm.report.tables import retention
 
-__all__ = ["retention", "write_card", "write_report"]
+__all__ = ["retention", "write_card", "write_page", "write_report"]

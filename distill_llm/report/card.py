@@ -41,7 +41,7 @@ def write_card(student_dir: str | Path, metrics: Mapping[str, Any], recipe_yaml:
     student_dir = Path(student_dir)
     config = read_config(student_dir)
     card = ModelCard(f"---\n{card_data(metrics, config).to_yaml()}\n---\n\n{_body(student_dir, metrics, recipe_yaml)}")
-    shown = {**metrics, "teacher_model": _shown(str(metrics["teacher_model"]))}
+    shown = {**metrics, "teacher_model": shown_name(str(metrics["teacher_model"]))}
     with written_whole(student_dir / "metrics.json") as file:
         file.write_text(json.dumps(shown, indent=2) + "\n")
     path = student_dir / "README.md"
@@ -102,10 +102,10 @@ def _body(student_dir: Path, metrics: Mapping[str, Any], recipe_yaml: str) -> st
         notes(metrics),
         *(["### Benchmarks", harness_table(metrics).rstrip(), HARNESS] if metrics.get("harness") else []),
         "## How it was made",
-        f"Teacher: `{_shown(str(metrics['teacher_model']))}`."
+        f"Teacher: `{shown_name(str(metrics['teacher_model']))}`."
         " The licence and the limitations of the teacher and of its data apply.",
         rounds.rstrip(),
-        f"<details>\n<summary>The recipe</summary>\n\n```yaml\n{_shown_recipe(recipe_yaml).rstrip()}\n```\n\n</details>",
+        f"<details>\n<summary>The recipe</summary>\n\n```yaml\n{shown_recipe(recipe_yaml).rstrip()}\n```\n\n</details>",
         provenance(metrics),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -121,13 +121,13 @@ def _on_the_hub(model: str) -> bool:
     return True
 
 
-def _shown(name: str) -> str:
+def shown_name(name: str) -> str:
     """The name of a model or data set. Of a local path only the last part: the rest means nothing on other machines."""
     known = "://" in name or _on_the_hub(name.partition(":")[0])  # after a colon comes the data set's configuration
     return name if known else name.rstrip("/").rsplit("/", 1)[-1]
 
 
-def _shown_recipe(recipe_yaml: str) -> str:
+def shown_recipe(recipe_yaml: str) -> str:
     """The recipe, its local paths cut to their last parts."""
     recipe = yaml.safe_load(recipe_yaml)
     shown = {name: part if name in NO_PATHS else _shown_values(part) for name, part in recipe.items()}
@@ -139,4 +139,4 @@ def _shown_values(part: Any) -> Any:
         return {name: _shown_values(value) for name, value in part.items()}
     if isinstance(part, list):
         return [_shown_values(value) for value in part]
-    return _shown(part) if isinstance(part, str) else part
+    return shown_name(part) if isinstance(part, str) else part

@@ -48,9 +48,7 @@ def write_report(run_dir: str | Path, metrics: Mapping[str, Any]) -> Path:
         parts += ["## Benchmarks", harness_table(metrics).rstrip(), HARNESS]
     if metrics.get("rounds"):
         parts += ["## Rounds", rounds_table(metrics).rstrip()]
-        for number, row in enumerate(metrics["rounds"], 1):
-            parts += [f"Round {number}: {described(record)}." for record in row.get("compensation") or []]
-        parts += [f"{row['note'][0].upper()}{row['note'][1:]}." for row in metrics["rounds"] if row.get("note")]
+        parts += round_notes(metrics)
     if scores:
         parts.append("![Score after every stage of every round](figures/scores.png)")
     if kept:
@@ -60,6 +58,17 @@ def write_report(run_dir: str | Path, metrics: Mapping[str, Any]) -> Path:
     with written_whole(path) as file:
         file.write_text("\n\n".join(part for part in parts if part) + "\n")
     return path
+
+
+def round_notes(metrics: Mapping[str, Any]) -> list[str]:
+    """What the rounds did that their rows in the table do not say."""
+    rounds = metrics.get("rounds") or []
+    said = [
+        f"Round {n}: {described(record)}."
+        for n, row in enumerate(rounds, 1)
+        for record in row.get("compensation") or []
+    ]
+    return said + [f"{row['note'][0].upper()}{row['note'][1:]}." for row in rounds if row.get("note")]
 
 
 def short_name(metrics: Mapping[str, Any]) -> str:

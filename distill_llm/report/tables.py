@@ -54,7 +54,21 @@ def _stage_score(row: Mapping[str, Any], stage: str) -> str:
     return MISSING if score is None else shown_score(row.get(stage) or {}, score)
 
 
+@dataclass(frozen=True)
+class Cells:
+    """A table: its headings, and the cells of every row, the first of which names the row."""
+
+    head: list[str]
+    body: list[list[str]]
+
+
 def results_table(metrics: Mapping[str, Any]) -> str:
+    """The cells of `results_cells` in Markdown."""
+    cells = results_cells(metrics)
+    return markdown_table(cells.head, cells.body)
+
+
+def results_cells(metrics: Mapping[str, Any]) -> Cells:
     """teacher | pruned | compensated | recovered: score, retention, sizes, FLOPs, memory, latency, speed-up."""
     models, teacher = columns(metrics), metrics["teacher"]
     higher = metrics.get("higher_is_better", True)
@@ -75,14 +89,18 @@ def results_table(metrics: Mapping[str, Any]) -> str:
             body.append([label, *(_with_share(m.costs.get(key), teacher[key], show, m.name) for m in models)])
     if metrics.get("speedup") is not None:
         body.append(["measured speed-up", "1.00x", *[speedup(metrics)] * (len(models) - 1)])
-    return markdown_table(["", *(m.name for m in models)], body)
+    return Cells(["", *(m.name for m in models)], body)
 
 
 def rounds_table(metrics: Mapping[str, Any]) -> str:
-    """A row per round: target, share kept, the three scores, the time of each stage. Empty without rounds."""
+    """The cells of `rounds_cells` in Markdown; empty without rounds."""
+    cells = rounds_cells(metrics)
+    return markdown_table(cells.head, cells.body) if cells.body else ""
+
+
+def rounds_cells(metrics: Mapping[str, Any]) -> Cells:
+    """A row per round: target, share kept, the three scores, the time of each stage."""
     rounds = metrics.get("rounds") or []
-    if not rounds:
-        return ""
     stages = [
         stage
         for stage in ("pruned", "compensated", "recovered")
@@ -94,14 +112,18 @@ def rounds_table(metrics: Mapping[str, Any]) -> str:
         shown = [_stage_score(each, stage) for stage in stages]
         kept = [percent(each.get("keep")), percent(each.get("layer_params_kept"))]
         body.append([str(number), *kept, *shown, seconds or MISSING])
-    return markdown_table(["round", "target", "layer parameters kept", *stages, "time"], body)
+    return Cells(["round", "target", "layer parameters kept", *stages, "time"], body)
 
 
 def harness_table(metrics: Mapping[str, Any]) -> str:
-    """A row per metric of every benchmark: teacher and student. Empty without benchmarks."""
+    """The cells of `harness_cells` in Markdown; empty without benchmarks."""
+    cells = harness_cells(metrics)
+    return markdown_table(cells.head, cells.body) if cells.body else ""
+
+
+def harness_cells(metrics: Mapping[str, Any]) -> Cells:
+    """A row per metric of every benchmark: teacher and student."""
     rows = metrics.get("harness") or []
-    if not rows:
-        return ""
     body = []
     for row in rows:
         teacher, student = (row[side]["score"] for side in ("teacher", "student"))
@@ -114,7 +136,7 @@ def harness_table(metrics: Mapping[str, Any]) -> str:
         shown = [shown_score(row[side]) for side in ("teacher", "student")]
         shots = MISSING if row["shots"] is None else str(row["shots"])
         body.append([row["task"], f"{row['metric']}{arrow}", f"{row['rows']:,}", shots, *shown, kept])
-    return markdown_table(["benchmark", "metric", "rows", "shots", "teacher", "student", "retention"], body)
+    return Cells(["benchmark", "metric", "rows", "shots", "teacher", "student", "retention"], body)
 
 
 def score_note(metrics: Mapping[str, Any]) -> str:

@@ -103,9 +103,8 @@ def test_a_program_reads_an_object_for_each_stage_and_one_at_the_end(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [["run", "recipe.yaml", "--quiet"], ["--quiet", "run", "recipe.yaml"]])
-def test_quiet_leaves_the_last_line(folder, words):
-    done = piped(folder, *words)
+def test_quiet_leaves_the_last_line(folder):
+    done = piped(folder, "run", "recipe.yaml", "--quiet")
     (line,) = done.stdout.splitlines()
     assert line.startswith(f"student: {folder}/run/student. The student (") and done.stderr == ""
 
@@ -144,5 +143,4 @@ def test_a_terminal_gets_live_bars_and_ctrl_c_can_be_followed_by_the_same_comman
     assert "\r" in text and "Traceback" not in text
     assert text.count("stopped: the same command again goes on") == 1
     assert not (folder / "run" / "student").exists() and not list((folder / "run").rglob("*.partial"))
-    again = piped(folder, "run", "recipe.yaml", "--dry-run", "--json")
-    assert [json.loads(line)["before"] for line in again.stdout.splitlines()[:4]] == [True, True, False, False]
+    assert list(json.loads((folder / "run/state.json").read_text())["stages"]) == STAGES[:2]

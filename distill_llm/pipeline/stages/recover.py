@@ -58,7 +58,7 @@ class Recover(Stage):
         assert section is not None and teacher is not None
         rounds = run.recipe.pruning.rounds if run.recipe.pruning else 1
         fields: Fields = "final" if self.round == rounds else "recovery"
-        augmented = train_model(  # no name here holds the models, so that they go when it returns
+        trained = train_model(  # no name here holds the models, so that they go when it returns
             run,
             with_adapters(run.recipe, self._student(teacher)),
             recovery_teacher(run, teacher, fields) if section.losses.needs_teacher else None,
@@ -66,7 +66,7 @@ class Recover(Stage):
             fields,
             section.losses.model_dump(mode="json", exclude_none=True),
         )
-        return {**run.scored(self.model, run.student_dtype), **({"augmented": augmented} if augmented else {})}
+        return {**run.scored(self.model, run.student_dtype), **trained}
 
     def tidy(self) -> None:
         """Remove the checkpoints of the training."""
