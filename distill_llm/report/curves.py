@@ -16,6 +16,7 @@ COSTS = (
     ("params", "parameters (millions)", 1e-6),
     ("latency_ms", "latency of a batch (ms)", 1.0),
     ("peak_memory_mb", "peak memory (MB)", 1.0),
+    ("flops", "FLOPs of a batch (billions)", 1e-9),
 )
 """What the score is drawn over: a part of metrics.json, what it is called on the page, and its unit."""
 MARKERS = "oDv^sP"
@@ -48,7 +49,9 @@ def sweep_page(record: Mapping[str, Any], title: str, cells: Cells) -> str:
 def tiles(record: Mapping[str, Any]) -> list[Tile]:
     """The teacher, and the smallest student that is within one standard error of it."""
     teacher = record["teacher"]
-    found = [Tile("Teacher", f"{teacher['score']:.4g}", f"{record['metric']}, {count_of(teacher['params'])} parameters")]
+    found = [
+        Tile("Teacher", f"{teacher['score']:.4g}", f"{record['metric']}, {count_of(teacher['params'])} parameters")
+    ]
     sign, error = 1 if record["higher_is_better"] else -1, teacher.get("standard_error") or 0.0
     done = [cell for cell in record["cells"] if "student" in cell]
     as_good = [cell for cell in done if sign * (cell["student"]["score"] - teacher["score"]) >= -error]
