@@ -14,7 +14,7 @@ from distill_llm.checks.data import open_rows
 from distill_llm.checks.evaluate import check_harness
 from distill_llm.checks.export import check_export
 from distill_llm.checks.faults import Collector
-from distill_llm.checks.models import Disk, adapted, check_disk, check_signals, skeleton
+from distill_llm.checks.models import Disk, adapted, check_disk, check_quantized, check_signals, skeleton
 from distill_llm.checks.pruning import check_pruning
 from distill_llm.checks.training import check_training
 from distill_llm.common.errors import InputError, raise_all
@@ -36,7 +36,6 @@ from distill_llm.models.finding import (
     open_model,
 )
 from distill_llm.models.limits import length_faults, limits_of, longest_input, room_faults
-from distill_llm.models.quantized import quantization_faults
 from distill_llm.recipe.pruning import PruningSection
 from distill_llm.recipe.recipe import BACKUP, RECIPE, STATE, Recipe
 from distill_llm.report.hub import check_push
@@ -99,6 +98,7 @@ def open_recipe(recipe: Recipe) -> Opened:
     found.run(lambda: check_training(recipe, data, _projected(student, teacher)))
     found.run(usable_output, recipe.output_dir, "output_dir", (RECIPE, STATE, BACKUP))
     found.run(_check_hub, recipe)
+    found.run(check_quantized, recipe)
     found.run(check_export, recipe, student or teacher)
     found.run(check_harness, recipe, task)
     whole = found.run(skeleton, teacher, task)
@@ -163,6 +163,9 @@ def _check_student(recipe: Recipe, student: OpenModel, teacher: OpenModel, task:
     task.kind.check(data_spec(recipe), student.config)
     if task.kind.has_head(student.config.architectures):
         check_head(student, task)
+    elif recipe.student is not None and recipe.student.quantization is not None:
+        given, fix = recipe.student.quantization, f"remove it: {student.name} gets a new head, which must learn whole"
+        raise InputError("student.quantization", given, fix=fix)
     compared = recipe.distillation is not None and recipe.distillation.losses.needs_teacher
     if task.is_language_model or recipe.teacher.cache is not None or not compared:
         return
@@ -278,17 +281,16 @@ def _named_as_in_a_recipe() -> Iterator[None]:
 
 
 def _response_faults(recipe: Recipe, task: Task, shorter: OpenModel) -> list[InputError]:
-    """Faults of `responses` (the student must be able to answer prompts) and of the teacher's quantization."""
-    faults = quantization_faults(recipe.teacher.quantization, "teacher.quantization")
+    """Faults of `responses`: the student must be able to answer prompts."""
     responses = recipe.distillation.losses.responses if recipe.distillation else None
     if responses is None:
-        return faults
+        return []
     field = "distillation.losses.responses"
     if not task.kind.generates:
-        return [*faults, InputError(field, f"the task {task.name}", fix="remove it, or use data of the task prompts")]
+        return [InputError(field, f"the task {task.name}", fix="remove it, or use data of the task prompts")]
     most = recipe.data.max_length + responses.max_new_tokens
     limits = limits_of(shorter.config, shorter.name)
-    return faults + length_faults(limits, most, f"data.max_length + {field}.max_new_tokens")
+    return length_faults(limits, most, f"data.max_length + {field}.max_new_tokens")
 
 
 def _check_hub(recipe: Recipe) -> None:

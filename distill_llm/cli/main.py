@@ -21,7 +21,7 @@ from distill_llm.cli.init import EXAMPLE as INIT
 from distill_llm.cli.init import init
 from distill_llm.cli.launching import shareable
 from distill_llm.cli.libraries import subdued
-from distill_llm.cli.lists import families, recipes
+from distill_llm.cli.lists import RECIPES, families, recipes
 from distill_llm.cli.profile import EXAMPLE as PROFILE
 from distill_llm.cli.profile import profile
 from distill_llm.cli.prune import EXAMPLE as PRUNE
@@ -62,7 +62,7 @@ for _command, _example in (
     (shareable(respond), RESPOND),
     (shareable(cache), CACHE),
     (env, ENV),
-    (recipes, "Example: distill-llm recipes"),
+    (recipes, RECIPES),
     (families, "Example: distill-llm families"),
 ):
     app.command(epilog=_example)(_command)

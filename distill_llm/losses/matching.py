@@ -139,7 +139,8 @@ class Match:
         self.widths = widths
         generator = torch.Generator().manual_seed(self.settings.seed)
         for pair in sorted(pairs, key=lambda pair: pair.student == EMBEDDINGS):
-            linear = torch.nn.utils.skip_init(nn.Linear, *widths, bias=False)
+            linear = nn.Linear(*widths, bias=False, device="meta")  # draws no random numbers of the run
+            linear.weight = nn.Parameter(torch.empty(linear.weight.shape))
             nn.init.normal_(linear.weight, std=widths[0] ** -0.5, generator=generator)
             self.projections[_name(pair)] = linear
 
