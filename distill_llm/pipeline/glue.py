@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from distill_llm.checks.evaluate import OpenScoring, open_scoring
-from distill_llm.checks.recipe import open_recipe
+from distill_llm.checks.fine_tuning import open_fine_tuning
 from distill_llm.common.errors import InputError, faults_in, one_of, raise_all
 from distill_llm.common.files import full_disk_named
 from distill_llm.common.locks import alone_in
@@ -161,7 +161,7 @@ def _table(
                 opened[task] = _open(given[task], task, places[task], request)
             else:
                 recipe = _recipe(request, task, places[task])
-                opened[task] = Context(open_recipe(recipe), listener)
+                opened[task] = Context(open_fine_tuning(recipe), listener)
         except InputError as error:
             faults |= {f"{task}: {fault}": fault.renamed(f"{task}: {fault.field}") for fault in faults_in(error)}
     raise_all(list(faults.values()))
