@@ -4,36 +4,10 @@ import json
 import re
 
 import pytest
+from builders.reports import cell_metrics
 
 from distill_llm.report.curves import draw_curve, tiles
 from distill_llm.report.sweep import record_of, write_sweep
-
-
-def side(score, params, latency, error=0.01):
-    return {"score": score, "standard_error": error, "rows": 100, "params": params, "latency_ms": latency, "flops": 1e9}
-
-
-def metrics(score, params, latency, **more):
-    return {
-        "task": "embedded",
-        "metric": "accuracy",
-        "higher_is_better": True,
-        "device": "a CPU",
-        "teacher_model": "me/teacher",
-        "latency": {"batch_size": 2, "sequence_length": 8},
-        "baselines": {},
-        "versions": {},
-        "teacher": side(0.8, 4e6, 100),
-        "student": side(score, params, latency),
-        "retention": score / 0.8,
-        "params_kept": params / 4e6,
-        "layer_params_kept": params / 4e6,
-        "speedup": 100 / latency,
-        "speedup_min": None,
-        "speedup_max": None,
-        "seconds": 1,
-        **more,
-    }
 
 
 @pytest.fixture
@@ -42,10 +16,10 @@ def record():
         [
             (f"keep-{keep}_criterion-{name}", {"pruning.keep": keep, "pruning.criterion": name}, found, error)
             for keep, name, found, error in (
-                (0.75, "fisher", metrics(0.795, 3e6, 70), None),
-                (0.5, "fisher", metrics(0.792, 2e6, 50), None),
-                (0.25, "fisher", metrics(0.7, 1e6, 25), None),
-                (0.5, "<b>", metrics(0.6, 2e6, 60), None),
+                (0.75, "fisher", cell_metrics(0.795, 3e6, 70), None),
+                (0.5, "fisher", cell_metrics(0.792, 2e6, 50), None),
+                (0.25, "fisher", cell_metrics(0.7, 1e6, 25), None),
+                (0.5, "<b>", cell_metrics(0.6, 2e6, 60), None),
                 (0.1, "fisher", None, "losses.logits is nan"),
                 (0.05, "fisher", None, None),
             )
