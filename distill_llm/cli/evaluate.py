@@ -33,20 +33,35 @@ if TYPE_CHECKING:
 
 EXAMPLE = "Example: distill-llm evaluate runs/quickstart/student --task embedded --max-length 64"
 
+HarnessTasks = Annotated[
+    str | None,
+    typer.Option(metavar="NAME,...", help="In place of --task: benchmarks of lm-evaluation-harness, for decoders."),
+]
+NumFewshot = Annotated[
+    int | None, typer.Option(min=0, help="Examples before each question of a benchmark; by default the task's.")
+]
+IncludePath = Annotated[
+    Path | None, typer.Option(help="Folder with benchmarks of your own, as YAML files of the harness.")
+]
+MainMetric = Annotated[
+    str | None,
+    typer.Option(
+        metavar="perplexity|exact_match|final_answer|f1|...|NAME[:VALUE]",
+        help="The main metric, by default the task's own. For prompts also a metric of the library evaluate (rouge:rougeL).",
+    ),
+]
+MaxLength = Annotated[
+    int,
+    typer.Option(min=8, help="Tokens that an example is cut to. Use the recipe's data.max_length, or scores differ."),
+]
+
 
 def evaluate(
     model: ModelName,
     task: TaskName | None = None,
-    harness: Annotated[
-        str | None,
-        typer.Option(metavar="NAME,...", help="In place of --task: benchmarks of lm-evaluation-harness, for decoders."),
-    ] = None,
-    num_fewshot: Annotated[
-        int | None, typer.Option(min=0, help="Examples before each question of a benchmark; by default the task's.")
-    ] = None,
-    include_path: Annotated[
-        Path | None, typer.Option(help="Folder with benchmarks of your own, as YAML files of the harness.")
-    ] = None,
+    harness: HarnessTasks = None,
+    num_fewshot: NumFewshot = None,
+    include_path: IncludePath = None,
     data: DataPath = None,
     columns: Columns = None,
     separator: Separator = None,
@@ -56,19 +71,8 @@ def evaluate(
         int | None, typer.Option(min=1, help="Number of test rows to score on; by default all.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Number of examples at once.")] = 64,
-    max_length: Annotated[
-        int,
-        typer.Option(
-            min=8, help="Tokens that an example is cut to. Use the recipe's data.max_length, or scores differ."
-        ),
-    ] = 128,
-    metric: Annotated[
-        str | None,
-        typer.Option(
-            metavar="perplexity|exact_match|final_answer|f1|...|NAME[:VALUE]",
-            help="The main metric, by default the task's own. For prompts also a metric of the library evaluate (rouge:rougeL).",
-        ),
-    ] = None,
+    max_length: MaxLength = 128,
+    metric: MainMetric = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put prompts into the chat template.")] = False,
     chat_template_kwargs: ChatTemplateKwargs = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens in a response.")] = 64,
