@@ -33,7 +33,7 @@ autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "inherited-members": False}
-napoleon_use_ivar = True
+napoleon_attr_annotations = False
 napoleon_use_rtype = False
 
 BENCH = Path(__file__).parents[1] / "scripts" / "bench"
