@@ -53,6 +53,7 @@ def to_pages_of_the_site(app: Sphinx, docname: str, source: list[str]) -> None:
     if docname == "benchmarks":
         texts = [(BENCH / page).read_text() for page in PAGES]
         source[0] = "\n\n".join([texts[0], *(re.sub(r"^# ", "## ", text) for text in texts[1:])])
+        source[0] = source[0].replace("](../../docs/", "](")
     up = "../" * docname.count("/")
     for page, heading in PAGES.items():
         inside = r"\]\(" if docname == "benchmarks" else r"\]\((?:\.\./)+scripts/bench/"
