@@ -27,11 +27,12 @@ from distill_llm.recipe.recipe import Recipe, parse_recipe
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run made: the contents of metrics.json, and where student and report are."""
+    """What a run made: the contents of metrics.json, and where student, report.md and report.html are."""
 
     metrics: dict[str, Any]
     student_dir: Path
     report: Path
+    page: Path
 
 
 def run(
@@ -81,7 +82,8 @@ def _run(context: Context) -> RunResult:
         result = folder.result(stage)
         context.done(StageDone(stage.name, result, stage.line(result), before))
         stage.tidy()
-    return RunResult(json.loads(context.metrics_file.read_text()), context.student_dir, context.report_file)
+    metrics = json.loads(context.metrics_file.read_text())
+    return RunResult(metrics, context.student_dir, context.report_file, context.page_file)
 
 
 def prune_recipe(recipe: Recipe) -> Path:
