@@ -20,6 +20,7 @@ test-all: .venv/docs test  ## the fast tests, then the slow ones; those of the s
 
 docs: .venv/docs  ## the reference pages that are made from the code, then the site: build/site/index.html
 	$(BIN)/python scripts/docs/recipe_reference.py
+	$(BIN)/python scripts/docs/gallery.py
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs build/site
 	@echo build/site/index.html
 

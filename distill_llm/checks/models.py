@@ -27,6 +27,7 @@ from distill_llm.models.adapters import without_adapters
 from distill_llm.models.capture import Recorder
 from distill_llm.models.configs import unloadable
 from distill_llm.models.finding import OpenModel
+from distill_llm.models.quantized import quantization_faults
 from distill_llm.pruning.units.sizes import second_moment_bytes
 from distill_llm.recipe.pruning import PruningSection
 from distill_llm.recipe.recipe import Recipe
@@ -80,6 +81,12 @@ def adapted(recipe: Recipe, student: PreTrainedModel) -> nn.Module:
         raise InputError("student.peft", fields, f"adapters that fit the model ({first_line(error)})") from None
     raise_all(tied_adapter_faults(model, "student.peft.target_modules"))
     return model
+
+
+def check_quantized(recipe: Recipe) -> None:
+    """Check that models which are to be held in fewer bits can be."""
+    held = {"teacher": recipe.teacher.quantization, "student": recipe.student.quantization if recipe.student else None}
+    raise_all([fault for side in held for fault in quantization_faults(held[side], f"{side}.quantization")])
 
 
 def check_signals(recipe: Recipe, teacher: PreTrainedModel, student: PreTrainedModel) -> None:

@@ -14,7 +14,7 @@ from distill_llm.checks.data import open_rows
 from distill_llm.checks.evaluate import check_harness
 from distill_llm.checks.export import check_export
 from distill_llm.checks.faults import Collector
-from distill_llm.checks.models import Disk, adapted, check_disk, check_signals, skeleton
+from distill_llm.checks.models import Disk, adapted, check_disk, check_quantized, check_signals, skeleton
 from distill_llm.checks.pruning import check_pruning
 from distill_llm.checks.training import check_training
 from distill_llm.common.errors import InputError, raise_all
@@ -36,7 +36,6 @@ from distill_llm.models.finding import (
     open_model,
 )
 from distill_llm.models.limits import length_faults, limits_of, longest_input, room_faults
-from distill_llm.models.quantized import quantization_faults
 from distill_llm.recipe.pruning import PruningSection
 from distill_llm.recipe.recipe import BACKUP, RECIPE, STATE, Recipe
 from distill_llm.report.hub import check_push
@@ -85,10 +84,10 @@ def open_recipe(recipe: Recipe) -> Opened:
         found.run(_check_student, recipe, student, teacher, task)
     found.run(check_pruning, recipe, teacher, found.run(skeleton, teacher))
     shorter = _shorter(teacher, student)
-    found.ask(_length_faults, recipe, shorter)
-    found.run(_check_rows, recipe, teacher, task)
+    found.ask(length_faults_of, recipe, shorter)
+    found.run(check_rows, recipe, teacher, task)
     found.ask(_answer_faults, recipe, shorter, task)
-    found.run(_check_raw_rows, data, teacher)
+    found.run(check_raw_rows, data, teacher)
     found.ask(_loss_faults, recipe, task)
     found.ask(augment_faults, recipe, task)
     masked_lm = found.run(open_masked_lm, recipe, teacher)
@@ -99,6 +98,7 @@ def open_recipe(recipe: Recipe) -> Opened:
     found.run(lambda: check_training(recipe, data, _projected(student, teacher)))
     found.run(usable_output, recipe.output_dir, "output_dir", (RECIPE, STATE, BACKUP))
     found.run(_check_hub, recipe)
+    found.run(check_quantized, recipe)
     found.run(check_export, recipe, student or teacher)
     found.run(check_harness, recipe, task)
     whole = found.run(skeleton, teacher, task)
@@ -163,6 +163,9 @@ def _check_student(recipe: Recipe, student: OpenModel, teacher: OpenModel, task:
     task.kind.check(data_spec(recipe), student.config)
     if task.kind.has_head(student.config.architectures):
         check_head(student, task)
+    elif recipe.student is not None and recipe.student.quantization is not None:
+        given, fix = recipe.student.quantization, f"remove it: {student.name} gets a new head, which must learn whole"
+        raise InputError("student.quantization", given, fix=fix)
     compared = recipe.distillation is not None and recipe.distillation.losses.needs_teacher
     if task.is_language_model or recipe.teacher.cache is not None or not compared:
         return
@@ -178,7 +181,7 @@ def _shorter(*models: OpenModel | None) -> OpenModel | None:
     return min(there, key=lambda model: longest_input(model.config) or math.inf, default=None)
 
 
-def _length_faults(recipe: Recipe, shorter: OpenModel) -> list[InputError]:
+def length_faults_of(recipe: Recipe, shorter: OpenModel) -> list[InputError]:
     limits, latency = limits_of(shorter.config, shorter.name), recipe.evaluation.latency
     return [
         *length_faults(limits, recipe.data.max_length, "data.max_length"),
@@ -186,7 +189,7 @@ def _length_faults(recipe: Recipe, shorter: OpenModel) -> list[InputError]:
     ]
 
 
-def _check_rows(recipe: Recipe, teacher: OpenModel, task: Task) -> None:
+def check_rows(recipe: Recipe, teacher: OpenModel, task: Task) -> None:
     """Check that the tokenizer can make the task's rows."""
     check_tokenizer(task, teacher.tokenizer, teacher.field)
     most_tokens(task, teacher.tokenizer, recipe.data.max_length)
@@ -200,7 +203,7 @@ def _answer_faults(recipe: Recipe, shorter: OpenModel, task: Task) -> list[Input
     return room_faults(limits, cut, task.max_new_tokens, "evaluation.max_new_tokens", "data.max_length")
 
 
-def _check_raw_rows(data: TaskData, teacher: OpenModel) -> None:
+def check_raw_rows(data: TaskData, teacher: OpenModel) -> None:
     data.task.kind.check_rows(data, teacher.tokenizer)
 
 
@@ -278,17 +281,16 @@ def _named_as_in_a_recipe() -> Iterator[None]:
 
 
 def _response_faults(recipe: Recipe, task: Task, shorter: OpenModel) -> list[InputError]:
-    """Faults of `responses` (the student must be able to answer prompts) and of the teacher's quantization."""
-    faults = quantization_faults(recipe.teacher.quantization, "teacher.quantization")
+    """Faults of `responses`: the student must be able to answer prompts."""
     responses = recipe.distillation.losses.responses if recipe.distillation else None
     if responses is None:
-        return faults
+        return []
     field = "distillation.losses.responses"
     if not task.kind.generates:
-        return [*faults, InputError(field, f"the task {task.name}", fix="remove it, or use data of the task prompts")]
+        return [InputError(field, f"the task {task.name}", fix="remove it, or use data of the task prompts")]
     most = recipe.data.max_length + responses.max_new_tokens
     limits = limits_of(shorter.config, shorter.name)
-    return faults + length_faults(limits, most, f"data.max_length + {field}.max_new_tokens")
+    return length_faults(limits, most, f"data.max_length + {field}.max_new_tokens")
 
 
 def _check_hub(recipe: Recipe) -> None:

@@ -60,10 +60,9 @@ def _leave_processes() -> None:
 
 def _stopped(ctx: Any) -> typer.Exit:
     """Ctrl-C: what is done is on the disk, whole; say how to go on."""
-    goes_on = ctx.invoked_subcommand in RESUMABLE
-    _print_line(
-        "stopped: the same command again goes on from the last finished stage or checkpoint" if goes_on else "stopped"
-    )
+    how = ": the same command again goes on from the last finished stage or checkpoint"
+    if is_main_process():
+        _print_line(f"stopped{how if ctx.invoked_subcommand in RESUMABLE else ''}")
     return typer.Exit(130)
 
 

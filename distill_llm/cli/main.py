@@ -14,12 +14,14 @@ from distill_llm.cli.evaluate import EXAMPLE as EVALUATE
 from distill_llm.cli.evaluate import evaluate
 from distill_llm.cli.export import EXAMPLE as EXPORT
 from distill_llm.cli.export import export
+from distill_llm.cli.glue import EXAMPLE as GLUE
+from distill_llm.cli.glue import glue
 from distill_llm.cli.group import CommandGroup
 from distill_llm.cli.init import EXAMPLE as INIT
 from distill_llm.cli.init import init
 from distill_llm.cli.launching import shareable
 from distill_llm.cli.libraries import subdued
-from distill_llm.cli.lists import families, recipes
+from distill_llm.cli.lists import RECIPES, families, recipes
 from distill_llm.cli.profile import EXAMPLE as PROFILE
 from distill_llm.cli.profile import profile
 from distill_llm.cli.prune import EXAMPLE as PRUNE
@@ -51,6 +53,7 @@ for _command, _example in (
     (shareable(distill), DISTILL),
     (shareable(prune), PRUNE),
     (evaluate, EVALUATE),
+    (glue, GLUE),
     (estimate, ESTIMATE),
     (profile, PROFILE),
     (report, REPORT),
@@ -59,7 +62,7 @@ for _command, _example in (
     (shareable(respond), RESPOND),
     (shareable(cache), CACHE),
     (env, ENV),
-    (recipes, "Example: distill-llm recipes"),
+    (recipes, RECIPES),
     (families, "Example: distill-llm families"),
 ):
     app.command(epilog=_example)(_command)

@@ -16,6 +16,7 @@ from distill_llm.recipe.sections import (
     DistillationSection,
     EvaluationSection,
     ExportSection,
+    GallerySection,
     HubSection,
     ReportSection,
     StudentSection,
@@ -57,6 +58,9 @@ class Recipe(Section):
         default=[], description="formats of other programs to write the student in, into export/ of the run folder"
     )
     hub: HubSection | None = Field(default=None, description="push the student at the end")
+    gallery: GallerySection | None = Field(
+        default=None, exclude=True, description="what `distill-llm recipes` tells; a run does not read it"
+    )
 
     _check_final = field_validator("final")(training_fields)
 
@@ -79,6 +83,9 @@ class Recipe(Section):
                     fix="remove it, or the pruning section: pruning makes the student from the teacher",
                 )
             )
+        if self.student is not None and self.student.quantization is not None and self.student.peft is None:
+            given, fix = self.student.quantization, "add student.peft, or remove it: rounded weights cannot learn"
+            faults.append(InputError("student.quantization", given, fix=fix))
         if self.student is not None and self.distillation is None:
             faults.append(
                 InputError("distillation", None, fix="add a distillation section, or remove the student section")
@@ -137,11 +144,6 @@ def recipe_folder() -> Path:
 def recipe_names() -> list[str]:
     """Names of the shipped recipes: `quickstart` for recipes/quickstart.yaml."""
     return sorted(path.stem for path in recipe_folder().glob("*.yaml"))
-
-
-def recipe_descriptions() -> dict[str, str]:
-    """The shipped recipes by name, each with its line of description."""
-    return {name: str(read_yaml(find_recipe(name)).get("description", "")) for name in recipe_names()}
 
 
 def find_recipe(name: str) -> Path:

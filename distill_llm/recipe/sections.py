@@ -77,6 +77,11 @@ class StudentSection(Section):
         min_length=1,
         description="Hub id, folder, GGUF file, or package://PACKAGE/PATH; left out: the pruned teacher",
     )
+    quantization: Literal["8bit", "4bit"] | None = Field(
+        default=None,
+        description="hold the student's weights in fewer bits while its adapters learn (bitsandbytes, QLoRA); it is saved with"
+        " the adapters merged, in the dtype of its checkpoint",
+    )
     peft: dict[str, Any] | None = Field(
         default=None,
         description="fields of peft's LoraConfig: only adapters learn, and are merged into the weights when the student is saved",
@@ -266,3 +271,17 @@ class HubSection(Section):
 
     repo_id: str = Field(pattern=r"^[\w.-]+/[\w.-]+$", description="USER_OR_ORGANISATION/NAME")
     private: bool = Field(default=False, description="make a new repository private")
+
+
+class GallerySection(Section):
+    """What `distill-llm recipes --show NAME` tells about a recipe. A run does not read it, and its folder does not keep it."""
+
+    models: Literal["encoder", "llm"] = Field(description="the kind of models that the recipe is for")
+    does: str = Field(min_length=1, description="what the recipe does, in a few sentences")
+    paper: str = Field(default="", description="authors, year, title and section that it follows, with a link")
+    differs: str = Field(default="", description="where the recipe does something else than the paper")
+    cost: str = Field(min_length=1, description="time on what device, and memory")
+    before: list[str] = Field(default=[], description="commands to run first")
+    here: list[str] = Field(default=[], description="settings (NAME=VALUE) of a small run whose result is shown")
+    here_before: list[str] = Field(default=[], description="commands to run before the small run")
+    untried: str = Field(default="", description="why there is no result")

@@ -101,7 +101,8 @@ class TrainingLoss:
         classes = teacher.meet(student, tokenizer) if teacher else None
         shared = MatchSettings(settings.smoothing, classes, settings.seed, settings.precision)
         self.terms = Terms(objective, student, teacher.model if teacher else None, shared)
-        self.terms.projections.to(device)
+        if device.type != "cpu":  # they were made there; tensors without numbers cannot even be asked to stay
+            self.terms.projections.to(device)
         if teacher is not None:
             teacher.place(device, settings.teacher_dtype or settings.precision, self.terms.wanted("teacher"))
         self.recorder = Recorder(student, self.terms.wanted("student"))

@@ -22,7 +22,7 @@ from distill_llm.cli.main import app
 from distill_llm.common.errors import InputError, InputErrors
 from distill_llm.common.outputs import usable_output
 from distill_llm.data import DataSpec, load_task
-from distill_llm.recipe.recipe import Recipe, load_recipe, recipe_names
+from distill_llm.recipe.recipe import Recipe, load_recipe, recipe_folder, recipe_names
 
 COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands]
 
@@ -400,9 +400,23 @@ def test_profile_refuses_a_batch_too_long_for_a_model_before_it_loads_weights(fo
     assert "at most 64, the longest input of short" in line
 
 
-def test_recipes_lists_every_shipped_recipe():
+def test_recipes_lists_every_shipped_recipe_under_the_kind_of_models_that_it_is_for():
     result = call("recipes")
     assert result.exit_code == 0 and all(name in result.stdout for name in recipe_names())
+    titles = ["Encoders", "with training", "Encoders", "without training", "LLMs", "with training", "LLMs", "without"]
+    places = [-1]
+    for title in titles:
+        places.append(result.stdout.index(title, places[-1] + 1))
+    assert places[3] < result.stdout.index("michel_heads") < places[5] < result.stdout.index("qlora") < places[7]
+
+
+def test_recipes_shows_one_with_its_paper_cost_result_and_yaml():
+    shown = call("recipes", "--show", "tinybert").stdout
+    for part in ("Jiao et al. 2020", "**Cost.**", "**Result", "distill-llm run tinybert", "share: 0.875"):
+        assert part in shown
+    assert shown.endswith((recipe_folder() / "tinybert.yaml").read_text() + "\n")
+    (line,) = refused("recipes", "--show", "tinybertt")
+    assert line.startswith("--show: got 'tinybertt'; accepted: 'tinybert'")
 
 
 def test_a_command_ends_the_process_group_that_it_ran_in():
