@@ -46,7 +46,7 @@ class OnlineTeacher(Teacher):
     @property
     def gives(self) -> Gives:
         """Everything."""
-        return Gives("a model", ("logits", "hidden", "attention", "vectors"), mixtures=True)
+        return Gives("a model", ("logits", "hidden", "attention", "vectors", "neurons"), mixtures=True)
 
     @property
     def compact(self) -> bool:  # type: ignore[override]
@@ -97,6 +97,7 @@ class OnlineTeacher(Teacher):
             recording.hidden,
             recording.attention,
             recording.vectors,
+            recording.neurons,
             logits=logits,
             head=self.head.head,
             head_inputs=received[0],

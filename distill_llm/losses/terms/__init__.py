@@ -21,4 +21,5 @@ BUILT_IN = (
     "flow",
     "attention",
     "relations",
+    "neurons",
 )

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from distill_llm.losses.matching import Match
     from distill_llm.losses.signals import Batch
 
-Signal = Literal["logits", "hidden", "attention", "vectors"]
-INSIDE: tuple[Signal, ...] = ("attention", "vectors")
-"""Signals that are made inside of layers, by their attention."""
+Signal = Literal["logits", "hidden", "attention", "vectors", "neurons"]
+INSIDE: tuple[Signal, ...] = ("attention", "vectors", "neurons")
+"""Signals that are made inside of layers."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class Term(BaseModel):
 
     @classmethod
     def looks_inside(cls) -> bool:
-        """Whether it reads what attention does inside of layers."""
+        """Whether it reads what is made inside of layers."""
         return not set(INSIDE).isdisjoint(cls.signals)
 
     def _beyond(self, teacher: Gives) -> Iterator[InputError]:
