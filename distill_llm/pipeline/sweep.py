@@ -98,12 +98,15 @@ class OpenSweep:
 
     @property
     def disk(self) -> int:
-        """Bytes that the unfinished cells take: a shared teacher and shared statistics once."""
-        teachers = {teacher_key(cell.recipe): context.opened.disk.teacher for cell, context in self.todo}
-        statistics = {_statistics_of(cell): context.opened.disk.statistics for cell, context in self.todo}
-        disks = [context.opened.disk for _, context in self.todo]
-        once = sum(teachers.values()) + sum(statistics.values()) + max((each.checkpoints for each in disks), default=0)
-        return once + sum(each.students for each in disks)
+        """Bytes that the unfinished cells take: a shared teacher once, and shared statistics of the first round."""
+        teachers, statistics, own, training = {}, {}, 0, 0
+        for cell, context in self.todo:
+            disk, rounds = context.opened.disk, cell.recipe.pruning.rounds if cell.recipe.pruning else 1
+            teachers[teacher_key(cell.recipe)] = disk.teacher
+            statistics[_statistics_of(cell)] = disk.statistics // rounds
+            own += disk.students + disk.statistics // rounds * (rounds - 1)
+            training = max(training, disk.checkpoints)
+        return sum(teachers.values()) + sum(statistics.values()) + own + training
 
 
 def sweep(
