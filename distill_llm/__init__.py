@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from distill_llm.models.checkpoint import load_pretrained as load_pretrained
     from distill_llm.pipeline.run import RunResult as RunResult
     from distill_llm.pipeline.run import run as run
+    from distill_llm.pipeline.sweep import SweepResult as SweepResult
+    from distill_llm.pipeline.sweep import sweep as sweep
     from distill_llm.pruning.compensation.bypass import fit_bypasses as fit_bypasses
     from distill_llm.pruning.criteria import criterion as criterion
     from distill_llm.pruning.cutting.masking import masked as masked
@@ -53,6 +55,7 @@ __getattr__, __dir__, __all__ = lazy_names(  # the names above, which are for ty
         "measuring.profiling": "Comparison Profile compare profile",
         "models.checkpoint": "load_pretrained",
         "pipeline.run": "RunResult run",
+        "pipeline.sweep": "SweepResult sweep",
         "pruning.compensation.bypass": "fit_bypasses",
         "pruning.criteria": "criterion",
         "pruning.cutting.masking": "masked",

@@ -4,13 +4,15 @@ from dataclasses import dataclass
 
 from distill_llm.checks.data import open_rows
 from distill_llm.checks.faults import Collector
-from distill_llm.common.errors import raise_all
+from distill_llm.common.errors import InputError, raise_all
 from distill_llm.data.encoding import encode
 from distill_llm.data.spec import DataSpec
-from distill_llm.data.tasks import TaskData
+from distill_llm.data.tasks import Task, TaskData
+from distill_llm.evaluation.harness import Benchmarks, check_benchmarks
 from distill_llm.evaluation.rules import RECIPE_FIELDS, scoring_faults
 from distill_llm.models.finding import OpenModel, check_head, check_tokens, open_model
 from distill_llm.models.limits import length_faults, limits_of
+from distill_llm.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -44,3 +46,24 @@ def open_scoring(model: str, spec: DataSpec, trust_remote_code: bool = False) ->
     data = check_tokens(encode(rows, opened.tokenizer, spec.max_length), opened, RECIPE_FIELDS.rows)
     raise_all(scoring_faults(limits, data.test, data.task, RECIPE_FIELDS, opened.tokenizer))
     return OpenScoring(opened, data)
+
+
+def benchmarks_of(recipe: Recipe) -> Benchmarks | None:
+    """The benchmarks that a recipe asks for."""
+    section = recipe.evaluation.harness
+    return None if section is None else Benchmarks(**{**dict(section), "tasks": tuple(section.tasks)})
+
+
+def check_harness(recipe: Recipe, task: Task) -> None:
+    """Check the benchmarks of a recipe: its models are decoders, and the tasks and their data are there.
+
+    Raises:
+        InputError: one line.
+    """
+    field = "evaluation.harness"
+    if (benchmarks := benchmarks_of(recipe)) is None:
+        return
+    if task.kind.item != "next_token":
+        fix = f"remove it: benchmarks are for decoders that predict the next token, and the task {task.name} makes no such model"
+        raise InputError(field, ", ".join(benchmarks.tasks), fix=fix)
+    check_benchmarks(benchmarks, field)

@@ -5,6 +5,8 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from distill_llm.models.adapters import without_adapters
 from distill_llm.models.capture import Recorder
 from distill_llm.models.configs import unloadable
 from distill_llm.models.finding import OpenModel
+from distill_llm.models.quantized import quantization_faults
 from distill_llm.pruning.units.sizes import second_moment_bytes
 from distill_llm.recipe.pruning import PruningSection
 from distill_llm.recipe.recipe import Recipe
@@ -78,6 +81,12 @@ def adapted(recipe: Recipe, student: PreTrainedModel) -> nn.Module:
         raise InputError("student.peft", fields, f"adapters that fit the model ({first_line(error)})") from None
     raise_all(tied_adapter_faults(model, "student.peft.target_modules"))
     return model
+
+
+def check_quantized(recipe: Recipe) -> None:
+    """Check that models which are to be held in fewer bits can be."""
+    held = {"teacher": recipe.teacher.quantization, "student": recipe.student.quantization if recipe.student else None}
+    raise_all([fault for side in held for fault in quantization_faults(held[side], f"{side}.quantization")])
 
 
 def check_signals(recipe: Recipe, teacher: PreTrainedModel, student: PreTrainedModel) -> None:
@@ -139,9 +148,30 @@ def _widths(model: PreTrainedModel, wanted: Wanted) -> dict[int, set[int]]:
     return {index: {each.shape[1] * each.shape[3] for each in vectors[:2]} for index, vectors in found.vectors.items()}
 
 
-def check_disk(recipe: Recipe, teacher: PreTrainedModel, student: nn.Module) -> None:
-    """Check that the run's models and checkpoints fit on the disk. The estimate is generous: a pruned student counts as large as
-    its teacher.
+@dataclass(frozen=True)
+class Disk:
+    """Bytes that a run takes on the disk, generously: a pruned student counts as large as its teacher.
+
+    Attributes:
+        teacher: that is trained in the run.
+        students: of all rounds, and the finished one.
+        statistics: of all rounds.
+        checkpoints: of the training with the largest ones, while it lasts.
+    """
+
+    teacher: int = 0
+    students: int = 0
+    statistics: int = 0
+    checkpoints: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it together."""
+        return self.teacher + self.students + self.statistics + self.checkpoints
+
+
+def check_disk(recipe: Recipe, teacher: PreTrainedModel, student: nn.Module) -> Disk:
+    """Check that the run's models and checkpoints fit on the disk.
 
     Args:
         teacher, student: without weights; the student as it will train.
@@ -150,26 +180,35 @@ def check_disk(recipe: Recipe, teacher: PreTrainedModel, student: nn.Module) -> 
         InputError: the disk is too small.
     """
     own, learned = _size(without_adapters(student)), _size(student, learned=True)
-    training = []  # a Trainer checkpoint holds the trained weights and two moments of each
-    needed = own  # the student of the run folder
+    training, trained = [0], 0  # a Trainer checkpoint holds the trained weights and two moments of each
     rounds = recipe.pruning.rounds if recipe.pruning is not None else 1
+    students, statistics = own, 0
     if recipe.teacher.train is not None:
-        needed += _size(teacher)
-        training.append(3 * _size(teacher))
+        trained = _size(teacher)
+        training.append(3 * trained)
     if recipe.distillation is not None:
-        needed += rounds * own
+        students += rounds * own
         training.append(3 * learned)
     if (section := recipe.pruning) is not None:
-        statistics = 0
+        students += rounds * own
         if section.folds and teacher.config.model_type in FAMILIES:  # otherwise there is a fault already
-            statistics = second_moment_bytes(teacher, section.holds_moments, "hidden" in section.units)
-        needed += rounds * (own + statistics)
-    needed += 2 * max(training, default=0)
-    free = shutil.disk_usage(nearest(recipe.output_dir)).free
+            statistics = rounds * second_moment_bytes(teacher, section.holds_moments, "hidden" in section.units)
+    needed = Disk(trained, students, statistics, 2 * max(training))
+    check_room(recipe.output_dir, needed.total)
+    return needed
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Check that a folder's disk has so many bytes left.
+
+    Raises:
+        InputError: it has not.
+    """
+    free = shutil.disk_usage(nearest(folder)).free
     if free < needed:
         raise InputError(
             "output_dir",
-            f"{recipe.output_dir} with {free / 1e9:.1f} GB free",
+            f"{folder} with {free / 1e9:.1f} GB free",
             fix=f"free some space, or choose another disk: about {needed / 1e9:.1f} GB are needed",
         )
 

@@ -4,15 +4,17 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
 
+from distill_llm.checks.augment import augment_faults, open_masked_lm
 from distill_llm.checks.data import open_rows
+from distill_llm.checks.evaluate import check_harness
 from distill_llm.checks.export import check_export
 from distill_llm.checks.faults import Collector
-from distill_llm.checks.models import adapted, check_disk, check_signals, skeleton
+from distill_llm.checks.models import Disk, adapted, check_disk, check_quantized, check_signals, skeleton
 from distill_llm.checks.pruning import check_pruning
 from distill_llm.checks.training import check_training
 from distill_llm.common.errors import InputError, raise_all
@@ -34,7 +36,6 @@ from distill_llm.models.finding import (
     open_model,
 )
 from distill_llm.models.limits import length_faults, limits_of, longest_input, room_faults
-from distill_llm.models.quantized import quantization_faults
 from distill_llm.recipe.pruning import PruningSection
 from distill_llm.recipe.recipe import BACKUP, RECIPE, STATE, Recipe
 from distill_llm.report.hub import check_push
@@ -52,6 +53,8 @@ class Opened:
         student: config and tokenizer of the recipe's student; None: pruning makes the student from the teacher.
         data: the task's raw rows.
         cache: the cache that the student learns from, if the recipe names one.
+        masked_lm: config and tokenizer of the masked LM that proposes words, if the recipe names one.
+        disk: what the run takes on the disk.
     """
 
     recipe: Recipe
@@ -59,6 +62,8 @@ class Opened:
     student: OpenModel | None
     data: TaskData
     cache: CachedTeacher | None = None
+    masked_lm: OpenModel | None = None
+    disk: Disk = field(default_factory=Disk)
 
 
 def open_recipe(recipe: Recipe) -> Opened:
@@ -84,6 +89,8 @@ def open_recipe(recipe: Recipe) -> Opened:
     found.ask(_answer_faults, recipe, shorter, task)
     found.run(_check_raw_rows, data, teacher)
     found.ask(_loss_faults, recipe, task)
+    found.ask(augment_faults, recipe, task)
+    masked_lm = found.run(open_masked_lm, recipe, teacher)
     found.ask(_mixture_faults, recipe, teacher, teacher if name is None else student, task)
     cache = found.run(_open_cache, recipe, teacher)
     found.ask(_response_faults, recipe, task, shorter)
@@ -91,15 +98,17 @@ def open_recipe(recipe: Recipe) -> Opened:
     found.run(lambda: check_training(recipe, data, _projected(student, teacher)))
     found.run(usable_output, recipe.output_dir, "output_dir", (RECIPE, STATE, BACKUP))
     found.run(_check_hub, recipe)
+    found.run(check_quantized, recipe)
     found.run(check_export, recipe, student or teacher)
+    found.run(check_harness, recipe, task)
     whole = found.run(skeleton, teacher, task)
     learner = whole if name is None else found.run(skeleton, student, task)
     if paired:
         found.run(check_signals, recipe, whole, learner)
-    found.run(check_disk, recipe, whole, found.run(adapted, recipe, learner))
+    disk = found.run(check_disk, recipe, whole, found.run(adapted, recipe, learner))
     raise_all(found.faults)
-    assert teacher is not None and data is not None
-    return Opened(recipe, teacher, student, data, cache)
+    assert teacher is not None and data is not None and disk is not None
+    return Opened(recipe, teacher, student, data, cache, masked_lm, disk)
 
 
 def load_rows(recipe: Recipe, teacher: OpenModel | None) -> TaskData:
@@ -125,7 +134,7 @@ def data_spec(recipe: Recipe) -> DataSpec:
     """The data that a recipe describes."""
     columns = recipe.data.columns.model_dump(exclude_none=True) if recipe.data.columns else None
     metric, new = recipe.evaluation.metric, recipe.evaluation.max_new_tokens
-    own = {**dict(recipe.data), "columns": columns}
+    own = {name: value for name, value in recipe.data if name != "augment"} | {"columns": columns}
     return DataSpec(**own, seed=recipe.seed, metric=metric, max_new_tokens=new)
 
 
@@ -154,6 +163,9 @@ def _check_student(recipe: Recipe, student: OpenModel, teacher: OpenModel, task:
     task.kind.check(data_spec(recipe), student.config)
     if task.kind.has_head(student.config.architectures):
         check_head(student, task)
+    elif recipe.student is not None and recipe.student.quantization is not None:
+        given, fix = recipe.student.quantization, f"remove it: {student.name} gets a new head, which must learn whole"
+        raise InputError("student.quantization", given, fix=fix)
     compared = recipe.distillation is not None and recipe.distillation.losses.needs_teacher
     if task.is_language_model or recipe.teacher.cache is not None or not compared:
         return
@@ -269,17 +281,16 @@ def _named_as_in_a_recipe() -> Iterator[None]:
 
 
 def _response_faults(recipe: Recipe, task: Task, shorter: OpenModel) -> list[InputError]:
-    """Faults of `responses` (the student must be able to answer prompts) and of the teacher's quantization."""
-    faults = quantization_faults(recipe.teacher.quantization, "teacher.quantization")
+    """Faults of `responses`: the student must be able to answer prompts."""
     responses = recipe.distillation.losses.responses if recipe.distillation else None
     if responses is None:
-        return faults
+        return []
     field = "distillation.losses.responses"
     if not task.kind.generates:
-        return [*faults, InputError(field, f"the task {task.name}", fix="remove it, or use data of the task prompts")]
+        return [InputError(field, f"the task {task.name}", fix="remove it, or use data of the task prompts")]
     most = recipe.data.max_length + responses.max_new_tokens
     limits = limits_of(shorter.config, shorter.name)
-    return faults + length_faults(limits, most, f"data.max_length + {field}.max_new_tokens")
+    return length_faults(limits, most, f"data.max_length + {field}.max_new_tokens")
 
 
 def _check_hub(recipe: Recipe) -> None:

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from distill_llm.cli.options import RecipeName, Settings, as_options
 from distill_llm.cli.output import quiet_weights, say
+from distill_llm.common.durations import duration
 from distill_llm.common.errors import InputError, one_of
 from distill_llm.recipe.recipe import load_recipe
 
@@ -42,27 +43,23 @@ def estimate(
     with as_options(signature(estimate).parameters):
         chosen = Devices.named(devices, accelerate)  # type: ignore[arg-type]
         forecast = estimating.estimate(loaded, chosen, tflops)
-    say(_table(forecast, chosen, f"{recipe} on {devices}" + (f", {accelerate}" if chosen.count > 1 else "")))
+    say(estimate_table(forecast, chosen, f"{recipe} on {devices}" + (f", {accelerate}" if chosen.count > 1 else "")))
     rows = f"{forecast.rows.train:,} training rows of at most {forecast.rows.longest} tokens"
     say(f"{rows}; {forecast.rate / 1e12:.3g} TFLOP/s a device, {forecast.source}")
 
 
-def _table(forecast: "Forecast", devices: "Devices", title: str) -> Table:
+def estimate_table(forecast: "Forecast", devices: "Devices", title: str) -> Table:
+    """Memory and time, a row for each stage."""
     table = Table(title=title, title_justify="left")
     for name in ("stage", "GB a device", "of it", "fits", "time"):
         table.add_column(name, justify="right" if name in ("GB a device", "time") else "left")
     for stage in forecast.stages:
         parts = ", ".join(f"{part} {_gigabytes(size)}" for part, size in stage.parts.items())
         fits = "yes" if stage.bytes <= ROOM * devices.size else "no"
-        table.add_row(stage.name, _gigabytes(stage.bytes), parts, fits, _duration(stage.flops / forecast.rate))
-    table.add_row("all", "", "", "", _duration(forecast.seconds))
+        table.add_row(stage.name, _gigabytes(stage.bytes), parts, fits, duration(stage.flops / forecast.rate))
+    table.add_row("all", "", "", "", duration(forecast.seconds))
     return table
 
 
 def _gigabytes(size: float) -> str:
     return f"{size / 1e9:,.1f}" if size >= 1e8 else f"{size / 1e9:.3f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, hours = seconds / 60, seconds / 3600
-    return f"{seconds:.0f} s" if seconds < 120 else f"{minutes:.0f} min" if minutes < 120 else f"{hours:.1f} h"

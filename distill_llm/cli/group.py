@@ -13,6 +13,8 @@ _NoArguments = next(kind for kind in _UsageError.__subclasses__() if kind.__name
 
 
 ARGUMENTS = "distill_llm.arguments"
+RESUMABLE = ("run", "distill", "shrink", "sweep", "cache", "respond")
+"""Commands that, given again, go on where they were stopped."""
 
 
 class CommandGroup(typer.core.TyperGroup):
@@ -34,6 +36,8 @@ class CommandGroup(typer.core.TyperGroup):
             raise _told([str(fault) for fault in faults_in(error)]) from None
         except _UsageError as error:
             raise _told([error.format_message() + _hint(error)]) from None  # type: ignore[attr-defined]
+        except KeyboardInterrupt:
+            raise _stopped(ctx) from None
         except OSError as error:
             if error.filename is None:  # not about a file: a fault of the program
                 raise
@@ -54,6 +58,14 @@ def _leave_processes() -> None:
         distributed.destroy_process_group()
 
 
+def _stopped(ctx: Any) -> typer.Exit:
+    """Ctrl-C: what is done is on the disk, whole; say how to go on."""
+    how = ": the same command again goes on from the last finished stage or checkpoint"
+    if is_main_process():
+        _print_line(f"stopped{how if ctx.invoked_subcommand in RESUMABLE else ''}")
+    return typer.Exit(130)
+
+
 def _told(lines: list[str]) -> typer.Exit:
     if is_main_process():
         for line in lines:
@@ -62,10 +74,14 @@ def _told(lines: list[str]) -> typer.Exit:
 
 
 def _print_error(line: str) -> None:
-    """Print one line on stderr, below the progress bars that the error left open."""
+    _print_line(f"error: {' '.join(line.split())}")
+
+
+def _print_line(line: str) -> None:
+    """Print one line on stderr, below the progress bars that were left open."""
     for bar in list(getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ())):
         bar.close()
-    print("error:", " ".join(line.split()), file=sys.stderr)
+    print(line, file=sys.stderr)
 
 
 def _hint(error: Any) -> str:

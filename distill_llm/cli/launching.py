@@ -38,7 +38,7 @@ def shareable(command: Callable[..., None]) -> Callable[..., None]:
     def started(
         context: typer.Context, accelerate: Accelerate = None, processes: Processes = None, **given: Any
     ) -> None:
-        if accelerate is not None:
+        if accelerate is not None and not given.get("dry_run"):
             _on_processes(arguments_of(context), accelerate, processes)
         elif processes is not None:
             raise InputError("--processes", processes, fix="add --accelerate, which says how they share the work")
@@ -95,6 +95,7 @@ def _configuration(name: str) -> Path:
 
 def _launch(file: Path, processes: int, arguments: list[str]) -> None:
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     # Port 0: a free one, so that two commands can run at once.
@@ -102,6 +103,8 @@ def _launch(file: Path, processes: int, arguments: list[str]) -> None:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the process has said what is wrong
     try:
         launch_command(launch_command_parser().parse_args([*line, "-m", "distill_llm", *arguments]))
+    except SignalException:  # Ctrl-C, which the processes got too: the first one has said how to go on
+        raise typer.Exit(130) from None
     except ChildFailedError as error:
         raise typer.Exit(abs(error.get_first_failure()[1].exitcode)) from None
 

@@ -2,9 +2,11 @@
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 
 DEFAULTS = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -17,6 +19,14 @@ QUIET = {
     **dict.fromkeys(("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"), "1"),
 }
 """Environment variables of `--quiet`, whatever the user has set."""
+NOT_LIVE = dict.fromkeys(("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS"), "1")
+"""The same where standard error is no terminal: these bars can only be redrawn."""
+_QUIET: ContextVar[bool] = ContextVar("quiet", default=False)
+
+
+def is_quiet() -> bool:
+    """Whether a `subdued(quiet=True)` is in force."""
+    return _QUIET.get()
 
 
 @contextmanager
@@ -29,8 +39,9 @@ def subdued(quiet: bool) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in DEFAULTS | QUIET}
     heard = {name: logging.getLogger(name).level for name in levels}
     with warnings.catch_warnings() if quiet else nullcontext():
-        for name, default in DEFAULTS.items():
+        for name, default in (DEFAULTS if sys.stderr.isatty() else DEFAULTS | NOT_LIVE).items():
             os.environ.setdefault(name, default)
+        token = _QUIET.set(quiet or is_quiet())
         if quiet:
             os.environ.update(QUIET)
             warnings.simplefilter("ignore")
@@ -39,6 +50,7 @@ def subdued(quiet: bool) -> Iterator[None]:
         try:
             yield
         finally:
+            _QUIET.reset(token)
             for name, value in before.items():
                 if value is None:
                     os.environ.pop(name, None)

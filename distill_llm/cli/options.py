@@ -10,9 +10,22 @@ import typer
 
 from distill_llm.common.errors import InputError, InputErrors, faults_in, one_of
 from distill_llm.common.finite import NotFinite
+from distill_llm.recipe.recipe import recipe_names
 from distill_llm.recipe.sections import ColumnsSection
 
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")]
+
+def _recipes_beginning(incomplete: str) -> list[str]:
+    """Shipped recipes and YAML files, for the completion of the shell."""
+    files = [str(path) for ending in ("yaml", "yml") for path in Path().glob(f"{incomplete}*.{ending}")]
+    return [name for name in (*recipe_names(), *files) if name.startswith(incomplete)]
+
+
+RecipeName = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.", autocompletion=_recipes_beginning
+    ),
+]
 OutputDir = Annotated[Path | None, typer.Option(help="The run folder; replaces the recipe's output_dir.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a field of the recipe; may be repeated.")

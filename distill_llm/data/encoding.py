@@ -47,7 +47,7 @@ def encode(data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int) 
     identity = [tokenizer_state(tokenizer), task.kind.name, task.text_columns, given, max_length, CACHE_FORMAT]
 
     def encoded(rows: Dataset) -> Dataset:
-        result = _mapped(rows, work, identity, "Tokenizing")
+        result = mapped(rows, work, identity, "Tokenizing")
         if FAULT in result.column_names:
             raise_all(unlearnable(result[FAULT][:]))
             result = result.remove_columns(FAULT)
@@ -63,7 +63,7 @@ def encode(data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int) 
 
     train = encoded(data.train)
     if task.packing:
-        train = _mapped(train, sequence_packer(max_length), ["packing", max_length, CACHE_FORMAT], "Packing")
+        train = mapped(train, sequence_packer(max_length), ["packing", max_length, CACHE_FORMAT], "Packing")
     validation = encoded(data.validation) if data.validation is not None else None
     return TaskData(task, train, validation, encoded(data.test))
 
@@ -80,8 +80,14 @@ def most_tokens(task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int)
         raise InputError("data.max_length", max_length, accepted)
 
 
-def _mapped(rows: Dataset, work: Callable[[Rows], Rows], identity: list, title: str) -> Dataset:
-    """The rows that `work` makes, read from the cache where rows and identity are those of an earlier call."""
+def mapped(rows: Dataset, work: Callable[[Rows], Rows], identity: list, title: str) -> Dataset:
+    """The rows that `work` makes, read from the cache where rows and identity are those of an earlier call.
+
+    Args:
+        work: from columns of rows, and NUMBER, the place of each in the data, to the columns that they become.
+        identity: of all that the work depends on.
+        title: of the progress bar.
+    """
     key = Hasher.hash([rows._fingerprint, *identity])
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "distill_llm"
     folder.mkdir(parents=True, exist_ok=True)

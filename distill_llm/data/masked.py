@@ -1,7 +1,6 @@
 """Rows and batches of masked language modelling: documents packed into rows, tokens hidden."""
 
 import copy
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from distill_llm.data.draws import row_generator
 from distill_llm.data.epochs import Epoch
 from distill_llm.data.padding import LENGTH, Features, PaddingCollator, Rows
 from distill_llm.data.sources import split_documents
@@ -52,9 +52,7 @@ class MaskingCollator(PaddingCollator):
 
     def _masked(self, ids: np.ndarray) -> dict[str, Any]:
         """Masked ids and labels of a row of ids (T,)."""
-        salt = (self.seed % 2**64).to_bytes(16, "little")
-        key = int.from_bytes(hashlib.blake2b(ids.astype("<u4").tobytes(), digest_size=16, salt=salt).digest(), "little")
-        generator = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, self.epoch.number]))
+        generator = row_generator(ids, self.seed, self.epoch.number)
         draw, fate = generator.random((2, len(ids)))
         random = generator.integers(self.vocabulary, size=len(ids))
         draw[np.isin(ids, self.special)] = 2

@@ -111,9 +111,9 @@ def predict(
     Raises:
         NotFinite: the model gave an output that is nan or infinite; minus infinity is a class that it masks.
     """
-    order = _by_length(dataset)
+    order = by_length(dataset)
     found: list[tuple[np.ndarray, np.ndarray]] = []
-    for batch in _batches(model, dataset, order, collator, batch_size, progress):
+    for batch in batches_of(model, dataset, order, collator, batch_size, progress):
         labels = batch.pop("labels").cpu().numpy()
         with torch.inference_mode():
             outputs = task.kind.outputs(model(**forward_inputs(model, batch))).float().cpu()
@@ -139,7 +139,7 @@ def _losses(
     """Loss and perplexity, and the standard error of the loss; None where the rows have no token to predict."""
     batch_loss = BATCH_LOSSES[task.kind.item]
     sums, counts = [], []
-    for batch in _batches(model, dataset, _by_length(dataset), collator, batch_size, progress):
+    for batch in batches_of(model, dataset, by_length(dataset), collator, batch_size, progress):
         with torch.inference_mode():
             row_sums, row_counts = batch_loss(model, batch)
         sums.append(row_sums.numpy())
@@ -170,12 +170,12 @@ BATCH_LOSSES: dict[str, Callable[[PreTrainedModel, dict[str, Tensor]], tuple[Ten
 """(B,) sums of the losses of each row's labelled tokens and (B,) their numbers, by what an output of the model is about."""
 
 
-def _by_length(dataset: Dataset) -> np.ndarray:
+def by_length(dataset: Dataset) -> np.ndarray:
     """Row numbers, longest first: a batch that does not fit in memory fails at once."""
     return np.argsort(-np.asarray(dataset[LENGTH]), kind="stable")
 
 
-def _batches(
+def batches_of(
     model: PreTrainedModel, dataset: Dataset, order: np.ndarray, collator: Collator, batch_size: int, progress: bool
 ) -> Iterator[dict[str, Tensor]]:
     accepted = {*inspect.signature(model.forward).parameters, "labels"}

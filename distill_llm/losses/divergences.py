@@ -33,8 +33,11 @@ class Divergence(NamedTuple):
 
 DIVERGENCES: dict[str, Divergence] = {}
 
-SETTINGS = ("beta", "skew", "alpha")
+SETTINGS = ("beta", "skew", "alpha", "delta")
 """What the parameters of a divergence may be called: the settings that `LogitsLoss` (`losses/terms/logits.py`) has fields for."""
+
+OF_VALUES = ("mse", "huber")
+"""Those that compare logits as they are, and so values of a regression too."""
 
 
 def divergence(top_k: bool = True) -> Callable[[Function], Function]:
@@ -116,9 +119,30 @@ def tvd(student: "Tensor", teacher: "Tensor") -> "Tensor":
 def mse(student: "Tensor", teacher: "Tensor") -> "Tensor":
     """Squared difference of the logits summed over the classes; with the squared temperature it does not depend on it.
 
-    The only one for regression heads (Ba and Caruana, 2014, section 2.2). A class that both mask adds nothing.
+    It and `huber` are for regression heads too (Ba and Caruana, 2014, section 2.2). A class that both mask adds nothing.
     """
     return (student - teacher).masked_fill(student == teacher, 0).square().sum(-1)  # infinities have no difference
+
+
+@divergence(top_k=False)
+def probability_mse(student: "Tensor", teacher: "Tensor") -> "Tensor":
+    """Sum of (p - q)^2 (Ba and Caruana, 2014, section 2.2, of probabilities).
+
+    With the squared temperature, as the temperature grows, it and its gradient tend to those of the squared difference of the
+    logits, each less its mean over the C classes, divided by C^2 (so does cross-entropy: Hinton et al., 2015, section 2.1).
+    """
+    return (teacher.softmax(-1) - student.softmax(-1)).square().sum(-1)
+
+
+@divergence(top_k=False)
+def huber(student: "Tensor", teacher: "Tensor", delta: float = 1.0) -> "Tensor":
+    """Differences of logits, half the square up to `delta`, linear beyond, summed over the classes (Huber, 1964, section 1).
+
+    With a temperature, `delta` is of logits divided by it. A class that both mask adds nothing.
+    """
+    difference = (student - teacher).masked_fill(student == teacher, 0).abs()
+    within = difference.clamp(max=delta)
+    return (within * (difference - within / 2)).sum(-1)
 
 
 @divergence()

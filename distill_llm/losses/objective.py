@@ -144,7 +144,7 @@ class Objective(BaseModel):
 
     @property
     def looks_inside(self) -> tuple[str, ...]:
-        """The terms that read what attention does inside of layers."""
+        """The terms that read what is made inside of layers."""
         return tuple(name for name, term in self.terms().items() if term.looks_inside())
 
     def faults(self, use: Use, field: str = "losses") -> list[InputError]:

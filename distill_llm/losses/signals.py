@@ -14,6 +14,13 @@ from distill_llm.losses.sparse import SparseTargets
 EMBEDDINGS = -1  # the layer before the first: its output is what the first reads
 
 
+class MixedLabels(NamedTuple):
+    """The labels of the examples that a batch's examples are mixed with, (B,), and an example's own share, (B,) in fp32."""
+
+    labels: torch.Tensor
+    share: torch.Tensor
+
+
 class Vectors(NamedTuple):
     """What an attention layer was given: queries (B, N, T, D), and keys and values, which may have fewer heads."""
 
@@ -30,12 +37,14 @@ class Wanted:
         hidden: layers whose output hidden states are wanted; EMBEDDINGS for those that the first layer reads.
         attention: layers whose attention probabilities are wanted, as queries and keys.
         vectors: layers whose queries, keys and values are wanted.
+        neurons: layers whose FFN neurons are wanted, before their activation.
         fields: by kind of signal, the setting that asks for it: what an error names.
     """
 
     hidden: tuple[int, ...] = ()
     attention: tuple[int, ...] = ()
     vectors: tuple[int, ...] = ()
+    neurons: tuple[int, ...] = ()
     fields: Mapping[str, str] = field(default_factory=dict)
 
     def field(self, kind: str) -> str:
@@ -51,12 +60,14 @@ class Signals:
         hidden: by layer, (B, T, H) output hidden states.
         attention: by layer, what attention probabilities were computed from.
         vectors: by layer, queries, keys and values.
+        neurons: by layer, (B, T, N) FFN neurons before their activation.
         logits: (B, C), or (items, V) of a model with an output per token.
     """
 
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
     attention: dict[int, AttentionInputs] = field(default_factory=dict)
     vectors: dict[int, Vectors] = field(default_factory=dict)
+    neurons: dict[int, torch.Tensor] = field(default_factory=dict)
     logits: torch.Tensor = field(kw_only=True)
 
     def soundness(self) -> torch.Tensor:
@@ -65,7 +76,7 @@ class Signals:
         Of a row of logits some may be minus infinity (masked classes).
         """
         tops = [each.amax(-1) for each in self._outputs() if each.numel()]
-        inside = [*self.hidden.values()]
+        inside = [*self.hidden.values(), *self.neurons.values()]
         inside += [each for inputs in self.attention.values() for each in (inputs.query, inputs.key)]
         inside += [each for vectors in self.vectors.values() for each in vectors]
         spans = [end for each in (*tops, *inside) if each.numel() for end in each.aminmax()]
@@ -131,6 +142,7 @@ class Batch:
         step, steps: optimizer steps done, and those of the whole training.
         student: of the training forward; None before it.
         sequences: (B, T) of packed rows, the number of the sequence that each token belongs to; None: a sequence per row.
+        mixed: where examples are mixtures of two.
     """
 
     teacher: Signals | None
@@ -140,6 +152,7 @@ class Batch:
     steps: int = 1
     student: Signals | None = None
     sequences: torch.Tensor | None = None
+    mixed: MixedLabels | None = None
 
     @property
     def own(self) -> Signals:

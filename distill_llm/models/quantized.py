@@ -1,4 +1,4 @@
-"""Loading a teacher, if need be with its weights rounded to 8 or 4 bits."""
+"""Loading a teacher, or a student that learns in adapters, if need be with weights rounded to 8 or 4 bits."""
 
 import importlib.util
 import logging
@@ -21,7 +21,7 @@ def load_teacher(
     device: torch.device | str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A teacher with the head it was saved with, pruned or stock, in evaluation mode.
+    """A model with the head it was saved with, pruned or stock, in evaluation mode: a teacher, or what adapters are put around.
 
     `8bit` is LLM.int8() (Dettmers et al., 2022). `4bit` is NormalFloat with quantised constants (QLoRA, Dettmers et al.,
     2023, section 3). Both are done by bitsandbytes, for all linear layers except the output map.

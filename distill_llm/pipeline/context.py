@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
-from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill_llm.checks.recipe import Opened, encoded_rows
@@ -22,6 +21,11 @@ from distill_llm.evaluation.rules import RECIPE_FIELDS
 from distill_llm.metrics.errors import shown_score
 from distill_llm.models.checkpoint import converted, load_pretrained, name_unnamed
 from distill_llm.models.finding import OpenModel
+from distill_llm.pipeline.augmentation import augmented
+from distill_llm.pipeline.listener import Listener, StageDone
+
+METRICS, PAGE, DISAGREEMENTS = "metrics.json", "report.html", "disagreements.json"
+"""Files that the report stage leaves in the run folder."""
 
 
 class Context:
@@ -29,14 +33,17 @@ class Context:
 
     Args:
         opened: the recipe, and what the checks opened and read for it.
+        listener: is told what the run does, on process 0.
     """
 
-    def __init__(self, opened: Opened):
+    def __init__(self, opened: Opened, listener: Listener | None = None):
+        self.listener = listener or Listener()
         self.opened, self.recipe, self.folder = opened, opened.recipe, Path(opened.recipe.output_dir)
         self.processes = open_processes()
         self.teacher_path = opened.teacher.path
         self.student_dir = self.folder / "student"
-        self.metrics_file, self.report_file = self.folder / "metrics.json", self.folder / "report.md"
+        self.metrics_file, self.report_file = self.folder / METRICS, self.folder / "report.md"
+        self.page_file, self.disagreements_file = self.folder / PAGE, self.folder / DISAGREEMENTS
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -53,6 +60,11 @@ class Context:
     def collator(self) -> Collator:
         """Pads batches of this task."""
         return collator(self.data.task, self.tokenizer, self.recipe.seed)
+
+    @cached_property
+    def lessons(self) -> tuple[Dataset, Collator]:
+        """The rows that a student learns from, and the collator of its batches: augmented where the recipe says so."""
+        return augmented(self.opened, self.data.train, self.collator)
 
     @cached_property
     def teacher_dtype(self) -> torch.dtype:
@@ -117,10 +129,15 @@ class Context:
         """A score after the name of its metric, with its standard error, to print."""
         return f"{self.data.task.main_metric} {shown_score(metrics)}"
 
-    def say(self, text: str) -> None:
-        """Print a line for the user, on process 0."""
+    def say(self, what: Any) -> None:
+        """Tell the user a line or a table, on process 0."""
         if self.processes.is_main_process:
-            Console(soft_wrap=True).print(text, markup=False, highlight=False)
+            self.listener.say(what)
+
+    def done(self, stage: StageDone) -> None:
+        """Tell the user of a finished stage, on process 0."""
+        if self.processes.is_main_process:
+            self.listener.done(stage)
 
 
 def _dtype_of(model: OpenModel) -> torch.dtype:

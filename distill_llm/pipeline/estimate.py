@@ -19,11 +19,11 @@ from distill_llm.pipeline.prices import (
     StageCost,
     checkpointing_in,
     gathered_bytes,
+    held_bytes,
     optimizer_bytes,
     precision_of,
     resident_bytes,
     steps_of,
-    teacher_bytes,
     weight_bytes,
 )
 from distill_llm.pipeline.stages.prune import CALIBRATION_BATCH, CALIBRATION_TOKENS, kept_after
@@ -147,8 +147,14 @@ class Estimate:
         own, devices = without_adapters(step.student), self.devices
         accumulated, shape = step.accumulated, self._shape(fields)
         trace = step.traced(shape)
-        weights, learned = weight_bytes(step.student), weight_bytes(step.student, learned=True)
-        parts = {"weights": weights, "optimizer": learned / 4 * optimizer_bytes(str(fields.get("optim", "adamw")))}
+        weights: float = weight_bytes(step.student)
+        learned = weight_bytes(step.student, learned=True)
+        if own is not step.student and self.recipe.student and self.recipe.student.quantization is not None:
+            weights = held_bytes(own, step.precision or torch.float32, self.recipe.student.quantization)
+        parts: dict[str, float] = {
+            "weights": weights,
+            "optimizer": learned / 4 * optimizer_bytes(str(fields.get("optim", "adamw"))),
+        }
         whole = devices.sharing == "ddp" or devices.count == 1
         if whole:
             accumulating = trace.gradients + trace.ungraded if accumulated > 1 else 0
@@ -160,7 +166,7 @@ class Estimate:
             parts |= {"gradients": learned / devices.count, "gathered": gathered_bytes(own, step.precision)}
             parts["batch"] = trace.activations
         if step.teacher is not None:
-            parts["teacher"] = teacher_bytes(step.teacher, step.teacher_dtype, self.recipe.teacher.quantization)
+            parts["teacher"] = held_bytes(step.teacher, step.teacher_dtype, self.recipe.teacher.quantization)
         micro = steps_of(fields, self.rows.train, shape.rows * accumulated * devices.count) * accumulated
         flops = micro * trace.flops * self.rows.padded / self.rows.longest
         return StageCost(name, parts, flops + self._scored(own).flops)

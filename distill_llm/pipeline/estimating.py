@@ -35,7 +35,7 @@ class Forecast:
         return sum(stage.flops for stage in self.stages) / self.rate
 
 
-def estimate(recipe: Recipe, devices: Devices, tflops: float | None = None) -> Forecast:
+def estimate(recipe: Recipe, devices: Devices, tflops: float | None = None, gpu: bool = True) -> Forecast:
     """Memory of a device and time of every stage of a recipe, with no weight read.
 
     The rows are tokenized as the run would, which keeps them. A training step goes through the run's own code with tensors
@@ -44,6 +44,7 @@ def estimate(recipe: Recipe, devices: Devices, tflops: float | None = None) -> F
 
     Args:
         tflops: 10^12 floating point operations a second that a device reaches in training; None: measured here.
+        gpu: whether the devices are GPUs.
 
     Raises:
         InputError: one line per fault of the recipe, or models too large to measure a rate with.
@@ -52,7 +53,7 @@ def estimate(recipe: Recipe, devices: Devices, tflops: float | None = None) -> F
     fields = recipe.training("final" if recipe.distillation is not None else "teacher")
     rows = Rows.of(encoded_rows(sketch.opened), fields.get("per_device_train_batch_size", 8))
     models = Models(sketch.teacher, sketch.student, sketch.adapted, sketch.opened.teacher.tokenizer)
-    made = Estimate(recipe, models, rows, devices)
+    made = Estimate(recipe, models, rows, devices, gpu)
     stages = tuple(made.stages())
     if tflops is not None:
         return Forecast(stages, tflops * 1e12, "given", rows)

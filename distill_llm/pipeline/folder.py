@@ -60,8 +60,7 @@ class RunFolder:
         usable_output(folder, begun=(RECIPE, STATE, BACKUP))
         recipe, known = yaml.safe_load(recipe_yaml), read_state(folder)
         before = known.recipe if known is not None else _recipe_in(folder)
-        if before is not None:
-            _same_recipe(folder, before, recipe, {*FREE, *own_sections})
+        check_same_recipe(folder, recipe, own_sections)
         own = inputs(known.inputs if known is not None else {}) if inputs and self.processes.is_main_process else {}
         own = from_main_process(own)
         if known is not None:
@@ -70,7 +69,7 @@ class RunFolder:
         if self.processes.is_main_process:
             remove_parts(folder)
             self._begin(known or State(recipe, own), known is None, recipe, before or recipe)
-            _keep_recipe(folder, recipe_yaml)
+            keep_recipe(folder, recipe_yaml)
             found = lost(stages, self.results, self._broken)
         found = from_main_process(found)
         raise_all([InputError("output_dir", str(folder / name), fix=fix) for name, fix in found.faults])
@@ -89,10 +88,14 @@ class RunFolder:
         """Result of every finished stage by its name."""
         return self.state.stages
 
+    def has(self, stage: Stage) -> bool:
+        """Whether a stage is done, so that its result is read."""
+        return stage.name in self.results and stage.name not in self._again
+
     def result(self, stage: Stage) -> Result:
         """The result of a stage: from disk if it is done, else by doing its work and keeping the result."""
         done = self.results
-        if stage.name in done and stage.name not in self._again:
+        if self.has(stage):
             return done[stage.name]
         start = time.monotonic()
         earlier = {each.name: done[each.name] for each in stage.earlier}
@@ -167,12 +170,23 @@ def _recipe_in(folder: Path) -> Mapping[str, Any] | None:
     raise InputError("output_dir", str(folder), fix=f"use another one: its {RECIPE} is damaged, and {STATE} is gone")
 
 
-def _keep_recipe(folder: Path, recipe_yaml: str) -> None:
+def keep_recipe(folder: Path, recipe_yaml: str) -> None:
     """Write `recipe.yaml` where it is another text, or damaged."""
     file, text = folder / RECIPE, recipe_yaml.encode()
     if not file.is_file() or file.read_bytes() != text:
         with written_whole(file) as path:
             path.write_bytes(text)
+
+
+def check_same_recipe(folder: Path, recipe: Mapping[str, Any], own_sections: Collection[str]) -> None:
+    """Check that the run of a folder, if it has begun, was begun with this resolved recipe.
+
+    Raises:
+        InputError: naming what changed.
+    """
+    known = read_state(folder)
+    if (before := known.recipe if known is not None else _recipe_in(folder)) is not None:
+        _same_recipe(folder, before, recipe, {*FREE, *own_sections})
 
 
 def _same_recipe(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any], free: Collection[str]) -> None:
@@ -184,11 +198,13 @@ def _same_recipe(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any], f
 
 
 def _deciding(recipe: Mapping[str, Any], free: Collection[str]) -> dict[str, Any]:
-    """The parts of a recipe that decide the student. Batch sizes do not: one that is too large must not cost a trained run.
-
-    The timed batch does where pruning counts costs for it.
+    """The parts of a recipe that decide the student. Benchmarks do not, and may be added later. Batch sizes do not: one that is
+    too large must not cost a trained run. The timed batch does where pruning counts costs for it.
     """
     params = (recipe.get("pruning") or {}).get("cost", "params") == "params"
-    batches = ("batch_size", "latency") if params else ("batch_size",)
-    evaluation = {name: value for name, value in recipe.get("evaluation", {}).items() if name not in batches}
-    return {**{name: value for name, value in recipe.items() if name not in free}, "evaluation": evaluation}
+    after = ("harness", "batch_size", "latency") if params else ("harness", "batch_size")
+    evaluation = {name: value for name, value in recipe.get("evaluation", {}).items() if name not in after}
+    sections = {name: value for name, value in recipe.items() if name not in free}
+    if sections.get("pruning"):  # where statistics are kept decides nothing: a file of others is not used
+        sections["pruning"] = {name: value for name, value in sections["pruning"].items() if name != "statistics"}
+    return {**sections, "evaluation": evaluation}

@@ -1,6 +1,7 @@
 """What a run is made from: fingerprints of its models and rows, so that a run never goes on with others."""
 
 from collections.abc import Mapping
+from functools import reduce
 from typing import Any
 
 from distill_llm.checks.recipe import Opened
@@ -22,7 +23,7 @@ def inputs_of(opened: Opened, known: Inputs | None = None) -> dict[str, Any]:
     Args:
         known: those of an earlier start, which save reading large files that were not touched since.
     """
-    models: list[OpenModel | None] = [opened.teacher, opened.student]
+    models: list[OpenModel | None] = [opened.teacher, opened.student, opened.masked_lm]
     found: dict[str, Any] = {
         model.field: checkpoint_identity(model.path, model.config, (known or {}).get(model.field))
         for model in models
@@ -45,8 +46,9 @@ def changes(before: Inputs, now: Inputs, recipe: Mapping[str, Any]) -> list[Inpu
     faults = []
     for field in now:
         if words := _words(field, before.get(field), now[field]):
-            section, name = field.split(".")
-            given = recipe[section][name] or recipe[section].get("task")
+            *sections, name = field.split(".")
+            section = reduce(lambda inner, each: inner[each] or {}, sections, recipe)
+            given = section.get(name) or section.get("task")
             fix = f"use another output_dir, or put back what it was where you can: {words} since this run began"
             faults.append(InputError(field, given, fix=fix))
     return faults

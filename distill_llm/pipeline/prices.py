@@ -153,8 +153,8 @@ def _outside_and_largest(model: nn.Module) -> tuple[int, int]:
     return sum(each.numel() for each in own.parameters()) - sum(layers), max(layers, default=0)
 
 
-def teacher_bytes(model: nn.Module, dtype: torch.dtype, quantization: str | None) -> float:
-    """Bytes of a teacher in memory: the weights of its layers take fewer bits where it is quantized."""
+def held_bytes(model: nn.Module, dtype: torch.dtype, quantization: str | None) -> float:
+    """Bytes of a model in memory that is not trained: the weights of its layers take fewer bits where it is quantized."""
     whole = weight_bytes(model, dtype)
     if quantization is None:
         return whole

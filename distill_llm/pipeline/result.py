@@ -1,18 +1,21 @@
 """The numbers of a finished run, for metrics.json."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
+from platform import python_version
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from distill_llm.data.tasks import Task
+from distill_llm.measuring.grid import latency_grid
 from distill_llm.measuring.profiling import Profile, compare
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.report.plans import kept_of
 from distill_llm.report.tables import retention
 
-VERSIONS = ("torch", "transformers", "accelerate", "datasets")
+VERSIONS = ("distill_llm", "torch", "transformers", "accelerate", "datasets")
 
 
 def collect_metrics(
@@ -22,11 +25,11 @@ def collect_metrics(
     student: PreTrainedModel,
     teacher_result: Mapping[str, Any],
     rounds: Sequence[Mapping[str, Any]],
-    seconds: float,
 ) -> dict[str, Any]:
     """Scores, costs of teacher and student measured side by side on this device, and how much of every layer was kept."""
     latency = recipe.evaluation.latency
     measured = compare(student, teacher, latency.batch_size, latency.sequence_length)
+    points = latency_grid(student, teacher, measured) if recipe.report.latency_grid else []
     kept, channels = kept_of(student, teacher)
     last = rounds[-1]
     final = last.get("recovered") or last.get("compensated") or last["pruned"]
@@ -48,11 +51,22 @@ def collect_metrics(
         "speedup_min": measured.speedup_min,
         "speedup_max": measured.speedup_max,
         "latency": latency.model_dump(),
+        "latency_grid": [asdict(point) for point in points],
+        **({"augmented": last["augmented"]} if "augmented" in last else {}),
         "rounds": [dict(row) for row in rounds] if recipe.pruning is not None else [],
         "plan_layers": kept,
         "plan_hidden": channels,
-        "versions": {name: version(name) for name in VERSIONS},
-        "seconds": round(seconds, 1),
+        "seed": recipe.seed,
+        "versions": {"python": python_version(), **{name: version(name) for name in VERSIONS}},
+    }
+
+
+def stage_records(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The time of a run and of each of its stages, and the losses of those that trained (see `loss_history`)."""
+    return {
+        "seconds": round(sum(result["seconds"] for result in results.values()), 1),
+        "stages": {name: result["seconds"] for name, result in results.items()},
+        "history": {name: result["history"] for name, result in results.items() if result.get("history")},
     }
 
 

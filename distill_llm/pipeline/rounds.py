@@ -75,7 +75,7 @@ class Cutter:
         plan, model, compensated, strengths = None, student, False, []
         for number, share in enumerate(cut_shares(self.share(student, teacher), keep, self.section.cuts)):
             statistics = self.calibration.statistics(model, number, None if number else file)
-            chosen = from_main_process(self._plan(model, teacher, statistics, share) if self.is_main else None)
+            chosen = from_main_process(self.plan(model, teacher, statistics, share) if self.is_main else None)
             plan = chosen if plan is None else compose_plans(student, plan, chosen)
             bypasses = self.calibration.bypasses(model, chosen, number)
             folded = self.calibration.with_moments(statistics, model, number) if self.section.folds else None
@@ -127,9 +127,10 @@ class Cutter:
         """The batch (B, T) that costs are counted or measured for (see `budget_batch`)."""
         return budget_batch(self.recipe, kind_of(model) == "next_token")
 
-    def _plan(
+    def plan(
         self, model: PreTrainedModel, teacher: PreTrainedModel, statistics: Statistics, share: float
     ) -> PruningPlan:
+        """What to keep of a model so that `share` of the teacher's cost is left."""
         section, batch = self.section, self.batch(teacher)
         scores = score(statistics, section.criterion, self.recipe.seed, section.layer_criterion)
         if section.cost == "latency":

@@ -17,6 +17,8 @@ from distill_llm.metrics.errors import shown_score
 from distill_llm.pipeline.context import Context
 from distill_llm.pipeline.folder import RunFolder
 from distill_llm.pipeline.inputs import inputs_of
+from distill_llm.pipeline.listener import Listener, StageDone
+from distill_llm.pipeline.sharing import take_teacher
 from distill_llm.pipeline.stages import own_sections, stages_of
 from distill_llm.pipeline.stages.prune import cut_model, models_to_cut, show
 from distill_llm.pruning.cutting.strength import described
@@ -32,12 +34,15 @@ class RunResult:
     report: Path
 
 
-def run(recipe: Recipe | Mapping[str, Any], output_dir: str | Path | None = None) -> RunResult:
+def run(
+    recipe: Recipe | Mapping[str, Any], output_dir: str | Path | None = None, listener: Listener | None = None
+) -> RunResult:
     """Carry out a recipe. Called again after a stop, it continues where it stopped and ends with the same weights.
 
     Args:
         recipe: a `Recipe`, or its plain mapping.
         output_dir: the run folder; default: the recipe's own.
+        listener: is told what the run does; by default that is printed.
 
     Raises:
         InputError: for anything wrong in the recipe, before any work; or where another run is using the folder, a model or rows
@@ -46,8 +51,18 @@ def run(recipe: Recipe | Mapping[str, Any], output_dir: str | Path | None = None
     recipe = recipe if isinstance(recipe, Recipe) else parse_recipe(dict(recipe))
     if output_dir is not None:
         recipe = recipe.model_copy(update={"output_dir": Path(output_dir).expanduser()})
-    context = Context(open_recipe(recipe))
+    return carry_out(Context(open_recipe(recipe), listener))
+
+
+def carry_out(context: Context, donor: Path | None = None) -> RunResult:
+    """Carry out a checked recipe.
+
+    Args:
+        donor: the folder of a run with the same teacher, which is taken over where this run has not begun.
+    """
     with alone_in(context.folder), full_disk_named(context.folder):
+        if donor is not None:
+            take_teacher(context, donor)
         return _run(context)
 
 
@@ -62,9 +77,9 @@ def _run(context: Context) -> RunResult:
     for note in folder.notes:
         context.say(note)
     for stage in stages:
+        before = folder.has(stage)
         result = folder.result(stage)
-        if (parts := stage.line(result)) is not None:
-            context.say(f"{stage.name}: {', '.join(parts)} ({result['seconds']:.0f} s)")
+        context.done(StageDone(stage.name, result, stage.line(result), before))
         stage.tidy()
     return RunResult(json.loads(context.metrics_file.read_text()), context.student_dir, context.report_file)
 
@@ -102,7 +117,7 @@ def _prune(context: Context) -> Path:
     del cut  # two models at a time
     with written_whole(target, folder=True) as folder:
         context.save(student, folder)
-        show(plan, teacher, folder, "plan")
+        context.say(show(plan, teacher, folder, "plan"))
     teacher = context.as_written(teacher)
     before, after = (context.evaluate(model) for model in (teacher, student))
     task, raw = context.data.task, context.opened.data

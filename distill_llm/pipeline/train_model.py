@@ -1,23 +1,28 @@
 """How a stage trains a model: from its last whole checkpoint to a saved folder."""
 
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import EvalPrediction, PreTrainedModel
+from transformers import EvalPrediction, PreTrainedModel, PrinterCallback, ProgressCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from distill_llm.common.files import full_disk_named, written_whole
+from distill_llm.data.augmenting import AugmentingCollator
 from distill_llm.evaluation.evaluate import compute_metrics
 from distill_llm.models.adapters import merged
 from distill_llm.pipeline.checkpoints import MarkComplete, last_complete_checkpoint
 from distill_llm.pipeline.context import Context
 from distill_llm.teachers.base import Teacher
 from distill_llm.training.config import DistillationConfig
+from distill_llm.training.progress import TrainingProgress
 from distill_llm.training.trainer import DistillationTrainer
 
 Fields = Literal["teacher", "recovery", "final"]
 """Which of the recipe's training fields hold (see `Recipe.training`)."""
+MOST_LOGS = 200
+"""Steps whose losses are kept of a training, however often it was logged."""
 
 
 def train_model(
@@ -27,8 +32,13 @@ def train_model(
     target: Path,
     fields: Fields,
     losses: dict[str, Any],
-) -> None:
-    """Train a model, going on from the last whole checkpoint, and save it with its tokenizer to `target`."""
+) -> dict[str, Any]:
+    """Train a model, going on from the last whole checkpoint, and save it with its tokenizer to `target`.
+
+    Returns:
+        For the stage's result: the `history` of the losses (see `loss_history`), and, where rows were changed while they were
+        learnt, how much (`augmented`, see `AugmentedRows.totals`).
+    """
     work = _checkpoints(target)
     args = DistillationConfig(
         output_dir=str(work),
@@ -42,17 +52,21 @@ def train_model(
         task = run.data.task
         return compute_metrics(task, *task.kind.predictions(given.predictions, given.label_ids))
 
+    rows, collator = (run.data.train, run.collator) if fields == "teacher" else run.lessons
     trainer = DistillationTrainer(
         model=model,
         teacher=teacher,
         args=args,
-        train_dataset=run.data.train,
+        train_dataset=rows,
         eval_dataset=run.data.validation,
-        data_collator=run.collator,
+        data_collator=collator,
         processing_class=run.tokenizer,
         compute_metrics=None if run.data.task.is_language_model else metrics,
         callbacks=[MarkComplete()],
     )
+    for theirs in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(theirs)
+    trainer.add_callback(TrainingProgress(f"Training {target.relative_to(run.folder)}"))
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     with full_disk_named(work):
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(work))
@@ -64,6 +78,24 @@ def train_model(
             run.save(merged(trainer.accelerator.unwrap_model(trainer.model)), path, weights)
     trainer.accelerator.free_memory()  # ends DeepSpeed's engine, which nothing else does
     unset_hf_deepspeed_config()  # otherwise every model that is loaded later, by one process even, is divided by ZeRO-3
+    history = {"history": loss_history(trainer.state.log_history)}
+    return history | ({"augmented": trainer.augmented.totals()} if isinstance(collator, AugmentingCollator) else {})
+
+
+def loss_history(log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The losses of a Trainer's log, for the report.
+
+    Args:
+        log: `log_history` of a Trainer's state, which its checkpoints keep too.
+
+    Returns:
+        `steps`, at most MOST_LOGS of them, evenly spread; and by name `losses`, with a number for each of these steps: the `loss`
+        that was minimised, and each term unweighted, as `loss/logits`. None where a term did not count.
+    """
+    rows = [row for row in log if "loss" in row]
+    rows = rows[:: -(-len(rows) // MOST_LOGS) or 1]
+    names = dict.fromkeys(name for row in rows for name in row if name == "loss" or name.startswith("loss/"))
+    return {"steps": [row["step"] for row in rows], "losses": {name: [row.get(name) for row in rows] for name in names}}
 
 
 def remove_checkpoints(run: Context, target: Path) -> None:

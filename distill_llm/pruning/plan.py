@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -61,12 +62,15 @@ class PruningPlan(ModelPlan):
             parts.append(f"{100 * self.kept:.1f}% kept")
         return f"{self.model_type} plan: {', '.join(parts)}" + (f" ({self.note})" if self.note else "")
 
+    def record(self) -> dict[str, Any]:
+        """The plan as plain JSON."""
+        rows = [{"source": row.source, **row.units} for row in self.layers]
+        return {"model_type": self.model_type, "layers": rows, "kept": self.kept, "note": self.note, **self.whole}
+
     def save(self, path: str | os.PathLike) -> None:
         """Write the plan as JSON."""
-        rows = [{"source": row.source, **row.units} for row in self.layers]
-        record = {"model_type": self.model_type, "layers": rows, "kept": self.kept, "note": self.note, **self.whole}
         with written_whole(Path(path)) as file:
-            file.write_text(json.dumps(record) + "\n")
+            file.write_text(json.dumps(self.record()) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "PruningPlan":

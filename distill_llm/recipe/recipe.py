@@ -18,7 +18,9 @@ from distill_llm.recipe.sections import (
     DistillationSection,
     EvaluationSection,
     ExportSection,
+    GallerySection,
     HubSection,
+    ReportSection,
     StudentSection,
     TeacherSection,
     training_fields,
@@ -53,10 +55,14 @@ class Recipe(Section):
         description="TrainingArguments fields that differ in the last recovery; all others are as in distillation, max_steps too",
     )
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="scoring and profiling")
+    report: ReportSection = Field(default_factory=ReportSection, description="what the report shows")
     export: list[ExportSection] = Field(
         default=[], description="formats of other programs to write the student in, into export/ of the run folder"
     )
     hub: HubSection | None = Field(default=None, description="push the student at the end")
+    gallery: GallerySection | None = Field(
+        default=None, exclude=True, description="what `distill-llm recipes` tells; a run does not read it"
+    )
 
     _check_final = field_validator("final")(training_fields)
 
@@ -79,6 +85,9 @@ class Recipe(Section):
                     fix="remove it, or the pruning section: pruning makes the student from the teacher",
                 )
             )
+        if self.student is not None and self.student.quantization is not None and self.student.peft is None:
+            given, fix = self.student.quantization, "add student.peft, or remove it: rounded weights cannot learn"
+            faults.append(InputError("student.quantization", given, fix=fix))
         if self.student is not None and self.distillation is None:
             faults.append(
                 InputError("distillation", None, fix="add a distillation section, or remove the student section")
@@ -139,11 +148,6 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in recipe_folder().glob("*.yaml"))
 
 
-def recipe_descriptions() -> dict[str, str]:
-    """The shipped recipes by name, each with its line of description."""
-    return {name: str(read_yaml(find_recipe(name)).get("description", "")) for name in recipe_names()}
-
-
 def find_recipe(name: str) -> Path:
     """Path of a recipe that is given by path or by the bare name of a shipped one; InputError if there is none."""
     if os.path.isfile(name):
@@ -182,11 +186,16 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     Raises:
         InputError: one line per fault: the field, what was given, what is accepted; for an unknown name, the nearest known one.
     """
+    return parse_recipe(read_recipe(path, overrides))
+
+
+def read_recipe(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """A recipe as a plain mapping that is not checked yet. Arguments: as for `load_recipe`."""
     file = find_recipe(str(path))
     given = {"output_dir": f"runs/{file.stem}", **read_yaml(file)}
     for text in overrides or []:
         override(given, text)
-    return parse_recipe(given)
+    return given
 
 
 def budget_batch(recipe: Recipe, decoder: bool) -> tuple[int, int]:

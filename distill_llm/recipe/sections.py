@@ -18,6 +18,7 @@ from distill_llm.common.errors import raise_all
 from distill_llm.common.validation import faults_of
 from distill_llm.losses.objective import Objective, parse_objective
 from distill_llm.recipe.adapter_fields import check_adapter_fields
+from distill_llm.recipe.augment import AugmentSection
 from distill_llm.recipe.section import Section
 from distill_llm.recipe.training_fields import check_training_fields
 
@@ -75,6 +76,11 @@ class StudentSection(Section):
         default=None,
         min_length=1,
         description="Hub id, folder, GGUF file, or package://PACKAGE/PATH; left out: the pruned teacher",
+    )
+    quantization: Literal["8bit", "4bit"] | None = Field(
+        default=None,
+        description="hold the student's weights in fewer bits while its adapters learn (bitsandbytes, QLoRA); it is saved with"
+        " the adapters merged, in the dtype of its checkpoint",
     )
     peft: dict[str, Any] | None = Field(
         default=None,
@@ -144,6 +150,10 @@ class DataSection(Section):
     drop_incomplete: bool = Field(
         default=False, description="leave out rows that lack a text or a label; otherwise they are an error"
     )
+    augment: AugmentSection | None = Field(
+        default=None,
+        description="how the student's training rows are changed anew in every epoch; left out: not at all",
+    )
 
 
 class DistillationSection(Section):
@@ -182,6 +192,35 @@ class LatencySection(Section):
     sequence_length: int = Field(default=64, ge=1, description="number of tokens in each example")
 
 
+class HarnessSection(Section):
+    """Benchmarks of lm-evaluation-harness (extra `harness`), for decoders; a list of tasks is short for `tasks`."""
+
+    tasks: list[str] = Field(min_length=1, description="names of tasks, groups or tags of the harness")
+    limit: int | None = Field(default=None, ge=1, description="most rows of each task; left out: all")
+    num_fewshot: int | None = Field(
+        default=None, ge=0, description="examples before each question; left out: as many as the task says"
+    )
+    include_path: Path | None = Field(
+        default=None, description="folder with tasks of your own, as YAML files; found before those of the harness"
+    )
+    chat: bool = Field(default=False, description="put questions into the tokenizer's chat template")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tasks_alone(cls, given: Any) -> Any:
+        return {"tasks": [given] if isinstance(given, str) else given} if isinstance(given, str | list) else given
+
+    @field_validator("tasks")
+    @classmethod
+    def _each_once(cls, names: list[str]) -> list[str]:
+        return list(dict.fromkeys(names))
+
+    @field_validator("include_path")
+    @classmethod
+    def _expand_home(cls, folder: Path | None) -> Path | None:
+        return None if folder is None else Path(os.path.expanduser(folder))
+
+
 class EvaluationSection(Section):
     """How models are scored and profiled."""
 
@@ -196,6 +235,9 @@ class EvaluationSection(Section):
     )
     max_new_tokens: int = Field(default=64, ge=1, description="largest number of tokens in a generated response")
     latency: LatencySection = Field(default_factory=LatencySection, description="the batch that is timed")
+    harness: HarnessSection | None = Field(
+        default=None, description="benchmarks that teacher and student are scored on at the end"
+    )
 
 
 class ExportSection(Section):
@@ -208,8 +250,38 @@ class ExportSection(Section):
     )
 
 
+class ReportSection(Section):
+    """What the report shows beside scores and costs. Each costs the report stage about as much time as a scoring."""
+
+    examples: int = Field(
+        default=10,
+        ge=0,
+        le=100,
+        description="number of test rows to show, those on which teacher and student disagree most; 0 shows no rows of the data",
+    )
+    latency_grid: bool = Field(
+        default=True,
+        description="time teacher and student on further batch sizes and lengths, none with more tokens than the batch of"
+        " evaluation.latency, for at most half a minute",
+    )
+
+
 class HubSection(Section):
     """Where to push the student when the run has ended."""
 
     repo_id: str = Field(pattern=r"^[\w.-]+/[\w.-]+$", description="USER_OR_ORGANISATION/NAME")
     private: bool = Field(default=False, description="make a new repository private")
+
+
+class GallerySection(Section):
+    """What `distill-llm recipes --show NAME` tells about a recipe. A run does not read it, and its folder does not keep it."""
+
+    models: Literal["encoder", "llm"] = Field(description="the kind of models that the recipe is for")
+    does: str = Field(min_length=1, description="what the recipe does, in a few sentences")
+    paper: str = Field(default="", description="authors, year, title and section that it follows, with a link")
+    differs: str = Field(default="", description="where the recipe does something else than the paper")
+    cost: str = Field(min_length=1, description="time on what device, and memory")
+    before: list[str] = Field(default=[], description="commands to run first")
+    here: list[str] = Field(default=[], description="settings (NAME=VALUE) of a small run whose result is shown")
+    here_before: list[str] = Field(default=[], description="commands to run before the small run")
+    untried: str = Field(default="", description="why there is no result")

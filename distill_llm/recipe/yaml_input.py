@@ -151,17 +151,35 @@ def read_mapping(text: str | None, field: str) -> dict[str, Any]:
 def override(given: dict[str, Any], text: str) -> None:
     """Set a value in a nested mapping, in place, from `a.b=c` (c is YAML); missing mappings are added."""
     path, equals, value = text.partition("=")
-    names = path.strip().split(".")
-    if not equals or not all(names):
+    if not equals or not all(path.strip().split(".")):
         raise InputError("--set", text, "NAME.NAME=VALUE, for example pruning.keep=0.4")
-    inner = given
+    put(given, path.strip(), _parse(value, f"--set {path}"), ("--set", text))
+
+
+def several(text: str) -> tuple[str, list[Any]]:
+    """The field and its values from `a.b=c,d`; each value is YAML: `pruning.units=[heads],[heads, neurons]` has two."""
+    path, equals, values = text.partition("=")
+    if not equals or not values.strip() or not all(path.strip().split(".")):
+        raise InputError("--over", text, "NAME.NAME=VALUE,VALUE, for example pruning.criterion=fisher,taylor")
+    return path.strip(), _parse(f"[{values}]", f"--over {path}")
+
+
+def put(given: dict[str, Any], path: str, value: Any, source: tuple[str, Any]) -> None:
+    """Set the field `a.b` of a nested mapping, in place; missing mappings are added.
+
+    Args:
+        source: the option that names the field, and what it was given, for the message.
+
+    Raises:
+        InputError: the field would lie inside a value.
+    """
+    names, inner = path.split("."), given
     for depth, name in enumerate(names[:-1]):
         below = inner.get(name)
         if below is None:
             below = inner[name] = {}
         if not isinstance(below, dict):
-            raise InputError(
-                "--set", text, f"a field inside a section ({'.'.join(names[: depth + 1])} is {below!r}, not a section)"
-            )
+            above = ".".join(names[: depth + 1])
+            raise InputError(*source, f"a field inside a section ({above} is {below!r}, not a section)")
         inner = below
-    inner[names[-1]] = _parse(value, f"--set {path}")
+    inner[names[-1]] = value

@@ -21,9 +21,9 @@ from distill_llm.architectures.lineage import lineage_of
 from distill_llm.common.files import written_whole
 from distill_llm.data.glue import GLUE, HUB_ID
 from distill_llm.pruning.plan import PruningPlan
-from distill_llm.report.origins import on_the_hub, origin_of, shown
-from distill_llm.report.report import headline, notes, provenance, short_name, summary
-from distill_llm.report.tables import results_table, rounds_table
+from distill_llm.report.origins import on_the_hub, origin_of, shown_name
+from distill_llm.report.report import HARNESS, headline, notes, provenance, short_name, summary
+from distill_llm.report.tables import harness_table, results_table, rounds_table
 from distill_llm.report.usage import kind_of_student, needs_code, read_config, snippet
 
 NO_PATHS = ("description", "hub")
@@ -53,11 +53,11 @@ def write_card(student_dir: str | Path, metrics: Mapping[str, Any], recipe_yaml:
         InputError: the folder holds no config.json.
     """
     student_dir = Path(student_dir)
-    config, recipe = read_config(student_dir), _shown_recipe(recipe_yaml)
+    config, recipe = read_config(student_dir), shown_recipe(recipe_yaml)
     data = tested_on(metrics, yaml.safe_load(recipe_yaml))
     front = card_data(metrics, config, data).to_yaml()
     card = ModelCard(f"---\n{front}\n---\n\n{_body(student_dir, metrics, recipe)}")
-    told = {**metrics, "teacher_model": shown(str(metrics["teacher_model"]))}
+    told = {**metrics, "teacher_model": shown_name(str(metrics["teacher_model"]))}
     texts = {"metrics.json": json.dumps(told, indent=2) + "\n", "recipe.yaml": recipe} | eval_results(metrics, data)
     for name, text in texts.items():
         (student_dir / name).parent.mkdir(exist_ok=True)
@@ -161,8 +161,9 @@ def _body(student_dir: Path, metrics: Mapping[str, Any], recipe: str) -> str:
         "## Results",
         results_table(metrics).rstrip(),
         notes(metrics),
+        *(["### Benchmarks", harness_table(metrics).rstrip(), HARNESS] if metrics.get("harness") else []),
         "## How it was made",
-        f"Teacher: `{shown(str(metrics['teacher_model']))}`."
+        f"Teacher: `{shown_name(str(metrics['teacher_model']))}`."
         " The licence and the limitations of the teacher and of its data apply.",
         rounds.rstrip(),
         f"<details>\n<summary>The recipe</summary>\n\n```yaml\n{recipe.rstrip()}\n```\n\n</details>",
@@ -171,7 +172,7 @@ def _body(student_dir: Path, metrics: Mapping[str, Any], recipe: str) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _shown_recipe(recipe_yaml: str) -> str:
+def shown_recipe(recipe_yaml: str) -> str:
     """The recipe, its local paths cut to their last parts."""
     recipe = yaml.safe_load(recipe_yaml)
     values = {name: part if name in NO_PATHS else _shown_values(part) for name, part in recipe.items()}
@@ -183,4 +184,4 @@ def _shown_values(part: Any) -> Any:
         return {name: _shown_values(value) for name, value in part.items()}
     if isinstance(part, list):
         return [_shown_values(value) for value in part]
-    return shown(part) if isinstance(part, str) else part
+    return shown_name(part) if isinstance(part, str) else part

@@ -68,7 +68,7 @@ def on_the_hub(model: str) -> bool:
     return True
 
 
-def shown(name: str) -> str:
+def shown_name(name: str) -> str:
     """The name of a model or data set. Of a local path only the last part: the rest means nothing on other machines."""
     known = "://" in name or on_the_hub(name.partition(":")[0])  # after a colon comes the data set's configuration
     return name if known else name.rstrip("/").rsplit("/", 1)[-1]

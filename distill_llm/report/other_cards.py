@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardData
 
-from distill_llm.report.origins import on_the_hub, shown
+from distill_llm.report.origins import on_the_hub, shown_name
 from distill_llm.report.usage import kind_of_student, read_config, snippet
 from distill_llm.responses.folder import ABOUT, KEPT
 from distill_llm.teachers.cache_format import CacheIndex
@@ -28,7 +28,7 @@ def adapter_card(folder: Path, repo_id: str) -> str:
     base = str(json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path") or "")
     data = ModelCardData(library_name="peft", base_model=base if on_the_hub(base) else None, tags=[TAG])
     use = f'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, "{repo_id}")\n'
-    about = f"Adapters for `{shown(base)}`, as `base_model` below."
+    about = f"Adapters for `{shown_name(base)}`, as `base_model` below."
     return _model(data, repo_id, about, f"## Use\n\n```python\n{use}```")
 
 
@@ -60,7 +60,7 @@ def cache_card(index: CacheIndex, repo_id: str) -> str:
 def responses_card(folder: Path, repo_id: str) -> str:
     """The card of responses: who gave how many, and the field of a recipe that reads them."""
     about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    counts, teacher = about.get("counts") or {}, shown(str(about.get("teacher", "")))
+    counts, teacher = about.get("counts") or {}, shown_name(str(about.get("teacher", "")))
     said = f"{counts.get('kept', 0):,} responses of `{teacher}`, made with `distill-llm respond`."
     files = [{"config_name": "default", "data_files": [{"split": "train", "path": KEPT}]}]
     use = f"```yaml\ndata:\n  task: prompts\n  path: {repo_id}\n```"
@@ -70,7 +70,7 @@ def responses_card(folder: Path, repo_id: str) -> str:
 def shown_about(folder: Path) -> str:
     """`responses.json` without the folders that teacher and prompts are in on this machine."""
     about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    names = {name: shown(about[name]) for name in ("teacher", "data") if isinstance(about.get(name), str)}
+    names = {name: shown_name(about[name]) for name in ("teacher", "data") if isinstance(about.get(name), str)}
     return json.dumps({**about, **names}, indent=2, ensure_ascii=False) + "\n"
 
 

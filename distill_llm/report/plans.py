@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 from transformers import PreTrainedModel
@@ -14,38 +15,39 @@ from distill_llm.report.figures import kept_figure
 from distill_llm.report.tables import MISSING, percent
 
 
-def kept_by(plan: PruningPlan, model: PreTrainedModel) -> list[dict[str, int]]:
-    """What a plan keeps of every layer of `model` that stays: `source`, `heads` of `heads_of`, `neurons` of `neurons_of`.
+def kept_by(plan: PruningPlan, model: PreTrainedModel) -> list[dict[str, Any]]:
+    """What a plan keeps of every layer of `model` that stays.
 
-    Where queries share keys and values, heads are KV groups, and `queries` and `queries_of` are added.
+    A row has `source`, `heads` of `heads_of`, their indices `heads_kept`, and `neurons` of `neurons_of`. Where queries share keys
+    and values, heads are KV groups, and `queries` and `queries_of` are added.
     """
     counts = counts_of(model)
-    return _rows([(row.source, row.counts(counts[row.source])) for row in plan.layers], counts)
+    return [_row(row.source, row.counts(counts[row.source]), row.heads, counts) for row in plan.layers]
 
 
-def kept_of(student: PreTrainedModel, teacher: PreTrainedModel) -> tuple[list[dict[str, int]], dict[str, int] | None]:
+def kept_of(student: PreTrainedModel, teacher: PreTrainedModel) -> tuple[list[dict[str, Any]], dict[str, int] | None]:
     """As `kept_by`, but of a student that was pruned from `teacher`, compared with the teacher as it is now.
 
     Returns:
         The rows; and the channels of the residual stream as `kept` and `of`, None if all stay. ([], None) for a student that
         was not pruned.
     """
-    if lineage_of(student) is None or student.config.model_type != teacher.config.model_type:
+    lineage, before = lineage_of(student), lineage_of(teacher)
+    if lineage is None or student.config.model_type != teacher.config.model_type:
         return [], None
     channels = {"kept": hidden_size(student), "of": hidden_size(teacher)}
-    kept = _rows(zip(sources_in(student, teacher), counts_of(student), strict=True), counts_of(teacher))
-    return kept, channels if channels["kept"] < channels["of"] else None
+    counts, rows = counts_of(teacher), []
+    for source, left, layer in zip(sources_in(student, teacher), counts_of(student), lineage.layers, strict=True):
+        heads = layer.heads if before is None else [before.layers[source].heads.index(head) for head in layer.heads]
+        rows.append(_row(source, left, heads, counts))
+    return rows, channels if channels["kept"] < channels["of"] else None
 
 
-def _rows(kept: Iterable[tuple[int, Counts]], counts: Sequence[Counts]) -> list[dict[str, int]]:
-    kinds, found = _kinds(counts), []
-    for source, left in kept:
-        row = {"source": source} | {kind: left[kind] for kind in kinds if kind != "queries"}
-        row |= {f"{kind}_of": counts[source][kind] for kind in kinds if kind != "queries"}
-        if "queries" in kinds:
-            row |= {"queries": left["queries"], "queries_of": counts[source]["queries"]}
-        found.append(row)
-    return found
+def _row(source: int, left: Counts, heads: Iterable[int], counts: Sequence[Counts]) -> dict[str, Any]:
+    row: dict[str, Any] = {"source": source, "heads_kept": list(heads)}
+    for kind in _kinds(counts):
+        row |= {kind: left[kind], f"{kind}_of": counts[source][kind]}
+    return row
 
 
 def _kinds(counts: Sequence[Counts]) -> list[str]:

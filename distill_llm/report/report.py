@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from distill_llm.common.durations import duration
 from distill_llm.common.files import written_whole
 from distill_llm.pruning.cutting.strength import described
 from distill_llm.report.figures import kept_figure, score_figure
@@ -11,7 +12,7 @@ from distill_llm.report.tables import (
     columns,
     count,
     dtype_note,
-    duration,
+    harness_table,
     latency_note,
     percent,
     results_table,
@@ -19,6 +20,8 @@ from distill_llm.report.tables import (
     score_note,
 )
 from distill_llm.report.usage import snippet
+
+HARNESS = "Scored by lm-evaluation-harness; ± is one standard error."
 
 
 def write_report(run_dir: str | Path, metrics: Mapping[str, Any]) -> Path:
@@ -41,11 +44,11 @@ def write_report(run_dir: str | Path, metrics: Mapping[str, Any]) -> Path:
     kept = kept_figure(metrics, figures / "kept.png")
     warnings = [f"> **Warning:** {warning}" for warning in metrics.get("warnings") or []]
     parts = [f"# {headline(metrics)}", *warnings, summary(metrics), results_table(metrics).rstrip(), notes(metrics)]
+    if metrics.get("harness"):
+        parts += ["## Benchmarks", harness_table(metrics).rstrip(), HARNESS]
     if metrics.get("rounds"):
         parts += ["## Rounds", rounds_table(metrics).rstrip()]
-        for number, row in enumerate(metrics["rounds"], 1):
-            parts += [f"Round {number}: {described(record)}." for record in row.get("compensation") or []]
-        parts += [f"{row['note'][0].upper()}{row['note'][1:]}." for row in metrics["rounds"] if row.get("note")]
+        parts += round_notes(metrics)
     if scores:
         parts.append("![Score after every stage of every round](figures/scores.png)")
     if kept:
@@ -55,6 +58,17 @@ def write_report(run_dir: str | Path, metrics: Mapping[str, Any]) -> Path:
     with written_whole(path) as file:
         file.write_text("\n\n".join(part for part in parts if part) + "\n")
     return path
+
+
+def round_notes(metrics: Mapping[str, Any]) -> list[str]:
+    """What the rounds did that their rows in the table do not say."""
+    rounds = metrics.get("rounds") or []
+    said = [
+        f"Round {n}: {described(record)}."
+        for n, row in enumerate(rounds, 1)
+        for record in row.get("compensation") or []
+    ]
+    return said + [f"{row['note'][0].upper()}{row['note'][1:]}." for row in rounds if row.get("note")]
 
 
 def short_name(metrics: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from distill_llm.common.durations import duration
 from distill_llm.metrics.errors import shown_score
 
 MISSING = "–"
@@ -53,7 +54,21 @@ def _stage_score(row: Mapping[str, Any], stage: str) -> str:
     return MISSING if score is None else shown_score(row.get(stage) or {}, score)
 
 
+@dataclass(frozen=True)
+class Cells:
+    """A table: its headings, and the cells of every row, the first of which names the row."""
+
+    head: list[str]
+    body: list[list[str]]
+
+
 def results_table(metrics: Mapping[str, Any]) -> str:
+    """The cells of `results_cells` in Markdown."""
+    cells = results_cells(metrics)
+    return markdown_table(cells.head, cells.body)
+
+
+def results_cells(metrics: Mapping[str, Any]) -> Cells:
     """teacher | pruned | compensated | recovered: score, retention, sizes, FLOPs, memory, latency, speed-up."""
     models, teacher = columns(metrics), metrics["teacher"]
     higher = metrics.get("higher_is_better", True)
@@ -74,14 +89,18 @@ def results_table(metrics: Mapping[str, Any]) -> str:
             body.append([label, *(_with_share(m.costs.get(key), teacher[key], show, m.name) for m in models)])
     if metrics.get("speedup") is not None:
         body.append(["measured speed-up", "1.00x", *[speedup(metrics)] * (len(models) - 1)])
-    return markdown_table(["", *(m.name for m in models)], body)
+    return Cells(["", *(m.name for m in models)], body)
 
 
 def rounds_table(metrics: Mapping[str, Any]) -> str:
-    """A row per round: target, share kept, the three scores, the time of each stage. Empty without rounds."""
+    """The cells of `rounds_cells` in Markdown; empty without rounds."""
+    cells = rounds_cells(metrics)
+    return markdown_table(cells.head, cells.body) if cells.body else ""
+
+
+def rounds_cells(metrics: Mapping[str, Any]) -> Cells:
+    """A row per round: target, share kept, the three scores, the time of each stage."""
     rounds = metrics.get("rounds") or []
-    if not rounds:
-        return ""
     stages = [
         stage
         for stage in ("pruned", "compensated", "recovered")
@@ -93,7 +112,31 @@ def rounds_table(metrics: Mapping[str, Any]) -> str:
         shown = [_stage_score(each, stage) for stage in stages]
         kept = [percent(each.get("keep")), percent(each.get("layer_params_kept"))]
         body.append([str(number), *kept, *shown, seconds or MISSING])
-    return markdown_table(["round", "target", "layer parameters kept", *stages, "time"], body)
+    return Cells(["round", "target", "layer parameters kept", *stages, "time"], body)
+
+
+def harness_table(metrics: Mapping[str, Any]) -> str:
+    """The cells of `harness_cells` in Markdown; empty without benchmarks."""
+    cells = harness_cells(metrics)
+    return markdown_table(cells.head, cells.body) if cells.body else ""
+
+
+def harness_cells(metrics: Mapping[str, Any]) -> Cells:
+    """A row per metric of every benchmark: teacher and student."""
+    rows = metrics.get("harness") or []
+    body = []
+    for row in rows:
+        teacher, student = (row[side]["score"] for side in ("teacher", "student"))
+        kept = (
+            percent(retention(student, teacher, row["higher_is_better"]))
+            if row["higher_is_better"] is not None
+            else MISSING
+        )
+        arrow = " (lower is better)" if row["higher_is_better"] is False else ""
+        shown = [shown_score(row[side]) for side in ("teacher", "student")]
+        shots = MISSING if row["shots"] is None else str(row["shots"])
+        body.append([row["task"], f"{row['metric']}{arrow}", f"{row['rows']:,}", shots, *shown, kept])
+    return Cells(["benchmark", "metric", "rows", "shots", "teacher", "student", "retention"], body)
 
 
 def score_note(metrics: Mapping[str, Any]) -> str:
@@ -165,16 +208,6 @@ def megabytes(number: float) -> str:
 def milliseconds(number: float) -> str:
     """A latency, given in milliseconds."""
     return f"{number:.1f} ms"
-
-
-def duration(seconds: float) -> str:
-    """A stage's time as `42 s`, `3 min 5 s` or `2 h 10 min`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def speedup(metrics: Mapping[str, Any]) -> str:

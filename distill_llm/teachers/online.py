@@ -16,6 +16,7 @@ from distill_llm.models.capture import Recorder
 from distill_llm.models.checkpoint import converted
 from distill_llm.models.inputs import forward_inputs
 from distill_llm.models.item_logits import item_logits, packed
+from distill_llm.models.mixing import mixed_embeddings
 from distill_llm.models.output_head import OutputHead, output_head
 from distill_llm.teachers.base import Teacher
 from distill_llm.teachers.compatibility import shared_classes
@@ -45,7 +46,7 @@ class OnlineTeacher(Teacher):
     @property
     def gives(self) -> Gives:
         """Everything."""
-        return Gives("a model", ("logits", "hidden", "attention", "vectors"))
+        return Gives("a model", ("logits", "hidden", "attention", "vectors", "neurons"), mixtures=True)
 
     @property
     def compact(self) -> bool:  # type: ignore[override]
@@ -84,6 +85,7 @@ class OnlineTeacher(Teacher):
             forward.enter_context(named_outputs(self.model))
             recording = forward.enter_context(self.recorder.recording())
             forward.enter_context(packed(self.model, positions))
+            forward.enter_context(mixed_embeddings(self.model, batch))
             if compact:
                 assert self.head is not None
                 forward.enter_context(self.head.handing_on(received.append))
@@ -95,6 +97,7 @@ class OnlineTeacher(Teacher):
             recording.hidden,
             recording.attention,
             recording.vectors,
+            recording.neurons,
             logits=logits,
             head=self.head.head,
             head_inputs=received[0],

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from distill_llm.data.augmenting.collator import AugmentingCollator
 from distill_llm.data.epochs import Epoch
 from distill_llm.data.masked import MaskingCollator
 from distill_llm.data.padding import Features
@@ -16,8 +17,8 @@ from distill_llm.teachers.base import Teacher
 class TrainingCollator:
     """Makes the batches of a data loader of training, in its workers where it has some.
 
-    Words are masked anew in every epoch (in evaluation they stay the same). A teacher that prefetches adds its columns here,
-    and they travel to the device with the batch.
+    Words are masked, and rows augmented, anew in every epoch (in evaluation they stay the same). A teacher that prefetches
+    adds its columns here, and they travel to the device with the batch.
 
     Args:
         collator: makes a batch of rows.
@@ -27,7 +28,8 @@ class TrainingCollator:
     """
 
     def __init__(self, collator: Any, epoch: Epoch, teacher: Teacher | None, kind: Kind, unlabelled: bool):
-        self.collator = collator.at(epoch) if isinstance(collator, MaskingCollator) else collator
+        self.collator = collator.at(epoch) if isinstance(collator, MaskingCollator | AugmentingCollator) else collator
+        self.columns = getattr(collator, "columns", ())  # that are kept for it
         self.teacher = teacher if teacher is not None and teacher.prefetches else None
         self.kind, self.unlabelled = kind, unlabelled
 

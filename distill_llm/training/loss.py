@@ -16,11 +16,12 @@ from distill_llm.losses.items import aligned_labels, first_rows, targets, valid_
 from distill_llm.losses.labels import label_loss
 from distill_llm.losses.matching import MatchSettings
 from distill_llm.losses.objective import Objective
-from distill_llm.losses.signals import Batch, Signals, check_outputs
+from distill_llm.losses.signals import Batch, MixedLabels, Signals, check_outputs
 from distill_llm.models.adapters import without_adapters
 from distill_llm.models.capture import Recorder
 from distill_llm.models.inputs import forward_inputs, packed_sequences
 from distill_llm.models.item_logits import item_logits, packed
+from distill_llm.models.mixing import mixed_embeddings
 from distill_llm.models.output_head import output_head
 from distill_llm.teachers.base import Teacher
 from distill_llm.training.head_terms import HeadTerms
@@ -100,7 +101,8 @@ class TrainingLoss:
         classes = teacher.meet(student, tokenizer) if teacher else None
         shared = MatchSettings(settings.smoothing, classes, settings.seed, settings.precision)
         self.terms = Terms(objective, student, teacher.model if teacher else None, shared)
-        self.terms.projections.to(device)
+        if device.type != "cpu":  # they were made there; tensors without numbers cannot even be asked to stay
+            self.terms.projections.to(device)
         if teacher is not None:
             teacher.place(device, settings.teacher_dtype or settings.precision, self.terms.wanted("teacher"))
         self.recorder = Recorder(student, self.terms.wanted("student"))
@@ -136,6 +138,8 @@ class TrainingLoss:
         given, sequences = forward_inputs(self.student, inputs), packed_sequences(self.student, inputs)
         signals = self._signals(inputs, step, positions)
         batch = Batch(signals, labels, valid_tokens(inputs), step, steps, sequences=sequences)
+        if "mixed_labels" in inputs:
+            batch = replace(batch, mixed=MixedLabels(inputs["mixed_labels"].flatten(), inputs["mixed_share"]))
         sums: dict[str, torch.Tensor] = {}
         with ExitStack() as forward:
             recording = forward.enter_context(self.recorder.recording())
@@ -144,6 +148,7 @@ class TrainingLoss:
             else:
                 sums = forward.enter_context(self.head_terms.inside(batch, positions, factors))
             forward.enter_context(named_outputs(self.student))
+            forward.enter_context(mixed_embeddings(self.student, inputs))
             outputs = model(**given)
         batch = replace(batch, student=recording.with_logits(item_logits(outputs.logits, positions)))
         if self.teacher is not None:

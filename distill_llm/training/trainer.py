@@ -15,6 +15,7 @@ from distill_llm.architectures.modeling_pruned import CODE_NAMES
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.common.finite import check_weights
 from distill_llm.common.processes import draw_apart
+from distill_llm.data.augmenting.collator import AugmentingCollator
 from distill_llm.data.epochs import Epoch
 from distill_llm.losses.items import count_items
 from distill_llm.losses.objective import Objective, parse_objective
@@ -25,6 +26,7 @@ from distill_llm.models.limits import limits_of
 from distill_llm.teachers.base import Teacher
 from distill_llm.teachers.wrapping import as_teacher
 from distill_llm.training import teacher_state
+from distill_llm.training.augmented import AugmentedRows, check_augmentation
 from distill_llm.training.batches import EpochBegins, TrainingCollator
 from distill_llm.training.checked_trainer import CheckedTrainer
 from distill_llm.training.config import DistillationConfig
@@ -117,6 +119,10 @@ class DistillationTrainer(CheckedTrainer):
             self.responses = StudentResponses(objective.responses, self.data_collator, args.seed)
         self._evaluated = EvaluationLoss(self.accelerator, self.terms.kind)
         self.sums = StepSums(list(objective.terms()), self.accelerator)
+        check_augmentation(self.data_collator, self.teacher, objective)
+        self.augmented = AugmentedRows(self.accelerator)
+        if isinstance(self.data_collator, AugmentingCollator):
+            self.add_callback(self.augmented)
         draw_apart(args.seed)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -154,6 +160,7 @@ class DistillationTrainer(CheckedTrainer):
         for parameter in self.terms.projections.parameters():
             parameter.grad = None
         batches, counts = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.augmented.add(batches)
         step = self.state.global_step
         answered = self.responses is not None and self.responses.chosen(step)
         self.sums.begin([name for name, term in self.terms.terms.items() if not (answered and term.of_data)])
@@ -265,6 +272,7 @@ class DistillationTrainer(CheckedTrainer):
             super()._set_signature_columns_if_needed()
             known: list[str] = self._signature_columns or []
             read = [name for reader in self._readers for name in inspect.signature(reader.forward).parameters]
+            read += getattr(self.data_collator, "columns", ())
             self._signature_columns = list(dict.fromkeys([*known, *read]))  # type: ignore
 
     # What a checkpoint has besides.

@@ -56,6 +56,13 @@ def dense_divergence(
         return 0.5 * (p_ - q).abs().sum(-1)
     if name == "mse":
         return (s - t).square().sum(-1)
+    if name == "probability_mse":
+        return (p_ - q).square().sum(-1)
+    if name == "huber":
+        far = (s - t).abs()
+        return torch.where(
+            far < p.get("delta", 1.0), far**2 / 2, p.get("delta", 1.0) * (far - p.get("delta", 1.0) / 2)
+        ).sum(-1)
     values = []
     assert name == "dkd" and labels is not None
     for row, label in enumerate(labels.tolist()):

@@ -27,6 +27,7 @@ TERMS = {
     "cosine": {"hidden": {"layers": "uniform", "distance": "cosine"}},
     "attention": {"attention": {"layers": "uniform"}},
     "attention_mse": {"attention": {"layers": "last", "distance": "mse"}},
+    "gathered": {name: {"over": "processes"} for name in ("rkd_distance", "rkd_angle", "similarity", "correlation")},
     "all": {
         "labels": {"weight": {"start": 0.3, "end": 0.1, "share": 0.5}},
         "logits": {"weight": 0.7, "divergence": "jsd", "temperature": {"start": 2, "end": 1, "schedule": "cosine"}},

@@ -358,6 +358,23 @@ def test_a_quantized_model_is_not_pruned(folder):
     assert found.startswith(f"teacher.model: got '{folder / 'teacher'}, quantized'; use its full-precision original")
 
 
+def test_a_quantized_student_has_adapters_a_head_of_its_own_and_the_library(folder, monkeypatch):
+    pytest.importorskip("peft")
+    with pytest.raises(InputError, match="student.quantization: got '4bit'; add student.peft, or remove it"):
+        recipe_with(folder, student={"quantization": "4bit"})
+    peft = {"r": 2, "target_modules": "all-linear"}
+    assert faults(recipe_with(folder, student={"quantization": "4bit", "peft": peft})) == []
+    base = write_model(folder / "base", head="base")
+    (found,) = faults(
+        recipe_with(folder, pruning=None, student={"model": str(base), "quantization": "4bit", "peft": peft})
+    )
+    assert found.startswith("student.quantization: got '4bit'; remove it: ") and "new head" in found
+    recipe = recipe_with(folder, student={"quantization": "4bit", "peft": peft})
+    monkeypatch.setattr("distill_llm.models.quantized.importlib.util.find_spec", lambda name: None)
+    (found,) = faults(recipe)
+    assert found.startswith("student.quantization: got '4bit'; install bitsandbytes")
+
+
 def test_paths_may_begin_with_the_home_folder(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
     recipe = recipe_with(folder, teacher__model="~/teacher", data__path="~/rows.csv", output_dir="~/run")

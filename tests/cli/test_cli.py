@@ -22,7 +22,7 @@ from distill_llm.cli.main import app
 from distill_llm.common.errors import InputError, InputErrors
 from distill_llm.common.outputs import usable_output
 from distill_llm.data import DataSpec, load_task
-from distill_llm.recipe.recipe import Recipe, load_recipe, recipe_names
+from distill_llm.recipe.recipe import Recipe, load_recipe, recipe_folder, recipe_names
 
 COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands]
 
@@ -58,7 +58,7 @@ def calls(tmp_path, monkeypatch):
     seen: list = []
     fake = types.ModuleType("distill_llm.pipeline.run")
     result = types.SimpleNamespace(metrics={}, student_dir=Path("student"), report=Path("report.md"))
-    fake.run = lambda recipe, output_dir: open_recipe(recipe) and (seen.append((recipe, output_dir)) or result)
+    fake.run = lambda recipe, output_dir, _: open_recipe(recipe) and (seen.append((recipe, output_dir)) or result)
     fake.prune_recipe = lambda recipe: usable_output(recipe.output_dir) or seen.append(recipe) or Path("pruned")
     monkeypatch.setitem(sys.modules, "distill_llm.pipeline.run", fake)
     monkeypatch.setattr("distill_llm.pipeline.run", fake, raising=False)  # another test may have imported the real one
@@ -147,7 +147,8 @@ def test_run_hands_the_recipe_with_overrides_to_the_pipeline(folder, calls):
     assert isinstance(recipe, Recipe) and recipe.pruning.keep == 0.25
     assert output_dir == recipe.output_dir == Path("elsewhere")
     assert "report.md" in result.stdout
-    assert result.stdout.endswith('from_pretrained("student"): a stock transformers model\n')
+    assert 'from_pretrained("student"): a stock transformers model\n' in result.stdout
+    assert result.stdout.endswith("student: student\n")
 
 
 def test_distill_leaves_pruning_out_and_takes_the_student(folder, calls):
@@ -399,9 +400,23 @@ def test_profile_refuses_a_batch_too_long_for_a_model_before_it_loads_weights(fo
     assert "at most 64, the longest input of short" in line
 
 
-def test_recipes_lists_every_shipped_recipe():
+def test_recipes_lists_every_shipped_recipe_under_the_kind_of_models_that_it_is_for():
     result = call("recipes")
     assert result.exit_code == 0 and all(name in result.stdout for name in recipe_names())
+    titles = ["Encoders", "with training", "Encoders", "without training", "LLMs", "with training", "LLMs", "without"]
+    places = [-1]
+    for title in titles:
+        places.append(result.stdout.index(title, places[-1] + 1))
+    assert places[3] < result.stdout.index("michel_heads") < places[5] < result.stdout.index("qlora") < places[7]
+
+
+def test_recipes_shows_one_with_its_paper_cost_result_and_yaml():
+    shown = call("recipes", "--show", "tinybert").stdout
+    for part in ("Jiao et al. 2020", "**Cost.**", "**Result", "distill-llm run tinybert", "share: 0.875"):
+        assert part in shown
+    assert shown.endswith((recipe_folder() / "tinybert.yaml").read_text() + "\n")
+    (line,) = refused("recipes", "--show", "tinybertt")
+    assert line.startswith("--show: got 'tinybertt'; accepted: 'tinybert'")
 
 
 def test_a_command_ends_the_process_group_that_it_ran_in():

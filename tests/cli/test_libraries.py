@@ -29,7 +29,7 @@ def test_a_command_leaves_the_process_as_it_was(monkeypatch, quiet, error):
     for name in ("TRANSFORMERS_VERBOSITY", "TQDM_DISABLE", "TOKENIZERS_PARALLELISM"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("DATASETS_VERBOSITY", "info")
-    monkeypatch.setattr("distill_llm.cli.lists.recipe_descriptions", lambda: dict.fromkeys(command(), ""))
+    monkeypatch.setattr("distill_llm.cli.lists.entries", command)
     before = state()
     result = CliRunner().invoke(app, [*(["--quiet"] if quiet else []), "recipes"])
     assert result.exception is error

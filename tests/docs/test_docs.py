@@ -20,8 +20,9 @@ def script(name: str):
     return module
 
 
-def test_the_recipe_reference_is_what_the_sections_say() -> None:
-    made = script("recipe_reference")
+@pytest.mark.parametrize("name", ["recipe_reference", "gallery"])
+def test_pages_made_from_the_code_are_up_to_date(name: str) -> None:
+    made = script(name)
     assert made.PAGE.read_text() == made.render(), "run `make docs`"
 
 

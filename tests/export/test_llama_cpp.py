@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from distill_llm.export import export
 
-pytestmark = needs_llama_cpp
+pytestmark = [needs_llama_cpp, pytest.mark.slow]
 LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3_ROPE["original_max_position_embeddings"] = 32
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}

@@ -50,6 +50,8 @@ def plain(divergence, z, t, temperature=1.0, beta=None, skew=0.1, alpha=1.0, lab
         "skew_reverse_kl": lambda: kl(q, (1 - skew) * p + skew * q),
         "tvd": lambda: (p - q).abs().sum(-1) / 2,
         "mse": lambda: ((z - t) / temperature).square().sum(-1),
+        "probability_mse": lambda: (p - q).square().sum(-1),
+        "huber": lambda: torch.nn.functional.huber_loss(z / temperature, t / temperature, reduction="none").sum(-1),
     }[divergence]() * temperature**2
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from builders.heads import chunked
+from torch.nn.functional import huber_loss
 
 from distill_llm.losses.divergences import DIVERGENCES
 from distill_llm.losses.head import Head
@@ -22,6 +23,8 @@ SETTINGS = {
     "skew_reverse_kl": [{}, {"skew": 0.4}, {"top_k": 3}],
     "tvd": [{}, {"top_k": 3}],
     "mse": [{}],
+    "probability_mse": [{}],
+    "huber": [{}, {"delta": 0.5}],
     "dkd": [{}, {"alpha": 0.5, "beta": 2.0}],
 }
 CASES = [(name, settings) for name, several in SETTINGS.items() for settings in several]
@@ -68,6 +71,8 @@ def by_definition(name: str, z: torch.Tensor, t: torch.Tensor, settings: dict, l
             "skew_reverse_kl": lambda: kl(q, (1 - skew) * p + skew * q),
             "tvd": lambda: (p - q).abs().sum(-1) / 2,
             "mse": lambda: ((z - t) / T).square().sum(-1),
+            "probability_mse": lambda: (p - q).square().sum(-1),
+            "huber": lambda: huber_loss(z / T, t / T, reduction="none", delta=settings.get("delta", 1.0)).sum(-1),
         }[name]()
     )
 
@@ -108,7 +113,7 @@ def test_a_head_that_masks_by_its_bias_gives_the_same_in_chunks(name, settings, 
     torch.testing.assert_close(hidden.grad.double(), slope, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in SETTINGS if name not in ("mse", "reverse_kl")])
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name not in ("mse", "huber", "reverse_kl")])
 def test_a_class_that_the_teacher_alone_masks_has_probability_0(name):
     """A logit of -200 in float64 is as good as none: the limit of ever lower logits."""
     z, t = logits(0, 7, CLASSES), logits(1, 7, CLASSES)

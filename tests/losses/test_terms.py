@@ -13,6 +13,10 @@ from distill_llm.losses.terms.term import Gives, Term, Use
 
 KINDS = ("example", "token", "next_token")
 FEW, ALL = Gives("a cached teacher", few=(5, 100), new_text=False), Gives("a cached teacher", new_text=False)
+OF_EXAMPLES = ("rkd_distance", "rkd_angle", "similarity", "correlation", "channels", "flow")
+OF_LAYERS = ("embeddings", "hidden", "attention", "relations", *OF_EXAMPLES, "neurons")
+PROJECTED = ("embeddings", "hidden", "channels", "flow")
+OF_CLASSES = ("smoothing", "ranking", "focal", "own_temperature")
 
 
 @pytest.fixture
@@ -73,17 +77,20 @@ def test_what_each_term_is_averaged_over(mapping, units):
     "use, faulty",
     [
         (Use(), {}),
-        (Use(teacher=ALL), dict.fromkeys(("embeddings", "hidden", "attention", "relations"), "losses.{}: ")),
-        (Use(teacher=FEW), dict.fromkeys(("embeddings", "hidden", "attention", "relations"), "losses.{}: ")),
+        (Use(teacher=ALL), dict.fromkeys(OF_LAYERS, "losses.{}: ")),
+        (Use(teacher=FEW), dict.fromkeys((*OF_LAYERS, *OF_CLASSES), "losses.{}: ")),
         (Use(widths=(8, 16)), {}),
         (Use(widths=(8, 16), sharding="FSDP2"), {}),
         (Use(sharding="DeepSpeed"), {}),
-        (Use(widths=(8, 16), sharding="DeepSpeed"), dict.fromkeys(("embeddings", "hidden"), "losses.{}: ")),
-        (Use(reentrant="kwargs.use_reentrant"), dict.fromkeys(("attention", "relations"), "kwargs.use_reentrant: ")),
+        (Use(widths=(8, 16), sharding="DeepSpeed"), dict.fromkeys(PROJECTED, "losses.{}: ")),
+        (
+            Use(reentrant="kwargs.use_reentrant"),
+            dict.fromkeys(("attention", "relations", "neurons"), "kwargs.use_reentrant: "),
+        ),
         (Use(cut=True, layers=(2, 4)), {}),
-        (Use(cut=False), dict.fromkeys(("hidden", "attention"), "losses.{}.layers: ")),
-        (Use(single_output=True), {"logits": "losses.logits.divergence: "}),
-        (Use(packed="data.packing"), {}),
+        (Use(cut=False), dict.fromkeys(("hidden", "attention", "neurons"), "losses.{}.layers: ")),
+        (Use(single_output=True), {"logits": "losses.logits.divergence: ", **dict.fromkeys(OF_CLASSES, "losses.{}: ")}),
+        (Use(packed="data.packing"), dict.fromkeys(OF_EXAMPLES, "losses.{}: ")),
         (Use(vector_widths=frozenset((16, 24))), {}),
     ],
     ids=str,

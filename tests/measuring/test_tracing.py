@@ -39,7 +39,7 @@ def profiled_peak(work):
     ("head", "terms", "settings"),
     [
         ("sequence-classification", "all", {"dropout": 0.1}),
-        ("masked-lm", "labels", {"checkpointing": True}),
+        pytest.param("masked-lm", "labels", {"checkpointing": True}, marks=pytest.mark.slow),
         pytest.param("causal-lm", "all", {}, marks=pytest.mark.slow),
         ("causal-lm", "logits", {"precision": torch.bfloat16, "teacher_dtype": torch.bfloat16}),
     ],

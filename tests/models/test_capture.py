@@ -64,7 +64,7 @@ def test_causal_grouped_and_sliding_attention_is_seen_too(family):
                 torch.testing.assert_close(found[1, :, : 9 - padding], probabilities[1, :, : 9 - padding])
 
 
-@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.slow), 4])
 def test_the_mask_of_flex_attention_is_a_rule_that_is_followed(monkeypatch, window):
     def uncompiled(query, key, value, score_mod=None, block_mask=None, **settings):
         """The kernel in the place of its compiled form, which takes long to make."""

@@ -1,11 +1,12 @@
 """What a run will take: the bytes of each stage by hand, the table, and what is refused."""
 
+import copy
 import re
 
 import pytest
 import torch
 from builders.recipes import recipe_for, write_model, write_recipe, write_rows
-from builders.trainers import causal_model
+from builders.trainers import causal_model, with_lora
 from typer.testing import CliRunner
 
 from distill_llm.cli.main import app
@@ -115,6 +116,32 @@ def test_accumulated_micro_batches_hold_whole_gradients_beside_the_next_batch(pl
     name = "gradients and batch"
     assert plain.parts[name] < more.parts[name] <= plain.parts[name] + 4 * SMALL
     assert 1.9 < more.flops / plain.flops < 2
+
+
+@pytest.mark.slow
+def test_the_states_of_a_narrower_student_are_projected_on_paper_too():
+    losses = {"labels": {}, "logits": {}, "hidden": {"layers": "last"}}
+    narrow = causal_model(layers=1, hidden_size=24).to("meta")
+    plain = given(distillation={**TRAINING, "losses": losses})
+    projected = Estimate(plain, Models(TEACHER, narrow), ROWS, Devices(1, 10**9))
+    stage = next(each for each in projected.stages() if "recover" in each.name)
+    assert stage.parts["weights"] == 4 * sum(each.numel() for each in narrow.parameters())
+    assert stage.flops > 0
+
+
+@pytest.mark.slow
+def test_the_weights_below_adapters_take_as_many_bytes_as_they_are_quantized_to():
+    pytest.importorskip("peft")
+    student = {"model": "student", "peft": {"r": 2, "target_modules": "all-linear"}}
+    found = []
+    for quantization in ({}, {"quantization": "4bit"}):
+        recipe = given(student={**student, **quantization})
+        models = Models(TEACHER, STUDENT, lambda model: with_lora(copy.deepcopy(model)))
+        stages = Estimate(recipe, models, ROWS, Devices(1, 10**9)).stages()
+        found.append(next(each for each in stages if "recover" in each.name).parts["weights"])
+    layers = sum(each.numel() for each in STUDENT.model.layers.parameters())
+    adapters = sum(p.numel() for p in with_lora(copy.deepcopy(STUDENT)).parameters()) - SMALL
+    assert found[0] - found[1] == (4 - 0.5) * (layers + adapters)
 
 
 @pytest.mark.slow

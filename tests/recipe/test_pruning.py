@@ -160,7 +160,7 @@ def removed(model, plan) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("criterion", ["fisher", "taylor", "leave_one_out"])
+@pytest.mark.parametrize("criterion", ["fisher", pytest.param("taylor", marks=pytest.mark.slow), "leave_one_out"])
 def test_every_combination_that_passes_is_planned_within_its_budget_and_ignores_no_unit(tmp_path, scored, criterion):
     model, statistics = scored
     scores, planned, given = score(statistics, criterion), 0, {"keep": 0.5, "criterion": criterion}

@@ -17,7 +17,6 @@ from distill_llm.common.errors import InputError, faults_in
 from distill_llm.recipe.recipe import (
     load_recipe,
     parse_recipe,
-    recipe_descriptions,
     recipe_folder,
     recipe_names,
 )
@@ -312,7 +311,10 @@ def test_shipped_recipes_load_are_scripts_and_describe_themselves(name):
     file = recipe_folder() / f"{name}.yaml"
     recipe = load_recipe(name)
     assert recipe.output_dir == Path("runs") / name
-    assert recipe_descriptions()[name] == recipe.description != ""
+    assert recipe.description != "" and recipe.gallery is not None
+    assert "gallery" not in recipe.to_yaml()  # it may change while a run goes on
+    small = load_recipe(name, recipe.gallery.here)
+    assert recipe.gallery.here == [] or small != recipe
     assert file.read_text().startswith("#!/usr/bin/env -S distill-llm run\n")
     assert os.access(file, os.X_OK)
 

@@ -73,7 +73,7 @@ def test_the_picture_has_a_panel_for_every_kind_of_unit(tmp_path, family, monkey
     model, drawn = family_model(family), []
     plan = uneven_plan(model, hidden=True, queries=True)
     assert imread(plan_figure(plan, model, tmp_path / "plan.png")).shape[0] > 300
-    monkeypatch.setattr("distill_llm.report.figures._save", lambda figure, path: drawn.append(figure) or path)
+    monkeypatch.setattr("distill_llm.report.figures.save", lambda figure, path: drawn.append(figure) or path)
     plan_figure(plan, model, tmp_path / "x.png")
     (figure,) = drawn
     panels = {axes.get_title(loc="left").split(":")[0]: axes for axes in figure.axes}

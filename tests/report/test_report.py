@@ -72,7 +72,7 @@ def test_score_figure_has_a_mark_for_every_score_and_the_teachers_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = []
-    monkeypatch.setattr("distill_llm.report.figures._save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr("distill_llm.report.figures.save", lambda figure, path: drawn.append(figure))
     score_figure(metrics(), tmp_path / "x.png")
     axes = drawn[0].axes[0]
     marks = {c.get_label(): [y for _, y in c.get_offsets().tolist()] for c in axes.collections}
@@ -84,7 +84,7 @@ def test_kept_figure_draws_kept_over_original_with_an_empty_bar_for_a_removed_la
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = []
-    monkeypatch.setattr("distill_llm.report.figures._save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr("distill_llm.report.figures.save", lambda figure, path: drawn.append(figure))
     given = metrics()
     given["teacher"]["layers"] = 4
     kept_figure(given, tmp_path / "x.png")

@@ -39,7 +39,7 @@ def divergence(student, teacher, data):
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
 
 
-@pytest.mark.parametrize("method, close", [("topk", 0.01), ("sampled", 0.05)])
+@pytest.mark.parametrize("method, close", [("topk", 0.01), pytest.param("sampled", 0.05, marks=pytest.mark.slow)])
 def test_fifty_tokens_an_item_teach_as_the_teacher_does(tmp_path, method, close):
     teacher, student = sharp("causal-lm", vocab_size=300), causal_model(layers=2, seed=1, vocab_size=300)
     data = rows(teacher, count=16)
@@ -55,7 +55,7 @@ def test_fifty_tokens_an_item_teach_as_the_teacher_does(tmp_path, method, close)
     assert logs[1] == pytest.approx(logs[0], rel=0.01)
 
 
-@pytest.mark.parametrize("head", ["masked-lm", "causal-lm"])
+@pytest.mark.parametrize("head", [pytest.param("masked-lm", marks=pytest.mark.slow), "causal-lm"])
 def test_chunks_accumulation_and_order_do_not_change_what_a_cache_teaches(tmp_path, monkeypatch, head):
     teacher, student = sharp(head), model_of(head, layers=2, seed=1)
     data = rows(teacher)

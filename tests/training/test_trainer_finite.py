@@ -139,6 +139,7 @@ def test_a_class_that_both_mask_is_trained_around_and_saved(tmp_path):
     assert all(math.isfinite(value) for log in trainer.state.log_history for value in log.values())
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("clip", [0.0, 1.0])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_skipped_step_is_as_if_its_rows_had_not_been_there(tmp_path, clip, value):

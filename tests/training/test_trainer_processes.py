@@ -10,6 +10,7 @@ from builders.processes import run_script
 FEW = [("causal-lm", 16, ["all"]), ("dropout", 0, ["0.1"]), ("skips", 0, ["5"])]
 MANY = [
     ("sequence-classification", 32, ["labels", "logits", "all"]),
+    ("sequence-classification", 16, ["gathered"]),
     ("masked-lm", 24, ["labels", "hidden", "all", "labels on one rank"]),
     ("causal-lm", 16, ["labels", "labels on one rank", "logits tied", "both tied strict", "both cached", "both lora"]),
     ("answers", 0, ["1.0", "0.5"]),

@@ -59,7 +59,9 @@ def waits_of(steps, folder, monkeypatch, head, losses):
     return mode.found
 
 
-@pytest.mark.parametrize("head", ["sequence-classification", "masked-lm", "causal-lm"])
+@pytest.mark.parametrize(
+    "head", ["sequence-classification", pytest.param("masked-lm", marks=pytest.mark.slow), "causal-lm"]
+)
 def test_a_step_of_two_micro_batches_waits_once_and_for_the_tokens_of_a_head_per_token(tmp_path, monkeypatch, head):
     losses = TERMS["all"]
     few, many = (waits_of(steps, tmp_path, monkeypatch, head, losses) for steps in (2, 6))

@@ -4,4 +4,22 @@ A new term is a file beside these and its name in BUILT_IN; outside of the packa
 objective is read (docs/development/add-a-loss.md).
 """
 
-BUILT_IN = ("labels", "logits", "embeddings", "hidden", "attention", "relations")
+BUILT_IN = (
+    "labels",
+    "smoothing",
+    "logits",
+    "ranking",
+    "focal",
+    "own_temperature",
+    "embeddings",
+    "hidden",
+    "rkd_distance",
+    "rkd_angle",
+    "similarity",
+    "correlation",
+    "channels",
+    "flow",
+    "attention",
+    "relations",
+    "neurons",
+)

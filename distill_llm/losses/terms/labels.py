@@ -27,10 +27,14 @@ class LabelsLoss(Term):
         return "labels"
 
     def sum(self, batch: "Batch", match: "Match", pairs: "list[LayerPair]") -> "Tensor":
-        """The sum over labelled items (see `label_loss`)."""
+        """The sum over labelled items (see `label_loss`); of a mixture of two, of both labels in their shares."""
         from distill_llm.losses.labels import label_loss
 
-        return label_loss(batch.own.logits, batch.needed_labels("losses.labels"), match.smoothing).sum()
+        losses = label_loss(batch.own.logits, batch.needed_labels("losses.labels"), match.smoothing)
+        if batch.mixed is not None:
+            others = label_loss(batch.own.logits, batch.mixed.labels, match.smoothing)
+            losses = losses.lerp(others, 1 - batch.mixed.share)
+        return losses.sum()
 
     def in_head(self, batch: "Batch", match: "Match", factor: "Tensor") -> "Part":
         """The same over the student's whole vocabulary, a block of items at a time."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import BeforeValidator, Field, model_validator
 
 from distill_llm.common.errors import InputError
-from distill_llm.losses.divergences import DIVERGENCES
+from distill_llm.losses.divergences import DIVERGENCES, OF_VALUES
 from distill_llm.losses.registry import NameIn
 from distill_llm.losses.schedules import Temperature, value_at
 from distill_llm.losses.terms.outputs import head_part
@@ -45,6 +45,12 @@ class LogitsLoss(Term):
     alpha: float | None = Field(
         default=None, ge=0, allow_inf_nan=False, description="Setting α of dkd: weight of the true class's part."
     )
+    delta: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Setting of huber: the difference at which the square ends.",
+    )
     top_k: int | None = Field(
         default=None, ge=1, description="Compare the teacher's k likeliest classes, and all others as one class."
     )
@@ -79,8 +85,12 @@ class LogitsLoss(Term):
     def faults(self, use: Use) -> Iterator[InputError]:
         """A single output has no probabilities; a few tokens of each item allow one divergence only."""
         yield from super().faults(use)
-        if use.single_output and self.divergence != "mse":
-            yield InputError("divergence", self.divergence, "mse, where outputs are no probabilities (a regression)")
+        if use.mixed and self.needs_labels:
+            fix = f"choose another one: {self.divergence} needs one label, and {use.mixed} mixes examples of two"
+            yield InputError("divergence", self.divergence, fix=fix)
+        if use.single_output and self.divergence not in OF_VALUES:
+            accepted = f"{' or '.join(OF_VALUES)}, where outputs are no probabilities (a regression)"
+            yield InputError("divergence", self.divergence, accepted)
         if use.teacher is None or use.teacher.few is None:
             return
         k, classes = use.teacher.few

@@ -1,9 +1,11 @@
 """A term that compares the two models' outputs item by item."""
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
-from distill_llm.losses.terms.term import Signal, Term
+from distill_llm.common.errors import InputError
+from distill_llm.losses.terms.term import Signal, Term, Use
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +41,22 @@ class OutputTerm(Term):
         from distill_llm.losses.head_parts import Comparison
 
         return head_part(Comparison(self._values, classes=match.classes), batch, factor)
+
+
+class ClassTerm(OutputTerm):
+    """Base of terms about classes: a single output, the value of a regression, has none."""
+
+    def faults(self, use: Use) -> Iterator[InputError]:
+        """A single output has no classes to compare."""
+        yield from super().faults(use)
+        yield from class_faults(use)
+
+
+def class_faults(use: Use) -> Iterator[InputError]:
+    """The fault of outputs that are no classes."""
+    if use.single_output:
+        fix = "remove it: a regression has no classes; logits with divergence mse or huber compares its values"
+        yield InputError("", "a single output", fix=fix)
 
 
 def head_part(how: "Comparison", batch: "Batch", factor: "Tensor", labels: "Tensor | None" = None) -> "Part":

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from distill_llm.losses.matching import Match
     from distill_llm.losses.signals import Batch
 
-Signal = Literal["logits", "hidden", "attention", "vectors"]
-INSIDE: tuple[Signal, ...] = ("attention", "vectors")
-"""Signals that are made inside of layers, by their attention."""
+Signal = Literal["logits", "hidden", "attention", "vectors", "neurons"]
+INSIDE: tuple[Signal, ...] = ("attention", "vectors", "neurons")
+"""Signals that are made inside of layers."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,14 @@ class Gives:
         signals: the kinds of signals that it has; `logits` stands for any form of outputs.
         few: (k, classes) of a teacher that knows at most k classes of each item; None: all classes.
         new_text: whether it has signals of text that is in no dataset, such as the student's own answers.
+        mixtures: whether it has signals of examples whose embeddings are mixed.
     """
 
     name: str
     signals: tuple[Signal, ...] = ("logits",)
     few: tuple[int, int] | None = None
     new_text: bool = True
+    mixtures: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Use:
         head_size: channels of a head, where pruning chooses how many heads stay.
         kind: what an output of the student is about.
         packed: the field whose rows hold several sequences.
+        mixed: the field by which examples are mixtures of two.
     """
 
     teacher: Gives | None = None
@@ -75,6 +78,7 @@ class Use:
     head_size: int | None = None
     kind: Kind | None = None
     packed: str | None = None
+    mixed: str | None = None
 
 
 class Term(BaseModel):
@@ -142,7 +146,7 @@ class Term(BaseModel):
 
     @classmethod
     def looks_inside(cls) -> bool:
-        """Whether it reads what attention does inside of layers."""
+        """Whether it reads what is made inside of layers."""
         return not set(INSIDE).isdisjoint(cls.signals)
 
     def _beyond(self, teacher: Gives) -> Iterator[InputError]:

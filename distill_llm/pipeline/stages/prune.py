@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
+from rich.table import Table
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
@@ -79,7 +79,7 @@ class Prune(Stage):
         cut = cut_model(run, student, teacher, target, own or self._folder / "statistics.safetensors")
         if not run.processes.is_main_process:
             return {}
-        show(cut.plan, student, self._folder, f"round {number}")
+        run.say(show(cut.plan, student, self._folder, f"round {number}"))
         with written_whole(self.model, folder=True) as path:
             run.save(cut.model, path)
         plan, compensated = cut.plan, cut.compensated
@@ -164,14 +164,14 @@ def calibration(run: Context, examples: int, cut: int = 0) -> DataLoader:
     return DataLoader(rows, batch_size=batch_size, collate_fn=run.collator)  # type: ignore[arg-type]
 
 
-def show(plan: PruningPlan, model: PreTrainedModel, folder: Path, title: str) -> None:
-    """Save a plan and its picture in a folder, and print its table."""
+def show(plan: PruningPlan, model: PreTrainedModel, folder: Path, title: str) -> Table:
+    """Save a plan and its picture in a folder, and return its table."""
     from distill_llm.report.plans import plan_figure, plan_table
 
     folder.mkdir(parents=True, exist_ok=True)
     plan.save(folder / "plan.json")
     plan_figure(plan, model, folder / "plan.png")
-    Console().print(plan_table(plan, model, title))
+    return plan_table(plan, model, title)
 
 
 def kept_after(keep: float, number: int, rounds: int, schedule: str) -> float:

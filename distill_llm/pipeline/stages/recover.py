@@ -13,14 +13,19 @@ from distill_llm.models.checkpoint import load_for_task, load_pretrained
 from distill_llm.models.configs import open_config
 from distill_llm.models.quantized import load_teacher
 from distill_llm.pipeline.context import Context
+from distill_llm.pipeline.prices import precision_of
 from distill_llm.pipeline.stage import Result, Stage
 from distill_llm.pipeline.train_model import Fields, remove_checkpoints, train_model
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.teachers.base import Teacher
+from distill_llm.training.augmented import shown
 
 
 class Recover(Stage):
-    """Leaves `round-N/student`, in fp32. The last round trains with the fields of `final`."""
+    """Leaves `round-N/student`, in fp32; one that was quantized, in the precision of the training.
+
+    The last round trains with the fields of `final`.
+    """
 
     together = True
     trained = True
@@ -57,31 +62,38 @@ class Recover(Stage):
         assert section is not None and teacher is not None
         rounds = run.recipe.pruning.rounds if run.recipe.pruning else 1
         fields: Fields = "final" if self.round == rounds else "recovery"
-        train_model(  # no name here holds the models, so that they go when it returns
+        trained = train_model(  # no name here holds the models, so that they go when it returns
             run,
-            with_adapters(run.recipe, self._student(teacher)),
+            with_adapters(run.recipe, self._student(teacher, fields)),
             recovery_teacher(run, teacher, fields) if section.losses.needs_teacher else None,
             self.model,
             fields,
             section.losses.model_dump(mode="json", exclude_none=True),
         )
-        return run.scored(self.model, run.student_dtype)
+        return {**run.scored(self.model, run.student_dtype), **trained}
 
     def tidy(self) -> None:
         """Remove the checkpoints of the training."""
         remove_checkpoints(self.run, self.model)
 
     def line(self, result: Result) -> list[str]:
-        """Its score."""
-        return [self.run.named(result["metrics"])]
+        """Its score, and how much of the rows was changed."""
+        changed = [shown(result["augmented"])] if "augmented" in result else []
+        return [self.run.named(result["metrics"]), *changed]
 
     def row(self, result: Result) -> dict[str, Any]:
-        """The metrics after recovery."""
-        return {"score_recovered": result["score"], "recovered": result["metrics"]}
+        """The metrics after recovery, and how much of the rows was changed."""
+        changed = {"augmented": result["augmented"]} if "augmented" in result else {}
+        return {"score_recovered": result["score"], "recovered": result["metrics"], **changed}
 
-    def _student(self, teacher: Path | str) -> PreTrainedModel:
+    def _student(self, teacher: Path | str, fields: Fields) -> PreTrainedModel:
         """The pruned student of a folder, or the one that was given, with a head for the task."""
         recipe, opened, path = self.run.recipe, self.run.opened, self.student.model
+        if recipe.student is not None and recipe.student.quantization is not None:
+            base = opened.student.path if opened.student else path
+            assert base is not None
+            dtype = precision_of(recipe.training(fields)) or torch.float32
+            return load_teacher(base, recipe.student.quantization, dtype, self.run.processes.device)
         if recipe.pruning is not None:
             assert path is not None
             return load_pretrained(path, dtype=torch.float32)
@@ -94,14 +106,13 @@ class Recover(Stage):
 
 def recovery_teacher(run: Context, path: Path | str, fields: Fields) -> PreTrainedModel | Teacher:
     """What the student learns from: the teacher, the teacher with quantized weights, or its cached outputs."""
-    section, training = run.recipe.teacher, run.recipe.training(fields)
-    precision = "bfloat16" if training.get("bf16") else "float16" if training.get("fp16") else None
+    section, precision = run.recipe.teacher, precision_of(run.recipe.training(fields))
     if section.cache is not None:
         cache = check_cached_weights(run.opened)
         assert cache is not None
         return cache
     if section.quantization is None:
-        dtype = getattr(torch, section.dtype or precision or "float32")
+        dtype = getattr(torch, section.dtype) if section.dtype else precision or torch.float32
         return load_pretrained(path, section.trust_remote_code, dtype=dtype)
     dtype = getattr(torch, section.dtype or "bfloat16")
     return load_teacher(path, section.quantization, dtype, run.processes.device, section.trust_remote_code)

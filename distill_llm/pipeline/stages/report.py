@@ -2,18 +2,32 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
+from distill_llm.checks.evaluate import benchmarks_of
 from distill_llm.common.files import written_whole
-from distill_llm.pipeline.result import collect_metrics
+from distill_llm.evaluation.disagreements import find_disagreements
+from distill_llm.evaluation.harness import run_benchmarks, side_by_side
+from distill_llm.pipeline.result import collect_metrics, stage_records
 from distill_llm.pipeline.stage import Result, Stage
+
+LONGEST_TEXT = 400
+"""Characters of a row that are kept to be shown."""
 
 
 class Report(Stage):
-    """Leaves `student/` in the dtype of the student's checkpoint, `metrics.json`, `report.md` and `figures/`."""
+    """Leaves `student/` in the dtype of the student's checkpoint, `metrics.json`, and the report in three forms.
+
+    These are `report.html`, and `report.md` with `figures/`. Rows of the data that are shown are in `disagreements.json`, not in
+    `metrics.json`: that one is pushed with the student.
+    """
 
     name = "report"
+    sections = ("report",)
 
     @property
     def inputs(self) -> tuple[Stage, ...]:
@@ -30,34 +44,38 @@ class Report(Stage):
         """The files of a finished run."""
         run = self.run
         figures = (run.folder / "figures",) if run.recipe.pruning is not None else ()
-        return run.student_dir, run.metrics_file, run.report_file, *figures
+        return run.student_dir, run.metrics_file, run.report_file, run.page_file, run.disagreements_file, *figures
 
     def identity(self, recipe: Mapping[str, Any]) -> Any:
-        """How the student is scored and timed."""
-        return recipe.get("evaluation")
+        """How the student is scored and timed, and what is shown."""
+        return recipe.get("evaluation"), recipe.get("report")
 
     def work(self, results: Mapping[str, Result]) -> dict[str, Any]:
         """Save the student, measure it beside its teacher, and write what is known of both."""
-        from distill_llm.report import write_card, write_report
+        from distill_llm.report import write_card, write_page, write_report
         from distill_llm.report.tables import percent
 
-        run, teacher, path = self.run, self.teacher, self.student.model
-        assert teacher.model is not None and path is not None
+        run, path = self.run, self.student.model
+        assert self.teacher.model is not None and path is not None
         student = run.load(path, run.student_dtype)
         with written_whole(run.student_dir, folder=True) as folder:
             run.save(student, folder)
-        metrics = collect_metrics(
-            run.recipe,
-            run.data.task,
-            run.load(teacher.model, run.teacher_dtype),
-            student,
-            results[teacher.name],
-            self._rounds(results),
-            sum(result["seconds"] for result in results.values()),
-        )
-        with written_whole(run.metrics_file) as file:
-            file.write_text(json.dumps(metrics, indent=2) + "\n")
+        teacher = run.load(self.teacher.model, run.teacher_dtype)
+        rounds = self._rounds(results)
+        metrics = collect_metrics(run.recipe, run.data.task, teacher, student, results[self.teacher.name], rounds)
+        metrics |= stage_records(results)
+        if (benchmarks := benchmarks_of(run.recipe)) is not None:
+            scores = (
+                run_benchmarks(model, run.tokenizer, benchmarks, run.recipe.evaluation.batch_size)
+                for model in (teacher, student)
+            )
+            metrics["harness"] = side_by_side(*scores)
+        shown = self._disagreements(teacher, student)
+        for file, content in ((run.metrics_file, metrics), (run.disagreements_file, shown)):
+            with written_whole(file) as target:
+                target.write_text(json.dumps(content, indent=2) + "\n")
         write_report(run.folder, metrics)
+        write_page(run.folder, metrics, shown, run.recipe.to_yaml())
         write_card(run.student_dir, metrics, run.recipe.to_yaml())
         kept = f"{percent(metrics['layer_params_kept'])} of the layers' parameters"
         speed = f"speed-up {metrics['speedup']:.2f}x on {metrics['device']}"
@@ -72,3 +90,24 @@ class Report(Stage):
                 row |= stage.row(results[stage.name])
                 row["seconds"][stage.kind] = results[stage.name]["seconds"]
         return list(rows.values())
+
+    def _disagreements(self, teacher: PreTrainedModel, student: PreTrainedModel) -> dict[str, Any]:
+        """The rows on which the student is farthest from its teacher, with their texts; empty where none are to be shown."""
+        run, count = self.run, self.run.recipe.report.examples
+        if not count:
+            return {}
+        data, size = run.data, run.recipe.evaluation.batch_size
+        found = find_disagreements(teacher, student, data.test, data.task, run.collator, count=count, batch_size=size)
+        return {
+            **asdict(found),
+            "examples": [{"text": self._text(each.row), **asdict(each)} for each in found.examples],
+        }
+
+    def _text(self, row: int) -> str:
+        """A test row as the data have it; where rows were joined, cut or left out, as the models read it."""
+        raw, encoded, columns = self.run.opened.data.test, self.run.data.test, self.run.data.task.text_columns
+        texts = [raw[row][name] for name in columns] if len(raw) == len(encoded) else [None]
+        if self.run.data.task.kind.joins_documents or not all(isinstance(text, str) for text in texts):
+            texts = [self.run.tokenizer.decode(encoded[row]["input_ids"], skip_special_tokens=True)]
+        text = "\n".join(map(str, texts))
+        return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}…"

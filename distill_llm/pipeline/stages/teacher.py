@@ -32,10 +32,11 @@ class Teacher(Stage):
     def work(self, results: Mapping[str, Result]) -> dict[str, Any]:
         """Fine-tune and score."""
         run = self.run
+        trained: dict[str, Any] = {}
         if self.outputs:
             set_seed(run.recipe.seed)
             config = run.opened.teacher.config
-            train_model(
+            trained = train_model(
                 run,
                 load_for_task(
                     run.teacher_path,
@@ -53,7 +54,8 @@ class Teacher(Stage):
             return {}
         task, raw = run.data.task, run.opened.data
         naive = baselines(task, raw.train, raw.test)
-        return {**result, "baselines": naive, "warning": no_better(task, result["metrics"], naive)}
+        warning = no_better(task, result["metrics"], naive)
+        return {**result, "baselines": naive, "warning": warning, **trained}
 
     def tidy(self) -> None:
         """Remove the checkpoints of the training."""

@@ -47,7 +47,12 @@ class FakeClock:
         return whole / 1e3, other / whole
 
 
-@pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "falcon-multi-query"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "family", ["bert", pytest.param("llama", marks=SLOW), pytest.param("gpt2", marks=SLOW), "falcon-multi-query"]
+)
 def test_costs_of_units_come_back_from_times_that_follow_a_straight_line(tmp_path, family):
     model = family_model(family)
     costs = latency_costs(model, **BATCH, clock=FakeClock(), cache_dir=tmp_path)

@@ -359,9 +359,9 @@ def test_units_without_scores_are_refused():
     ("keep", "units", "options"),
     [
         (0.5, ("layers", "heads", "neurons"), {"uniform": True}),
-        (0.6, ("layers", "neurons"), {"uniform": True, "round_to": 4}),
+        pytest.param(0.6, ("layers", "neurons"), {"uniform": True, "round_to": 4}, marks=pytest.mark.slow),
         (0.5, ("layers", "heads", "neurons", "hidden"), {"uniform": True}),
-        (0.5, ("layers", "heads", "neurons"), {"scope": "local"}),
+        pytest.param(0.5, ("layers", "heads", "neurons"), {"scope": "local"}, marks=pytest.mark.slow),
         (0.7, ("layers", "heads", "neurons"), {"criterion": "taylor", "layer_criterion": None}),
     ],
     ids=str,

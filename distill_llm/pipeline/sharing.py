@@ -1,0 +1,57 @@
+"""A teacher that several runs share: trained in one, and linked into the folders of the others."""
+
+import os
+import shutil
+from pathlib import Path
+
+import yaml
+
+from distill_llm.common.files import written_whole
+from distill_llm.common.seals import broken
+from distill_llm.pipeline.context import Context
+from distill_llm.pipeline.folder import keep_recipe
+from distill_llm.pipeline.inputs import inputs_of
+from distill_llm.pipeline.stages.teacher import Teacher
+from distill_llm.pipeline.state import State, read_state, write_state
+
+SHARED = ("teacher.model", "data.path")
+"""What the teacher of a run was made from."""
+
+
+def has_teacher(folder: Path) -> bool:
+    """Whether the teacher of a run is trained and scored, and its files are whole."""
+    state = read_state(folder)
+    return state is not None and Teacher.name in state.stages and not broken(state.files[Teacher.name], folder)
+
+
+def take_teacher(context: Context, donor: Path) -> None:
+    """Begin a run with the teacher of another one, so that it goes on as if it had trained that itself.
+
+    Nothing is done where the run has begun, or where model or rows are no longer those that the donor was made from. Files are
+    linked, or copied where the disk has no links: both folders stay whole if the other is removed.
+
+    Args:
+        context: of a recipe with the same teacher, data and seed; nobody else is using its folder.
+        donor: the folder of a run whose teacher is done.
+    """
+    if context.processes.is_main_process and read_state(context.folder) is None:
+        state = read_state(donor)
+        assert state is not None
+        own, files = inputs_of(context.opened, state.inputs), state.files[Teacher.name]
+        if all(own[field] == state.inputs[field] for field in SHARED):
+            text = context.recipe.to_yaml()
+            context.folder.mkdir(parents=True, exist_ok=True)
+            keep_recipe(context.folder, text)  # first: it marks a folder that is stopped in as a run's
+            if files:
+                with written_whole(context.folder / "teacher", folder=True) as target:
+                    shutil.copytree(donor / "teacher", target, copy_function=_link)
+            result = {Teacher.name: state.stages[Teacher.name]}
+            write_state(context.folder, State(yaml.safe_load(text), own, result, {Teacher.name: files}))
+    context.processes.wait_for_everyone()
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)

@@ -1,0 +1,93 @@
+"""Sweeps: each cell is the run that it would be alone, and what cells share is made once."""
+
+import json
+import shutil
+
+import pytest
+from builders.runs import same, two_rounds, weights
+
+import distill_llm
+from distill_llm.common.errors import InputError
+from distill_llm.pipeline import calibration
+from distill_llm.pipeline.stages import recover, teacher
+
+
+@pytest.fixture
+def recipe(inputs, tmp_path):
+    """One round, in a folder of its own."""
+    given = two_rounds(inputs, output_dir=str(tmp_path / "run"))
+    return {**given, "pruning": {**given["pruning"], "rounds": 1}}
+
+
+@pytest.fixture
+def work(monkeypatch):
+    """What is done: trainings of teachers and students, and passes over calibration data."""
+    done = []
+    for module, name, what in (
+        (teacher, "train_model", "teacher"),
+        (recover, "train_model", "student"),
+        (calibration, "collect_statistics", "statistics"),
+    ):
+        real = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *a, _real=real, _what=what, **k: (done.append(_what), _real(*a, **k))[1]
+        )
+    return done
+
+
+@pytest.mark.slow
+def test_each_cell_is_the_run_that_it_would_be_alone_and_what_they_share_is_made_once(recipe, tmp_path, work):
+    over = {"pruning.criterion": ["magnitude", "fisher"]}
+    result = distill_llm.sweep(recipe, keep=[0.7, 0.5], over=over)
+    assert sorted(work) == ["statistics", *["student"] * 4, "teacher"]
+    folder = tmp_path / "run-sweep"
+    assert [cell.folder for cell in result.cells] == [
+        folder / f"keep-{keep}_criterion-{criterion}" for keep in (0.7, 0.5) for criterion in ("magnitude", "fisher")
+    ]
+    chosen = {**recipe["pruning"], "keep": 0.5, "criterion": "fisher"}
+    alone = distill_llm.run({**recipe, "pruning": chosen}, tmp_path / "alone")
+    cell = result.cells[-1]
+    for part in ("teacher", "student"):
+        assert same(weights(tmp_path / "alone" / part), weights(cell.folder / part))
+    for key in ("teacher", "student"):
+        assert cell.metrics[key]["metrics"] == alone.metrics[key]["metrics"]
+
+    work.clear()
+    shutil.rmtree(result.cells[0].folder)  # the others are whole without it
+    again = distill_llm.sweep(recipe, keep=[0.7, 0.5, 0.6], over=over)
+    assert sorted(work) == ["student"] * 3
+    written = json.loads((folder / "sweep.json").read_text())
+    assert written == json.loads(json.dumps(again.record))
+    assert [each["student"]["score"] for each in written["cells"]] == [
+        c.metrics["student"]["score"] for c in again.cells
+    ]
+    assert "keep-0.6_criterion-fisher" in again.report.read_text()
+
+    work.clear()
+    resumed = distill_llm.run(distill_llm.load_recipe(cell.folder / "recipe.yaml"))  # an ordinary run folder
+    assert resumed.metrics == cell.metrics and not work
+
+
+@pytest.mark.slow
+def test_a_changed_recipe_is_named_before_any_cell_is_begun(recipe, tmp_path, work):
+    distill_llm.sweep(recipe, keep=[0.5])
+    work.clear()
+    changed = {**recipe, "final": {"learning_rate": 1e-5}}
+    with pytest.raises(InputError, match="keep-0.5.*final.learning_rate"):
+        distill_llm.sweep(changed, keep=[0.7, 0.5])
+    assert not work and not (tmp_path / "run-sweep" / "keep-0.7").exists()
+
+
+def test_faults_of_any_cell_stop_a_sweep_before_it_writes(recipe, inputs, tmp_path):
+    for change, over, words in (
+        ({}, {"pruning.keep": [0.5, 0.0001]}, "pruning.keep: got 0.0001"),
+        ({}, {"data.max_length": [16, 4096]}, "data.max_length: got 4096"),
+        ({"hub": {"repo_id": "me/student"}}, {"pruning.keep": [0.5, 0.7]}, "hub.repo_id.*distill-llm push"),
+    ):
+        with pytest.raises(InputError, match=words):
+            distill_llm.sweep({**recipe, **change}, over=over)
+        assert not (tmp_path / "run-sweep").exists()
+    (tmp_path / "run-sweep").mkdir()
+    (tmp_path / "run-sweep" / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="output_dir"):
+        distill_llm.sweep(recipe, keep=[0.5])
