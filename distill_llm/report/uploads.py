@@ -1,5 +1,6 @@
 """What of a folder goes to the Hub, by what the folder is."""
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -90,7 +91,9 @@ def find_upload(folder: str | Path) -> Upload:
         InputError: it is nothing that can be pushed, or is not complete.
     """
     folder = Path(folder)
-    if folder.is_file() and folder.suffix == ".gguf":
+    if folder.suffix == ".gguf" and os.path.isfile(
+        folder
+    ):  # unlike that of pathlib, also for a name that no file can have
         return Upload(_EXPORT, "model", {folder.name: folder}, {CARD: lambda repo: export_card([folder.name], repo)})
     files = {file.relative_to(folder).as_posix(): file for file in sorted(_wanted(folder))}
     found = _found(folder, files)
@@ -125,7 +128,7 @@ def _without_card(upload: Upload) -> dict[str, Made]:
 
 def _wanted(folder: Path) -> Iterator[Path]:
     """Files of a folder, without what training, the system or an editor left in it."""
-    for file in folder.rglob("*"):
+    for file in folder.rglob("*") if os.path.isdir(folder) else ():
         first, *rest = file.relative_to(folder).parts
         names = rest if first == RESULTS else [first, *rest]
         left = file.suffix in _STATES or any(name.startswith((".", *_TRAINING)) for name in names)

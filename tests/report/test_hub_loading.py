@@ -77,6 +77,7 @@ def test_a_teacher_cache_is_a_dataset_that_is_downloaded_whole(hub: LocalHub, tm
     CachedTeacher(there)
 
 
+@pytest.mark.slow
 def test_responses_are_a_dataset_that_a_recipe_reads_by_name(hub: LocalHub, tmp_path: Path) -> None:
     teacher, prompts = (
         save_teacher(tmp_path / "secret" / "teacher"),
