@@ -97,7 +97,7 @@ def hidden_pairs(
         InputError: for `lineage` without lineage, for indices out of range.
     """
     if layers == "lineage":
-        sources = [layer.source for layer in _need_lineage(lineage, teacher_layers, field)]
+        sources = [layer.source for layer in need_lineage(lineage, teacher_layers, field)]
         ends = [source - 1 for source in sources[1:]] + [teacher_layers - 1]
         return [LayerPair(index, end) for index, end in enumerate(ends)]
     return _plain_pairs(layers, student_layers, teacher_layers, field)
@@ -117,13 +117,14 @@ def attention_pairs(
     head are left out.
     """
     if layers == "lineage":
-        rows = _need_lineage(lineage, teacher_layers, field)
+        rows = need_lineage(lineage, teacher_layers, field)
         heads = [query_heads(row, group_size) for row in rows]
         return [LayerPair(index, row.source, heads[index]) for index, row in enumerate(rows) if row.heads]
     return _plain_pairs(layers, student_layers, teacher_layers, field)
 
 
-def _need_lineage(lineage: Sequence[LayerPlan] | None, teacher_layers: int, field: str) -> Sequence[LayerPlan]:
+def need_lineage(lineage: Sequence[LayerPlan] | None, teacher_layers: int, field: str) -> Sequence[LayerPlan]:
+    """The lineage, once it is known that there is one, in a teacher of so many layers; `field` is what errors name."""
     for fault in layer_faults("lineage", None, cut=lineage is not None):
         raise fault.renamed(field)
     assert lineage is not None

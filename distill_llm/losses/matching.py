@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from distill_llm.architectures.families import FAMILIES, dims_of, layers_of
+from distill_llm.architectures.firing import neuron_widths
 from distill_llm.architectures.lineage import lineage_of
 from distill_llm.common.errors import InputError
 from distill_llm.losses.hidden import hidden_distance
@@ -18,6 +19,7 @@ from distill_llm.losses.mapping import (
     attention_pairs,
     cut_from,
     hidden_pairs,
+    need_lineage,
     query_heads,
     relative_lineage,
     unequal_widths,
@@ -70,6 +72,7 @@ class Match:
             self._lineages = lineage_of(student), lineage_of(teacher)
             self._rows = [None if lineage is None else lineage.layers for lineage in self._lineages]
             self._counts = len(layers_of(student)), len(layers_of(teacher))
+            self._neurons = neuron_widths(student), neuron_widths(teacher)
 
     def hidden_pairs(self, layers: str | Sequence[tuple[int, int]], field: str) -> list[LayerPair]:
         """Layers whose outputs are compared (see `mapping.hidden_pairs`); `field` is what errors call the setting."""
@@ -81,6 +84,35 @@ class Match:
         pairs = attention_pairs(layers, *self._counts, self._lineage, field, self._group_size)
         pairs = [pair for pair in pairs if own is None or own[pair.student].heads]
         return [pair for pair in pairs if original is None or original[pair.teacher].heads]
+
+    def ffn_pairs(self, layers: str | Sequence[tuple[int, int]], field: str) -> list[LayerPair]:
+        """Layers whose FFN neurons are compared, each by lineage with the one that it was copied from; but for those without any.
+
+        Raises:
+            InputError: as `mapping.attention_pairs`; a family whose neurons are not known, or FFNs of unequal width that do not
+                come from each other.
+        """
+        if layers == "lineage":
+            rows = need_lineage(self._lineage, self._counts[1], field)
+            pairs = [LayerPair(index, row.source) for index, row in enumerate(rows)]
+        else:
+            pairs = hidden_pairs(layers, *self._counts, self._lineage, field)
+        own, source = self._neurons
+        if not (any(own) and any(source)):
+            given = " and ".join(dict.fromkeys(config.model_type for config in self._configs))
+            raise InputError(field, given, "models of the families that can be pruned (`distill-llm families`)")
+        pairs = [pair for pair in pairs if own[pair.student] and source[pair.teacher]]
+        for pair in pairs:
+            widths = own[pair.student], source[pair.teacher]
+            if self.neurons(pair) is None and widths[0] != widths[1]:
+                fix = f"compare layers of one width: student layer {pair.student} was not cut from teacher layer {pair.teacher}"
+                raise InputError(field, "{} and {} neurons".format(*widths), fix=fix)
+        return pairs
+
+    def neurons(self, pair: LayerPair) -> tuple[int, ...] | None:
+        """The teacher's neurons that a layer's were copied from; None: it was not copied from that layer."""
+        lineage = self._lineage
+        return lineage[pair.student].neurons if lineage and lineage[pair.student].source == pair.teacher else None
 
     @property
     def _group_size(self) -> int:
@@ -146,14 +178,29 @@ class Match:
 
     def states(self, batch: Batch, pair: LayerPair) -> tuple[torch.Tensor, torch.Tensor]:
         """Two (B, T, H) hidden states of a pair as they are compared: in the same channels, or projected."""
-        state, target = batch.own.hidden[pair.student], batch.target.hidden[pair.teacher]
-        if self._channels is not None:
-            target = target.index_select(-1, self.indices(self._channels, target.device))
+        state, target = batch.own.hidden[pair.student], self.same_channels(batch.target.hidden[pair.teacher])
         if (name := _name(pair)) in self.projections:
             precision = self.settings.precision
             with torch.autocast(state.device.type, precision, enabled=precision is not None):
                 state = self.projections[name](state)
         return state, target
+
+    def check_differentiable(self, field: str) -> None:
+        """Raise an InputError where the gradients of two models cannot be compared: other widths, other attention."""
+        if (widths := unequal_widths(*self._configs)) is not None:
+            accepted = "a student as wide as its teacher, or cut from it: gradients in other states cannot be compared"
+            raise InputError(field, "states of {} and {} channels".format(*widths), accepted)
+        for config in self._configs:
+            if (kernel := config._attn_implementation) not in (None, "eager", "sdpa"):
+                raise InputError(
+                    field, f"attn_implementation {kernel}", "sdpa or eager: others have no second derivative"
+                )
+
+    def same_channels(self, target: torch.Tensor) -> torch.Tensor:
+        """(B, T, H) states or gradients of the teacher in the channels that the student kept."""
+        if self._channels is None:
+            return target
+        return target.index_select(-1, self.indices(self._channels, target.device))
 
     def state_distance(self, batch: Batch, pairs: Sequence[LayerPair], distance: str) -> torch.Tensor:
         """The sum over valid tokens of the mean over pairs of a distance of hidden states (see `hidden_distance`)."""

@@ -37,12 +37,16 @@ class Wanted:
         hidden: layers whose output hidden states are wanted; EMBEDDINGS for those that the first layer reads.
         attention: layers whose attention probabilities are wanted, as queries and keys.
         vectors: layers whose queries, keys and values are wanted.
+        neurons: layers whose FFN neurons are wanted, before their activation.
+        graph: whether outputs are to be differentiated in the hidden states.
         fields: by kind of signal, the setting that asks for it: what an error names.
     """
 
     hidden: tuple[int, ...] = ()
     attention: tuple[int, ...] = ()
     vectors: tuple[int, ...] = ()
+    neurons: tuple[int, ...] = ()
+    graph: bool = False
     fields: Mapping[str, str] = field(default_factory=dict)
 
     def field(self, kind: str) -> str:
@@ -58,13 +62,32 @@ class Signals:
         hidden: by layer, (B, T, H) output hidden states.
         attention: by layer, what attention probabilities were computed from.
         vectors: by layer, queries, keys and values.
+        neurons: by layer, (B, T, N) FFN neurons before their activation.
+        live: the same with their graph, of a teacher whose outputs are to be differentiated in its hidden states.
         logits: (B, C), or (items, V) of a model with an output per token.
     """
 
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
     attention: dict[int, AttentionInputs] = field(default_factory=dict)
     vectors: dict[int, Vectors] = field(default_factory=dict)
+    neurons: dict[int, torch.Tensor] = field(default_factory=dict)
+    live: "Signals | None" = None
     logits: torch.Tensor = field(kw_only=True)
+
+    def detached(self) -> "Signals":
+        """The same without graph, which is in `live`; only hidden states and logits can be differentiated."""
+        attention = {
+            layer: each._replace(query=each.query.detach(), key=each.key.detach())
+            for layer, each in self.attention.items()
+        }
+        return Signals(
+            {layer: each.detach() for layer, each in self.hidden.items()},
+            attention,
+            {layer: Vectors(*(part.detach() for part in each)) for layer, each in self.vectors.items()},
+            {layer: each.detach() for layer, each in self.neurons.items()},
+            live=self,
+            logits=self.logits.detach(),
+        )
 
     def soundness(self) -> torch.Tensor:
         """0-dim in fp32: 0 where every number is finite, else nan; made without waiting for the device.
@@ -72,7 +95,7 @@ class Signals:
         Of a row of logits some may be minus infinity (masked classes).
         """
         tops = [each.amax(-1) for each in self._outputs() if each.numel()]
-        inside = [*self.hidden.values()]
+        inside = [*self.hidden.values(), *self.neurons.values()]
         inside += [each for inputs in self.attention.values() for each in (inputs.query, inputs.key)]
         inside += [each for vectors in self.vectors.values() for each in vectors]
         spans = [end for each in (*tops, *inside) if each.numel() for end in each.aminmax()]

@@ -15,17 +15,18 @@ from distill_llm.losses.signals import Signals, Vectors, Wanted
 
 @dataclass
 class Recording:
-    """What one forward left behind, by layer: (B, T, H) outputs, inputs of attention probabilities, vectors."""
+    """What one forward left behind, by layer: (B, T, H) outputs, inputs of attention probabilities, vectors, neurons."""
 
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
     attention: dict[int, AttentionInputs] = field(default_factory=dict)
     vectors: dict[int, Vectors] = field(default_factory=dict)
+    neurons: dict[int, torch.Tensor] = field(default_factory=dict)
     wanted: Wanted = field(default_factory=Wanted)
     _biases: list[tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=list, repr=False)
 
     def with_logits(self, logits: torch.Tensor) -> Signals:
         """The recording and the logits, (B, C) or (items, V)."""
-        return Signals(self.hidden, self.attention, self.vectors, logits=logits)
+        return Signals(self.hidden, self.attention, self.vectors, self.neurons, logits=logits)
 
     def add_attention(
         self,

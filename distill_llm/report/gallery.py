@@ -8,8 +8,8 @@ from distill_llm.report.tables import MISSING, columns, latency_note, markdown_t
 
 
 def overview(found: Iterable[Entry]) -> str:
-    """A row for each recipe: what it does, and the result of its small run."""
-    head = ["recipe", "what it does", "layers kept", "teacher", "student", "speed-up"]
+    """A row for each recipe: its paper, and the result of its small run."""
+    head = ["recipe", "paper", "layers kept", "teacher", "student", "speed-up"]
     body = []
     for entry in found:
         cells = [MISSING] * 4
@@ -17,7 +17,7 @@ def overview(found: Iterable[Entry]) -> str:
             metrics, models = entry.result.metrics, columns(entry.result.metrics)
             scores = [f"{metrics['metric']} {models[0].shown}", models[-1].shown]
             cells = [percent(metrics["layer_params_kept"]), *scores, f"{metrics['speedup']:.2f}x"]
-        body.append([f"[`{entry.name}`](#{entry.name})", entry.recipe.description, *cells])
+        body.append([f"[`{entry.name}`](#{entry.name})", entry.about.paper.split(",")[0] or MISSING, *cells])
     return markdown_table(head, body)
 
 
@@ -33,9 +33,13 @@ def page(entry: Entry) -> str:
 
 
 def _result(entry: Entry) -> list[str]:
-    if entry.result is None:
-        return [f"**Result.** None: {entry.about.untried or 'not run yet'}."]
     result, (commands, _) = entry.result, small_run(entry.name, entry.about)
+    if result is None:
+        reason = entry.about.untried or "not run yet. A test runs the recipe with tiny models. A small run would be"
+        return [
+            f"**Result.** None: {reason}{':' if entry.about.here else '.'}",
+            *([_code(commands)] if entry.about.here else []),
+        ]
     notes = [result.data, score_note(result.metrics), latency_note(result.metrics)]
     made = f"{result.date}, {result.threads} thread{'s' if result.threads > 1 else ''}, beside other work."
     return [

@@ -52,7 +52,7 @@ class Terms:
     def _check_pairs(self, has_model: bool) -> None:
         """A term of layers without layers would train on nothing."""
         for name, term in self.terms.items():
-            if not term.needs_teacher or not {"hidden", "attention", "vectors"} & set(term.signals):
+            if not term.needs_teacher or not {"hidden", "attention", "vectors", "neurons"} & set(term.signals):
                 continue
             if not has_model:
                 fix = "set the teacher's `model` to the model whose layers are compared, or leave the term out"
@@ -111,10 +111,18 @@ class Terms:
 
 def wanted_by(objective: Objective, layers: Mapping[str, Sequence[int]]) -> Wanted:
     """The layers to record where each term compares those of its name; an error names the first term that asks."""
-    found: dict[str, dict[int, None]] = {"hidden": {}, "attention": {}, "vectors": {}}
+    found: dict[str, dict[int, None]] = {"hidden": {}, "attention": {}, "vectors": {}, "neurons": {}}
     fields: dict[str, str] = {}
     for name, term in objective.terms().items():
         for signal in found.keys() & set(term.signals) if layers[name] else ():
             found[signal] |= dict.fromkeys(layers[name])
             fields.setdefault(signal, f"losses.{name}")
-    return Wanted(tuple(found["hidden"]), tuple(found["attention"]), tuple(found["vectors"]), fields)
+    graph = any(layers[name] for name in objective.differentiates)
+    return Wanted(
+        tuple(found["hidden"]),
+        tuple(found["attention"]),
+        tuple(found["vectors"]),
+        tuple(found["neurons"]),
+        graph,
+        fields,
+    )

@@ -21,4 +21,6 @@ BUILT_IN = (
     "flow",
     "attention",
     "relations",
+    "neurons",
+    "gradients",
 )

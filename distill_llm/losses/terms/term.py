@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from distill_llm.losses.matching import Match
     from distill_llm.losses.signals import Batch
 
-Signal = Literal["logits", "hidden", "attention", "vectors"]
-INSIDE: tuple[Signal, ...] = ("attention", "vectors")
-"""Signals that are made inside of layers, by their attention."""
+Signal = Literal["logits", "hidden", "attention", "vectors", "neurons", "graph"]
+INSIDE: tuple[Signal, ...] = ("attention", "vectors", "neurons")
+"""Signals that are made inside of layers."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ class Term(BaseModel):
     Attributes:
         name: what objectives and logs call it; set by `@term(name)`.
         signals: what it reads of the student and, if `needs_teacher`, of the teacher. `logits` are those of the items that
-            count; the others are recorded at the layers of `layer_pairs`.
+            count; the others are recorded at the layers of `layer_pairs`. With `graph`, they can be differentiated in these
+            states, the student's twice.
         needs_teacher: whether it compares the student with a teacher.
         of_data: whether it compares with the labels of the data: a batch that the student answered itself has none.
         projects: whether it compares states that must be projected where widths differ.
@@ -145,8 +146,13 @@ class Term(BaseModel):
         return "logits" in cls.signals and cls.in_head is Term.in_head
 
     @classmethod
+    def differentiates(cls) -> bool:
+        """Whether it takes gradients of both models."""
+        return "graph" in cls.signals
+
+    @classmethod
     def looks_inside(cls) -> bool:
-        """Whether it reads what attention does inside of layers."""
+        """Whether it reads what is made inside of layers."""
         return not set(INSIDE).isdisjoint(cls.signals)
 
     def _beyond(self, teacher: Gives) -> Iterator[InputError]:
