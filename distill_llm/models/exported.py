@@ -28,6 +28,7 @@ class ExportedNetwork(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     _supports_sdpa = True  # what a graph computes is fixed: transformers need not look for another attention
 
     def __init__(self, graphs: "ExportedModel"):
+        assert graphs.config is not None  # export writes it
         super().__init__(graphs.config)
         self.graphs = graphs
         if graphs.generation_config is not None:
@@ -74,8 +75,8 @@ class ExportedNetwork(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             position_ids = (mask.cumsum(-1) - 1).clamp(0)[:, -ids.shape[1] :]
         types = torch.zeros_like(ids) if token_type_ids is None else token_type_ids
         given = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types, "position_ids": position_ids}
-        cache = {"past_key_values": past_key_values} if before else {}
-        return runner(**{name: value for name, value in given.items() if name in runner.metadata.kwargs}, **cache)
+        chosen: dict[str, Any] = {name: value for name, value in given.items() if name in runner.metadata.kwargs}
+        return runner(**chosen, **({"past_key_values": past_key_values} if before else {}))
 
 
 def is_export(folder: Path) -> bool:
