@@ -57,7 +57,9 @@ def calls(tmp_path, monkeypatch):
         (tmp_path / name / "config.json").write_text(json.dumps(config))
     seen: list = []
     fake = types.ModuleType("distill_llm.pipeline.run")
-    result = types.SimpleNamespace(metrics={}, student_dir=Path("student"), report=Path("report.md"))
+    result = types.SimpleNamespace(
+        metrics={}, student_dir=Path("student"), report=Path("report.md"), page=Path("report.html")
+    )
     fake.run = lambda recipe, output_dir, _: open_recipe(recipe) and (seen.append((recipe, output_dir)) or result)
     fake.prune_recipe = lambda recipe: usable_output(recipe.output_dir) or seen.append(recipe) or Path("pruned")
     monkeypatch.setitem(sys.modules, "distill_llm.pipeline.run", fake)
