@@ -148,7 +148,7 @@ def test_run_hands_the_recipe_with_overrides_to_the_pipeline(folder, calls):
     ((recipe, output_dir),) = calls
     assert isinstance(recipe, Recipe) and recipe.pruning.keep == 0.25
     assert output_dir == recipe.output_dir == Path("elsewhere")
-    assert "report.md" in result.stdout
+    assert "report.html" in result.stdout
     assert 'from_pretrained("student"): a stock transformers model\n' in result.stdout
     assert result.stdout.endswith("student: student\n")
 
