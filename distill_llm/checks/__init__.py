@@ -6,6 +6,7 @@ says what training refuses. Python calls use the same rules under the names of t
 rows, asks all rules that concern the command, and returns what it opened:
 
     recipe    `run`, `distill`: `open_recipe` -> `Opened`
+    fine_tuning  `glue`: `open_fine_tuning` -> `Opened`, of a recipe whose teacher alone is trained
     prune     `prune`: the same, for a recipe that only prunes
     evaluate  `evaluate`: `open_scoring` -> `OpenScoring`
     cache     `cache`: `open_cache` -> `OpenCache`

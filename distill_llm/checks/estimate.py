@@ -33,6 +33,14 @@ class Sketch:
         return adapted(self.opened.recipe, student)
 
 
+def unknown_costs(recipe: Recipe) -> list[InputError]:
+    """A fault where a recipe has parts whose cost shows only in training."""
+    if recipe.distillation is None or recipe.distillation.losses.responses is None:
+        return []
+    fix = "remove it for the estimate: how long the student's own answers are shows only in training"
+    return [InputError("distillation.losses.responses", "answers of the student", fix=fix)]
+
+
 def open_sketch(recipe: Recipe) -> Sketch:
     """Open the configs, the tokenizer and the rows of a recipe.
 
@@ -50,9 +58,7 @@ def open_sketch(recipe: Recipe) -> Sketch:
     found.run(check_pruning, recipe, teacher, found.run(skeleton, teacher))
     if recipe.student is not None and recipe.student.peft is not None:
         found.run(adapted, recipe, whole if recipe.student.model is None else given)
-    if recipe.distillation is not None and recipe.distillation.losses.responses is not None:
-        fix = "remove it for the estimate: how long the student's own answers are shows only in training"
-        found.faults.append(InputError("distillation.losses.responses", "answers of the student", fix=fix))
+    found.faults += unknown_costs(recipe)
     raise_all(found.faults)
     assert teacher is not None and data is not None and whole is not None
     return Sketch(Opened(recipe, teacher, student, data), whole, given)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from distill_llm.checks.data import open_rows
 from distill_llm.checks.faults import Collector
 from distill_llm.common.errors import InputError, raise_all
+from distill_llm.data.decoders import is_decoder
 from distill_llm.data.encoding import encode
 from distill_llm.data.spec import DataSpec
 from distill_llm.data.tasks import Task, TaskData
@@ -67,3 +68,16 @@ def check_harness(recipe: Recipe, task: Task) -> None:
         fix = f"remove it: benchmarks are for decoders that predict the next token, and the task {task.name} makes no such model"
         raise InputError(field, ", ".join(benchmarks.tasks), fix=fix)
     check_benchmarks(benchmarks, field)
+
+
+def open_benchmarks(model: str, benchmarks: Benchmarks, trust_remote_code: bool = False) -> OpenModel:
+    """Open a model to score by benchmarks, and check these.
+
+    Raises:
+        InputError: one line; the model is `model`, the tasks are `harness`.
+    """
+    opened = open_model("model", model, True, trust_remote_code)
+    if not is_decoder(opened.config):
+        raise InputError("model", model, "a decoder, which predicts the next token: benchmarks are for those")
+    check_benchmarks(benchmarks)
+    return opened

@@ -84,10 +84,10 @@ def open_recipe(recipe: Recipe) -> Opened:
         found.run(_check_student, recipe, student, teacher, task)
     found.run(check_pruning, recipe, teacher, found.run(skeleton, teacher))
     shorter = _shorter(teacher, student)
-    found.ask(_length_faults, recipe, shorter)
-    found.run(_check_rows, recipe, teacher, task)
+    found.ask(length_faults_of, recipe, shorter)
+    found.run(check_rows, recipe, teacher, task)
     found.ask(_answer_faults, recipe, shorter, task)
-    found.run(_check_raw_rows, data, teacher)
+    found.run(check_raw_rows, data, teacher)
     found.ask(_loss_faults, recipe, task)
     found.ask(augment_faults, recipe, task)
     masked_lm = found.run(open_masked_lm, recipe, teacher)
@@ -181,7 +181,7 @@ def _shorter(*models: OpenModel | None) -> OpenModel | None:
     return min(there, key=lambda model: longest_input(model.config) or math.inf, default=None)
 
 
-def _length_faults(recipe: Recipe, shorter: OpenModel) -> list[InputError]:
+def length_faults_of(recipe: Recipe, shorter: OpenModel) -> list[InputError]:
     limits, latency = limits_of(shorter.config, shorter.name), recipe.evaluation.latency
     return [
         *length_faults(limits, recipe.data.max_length, "data.max_length"),
@@ -189,7 +189,7 @@ def _length_faults(recipe: Recipe, shorter: OpenModel) -> list[InputError]:
     ]
 
 
-def _check_rows(recipe: Recipe, teacher: OpenModel, task: Task) -> None:
+def check_rows(recipe: Recipe, teacher: OpenModel, task: Task) -> None:
     """Check that the tokenizer can make the task's rows."""
     check_tokenizer(task, teacher.tokenizer, teacher.field)
     most_tokens(task, teacher.tokenizer, recipe.data.max_length)
@@ -203,7 +203,7 @@ def _answer_faults(recipe: Recipe, shorter: OpenModel, task: Task) -> list[Input
     return room_faults(limits, cut, task.max_new_tokens, "evaluation.max_new_tokens", "data.max_length")
 
 
-def _check_raw_rows(data: TaskData, teacher: OpenModel) -> None:
+def check_raw_rows(data: TaskData, teacher: OpenModel) -> None:
     data.task.kind.check_rows(data, teacher.tokenizer)
 
 

@@ -23,7 +23,7 @@ from distill_llm.losses.objective import parse_objective
 from distill_llm.losses.terms.term import Use
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.training.config import DistillationConfig
-from distill_llm.training.refusals import compiling, skipping, whole_copies
+from distill_llm.training.refusals import compiling, differentiating, skipping, whole_copies
 
 Stage = Literal["teacher", "recovery", "final"]
 
@@ -121,7 +121,7 @@ def _check_stage(recipe: Recipe, stage: Stage, data: TaskData | None) -> Distill
         args = DistillationConfig(output_dir=str(recipe.output_dir), losses=losses, **training)
     except Exception as error:  # each integration raises its own kinds of errors
         raise _together(error, where, training, section) from None
-    raise_all(named(whole_copies(args) + skipping(args)))
+    raise_all(named(whole_copies(args) + skipping(args) + differentiating(args, parse_objective(losses))))
     for make, likely in ((_optimizer, OPTIMIZER_FIELDS), (_schedule, SCHEDULE_FIELDS)):
         try:
             make(args)

@@ -71,4 +71,4 @@ def _line(found: "Preview", seconds: float | None, most: float | None) -> str:
     teacher, student = found.params
     sizes = f"{count(teacher)} parameters" + (f" become {count(student)}" if student is not None else "")
     takes = "" if seconds is None or most is None else f"; about {duration(seconds)} and {most / 1e9:.2g} GB at most"
-    return f"dry run: {sizes}{takes}; nothing was trained or written"
+    return f"dry run: {sizes}{takes}; nothing was trained"

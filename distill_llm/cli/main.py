@@ -14,6 +14,8 @@ from distill_llm.cli.evaluate import EXAMPLE as EVALUATE
 from distill_llm.cli.evaluate import evaluate
 from distill_llm.cli.export import EXAMPLE as EXPORT
 from distill_llm.cli.export import export
+from distill_llm.cli.glue import EXAMPLE as GLUE
+from distill_llm.cli.glue import glue
 from distill_llm.cli.group import CommandGroup
 from distill_llm.cli.init import EXAMPLE as INIT
 from distill_llm.cli.init import init
@@ -51,6 +53,7 @@ for _command, _example in (
     (shareable(distill), DISTILL),
     (shareable(prune), PRUNE),
     (evaluate, EVALUATE),
+    (glue, GLUE),
     (estimate, ESTIMATE),
     (profile, PROFILE),
     (report, REPORT),

@@ -1,16 +1,21 @@
 """`distill-llm sweep`: one recipe at several sizes, or over the values of any fields."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from distill_llm.cli.group import is_main_process
 from distill_llm.cli.options import RecipeName, Settings
 from distill_llm.cli.output import quiet_weights
-from distill_llm.cli.telling import AsJson, Quiet, telling
-from distill_llm.common.errors import InputError
+from distill_llm.cli.telling import AsJson, Quiet, Teller, telling
+from distill_llm.common.durations import duration
+from distill_llm.common.errors import InputError, faults_in
 from distill_llm.recipe.recipe import read_recipe
 from distill_llm.recipe.yaml_input import several
+
+if TYPE_CHECKING:
+    from distill_llm.pipeline.sweep import OpenSweep
 
 EXAMPLE = "Example: distill-llm sweep quickstart --keep 0.7 0.5 0.35 --over pruning.criterion=fisher,taylor"
 
@@ -47,7 +52,9 @@ def sweep(
         Path | None, typer.Option(help="Folder of the runs; by default the recipe's output_dir with -sweep.")
     ] = None,
     settings: Settings = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list the students, and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check, list the students with time and disk, and stop.")
+    ] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -66,13 +73,31 @@ def sweep(
         todo = {cell.name: str(context.folder) for cell, context in opened.todo}
         for cell, context in opened.runs:
             teller.say(f"{context.folder}: {'to do' if cell.name in todo else 'done'}")
-        line = f"{len(todo)} of {len(opened.runs)} to do; at most {opened.disk / 1e9:.1f} GB on the disk"
+        seconds = _seconds(opened, teller) if todo and (dry_run or not quiet) else None
+        takes = "" if seconds is None else f"about {duration(seconds)} on this machine, "
+        line = f"{len(todo)} of {len(opened.runs)} to do: {takes}at most {opened.disk / 1e9:.1f} GB on the disk"
         if dry_run:
-            return teller.end(line, todo=todo, disk=opened.disk)
+            return teller.end(line, todo=todo, seconds=seconds, disk=opened.disk)
         teller.say(line)
         done = run_sweep(opened)
-        teller.say(sweep_table(done.record))
+        if "teacher" in done.record:
+            teller.say(sweep_table(done.record))
         teller.end(f"page: {done.page}", page=str(done.page), report=str(done.report), **done.record)
+    if any(cell.error for cell in done.cells):  # which one and why was told when it happened
+        raise typer.Exit(1)
+
+
+def _seconds(opened: "OpenSweep", teller: Teller) -> float | None:
+    """The estimated time; None where there is no estimate, which is told with the reason."""
+    from distill_llm.pipeline.sweep import seconds_of
+
+    if not is_main_process():
+        return None
+    try:
+        return seconds_of(opened)
+    except InputError as error:
+        teller.say(f"no estimate of the time: {faults_in(error)[0]}")
+        return None
 
 
 def _is_number(word: str) -> bool:

@@ -1,7 +1,7 @@
 """The nine GLUE tasks, from the Hub or from a local folder in the official TSV layout."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,10 @@ GLUE: dict[str, Task] = {
     )
 }
 """The nine GLUE tasks (Wang et al. 2018), columns and class ids as in the Hub's `nyu-mll/glue`."""
+NAMES = dict(zip(GLUE, ("CoLA", "SST-2", "MRPC", "STS-B", "QQP", "MNLI", "QNLI", "RTE", "WNLI"), strict=True))
+"""What the tasks are called in papers, and their official folders; in the order of GLUE's table."""
+MISMATCHED = replace(GLUE["mnli"], name="mnli_mismatched")
+"""MNLI scored on texts of other sources than those of its training rows."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +66,14 @@ LAYOUTS = {
     "rte": Layout(("sentence1", "sentence2", "label")),
     "wnli": Layout(("sentence1", "sentence2", "label")),
 }
+LAYOUTS[MISMATCHED.name] = replace(LAYOUTS["mnli"], dev="dev_mismatched.tsv")
 
 
 def load_glue(name: str, path: str | None, training: bool = True) -> Splits:
     """`train` and `test` (the official development set; for MNLI the matched one) of a GLUE task.
 
     Args:
-        name: a key of `GLUE`.
+        name: a key of `GLUE`, or that of `MISMATCHED`.
         path: a folder with `train.tsv` and `dev.tsv`, a Hub id, or a folder laid out as its repository or saved by `datasets`;
             None for the Hub's copy.
         training: whether `train` is wanted; without it there is `test` alone.
@@ -76,7 +81,7 @@ def load_glue(name: str, path: str | None, training: bool = True) -> Splits:
     Raises:
         InputError: a missing folder, file or column, or a label that is not one of the task's.
     """
-    task, layout = GLUE[name], LAYOUTS[name]
+    task, layout = {**GLUE, MISMATCHED.name: MISMATCHED}[name], LAYOUTS[name]
     folder = Path(path) if path else None
     if folder and folder.is_dir() and ((folder / "train.tsv").is_file() or (folder / layout.dev).is_file()):
         files = {"train": folder / "train.tsv", "test": folder / layout.dev}
@@ -86,10 +91,12 @@ def load_glue(name: str, path: str | None, training: bool = True) -> Splits:
         raise InputError("data.path", path, f"a folder with train.tsv and {layout.dev}")
     if folder and folder.is_file():
         raise InputError("data.path", path, f"a folder with train.tsv and {layout.dev}, or a Hub id")
-    found = read_splits(path or HUB_ID, name, training=training)
-    if "validation" not in found:
-        raise InputError("data.path", path or HUB_ID, "GLUE data with a validation split")
-    hub = {"train": "train", "test": "validation"}
+    found = read_splits(path or HUB_ID, "mnli" if task is MISMATCHED else name, training=training)
+    dev = "mismatched" if task is MISMATCHED else "validation"
+    if dev not in found:
+        wanted = "validation_mismatched" if task is MISMATCHED else "validation"
+        raise InputError("data.path", path or HUB_ID, f"GLUE data with a split {wanted}")
+    hub = {"train": "train", "test": dev}
     return {split: _from_hub(found[own], task) for split, own in hub.items() if training or split == "test"}
 
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 from distill_llm.common.errors import InputError, as_arguments, one_of
 from distill_llm.data.embedded import TASK as EMBEDDED
 from distill_llm.data.embedded import load_embedded
-from distill_llm.data.glue import GLUE, load_glue
+from distill_llm.data.glue import GLUE, MISMATCHED, load_glue
 from distill_llm.data.kinds import KINDS, TaskKind
 from distill_llm.data.sources import resolve_path
 from distill_llm.data.spec import DataSpec
@@ -16,7 +16,7 @@ from distill_llm.data.splitting import Splits, set_apart
 from distill_llm.data.tasks import Task, TaskData
 from distill_llm.data.unsupported import unsupported_task
 
-NAMED: dict[str, Task] = {**GLUE, "embedded": EMBEDDED}
+NAMED: dict[str, Task] = {**GLUE, MISMATCHED.name: MISMATCHED, "embedded": EMBEDDED}
 """Tasks whose rows, columns and labels are known; all others are the user's own rows, read by their kind."""
 OF_SOME_KINDS = ("columns", "packing", "chat", "join_rows", "chat_template_kwargs")
 """Fields of a spec that only some kinds take."""
@@ -110,8 +110,8 @@ def _check_labels(kind: TaskKind, rows: Dataset) -> None:
 
 
 def _read(spec: DataSpec, kind: TaskKind, config: PreTrainedConfig | None, training: bool) -> tuple[Task, Splits]:
-    if spec.task in GLUE:
-        return GLUE[spec.task], load_glue(spec.task, spec.path, training)
+    if spec.task in GLUE or spec.task == MISMATCHED.name:
+        return NAMED[spec.task], load_glue(spec.task, spec.path, training)
     if spec.task == EMBEDDED.name:
         if spec.path is not None:
             raise InputError(

@@ -125,6 +125,7 @@ def _load(load: Callable[[], Any], path: str, field: str) -> Splits:
     if isinstance(loaded, Dataset):
         return {"train": loaded}
     known = {alias: split for split, aliases in SPLIT_NAMES.items() for alias in (*aliases, f"{aliases[0]}_matched")}
+    known["validation_mismatched"] = "mismatched"  # MNLI's second one
     return {known[split]: rows for split, rows in loaded.items() if split in known}
 
 

@@ -76,7 +76,11 @@ def check_benchmarks(benchmarks: Benchmarks, field: str = "harness") -> None:
         raise InputError(field, ", ".join(benchmarks.tasks), fix=fix)
     folder = benchmarks.include_path
     if folder is not None and not folder.is_dir():
-        raise InputError(f"{field}.include_path", str(folder), "a folder with tasks as YAML files")
+        raise InputError(
+            "include_path" if field == "harness" else f"{field}.include_path",
+            str(folder),
+            "a folder with tasks as YAML files",
+        )
     manager = _manager(benchmarks.tasks, folder)
     for name in benchmarks.tasks:
         if name not in manager.all_tasks:

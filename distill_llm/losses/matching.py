@@ -178,14 +178,29 @@ class Match:
 
     def states(self, batch: Batch, pair: LayerPair) -> tuple[torch.Tensor, torch.Tensor]:
         """Two (B, T, H) hidden states of a pair as they are compared: in the same channels, or projected."""
-        state, target = batch.own.hidden[pair.student], batch.target.hidden[pair.teacher]
-        if self._channels is not None:
-            target = target.index_select(-1, self.indices(self._channels, target.device))
+        state, target = batch.own.hidden[pair.student], self.same_channels(batch.target.hidden[pair.teacher])
         if (name := _name(pair)) in self.projections:
             precision = self.settings.precision
             with torch.autocast(state.device.type, precision, enabled=precision is not None):
                 state = self.projections[name](state)
         return state, target
+
+    def check_differentiable(self, field: str) -> None:
+        """Raise an InputError where the gradients of two models cannot be compared: other widths, other attention."""
+        if (widths := unequal_widths(*self._configs)) is not None:
+            accepted = "a student as wide as its teacher, or cut from it: gradients in other states cannot be compared"
+            raise InputError(field, "states of {} and {} channels".format(*widths), accepted)
+        for config in self._configs:
+            if (kernel := config._attn_implementation) not in (None, "eager", "sdpa"):
+                raise InputError(
+                    field, f"attn_implementation {kernel}", "sdpa or eager: others have no second derivative"
+                )
+
+    def same_channels(self, target: torch.Tensor) -> torch.Tensor:
+        """(B, T, H) states or gradients of the teacher in the channels that the student kept."""
+        if self._channels is None:
+            return target
+        return target.index_select(-1, self.indices(self._channels, target.device))
 
     def state_distance(self, batch: Batch, pairs: Sequence[LayerPair], distance: str) -> torch.Tensor:
         """The sum over valid tokens of the mean over pairs of a distance of hidden states (see `hidden_distance`)."""

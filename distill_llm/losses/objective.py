@@ -143,6 +143,11 @@ class Objective(BaseModel):
         return any(term.needs_teacher for term in self.terms().values())
 
     @property
+    def differentiates(self) -> tuple[str, ...]:
+        """The terms that take gradients of both models."""
+        return tuple(name for name, term in self.terms().items() if term.differentiates())
+
+    @property
     def looks_inside(self) -> tuple[str, ...]:
         """The terms that read what is made inside of layers."""
         return tuple(name for name, term in self.terms().items() if term.looks_inside())

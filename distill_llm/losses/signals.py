@@ -38,6 +38,7 @@ class Wanted:
         attention: layers whose attention probabilities are wanted, as queries and keys.
         vectors: layers whose queries, keys and values are wanted.
         neurons: layers whose FFN neurons are wanted, before their activation.
+        graph: whether outputs are to be differentiated in the hidden states.
         fields: by kind of signal, the setting that asks for it: what an error names.
     """
 
@@ -45,6 +46,7 @@ class Wanted:
     attention: tuple[int, ...] = ()
     vectors: tuple[int, ...] = ()
     neurons: tuple[int, ...] = ()
+    graph: bool = False
     fields: Mapping[str, str] = field(default_factory=dict)
 
     def field(self, kind: str) -> str:
@@ -61,6 +63,7 @@ class Signals:
         attention: by layer, what attention probabilities were computed from.
         vectors: by layer, queries, keys and values.
         neurons: by layer, (B, T, N) FFN neurons before their activation.
+        live: the same with their graph, of a teacher whose outputs are to be differentiated in its hidden states.
         logits: (B, C), or (items, V) of a model with an output per token.
     """
 
@@ -68,7 +71,23 @@ class Signals:
     attention: dict[int, AttentionInputs] = field(default_factory=dict)
     vectors: dict[int, Vectors] = field(default_factory=dict)
     neurons: dict[int, torch.Tensor] = field(default_factory=dict)
+    live: "Signals | None" = None
     logits: torch.Tensor = field(kw_only=True)
+
+    def detached(self) -> "Signals":
+        """The same without graph, which is in `live`; only hidden states and logits can be differentiated."""
+        attention = {
+            layer: each._replace(query=each.query.detach(), key=each.key.detach())
+            for layer, each in self.attention.items()
+        }
+        return Signals(
+            {layer: each.detach() for layer, each in self.hidden.items()},
+            attention,
+            {layer: Vectors(*(part.detach() for part in each)) for layer, each in self.vectors.items()},
+            {layer: each.detach() for layer, each in self.neurons.items()},
+            live=self,
+            logits=self.logits.detach(),
+        )
 
     def soundness(self) -> torch.Tensor:
         """0-dim in fp32: 0 where every number is finite, else nan; made without waiting for the device.

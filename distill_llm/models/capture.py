@@ -83,16 +83,23 @@ class Recorder:
 
 def _keep_output(result: Recording, index: int) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        result.hidden[index] = output[0] if isinstance(output, tuple) else output
+        _keep(result, index, output[0] if isinstance(output, tuple) else output)
 
     return hook
 
 
 def _keep_input(result: Recording) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-        result.hidden[EMBEDDINGS] = args[0] if args else kwargs["hidden_states"]
+        _keep(result, EMBEDDINGS, args[0] if args else kwargs["hidden_states"])
 
     return hook
+
+
+def _keep(result: Recording, index: int, states: torch.Tensor) -> None:
+    """Keep hidden states; what is to be differentiated in them must know it before the model goes on."""
+    if result.wanted.graph and not states.requires_grad and torch.is_grad_enabled():
+        states.requires_grad_(True)
+    result.hidden[index] = states
 
 
 def _keep_vectors(result: Recording, index: int, wanted: Wanted) -> Listener:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from distill_llm.checks.estimate import open_sketch
+from distill_llm.checks.estimate import Sketch, open_sketch
 from distill_llm.checks.recipe import encoded_rows
 from distill_llm.measuring.profiling import device_name
 from distill_llm.pipeline.estimate import Estimate, Models
@@ -49,7 +49,12 @@ def estimate(recipe: Recipe, devices: Devices, tflops: float | None = None, gpu:
     Raises:
         InputError: one line per fault of the recipe, or models too large to measure a rate with.
     """
-    sketch = open_sketch(recipe)
+    return forecast(open_sketch(recipe), devices, tflops, gpu)
+
+
+def forecast(sketch: Sketch, devices: Devices, tflops: float | None = None, gpu: bool = True) -> Forecast:
+    """The same for a recipe that is open."""
+    recipe = sketch.opened.recipe
     fields = recipe.training("final" if recipe.distillation is not None else "teacher")
     rows = Rows.of(encoded_rows(sketch.opened), fields.get("per_device_train_batch_size", 8))
     models = Models(sketch.teacher, sketch.student, sketch.adapted, sketch.opened.teacher.tokenizer)

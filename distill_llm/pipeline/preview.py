@@ -6,13 +6,14 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
+from distill_llm.checks.estimate import Sketch, unknown_costs
 from distill_llm.checks.models import skeleton
 from distill_llm.checks.recipe import open_recipe
-from distill_llm.common.errors import InputError, faults_in
+from distill_llm.common.errors import InputError, faults_in, raise_all
 from distill_llm.measuring.counting import count_params
 from distill_llm.models.checkpoint import load_pretrained
 from distill_llm.pipeline.context import Context
-from distill_llm.pipeline.estimating import Forecast, estimate
+from distill_llm.pipeline.estimating import Forecast, forecast
 from distill_llm.pipeline.prices import Devices, weight_bytes
 from distill_llm.pipeline.rounds import Cutter
 from distill_llm.pipeline.stages import stages_of
@@ -63,7 +64,7 @@ def preview(recipe: Recipe) -> Preview:
     notes: list[str] = []
     opened = context.opened
     teacher = skeleton(opened.teacher, opened.data.task)
-    plan, forecast, student = None, None, None
+    plan, student, given, expected = None, None, None, None
     if recipe.pruning is not None:
         try:
             plan = _plan(context, teacher)
@@ -71,15 +72,16 @@ def preview(recipe: Recipe) -> Preview:
         except InputError as error:
             notes.append(f"no plan: {faults_in(error)[0]}")
     elif opened.student is not None:
-        student = skeleton(opened.student, opened.data.task)
+        student = given = skeleton(opened.student, opened.data.task)
     devices = devices_here()
     try:
-        forecast = estimate(recipe, devices, gpu=torch.cuda.is_available())
+        raise_all(unknown_costs(recipe))
+        expected = forecast(Sketch(opened, teacher, given), devices, gpu=torch.cuda.is_available())
     except InputError as error:
         notes.append(f"no estimate: {faults_in(error)[0]}")
     params = count_params(teacher)[0], None if student is None else count_params(student)[0]
     done = frozenset(state.stages if state is not None else ())
-    return Preview(stages, done, plan, teacher, params, devices, forecast, tuple(notes))
+    return Preview(stages, done, plan, teacher, params, devices, expected, tuple(notes))
 
 
 def devices_here() -> Devices:

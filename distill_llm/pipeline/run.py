@@ -1,7 +1,7 @@
 """A run: its stages in order, those that are done read from the run folder; and pruning alone."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from distill_llm.pipeline.folder import RunFolder
 from distill_llm.pipeline.inputs import inputs_of
 from distill_llm.pipeline.listener import Listener, StageDone
 from distill_llm.pipeline.sharing import take_teacher
+from distill_llm.pipeline.stage import Stage
 from distill_llm.pipeline.stages import own_sections, stages_of
 from distill_llm.pipeline.stages.prune import cut_model, models_to_cut, show
 from distill_llm.pruning.cutting.strength import described
@@ -68,9 +69,14 @@ def carry_out(context: Context, donor: Path | None = None) -> RunResult:
 
 def _run(context: Context) -> RunResult:
     """Carry out a checked recipe in a folder that nobody else is using."""
+    carry_out_stages(context, stages_of(context))
+    return RunResult(json.loads(context.metrics_file.read_text()), context.student_dir, context.report_file)
+
+
+def carry_out_stages(context: Context, stages: Sequence[Stage]) -> None:
+    """Carry out some of the stages of a checked recipe, the first ones, in a folder that nobody else is using."""
     train = context.data.train  # on all processes at once: reading it waits for process 0
     check_cached_rows(context.opened, train)
-    stages = stages_of(context)
     folder = RunFolder(
         context.folder, context.recipe.to_yaml(), stages, own_sections(), partial(inputs_of, context.opened)
     )
@@ -81,7 +87,6 @@ def _run(context: Context) -> RunResult:
         result = folder.result(stage)
         context.done(StageDone(stage.name, result, stage.line(result), before))
         stage.tidy()
-    return RunResult(json.loads(context.metrics_file.read_text()), context.student_dir, context.report_file)
 
 
 def prune_recipe(recipe: Recipe) -> Path:

@@ -11,6 +11,7 @@ from distill_llm.common.seals import broken
 from distill_llm.pipeline.context import Context
 from distill_llm.pipeline.folder import keep_recipe
 from distill_llm.pipeline.inputs import inputs_of
+from distill_llm.pipeline.stages.benchmarks import TeacherBenchmarks
 from distill_llm.pipeline.stages.teacher import Teacher
 from distill_llm.pipeline.state import State, read_state, write_state
 
@@ -45,8 +46,12 @@ def take_teacher(context: Context, donor: Path) -> None:
             if files:
                 with written_whole(context.folder / "teacher", folder=True) as target:
                     shutil.copytree(donor / "teacher", target, copy_function=_link)
-            result = {Teacher.name: state.stages[Teacher.name]}
-            write_state(context.folder, State(yaml.safe_load(text), own, result, {Teacher.name: files}))
+            recipe = yaml.safe_load(text)
+            done = {Teacher.name: state.stages[Teacher.name]}
+            same = recipe["evaluation"]["harness"] == state.recipe["evaluation"].get("harness")
+            if same and (scores := state.stages.get(TeacherBenchmarks.name)) is not None:
+                done[TeacherBenchmarks.name] = scores
+            write_state(context.folder, State(recipe, own, done, {name: state.files[name] for name in done}))
     context.processes.wait_for_everyone()
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from distill_llm.checks.models import check_room
@@ -14,12 +15,15 @@ from distill_llm.common.finite import NotFinite
 from distill_llm.common.locks import alone_in
 from distill_llm.common.outputs import usable_output
 from distill_llm.pipeline.context import Context
+from distill_llm.pipeline.estimating import estimate
 from distill_llm.pipeline.folder import check_same_recipe
 from distill_llm.pipeline.listener import Listener, StageDone
+from distill_llm.pipeline.preview import devices_here
 from distill_llm.pipeline.run import carry_out
 from distill_llm.pipeline.sharing import has_teacher
 from distill_llm.pipeline.stages import own_sections
 from distill_llm.pipeline.stages.report import Report
+from distill_llm.pipeline.stages.teacher import Teacher
 from distill_llm.pipeline.state import read_state
 from distill_llm.recipe.cells import Cell, cells_of, first_of, teacher_key
 from distill_llm.recipe.recipe import Recipe
@@ -155,6 +159,24 @@ def open_sweep(
     opened = OpenSweep(folder, tuple(zip(cells, contexts, strict=True)))
     check_room(folder, opened.disk)
     return opened
+
+
+def seconds_of(opened: OpenSweep) -> float:
+    """The time that the unfinished cells will take on this machine, on paper: a shared teacher counts once.
+
+    Raises:
+        InputError: models too large to measure a rate with, or a recipe that cannot be estimated.
+    """
+    trained = {teacher_key(cell.recipe) for cell, context in opened.runs if has_teacher(context.folder)}
+    rate, seconds = None, 0.0
+    for cell, _ in opened.todo:
+        found = estimate(cell.recipe, devices_here(), rate, gpu=torch.cuda.is_available())
+        rate, key = found.rate / 1e12, teacher_key(cell.recipe)
+        seconds += (
+            sum(each.flops for each in found.stages if each.name != Teacher.name or key not in trained) / found.rate
+        )
+        trained.add(key)
+    return seconds
 
 
 def run_sweep(opened: OpenSweep) -> SweepResult:

@@ -9,8 +9,11 @@ from rich.table import Table
 
 from distill_llm.common.files import written_whole
 from distill_llm.metrics.errors import shown_score
+from distill_llm.report.curves import sweep_page
+from distill_llm.report.report import short_name
 from distill_llm.report.tables import (
     MISSING,
+    Cells,
     count,
     latency_note,
     markdown_table,
@@ -48,6 +51,7 @@ def write_sweep(folder: Path, record: Mapping[str, Any]) -> None:
     texts = {RECORD: json.dumps(record, indent=2) + "\n"}
     if "teacher" in record:
         texts["sweep.md"] = _markdown(record)
+        texts["sweep.html"] = sweep_page(record, title(record), Cells(*_cells(record)))
     for name, text in texts.items():
         with written_whole(folder / name) as file:
             file.write_text(text, encoding="utf-8")
@@ -55,7 +59,7 @@ def write_sweep(folder: Path, record: Mapping[str, Any]) -> None:
 
 def sweep_table(record: Mapping[str, Any]) -> Table:
     """The table of a sweep, for a terminal."""
-    head, *rows = _rows(record)
+    head, rows = _cells(record)
     table = Table()
     for name in head:
         table.add_column(name, justify="left" if name == head[0] else "right")
@@ -65,7 +69,7 @@ def sweep_table(record: Mapping[str, Any]) -> Table:
 
 
 def _markdown(record: Mapping[str, Any]) -> str:
-    head, *rows = _rows(record)
+    head, rows = _cells(record)
     notes = " ".join(
         filter(None, [score_note({**record, "student": record["teacher"]}), latency_note({**record, "speedup": 1})])
     )
@@ -75,23 +79,29 @@ def _markdown(record: Mapping[str, Any]) -> str:
 
 def title(record: Mapping[str, Any]) -> str:
     """What was swept."""
-    from distill_llm.report.report import short_name
-
     return f"{short_name(record)} on {record['task']}: {len(record['cells'])} students"
 
 
-def _rows(record: Mapping[str, Any]) -> list[list[str]]:
-    """The table's head, the teacher, and a row per cell."""
+def _cells(record: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The table's head; and its rows: the teacher, and one per cell."""
     arrow = "" if record["higher_is_better"] else " (lower is better)"
-    head = ["student", f"{record['metric']}{arrow}", "retention", "parameters", "of the layers", "latency", "speed-up"]
-    head += ["weights", "peak memory"]
-    rows = [head, _row("teacher", record["teacher"], {})]
-    return rows + [_row(cell["name"], cell.get("student"), cell) for cell in record["cells"]]
+    head = [
+        "student",
+        f"{record['metric']}{arrow}",
+        "retention",
+        "parameters",
+        "of the layers",
+        "latency",
+        "speed-up",
+        "peak memory",
+    ]
+    rows = [_row(cell["name"], cell.get("student"), cell) for cell in record["cells"]]
+    return head, [_row("teacher", record["teacher"], {}), *rows]
 
 
 def _row(name: str, side: Mapping[str, Any] | None, cell: Mapping[str, Any]) -> list[str]:
     if side is None:
-        return [name, "failed" if "error" in cell else "to do", *[MISSING] * 7]
+        return [name, "failed" if "error" in cell else "to do", *[MISSING] * 6]
     return [
         name,
         shown_score(side),
@@ -100,7 +110,6 @@ def _row(name: str, side: Mapping[str, Any] | None, cell: Mapping[str, Any]) -> 
         percent(cell.get("layer_params_kept", 1)),
         _shown(side.get("latency_ms"), milliseconds),
         speedup(cell) if cell.get("speedup") is not None else "1.00x" if not cell else MISSING,
-        _shown(side.get("weights_mb"), megabytes),
         _shown(side.get("peak_memory_mb"), megabytes),
     ]
 

@@ -46,7 +46,7 @@ class OnlineTeacher(Teacher):
     @property
     def gives(self) -> Gives:
         """Everything."""
-        return Gives("a model", ("logits", "hidden", "attention", "vectors", "neurons"), mixtures=True)
+        return Gives("a model", ("logits", "hidden", "attention", "vectors", "neurons", "graph"), mixtures=True)
 
     @property
     def compact(self) -> bool:  # type: ignore[override]
@@ -81,7 +81,7 @@ class OnlineTeacher(Teacher):
         received: list[torch.Tensor] = []
         self.model.eval()
         with ExitStack() as forward:
-            forward.enter_context(torch.no_grad())
+            forward.enter_context(torch.set_grad_enabled(self.recorder.wanted.graph))
             forward.enter_context(named_outputs(self.model))
             recording = forward.enter_context(self.recorder.recording())
             forward.enter_context(packed(self.model, positions))
@@ -91,7 +91,8 @@ class OnlineTeacher(Teacher):
                 forward.enter_context(self.head.handing_on(received.append))
             logits = self.model(**forward_inputs(self.model, batch)).logits
         if not compact:
-            return recording.with_logits(item_logits(logits, positions))
+            found = recording.with_logits(item_logits(logits, positions))
+            return found.detached() if self.recorder.wanted.graph else found
         assert self.head is not None
         return HeadSignals(
             recording.hidden,

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from distill_llm.architectures.modes import named_outputs
@@ -149,6 +150,8 @@ class TrainingLoss:
                 sums = forward.enter_context(self.head_terms.inside(batch, positions, factors))
             forward.enter_context(named_outputs(self.student))
             forward.enter_context(mixed_embeddings(self.student, inputs))
+            if self.objective.differentiates:  # the fast kernels of attention have no second derivative
+                forward.enter_context(sdpa_kernel(SDPBackend.MATH))
             outputs = model(**given)
         batch = replace(batch, student=recording.with_logits(item_logits(outputs.logits, positions)))
         if self.teacher is not None:

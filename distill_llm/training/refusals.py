@@ -69,6 +69,14 @@ def skipping(args: DistillationConfig) -> list[InputError]:
     return [InputError("on_nonfinite", "skip", fix=fix)]
 
 
+def differentiating(args: DistillationConfig, objective: Objective) -> list[InputError]:
+    """The fault of activations that are computed again, where a term differentiates the student's forward twice."""
+    if not (objective.differentiates and args.activation_checkpointing):
+        return []
+    fix = f"set it to false, or leave out losses.{objective.differentiates[0]}: it differentiates the forward itself"
+    return [InputError("activation_checkpointing", True, fix=fix)]
+
+
 def tied_adapter_faults(model: Any, field: str) -> list[InputError]:
     """A fault of adapters on weights that the model has twice; `field` names what says where they go."""
     tied = tied_adapters(model)
@@ -155,7 +163,7 @@ def check_arguments(args: DistillationConfig, objective: Objective, options: Map
     Raises:
         InputError: names the argument.
     """
-    raise_all(compiling(vars(args)) + whole_copies(args) + skipping(args))
+    raise_all(compiling(vars(args)) + whole_copies(args) + skipping(args) + differentiating(args, objective))
     for name, fix in UNUSED.items():
         if options.get(name) is not None:
             raise InputError(name, type(options[name]).__name__, fix=fix)

@@ -117,6 +117,12 @@ def wanted_by(objective: Objective, layers: Mapping[str, Sequence[int]]) -> Want
         for signal in found.keys() & set(term.signals) if layers[name] else ():
             found[signal] |= dict.fromkeys(layers[name])
             fields.setdefault(signal, f"losses.{name}")
+    graph = any(layers[name] for name in objective.differentiates)
     return Wanted(
-        tuple(found["hidden"]), tuple(found["attention"]), tuple(found["vectors"]), tuple(found["neurons"]), fields
+        tuple(found["hidden"]),
+        tuple(found["attention"]),
+        tuple(found["vectors"]),
+        tuple(found["neurons"]),
+        graph,
+        fields,
     )

@@ -78,3 +78,30 @@ def student_folder(folder: Path, architecture: str = "BertForSequenceClassificat
     (folder / "model.safetensors").write_bytes(b"weights")
     (folder / "tokenizer.json").write_text("{}")
     return folder
+
+
+def _side(score: float, params: float, latency: float) -> dict[str, Any]:
+    return {"score": score, "standard_error": 0.01, "rows": 100, "params": params, "latency_ms": latency, "flops": 1e9}
+
+
+def cell_metrics(score: float, params: float, latency: float) -> dict[str, Any]:
+    """What a run in a sweep may have in metrics.json: a teacher of 4 million parameters, scored 0.8, with 100 ms a batch."""
+    return {
+        "task": "embedded",
+        "metric": "accuracy",
+        "higher_is_better": True,
+        "device": "a CPU",
+        "teacher_model": "me/teacher",
+        "latency": {"batch_size": 2, "sequence_length": 8},
+        "baselines": {},
+        "versions": {},
+        "teacher": _side(0.8, 4e6, 100),
+        "student": _side(score, params, latency),
+        "retention": score / 0.8,
+        "params_kept": params / 4e6,
+        "layer_params_kept": params / 4e6,
+        "speedup": 100 / latency,
+        "speedup_min": None,
+        "speedup_max": None,
+        "seconds": 1,
+    }

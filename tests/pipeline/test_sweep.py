@@ -4,11 +4,15 @@ import json
 import shutil
 
 import pytest
+from builders.reports import cell_metrics
 from builders.runs import same, two_rounds, weights
 
 import distill_llm
 from distill_llm.common.errors import InputError
+from distill_llm.common.finite import NotFinite
 from distill_llm.pipeline import calibration
+from distill_llm.pipeline import sweep as sweeps
+from distill_llm.pipeline.run import RunResult
 from distill_llm.pipeline.stages import recover, teacher
 
 
@@ -91,3 +95,15 @@ def test_faults_of_any_cell_stop_a_sweep_before_it_writes(recipe, inputs, tmp_pa
     (tmp_path / "run-sweep" / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="output_dir"):
         distill_llm.sweep(recipe, keep=[0.5])
+
+
+def test_a_training_that_ends_in_nan_stops_its_cell_alone(recipe, tmp_path, monkeypatch):
+    def carry_out(context, donor=None):
+        if context.recipe.pruning.keep == 0.5:
+            raise NotFinite("losses.logits", "nan", "lower the learning_rate", step=3)
+        return RunResult(cell_metrics(0.7, 2e6, 50), context.student_dir, context.report_file)
+
+    monkeypatch.setattr(sweeps, "carry_out", carry_out)
+    result = distill_llm.sweep(recipe, keep=[0.7, 0.5, 0.3])
+    assert [cell.error is None for cell in result.cells] == [True, False, True]
+    assert "losses.logits is nan" in result.page.read_text() and "failed" in result.report.read_text()

@@ -22,4 +22,5 @@ BUILT_IN = (
     "attention",
     "relations",
     "neurons",
+    "gradients",
 )

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from distill_llm.losses.matching import Match
     from distill_llm.losses.signals import Batch
 
-Signal = Literal["logits", "hidden", "attention", "vectors", "neurons"]
+Signal = Literal["logits", "hidden", "attention", "vectors", "neurons", "graph"]
 INSIDE: tuple[Signal, ...] = ("attention", "vectors", "neurons")
 """Signals that are made inside of layers."""
 
@@ -87,7 +87,8 @@ class Term(BaseModel):
     Attributes:
         name: what objectives and logs call it; set by `@term(name)`.
         signals: what it reads of the student and, if `needs_teacher`, of the teacher. `logits` are those of the items that
-            count; the others are recorded at the layers of `layer_pairs`.
+            count; the others are recorded at the layers of `layer_pairs`. With `graph`, they can be differentiated in these
+            states, the student's twice.
         needs_teacher: whether it compares the student with a teacher.
         of_data: whether it compares with the labels of the data: a batch that the student answered itself has none.
         projects: whether it compares states that must be projected where widths differ.
@@ -143,6 +144,11 @@ class Term(BaseModel):
     def needs_logits(cls) -> bool:
         """Whether the term needs the whole logits of a language model."""
         return "logits" in cls.signals and cls.in_head is Term.in_head
+
+    @classmethod
+    def differentiates(cls) -> bool:
+        """Whether it takes gradients of both models."""
+        return "graph" in cls.signals
 
     @classmethod
     def looks_inside(cls) -> bool:

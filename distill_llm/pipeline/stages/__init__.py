@@ -3,6 +3,7 @@
 from distill_llm.common.errors import InputError
 from distill_llm.pipeline.context import Context
 from distill_llm.pipeline.stage import Stage
+from distill_llm.pipeline.stages.benchmarks import TeacherBenchmarks
 from distill_llm.pipeline.stages.export import Export
 from distill_llm.pipeline.stages.prune import Prune
 from distill_llm.pipeline.stages.push import Push
@@ -10,7 +11,7 @@ from distill_llm.pipeline.stages.recover import Recover
 from distill_llm.pipeline.stages.report import Report
 from distill_llm.pipeline.stages.teacher import Teacher
 
-FIRST: list[type[Stage]] = [Teacher]
+FIRST: list[type[Stage]] = [Teacher, TeacherBenchmarks]
 EACH_ROUND: list[type[Stage]] = [Prune, Recover]
 LAST: list[type[Stage]] = [Report, Export, Push]
 

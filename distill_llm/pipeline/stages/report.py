@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 from distill_llm.checks.evaluate import benchmarks_of
 from distill_llm.common.files import written_whole
 from distill_llm.evaluation.disagreements import find_disagreements
-from distill_llm.evaluation.harness import run_benchmarks, side_by_side
+from distill_llm.evaluation.harness import BenchmarkScore, run_benchmarks, side_by_side
 from distill_llm.pipeline.result import collect_metrics, stage_records
 from distill_llm.pipeline.stage import Result, Stage
+from distill_llm.pipeline.stages.benchmarks import TeacherBenchmarks
 
 LONGEST_TEXT = 400
 """Characters of a row that are kept to be shown."""
@@ -65,11 +66,9 @@ class Report(Stage):
         metrics = collect_metrics(run.recipe, run.data.task, teacher, student, results[self.teacher.name], rounds)
         metrics |= stage_records(results)
         if (benchmarks := benchmarks_of(run.recipe)) is not None:
-            scores = (
-                run_benchmarks(model, run.tokenizer, benchmarks, run.recipe.evaluation.batch_size)
-                for model in (teacher, student)
-            )
-            metrics["harness"] = side_by_side(*scores)
+            own = run_benchmarks(student, run.tokenizer, benchmarks, run.recipe.evaluation.batch_size)
+            theirs = results[TeacherBenchmarks.name]["scores"]
+            metrics["harness"] = side_by_side([BenchmarkScore(**each) for each in theirs], own)
         shown = self._disagreements(teacher, student)
         for file, content in ((run.metrics_file, metrics), (run.disagreements_file, shown)):
             with written_whole(file) as target:
