@@ -23,6 +23,7 @@ html_css_files = ["site.css"]
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
+nb_output_stderr = "remove"  # bars and notices
 nb_execution_mode = "off"  # the notebook is shown as its last run left it; a test runs it
 highlight_language = "bash"  # of indented blocks; they are commands
 default_role = "code"  # docstrings write `name`, as Markdown does
@@ -32,7 +33,7 @@ autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "inherited-members": False}
-napoleon_use_ivar = True
+napoleon_attr_annotations = False
 napoleon_use_rtype = False
 
 BENCH = Path(__file__).parents[1] / "scripts" / "bench"
@@ -44,12 +45,15 @@ PAGES = {
 
 
 def to_pages_of_the_site(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Show the pages of scripts/bench and the help of every command, and let links to these pages stay within the site."""
+    """Show the pages of scripts/bench, the help of every command and all public names; keep links within the site."""
     if docname == "reference/cli":
         source[0] += commands()
+    if docname == "reference/api":
+        source[0] += further_names(source[0])
     if docname == "benchmarks":
         texts = [(BENCH / page).read_text() for page in PAGES]
         source[0] = "\n\n".join([texts[0], *(re.sub(r"^# ", "## ", text) for text in texts[1:])])
+        source[0] = source[0].replace("](../../docs/", "](")
     up = "../" * docname.count("/")
     for page, heading in PAGES.items():
         inside = r"\]\(" if docname == "benchmarks" else r"\]\((?:\.\./)+scripts/bench/"
@@ -69,6 +73,17 @@ def commands() -> str:
     group = get_command(app)
     text = get_docs_for_click(obj=group, ctx=click.Context(group, info_name="distill-llm"), name="distill-llm")
     return "\n" + re.sub(r"^# `", "## `", text, flags=re.MULTILINE)
+
+
+def further_names(page: str) -> str:
+    """The public names that the page does not name yet."""
+    lines = [f".. auto{documented(name)}:: {name}" for name in distill_llm.__all__ if f":: {name}\n" not in page]
+    return "\n".join(["\n## Further names\n", "```{eval-rst}", *lines, "```", ""]) if lines else ""
+
+
+def documented(name: str) -> str:
+    """What autodoc calls a public name's kind."""
+    return "class" if isinstance(getattr(distill_llm, name), type) else "function"
 
 
 def visit_math(translator: HTML5Translator, node: nodes.Element) -> None:

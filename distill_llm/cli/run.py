@@ -79,10 +79,10 @@ def carry_out(recipe: Recipe, teller: Teller, dry_run: bool = False) -> None:
         teller.say(f"WARNING: {warning}")
     if "student" in metrics:
         teller.say(f"\n{results_table(metrics)}")
-    teller.say(f"report:  {result.report}")
+    teller.say(f"report:  {result.page}")
     teller.say(f"loads as {loading(student)}")
     teller.say(f"next:    {_next(recipe, result)}")
-    teller.end(_line(result), student=str(student), report=str(result.report), metrics=metrics)
+    teller.end(_line(result), student=str(student), report=str(result.report), page=str(result.page), metrics=metrics)
 
 
 def _next(recipe: Recipe, result: "RunResult") -> str:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from distill_llm.cli.group import is_main_process
+from distill_llm.cli.libraries import is_quiet
 from distill_llm.cli.options import RecipeName, Settings
 from distill_llm.cli.output import quiet_weights
 from distill_llm.cli.telling import AsJson, Quiet, Teller, telling
@@ -73,7 +74,7 @@ def sweep(
         todo = {cell.name: str(context.folder) for cell, context in opened.todo}
         for cell, context in opened.runs:
             teller.say(f"{context.folder}: {'to do' if cell.name in todo else 'done'}")
-        seconds = _seconds(opened, teller) if todo and (dry_run or not quiet) else None
+        seconds = _seconds(opened, teller) if todo and (dry_run or not (quiet or is_quiet())) else None
         takes = "" if seconds is None else f"about {duration(seconds)} on this machine, "
         line = f"{len(todo)} of {len(opened.runs)} to do: {takes}at most {opened.disk / 1e9:.1f} GB on the disk"
         if dry_run:

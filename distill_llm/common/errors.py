@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
+from distill_llm.common.secrets import hidden
+
 LONGEST_LINE = 300
 """Characters of a message."""
 LONGEST_SHOWN, LONGEST_FIELD, LEAST_SHOWN = 160, 80, 60
@@ -16,7 +18,7 @@ LONGEST_LIST = 100
 class InputError(ValueError):
     """Bad input from a user: shown as one line without a traceback, exit code 2 on the command line.
 
-    The line says what was given and then either which values are accepted or what to do.
+    The line says what was given and then either which values are accepted or what to do. It shows no access token.
 
     Args:
         field: the name of the field or argument, as the user wrote it (`pruning.keep`, `--task`).
@@ -28,11 +30,11 @@ class InputError(ValueError):
     def __init__(self, field: str, given: Any, accepted: str = "", *, fix: str = ""):
         self.field, self.given, self.accepted, self.fix = field, given, accepted, fix
         name, rest = (
-            _both_ends(" ".join(field.split()), LONGEST_FIELD),
-            " ".join((fix or f"accepted: {accepted}").split()),
+            _both_ends(hidden(" ".join(field.split())), LONGEST_FIELD),
+            hidden(" ".join((fix or f"accepted: {accepted}").split())),
         )
         room = LONGEST_LINE - len(name) - len(": got ; ") - len(rest)
-        shown = _both_ends(repr(given), min(LONGEST_SHOWN, max(LEAST_SHOWN, room)))
+        shown = _both_ends(hidden(repr(given)), min(LONGEST_SHOWN, max(LEAST_SHOWN, room)))
         super().__init__(cut(f"{name}: got {shown}; {rest}"))
 
     def renamed(self, field: str) -> "InputError":
@@ -63,8 +65,8 @@ def one_of(names: Iterable[str], given: str = "") -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, short enough for one line of output."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """The first line of an error's text, short enough for one line of output, without tokens."""
+    return (hidden(str(error)).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 class InputErrors(InputError):

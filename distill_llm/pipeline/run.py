@@ -28,11 +28,12 @@ from distill_llm.recipe.recipe import Recipe, parse_recipe
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run made: the contents of metrics.json, and where student and report are."""
+    """What a run made: the contents of metrics.json, and where student, report.md and report.html are."""
 
     metrics: dict[str, Any]
     student_dir: Path
     report: Path
+    page: Path
 
 
 def run(
@@ -70,7 +71,8 @@ def carry_out(context: Context, donor: Path | None = None) -> RunResult:
 def _run(context: Context) -> RunResult:
     """Carry out a checked recipe in a folder that nobody else is using."""
     carry_out_stages(context, stages_of(context))
-    return RunResult(json.loads(context.metrics_file.read_text()), context.student_dir, context.report_file)
+    metrics = json.loads(context.metrics_file.read_text())
+    return RunResult(metrics, context.student_dir, context.report_file, context.page_file)
 
 
 def carry_out_stages(context: Context, stages: Sequence[Stage]) -> None:

@@ -1,5 +1,6 @@
 """A sweep: one recipe at several sizes, or over the values of any fields, and what each of them costs and gains."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,9 @@ from distill_llm.pipeline.state import read_state
 from distill_llm.recipe.cells import Cell, cells_of, first_of, teacher_key
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.report.sweep import RECORD, record_of, write_sweep
+
+LOOKED_AT = 4
+"""Cells that the time of a sweep is estimated by; each takes some seconds."""
 
 
 class InCell(Listener):
@@ -98,12 +102,15 @@ class OpenSweep:
 
     @property
     def disk(self) -> int:
-        """Bytes that the unfinished cells take: a shared teacher and shared statistics once."""
-        teachers = {teacher_key(cell.recipe): context.opened.disk.teacher for cell, context in self.todo}
-        statistics = {_statistics_of(cell): context.opened.disk.statistics for cell, context in self.todo}
-        disks = [context.opened.disk for _, context in self.todo]
-        once = sum(teachers.values()) + sum(statistics.values()) + max((each.checkpoints for each in disks), default=0)
-        return once + sum(each.students for each in disks)
+        """Bytes that the unfinished cells take: a shared teacher once, and shared statistics of the first round."""
+        teachers, statistics, own, training = {}, {}, 0, 0
+        for cell, context in self.todo:
+            disk, rounds = context.opened.disk, cell.recipe.pruning.rounds if cell.recipe.pruning else 1
+            teachers[teacher_key(cell.recipe)] = disk.teacher
+            statistics[_statistics_of(cell)] = disk.statistics // rounds
+            own += disk.students + disk.statistics // rounds * (rounds - 1)
+            training = max(training, disk.checkpoints)
+        return sum(teachers.values()) + sum(statistics.values()) + own + training
 
 
 def sweep(
@@ -162,21 +169,23 @@ def open_sweep(
 
 
 def seconds_of(opened: OpenSweep) -> float:
-    """The time that the unfinished cells will take on this machine, on paper: a shared teacher counts once.
+    """About the time that the unfinished cells will take on this machine, on paper; a shared teacher counts once.
+
+    Of many cells some are looked at, and the others are taken for their like.
 
     Raises:
         InputError: models too large to measure a rate with, or a recipe that cannot be estimated.
     """
-    trained = {teacher_key(cell.recipe) for cell, context in opened.runs if has_teacher(context.folder)}
-    rate, seconds = None, 0.0
-    for cell, _ in opened.todo:
+    todo, rate, own, teacher = opened.todo, None, [], 0.0
+    for cell, _ in todo[:: math.ceil(len(todo) / LOOKED_AT)]:
         found = estimate(cell.recipe, devices_here(), rate, gpu=torch.cuda.is_available())
-        rate, key = found.rate / 1e12, teacher_key(cell.recipe)
-        seconds += (
-            sum(each.flops for each in found.stages if each.name != Teacher.name or key not in trained) / found.rate
-        )
-        trained.add(key)
-    return seconds
+        rate = found.rate / 1e12
+        seconds = {stage.name: stage.flops / found.rate for stage in found.stages}
+        teacher = max(teacher, seconds.pop(Teacher.name))
+        own.append(sum(seconds.values()))
+    trained = {teacher_key(cell.recipe) for cell, context in opened.runs if has_teacher(context.folder)}
+    untrained = {teacher_key(cell.recipe) for cell, _ in todo} - trained
+    return len(todo) * sum(own) / len(own) + len(untrained) * teacher
 
 
 def run_sweep(opened: OpenSweep) -> SweepResult:

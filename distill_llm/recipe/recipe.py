@@ -1,6 +1,7 @@
 """The recipe: what a YAML file says to make, read as a whole and checked."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,6 +9,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from distill_llm.common.errors import InputError, InputErrors, one_of, raise_all
+from distill_llm.common.secrets import holds_token
 from distill_llm.common.validation import faults_of
 from distill_llm.recipe.pruning import PruningSection
 from distill_llm.recipe.section import Section
@@ -157,10 +159,21 @@ def find_recipe(name: str) -> Path:
 
 def parse_recipe(given: dict[str, Any]) -> Recipe:
     """The recipe that a plain mapping describes; raises all its faults together as InputErrors, with dotted field names."""
+    fix = "take the access token out, and log in with `hf auth login`: recipes are saved with runs and shown in cards"
+    raise_all([InputError(name, text, fix=fix) for name, text in _texts(given) if holds_token(text)])
     try:
         return Recipe.model_validate(given)
     except ValidationError as error:
         raise InputErrors(faults_of(error, Recipe)) from None
+
+
+def _texts(part: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """All texts in a mapping, each with its dotted name."""
+    if isinstance(part, str):
+        yield name, part
+    elif isinstance(part, (dict, list)):
+        for key, value in part.items() if isinstance(part, dict) else enumerate(part):
+            yield from _texts(value, f"{name}.{key}" if name else str(key))
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:

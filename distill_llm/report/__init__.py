@@ -1,6 +1,6 @@
 """The report of a run with its figures, and the student's model card.
 
-May import: common, architectures, metrics, data, models, pruning, recipe.
+May import: common, architectures, metrics, data, models, pruning, recipe, teachers, responses.
 """
 
 from distill_llm.report.card import write_card

@@ -2,16 +2,26 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import (
+    EvalResult,
+    EvalResultEntry,
+    ModelCard,
+    ModelCardData,
+    eval_result_entries_to_yaml,
+)
+from transformers import PreTrainedConfig
 
+from distill_llm.architectures.configuration_pruned import family_type
+from distill_llm.architectures.lineage import lineage_of
 from distill_llm.common.files import written_whole
 from distill_llm.data.glue import GLUE, HUB_ID
+from distill_llm.pruning.plan import PruningPlan
+from distill_llm.report.origins import on_the_hub, origin_of, shown_name
 from distill_llm.report.report import HARNESS, headline, notes, provenance, short_name, summary
 from distill_llm.report.tables import harness_table, results_table, rounds_table
 from distill_llm.report.usage import kind_of_student, needs_code, read_config, snippet
@@ -21,16 +31,20 @@ NO_PATHS = ("description", "hub")
 
 
 def write_card(student_dir: str | Path, metrics: Mapping[str, Any], recipe_yaml: str) -> Path:
-    """Write README.md into the student's folder and, beside it, its evaluation results as `metrics.json`.
+    """Write into the student's folder what is to be known of it wherever it is copied or pushed.
 
-    The metadata names library, base model (if the teacher is on the Hub), task, data and score (`model-index`).
-    Both files are pushed with the student, so they show only the last part of a local path.
-    The code in the card loads the student from a placeholder, which `distill_llm.report.hub.push` replaces.
+    - `README.md`, the model card. Its metadata names library, base model, licence, task, data and score (`model-index`).
+    - `.eval_results/TASK.yaml`: the score in the form that the Hub reads, where the data are on the Hub.
+    - `metrics.json`, `recipe.yaml`, and for a pruned student `plan.json`: the `PruningPlan` that makes its architecture of the
+      original teacher.
+
+    All files are pushed with the student, so they show only the last part of a local path. The code in the card loads the student
+    from a placeholder, which `distill_llm.report.hub.push` replaces.
 
     Args:
         student_dir: folder with the student's config.json.
-        metrics: what `metrics.json` holds.
-        recipe_yaml: the resolved recipe, shown in the card.
+        metrics: what `metrics.json` of the run holds.
+        recipe_yaml: the resolved recipe.
 
     Returns:
         The path of README.md.
@@ -39,43 +53,90 @@ def write_card(student_dir: str | Path, metrics: Mapping[str, Any], recipe_yaml:
         InputError: the folder holds no config.json.
     """
     student_dir = Path(student_dir)
-    config = read_config(student_dir)
-    card = ModelCard(f"---\n{card_data(metrics, config).to_yaml()}\n---\n\n{_body(student_dir, metrics, recipe_yaml)}")
-    shown = {**metrics, "teacher_model": shown_name(str(metrics["teacher_model"]))}
-    with written_whole(student_dir / "metrics.json") as file:
-        file.write_text(json.dumps(shown, indent=2) + "\n")
+    config, recipe = read_config(student_dir), shown_recipe(recipe_yaml)
+    data = tested_on(metrics, yaml.safe_load(recipe_yaml))
+    front = card_data(metrics, config, data).to_yaml()
+    card = ModelCard(f"---\n{front}\n---\n\n{_body(student_dir, metrics, recipe)}")
+    told = {**metrics, "teacher_model": shown_name(str(metrics["teacher_model"]))}
+    texts = {"metrics.json": json.dumps(told, indent=2) + "\n", "recipe.yaml": recipe} | eval_results(metrics, data)
+    for name, text in texts.items():
+        (student_dir / name).parent.mkdir(exist_ok=True)
+        with written_whole(student_dir / name) as file:
+            file.write_text(text)
+    _write_plan(student_dir, metrics, config)
     path = student_dir / "README.md"
     with written_whole(path) as file:
         card.save(file)
     return path
 
 
-def card_data(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> ModelCardData:
-    """The card's metadata, for the student with this config."""
-    task, tag = metrics["task"], kind_of_student(config).pipeline_tag
+@dataclass(frozen=True)
+class TestedOn:
+    """The rows that a score is of: their data set (`hub`: its id on the Hub), configuration and split."""
+
+    name: str
+    hub: str | None
+    config: str | None
+    split: str
+
+
+def tested_on(metrics: Mapping[str, Any], recipe: Mapping[str, Any]) -> TestedOn:
+    """What the run scored the student on."""
+    task = metrics["task"]
     if task in GLUE:
-        split = "validation_matched" if task == "mnli" else "validation"
-        data = {"dataset_type": HUB_ID, "dataset_name": f"GLUE {task}", "dataset_config": task}
-    else:
-        split, data = "test", {"dataset_type": task, "dataset_name": task}
+        return TestedOn(f"GLUE {task}", HUB_ID, task, "validation_matched" if task == "mnli" else "validation")
+    path, _, config = str((recipe.get("data") or {}).get("path") or task).partition(":")
+    if path != task and on_the_hub(path):
+        return TestedOn(path, path, config or None, "test")
+    return TestedOn(task, None, None, "test")
+
+
+def card_data(metrics: Mapping[str, Any], config: Mapping[str, Any], data: TestedOn) -> ModelCardData:
+    """The card's metadata, for the student with this config."""
+    tag, origin = kind_of_student(config).pipeline_tag, origin_of(str(metrics["teacher_model"]))
+    learned = origin.datasets if metrics.get("rounds") else ()  # with the teacher's weights comes what it learned from
     result = EvalResult(
         task_type=tag,
         metric_type=metrics["metric"],
-        metric_value=round(metrics["student"]["score"], 6),
-        dataset_split=split,
-        **data,
+        metric_value=_score(metrics),
+        dataset_type=data.hub or data.name,
+        dataset_name=data.name,
+        dataset_config=data.config,
+        dataset_split=data.split,
     )
-    teacher = str(metrics["teacher_model"])
     return ModelCardData(
-        base_model=teacher if _on_the_hub(teacher) else None,
-        datasets=[HUB_ID] if task in GLUE else None,
+        base_model=origin.base_model,
+        datasets=list(dict.fromkeys([*([data.hub] if data.hub else []), *learned])) or None,
         eval_results=[result],
         library_name="transformers",
         metrics=[metrics["metric"]],
-        model_name=f"{short_name(metrics)}-{task}-student",
+        model_name=f"{short_name(metrics)}-{metrics['task']}-student",
         pipeline_tag=tag,
         tags=_tags(metrics),
+        **origin.carried,
     )
+
+
+def eval_results(metrics: Mapping[str, Any], data: TestedOn) -> dict[str, str]:
+    """The score as a file of `.eval_results/`, by its name; the Hub takes only scores on data that it has."""
+    if data.hub is None:
+        return {}
+    notes = f"{metrics['metric']}, {data.split} split; the teacher's: {metrics['teacher']['score']:.4g}"
+    entry = EvalResultEntry(data.hub, data.config or "default", _score(metrics), notes=notes)
+    text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True)
+    return {f".eval_results/{metrics['task']}.yaml": text}
+
+
+def _score(metrics: Mapping[str, Any]) -> float:
+    return round(metrics["student"]["score"], 6)
+
+
+def _write_plan(student_dir: Path, metrics: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Write `plan.json` for a student whose config holds a lineage."""
+    lineage = lineage_of(PreTrainedConfig.from_dict({"pruning": config.get("pruning")}))
+    if lineage is not None:
+        family, kept = family_type(config["model_type"]) or config["model_type"], metrics.get("layer_params_kept")
+        PruningPlan(family, lineage.layers, kept, whole=lineage.whole).save(student_dir / "plan.json")
 
 
 def _tags(metrics: Mapping[str, Any]) -> list[str]:
@@ -83,7 +144,7 @@ def _tags(metrics: Mapping[str, Any]) -> list[str]:
     return ["distill_llm", *(["knowledge-distillation"] if distilled else []), *(["pruning"] if pruned else [])]
 
 
-def _body(student_dir: Path, metrics: Mapping[str, Any], recipe_yaml: str) -> str:
+def _body(student_dir: Path, metrics: Mapping[str, Any], recipe: str) -> str:
     trust = (
         "Its layers have sizes that a stock configuration cannot express. The Python files in this repository build them, so"
         " loading needs `trust_remote_code=True`. Only torch and transformers have to be installed."
@@ -105,33 +166,17 @@ def _body(student_dir: Path, metrics: Mapping[str, Any], recipe_yaml: str) -> st
         f"Teacher: `{shown_name(str(metrics['teacher_model']))}`."
         " The licence and the limitations of the teacher and of its data apply.",
         rounds.rstrip(),
-        f"<details>\n<summary>The recipe</summary>\n\n```yaml\n{shown_recipe(recipe_yaml).rstrip()}\n```\n\n</details>",
+        f"<details>\n<summary>The recipe</summary>\n\n```yaml\n{recipe.rstrip()}\n```\n\n</details>",
         provenance(metrics),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _on_the_hub(model: str) -> bool:
-    if "://" in model or model.startswith(("/", ".", "~")) or Path(model).exists():
-        return False
-    try:
-        validate_repo_id(model)
-    except HFValidationError:
-        return False
-    return True
-
-
-def shown_name(name: str) -> str:
-    """The name of a model or data set. Of a local path only the last part: the rest means nothing on other machines."""
-    known = "://" in name or _on_the_hub(name.partition(":")[0])  # after a colon comes the data set's configuration
-    return name if known else name.rstrip("/").rsplit("/", 1)[-1]
-
-
 def shown_recipe(recipe_yaml: str) -> str:
     """The recipe, its local paths cut to their last parts."""
     recipe = yaml.safe_load(recipe_yaml)
-    shown = {name: part if name in NO_PATHS else _shown_values(part) for name, part in recipe.items()}
-    return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
+    values = {name: part if name in NO_PATHS else _shown_values(part) for name, part in recipe.items()}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def _shown_values(part: Any) -> Any:

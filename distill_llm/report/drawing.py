@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from distill_llm.common.files import written_whole
 from distill_llm.report.palette import LIGHT
 
-WIDTH = 5.8
-"""Inches; at 72 units an inch, about as many units as a phone has pixels across, so text is legible there."""
+WIDTH = 4.7
+"""Inches; at 72 units an inch, about as many units as a phone has pixels across: text keeps its size there."""
 
 
 def new_figure(height: float, width: float = WIDTH) -> Figure:

@@ -67,7 +67,15 @@ def draw_scores(metrics: Mapping[str, Any]) -> Figure | None:
     arrow = "" if metrics.get("higher_is_better", True) else " (lower is better)"
     axes.set_ylabel(plain(f"{metrics['metric']}{arrow}"), color=MUTED, fontsize=10)
     axes.grid(axis="y", color=EMPTY, linewidth=0.8)
-    figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=10, handletextpad=0.3, columnspacing=1)
+    figure.legend(
+        loc="outside upper center",
+        ncols=3,
+        frameon=False,
+        labelcolor=INK,
+        fontsize=10,
+        handletextpad=0.3,
+        columnspacing=1,
+    )
     return figure
 
 
@@ -178,7 +186,15 @@ def draw_losses(history: Mapping[str, Any]) -> Figure | None:
     axes.set_xlim(0, begin)
     axes.set_xlabel("optimizer steps", color=MUTED, fontsize=10)
     axes.grid(axis="y", color=EMPTY, linewidth=0.8)
-    figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=10, handlelength=1.2, columnspacing=1)
+    figure.legend(
+        loc="outside upper center",
+        ncols=3,
+        frameon=False,
+        labelcolor=INK,
+        fontsize=10,
+        handlelength=1.2,
+        columnspacing=1,
+    )
     return figure
 
 
@@ -210,5 +226,13 @@ def draw_latency(grid: Sequence[Mapping[str, Any]]) -> Figure | None:
     axes.set_xlabel("tokens in each row", color=MUTED, fontsize=10)
     axes.set_ylabel("milliseconds for the batch", color=MUTED, fontsize=10)
     axes.grid(axis="y", color=EMPTY, linewidth=0.8)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=10, handlelength=1.8, columnspacing=1)
+    figure.legend(
+        loc="outside upper center",
+        ncols=3,
+        frameon=False,
+        labelcolor=INK,
+        fontsize=10,
+        handlelength=1.8,
+        columnspacing=1,
+    )
     return figure

@@ -1,80 +1,148 @@
-"""Pushing a finished student to the Hugging Face Hub."""
+"""Pushing to the Hugging Face Hub: a student, adapters, an exported model, a teacher cache or responses."""
 
-import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import HfApi, get_token, is_offline_mode
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    get_token,
+    is_offline_mode,
 )
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from distill_llm.common.errors import InputError
-from distill_llm.common.files import written_whole
-from distill_llm.models.finding import first_line
-from distill_llm.report.usage import read_config
+from distill_llm.common.errors import InputError, first_line
+from distill_llm.common.secrets import hidden
+from distill_llm.report.uploads import RepoType, Upload, find_upload
 
-LEFT_OUT = ["checkpoint-*", "*.pt", "*.bin", "**/__pycache__/**", "__pycache__/**", ".*", "**/.*"]
+OLD_WEIGHTS = (
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model*.bin",
+    "pytorch_model.bin.index.json",
+)
+"""Files of an earlier push that transformers would read in place of those of this one."""
+LOG_IN = "run `hf auth login`, or set HF_TOKEN, with a token that has write access"
 
 
-def push(student_dir: str | Path, repo_id: str, private: bool = False, token: str | None = None) -> str:
-    """Upload a student's folder: weights, configuration, tokenizer, model card and evaluation results, in one commit.
+def push(
+    folder: str | Path,
+    repo_id: str,
+    private: bool = False,
+    token: str | None = None,
+    repo_type: RepoType | None = None,
+) -> str:
+    """Upload a folder in one commit: what is in the repository is the old state or the new one, never a mixture.
 
-    A repository that does not exist is created. The code in the model card is changed to load from the repository. Checkpoints
-    and optimizer states are left out.
+    A repository that does not exist is created. The code in the model card loads from the repository. Checkpoints and optimizer
+    states are left out. After a broken connection the same call goes on: what arrived is not sent again.
 
     Args:
-        student_dir: a folder with a saved model, for example `student/` of a run.
+        folder: a student, adapters, an exported model, a teacher cache or responses; or a GGUF file.
         repo_id: `name` or `owner/name`.
         private: make the repository private when it is created.
         token: a token with write access; None: the one of `hf auth login` or of the variable HF_TOKEN.
+        repo_type: `model` or `dataset`; None: by what the folder is.
 
     Returns:
         The address of the repository.
 
     Raises:
-        InputError: the folder holds no model, the Hub does not accept the name, the token is missing or may not write, or
-            the Hub is switched off or cannot be reached.
+        InputError: the folder is nothing that can be pushed, or one of its files holds a token; the Hub does not accept the
+            name, the token is missing or may not write, the repository is public and `private` was asked for, or the Hub is
+            switched off or cannot be reached.
     """
-    student_dir = Path(student_dir)
-    read_config(student_dir)
-    if not any(student_dir.glob("*.safetensors")):
-        raise InputError("student_dir", str(student_dir), "a folder with a model's weights (*.safetensors)")
+    upload = find_upload(folder)
     check_repo_id(repo_id)
+    token = token or get_token()
+    upload.check_secrets(token)
+    if is_offline_mode():
+        raise InputError("HF_HUB_OFFLINE", "1", fix="unset it: pushing needs the Hub")
+    if token is None:
+        raise InputError("token", None, fix=LOG_IN)
+    kind = repo_type or upload.repo_type
     api = HfApi(token=token)
-    try:
-        repo = api.create_repo(repo_id, private=private, exist_ok=True)
-        _name_the_repository(student_dir / "README.md", repo.repo_id)
-        api.upload_folder(
-            repo_id=repo.repo_id,
-            folder_path=student_dir,
-            commit_message="Upload the student, its card and its evaluation results",
-            ignore_patterns=LEFT_OUT,
+    with _in_one_line(api, "repo_id", repo_id):
+        url = api.create_repo(repo_id, private=private, exist_ok=True, repo_type=kind)
+        there = api.repo_info(url.repo_id, repo_type=kind)
+        if private and not there.private:
+            raise InputError(
+                "private", True, fix=f"make {url.repo_id} private on the Hub first: it exists, and is public"
+            )
+        old = [file.rfilename for file in there.siblings or []]
+        api.create_commit(
+            url.repo_id,
+            operations=_operations(upload, url.repo_id, old),
+            commit_message=f"Upload {upload.what}",
+            repo_type=kind,
         )
-    except OfflineModeIsEnabled as error:
-        raise InputError("HF_HUB_OFFLINE", "1", fix="unset it: pushing needs the Hub") from error
-    except LocalTokenNotFoundError as error:
-        raise InputError(
-            "token", None, fix="run `hf auth login`, or set HF_TOKEN, with a token that has write access"
-        ) from error
-    except HfHubHTTPError as error:
-        accepted = f"a repository that the Hub accepts ({first_line(error)})"
-        if error.response is not None and error.response.status_code in (401, 403):
-            accepted = "a repository that the token of `hf auth login` or HF_TOKEN may write to"
-        raise InputError("repo_id", repo_id, accepted) from error
+    return str(url)
+
+
+def _operations(upload: Upload, repo_id: str, old: list[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
+    """What the commit does: add all files, and remove a model's weights of an earlier push that have other names."""
+    files = upload.contents(repo_id)
+    weights = [name for name in old if "/" not in name and any(fnmatch(name, each) for each in OLD_WEIGHTS)]
+    stale = [name for name in weights if upload.replaces_weights and name not in files]
+    return [
+        *(CommitOperationDelete(name) for name in stale),
+        *(CommitOperationAdd(path, file) for path, file in files.items()),
+    ]
+
+
+@contextmanager
+def _in_one_line(api: HfApi, field: str, repo_id: str) -> Iterator[None]:
+    """What the Hub or the network refuse, as one line without the token."""
+    try:
+        yield
+    except InputError:
+        raise
     except Exception as error:
-        if not type(error).__module__.startswith("httpx"):  # httpx or httpx2, by the version of huggingface_hub
+        fix = _what_to_do(error, api, repo_id)
+        if fix is None:
             raise
-        fix = f"push again when the Hub can be reached ({first_line(error)})"
-        raise InputError("repo_id", repo_id, fix=fix) from error
-    return str(repo)
+        raise InputError(field, repo_id, fix=hidden(fix, str(api.token))) from error
+
+
+def _what_to_do(error: Exception, api: HfApi, repo_id: str) -> str | None:
+    """What helps against an error of huggingface_hub, its HTTP library or Xet; None for another kind of error."""
+    cause: BaseException | None = error
+    while cause is not None:  # an upload's error is inside a RuntimeError
+        why = hidden(first_line(cause), str(api.token))
+        if isinstance(cause, HfHubHTTPError):
+            status = cause.response.status_code if cause.response is not None else 0
+            if status == 401:
+                return f"the Hub does not accept the token: {LOG_IN}"
+            if status == 403:
+                return f"push to a repository of your own, or use a token that may write to this one: {_belongs(api)}"
+            if status == 429 or status >= 500:
+                return f"push again later: the Hub answers {status}, and what arrived is not sent again"
+            return f"the Hub refuses the push: {why}"
+        if "xet" in why.lower():
+            return (
+                "push again when the network is back, with HF_HUB_DISABLE_XET=1 where the Hub has no Xet storage"
+                f" ({why})"
+            )
+        # httpx or httpx2, by the version of huggingface_hub
+        if type(cause).__module__.startswith("httpx") or isinstance(cause, (ConnectionError, TimeoutError)):
+            return f"push again when the Hub can be reached: what arrived is not sent again ({why})"
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def _belongs(api: HfApi) -> str:
+    try:
+        return f"this one belongs to {api.whoami(cache=True)['name']}"
+    except Exception:  # only a help
+        return "this one may not"
 
 
 def check_push(repo_id: str, field: str) -> None:
-    """Check, before a run, what its push will need: a valid name, a token, and a Hub that is not switched off.
+    """Check, before a run, what its push will need: a valid name, a Hub that answers, and a token that may write there.
 
     Raises:
         InputError: naming `field`.
@@ -86,6 +154,16 @@ def check_push(repo_id: str, field: str) -> None:
         raise InputError(
             field, repo_id, fix="log in first (`hf auth login`, or HF_TOKEN): a push needs a token with write access"
         )
+    api = HfApi(token=get_token())
+    with _in_one_line(api, field, repo_id):
+        who = api.whoami(cache=True)
+    role = who.get("auth", {}).get("accessToken", {}).get("role")
+    if role == "read":
+        raise InputError(field, repo_id, fix=f"{LOG_IN}: this one can only read")
+    names = [who["name"], *(each["name"] for each in who.get("orgs", []))]
+    owner = repo_id.partition("/")[0]
+    if role == "write" and "/" in repo_id and owner.lower() not in [name.lower() for name in names]:
+        raise InputError(field, repo_id, fix=f"name a repository of {' or '.join(names[:5])}: the token is theirs")
 
 
 def check_repo_id(repo_id: str, field: str = "repo_id") -> None:
@@ -95,10 +173,3 @@ def check_repo_id(repo_id: str, field: str = "repo_id") -> None:
     except HFValidationError as error:
         accepted = "NAME or OWNER/NAME of letters, digits, '-', '_' and '.', at most 96 characters"
         raise InputError(field, repo_id, accepted) from error
-
-
-def _name_the_repository(card: Path, repo_id: str) -> None:
-    if card.exists():
-        text = card.read_text()
-        with written_whole(card) as file:
-            file.write_text(re.sub(r'^model_id = ".*"$', f'model_id = "{repo_id}"', text, count=1, flags=re.MULTILINE))

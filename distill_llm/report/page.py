@@ -12,9 +12,10 @@ from markupsafe import Markup
 from distill_llm.common.durations import duration
 from distill_llm.common.files import written_whole
 from distill_llm.report import tables
-from distill_llm.report.card import shown_name, shown_recipe
+from distill_llm.report.card import shown_recipe
 from distill_llm.report.drawing import inline
 from distill_llm.report.figures import draw_latency, draw_losses, draw_scores
+from distill_llm.report.origins import shown_name
 from distill_llm.report.palette import DARK, LIGHT
 from distill_llm.report.report import HARNESS, headline, notes, round_notes, summary
 from distill_llm.report.tables import MISSING, Cells, count, megabytes, milliseconds, percent

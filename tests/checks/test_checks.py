@@ -108,6 +108,7 @@ def test_a_push_needs_a_token(folder, monkeypatch):
     (line,) = faults(recipe_with(folder, hub={"repo_id": "me/student"}))
     assert line.startswith("hub.repo_id: got 'me/student'") and "token" in line
     monkeypatch.setattr("distill_llm.report.hub.get_token", lambda: "a token")
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", lambda *_, **__: {"name": "me"})
     assert faults(recipe_with(folder, hub={"repo_id": "me/student"})) == []
 
 

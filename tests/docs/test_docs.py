@@ -26,6 +26,17 @@ def test_pages_made_from_the_code_are_up_to_date(name: str) -> None:
     assert made.PAGE.read_text() == made.render(), "run `make docs`"
 
 
+def test_the_picture_of_the_readme_shows_rows_of_the_results() -> None:
+    made, text = script("sizes_figure"), (ROOT / "scripts" / "bench" / "RESULTS.md").read_text()
+    rows = made.table(text)
+    assert [len(rows[name]) for name in made.LINES] == [9] * len(made.LINES)
+    assert rows["plain magnitude"][:3] == [0.8853, 0.7729, 0.6571]
+    section = text.split(made.HEADING)[1]
+    assert all(
+        f"(dense\n{whole:.4f})" in section or f"(dense {whole:.4f})" in section for _, _, whole, _ in made.PANELS
+    )
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_to_files(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)

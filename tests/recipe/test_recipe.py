@@ -323,3 +323,19 @@ def test_all_promised_recipes_are_shipped():
     assert set(recipe_names()) >= {"quickstart", "bert_sst2", "bert_to_distilbert", "bert_glue_95"}
     launch = yaml.safe_load((recipe_folder() / "accelerate" / "ddp.yaml").read_text())
     assert launch["distributed_type"] == "MULTI_GPU"
+
+
+@pytest.mark.parametrize(
+    "field", ["distillation.hub_token", "description", "data.path", "hub.token", "nothing.like.it"]
+)
+def test_a_recipe_with_an_access_token_is_refused_in_a_line_that_does_not_show_it(field):
+    token = "hf_" + "aB3dE" * 7
+    given = {"teacher": {"model": "a/b"}, "data": {"task": "sst2"}}
+    *sections, name = field.split(".")
+    inner = given
+    for section in sections:
+        inner = inner.setdefault(section, {})
+    inner[name] = f"https://me:{token}@host"
+    with pytest.raises(InputError, match="access token") as error:
+        parse_recipe(given)
+    assert error.value.field == field and token[:8] not in str(error.value) and "<token>" in str(error.value)

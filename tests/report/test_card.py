@@ -9,9 +9,10 @@ import pytest
 import yaml
 from builders.causal import causal_model
 from builders.disks import fill_disk
+from builders.hub import Blob, Repo, connect, serving
 from builders.models import tiny_model
 from builders.reports import metrics, student_folder
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, parse_eval_result_entries
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -120,7 +121,7 @@ def test_local_paths_do_not_leave_the_machine_with_the_recipe_or_the_metrics(tmp
     text = write_card(student_folder(tmp_path), given, WITH_PATHS).read_text()
     assert f"```yaml\n{SHOWN}```" in text
     assert json.loads((tmp_path / "metrics.json").read_text()) == {**given, "teacher_model": "bert-x"}
-    assert not [file for file in tmp_path.iterdir() if "secret" in file.read_text()]
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and "secret" in file.read_text()]
     assert given["teacher_model"] == "/home/someone/secret/bert-x/", "the run's own metrics"
     (tmp_path / "models" / "bert-y").mkdir(parents=True)
     text = write_card(student_folder(tmp_path), given, "teacher:\n  model: models/bert-y\n").read_text()
@@ -202,3 +203,77 @@ def test_a_head_of_no_known_kind_is_one_line_with_those_that_are(tmp_path: Path)
     with pytest.raises(InputError, match=r"student_dir: got 'BertForQuestionAnswering'; .*ForMaskedLM") as caught:
         loading(student_folder(tmp_path, "BertForQuestionAnswering"))
     assert "\n" not in str(caught.value)
+
+
+TEACHERS_CARD = """---
+license: other
+license_name: a-licence
+license_link: LICENSE
+language: en
+base_model: owner/base-model
+datasets: [owner/data, /home/someone/secret/data]
+---
+"""
+
+
+def test_licence_language_base_model_and_data_come_from_the_teachers_card(tmp_path: Path) -> None:
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "README.md").write_text(TEACHERS_CARD)
+    given = metrics(teacher_model=str(tmp_path / "teacher"))
+    data = ModelCard.load(write_card(student_folder(tmp_path / "student"), given, RECIPE)).data
+    assert (data.license, data.license_name, data.license_link, data.language) == (
+        "other",
+        "a-licence",
+        "LICENSE",
+        "en",
+    )
+    assert (data.base_model, data.datasets) == ("owner/base-model", ["nyu-mll/glue", "owner/data"])
+    distilled = ModelCard.load(write_card(tmp_path / "student", given | {"rounds": []}, RECIPE)).data
+    assert distilled.datasets == ["nyu-mll/glue"], "no weights of the teacher's are in it"
+    (tmp_path / "teacher" / "README.md").write_text("---\n: {[\n---\n")
+    assert ModelCard.load(write_card(tmp_path / "student", given, RECIPE)).data.base_model is None
+
+
+def test_the_licence_of_a_teacher_on_the_hub_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving() as hub:
+        connect(monkeypatch, hub, tmp_path / "cache", token=None)
+        hub.repos["models/owner/teacher-model"] = Repo(commits=[{"README.md": Blob(TEACHERS_CARD.encode(), False)}])
+        data = ModelCard.load(write_card(student_folder(tmp_path / "student"), metrics(), RECIPE)).data
+    assert (data.license, data.base_model) == ("other", "owner/teacher-model")
+
+
+@pytest.mark.parametrize(
+    ("task", "recipe", "dataset"),
+    [
+        ("sst2", RECIPE, {"id": "nyu-mll/glue", "task_id": "sst2"}),
+        ("text", "data: {path: owner/texts:part}", {"id": "owner/texts", "task_id": "part"}),
+        ("text", "data: {path: owner/texts}", {"id": "owner/texts", "task_id": "default"}),
+        ("text", "data: {path: /home/texts}", None),
+    ],
+)
+def test_the_score_is_a_file_of_evaluation_results_where_the_data_are_on_the_hub(
+    tmp_path: Path, task: str, recipe: str, dataset: dict | None
+) -> None:
+    write_card(student_folder(tmp_path), metrics(task=task), recipe)
+    files = list((tmp_path / ".eval_results").glob("*")) if dataset else []
+    assert (tmp_path / ".eval_results").exists() == bool(dataset)
+    for file in files:
+        (entry,) = yaml.safe_load(file.read_text())
+        assert file.name == f"{task}.yaml" and entry["dataset"] == dataset and entry["value"] == 0.796
+        assert parse_eval_result_entries([entry])[0].notes.startswith("accuracy, ")
+
+
+def test_the_plan_beside_a_student_makes_its_architecture_of_the_original_teacher(tmp_path: Path) -> None:
+    teacher = tiny_model()
+    whole = full_plan(teacher).layers
+    once = prune(teacher, PruningPlan("bert", (replace(whole[0], neurons=range(3, 40)), whole[2])))
+    again = full_plan(once).layers
+    student = prune(once, PruningPlan("bert", (replace(again[0], neurons=(0, 5)), again[1])))
+    student.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    write_card(tmp_path, metrics(), RECIPE)
+    plan = PruningPlan.load(tmp_path / "plan.json")
+    assert [(row.source, row.neurons) for row in plan.layers] == [(0, (3, 8)), (2, tuple(range(64)))]
+    assert plan.kept == 0.5, "the share of the layers' parameters in the metrics"
+    made = prune(teacher, plan).state_dict()
+    assert {k: v.shape for k, v in made.items()} == {k: v.shape for k, v in student.state_dict().items()}

@@ -7,37 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders.reports import metrics, student_folder
-
-from distill_llm.report import write_page
-
-HISTORY = {
-    "teacher": {"steps": [1, 2], "losses": {"loss": [0.9, 0.5], "loss/labels": [0.9, 0.5]}},
-    "round-1/recover": {
-        "steps": [2, 4],
-        "losses": {"loss": [0.8, 0.4], "loss/logits": [0.02, 0.01], "loss/$x<b>$": [None, 3.0]},
-    },
-}
-GRID = [
-    {"batch_size": size, "sequence_length": length, "model_ms": 2.0 * size, "other_ms": 5.0 * size, "speedup": 2.5}
-    for size, length in ((1, 16), (1, 32), (8, 16))
-]
-HOSTILE = "<script>alert(1)</script> \"quoted\" 'single' & https://x.example/a.png 🙂 \u202eשלום \x00\ud800"
-EXAMPLES = {
-    "rows": 1234,
-    "agreement": 0.875,
-    "examples": [
-        {
-            "row": 3,
-            "distance": 0.7,
-            "truth": "<b>bad</b>",
-            "teacher": {"says": "bad", "share": 0.912},
-            "student": {"says": "good", "share": 0.634},
-            "text": HOSTILE,
-        }
-    ],
-}
-RECIPE = "description: a test\nteacher:\n  model: /secret/place/big\noutput_dir: /secret/runs/x\n"
+from builders.pages import EXAMPLES, GRID, HISTORY, HOSTILE, page_of
+from builders.reports import metrics
 
 
 class Reader(HTMLParser):
@@ -77,8 +48,7 @@ class Reader(HTMLParser):
 
 def read(folder: Path, shown: dict[str, Any] | None = None, **changes: Any) -> tuple[str, Reader]:
     """The source of a page that is written for these metrics, and what is in it."""
-    student_folder(folder / "student")
-    text = write_page(folder, metrics(**changes), shown or {}, RECIPE).read_text(encoding="utf-8")
+    text = page_of(folder, shown, **changes).read_text(encoding="utf-8")
     reader = Reader()
     reader.feed(text)
     reader.close()

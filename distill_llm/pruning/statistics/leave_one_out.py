@@ -42,7 +42,7 @@ def leave_one_out(
         settings: how the pass runs: precision, device, whether it is sharded.
 
     Returns:
-        A copy with `without`: (layers,) nats per output that counts (squared error for a regression), less the whole model's.
+        A copy with `without`, (layers,) in nats per output that counts (squared error for a regression), less the whole model's.
 
     Raises:
         InputError: another loss, or batches without the labels that it needs.
