@@ -55,8 +55,10 @@ class PlainLines(terminal_bar):
 
 
 def is_live() -> bool:
-    """Whether bars can be redrawn: standard error is a terminal, or this is a notebook."""
-    return sys.stderr.isatty() or any("notebook" in base.__module__ for base in tqdm.__mro__)
+    """Whether bars can be redrawn: standard error is a terminal that has a size (some containers' have none), or a notebook."""
+    if any("notebook" in base.__module__ for base in tqdm.__mro__):
+        return True
+    return sys.stderr.isatty() and min(os.get_terminal_size(sys.stderr.fileno())) > 1
 
 
 def progress_bar(*args: Any, shown: bool = True, **options: Any) -> Any:

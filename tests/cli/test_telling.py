@@ -8,6 +8,7 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -122,9 +123,10 @@ def test_a_pipe_gets_lines_that_are_not_written_over_and_the_table_at_the_end(fo
 @pytest.mark.slow
 def test_a_terminal_gets_live_bars_and_ctrl_c_can_be_followed_by_the_same_command(folder):
     recipe = recipe_for(folder)
-    recipe["distillation"]["num_train_epochs"] = 2000
+    recipe["distillation"]["num_train_epochs"] = 500
     write_recipe(folder, recipe)
     parent, child = pty.openpty()
+    termios.tcsetwinsize(child, (40, 120))
     process = subprocess.Popen(
         command("run", "recipe.yaml"), cwd=folder, env=ENVIRONMENT, stdout=child, stderr=child, start_new_session=True
     )

@@ -9,7 +9,7 @@ import pytest
 import distill_llm
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def script(name: str):
@@ -24,6 +24,11 @@ def script(name: str):
 def test_pages_made_from_the_code_are_up_to_date(name: str) -> None:
     made = script(name)
     assert made.PAGE.read_text() == made.render(), "run `make docs`"
+
+
+def test_changes_and_citation_are_of_this_version() -> None:
+    assert f"\n## [{distill_llm.__version__}] - " in (ROOT / "CHANGELOG.md").read_text()
+    assert f"\nversion: {distill_llm.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_the_picture_of_the_readme_shows_rows_of_the_results() -> None:
