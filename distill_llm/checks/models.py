@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,14 @@ def adapted(recipe: Recipe, student: PreTrainedModel) -> nn.Module:
     """The student as it will train; if only adapters learn, a copy with the adapters.
 
     Raises:
-        InputError: the adapters do not fit the student, or change weights that two modules share.
+        InputError: peft is not installed, or the adapters do not fit the student, or change weights that two modules share.
     """
     fields = recipe.student.peft if recipe.student else None
     if fields is None:
         return student
+    if find_spec("peft") is None:
+        fix = "install peft (pip install 'distill_llm[peft]'), or remove this field"
+        raise InputError("student.peft", fields, fix=fix)
     from peft import LoraConfig, get_peft_model
 
     try:

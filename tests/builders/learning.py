@@ -9,10 +9,14 @@ import torch
 from builders.answers import PROMPTS, answering_trainer, prompt_rows
 from builders.causal import causal_model as talker
 from builders.models import tiny_model
+from builders.texts import make_tokenizer
 from builders.trainers import TERMS, cached, model_of, rows, trainer_of, with_lora
+from datasets import Dataset
 from transformers import PreTrainedModel
 
 from distill_llm import DistillationTrainer
+from distill_llm.data.augmenting import Augment, AugmentingCollator, Mixup, Spans
+from distill_llm.data.padding import PaddingCollator
 from distill_llm.losses.signals import Signals
 from distill_llm.teachers import OnlineTeacher
 
@@ -22,7 +26,8 @@ Learned = tuple[dict[str, torch.Tensor], list[dict[str, float]], list[int]]
 Cases = list[tuple[str, int, list[str]]]
 """Head, width of the student and names: terms of TERMS, or `both`, and settings.
 
-Of the head `answers` the names are shares of them, of `dropout` its probabilities, of `skips` the row that the teacher spoils.
+Of the heads `answers` and `augmented` the names are shares of them, of `dropout` its probabilities, of `skips` the row that the
+teacher spoils.
 """
 
 
@@ -31,7 +36,7 @@ def learned(folder: Path, cases: Cases) -> dict[str, Learned]:
     found = {}
     for head, width, names in cases:
         for name in names:
-            shares = {"answers": of_answers, "dropout": of_dropout, "skips": of_skips}
+            shares = {"answers": of_answers, "augmented": of_augmented, "dropout": of_dropout, "skips": of_skips}
             own = shares[head](folder, float(name)) if head in shares else of_rows(folder, head, width, name)
             found[f"{head} {name}"] = own
     return found
@@ -98,6 +103,23 @@ def of_answers(folder: Path, share: float) -> Learned:
     settings |= {"per_device_train_batch_size": 4 // PROCESSES, "gradient_accumulation_steps": 2}
     rows = prompt_rows([PROMPTS[row // 3] for row in range(12)])
     return trained(answering_trainer(folder, student, talker(num_hidden_layers=3), rows, losses, **settings))
+
+
+def of_augmented(folder: Path, share: float) -> Learned:
+    """Four steps on rows of which words are replaced and others mixed in; and what was counted of them."""
+    teacher, student = (
+        model_of("sequence-classification", layers=2),
+        model_of("sequence-classification", layers=1, seed=1),
+    )
+    data = Dataset.from_list([{name: each.tolist() for name, each in row.items()} for row in rows(teacher, count=16)])
+    tokenizer = make_tokenizer()
+    settings = Augment(share, backoff=Spans(0.3), cutout=Spans(0.2), mixup=Mixup())
+    collator = AugmentingCollator(PaddingCollator(tokenizer), data, tokenizer, settings, seed=3)
+    own = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 4, "logging_steps": 2, "data_collator": collator}
+    own |= {"per_device_train_batch_size": 8 // PROCESSES}
+    trainer = trainer_of(folder, student, teacher, data, LOSSES["both"], **own)
+    weights, logs, seen = trained(trainer)
+    return {**weights, "counted": torch.tensor([*trainer.augmented.totals().values()])}, logs, seen
 
 
 def of_dropout(folder: Path, share: float) -> Learned:

@@ -27,6 +27,7 @@ TERMS = {
     "cosine": {"hidden": {"layers": "uniform", "distance": "cosine"}},
     "attention": {"attention": {"layers": "uniform"}},
     "attention_mse": {"attention": {"layers": "last", "distance": "mse"}},
+    "gradients": {"labels": {}, "gradients": {}},
     "gathered": {name: {"over": "processes"} for name in ("rkd_distance", "rkd_angle", "similarity", "correlation")},
     "all": {
         "labels": {"weight": {"start": 0.3, "end": 0.1, "share": 0.5}},

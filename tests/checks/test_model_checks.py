@@ -63,6 +63,13 @@ def test_the_disk_has_room_for_what_the_run_itself_writes(folder, monkeypatch, t
     assert not fits_in(monkeypatch, recipe, needed - 1)
 
 
+def test_adapters_need_peft(folder, monkeypatch):
+    monkeypatch.setattr("distill_llm.checks.models.find_spec", lambda name: None)
+    student = {"model": str(folder / "teacher"), "peft": {"r": 2, "target_modules": ["query"]}}
+    (line,) = faults(recipe_with(folder, pruning=None, student=student))
+    assert line.startswith("student.peft: got {") and "pip install 'distill_llm[peft]'" in line
+
+
 def test_checkpoints_of_adapters_hold_adapters(folder, monkeypatch):
     student = {"model": str(folder / "teacher"), "peft": {"r": 2, "target_modules": ["query"]}}
     recipe = recipe_with(folder, student=student, pruning=None)

@@ -1,6 +1,7 @@
 """Recipes: defaults, overrides, and the line that every kind of fault in the file gives."""
 
 import dataclasses
+import importlib.util
 import os
 import re
 import subprocess
@@ -339,3 +340,10 @@ def test_a_recipe_with_an_access_token_is_refused_in_a_line_that_does_not_show_i
     with pytest.raises(InputError, match="access token") as error:
         parse_recipe(given)
     assert error.value.field == field and token[:8] not in str(error.value) and "<token>" in str(error.value)
+
+
+def test_every_shipped_recipe_is_read_where_no_extra_is_installed(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name == "peft" else find(name, *more))
+    monkeypatch.setitem(sys.modules, "peft", None)  # any import of it fails
+    assert any((recipe.student and recipe.student.peft) for recipe in map(load_recipe, recipe_names()))

@@ -9,10 +9,11 @@ from builders.processes import run_script
 
 FEW = [("causal-lm", 16, ["all"]), ("dropout", 0, ["0.1"]), ("skips", 0, ["5"])]
 MANY = [
-    ("sequence-classification", 32, ["labels", "logits", "all"]),
+    ("sequence-classification", 32, ["labels", "logits", "all", "gradients"]),
     ("sequence-classification", 16, ["gathered"]),
     ("masked-lm", 24, ["labels", "hidden", "all", "labels on one rank"]),
     ("causal-lm", 16, ["labels", "labels on one rank", "logits tied", "both tied strict", "both cached", "both lora"]),
+    ("augmented", 0, ["0.7"]),
     ("answers", 0, ["1.0", "0.5"]),
 ]
 
@@ -73,9 +74,16 @@ def test_a_step_that_one_process_must_skip_is_skipped_by_both(few):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("head, name", [(head, name) for head, _, names in MANY[:-1] for name in names])
+@pytest.mark.parametrize("head, name", [(head, name) for head, _, names in MANY[:-2] for name in names])
 def test_two_processes_train_as_one_with_every_head_and_setting(many, head, name):
     assert_each_step_seen(many, head, name)
+
+
+@pytest.mark.slow
+def test_two_processes_change_and_count_the_rows_that_one_does(many):
+    assert_alike(many, "augmented 0.7")
+    one, two, other = (run["augmented 0.7"][0]["counted"].tolist() for run in many)
+    assert one == two == other and one[-1] == 32 and 10 < one[0] < 32
 
 
 @pytest.mark.slow
