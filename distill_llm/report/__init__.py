@@ -1,4 +1,4 @@
-"""The report of a run with its figures, and the student's model card.
+"""The report of a run as a page and as Markdown with its figures, and the student's model card.
 
 May import: common, architectures, metrics, data, models, pruning, recipe, teachers, responses.
 """

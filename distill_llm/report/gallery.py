@@ -27,7 +27,7 @@ def page(entry: Entry) -> str:
     parts = [f"### {entry.name}", f"{entry.recipe.description[0].upper()}{entry.recipe.description[1:]}.", about.does]
     for title, text in (("Paper", about.paper), ("Not as in the paper", about.differs), ("Cost", about.cost)):
         if text:
-            parts.append(f"**{title}.** {text if text.endswith('.') else f'{text}.'}")
+            parts.append(f"**{title}.** {text[0].upper()}{text[1:].removesuffix('.')}.")
     parts.append(_code([*about.before, f"distill-llm run {entry.name}"]))
     return "\n\n".join([*parts, *_result(entry)]) + "\n"
 

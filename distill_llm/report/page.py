@@ -186,7 +186,9 @@ def grid_cells(metrics: Mapping[str, Any]) -> Cells:
     def shown(point: Mapping[str, Any] | None) -> str:
         if point is None:
             return MISSING
-        return f"{point['speedup']:.2f}× ({point['other_ms']:.3g} → {point['model_ms']:.3g} ms)"
+        times = (point["other_ms"], point["model_ms"])
+        before, after = (f"{each:.0f}" if each >= 100 else f"{each:.3g}" for each in times)
+        return f"{point['speedup']:.2f}× ({before} → {after} ms)"
 
     body = [[f"{length} tokens", *(shown(points.get((length, size))) for size in sizes)] for length in lengths]
     return Cells(["", *(f"batch of {size}" for size in sizes)], body)

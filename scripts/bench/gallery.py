@@ -39,7 +39,7 @@ def trained_on(recipe: Recipe) -> str:
     """What the student saw, in words."""
     if recipe.distillation is None:
         assert recipe.pruning is not None
-        return f"No training; {recipe.pruning.calibration_examples} rows of calibration."
+        return f"No training; {recipe.pruning.calibration_examples:,} rows of calibration."
     fields = recipe.training("final")
     rows = fields["per_device_train_batch_size"] * fields.get("gradient_accumulation_steps", 1)
     steps, longest = fields.get("max_steps", -1), recipe.data.max_length

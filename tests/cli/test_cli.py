@@ -57,7 +57,9 @@ def calls(tmp_path, monkeypatch):
         (tmp_path / name / "config.json").write_text(json.dumps(config))
     seen: list = []
     fake = types.ModuleType("distill_llm.pipeline.run")
-    result = types.SimpleNamespace(metrics={}, student_dir=Path("student"), report=Path("report.md"))
+    result = types.SimpleNamespace(
+        metrics={}, student_dir=Path("student"), report=Path("report.md"), page=Path("report.html")
+    )
     fake.run = lambda recipe, output_dir, _: open_recipe(recipe) and (seen.append((recipe, output_dir)) or result)
     fake.prune_recipe = lambda recipe: usable_output(recipe.output_dir) or seen.append(recipe) or Path("pruned")
     monkeypatch.setitem(sys.modules, "distill_llm.pipeline.run", fake)
@@ -146,7 +148,7 @@ def test_run_hands_the_recipe_with_overrides_to_the_pipeline(folder, calls):
     ((recipe, output_dir),) = calls
     assert isinstance(recipe, Recipe) and recipe.pruning.keep == 0.25
     assert output_dir == recipe.output_dir == Path("elsewhere")
-    assert "report.md" in result.stdout
+    assert "report.html" in result.stdout
     assert 'from_pretrained("student"): a stock transformers model\n' in result.stdout
     assert result.stdout.endswith("student: student\n")
 

@@ -71,6 +71,19 @@ def test_the_report_of_a_finished_run_is_made_again_and_the_run_stays_finished(f
     assert json.loads((tmp_path / "again" / "state.json").read_text())["stages"] == stages
 
 
+@pytest.mark.slow
+def test_rows_and_further_batches_can_be_left_out_of_a_run_that_is_done(finished, inputs, tmp_path) -> None:
+    shutil.copytree(finished.page.parent, tmp_path / "run")
+    before = json.loads((tmp_path / "run" / "state.json").read_text())["stages"]
+    less = two_rounds(inputs, report={"examples": 0, "latency_grid": False})
+    result = distill_llm.run(less, tmp_path / "run")
+    after = json.loads((tmp_path / "run" / "state.json").read_text())["stages"]
+    assert {name for name in after if after[name] != before[name]} == {"report"}
+    assert result.metrics["latency_grid"] == [] and (tmp_path / "run" / "disagreements.json").read_text() == "{}\n"
+    page = result.page.read_text()
+    assert "disagree" not in page and "over batch" not in page and page.count("<svg") == 2
+
+
 def test_a_folder_without_a_report_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="^run_dir: got .*the folder of a run"):
         rewrite_report(tmp_path)
