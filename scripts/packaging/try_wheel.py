@@ -83,7 +83,7 @@ def try_in(place: Path, package: str, lines: tuple[str, ...]) -> None:
     pip = f"python -m pip install --quiet --no-compile -c {ROOT}/constraints.txt {shlex.quote(package)}"
     for line in (pip, f"python {TINY}", *lines):
         subprocess.run(line, shell=True, check=True, cwd=work, env=environment)
-        print(f"ok  {time.monotonic() - start:5.0f} s  {line[:100]}", flush=True)
+        print(f"ok  {time.monotonic() - start:5.0f} s  {' '.join(line.split())[:100]}", flush=True)
 
 
 def main() -> None:
