@@ -13,7 +13,8 @@ from distill_llm.losses.terms.term import Gives, Term, Use
 
 KINDS = ("example", "token", "next_token")
 FEW, ALL = Gives("a cached teacher", few=(5, 100), new_text=False), Gives("a cached teacher", new_text=False)
-OF_EXAMPLES = ("rkd_distance", "rkd_angle", "similarity", "correlation", "channels", "flow")
+RELATED = ("rkd_distance", "rkd_angle", "similarity", "correlation")
+OF_EXAMPLES = (*RELATED, "channels", "flow")
 OF_LAYERS = ("embeddings", "hidden", "attention", "relations", *OF_EXAMPLES, "neurons", "gradients")
 PROJECTED = ("embeddings", "hidden", "channels", "flow")
 OF_CLASSES = ("smoothing", "ranking", "focal", "own_temperature")
@@ -90,6 +91,10 @@ def test_what_each_term_is_averaged_over(mapping, units):
         (Use(cut=True, layers=(2, 4)), {}),
         (Use(cut=False), dict.fromkeys(("hidden", "attention", "neurons"), "losses.{}.layers: ")),
         (Use(single_output=True), {"logits": "losses.logits.divergence: ", **dict.fromkeys(OF_CLASSES, "losses.{}: ")}),
+        (Use(classes=2), {"own_temperature": "losses.{}.by: "}),
+        (Use(classes=3, rows=(3, 3)), {}),
+        (Use(rows=(2, 4)), {"rkd_angle": "losses.{}.over: "}),
+        (Use(rows=(1, 4)), dict.fromkeys(RELATED, "losses.{}.over: ")),
         (Use(packed="data.packing"), dict.fromkeys((*OF_EXAMPLES, "gradients"), "losses.{}: ")),
         (Use(vector_widths=frozenset((16, 24))), {}),
     ],

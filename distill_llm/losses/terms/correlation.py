@@ -23,10 +23,10 @@ class CorrelationLoss(ExampleTerm):
 
     def of_examples(self, student: "Tensor", teacher: "Tensor") -> "Tensor":
         """The mean over pairs."""
-        from torch.nn.functional import normalize
+        from distill_llm.losses.unit_length import at_unit_length
 
         def kernel(states: "Tensor") -> "Tensor":
-            units = normalize(states, dim=-1)
+            units = at_unit_length(states)
             return (2 * self.gamma * (units @ units.T - 1)).exp()
 
         return (kernel(student) - kernel(teacher)).square().mean()

@@ -71,7 +71,7 @@ class GradientsLoss(Term):
 
     def sum(self, batch: "Batch", match: "Match", pairs: "list[LayerPair]") -> "Tensor":
         """The sum over examples of the mean over layer pairs."""
-        from torch.nn.functional import normalize
+        from distill_llm.losses.unit_length import at_unit_length
 
         live = batch.target.live
         assert live is not None
@@ -82,7 +82,7 @@ class GradientsLoss(Term):
         for own, source in zip(of_student, of_teacher, strict=True):
             both = [(each.float() * valid).flatten(1) for each in (own, match.same_channels(source))]
             if self.of == "jacobian":
-                both = [normalize(each, dim=-1, eps=1e-30) for each in both]
+                both = [at_unit_length(each) for each in both]
             distance = (both[0] - both[1]).square().sum()
             total = total + (distance if self.of == "jacobian" else distance / 2)
         return total / len(pairs)

@@ -1,11 +1,13 @@
 """Divergence of outputs, at a temperature of each item's own."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from distill_llm.common.errors import InputError
 from distill_llm.losses.terms.outputs import ClassTerm
-from distill_llm.losses.terms.term import term
+from distill_llm.losses.terms.term import Use, term
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +31,12 @@ class OwnTemperatureLoss(ClassTerm):
     by: Literal["spread", "entropy"] = Field(default="spread", description="What decides the temperature of an item.")
     temperature: float = Field(default=2.0, gt=0, allow_inf_nan=False, description="Of spread: the common factor.")
     entropy: float = Field(default=0.5, gt=0, lt=1, description="Of entropy: the share of the largest entropy.")
+
+    def faults(self, use: Use) -> Iterator[InputError]:
+        """Two logits over their spread are 1 and -1, whatever they were."""
+        yield from super().faults(use)
+        if self.by == "spread" and use.classes == 2:
+            yield InputError("by", self.by, "entropy: of two classes, the spread leaves nothing to learn from")
 
     def of_items(self, student: "Tensor", teacher: "Tensor") -> "Tensor":
         """The divergence of each item."""

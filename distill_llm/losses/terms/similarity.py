@@ -18,7 +18,7 @@ class SimilarityLoss(ExampleTerm):
 
     def of_examples(self, student: "Tensor", teacher: "Tensor") -> "Tensor":
         """The mean over pairs of examples, each with itself too."""
-        from torch.nn.functional import normalize
+        from distill_llm.losses.unit_length import at_unit_length
 
-        own, source = (normalize(each @ each.T, dim=-1) for each in (student, teacher))
+        own, source = (at_unit_length(each @ each.T) for each in (student, teacher))
         return (own - source).square().mean()
