@@ -48,13 +48,13 @@ def test_terms_are_in_the_order_of_the_registry_whatever_the_order_of_a_mapping(
     ]
 
 
-def test_terms_that_are_left_out_are_written_as_null_if_they_are_the_packages_own(copy_term):
-    written = parse_objective({"labels": {"weight": 0.5}}).model_dump(mode="json")
-    assert written == {**dict.fromkeys(BUILT_IN), "labels": {"weight": 0.5}, "responses": None}
-    assert list(written) == [*BUILT_IN, "responses"]
-    assert Objective.model_validate(written) == parse_objective({"labels": {"weight": 0.5}})
-    with_it = parse_objective({"copy": {}}).model_dump(mode="json", exclude_none=True)
-    assert with_it == {"copy": {"weight": 1.0}}
+def test_terms_that_are_left_out_are_not_written_and_may_be_given_as_null(copy_term):
+    objective = parse_objective({"hidden": {}, "labels": {"weight": 0.5}})
+    written = objective.model_dump(mode="json")
+    assert list(written) == ["labels", "hidden"] and written["labels"] == {"weight": 0.5}
+    assert Objective.model_validate(written) == objective
+    assert Objective.model_validate({**dict.fromkeys(BUILT_IN), **written, "responses": None}) == objective
+    assert parse_objective({"copy": {}}).model_dump(mode="json") == {"copy": {"weight": 1.0}}
 
 
 @pytest.mark.parametrize(

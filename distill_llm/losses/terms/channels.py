@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @term("channels")
 class ChannelsLoss(PairedTerm):
-    """Squared difference of the correlations between channels over an example's tokens (ICKD, Liu et al., 2021, section 3.2).
+    """Squared difference of the correlations between channels over an example's tokens (ICKD, Liu et al., 2021).
 
     A correlation is the cosine of two channels over the valid tokens; the value of an example is a mean over pairs of
     channels. It holds H x H numbers of each example and layer pair.

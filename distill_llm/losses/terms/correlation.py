@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @term("correlation")
 class CorrelationLoss(ExampleTerm):
-    """Squared difference of the correlations of examples by a Gaussian kernel (Peng et al., 2019, sections 3.2 and 3.3).
+    """Squared difference of the correlations of examples by a Gaussian kernel (Peng et al., 2019).
 
     exp(-gamma |x - y|^2) of states at unit length, exactly, where the paper takes the first terms of its series. A mean over
     pairs of examples, each with itself too.

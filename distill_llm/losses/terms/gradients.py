@@ -23,8 +23,8 @@ class GradientsLoss(Term):
     """Squared difference of the gradients of student and teacher in the states of paired layers.
 
     `loss`: half the squared distance of the gradients of each model's loss against the labels (gradient-based attention transfer,
-    Zagoruyko and Komodakis, 2017, section 3.2). `jacobian`: the squared distance of the gradients of the teacher's likeliest
-    output, each at unit length for an example (Jacobian matching, Srinivas and Fleuret, 2018, section 3).
+    Zagoruyko and Komodakis, 2017). `jacobian`: the squared distance of the gradients of the teacher's likeliest
+    output, each at unit length for an example (Jacobian matching, Srinivas and Fleuret, 2018).
 
     The loss is differentiated through the gradient: the student is run backward twice as deep, the teacher once, and the
     student's attention runs without its fast kernels, which cannot be differentiated twice.

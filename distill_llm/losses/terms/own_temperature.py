@@ -22,8 +22,8 @@ class OwnTemperatureLoss(ClassTerm):
     """KL(teacher || student) of each item at a temperature that the item's logits decide.
 
     `spread`: each model's logits are divided by `temperature` times their own standard deviation over the classes, after their
-    mean is taken away, and the loss is multiplied by the squared `temperature` (logit standardisation, Sun et al., 2024,
-    section 4.3). Students learn the teacher's order and proportions, not its scale.
+    mean is taken away, and the loss is multiplied by the squared `temperature` (logit standardisation, Sun et al., 2024).
+    Students learn the teacher's order and proportions, not its scale.
     `entropy`: both models' logits are divided by the temperature at which the teacher's distribution has the share `entropy` of
     the largest entropy, log C, and the loss is multiplied by its square (Hinton et al., 2015, section 2).
     """

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @term("rkd_angle")
 class RkdAngleLoss(ExampleTerm):
-    """Huber distance of the cosines of the angles that three examples make (RKD-A, Park et al., 2019, section 3.2.2).
+    """Huber distance of the cosines of the angles that three examples make (RKD-A, Park et al., 2019).
 
     A mean over triples of different examples. It holds E x E x H numbers of the E examples that are related.
     """

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @term("similarity")
 class SimilarityLoss(ExampleTerm):
-    """Squared difference of the Gram matrices of a batch, each row at unit length (Tung and Mori, 2019, section 3).
+    """Squared difference of the Gram matrices of a batch, each row at unit length (Tung and Mori, 2019).
 
     A mean over the entries.
     """
