@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from distill_llm.data.tasks import Task
+from distill_llm.measuring.counting import count_params
 from distill_llm.measuring.grid import latency_grid
 from distill_llm.measuring.profiling import Profile, compare
 from distill_llm.recipe.recipe import Recipe
@@ -31,6 +32,8 @@ def collect_metrics(
     measured = compare(student, teacher, latency.batch_size, latency.sequence_length)
     points = latency_grid(student, teacher, measured) if recipe.report.latency_grid else []
     kept, channels = kept_of(student, teacher)
+    sizes = zip(count_params(student), count_params(teacher), strict=True)
+    kept_params, kept_in_layers = (ours / theirs for ours, theirs in sizes)
     last = rounds[-1]
     final = last.get("recovered") or last.get("compensated") or last["pruned"]
     return {
@@ -45,8 +48,8 @@ def collect_metrics(
         "baselines": dict(teacher_result["baselines"]),
         "warnings": [teacher_result["warning"]] if teacher_result["warning"] else [],
         "retention": retention(final["score"], teacher_result["score"], task.higher_is_better),
-        "params_kept": measured.model.params / measured.other.params,
-        "layer_params_kept": measured.model.layer_params / measured.other.layer_params,
+        "params_kept": kept_params,
+        "layer_params_kept": kept_in_layers,
         "speedup": measured.speedup,
         "speedup_min": measured.speedup_min,
         "speedup_max": measured.speedup_max,

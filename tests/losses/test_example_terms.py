@@ -154,6 +154,12 @@ def test_flow_is_the_product_of_a_layers_channels_with_the_nexts_over_tokens():
     ]
 
 
+@pytest.mark.parametrize("name", ["similarity", "channels"])
+def test_several_pairs_of_layers_have_the_mean_of_their_values(name):
+    both, *each = (of_models(name, layers=pairs)[0] for pairs in ([[0, 1], [1, 3]], [[0, 1]], [[1, 3]]))
+    assert both == pytest.approx(sum(each) / 2, rel=1e-5) and each[0] != each[1]
+
+
 def test_examples_are_related_within_a_micro_batch(tmp_path):
     """Two micro-batches of four give the mean of their own values; one of eight another value: as the page says."""
     student, teacher = tiny_model(layers=1, hidden=16, **NO_DROPOUT), tiny_model(layers=2, seed=1)
