@@ -18,6 +18,7 @@ from distill_llm.pipeline.stage import Result, Stage
 from distill_llm.pipeline.train_model import Fields, remove_checkpoints, train_model
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.teachers.base import Teacher
+from distill_llm.teachers.ensemble import Ensemble
 from distill_llm.training.augmented import shown
 
 
@@ -77,9 +78,9 @@ class Recover(Stage):
         remove_checkpoints(self.run, self.model)
 
     def line(self, result: Result) -> list[str]:
-        """Its score, and how much of the rows was changed."""
+        """Its score, its teachers where there are several, and how much of the rows was changed."""
         changed = [shown(result["augmented"])] if "augmented" in result else []
-        return [self.run.named(result["metrics"]), *changed]
+        return [self.run.named(result["metrics"]), *shares(self.run.recipe), *changed]
 
     def row(self, result: Result) -> dict[str, Any]:
         """The metrics after recovery, and how much of the rows was changed."""
@@ -105,17 +106,38 @@ class Recover(Stage):
 
 
 def recovery_teacher(run: Context, path: Path | str, fields: Fields) -> PreTrainedModel | Teacher:
-    """What the student learns from: the teacher, the teacher with quantized weights, or its cached outputs."""
+    """What the student learns from: the teacher, the teacher with quantized weights, its cached outputs, or several."""
     section, precision = run.recipe.teacher, precision_of(run.recipe.training(fields))
     if section.cache is not None:
         cache = check_cached_weights(run.opened)
         assert cache is not None
         return cache
-    if section.quantization is None:
-        dtype = getattr(torch, section.dtype) if section.dtype else precision or torch.float32
-        return load_pretrained(path, section.trust_remote_code, dtype=dtype)
-    dtype = getattr(torch, section.dtype or "bfloat16")
-    return load_teacher(path, section.quantization, dtype, run.processes.device, section.trust_remote_code)
+
+    def loaded(path: Path | str, trusted: bool) -> PreTrainedModel:
+        if section.quantization is None:
+            dtype = getattr(torch, section.dtype) if section.dtype else precision or torch.float32
+            return load_pretrained(path, trusted, dtype=dtype)
+        dtype = getattr(torch, section.dtype or "bfloat16")
+        return load_teacher(path, section.quantization, dtype, run.processes.device, trusted)
+
+    first, ensemble = loaded(path, section.trust_remote_code), section.ensemble
+    if ensemble is None:
+        return first
+    models = [first, *(loaded(other.path, False) for other in run.opened.others)]
+    return Ensemble(models, ensemble.weights, ensemble.average, ensemble.confidence)
+
+
+def shares(recipe: Recipe) -> list[str]:
+    """A line with the teachers and their weights, where there are several."""
+    ensemble = recipe.teacher.ensemble
+    if ensemble is None:
+        return []
+    names = [recipe.teacher.model, *(member.model for member in ensemble.others)]
+    each = ", ".join(
+        f"{weight / sum(ensemble.weights):.2f} {name}" for name, weight in zip(names, ensemble.weights, strict=True)
+    )
+    sure = ", times each one's confidence" if ensemble.confidence else ""
+    return [f"learnt from the mean of {len(names)} teachers' {ensemble.average}{sure}: {each}"]
 
 
 def with_adapters(recipe: Recipe, student: PreTrainedModel) -> Any:
