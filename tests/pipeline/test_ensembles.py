@@ -37,26 +37,31 @@ def with_others(given, *models, **ensemble):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("average", ["probabilities", "logits"])
-def test_a_teacher_and_itself_with_turned_classes_teach_as_it_does_alone(given, tmp_path, capsys, average):
-    distill_llm.run(given, tmp_path / "alone")
-    distill_llm.run(with_others(given, tmp_path / "turned", average=average), tmp_path / "both")
-    alone, both = (weights(tmp_path / name / "student") for name in ("alone", "both"))
-    for name, tensor in alone.items():
-        torch.testing.assert_close(both[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
-    out = " ".join(capsys.readouterr().out.split())
-    assert f"learnt from the mean of 2 teachers' {average}: 0.25 " in out.replace(" / ", "/") and "0.75 " in out
+def test_turned_classes_change_nothing_another_teacher_does_and_a_run_goes_on_with_the_same_ones(
+    given, tmp_path, capsys
+):
+    other = {"max_position_embeddings": 64, "layers": 2, "hidden": 16, **names("neg", "pos")}
+    write_model(tmp_path / "other", seed=5, **other)
+    recipes = {
+        "alone": given,
+        "turned": with_others(given, tmp_path / "turned", average="logits"),
+        "other": with_others(given, tmp_path / "other"),
+    }
+    for name, recipe in recipes.items():
+        distill_llm.run(recipe, tmp_path / f"run-{name}")
+    students = {name: weights(tmp_path / f"run-{name}" / "student") for name in recipes}
+    for name, tensor in students["alone"].items():
+        if "key.bias" not in name:  # its gradient is 0 but for rounding, which Adam makes steps of
+            torch.testing.assert_close(students["turned"][name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+    apart = max((students["other"][name] - tensor).abs().max().item() for name, tensor in students["alone"].items())
+    assert apart > 1e-3
 
+    said = f"the mean of 2 teachers' probabilities: 0.25 `{tmp_path}/teacher`, 0.75 `{tmp_path}/other`."
+    assert "".join(said.split()) in "".join(capsys.readouterr().out.split())
+    assert said in (tmp_path / "run-other" / "report.md").read_text()
+    card = (tmp_path / "run-other" / "student" / "README.md").read_text()
+    assert "0.25 `teacher`, 0.75 `other`." in card and str(tmp_path) not in card
 
-@pytest.mark.slow
-def test_another_teacher_changes_the_student_and_a_run_does_not_go_on_with_another(given, tmp_path):
-    write_model(tmp_path / "other", max_position_embeddings=64, seed=5, layers=2, hidden=16, **names("neg", "pos"))
-    recipe, folder = with_others(given, tmp_path / "other"), tmp_path / "run"
-    distill_llm.run(given, tmp_path / "alone")
-    distill_llm.run(recipe, folder)
-    alone, both = (weights(each / "student") for each in (tmp_path / "alone", folder))
-    assert any(not torch.equal(alone[name], both[name]) for name in alone)
-    distill_llm.run(recipe, folder)
-    write_model(tmp_path / "other", max_position_embeddings=64, seed=6, layers=2, hidden=16, **names("neg", "pos"))
-    with pytest.raises(InputError, match=r"^teacher.ensemble.others.0.model: got '.*other': .*since this run began"):
-        distill_llm.run(recipe, folder)
+    write_model(tmp_path / "other", seed=6, **other)
+    with pytest.raises(InputError, match=r"^teacher.ensemble.others.0.model: got '.*other'; .*since this run began"):
+        distill_llm.run(recipes["other"], tmp_path / "run-other")

@@ -14,9 +14,11 @@ from distill_llm.models.configs import open_config
 from distill_llm.models.quantized import load_teacher
 from distill_llm.pipeline.context import Context
 from distill_llm.pipeline.prices import precision_of
+from distill_llm.pipeline.result import taught_by
 from distill_llm.pipeline.stage import Result, Stage
 from distill_llm.pipeline.train_model import Fields, remove_checkpoints, train_model
 from distill_llm.recipe.recipe import Recipe
+from distill_llm.report.report import teachers_note
 from distill_llm.teachers.base import Teacher
 from distill_llm.teachers.ensemble import Ensemble
 from distill_llm.training.augmented import shown
@@ -80,7 +82,7 @@ class Recover(Stage):
     def line(self, result: Result) -> list[str]:
         """Its score, its teachers where there are several, and how much of the rows was changed."""
         changed = [shown(result["augmented"])] if "augmented" in result else []
-        return [self.run.named(result["metrics"]), *shares(self.run.recipe), *changed]
+        return [self.run.named(result["metrics"]), *filter(None, [teachers_note(taught_by(self.run.recipe))]), *changed]
 
     def row(self, result: Result) -> dict[str, Any]:
         """The metrics after recovery, and how much of the rows was changed."""
@@ -125,19 +127,6 @@ def recovery_teacher(run: Context, path: Path | str, fields: Fields) -> PreTrain
         return first
     models = [first, *(loaded(other.path, False) for other in run.opened.others)]
     return Ensemble(models, ensemble.weights, ensemble.average, ensemble.confidence)
-
-
-def shares(recipe: Recipe) -> list[str]:
-    """A line with the teachers and their weights, where there are several."""
-    ensemble = recipe.teacher.ensemble
-    if ensemble is None:
-        return []
-    names = [recipe.teacher.model, *(member.model for member in ensemble.others)]
-    each = ", ".join(
-        f"{weight / sum(ensemble.weights):.2f} {name}" for name, weight in zip(names, ensemble.weights, strict=True)
-    )
-    sure = ", times each one's confidence" if ensemble.confidence else ""
-    return [f"learnt from the mean of {len(names)} teachers' {ensemble.average}{sure}: {each}"]
 
 
 def with_adapters(recipe: Recipe, student: PreTrainedModel) -> Any:
