@@ -139,6 +139,11 @@ class Objective(BaseModel):
         return any(term.needs_teacher for term in self.terms().values())
 
     @property
+    def compares_outputs(self) -> bool:
+        """Whether any term compares with a teacher's outputs."""
+        return any(term.needs_teacher and "logits" in term.signals for term in self.terms().values())
+
+    @property
     def differentiates(self) -> tuple[str, ...]:
         """The terms that take gradients of both models."""
         return tuple(name for name, term in self.terms().items() if term.differentiates())
