@@ -69,7 +69,7 @@ def _reader(given: Setting) -> Settings:
     }
     teacher: dict[str, Any] = {}
     said = [f"training: {epochs} epochs, learning rate {rate:g}" + (f", {rounds} rounds" if rounds > 1 else "")]
-    if model.task is None and not documents:
+    if model.task is None and not (documents and model.masked):
         teacher["train"] = {"num_train_epochs": max(2, epochs), **train}
         comments["teacher.train"] = (
             "the model has no head for the task yet, so it is fine-tuned first; remove it if it has"
