@@ -110,5 +110,5 @@ def test_what_the_user_says_counts():
 
 
 def test_a_label_column_knows_its_classes():
-    data = rows(text=TEXTS, kind=[0] * 40).cast_column("kind", ClassLabel(names=["a", "b"]))
+    data = rows(text=TEXTS, kind=[i % 12 for i in range(40)]).cast_column("kind", ClassLabel(12))
     assert task_of(data, model(), None, {}).columns["label"] == "kind"
