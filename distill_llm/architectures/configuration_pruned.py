@@ -10,15 +10,17 @@ Public names: `pruned_config_class`, `stock_config_class`, `family_type`, and a 
 `PrunedBertConfig`, ...
 """
 
+import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import transformers
 from transformers import PreTrainedConfig
 
-from .lineage import stock_values
+from .families import dims_of, row_of
+from .lineage import lineage_of, stock_values
 
 STOCK_PREFIX = "Pruned"
 _TYPE_PREFIX = "pruned_"
@@ -29,28 +31,96 @@ _NO_STOCK_WEIGHTS = (
 )
 
 
+# How transformers says that layers differ, in config.json.
+_BY_LAYER, _GLOBAL_TOO = "per_layer_config", "allow_global_per_layer_attribute_access"
+
+
 class PrunedConfig:
-    """Mixed into a family's config class by `pruned_config_class`."""
+    """Mixed into a family's config class by `pruned_config_class`.
+
+    What transformers calls a heterogeneous config is made here from `pruning`, which says more. config.json carries it for
+    programs that read only that; in memory, transformers would warn at each read of a size for all layers, which this class
+    means: a model is built at the original's sizes.
+    """
 
     model_type: str
+    allow_global_per_layer_attribute_access = True
+    serialize_explicit_per_layer_config = False
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """As `PreTrainedConfig.get_config_dict`, with the family's own `model_type`."""
         said, unused = super().get_config_dict(*args, **kwargs)  # type: ignore[misc]
-        said.pop("transformers_weights", None)
+        for name in ("transformers_weights", _BY_LAYER, _GLOBAL_TOO):  # made anew when the config is saved
+            said.pop(name, None)
         return said | {"model_type": cls.model_type}, unused
 
     def to_json_string(self, use_diff: bool = True) -> str:
         """As `PreTrainedConfig.to_json_string`, with the `model_type` that no stock class has."""
         said = json.loads(super().to_json_string(use_diff))  # type: ignore[misc]
         said |= {"model_type": _TYPE_PREFIX + self.model_type, "transformers_weights": _NO_STOCK_WEIGHTS}
+        if (sizes := layer_sizes(self)) and any(sizes):  # type: ignore[arg-type]
+            digits = len(str(len(sizes) - 1))
+            said[_BY_LAYER] = {str(index).zfill(digits): own for index, own in enumerate(sizes) if own}
+            said[_GLOBAL_TOO] = True
         return json.dumps(said, indent=2, sort_keys=True) + "\n"
+
+    @property
+    def is_heterogeneous(self) -> bool:
+        """Whether layers differ in a size that transformers has a name for."""
+        return any(layer_sizes(self))  # type: ignore[arg-type]
+
+    @property
+    def per_layer_config(self) -> Sequence[Any]:
+        """The config of each layer, of the family's own class."""
+        found = []
+        for own in layer_sizes(self) or [{}] * self.num_hidden_layers:  # type: ignore[arg-type, attr-defined]
+            config: Any = copy.copy(self)
+            config.__class__ = stock_config_class(type(self))  # type: ignore[arg-type]
+            vars(config).pop("pruning", None)
+            config.skip = own.get("skip", [])
+            for name, value in own.items():
+                setattr(config, name, value)
+            found.append(config)
+        return found
+
+    @property
+    def per_layer_attributes(self) -> set[str] | None:
+        """The sizes in which layers differ; None where they do not."""
+        names = {name for own in layer_sizes(self) for name in own if name != "skip"}  # type: ignore[arg-type]
+        return names if self.is_heterogeneous else None
+
+    def _update_heterogeneous_to_dict_output(self, d: dict[str, Any]) -> None:
+        """Nothing: `pruning` says it, and a dict of this class is read by this class."""
 
     def validate(self) -> None:
         """Check the config as that of the original: a family may refuse the sizes of a pruned model."""
         with stock_values(self):  # type: ignore[arg-type]
             super().validate()  # type: ignore[misc]
+
+
+def layer_sizes(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """For each layer of a pruned model what its config's sizes are instead of those for all layers, under the family's names.
+
+    A layer without attention or FFN has it in `skip`. Empty where the family's heads are not of a size that its config says:
+    their number would change the size.
+    """
+    lineage, row = lineage_of(config), row_of(config)
+    stated = not isinstance(getattr(stock_config_class(type(config)), "head_dim", property()), property)
+    if lineage is None or row is None or not stated or not isinstance(config.head_dim, int):
+        return []
+    dims, found = dims_of(config), []
+    for layer in lineage.layers:
+        counts = layer.counts({"heads": dims.groups, "queries": dims.queries, "neurons": 0})
+        sizes = {"num_attention_heads": counts["queries"], row.ffn_config: counts["neurons"]}
+        if isinstance(row.groups, str):
+            sizes[row.groups] = counts["heads"]
+        own: dict[str, Any] = {
+            name: size for name, size in sizes.items() if name and size and size != getattr(config, name, size)
+        }
+        skip = [part for part, kind in (("attention", "heads"), ("mlp", "neurons")) if not counts[kind]]
+        found.append({**own, "skip": skip} if skip else own)
+    return found
 
 
 def family_type(model_type: str | None) -> str | None:

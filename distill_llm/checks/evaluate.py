@@ -28,7 +28,7 @@ def open_scoring(model: str, spec: DataSpec, trust_remote_code: bool = False) ->
     """Open a model and its rows.
 
     Args:
-        model: Hub id, folder, GGUF file or package:// path.
+        model: Hub id, folder, GGUF file, package:// path, or the folder of an ONNX export.
         spec: the task, its rows and their length.
         trust_remote_code: whether code that the model brings along may run.
 
@@ -36,7 +36,7 @@ def open_scoring(model: str, spec: DataSpec, trust_remote_code: bool = False) ->
         InputError: one line per fault. Fields are named as in a recipe; the model is `model`.
     """
     found = Collector()
-    opened = found.run(open_model, "model", model, True, trust_remote_code)
+    opened = found.run(open_model, "model", model, True, trust_remote_code, True)
     rows = found.run(lambda: open_rows(spec, opened.config if opened else None, training=False))
     found.run(check_head, opened, rows.task if rows else None)
     limits = limits_of(opened.config, opened.name) if opened else None

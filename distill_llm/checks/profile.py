@@ -18,7 +18,7 @@ def open_profile(models: Mapping[str, str], sequence_length: int, trust_remote_c
     Raises:
         InputError: for the first fault; it names the model's field or `sequence_length`.
     """
-    opened = [open_model(field, name, False, trust_remote_code) for field, name in models.items()]
+    opened = [open_model(field, name, False, trust_remote_code, exported=True) for field, name in models.items()]
     for each in opened:
         raise_all(length_faults(limits_of(each.config, each.name), sequence_length, "sequence_length"))
     return opened

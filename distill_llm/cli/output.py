@@ -35,7 +35,7 @@ def quiet_weights() -> None:
 
 
 def load_model(opened: "OpenModel") -> "PreTrainedModel":
-    """A model with its weights on the accelerator, or on the CPU if there is none.
+    """A model with its weights on the accelerator, or on the CPU if there is none; an exported one in onnxruntime.
 
     Raises:
         InputError: naming the field that the model was given by.
@@ -44,10 +44,13 @@ def load_model(opened: "OpenModel") -> "PreTrainedModel":
 
     from distill_llm.common.errors import InputError
     from distill_llm.models.checkpoint import load_pretrained
+    from distill_llm.models.exported import load_export
 
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = accelerator.type if accelerator is not None else "cpu"
     try:
+        if opened.exported:
+            return load_export(opened.path)
         return load_pretrained(opened.path, opened.trust_remote_code).to(device)  # type: ignore[arg-type]
     except InputError as error:
         raise error.renamed(opened.field) from None

@@ -9,6 +9,8 @@ from transformers import PreTrainedModel
 from distill_llm.losses.chunked_head import head_losses
 from distill_llm.losses.head_parts import LabelPart, Place
 from distill_llm.losses.items import targets
+from distill_llm.losses.labels import label_loss
+from distill_llm.models.exported import ExportedNetwork
 from distill_llm.models.inputs import forward_inputs
 from distill_llm.models.output_head import head_of
 
@@ -46,6 +48,9 @@ def causal_loss(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[Te
     """
     positions, labels = targets(batch, "next_token")
     assert labels is not None
+    if isinstance(model, ExportedNetwork):  # its head cannot be run alone
+        logits = model(**forward_inputs(model, batch)).logits.flatten(0, 1)[positions]
+        return by_row(label_loss(logits, labels), positions, batch["input_ids"])
     body = model.base_model
     hidden = body(**forward_inputs(body, batch)).last_hidden_state.flatten(0, 1)
     part = _Recorded(labels)

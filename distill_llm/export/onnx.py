@@ -6,6 +6,7 @@ transformers runs them.
 """
 
 import contextlib
+import functools
 import io
 import logging
 import warnings
@@ -24,6 +25,8 @@ from transformers.exporters import (
 )
 
 from distill_llm.architectures.configuration_pruned import stock_config_of
+from distill_llm.architectures.modeling_pruned import EmptyLinear
+from distill_llm.architectures.modes import forward_as
 from distill_llm.common.errors import InputError, first_line
 from distill_llm.common.files import written_whole
 from distill_llm.export.formats import Exported
@@ -50,13 +53,15 @@ def write(model_dir: Path, output: Path, quantize: str) -> Exported:
     config = OnnxConfig(dynamic=True, quantizer=quantizer)
     exporter, inputs = OnnxExporter(), _sample(model, tokenizer)
     export: Any = exporter.export_for_generation if model.can_generate() else exporter.export
-    with _silent():
+    vars(model.config).pop("auto_map", None)  # the code that it names stays where the weights are
+    with _silent(), _no_empty_products(model):
         try:
             exported: ExportedModel = export(model, inputs, config)
         except (RuntimeError, ValueError, NotImplementedError, torch.onnx.OnnxExporterError) as error:
-            accepted = f"a model that transformers can export to ONNX ({first_line(error)})"
+            accepted = f"a model that transformers can export to ONNX ({first_line(error.__cause__ or error)})"
             raise InputError("model_dir", type(model).__name__, accepted) from error
         with written_whole(output) as folder, stock_config_of(model.config):  # the graphs need no code beside them
+            exported.generation_config = model.generation_config if model.can_generate() else None
             exported.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     names = sorted(path.name for path in output.glob("*.onnx"))
@@ -79,9 +84,27 @@ def _sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[
 
 
 @contextlib.contextmanager
+def _no_empty_products(model: PreTrainedModel) -> Iterator[None]:
+    """Linears without inputs or outputs give their bias alone: onnxruntime cannot quantize a matrix without entries."""
+
+    def bias_alone(linear: EmptyLinear, inputs: torch.Tensor) -> torch.Tensor:
+        nothing = inputs.new_zeros(*inputs.shape[:-1], linear.out_features)
+        return nothing if linear.bias is None else nothing + linear.bias
+
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, EmptyLinear):
+                stack.enter_context(forward_as(module, functools.partial(bias_alone, module)))
+        yield
+
+
+@contextlib.contextmanager
 def _silent() -> Iterator[None]:
     """Without the reports of torch.onnx's steps."""
-    levels = {name: logging.getLogger(name).level for name in ("torch.onnx", "onnxscript", "onnx_ir", "root")}
+    levels = {
+        name: logging.getLogger(name).level
+        for name in ("torch.onnx", "torch._export", "transformers", "onnxscript", "onnx_ir", "root")
+    }
     for name in levels:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:

@@ -88,7 +88,7 @@ def full_length_inputs(model: PreTrainedModel, batch_size: int, sequence_length:
     if main != "input_ids":
         accepted = f"a model of text; {type(model).__name__} reads {main}"
         raise InputError("model", model.config.name_or_path or type(model).__name__, accepted)
-    vocabulary = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+    vocabulary = limits.vocabulary or cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     ids = torch.randint(0, vocabulary, (batch_size, sequence_length), generator=torch.Generator().manual_seed(0))
     padding = getattr(model.config, "pad_token_id", None)
     if padding is not None:

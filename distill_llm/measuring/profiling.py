@@ -25,13 +25,14 @@ from distill_llm.measuring.counting import (
     peak_memory,
     weights_memory,
 )
+from distill_llm.models.exported import ExportedNetwork
 
 MEGABYTE = 10**6
 
 
 @dataclass(frozen=True)
 class Profile:
-    """The costs of one model on one device.
+    """The costs of one model on one device. What an exported model does not tell is None.
 
     Attributes:
         params: number of parameters, each shared tensor once.
@@ -44,14 +45,14 @@ class Profile:
         batch_size: B, sequences in the batch.
         sequence_length: T, tokens in each sequence.
         device: name of the processor, with the number of threads where it is a CPU.
-        dtype: dtype of the weights, e.g. `float32`.
+        dtype: dtype of the weights, e.g. `float32`; of an exported model that of most, and the program that ran it.
     """
 
-    params: int
-    layer_params: int
-    flops: int
+    params: int | None
+    layer_params: int | None
+    flops: int | None
     weights_mb: float
-    peak_memory_mb: float
+    peak_memory_mb: float | None
     latency_ms: float
     latency_spread_ms: tuple[float, float]
     batch_size: int
@@ -159,42 +160,51 @@ def profile_table(result: Profile | Comparison, names: tuple[str, str] = ("model
     table.add_row("dtype of the weights", model.dtype, *([other.dtype, ""] if other else []))
     mine, theirs = _cells(model), _cells(other) if other else {}
     for row, (value, text) in mine.items():
-        against = [theirs[row][1], f"{value / theirs[row][0]:.3f}" if theirs[row][0] else "–"] if other else []
-        table.add_row(row, text, *against)
+        whole, shown = theirs.get(row, (None, ""))
+        ratio = f"{value / whole:.3f}" if value is not None and whole else "–"
+        table.add_row(row, text, *([shown, ratio] if other else []))
     if isinstance(result, Comparison):
         spread = f"({result.speedup_min:.2f}–{result.speedup_max:.2f})"
         table.add_row("speed-up, paired", f"{result.speedup:.2f}x {spread}", "1.00x", "")
     return table
 
 
-def _cells(profile: Profile) -> dict[str, tuple[float, str]]:
+def _cells(profile: Profile) -> dict[str, tuple[float | None, str]]:
     low, high = profile.latency_spread_ms
-    return {
-        "parameters": (profile.params, f"{profile.params:,}"),
-        "in the layers": (profile.layer_params, f"{profile.layer_params:,}"),
-        "FLOPs of a forward": (profile.flops, f"{profile.flops / 1e9:,.3f} G"),
-        "memory of the weights": (profile.weights_mb, f"{profile.weights_mb:,.1f} MB"),
-        "peak memory": (profile.peak_memory_mb, f"{profile.peak_memory_mb:,.1f} MB"),
-        "latency, median (p10–p90)": (profile.latency_ms, f"{profile.latency_ms:,.2f} ms ({low:,.2f}–{high:,.2f})"),
+    giga = None if profile.flops is None else profile.flops / 1e9
+    cells: dict[str, tuple[float | None, str]] = {
+        "parameters": (profile.params, "{:,}"),
+        "in the layers": (profile.layer_params, "{:,}"),
+        "FLOPs of a forward": (giga, "{:,.3f} G"),
+        "memory of the weights": (profile.weights_mb, "{:,.1f} MB"),
+        "peak memory": (profile.peak_memory_mb, "{:,.1f} MB"),
+        "latency, median (p10–p90)": (profile.latency_ms, f"{{:,.2f}} ms ({low:,.2f}–{high:,.2f})"),
     }
+    return {row: (value, "not known" if value is None else text.format(value)) for row, (value, text) in cells.items()}
 
 
 def _profile(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], times: list[float]) -> Profile:
-    params, layer_params = count_params(model)
     low, high = np.percentile(times, (10, 90))
     batch_size, *_, sequence_length = inputs["input_ids"].shape  # multiple choice has choices between
+    if isinstance(model, ExportedNetwork):
+        graph, params, layer_params, flops, peak = model.weights, None, None, None, None
+        weights, dtype = graph.total(), f"{graph.most_common(1)[0][0]}, in onnxruntime"
+    else:
+        params, layer_params = count_params(model)
+        flops, peak = (measure(model, batch_size, sequence_length) for measure in (count_flops, peak_memory))
+        weights, dtype = weights_memory(model), str(model.dtype).removeprefix("torch.")
     return Profile(
         params=params,
         layer_params=layer_params,
-        flops=count_flops(model, batch_size, sequence_length),
-        weights_mb=weights_memory(model) / MEGABYTE,
-        peak_memory_mb=peak_memory(model, batch_size, sequence_length) / MEGABYTE,
+        flops=flops,
+        weights_mb=weights / MEGABYTE,
+        peak_memory_mb=None if peak is None else peak / MEGABYTE,
         latency_ms=1e3 * statistics.median(times),
         latency_spread_ms=(1e3 * float(low), 1e3 * float(high)),
         batch_size=batch_size,
         sequence_length=sequence_length,
         device=device_name(model.device),
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=dtype,
     )
 
 

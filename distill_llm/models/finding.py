@@ -19,6 +19,7 @@ from distill_llm.data.tasks import Task, TaskData, class_name_faults, label_name
 from distill_llm.data.unsupported import unsupported_head
 from distill_llm.models.adapters import adapter_folder_faults
 from distill_llm.models.configs import TRUST, needs_trust, open_config, open_tokenizer
+from distill_llm.models.exported import check_export, is_export
 from distill_llm.models.gguf import SUFFIX, plain_checkpoint
 from distill_llm.models.limits import RowFacts, beyond_vocabulary, limits_of, masking_faults, read_rows, row_faults
 
@@ -31,7 +32,7 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 class OpenModel:
     """A model that exists: the user's field and name for it, where it is, its config and tokenizer (None: not asked for).
 
-    `trust_remote_code` says whether the user trusts the code that it brings along.
+    `trust_remote_code` says whether the user trusts the code that it brings along, `exported` that onnxruntime runs it.
     """
 
     field: str
@@ -40,6 +41,7 @@ class OpenModel:
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase = None  # type: ignore[assignment]
     trust_remote_code: bool = False
+    exported: bool = False
 
 
 def resolve_model(name: str, field: str = "model") -> str:
@@ -48,24 +50,30 @@ def resolve_model(name: str, field: str = "model") -> str:
     return str(plain_checkpoint(path, field)) if path.endswith(SUFFIX) and os.path.isfile(path) else path
 
 
-def open_model(field: str, name: str, tokenizer: bool = True, trust_remote_code: bool = False) -> OpenModel:
+def open_model(
+    field: str, name: str, tokenizer: bool = True, trust_remote_code: bool = False, exported: bool = False
+) -> OpenModel:
     """Find a model by folder, Hub id, package:// path or GGUF file and read its config and, but without `tokenizer`, that.
 
     Args:
         trust_remote_code: whether code that it brings along may run.
+        exported: whether the folder of an ONNX export will do.
 
     Raises:
         InputError: naming `field`, where the model, its config or its tokenizer is missing; or, of a folder, weights.
     """
     path = resolve_model(name, field)
     local = Path(path)
+    is_graph = is_export(local)
+    if is_graph and not exported:
+        raise InputError(field, name, fix="name the folder that it was exported from: an export is only run")
     if not os.path.exists(path):
         check_hub_name(path, field, name, "an existing folder or GGUF file, a Hub id, or package://PACKAGE/PATH")
     raise_all(adapter_folder_faults(field, name, path))
     if os.path.exists(path):
         if not (local / "config.json").is_file():
             raise InputError(field, name, "a folder with a config.json, as save_pretrained writes it")
-        _check_weights(field, name, local)
+        (check_export if is_graph else _check_weights)(field, name, local)
     try:
         config = open_config(path, trust_remote_code)
     except Exception as error:  # each family's config raises its own kinds
@@ -74,7 +82,7 @@ def open_model(field: str, name: str, tokenizer: bool = True, trust_remote_code:
     if not (classes is None or (isinstance(classes, list) and all(isinstance(each, str) for each in classes))):
         raise InputError(field, name, f"a config.json with a list of names under `architectures` (it has {classes!r})")
     if not tokenizer:
-        return OpenModel(field, name, path, config, trust_remote_code=trust_remote_code)
+        return OpenModel(field, name, path, config, trust_remote_code=trust_remote_code, exported=is_graph)
     if os.path.exists(path) and not any(any(local.glob(pattern)) for pattern in TOKENIZER_FILES):
         what = unsupported_head(classes or [])
         told = "" if what is None else f"; this model is for {what}, which is not supported"
@@ -84,7 +92,7 @@ def open_model(field: str, name: str, tokenizer: bool = True, trust_remote_code:
     except Exception as error:
         raise _refused(field, name, "a model with its tokenizer", path, error) from None
     _check_vocabulary(field, name, config, found)
-    return OpenModel(field, name, path, config, found, trust_remote_code)
+    return OpenModel(field, name, path, config, found, trust_remote_code, is_graph)
 
 
 def _check_vocabulary(field: str, name: str, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -148,8 +156,11 @@ def _check_weights(field: str, name: str, folder: Path) -> None:
 def _refused(field: str, name: str, wanted: str, path: str, error: Exception) -> InputError:
     """The fault of a model that could not be opened."""
     if needs_trust(error):
-        only = "take a student without code of its own: only a teacher's code can be allowed"
-        return InputError(field, name, fix=only if field == "student.model" else TRUST)
+        if field.startswith(("student.", "teacher.ensemble.")):
+            side = field.partition(".")[0]
+            fix = f"take a {side} without code of its own: only the code of teacher.model can be allowed"
+            return InputError(field, name, fix=fix)
+        return InputError(field, name, fix=TRUST)
     return InputError(field, name, _reason(wanted, path, error))
 
 
@@ -162,11 +173,14 @@ def _reason(wanted: str, path: str, error: Exception) -> str:
     return f"an existing folder, or a Hub id that can be reached ({first_line(error)})"
 
 
-def check_head(model: OpenModel, task: Task) -> None:
+def check_head(model: OpenModel, task: Task, any_order: bool = False) -> None:
     """Check that the model has a trained head for the task, with as many labels. Its names for them may be others.
 
+    Args:
+        any_order: whether its classes may be in another order than the data's.
+
     Raises:
-        InputError: for a missing head, another number of labels, or the same label names in another order.
+        InputError: for a missing head, another number of labels, or, without `any_order`, the same label names in another order.
     """
     classes = model.config.architectures or []
     hint = " (or a teacher.train section, to fine-tune one)" if model.field == "teacher.model" else ""
@@ -183,6 +197,8 @@ def check_head(model: OpenModel, task: Task) -> None:
             f"{model.name} with {model.config.num_labels} labels",
             f"a model with {task.num_labels} labels, as many as the data of {task.name} have{hint}",
         )
+    if any_order:
+        return
     own, names = label_names(model.config) or (), task.label_names or ()
     if same_names(sorted(own, key=str.casefold), sorted(names, key=str.casefold)):  # its names may be others
         raise_all(class_name_faults(own, names, model.field, model.name, hint))

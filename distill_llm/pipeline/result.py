@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from distill_llm.data.tasks import Task
+from distill_llm.measuring.counting import count_params
 from distill_llm.measuring.grid import latency_grid
 from distill_llm.measuring.profiling import Profile, compare
 from distill_llm.recipe.recipe import Recipe
@@ -31,6 +32,8 @@ def collect_metrics(
     measured = compare(student, teacher, latency.batch_size, latency.sequence_length)
     points = latency_grid(student, teacher, measured) if recipe.report.latency_grid else []
     kept, channels = kept_of(student, teacher)
+    sizes = zip(count_params(student), count_params(teacher), strict=True)
+    kept_params, kept_in_layers = (ours / theirs for ours, theirs in sizes)
     last = rounds[-1]
     final = last.get("recovered") or last.get("compensated") or last["pruned"]
     return {
@@ -45,13 +48,14 @@ def collect_metrics(
         "baselines": dict(teacher_result["baselines"]),
         "warnings": [teacher_result["warning"]] if teacher_result["warning"] else [],
         "retention": retention(final["score"], teacher_result["score"], task.higher_is_better),
-        "params_kept": measured.model.params / measured.other.params,
-        "layer_params_kept": measured.model.layer_params / measured.other.layer_params,
+        "params_kept": kept_params,
+        "layer_params_kept": kept_in_layers,
         "speedup": measured.speedup,
         "speedup_min": measured.speedup_min,
         "speedup_max": measured.speedup_max,
         "latency": latency.model_dump(),
         "latency_grid": [asdict(point) for point in points],
+        **taught_by(recipe),
         **({"augmented": last["augmented"]} if "augmented" in last else {}),
         "rounds": [dict(row) for row in rounds] if recipe.pruning is not None else [],
         "plan_layers": kept,
@@ -68,6 +72,17 @@ def stage_records(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "stages": {name: result["seconds"] for name, result in results.items()},
         "history": {name: result["history"] for name, result in results.items() if result.get("history")},
     }
+
+
+def taught_by(recipe: Recipe) -> dict[str, Any]:
+    """Under `ensemble`, the teachers of a recipe that has several, with weights that sum to 1."""
+    section = recipe.teacher.ensemble
+    if section is None:
+        return {}
+    names = [recipe.teacher.model, *(member.model for member in section.others)]
+    weights = [weight / sum(section.weights) for weight in section.weights]
+    models = [{"model": name, "weight": weight} for name, weight in zip(names, weights, strict=True)]
+    return {"ensemble": {"average": section.average, "confidence": section.confidence, "models": models}}
 
 
 def _source(recipe: Recipe) -> str | None:

@@ -102,6 +102,7 @@ def test_what_programs_and_people_in_a_hurry_read(folder):
     assert end["event"] == "end" and end["metrics"] == json.loads((folder / "run/metrics.json").read_text())
     state = json.loads((folder / "run/state.json").read_text())["stages"]
     for each in stages:
+        state[each["stage"]].pop("history", None)  # long, and in metrics.json
         assert {**each["result"], "seconds": each["seconds"]} == state[each["stage"]]
     assert end["student"] == str(folder / "run" / "student")
 
