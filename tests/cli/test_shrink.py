@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from builders.recipes import write_model, write_rows
+from builders.causal import word_tokenizer
+from builders.recipes import write_decoder, write_model, write_rows
 from typer.testing import CliRunner
 
 from distill_llm.cli.main import app
@@ -120,6 +121,17 @@ def test_length_is_what_the_rows_need_and_a_base_model_is_tuned_first(folder):
     assert made.recipe["teacher"]["train"]["num_train_epochs"] >= 2
     assert "fine-tuned first" in " ".join(made.said)
     assert "train" in draft(Wish("teacher", "rows.csv", task="text", columns={"text": "review"})).recipe["teacher"]
+
+
+def test_length_counts_what_a_chat_template_adds(folder):
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = (
+        "{% for turn in messages %}{{ turn.role }} w1 w1 w1 w1 w1 w1 w1 w1 {{ turn.content }} {% endfor %}"
+    )
+    write_decoder(folder / "llm", tokenizer=tokenizer)
+    (folder / "chats.jsonl").write_text("\n".join(json.dumps({"prompt": f"w{i}", "response": "w2"}) for i in range(40)))
+    data = draft(Wish("llm", "chats.jsonl")).recipe["data"]
+    assert data["chat"] and data["max_length"] == 32, "2 turns of 10 words, not 2 words"
 
 
 def test_env_says_what_a_bug_report_needs():

@@ -83,7 +83,7 @@ def test_names_of_recipes_complete(monkeypatch):
 
 
 @pytest.mark.slow
-def test_what_programs_and_people_in_a_hurry_read(folder):
+def test_a_program_reads_an_object_for_each_stage_and_one_at_the_end(folder):
     dry = piped(folder, "run", "recipe.yaml", "--dry-run", "--json")
     assert dry.returncode == 0, dry.stderr
     *planned, end = map(json.loads, dry.stdout.splitlines())
@@ -91,15 +91,13 @@ def test_what_programs_and_people_in_a_hurry_read(folder):
     assert all(each["event"] == "planned" and each["fits"] and each["bytes"] > 0 for each in planned)
     assert end["recipe"]["pruning"]["keep"] == 0.5 and end["params"]["student"] < end["params"]["teacher"]
     assert not (folder / "run").exists()
-    quiet = piped(folder, "run", "recipe.yaml", "--quiet")
-    (line,) = quiet.stdout.splitlines()
-    assert line.startswith(f"student: {folder}/run/student. The student (") and quiet.stderr == ""
-    done = piped(folder, "run", "recipe.yaml", "--json")
-    *stages, end = map(json.loads, done.stdout.splitlines())
-    assert [(each["event"], each["stage"], each["before"]) for each in stages] == [
-        ("stage", name, True) for name in STAGES
-    ]
-    assert end["event"] == "end" and end["metrics"] == json.loads((folder / "run/metrics.json").read_text())
+    for before in (False, True):
+        done = piped(folder, "run", "recipe.yaml", "--json")
+        *stages, end = map(json.loads, done.stdout.splitlines())
+        assert [(each["event"], each["stage"], each["before"]) for each in stages] == [
+            ("stage", name, before) for name in STAGES
+        ]
+        assert end["event"] == "end" and end["metrics"] == json.loads((folder / "run/metrics.json").read_text())
     state = json.loads((folder / "run/state.json").read_text())["stages"]
     for each in stages:
         state[each["stage"]].pop("history", None)  # long, and in metrics.json
@@ -108,40 +106,45 @@ def test_what_programs_and_people_in_a_hurry_read(folder):
 
 
 @pytest.mark.slow
-def test_a_terminal_gets_live_bars_and_after_ctrl_c_the_same_command_goes_on_in_a_pipe(folder):
-    recipe = recipe_for(folder)
-    recipe["distillation"]["num_train_epochs"] = 100
-    write_recipe(folder, recipe)
-    code, text = stopped_in_a_terminal(folder)
-    assert code == 130
-    assert "\r" in text and "Traceback" not in text
-    assert text.count("stopped: the same command again goes on") == 1
-    assert not (folder / "run" / "student").exists() and not list((folder / "run").rglob("*.partial"))
-    assert list(json.loads((folder / "run/state.json").read_text())["stages"]) == STAGES[:2]
+def test_quiet_leaves_the_last_line(folder):
+    done = piped(folder, "run", "recipe.yaml", "--quiet")
+    (line,) = done.stdout.splitlines()
+    assert line.startswith(f"student: {folder}/run/student. The student (") and done.stderr == ""
+
+
+@pytest.mark.slow
+def test_a_pipe_gets_lines_that_are_not_written_over_and_the_table_at_the_end(folder):
     done = piped(folder, "run", "recipe.yaml")
     assert done.returncode == 0 and "\r" not in done.stdout + done.stderr
     assert "| recovered |" in re.sub(" +", " ", done.stdout)
     assert done.stdout.splitlines()[-1].startswith("student: ")
-    assert re.findall(r"distill-llm (\w+) ", done.stdout) == ["profile", "export", "push"]
+    commands = re.findall(r"distill-llm (\w+) ", done.stdout)
+    assert commands == ["profile", "export", "push"]
 
 
-def stopped_in_a_terminal(folder: Path) -> tuple[int, str]:
-    """The exit code and the output of a run that gets Ctrl-C while the student is trained."""
+@pytest.mark.slow
+def test_a_terminal_gets_live_bars_and_ctrl_c_can_be_followed_by_the_same_command(folder):
+    recipe = recipe_for(folder)
+    recipe["distillation"]["num_train_epochs"] = 500
+    write_recipe(folder, recipe)
     parent, child = pty.openpty()
     termios.tcsetwinsize(child, (40, 120))
     process = subprocess.Popen(
         command("run", "recipe.yaml"), cwd=folder, env=ENVIRONMENT, stdout=child, stderr=child, start_new_session=True
     )
     os.close(child)
-    text, sent, begin = "", False, time.monotonic()
+    text, begin = "", time.monotonic()
     while time.monotonic() - begin < 240:
         if select.select([parent], [], [], 1.0)[0]:
             try:
                 text += os.read(parent, 65536).decode(errors="replace")
             except OSError:
                 break
-        if not sent and re.search(r"Training round-1/student: +\d+%.*<", text):
+        if process.poll() is None and re.search(r"Training round-1/student: +\d+%.*<", text) and "stopped" not in text:
             process.send_signal(signal.SIGINT)
-            sent = True
+    assert process.wait() == 130
     os.close(parent)
-    return process.wait(), text
+    assert "\r" in text and "Traceback" not in text
+    assert text.count("stopped: the same command again goes on") == 1
+    assert not (folder / "run" / "student").exists() and not list((folder / "run").rglob("*.partial"))
+    assert list(json.loads((folder / "run/state.json").read_text())["stages"]) == STAGES[:2]
