@@ -222,7 +222,8 @@ def check_raw_rows(data: TaskData, teacher: OpenModel) -> None:
 def _loss_faults(recipe: Recipe, task: Task) -> list[InputError]:
     if recipe.distillation is None:
         return []
-    use = Use(single_output=not task.kind.has_distribution, packed="data.packing" if task.packing else None)
+    single, packed = not task.kind.has_distribution, "data.packing" if task.packing else None
+    use = Use(single_output=single, classes=None if task.is_language_model else task.num_labels, packed=packed)
     return recipe.distillation.losses.faults(use, "distillation.losses")
 
 

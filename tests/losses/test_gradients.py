@@ -51,7 +51,14 @@ def value_of(student, teacher, batch, of, layer):
     return float(total) / len(found[0])
 
 
-@pytest.mark.parametrize("of, layers", [("loss", "embeddings"), ("jacobian", "embeddings"), ("loss", [[0, 1]])])
+@pytest.mark.parametrize(
+    "of, layers",
+    [
+        ("jacobian", "embeddings"),
+        ("loss", [[0, 1]]),
+        pytest.param("loss", "embeddings", marks=pytest.mark.slow),
+    ],
+)
 def test_value_and_slope_are_those_of_finite_differences(tmp_path, of, layers):
     student, teacher = models()
     data = rows(student)
