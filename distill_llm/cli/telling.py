@@ -4,7 +4,7 @@ With `--json`, standard output has one JSON object a line and nothing else; what
 Every object names its `event`:
 
 - `stage`: a stage of a run is finished: `stage` (its name), `seconds`, `before` (true: an earlier start did the work) and
-  `result` (what `state.json` keeps of it).
+  `result` (what `state.json` keeps of it, without the `history` of the losses, which `metrics.json` has).
 - `end`: the command is finished, with its own fields.
 """
 
@@ -64,7 +64,7 @@ class JsonTeller(QuietTeller):
     def done(self, stage: StageDone) -> None:
         """A line for the stage."""
         result = dict(stage.result)
-        seconds = result.pop("seconds")
+        seconds, _ = result.pop("seconds"), result.pop("history", None)
         self.tell("stage", stage=stage.name, seconds=seconds, before=stage.before, result=result)
 
     def end(self, line: str, **fields: Any) -> None:

@@ -21,7 +21,7 @@ from distill_llm.pipeline.lost import Lost, lost
 from distill_llm.pipeline.stage import Result, Stage, stale
 from distill_llm.pipeline.state import State, read_state, write_state
 from distill_llm.pruning.statistics.processes import from_main_process
-from distill_llm.recipe.recipe import BACKUP, RECIPE, STATE
+from distill_llm.recipe.recipe import BACKUP, RECIPE, STATE, parse_recipe
 
 CARD = "README.md"
 FREE = ("output_dir", "description")
@@ -59,7 +59,7 @@ class RunFolder:
         self.folder, self.stages, self.processes = folder, stages, open_processes()
         usable_output(folder, begun=(RECIPE, STATE, BACKUP))
         recipe, known = yaml.safe_load(recipe_yaml), read_state(folder)
-        before = known.recipe if known is not None else _recipe_in(folder)
+        before = _begun_with(folder, known)
         check_same_recipe(folder, recipe, own_sections)
         own = inputs(known.inputs if known is not None else {}) if inputs and self.processes.is_main_process else {}
         own = from_main_process(own)
@@ -156,6 +156,20 @@ class RunFolder:
                 stage.tidy()
 
 
+def _begun_with(folder: Path, state: State | None) -> Mapping[str, Any] | None:
+    """The resolved recipe of a run's last start; None where there is none.
+
+    Fields that the version of that start did not know have their defaults: they did not change, so nothing is done again.
+    """
+    recipe = state.recipe if state is not None else _recipe_in(folder)
+    if recipe is None:
+        return None
+    try:
+        return dict(parse_recipe(dict(recipe)).model_dump(mode="json"))
+    except InputError:  # it has fields that this version no longer knows: the user is told what they are
+        return recipe
+
+
 def _recipe_in(folder: Path) -> Mapping[str, Any] | None:
     """The recipe of a run whose state is gone; None where there is none."""
     file = folder / RECIPE
@@ -184,8 +198,7 @@ def check_same_recipe(folder: Path, recipe: Mapping[str, Any], own_sections: Col
     Raises:
         InputError: naming what changed.
     """
-    known = read_state(folder)
-    if (before := known.recipe if known is not None else _recipe_in(folder)) is not None:
+    if (before := _begun_with(folder, read_state(folder))) is not None:
         _same_recipe(folder, before, recipe, {*FREE, *own_sections})
 
 

@@ -131,9 +131,9 @@ def _model_in(folder: Path) -> tuple[str, str] | None:
 
 def _places(data: str | None) -> dict[str, str | None]:
     """Where the data of each task are, for those that have any."""
-    if data is None or not Path(data).expanduser().is_dir() or (Path(data) / "README.md").is_file():
+    if data is None or not (folder := Path(data).expanduser()).is_dir() or (folder / "README.md").is_file():
         return dict.fromkeys(GLUE, data)  # the Hub's, or a folder laid out like its repository
-    folders = {_plain(each.name): str(each) for each in Path(data).expanduser().glob("*/")}
+    folders = {_plain(each.name): str(each) for each in folder.glob("*/")}
     return {task: folders[name] for name, task in _plain_names().items() if name in folders}
 
 
@@ -221,9 +221,8 @@ def _scored(
         try:
             result["mismatched"] = metrics(_open(opened.model.path, MISMATCHED.name, path, request))
         except InputError as error:
-            if not error.field.startswith("data"):
+            if not error.field.startswith("data"):  # else the data have no such part, which the average says
                 raise
-            result["note"] = "MNLI's mismatched part is not in the data"
     return result
 
 

@@ -40,14 +40,19 @@ def rewrite_report(run_dir: str | Path) -> Path:
         fix = "let `distill-llm run` go on: this run has no report yet"
         raise InputError("run_dir", str(run_dir), fix=fix)
     with alone_in(folder), full_disk_named(folder):
-        done = {name: result for name, result in state.stages.items() if name in _before(state)}
-        metrics = {**stage_records(done), **_read(folder / METRICS, needed=True)}
-        recipe = (folder / RECIPE).read_text(encoding="utf-8")
-        report = write_report(folder, metrics)
-        page = write_page(folder, metrics, _read(folder / DISAGREEMENTS), recipe)
-        files = [report, page, *(folder / "figures").glob("*")]
-        sealed = {**state.files[STAGE], **seal_of(files, folder)}  # otherwise the next start would find them changed
-        write_state(folder, replace(state, files={**state.files, STAGE: sealed}))
+        return rewrite_finished(folder, state)
+
+
+def rewrite_finished(folder: Path, state: State) -> Path:
+    """As `rewrite_report`, for a folder that nobody else is using and its state, in which the report stage is done."""
+    done = {name: result for name, result in state.stages.items() if name in _before(state)}
+    metrics = {**stage_records(done), **_read(folder / METRICS, needed=True)}
+    recipe = (folder / RECIPE).read_text(encoding="utf-8")
+    report = write_report(folder, metrics)
+    page = write_page(folder, metrics, _read(folder / DISAGREEMENTS), recipe)
+    files = [report, page, *(folder / "figures").glob("*")]
+    sealed = {**state.files[STAGE], **seal_of(files, folder)}  # otherwise the next start would find them changed
+    write_state(folder, replace(state, files={**state.files, STAGE: sealed}))
     return page
 
 

@@ -18,10 +18,12 @@ from distill_llm.pipeline.context import Context
 from distill_llm.pipeline.folder import RunFolder
 from distill_llm.pipeline.inputs import inputs_of
 from distill_llm.pipeline.listener import Listener, StageDone
+from distill_llm.pipeline.reporting import rewrite_finished
 from distill_llm.pipeline.sharing import take_teacher
 from distill_llm.pipeline.stage import Stage
 from distill_llm.pipeline.stages import own_sections, stages_of
 from distill_llm.pipeline.stages.prune import cut_model, models_to_cut, show
+from distill_llm.pipeline.state import read_state
 from distill_llm.pruning.cutting.strength import described
 from distill_llm.recipe.recipe import Recipe, parse_recipe
 
@@ -71,6 +73,10 @@ def carry_out(context: Context, donor: Path | None = None) -> RunResult:
 def _run(context: Context) -> RunResult:
     """Carry out a checked recipe in a folder that nobody else is using."""
     carry_out_stages(context, stages_of(context))
+    if context.processes.is_main_process and not context.page_file.is_file():  # the run of a version without pages
+        state = read_state(context.folder)
+        assert state is not None
+        rewrite_finished(context.folder, state)
     metrics = json.loads(context.metrics_file.read_text())
     return RunResult(metrics, context.student_dir, context.report_file, context.page_file)
 

@@ -198,18 +198,24 @@ def run_sweep(opened: OpenSweep) -> SweepResult:
 def _run_cells(opened: OpenSweep) -> SweepResult:
     results = {cell.name: CellResult(cell.name, cell.values, context.folder) for cell, context in opened.runs}
     teachers: dict[str, Path] = {}
+    lost: dict[str, str] = {}
     for cell, context in opened.runs:
         if has_teacher(context.folder):
             teachers.setdefault(teacher_key(cell.recipe), context.folder)
     done = _write(opened, results.values())
     for number, (cell, context) in enumerate(opened.runs, 1):
         context.say(f"[{number}/{len(results)}] {cell.name}")
-        key = teacher_key(cell.recipe)
-        try:
-            found = carry_out(context, teachers.get(key)).metrics
-            results[cell.name] = CellResult(cell.name, cell.values, context.folder, found)
-        except NotFinite as error:  # the other cells may well be finite
-            results[cell.name] = CellResult(cell.name, cell.values, context.folder, error=str(error))
+        key, found = teacher_key(cell.recipe), None
+        error = lost.get(key)
+        if error is None:
+            try:
+                found = carry_out(context, teachers.get(key)).metrics
+            except NotFinite as fault:  # the other cells may well be finite
+                error = str(fault)
+                if fault.stage == Teacher.name:  # that of others is the same, and would be trained in vain
+                    lost[key] = error
+        results[cell.name] = CellResult(cell.name, cell.values, context.folder, found, error)
+        if error is not None:
             context.say(f"{cell.name}: {error}")
         if has_teacher(context.folder):
             teachers.setdefault(key, context.folder)

@@ -22,7 +22,7 @@ from distill_llm.common.files import written_whole
 from distill_llm.data.glue import GLUE, HUB_ID
 from distill_llm.pruning.plan import PruningPlan
 from distill_llm.report.origins import on_the_hub, origin_of, shown_name
-from distill_llm.report.report import HARNESS, headline, notes, provenance, short_name, summary
+from distill_llm.report.report import HARNESS, headline, notes, provenance, short_name, summary, teachers_note
 from distill_llm.report.tables import harness_table, results_table, rounds_table
 from distill_llm.report.usage import kind_of_student, needs_code, read_config, snippet
 
@@ -53,10 +53,11 @@ def write_card(student_dir: str | Path, metrics: Mapping[str, Any], recipe_yaml:
         InputError: the folder holds no config.json.
     """
     student_dir = Path(student_dir)
-    config, recipe = read_config(student_dir), shown_recipe(recipe_yaml)
-    data = tested_on(metrics, yaml.safe_load(recipe_yaml))
-    front = card_data(metrics, config, data).to_yaml()
-    card = ModelCard(f"---\n{front}\n---\n\n{_body(student_dir, metrics, recipe)}")
+    config, given = read_config(student_dir), yaml.safe_load(recipe_yaml)
+    data, recipe = tested_on(metrics, given), shown_recipe(recipe_yaml)
+    start = (given.get("student") or {}).get("model")
+    front = card_data(metrics, config, data, start or metrics["teacher_model"]).to_yaml()
+    card = ModelCard(f"---\n{front}\n---\n\n{_body(student_dir, metrics, recipe, start)}")
     told = {**metrics, "teacher_model": shown_name(str(metrics["teacher_model"]))}
     texts = {"metrics.json": json.dumps(told, indent=2) + "\n", "recipe.yaml": recipe} | eval_results(metrics, data)
     for name, text in texts.items():
@@ -72,12 +73,15 @@ def write_card(student_dir: str | Path, metrics: Mapping[str, Any], recipe_yaml:
 
 @dataclass(frozen=True)
 class TestedOn:
-    """The rows that a score is of: their data set (`hub`: its id on the Hub), configuration and split."""
+    """The rows that a score is of: their data set (`hub`: its id on the Hub), configuration, and split where it is known.
+
+    Of the user's own data it is not: they are the test split, the validation split or, without both, rows set apart.
+    """
 
     name: str
-    hub: str | None
-    config: str | None
-    split: str
+    hub: str | None = None
+    config: str | None = None
+    split: str | None = None
 
 
 def tested_on(metrics: Mapping[str, Any], recipe: Mapping[str, Any]) -> TestedOn:
@@ -87,14 +91,13 @@ def tested_on(metrics: Mapping[str, Any], recipe: Mapping[str, Any]) -> TestedOn
         return TestedOn(f"GLUE {task}", HUB_ID, task, "validation_matched" if task == "mnli" else "validation")
     path, _, config = str((recipe.get("data") or {}).get("path") or task).partition(":")
     if path != task and on_the_hub(path):
-        return TestedOn(path, path, config or None, "test")
-    return TestedOn(task, None, None, "test")
+        return TestedOn(path, path, config or None)
+    return TestedOn(task)
 
 
-def card_data(metrics: Mapping[str, Any], config: Mapping[str, Any], data: TestedOn) -> ModelCardData:
-    """The card's metadata, for the student with this config."""
-    tag, origin = kind_of_student(config).pipeline_tag, origin_of(str(metrics["teacher_model"]))
-    learned = origin.datasets if metrics.get("rounds") else ()  # with the teacher's weights comes what it learned from
+def card_data(metrics: Mapping[str, Any], config: Mapping[str, Any], data: TestedOn, start: str) -> ModelCardData:
+    """The card's metadata, for the student with this config, whose weights began as those of the model `start`."""
+    tag, origin = kind_of_student(config).pipeline_tag, origin_of(start)
     result = EvalResult(
         task_type=tag,
         metric_type=metrics["metric"],
@@ -106,7 +109,7 @@ def card_data(metrics: Mapping[str, Any], config: Mapping[str, Any], data: Teste
     )
     return ModelCardData(
         base_model=origin.base_model,
-        datasets=list(dict.fromkeys([*([data.hub] if data.hub else []), *learned])) or None,
+        datasets=list(dict.fromkeys([*([data.hub] if data.hub else []), *origin.datasets])) or None,
         eval_results=[result],
         library_name="transformers",
         metrics=[metrics["metric"]],
@@ -121,7 +124,8 @@ def eval_results(metrics: Mapping[str, Any], data: TestedOn) -> dict[str, str]:
     """The score as a file of `.eval_results/`, by its name; the Hub takes only scores on data that it has."""
     if data.hub is None:
         return {}
-    notes = f"{metrics['metric']}, {data.split} split; the teacher's: {metrics['teacher']['score']:.4g}"
+    where = f"the {data.split} split" if data.split else f"{metrics['student']['rows']:,} rows"
+    notes = f"{metrics['metric']} on {where}; the teacher's: {metrics['teacher']['score']:.4g}"
     entry = EvalResultEntry(data.hub, data.config or "default", _score(metrics), notes=notes)
     text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True)
     return {f".eval_results/{metrics['task']}.yaml": text}
@@ -144,7 +148,7 @@ def _tags(metrics: Mapping[str, Any]) -> list[str]:
     return ["distill_llm", *(["knowledge-distillation"] if distilled else []), *(["pruning"] if pruned else [])]
 
 
-def _body(student_dir: Path, metrics: Mapping[str, Any], recipe: str) -> str:
+def _body(student_dir: Path, metrics: Mapping[str, Any], recipe: str, start: str | None) -> str:
     trust = (
         "Its layers have sizes that a stock configuration cannot express. The Python files in this repository build them, so"
         " loading needs `trust_remote_code=True`. Only torch and transformers have to be installed."
@@ -163,13 +167,20 @@ def _body(student_dir: Path, metrics: Mapping[str, Any], recipe: str) -> str:
         notes(metrics),
         *(["### Benchmarks", harness_table(metrics).rstrip(), HARNESS] if metrics.get("harness") else []),
         "## How it was made",
-        f"Teacher: `{shown_name(str(metrics['teacher_model']))}`."
-        " The licence and the limitations of the teacher and of its data apply.",
+        _sources(shown_name(str(metrics["teacher_model"])), start),
+        teachers_note(metrics, shown_name),
         rounds.rstrip(),
         f"<details>\n<summary>The recipe</summary>\n\n```yaml\n{recipe.rstrip()}\n```\n\n</details>",
         provenance(metrics),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _sources(teacher: str, start: str | None) -> str:
+    if start is None:
+        return f"Teacher: `{teacher}`. The licence and the limitations of the teacher and of its data apply."
+    began = f"The student began as `{shown_name(start)}`."
+    return f"Teacher: `{teacher}`. {began} The licences and the limitations of both and of their data apply."
 
 
 def shown_recipe(recipe_yaml: str) -> str:

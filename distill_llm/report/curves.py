@@ -41,24 +41,36 @@ def sweep_page(record: Mapping[str, Any], title: str, cells: Cells) -> str:
         tiles=tiles(record),
         charts=[(name, Markup(figure)) for name, figure in charts],
         cells=cells,
-        notes=f"{score_note({**record, 'student': record['teacher']})} {latency_note({**record, 'speedup': 1})}",
+        notes=sweep_notes(record),
         failed=[cell for cell in record["cells"] if "error" in cell],
     )
 
 
+def sweep_notes(record: Mapping[str, Any]) -> str:
+    """What the numbers are of, and what may be compared."""
+    found = [score_note({**record, "student": record["teacher"]}), latency_note({**record, "speedup": 1})]
+    if any(cell.get("speedup") is not None for cell in record["cells"]):
+        found.append("Latencies were measured run by run, so compare students by their speed-up.")
+    if len({cell["teacher_score"] for cell in record["cells"] if "student" in cell}) > 1:
+        found.append(
+            "The students have different teachers: shown is the first; retention and speed-up are with their own."
+        )
+    return " ".join(filter(None, found))
+
+
 def tiles(record: Mapping[str, Any]) -> list[Tile]:
-    """The teacher, and the smallest student that is within one standard error of it."""
+    """The teacher, the smallest student that is within one standard error of its own teacher, and the fastest."""
     teacher = record["teacher"]
     found = [
         Tile("Teacher", f"{teacher['score']:.4g}", f"{record['metric']}, {count_of(teacher['params'])} parameters")
     ]
     sign, error = 1 if record["higher_is_better"] else -1, teacher.get("standard_error") or 0.0
     done = [cell for cell in record["cells"] if "student" in cell]
-    as_good = [cell for cell in done if sign * (cell["student"]["score"] - teacher["score"]) >= -error]
+    as_good = [cell for cell in done if sign * (cell["student"]["score"] - cell["teacher_score"]) >= -error]
     if as_good:
         best = min(as_good, key=lambda cell: cell["student"]["params"])
-        what = f"{best['name']}: the smallest within one standard error of the teacher"
-        found.append(Tile("As good, at", percent(best["params_kept"]), f"of the parameters; {what}"))
+        what = f"{best['name']} is the smallest within one standard error"
+        found.append(Tile("As good as the teacher", percent(best["params_kept"]), f"of the parameters: {what}"))
     timed = [cell for cell in done if cell.get("speedup") is not None]
     if timed:
         fastest = max(timed, key=lambda cell: cell["speedup"])

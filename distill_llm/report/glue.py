@@ -86,6 +86,9 @@ def shown(name: str, result: Mapping[str, Any]) -> str:
 def average_line(record: Mapping[str, Any]) -> str:
     """The average, and honestly of what."""
     done, missing = len(record["tasks"]), [NAMES[name] for name in record["missing"]]
+    mnli = record["tasks"].get("mnli")
+    if mnli is not None and "mismatched" not in mnli:
+        missing.append("MNLI's mismatched part")
     if not missing:
         both = f"GLUE average: {100 * record['average']:.1f}; without WNLI: {100 * record['average_without_wnli']:.1f}."
         return f"{both} On the development sets."

@@ -1,6 +1,6 @@
 """Pushing to the Hugging Face Hub: a student, adapters, an exported model, a teacher cache or responses."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -16,16 +16,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from distill_llm.common.errors import InputError, first_line
+from distill_llm.common.notices import tell
 from distill_llm.common.secrets import hidden
-from distill_llm.report.uploads import RepoType, Upload, find_upload
+from distill_llm.report.uploads import CARD, RepoType, find_upload
 
-OLD_WEIGHTS = (
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model*.bin",
-    "pytorch_model.bin.index.json",
-)
-"""Files of an earlier push that transformers would read in place of those of this one."""
+OLD_WEIGHTS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
+"""Weights as a push names them. transformers might read old ones in place of the new ones."""
+BY = "with distill_llm"
+"""The end of a push's commit message. It tells a card of this package's from one that people wrote in the repository."""
 LOG_IN = "run `hf auth login`, or set HF_TOKEN, with a token that has write access"
 
 
@@ -38,8 +36,9 @@ def push(
 ) -> str:
     """Upload a folder in one commit: what is in the repository is the old state or the new one, never a mixture.
 
-    A repository that does not exist is created. The code in the model card loads from the repository. Checkpoints and optimizer
-    states are left out. After a broken connection the same call goes on: what arrived is not sent again.
+    A repository that does not exist is created. In one that exists, files of other names stay, but for a model's old weights; so
+    does a card that was edited there. The code in the model card loads from the repository. Checkpoints and optimizer states are
+    left out. After a broken connection the same call goes on: what arrived is not sent again.
 
     Args:
         folder: a student, adapters, an exported model, a teacher cache or responses; or a GGUF file.
@@ -74,20 +73,33 @@ def push(
                 "private", True, fix=f"make {url.repo_id} private on the Hub first: it exists, and is public"
             )
         old = [file.rfilename for file in there.siblings or []]
+        files = upload.contents(url.repo_id)
+        if CARD in old and _edited_there(api, url.repo_id, kind):
+            del files[CARD]
+            tell(
+                f"{CARD} in {url.repo_id} was not written by a push, so it stays; to replace it, delete it there and push again"
+            )
         api.create_commit(
             url.repo_id,
-            operations=_operations(upload, url.repo_id, old),
-            commit_message=f"Upload {upload.what}",
+            operations=_operations(files, old if upload.replaces_weights else []),
+            commit_message=f"Upload {upload.what} {BY}",
             repo_type=kind,
         )
     return str(url)
 
 
-def _operations(upload: Upload, repo_id: str, old: list[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
-    """What the commit does: add all files, and remove a model's weights of an earlier push that have other names."""
-    files = upload.contents(repo_id)
-    weights = [name for name in old if "/" not in name and any(fnmatch(name, each) for each in OLD_WEIGHTS)]
-    stale = [name for name in weights if upload.replaces_weights and name not in files]
+def _edited_there(api: HfApi, repo_id: str, kind: RepoType) -> bool:
+    """Whether a repository's card was last written by something other than a push, or the Hub as it made the repository."""
+    cards = api.get_paths_info(repo_id, CARD, expand=True, repo_type=kind)
+    titles = [card.last_commit.title for card in cards if card.last_commit is not None]
+    return any(title != "initial commit" and not title.endswith(BY) for title in titles)
+
+
+def _operations(
+    files: Mapping[str, Path | bytes], old: Iterable[str]
+) -> list[CommitOperationAdd | CommitOperationDelete]:
+    """What the commit does: add all files, and remove old weights that have other names."""
+    stale = [name for name in old if name not in files and any(fnmatch(name, each) for each in OLD_WEIGHTS)]
     return [
         *(CommitOperationDelete(name) for name in stale),
         *(CommitOperationAdd(path, file) for path, file in files.items()),
@@ -112,7 +124,7 @@ def _what_to_do(error: Exception, api: HfApi, repo_id: str) -> str | None:
     """What helps against an error of huggingface_hub, its HTTP library or Xet; None for another kind of error."""
     cause: BaseException | None = error
     while cause is not None:  # an upload's error is inside a RuntimeError
-        why = hidden(first_line(cause), str(api.token))
+        why = first_line(cause)
         if isinstance(cause, HfHubHTTPError):
             status = cause.response.status_code if cause.response is not None else 0
             if status == 401:

@@ -9,18 +9,16 @@ from rich.table import Table
 
 from distill_llm.common.files import written_whole
 from distill_llm.metrics.errors import shown_score
-from distill_llm.report.curves import sweep_page
+from distill_llm.report.curves import sweep_notes, sweep_page
 from distill_llm.report.report import short_name
 from distill_llm.report.tables import (
     MISSING,
     Cells,
     count,
-    latency_note,
     markdown_table,
     megabytes,
     milliseconds,
     percent,
-    score_note,
     speedup,
 )
 
@@ -41,6 +39,7 @@ def record_of(cells: Sequence[Entry]) -> dict[str, Any]:
     rows = []
     for name, values, metrics, error in cells:
         own = {part: metrics[part] for part in OWN} if metrics is not None else {}
+        own |= {"teacher_score": metrics["teacher"]["score"]} if metrics is not None else {}
         rows.append({"name": name, "values": dict(values), **own, **({"error": error} if error else {})})
     shared = {part: first[part] for part in (*SHARED, "teacher") if part in first}
     return {**shared, "cells": rows}
@@ -70,11 +69,8 @@ def sweep_table(record: Mapping[str, Any]) -> Table:
 
 def _markdown(record: Mapping[str, Any]) -> str:
     head, rows = _cells(record)
-    notes = " ".join(
-        filter(None, [score_note({**record, "student": record["teacher"]}), latency_note({**record, "speedup": 1})])
-    )
     failed = [f"`{cell['name']}` has no student: {cell['error']}." for cell in record["cells"] if "error" in cell]
-    return "\n\n".join([f"# {title(record)}", markdown_table(head, rows).rstrip(), notes, *failed]) + "\n"
+    return "\n\n".join([f"# {title(record)}", markdown_table(head, rows).rstrip(), sweep_notes(record), *failed]) + "\n"
 
 
 def title(record: Mapping[str, Any]) -> str:

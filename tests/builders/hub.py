@@ -17,14 +17,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import datasets
 from huggingface_hub import constants
 
 TOKEN = "hf_" + "Wr1te" * 7
 READ_TOKEN = "hf_" + "R3ad1" * 7
-OTHER_TOKEN = "hf_" + "0ther" * 7
+OTHER_TOKEN = "hf_" + "0Ther" * 7
 LFS = (".safetensors", ".gguf", ".onnx", ".bin")
 BREAK, LOSE = "break", "lose"
 """Faults: the connection breaks in the middle of the request; the work is done, but the answer is lost."""
@@ -51,6 +51,8 @@ class Repo:
 
     private: bool = False
     commits: list[dict[str, Blob]] = field(default_factory=lambda: [{}])
+    titles: dict[str, str] = field(default_factory=dict)
+    """By path the title of the last commit that changed it."""
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -286,6 +288,8 @@ class Calls(BaseHTTPRequestHandler):
         files = dict(repo.commits[-1])
         for row in map(json.loads, body.splitlines()):
             value = row["value"]
+            if row["key"] == "header":
+                title = value["summary"]
             if row["key"] == "file":
                 files[value["path"]] = Blob(base64.b64decode(value["content"]), False)
             elif row["key"] == "lfsFile":
@@ -294,6 +298,7 @@ class Calls(BaseHTTPRequestHandler):
                 files[value["path"]] = Blob(self.server.objects[value["oid"]], True)
             elif row["key"] == "deletedFile":
                 del files[value["path"]]
+        repo.titles |= {path: title for path, blob in files.items() if blob != repo.commits[-1].get(path)}
         repo.commits.append(files)
         return {"commitUrl": f"{self.server.url}/{name}/commit/{repo.sha}", "commitOid": repo.sha}
 
@@ -320,9 +325,12 @@ class Calls(BaseHTTPRequestHandler):
 
     def paths_info(self, kind: str, name: str, revision: str, body: bytes) -> Any:
         """Some files."""
-        blobs = self.repo(kind, name).commits[-1]
-        asked = json.loads(body)["paths"]
-        return [_entry(path, blobs[path]) for path in asked if path in blobs]
+        repo = self.repo(kind, name)
+        known = [path for path in parse_qs(body.decode())["paths"] if path in repo.files]
+        last = {"id": repo.sha, "date": "2026-01-01T00:00:00.000Z"}
+        return [
+            _entry(path, repo.commits[-1][path]) | {"lastCommit": last | {"title": repo.titles[path]}} for path in known
+        ]
 
     def resolve(self, kind: str | None, name: str, revision: str, path: str) -> Any:
         """A file's content, or what is known of it. LFS files are stored elsewhere."""

@@ -28,5 +28,6 @@ def test_what_a_request_sends_is_hidden_and_so_is_a_token_of_any_form_that_is_kn
 
 
 def test_other_words_are_left_alone() -> None:
-    text = "hf_hub_download of hf_transfer, hf_internal_testing/tiny_random_bert_for_masked_lm"
+    text = f"hf_hub_download of hf_transfer, hf_internal_testing/tiny_random_bert_for_masked_lm, hf_{'x' * 34}, hf_{'X' * 34}"
     assert hidden(text) == text and not holds_token(text)
+    assert not holds_token("curl -H 'Authorization: Bearer $HF_TOKEN'; Bearer of good news")

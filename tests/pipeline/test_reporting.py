@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from builders.runs import two_rounds
 from typer.testing import CliRunner
 
@@ -12,7 +13,10 @@ import distill_llm
 from distill_llm.cli.main import app
 from distill_llm.common.errors import InputError
 from distill_llm.pipeline.reporting import rewrite_report
+from distill_llm.pipeline.state import State, read_state, write_state
 from distill_llm.pipeline.train_model import MOST_LOGS, loss_history
+
+NEW = ("report.html", "disagreements.json")
 
 
 def test_losses_are_kept_by_step_and_thinned() -> None:
@@ -69,6 +73,26 @@ def test_the_report_of_a_finished_run_is_made_again_and_the_run_stays_finished(f
     stages = json.loads((tmp_path / "again" / "state.json").read_text())["stages"]
     distill_llm.run(two_rounds(inputs), tmp_path / "again")
     assert json.loads((tmp_path / "again" / "state.json").read_text())["stages"] == stages
+
+
+@pytest.mark.slow
+def test_a_run_of_a_version_without_pages_gets_one_and_does_nothing_again(finished, inputs, tmp_path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished.page.parent, folder)
+    state = read_state(folder)
+    recipe = {name: section for name, section in state.recipe.items() if name not in ("report", "export")}
+    recipe["evaluation"] = {name: value for name, value in recipe["evaluation"].items() if name != "harness"}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    stages = {name: {**result, "history": None} for name, result in state.stages.items()}
+    files = {
+        name: {file: seal for file, seal in seals.items() if file not in NEW} for name, seals in state.files.items()
+    }
+    write_state(folder, State(recipe, state.inputs, stages, files))
+    for name in NEW:
+        (folder / name).unlink()
+    result = distill_llm.run(two_rounds(inputs), folder)
+    assert read_state(folder).stages == stages and result.metrics == finished.metrics
+    assert "Results" in result.page.read_text() and not (folder / "disagreements.json").exists()
 
 
 @pytest.mark.slow

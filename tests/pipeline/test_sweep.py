@@ -102,12 +102,24 @@ def test_a_training_that_ends_in_nan_stops_its_cell_alone(recipe, tmp_path, monk
     def carry_out(context, donor=None):
         if context.recipe.pruning.keep == 0.5:
             raise NotFinite("losses.logits", "nan", "lower the learning_rate", step=3)
-        return RunResult(cell_metrics(0.7, 2e6, 50), context.student_dir, context.report_file)
+        return RunResult(cell_metrics(0.7, 2e6, 50), context.student_dir, context.report_file, context.page_file)
 
     monkeypatch.setattr(sweeps, "carry_out", carry_out)
     result = distill_llm.sweep(recipe, keep=[0.7, 0.5, 0.3])
     assert [cell.error is None for cell in result.cells] == [True, False, True]
     assert "losses.logits is nan" in result.page.read_text() and "failed" in result.report.read_text()
+
+
+@pytest.mark.slow
+def test_a_teacher_that_ends_in_nan_is_not_trained_again_for_other_sizes(recipe, tmp_path, monkeypatch):
+    def train(*args, **options):
+        begun.append(1)
+        raise NotFinite("losses.labels", "nan", "lower the learning_rate", step=3)
+
+    begun = []
+    monkeypatch.setattr(teacher, "train_model", train)
+    result = distill_llm.sweep(recipe, keep=[0.7, 0.5])
+    assert len(begun) == 1 and all("teacher: losses.labels is nan" in cell.error for cell in result.cells)
 
 
 def test_the_disk_holds_a_shared_teacher_and_the_first_statistics_once(recipe):

@@ -98,7 +98,7 @@ def test_mnli_reports_its_matched_split_and_other_data_their_own_name(tmp_path: 
     assert mnli.data.eval_results[0].dataset_split == "validation_matched"
     other = ModelCard.load(write_card(student_folder(tmp_path), metrics(task="embedded"), RECIPE))
     result = other.data.eval_results[0]
-    assert (result.dataset_type, result.dataset_split, other.data.datasets) == ("embedded", "test", None)
+    assert (result.dataset_type, result.dataset_split, other.data.datasets) == ("embedded", None, None)
 
 
 @pytest.mark.parametrize("teacher", ["/home/someone/secret/bert-x", "./runs/bert-x", "package://some_package/bert-x"])
@@ -221,15 +221,13 @@ def test_licence_language_base_model_and_data_come_from_the_teachers_card(tmp_pa
     (tmp_path / "teacher" / "README.md").write_text(TEACHERS_CARD)
     given = metrics(teacher_model=str(tmp_path / "teacher"))
     data = ModelCard.load(write_card(student_folder(tmp_path / "student"), given, RECIPE)).data
-    assert (data.license, data.license_name, data.license_link, data.language) == (
-        "other",
-        "a-licence",
-        "LICENSE",
-        "en",
-    )
+    assert (data.license, data.license_name, data.language) == ("other", "a-licence", "en")
+    assert data.license_link is None, "no such file is in the repository"
     assert (data.base_model, data.datasets) == ("owner/base-model", ["nyu-mll/glue", "owner/data"])
-    distilled = ModelCard.load(write_card(tmp_path / "student", given | {"rounds": []}, RECIPE)).data
-    assert distilled.datasets == ["nyu-mll/glue"], "no weights of the teacher's are in it"
+    recipe = RECIPE + "student:\n  model: owner/small-model\n"
+    distilled = ModelCard.load(write_card(tmp_path / "student", given | {"rounds": []}, recipe))
+    assert (distilled.data.base_model, distilled.data.datasets) == ("owner/small-model", ["nyu-mll/glue"])
+    assert distilled.data.license is None and "began as `owner/small-model`" in distilled.text
     (tmp_path / "teacher" / "README.md").write_text("---\n: {[\n---\n")
     assert ModelCard.load(write_card(tmp_path / "student", given, RECIPE)).data.base_model is None
 
@@ -239,7 +237,8 @@ def test_the_licence_of_a_teacher_on_the_hub_is_asked_for(tmp_path: Path, monkey
         connect(monkeypatch, hub, tmp_path / "cache", token=None)
         hub.repos["models/owner/teacher-model"] = Repo(commits=[{"README.md": Blob(TEACHERS_CARD.encode(), False)}])
         data = ModelCard.load(write_card(student_folder(tmp_path / "student"), metrics(), RECIPE)).data
-    assert (data.license, data.base_model) == ("other", "owner/teacher-model")
+        url = f"{hub.url}/owner/teacher-model/resolve/main/LICENSE"
+    assert (data.license, data.license_link, data.base_model) == ("other", url, "owner/teacher-model")
 
 
 @pytest.mark.parametrize(
@@ -254,13 +253,16 @@ def test_the_licence_of_a_teacher_on_the_hub_is_asked_for(tmp_path: Path, monkey
 def test_the_score_is_a_file_of_evaluation_results_where_the_data_are_on_the_hub(
     tmp_path: Path, task: str, recipe: str, dataset: dict | None
 ) -> None:
-    write_card(student_folder(tmp_path), metrics(task=task), recipe)
+    given = metrics(task=task)
+    given["student"]["rows"] = 1200
+    write_card(student_folder(tmp_path), given, recipe)
     files = list((tmp_path / ".eval_results").glob("*")) if dataset else []
     assert (tmp_path / ".eval_results").exists() == bool(dataset)
     for file in files:
         (entry,) = yaml.safe_load(file.read_text())
+        rows = "the validation split" if task == "sst2" else "1,200 rows"
         assert file.name == f"{task}.yaml" and entry["dataset"] == dataset and entry["value"] == 0.796
-        assert parse_eval_result_entries([entry])[0].notes.startswith("accuracy, ")
+        assert parse_eval_result_entries([entry])[0].notes == f"accuracy on {rows}; the teacher's: 0.8"
 
 
 def test_the_plan_beside_a_student_makes_its_architecture_of_the_original_teacher(tmp_path: Path) -> None:

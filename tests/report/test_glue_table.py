@@ -46,7 +46,28 @@ def test_a_task_counts_by_the_mean_of_its_metrics_and_the_average_is_over_tasks(
     assert average_line(record).startswith("GLUE average: 76.5; without WNLI: 79.1.")
 
 
+def test_the_average_is_the_leaderboards():
+    """BERT-large on GLUE's leaderboard: its average of 80.5 takes MNLI's two parts for one task, and holds WNLI."""
+    listed = {
+        "cola": (60.5,), "sst2": (94.9,), "mrpc": (89.3, 85.4), "stsb": (87.6, 86.5), "qqp": (72.1, 89.3),
+        "mnli": (86.7,), "qnli": (92.7,), "rte": (70.1,), "wnli": (65.1,),
+    }  # fmt: skip
+    results = {
+        name: {
+            "metrics": dict(
+                zip([metric for metric in METRICS[name] if metric != "standard_error"], scores, strict=False), rows=9
+            )
+        }
+        for name, scores in listed.items()
+    }
+    results["mnli"]["mismatched"] = {"accuracy": 85.9, "rows": 9}
+    assert round(glue_record(["bert"], results)["average"], 1) == 80.5
+
+
 def test_missing_tasks_are_said():
+    half = {**RESULTS, "mnli": {"metrics": METRICS["mnli"]}}
+    line = average_line(glue_record(["m"], half))
+    assert "not GLUE's average: MNLI's mismatched part is missing" in line
     record = glue_record(["m"], {name: RESULTS[name] for name in ("cola", "sst2")})
     line = average_line(record)
     assert (

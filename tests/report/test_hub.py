@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from builders.hub import BREAK, LOSE, OTHER_TOKEN, READ_TOKEN, TOKEN, Fault, LocalHub, connect, serving
+from huggingface_hub import CommitOperationAdd, HfApi
 
 from distill_llm.common.errors import InputError
 from distill_llm.report.hub import check_push, push
@@ -135,6 +136,24 @@ def test_an_existing_repository_gets_a_commit_without_old_weights_or_none_if_not
     push(student, "somebody/student")
     weights = {name for name in repo.files if "safetensors" in name}
     assert weights == {"model-00001-of-00001.safetensors", "model.safetensors.index.json", "mine.safetensors"}
+
+
+def test_a_card_that_was_edited_in_the_repository_stays_and_so_do_files_of_other_names(
+    hub: LocalHub, student: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    push(student, "somebody/student")
+    (student / "README.md").write_text("a newer card")
+    push(student, "somebody/student")
+    assert hub.files("somebody/student")["README.md"] == b"a newer card" and not caplog.messages
+    mine = dict.fromkeys(("README.md", "model-int8.safetensors", "pytorch_model.bin", "notes.txt"), b"mine")
+    written_there = [CommitOperationAdd(name, content) for name, content in mine.items()]
+    HfApi(token=TOKEN).create_commit("somebody/student", written_there, commit_message="Update README.md")
+    (student / "model.safetensors").write_text("newer weights")
+    push(student, "somebody/student")
+    there = hub.files("somebody/student")
+    assert {name: there[name] for name in mine} == mine and there["model.safetensors"] == b"newer weights"
+    (line,) = caplog.messages
+    assert "so it stays" in line
 
 
 def test_what_is_to_be_private_does_not_go_into_a_public_repository(hub: LocalHub, student: Path) -> None:

@@ -74,8 +74,8 @@ def test_the_numbers_of_the_page_are_those_of_the_metrics(tmp_path: Path) -> Non
     assert tiles in shown and "Memory 75.0% 90.0 MB at peak instead of 120.0 MB" in shown
     assert ["accuracy", "0.8000", "0.7000", "0.7600", "0.7960"] in page.rows
     assert ["2", "50.0%", "50.0%", "0.7000", "0.7600", "0.7960", "statistics 42 s, recover 2 h 10 min"] in page.rows
-    assert ["16 tokens", "2.50× (5 → 2 ms)", "2.50× (40 → 16 ms)"] in page.rows
-    assert ["32 tokens", "2.50× (5 → 2 ms)", "–"] in page.rows
+    assert ["16 tokens", "2.50× (5 → 2)", "2.50× (40 → 16)"] in page.rows
+    assert ["32 tokens", "2.50× (5 → 2)", "–"] in page.rows
     assert ["layer", "heads: 3 of 16 kept", "FFN neurons: 104 of 256 kept"] in page.rows
     assert ["0", "3 of 4", "40 of 64 62.5%"] in page.rows and ["2", "attention removed", "64 of 64 100.0%"] in page.rows
     assert ["1", "layer removed"] in page.rows and ["3", "layer removed"] in page.rows

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders.pages import full_page
+from builders.pages import GRID, full_page, page_of
+from builders.reports import cell_metrics, metrics
+
+from distill_llm.report.sweep import record_of, write_sweep
 
 SYSTEM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
@@ -67,6 +70,39 @@ function looks(each) {
 }
 """
 """Of elements: their text, their colour and the one behind it, as red, green and blue, and the size of letters in pixels."""
+
+SWEPT = [
+    (
+        f"keep-{keep}_criterion-{name}",
+        {"pruning.keep": keep, "pruning.criterion": name},
+        cell_metrics(0.7, 2e6, 50),
+        None,
+    )
+    for keep in (0.75, 0.5)
+    for name in ("fisher", "magnitude")
+]
+
+
+@pytest.mark.parametrize("kind", ["report", "sweep"])
+def test_a_phone_shows_the_tables_without_scrolling(browser: Any, tmp_path: Path, kind: str) -> None:
+    if kind == "sweep":
+        write_sweep(tmp_path, record_of(SWEPT))
+        file = tmp_path / "sweep.html"
+    else:
+        sizes = [(1, 16), (1, 32), (8, 16), (32, 16)]
+        grid = [
+            {**GRID[0], "batch_size": b, "sequence_length": t, "other_ms": 1341.2, "model_ms": 691.4} for b, t in sizes
+        ]
+        sides = {side: {**metrics()[side], "standard_error": 0.0194} for side in ("teacher", "student")}
+        file = page_of(tmp_path, latency_grid=grid, speedup_min=1.68, speedup_max=2.09, **sides)
+    page = browser.new_page(viewport={"width": 390, "height": 800})
+    page.goto(file.as_uri())
+    hidden = page.evaluate("[...document.querySelectorAll('.wide')].map(each => each.scrollWidth - each.clientWidth)")
+    assert hidden and set(hidden) == {0}
+    shown = [text for text in page.locator(".wide thead th:visible").all_inner_texts() if text]
+    wanted = ["student", "accuracy", "of the layers", "speed-up"] if kind == "sweep" else ["teacher", "recovered"]
+    assert shown[: len(wanted)] == wanted
+    page.close()
 
 
 def contrast(ink: list[float], ground: list[float]) -> float:

@@ -6,7 +6,7 @@ import re
 import pytest
 from builders.reports import cell_metrics
 
-from distill_llm.report.curves import draw_curve, tiles
+from distill_llm.report.curves import draw_curve, sweep_notes, tiles
 from distill_llm.report.sweep import record_of, write_sweep
 
 
@@ -58,6 +58,18 @@ def test_the_smallest_that_is_as_good_as_the_teacher_and_the_fastest_are_named(r
     teacher, as_good, fastest = tiles(record)
     assert teacher.value == "0.8" and as_good.value == "50.0%" and "keep-0.5_criterion-fisher" in as_good.detail
     assert fastest.value == "4.00×" and "keep-0.25" in fastest.detail and "87.5%" in fastest.detail
+
+
+def test_a_student_is_compared_with_its_own_teacher(record):
+    assert "different teachers" not in sweep_notes(record) and "compare students by their speed-up" in sweep_notes(
+        record
+    )
+    other = cell_metrics(0.6, 1e6, 25)
+    other["teacher"] = {**other["teacher"], "score": 0.6}
+    found = record_of(
+        [("seed-0", {"seed": 0}, cell_metrics(0.795, 3e6, 70), None), ("seed-1", {"seed": 1}, other, None)]
+    )
+    assert "different teachers" in sweep_notes(found) and "seed-1 is the smallest" in tiles(found)[1].detail
 
 
 def test_a_curve_joins_students_that_differ_in_size_alone(record):
