@@ -35,6 +35,9 @@ class Sketch:
 
 def unknown_costs(recipe: Recipe) -> list[InputError]:
     """A fault where a recipe has parts whose cost shows only in training."""
+    if recipe.teacher.ensemble is not None:
+        fix = "remove it for the estimate: the memory and time of one teacher alone are known on paper"
+        return [InputError("teacher.ensemble", recipe.teacher.ensemble.model_dump(), fix=fix)]
     if recipe.distillation is None or recipe.distillation.losses.responses is None:
         return []
     fix = "remove it for the estimate: how long the student's own answers are shows only in training"

@@ -21,6 +21,7 @@ from distill_llm.architectures.modeling_pruned import pruned_class
 from distill_llm.common.errors import InputError, first_line, raise_all
 from distill_llm.common.outputs import nearest
 from distill_llm.data.tasks import Task
+from distill_llm.losses.mapping import cut_from, unequal_widths
 from distill_llm.losses.objective import Objective
 from distill_llm.losses.signals import Wanted
 from distill_llm.losses.terms.term import Use
@@ -220,3 +221,20 @@ def check_room(folder: Path, needed: int) -> None:
 def _size(model: nn.Module, learned: bool = False) -> int:
     """Bytes of a model's weights in fp32; with `learned`, only of the weights that are trained."""
     return 4 * sum(each.numel() for each in model.parameters() if each.requires_grad or not learned)
+
+
+def projected(student: OpenModel | None, teacher: OpenModel | None) -> tuple[int, int] | None:
+    """The widths of a given student and its teacher, if its hidden states need a projection."""
+    return None if student is None or teacher is None else unequal_widths(student.config, teacher.config)
+
+
+def check_layer_pairs(recipe: Recipe, teacher: OpenModel, student: OpenModel) -> bool:
+    """Check that the layers which loss terms name exist. If pruning makes the student, `student` is the teacher."""
+    if recipe.distillation is None:
+        return True
+    teachers, students = teacher.config.num_hidden_layers, student.config.num_hidden_layers
+    if recipe.pruning is not None and recipe.pruning.layers is not None:
+        students = len(recipe.pruning.layers)
+    cut = recipe.pruning is not None or cut_from(student.config, teacher.config)
+    raise_all(recipe.distillation.losses.faults(Use(layers=(students, teachers), cut=cut), "distillation.losses"))
+    return True

@@ -22,6 +22,7 @@ def _unused(recipe: Recipe) -> list[InputError]:
     section = recipe.pruning
     given = {
         "teacher.train": recipe.teacher.train,
+        "teacher.ensemble": recipe.teacher.ensemble,
         "teacher.cache": recipe.teacher.cache,
         "student": recipe.student,
         "distillation": recipe.distillation,

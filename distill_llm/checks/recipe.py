@@ -11,10 +11,20 @@ import datasets
 
 from distill_llm.checks.augment import augment_faults, open_masked_lm
 from distill_llm.checks.data import open_rows
+from distill_llm.checks.ensemble import open_others
 from distill_llm.checks.evaluate import check_harness
 from distill_llm.checks.export import check_export
 from distill_llm.checks.faults import Collector
-from distill_llm.checks.models import Disk, adapted, check_disk, check_quantized, check_signals, skeleton
+from distill_llm.checks.models import (
+    Disk,
+    adapted,
+    check_disk,
+    check_layer_pairs,
+    check_quantized,
+    check_signals,
+    projected,
+    skeleton,
+)
 from distill_llm.checks.pruning import check_pruning
 from distill_llm.checks.training import check_training
 from distill_llm.common.errors import InputError, raise_all
@@ -25,7 +35,6 @@ from distill_llm.data.spec import DataSpec
 from distill_llm.data.special_tokens import check_tokenizer
 from distill_llm.data.tasks import Task, TaskData, class_name_faults, label_names
 from distill_llm.evaluation.rules import RECIPE_FIELDS, scoring_faults
-from distill_llm.losses.mapping import cut_from, unequal_widths
 from distill_llm.losses.terms.term import Use
 from distill_llm.models.checkpoint import name_labels
 from distill_llm.models.finding import (
@@ -55,6 +64,7 @@ class Opened:
         cache: the cache that the student learns from, if the recipe names one.
         masked_lm: config and tokenizer of the masked LM that proposes words, if the recipe names one.
         disk: what the run takes on the disk.
+        others: config and tokenizer of the further teachers of an ensemble.
     """
 
     recipe: Recipe
@@ -64,6 +74,7 @@ class Opened:
     cache: CachedTeacher | None = None
     masked_lm: OpenModel | None = None
     disk: Disk = field(default_factory=Disk)
+    others: tuple[OpenModel, ...] = ()
 
 
 def open_recipe(recipe: Recipe) -> Opened:
@@ -83,7 +94,8 @@ def open_recipe(recipe: Recipe) -> Opened:
     if name is not None:
         found.run(_check_student, recipe, student, teacher, task)
     found.run(check_pruning, recipe, teacher, found.run(skeleton, teacher))
-    shorter = _shorter(teacher, student)
+    others = found.run(open_others, recipe, teacher, task) or ()
+    shorter = _shorter(teacher, student, *others)
     found.ask(length_faults_of, recipe, shorter)
     found.run(check_rows, recipe, teacher, task)
     found.ask(_answer_faults, recipe, shorter, task)
@@ -94,8 +106,8 @@ def open_recipe(recipe: Recipe) -> Opened:
     found.ask(_mixture_faults, recipe, teacher, teacher if name is None else student, task)
     cache = found.run(_open_cache, recipe, teacher)
     found.ask(_response_faults, recipe, task, shorter)
-    paired = found.run(_check_layer_pairs, recipe, teacher, teacher if name is None else student)
-    found.run(lambda: check_training(recipe, data, _projected(student, teacher)))
+    paired = found.run(check_layer_pairs, recipe, teacher, teacher if name is None else student)
+    found.run(lambda: check_training(recipe, data, projected(student, teacher)))
     found.run(usable_output, recipe.output_dir, "output_dir", (RECIPE, STATE, BACKUP))
     found.run(_check_hub, recipe)
     found.run(check_quantized, recipe)
@@ -108,7 +120,7 @@ def open_recipe(recipe: Recipe) -> Opened:
     disk = found.run(check_disk, recipe, whole, found.run(adapted, recipe, learner))
     raise_all(found.faults)
     assert teacher is not None and data is not None and disk is not None
-    return Opened(recipe, teacher, student, data, cache, masked_lm, disk)
+    return Opened(recipe, teacher, student, data, cache, masked_lm, disk, others)
 
 
 def load_rows(recipe: Recipe, teacher: OpenModel | None) -> TaskData:
@@ -147,7 +159,7 @@ def encoded_rows(opened: Opened) -> TaskData:
     recipe, tokenizer = opened.recipe, opened.teacher.tokenizer
     rows = encode(opened.data, tokenizer, recipe.data.max_length)
     data = check_tokens(rows, opened.teacher, RECIPE_FIELDS.rows)
-    shorter = _shorter(opened.teacher, opened.student)
+    shorter = _shorter(opened.teacher, opened.student, *opened.others)
     assert shorter is not None
     limits = limits_of(shorter.config, shorter.name)
     for split in (data.test, data.validation):
@@ -210,7 +222,8 @@ def check_raw_rows(data: TaskData, teacher: OpenModel) -> None:
 def _loss_faults(recipe: Recipe, task: Task) -> list[InputError]:
     if recipe.distillation is None:
         return []
-    use = Use(single_output=not task.kind.has_distribution, packed="data.packing" if task.packing else None)
+    single, packed = not task.kind.has_distribution, "data.packing" if task.packing else None
+    use = Use(single_output=single, classes=None if task.is_language_model else task.num_labels, packed=packed)
     return recipe.distillation.losses.faults(use, "distillation.losses")
 
 
@@ -220,23 +233,6 @@ def _mixture_faults(recipe: Recipe, teacher: OpenModel, student: OpenModel, task
         trained.append(teacher)
     several = [router_faults(each.config, f"{each.field}: config.json") for each in trained]
     return [fault for faults in several for fault in faults] if task.is_language_model else []
-
-
-def _projected(student: OpenModel | None, teacher: OpenModel | None) -> tuple[int, int] | None:
-    """The widths of a given student and its teacher, if its hidden states need a projection."""
-    return None if student is None or teacher is None else unequal_widths(student.config, teacher.config)
-
-
-def _check_layer_pairs(recipe: Recipe, teacher: OpenModel, student: OpenModel) -> bool:
-    """Check that the layers which loss terms name exist. If pruning makes the student, `student` is the teacher."""
-    if recipe.distillation is None:
-        return True
-    teachers, students = teacher.config.num_hidden_layers, student.config.num_hidden_layers
-    if recipe.pruning is not None and recipe.pruning.layers is not None:
-        students = len(recipe.pruning.layers)
-    cut = recipe.pruning is not None or cut_from(student.config, teacher.config)
-    raise_all(recipe.distillation.losses.faults(Use(layers=(students, teachers), cut=cut), "distillation.losses"))
-    return True
 
 
 def _open_cache(recipe: Recipe, teacher: OpenModel) -> CachedTeacher | None:

@@ -23,7 +23,7 @@ from distill_llm.losses.objective import parse_objective
 from distill_llm.losses.terms.term import Use
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.training.config import DistillationConfig
-from distill_llm.training.refusals import compiling, differentiating, skipping, whole_copies
+from distill_llm.training.refusals import compiling, differentiating, rows_at_once, skipping, whole_copies
 
 Stage = Literal["teacher", "recovery", "final"]
 
@@ -69,7 +69,9 @@ def check_training(recipe: Recipe, data: TaskData | None, widths: tuple[int, int
     for stage in stages:
         try:
             args = _check_stage(recipe, stage, data)
-            if stage != "teacher":
+            if stage != "teacher" and recipe.distillation is not None:
+                use = Use(rows=rows_at_once(args))
+                raise_all(recipe.distillation.losses.faults(use, "distillation.losses"))
                 _check_sharding(recipe, sharding_of(args), widths)
         except InputError as error:
             faults |= {str(fault): fault for fault in faults_in(error)}

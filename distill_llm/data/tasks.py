@@ -99,6 +99,26 @@ def class_name_faults(
     return [InputError(field, f"{model} with labels {list(given)}", f"labels {list(wanted)}, in this order{hint}")]
 
 
+def class_order(
+    given: Sequence[str] | None, wanted: Sequence[str] | None, field: str, model: str
+) -> tuple[int, ...] | None:
+    """Where a model has each of the wanted classes, by name; None where they are in this order, or have no names.
+
+    Args:
+        given, wanted, field, model: as of `class_name_faults`.
+
+    Raises:
+        InputError: the names are others.
+    """
+    if not class_name_faults(given, wanted, field, model):
+        return None
+    assert given is not None and wanted is not None
+    own, names = ([name.casefold() for name in each] for each in (given, wanted))
+    if sorted(own) != sorted(names) or len(set(own)) < len(own):
+        raise InputError(field, f"{model} with labels {list(given)}", f"labels {list(wanted)}, in any order")
+    return tuple(own.index(name) for name in names)
+
+
 def same_names(one: Sequence[str], other: Sequence[str]) -> bool:
     """Whether two models call their classes the same, in the same order, in capitals or not."""
     return [name.casefold() for name in one] == [name.casefold() for name in other]

@@ -9,7 +9,7 @@ LOWEST, HIGHEST = -5.0, 5.0
 
 
 def calibrating_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """The temperature at which a model's outputs on held-out rows have the largest likelihood (Guo et al., 2017, section 4.2).
+    """The temperature at which a model's outputs on held-out rows have the largest likelihood (Guo et al., 2017).
 
     The likelihood has one maximum in 1 / temperature, where its derivative changes sign; halving finds it.
 

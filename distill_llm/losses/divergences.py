@@ -126,7 +126,7 @@ def mse(student: "Tensor", teacher: "Tensor") -> "Tensor":
 
 @divergence(top_k=False)
 def probability_mse(student: "Tensor", teacher: "Tensor") -> "Tensor":
-    """Sum of (p - q)^2 (Ba and Caruana, 2014, section 2.2, of probabilities).
+    """Sum of (p - q)^2: the squared error of probabilities, where `mse` has that of logits.
 
     With the squared temperature, as the temperature grows, it and its gradient tend to those of the squared difference of the
     logits, each less its mean over the C classes, divided by C^2 (so does cross-entropy: Hinton et al., 2015, section 2.1).
@@ -136,7 +136,7 @@ def probability_mse(student: "Tensor", teacher: "Tensor") -> "Tensor":
 
 @divergence(top_k=False)
 def huber(student: "Tensor", teacher: "Tensor", delta: float = 1.0) -> "Tensor":
-    """Differences of logits, half the square up to `delta`, linear beyond, summed over the classes (Huber, 1964, section 1).
+    """Differences of logits, half the square up to `delta`, linear beyond, summed over the classes (Huber, 1964).
 
     With a temperature, `delta` is of logits divided by it. A class that both mask adds nothing.
     """

@@ -34,19 +34,28 @@ def over_examples(relation: Relation, student: torch.Tensor, teacher: torch.Tens
         relation: from (E, H) and (E, H') states of the same examples to a 0-dim mean.
         student: (B, H) of this micro-batch.
         teacher: (B, H'), no gradient.
-        gathered: relate the examples of all processes; each must have as many. The values of all processes add up to the whole,
-            and each has the whole's gradient in its own examples, which the sum over processes makes complete.
+        gathered: relate the examples of all processes, which may have different numbers of them. The values of all processes
+            add up to the whole, and each has the whole's gradient in its own examples, which the sum over processes makes
+            complete.
     """
     processes = distributed.get_world_size() if gathered and distributed.is_initialized() else 1
     if processes == 1:
         return len(student) * relation(student, teacher)
-    own = distributed.get_rank()
-    states, targets = ([torch.empty_like(each) for _ in range(processes)] for each in (student, teacher))
-    distributed.all_gather(states, student.detach().contiguous())
-    distributed.all_gather(targets, teacher.contiguous())
-    states[own] = student
-    total = processes * len(student) * relation(torch.cat(states), torch.cat(targets))
+    states, targets = _gathered(student.detach(), processes), _gathered(teacher, processes)
+    states[distributed.get_rank()] = student
+    total = sum(map(len, states)) * relation(torch.cat(states), torch.cat(targets))
     return total.detach() / processes + total - total.detach()
+
+
+def _gathered(rows: torch.Tensor, processes: int) -> list[torch.Tensor]:
+    """The (B, H) rows of each process, whose B may differ; waits for the device."""
+    counts = [torch.empty(1, dtype=torch.long, device=rows.device) for _ in range(processes)]
+    distributed.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    lengths = [int(each) for each in counts]
+    filled = torch.nn.functional.pad(rows, (0, 0, 0, max(lengths) - len(rows))).contiguous()
+    found = [torch.empty_like(filled) for _ in range(processes)]
+    distributed.all_gather(found, filled)
+    return [each[:length] for each, length in zip(found, lengths, strict=True)]
 
 
 def distances(states: torch.Tensor) -> torch.Tensor:

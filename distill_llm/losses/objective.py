@@ -8,7 +8,6 @@ from pydantic import (
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
-    SerializationInfo,
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
@@ -18,7 +17,6 @@ from pydantic import (
 from distill_llm.common.errors import InputError, one_of, raise_all
 from distill_llm.common.validation import faults_of
 from distill_llm.losses.schedules import largest, value_at
-from distill_llm.losses.terms import BUILT_IN
 from distill_llm.losses.terms.term import TERMS, Term, Use, all_terms
 
 
@@ -111,12 +109,10 @@ class Objective(BaseModel):
         return self
 
     @model_serializer(mode="wrap")
-    def _write(self, handler: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
-        """In the order of the registry; of terms that are left out, the package's own are written as null."""
+    def _write(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """In the order of the registry, without what is left out."""
         plain = handler(self)
-        if not info.exclude_none:
-            plain = {**dict.fromkeys(BUILT_IN), **plain}
-        return {name: plain[name] for name in (*all_terms(), "responses") if name in plain}
+        return {name: plain[name] for name in (*all_terms(), "responses") if plain.get(name) is not None}
 
     def __getattr__(self, name: str) -> Any:
         """A term by its name; None: it is left out."""
@@ -141,6 +137,11 @@ class Objective(BaseModel):
     def needs_teacher(self) -> bool:
         """Whether any term compares with a teacher."""
         return any(term.needs_teacher for term in self.terms().values())
+
+    @property
+    def compares_outputs(self) -> bool:
+        """Whether any term compares with a teacher's outputs."""
+        return any(term.needs_teacher and "logits" in term.signals for term in self.terms().values())
 
     @property
     def differentiates(self) -> tuple[str, ...]:

@@ -156,8 +156,11 @@ def _check_weights(field: str, name: str, folder: Path) -> None:
 def _refused(field: str, name: str, wanted: str, path: str, error: Exception) -> InputError:
     """The fault of a model that could not be opened."""
     if needs_trust(error):
-        only = "take a student without code of its own: only a teacher's code can be allowed"
-        return InputError(field, name, fix=only if field == "student.model" else TRUST)
+        if field.startswith(("student.", "teacher.ensemble.")):
+            side = field.partition(".")[0]
+            fix = f"take a {side} without code of its own: only the code of teacher.model can be allowed"
+            return InputError(field, name, fix=fix)
+        return InputError(field, name, fix=TRUST)
     return InputError(field, name, _reason(wanted, path, error))
 
 
@@ -170,11 +173,14 @@ def _reason(wanted: str, path: str, error: Exception) -> str:
     return f"an existing folder, or a Hub id that can be reached ({first_line(error)})"
 
 
-def check_head(model: OpenModel, task: Task) -> None:
+def check_head(model: OpenModel, task: Task, any_order: bool = False) -> None:
     """Check that the model has a trained head for the task, with as many labels. Its names for them may be others.
 
+    Args:
+        any_order: whether its classes may be in another order than the data's.
+
     Raises:
-        InputError: for a missing head, another number of labels, or the same label names in another order.
+        InputError: for a missing head, another number of labels, or, without `any_order`, the same label names in another order.
     """
     classes = model.config.architectures or []
     hint = " (or a teacher.train section, to fine-tune one)" if model.field == "teacher.model" else ""
@@ -191,6 +197,8 @@ def check_head(model: OpenModel, task: Task) -> None:
             f"{model.name} with {model.config.num_labels} labels",
             f"a model with {task.num_labels} labels, as many as the data of {task.name} have{hint}",
         )
+    if any_order:
+        return
     own, names = label_names(model.config) or (), task.label_names or ()
     if same_names(sorted(own, key=str.casefold), sorted(names, key=str.casefold)):  # its names may be others
         raise_all(class_name_faults(own, names, model.field, model.name, hint))

@@ -23,7 +23,7 @@ def inputs_of(opened: Opened, known: Inputs | None = None) -> dict[str, Any]:
     Args:
         known: those of an earlier start, which save reading large files that were not touched since.
     """
-    models: list[OpenModel | None] = [opened.teacher, opened.student, opened.masked_lm]
+    models: list[OpenModel | None] = [opened.teacher, opened.student, opened.masked_lm, *opened.others]
     found: dict[str, Any] = {
         model.field: checkpoint_identity(model.path, model.config, (known or {}).get(model.field))
         for model in models
@@ -47,11 +47,16 @@ def changes(before: Inputs, now: Inputs, recipe: Mapping[str, Any]) -> list[Inpu
     for field in now:
         if words := _words(field, before.get(field), now[field]):
             *sections, name = field.split(".")
-            section = reduce(lambda inner, each: inner[each] or {}, sections, recipe)
+            section = reduce(_inner, sections, recipe)
             given = section.get(name) or section.get("task")
             fix = f"use another output_dir, or put back what it was where you can: {words} since this run began"
             faults.append(InputError(field, given, fix=fix))
     return faults
+
+
+def _inner(section: Any, name: str) -> Any:
+    """A section of a section, or of a list by its number."""
+    return section[int(name)] if isinstance(section, list) else section[name] or {}
 
 
 def _words(field: str, before: Any, now: Any) -> str:

@@ -55,6 +55,7 @@ def collect_metrics(
         "speedup_max": measured.speedup_max,
         "latency": latency.model_dump(),
         "latency_grid": [asdict(point) for point in points],
+        **taught_by(recipe),
         **({"augmented": last["augmented"]} if "augmented" in last else {}),
         "rounds": [dict(row) for row in rounds] if recipe.pruning is not None else [],
         "plan_layers": kept,
@@ -71,6 +72,17 @@ def stage_records(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "stages": {name: result["seconds"] for name, result in results.items()},
         "history": {name: result["history"] for name, result in results.items() if result.get("history")},
     }
+
+
+def taught_by(recipe: Recipe) -> dict[str, Any]:
+    """Under `ensemble`, the teachers of a recipe that has several, with weights that sum to 1."""
+    section = recipe.teacher.ensemble
+    if section is None:
+        return {}
+    names = [recipe.teacher.model, *(member.model for member in section.others)]
+    weights = [weight / sum(section.weights) for weight in section.weights]
+    models = [{"model": name, "weight": weight} for name, weight in zip(names, weights, strict=True)]
+    return {"ensemble": {"average": section.average, "confidence": section.confidence, "models": models}}
 
 
 def _source(recipe: Recipe) -> str | None:

@@ -23,21 +23,21 @@ class ReplaceSection(Section):
 
 
 class BackoffSection(Section):
-    """Runs of words replaced by words drawn by their frequency in all rows (Xie et al., 2017, section 3.2)."""
+    """Runs of words replaced by words drawn by their frequency in all rows (Xie et al., 2017)."""
 
     share: float = Field(default=0.1, gt=0, le=1, description="share of a changed row's words")
     length: int = Field(default=3, ge=1, description="number of words in a run")
 
 
 class CutoutSection(Section):
-    """Runs of tokens that no model may look at (token and span cutoff, Shen et al., 2020, section 2.1)."""
+    """Runs of tokens that no model may look at (token and span cutoff, Shen et al., 2020)."""
 
     share: float = Field(default=0.1, gt=0, lt=1, description="share of a changed row's tokens")
     length: int = Field(default=1, ge=1, description="number of tokens in a run")
 
 
 class MixupSection(Section):
-    """Embeddings of two examples mixed (MixKD, Liang et al., 2021, section 3.2), and their labels with them."""
+    """Embeddings of two examples mixed (MixKD, Liang et al., 2021), and their labels with them."""
 
     alpha: float = Field(
         default=0.4, gt=0, allow_inf_nan=False, description="shares are drawn from Beta(alpha, alpha): 1 is even"

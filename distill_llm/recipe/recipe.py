@@ -99,6 +99,9 @@ class Recipe(Section):
         ):
             given = self.teacher.quantization
             faults.append(InputError("teacher.quantization", given, fix="remove it: no loss needs the teacher"))
+        if self.teacher.ensemble is not None and not (self.distillation and self.distillation.losses.compares_outputs):
+            fix = "remove it, or add a loss that compares outputs, such as logits"
+            faults.append(InputError("teacher.ensemble", self.teacher.ensemble.model_dump(), fix=fix))
         if self.final and self.distillation is None:
             faults.append(InputError("final", self.final, fix="remove it, or add a distillation section"))
         raise_all(faults)
@@ -108,6 +111,9 @@ class Recipe(Section):
         faults, cache = [], str(self.teacher.cache)
         if self.teacher.train is not None:
             fix = "remove it, or remove teacher.train: a cache belongs to a teacher that is already trained"
+            faults.append(InputError("teacher.cache", cache, fix=fix))
+        if self.teacher.ensemble is not None:
+            fix = "remove it, or remove teacher.ensemble: a cache holds the outputs of one teacher"
             faults.append(InputError("teacher.cache", cache, fix=fix))
         if self.teacher.quantization is not None:
             fix = "remove it: with teacher.cache there is no teacher in memory"

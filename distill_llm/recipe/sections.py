@@ -19,6 +19,7 @@ from distill_llm.common.validation import faults_of
 from distill_llm.losses.objective import Objective, parse_objective
 from distill_llm.recipe.adapter_fields import check_adapter_fields
 from distill_llm.recipe.augment import AugmentSection
+from distill_llm.recipe.ensemble import EnsembleSection
 from distill_llm.recipe.section import Section
 from distill_llm.recipe.training_fields import check_training_fields
 
@@ -55,7 +56,9 @@ class TeacherSection(Section):
         default=None,
         description="folder that `distill-llm cache` wrote; the student learns from it, with no teacher in memory",
     )
-
+    ensemble: EnsembleSection | None = Field(
+        default=None, description="further models that teach together with this one; left out: it teaches alone"
+    )
     trust_remote_code: bool = Field(
         default=False,
         description="run the code that the teacher's folder or repository brings along, if it does; read that code first",

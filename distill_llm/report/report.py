@@ -1,6 +1,6 @@
 """report.md of a run: the result as a table, the figures, and how to load the student."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,14 @@ def write_report(run_dir: str | Path, metrics: Mapping[str, Any]) -> Path:
     scores = score_figure(metrics, figures / "scores.png")
     kept = kept_figure(metrics, figures / "kept.png")
     warnings = [f"> **Warning:** {warning}" for warning in metrics.get("warnings") or []]
-    parts = [f"# {headline(metrics)}", *warnings, summary(metrics), results_table(metrics).rstrip(), notes(metrics)]
+    parts = [
+        f"# {headline(metrics)}",
+        *warnings,
+        summary(metrics),
+        results_table(metrics).rstrip(),
+        notes(metrics),
+        teachers_note(metrics),
+    ]
     if metrics.get("harness"):
         parts += ["## Benchmarks", harness_table(metrics).rstrip(), HARNESS]
     if metrics.get("rounds"):
@@ -108,6 +115,27 @@ def notes(metrics: Mapping[str, Any]) -> str:
         last = " of the last round" if len(metrics["rounds"]) > 1 else ""
         lines.append(f"The columns after the teacher share one architecture{last}, so its costs were measured once.")
     return " ".join(line for line in lines if line)
+
+
+def taught_words(metrics: Mapping[str, Any], shown: Callable[[str], str] = str) -> str:
+    """The teachers and their weights in words; empty where there is one teacher.
+
+    Args:
+        shown: how a model is named.
+    """
+    ensemble = metrics.get("ensemble")
+    if ensemble is None:
+        return ""
+    models = ensemble["models"]
+    each = ", ".join(f"{model['weight']:.2f} `{shown(model['model'])}`" for model in models)
+    sure = ", weighted by their confidence" if ensemble["confidence"] else ""
+    return f"learnt from the mean of {len(models)} teachers' {ensemble['average']}{sure}: {each}"
+
+
+def teachers_note(metrics: Mapping[str, Any], shown: Callable[[str], str] = str) -> str:
+    """The same as a sentence."""
+    words = taught_words(metrics, shown)
+    return f"The student {words}." if words else ""
 
 
 def provenance(metrics: Mapping[str, Any]) -> str:

@@ -11,7 +11,9 @@ from distill_llm.losses.items import is_language_model, kind_of
 from distill_llm.models.sharing import check_apart
 
 
-def shared_classes(student: PreTrainedModel, teacher: PreTrainedModel, tokenizer: Any = None) -> int | None:
+def shared_classes(
+    student: PreTrainedModel, teacher: PreTrainedModel, tokenizer: Any = None, any_order: bool = False
+) -> int | None:
     """How many leading logits of two models mean the same; None: all of them.
 
     Vocabularies of one tokenizer are padded, to different sizes or to the same. The padding is left out of the comparison, as
@@ -20,6 +22,7 @@ def shared_classes(student: PreTrainedModel, teacher: PreTrainedModel, tokenizer
     Args:
         student, teacher: models with the same kind of head.
         tokenizer: the tokenizer of the data, needed where the vocabularies differ in size; without it all of equal ones count.
+        any_order: leave the names of classes to the caller.
 
     Raises:
         InputError: the models differ in head, classes or vocabulary, or share weights that are trained.
@@ -39,6 +42,8 @@ def shared_classes(student: PreTrainedModel, teacher: PreTrainedModel, tokenizer
     if student.config.num_labels != teacher.config.num_labels:
         accepted = f"a teacher with the student's number of labels ({student.config.num_labels})"
         raise InputError("teacher", f"{teacher.config.num_labels} labels", accepted)
+    if any_order:
+        return None
     names = label_names(teacher.config), label_names(student.config)
     raise_all(class_name_faults(*names, "teacher", type(teacher).__name__))
     return None

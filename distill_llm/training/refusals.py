@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from accelerate.utils import DistributedType, parse_flag_from_env
-from transformers import DataCollatorWithFlattening, PreTrainedModel
+from transformers import DataCollatorWithFlattening, PreTrainedModel, TrainingArguments
 
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.data.decoders import packing_faults
@@ -148,8 +148,14 @@ def check_teacher(teacher: Teacher | None, student: PreTrainedModel, objective: 
     if objective.needs_teacher and teacher is None:
         terms = [name for name, term in objective.terms().items() if term.needs_teacher]
         raise InputError("teacher", None, f"a model, since the objective has {', '.join(terms)}")
-    single = kind_of(student) == "example" and student.config.num_labels == 1
-    raise_all(objective.faults(Use(single_output=single)))
+    classes = None if is_language_model(student) else student.config.num_labels
+    single = kind_of(student) == "example" and classes == 1
+    raise_all(objective.faults(Use(single_output=single, classes=classes)))
+
+
+def rows_at_once(args: TrainingArguments) -> tuple[int, int]:
+    """The rows of a micro-batch of one process, and of those that all processes have at the same time."""
+    return args.train_batch_size, args.train_batch_size * args.world_size
 
 
 def check_arguments(args: DistillationConfig, objective: Objective, options: Mapping[str, Any]) -> None:
@@ -164,6 +170,7 @@ def check_arguments(args: DistillationConfig, objective: Objective, options: Map
         InputError: names the argument.
     """
     raise_all(compiling(vars(args)) + whole_copies(args) + skipping(args) + differentiating(args, objective))
+    raise_all(objective.faults(Use(rows=rows_at_once(args))))
     for name, fix in UNUSED.items():
         if options.get(name) is not None:
             raise InputError(name, type(options[name]).__name__, fix=fix)

@@ -10,9 +10,10 @@ HEAD = """# Gallery of recipes
 
 This page is made from the recipes by `make docs`. `distill-llm recipes --show NAME` prints a recipe's part of it, and its YAML.
 
-Every recipe is a whole example: `distill-llm run NAME`. Most are for models of the Hub and for GPUs; their cost is what
-[`distill-llm estimate`](memory.md#before-a-run) says, not a measurement. So that there are numbers all the same, most recipes
-have also been run as a **small run** on a CPU: the same recipe with other settings, which the command shows.
+Every recipe is a whole example: `distill-llm run NAME`. Most are for models of the Hub and for GPUs; their cost is an estimate
+(of [`distill-llm estimate`](memory.md#before-a-run) for encoders and depth, by hand for the others), not a measurement. So that
+there are numbers all the same, most recipes have also been run as a **small run** on a CPU: the same recipe with other settings,
+which the command shows.
 
 - Encoders: MiniLM (22.7 M parameters) and tweets, both from PyPI. The teacher is the one of the quickstart, so `make quickstart`
   comes first (the teacher of the results below had 6,000 tweets, an accuracy of 0.7645, and an earlier quickstart).

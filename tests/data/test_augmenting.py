@@ -334,17 +334,22 @@ def test_a_teacher_without_signals_of_changed_rows_is_refused(tmp_path):
             {"data__augment": {"mixup": {}}, "distillation__losses": {"logits": {"divergence": "dkd"}}},
             "dkd needs one label",
         ),
-        (
-            {"data__augment": {"labels": "leave_out", "cutout": {}}, "distillation__losses": {"labels": {}}},
-            "set it to keep",
+        *(
+            pytest.param(changes, line, marks=pytest.mark.slow)
+            for changes, line in (
+                (
+                    {"data__augment": {"labels": "leave_out", "cutout": {}}, "distillation__losses": {"labels": {}}},
+                    "set it to keep",
+                ),
+                ({"data__augment": {"cutout": {}}, "distillation": None}, "add a distillation section"),
+                (
+                    {"data__augment": {"cutout": {}}, "teacher__cache": "cache"},
+                    "a cache knows the rows of the data by their content",
+                ),
+                ({"data__augment": {"replace": {"model": "TEACHER"}}}, "a ...ForMaskedLM model"),
+                ({"data__augment": {"replace": {"model": "OTHER"}}}, "a masked LM with the tokenizer of the teacher"),
+            )
         ),
-        ({"data__augment": {"cutout": {}}, "distillation": None}, "add a distillation section"),
-        (
-            {"data__augment": {"cutout": {}}, "teacher__cache": "cache"},
-            "a cache knows the rows of the data by their content",
-        ),
-        ({"data__augment": {"replace": {"model": "TEACHER"}}}, "a ...ForMaskedLM model"),
-        ({"data__augment": {"replace": {"model": "OTHER"}}}, "a masked LM with the tokenizer of the teacher"),
     ],
 )
 def test_the_door_says_what_augmentation_does_not_go_with(tmp_path, changes, line):

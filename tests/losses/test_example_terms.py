@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from builders.models import random_batch, tiny_model
-from builders.trainers import NO_DROPOUT, rows, trainer_of
+from builders.processes import run_script
+from builders.trainers import NO_DROPOUT, causal_model, rows, step_gradient, trainer_of
 
 from distill_llm.common.errors import InputError
 from distill_llm.losses.examples import pooled
@@ -66,11 +67,29 @@ def test_relations_of_examples_are_those_of_loops(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_equal_states_and_few_examples_have_finite_slopes(name, count):
-    student = torch.ones(count, 4, requires_grad=True)
-    (slope,) = torch.autograd.grad(term_of(name).of_examples(student, torch.randn(count, 7)), student)
-    assert slope.isfinite().all()
+def test_equal_and_empty_states_and_few_examples_have_slopes_of_ordinary_size(name):
+    """A pair without a direction has a slope of 0, not one of 1e12."""
+    pair, zero = torch.randn(4, 6), torch.randn(4, 6)
+    pair[1], zero[1] = pair[0], 0
+    for states in (pair, zero, *(torch.ones(count, 6) for count in (1, 2, 3))):
+        student = states.requires_grad_()
+        (slope,) = torch.autograd.grad(term_of(name).of_examples(student, torch.randn(len(states), 7)), student)
+        assert slope.abs().max() < 1
+
+
+EQUAL: dict = {name: {} for name in (*NAMES, "channels", "flow", "gradients", "focal")}
+EQUAL |= {"own_temperature": {"by": "entropy"}, "logits": {"divergence": "probability_mse"}}
+
+
+@pytest.mark.parametrize("make", [tiny_model, pytest.param(causal_model, marks=pytest.mark.slow)])
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path, make):
+    """Two of the rows are the same: they are at a distance of 0 in both models."""
+    teacher = make(layers=2, **(NO_DROPOUT if make is tiny_model else {}))
+    data = rows(teacher)
+    data[1] = data[0]
+    gradients, log = step_gradient(tmp_path, teacher, teacher, data, EQUAL)
+    assert all(abs(log[f"loss/{name}"]) < 1e-7 for name in EQUAL)
+    assert all(each.abs().max() < 1e-3 for each in gradients.values())
 
 
 def test_rotation_and_scale_change_no_distance_and_no_angle():
@@ -135,6 +154,12 @@ def test_flow_is_the_product_of_a_layers_channels_with_the_nexts_over_tokens():
     ]
 
 
+@pytest.mark.parametrize("name", ["similarity", "channels"])
+def test_several_pairs_of_layers_have_the_mean_of_their_values(name):
+    both, *each = (of_models(name, layers=pairs)[0] for pairs in ([[0, 1], [1, 3]], [[0, 1]], [[1, 3]]))
+    assert both == pytest.approx(sum(each) / 2, rel=1e-5) and each[0] != each[1]
+
+
 def test_examples_are_related_within_a_micro_batch(tmp_path):
     """Two micro-batches of four give the mean of their own values; one of eight another value: as the page says."""
     student, teacher = tiny_model(layers=1, hidden=16, **NO_DROPOUT), tiny_model(layers=2, seed=1)
@@ -154,6 +179,29 @@ def test_examples_are_related_within_a_micro_batch(tmp_path):
     halves = [by_loops("rkd_distance", *(each[part] for each in outputs)) for part in (slice(4), slice(4, 8))]
     assert losses[8] == pytest.approx(by_loops("rkd_distance", *outputs), rel=1e-4)
     assert losses[4] == pytest.approx(sum(halves) / 2, rel=1e-4) and abs(losses[4] - losses[8]) > 1e-3
+
+
+def test_a_row_alone_is_related_with_nothing_and_refused(tmp_path):
+    student, teacher = tiny_model(layers=1), tiny_model(layers=2, seed=1)
+    with pytest.raises(
+        InputError, match="losses.similarity.over: got 'micro_batch, with rows at once: 1'; accepted: 2"
+    ):
+        trainer_of(tmp_path, student, teacher, rows(student), {"similarity": {}}, per_device_train_batch_size=1)
+
+
+@pytest.mark.slow
+def test_processes_with_unequal_numbers_of_rows_relate_them_all(tmp_path):
+    """The values of two processes with 4 rows and 1 add up to that of 5 rows, and so do their gradients in a weight."""
+    torch.save([torch.tensor(each) for each in (OWN, SOURCE)], tmp_path / "states.pt")
+    run_script("relate_in_processes.py", tmp_path, *NAMES, processes=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for name in NAMES:
+        weight = torch.eye(4, dtype=torch.float64, requires_grad=True)
+        value = 5 * term_of(name).of_examples(torch.tensor(OWN) @ weight, torch.tensor(SOURCE))
+        (slope,) = torch.autograd.grad(value, weight)
+        assert float(value) == pytest.approx(5 * by_loops(name, OWN, SOURCE), rel=1e-9)
+        torch.testing.assert_close(first[name][0] + second[name][0], value.detach())
+        torch.testing.assert_close(first[name][1] + second[name][1], slope)
 
 
 def test_settings_that_do_not_exist_are_named():

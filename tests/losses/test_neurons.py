@@ -31,7 +31,7 @@ def inputs_of(model, batch, path):
     return [(states.double() @ m.weight.double().T + (0 if m.bias is None else m.bias.double())) for m, states in seen]
 
 
-@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("family", [pytest.param("bert", marks=pytest.mark.slow), "llama"])
 def test_neurons_hinge_on_the_side_of_the_one_that_they_were_copied_from(tmp_path, family):
     if family == "bert":
         teacher = tiny_model(layers=4, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)

@@ -13,7 +13,8 @@ from distill_llm.losses.terms.term import Gives, Term, Use
 
 KINDS = ("example", "token", "next_token")
 FEW, ALL = Gives("a cached teacher", few=(5, 100), new_text=False), Gives("a cached teacher", new_text=False)
-OF_EXAMPLES = ("rkd_distance", "rkd_angle", "similarity", "correlation", "channels", "flow")
+RELATED = ("rkd_distance", "rkd_angle", "similarity", "correlation")
+OF_EXAMPLES = (*RELATED, "channels", "flow")
 OF_LAYERS = ("embeddings", "hidden", "attention", "relations", *OF_EXAMPLES, "neurons", "gradients")
 PROJECTED = ("embeddings", "hidden", "channels", "flow")
 OF_CLASSES = ("smoothing", "ranking", "focal", "own_temperature")
@@ -47,13 +48,13 @@ def test_terms_are_in_the_order_of_the_registry_whatever_the_order_of_a_mapping(
     ]
 
 
-def test_terms_that_are_left_out_are_written_as_null_if_they_are_the_packages_own(copy_term):
-    written = parse_objective({"labels": {"weight": 0.5}}).model_dump(mode="json")
-    assert written == {**dict.fromkeys(BUILT_IN), "labels": {"weight": 0.5}, "responses": None}
-    assert list(written) == [*BUILT_IN, "responses"]
-    assert Objective.model_validate(written) == parse_objective({"labels": {"weight": 0.5}})
-    with_it = parse_objective({"copy": {}}).model_dump(mode="json", exclude_none=True)
-    assert with_it == {"copy": {"weight": 1.0}}
+def test_terms_that_are_left_out_are_not_written_and_may_be_given_as_null(copy_term):
+    objective = parse_objective({"hidden": {}, "labels": {"weight": 0.5}})
+    written = objective.model_dump(mode="json")
+    assert list(written) == ["labels", "hidden"] and written["labels"] == {"weight": 0.5}
+    assert Objective.model_validate(written) == objective
+    assert Objective.model_validate({**dict.fromkeys(BUILT_IN), **written, "responses": None}) == objective
+    assert parse_objective({"copy": {}}).model_dump(mode="json") == {"copy": {"weight": 1.0}}
 
 
 @pytest.mark.parametrize(
@@ -90,6 +91,10 @@ def test_what_each_term_is_averaged_over(mapping, units):
         (Use(cut=True, layers=(2, 4)), {}),
         (Use(cut=False), dict.fromkeys(("hidden", "attention", "neurons"), "losses.{}.layers: ")),
         (Use(single_output=True), {"logits": "losses.logits.divergence: ", **dict.fromkeys(OF_CLASSES, "losses.{}: ")}),
+        (Use(classes=2), {"own_temperature": "losses.{}.by: "}),
+        (Use(classes=3, rows=(3, 3)), {}),
+        (Use(rows=(2, 4)), {"rkd_angle": "losses.{}.over: "}),
+        (Use(rows=(1, 4)), dict.fromkeys(RELATED, "losses.{}.over: ")),
         (Use(packed="data.packing"), dict.fromkeys((*OF_EXAMPLES, "gradients"), "losses.{}: ")),
         (Use(vector_widths=frozenset((16, 24))), {}),
     ],

@@ -18,7 +18,9 @@ from builders.recipes import recipe_for, write_model, write_recipe, write_rows
 from builders.responses import answer, rows_of, save_teacher, write_prompts
 from huggingface_hub import DatasetCard, ModelCard, snapshot_download
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from typer.testing import CliRunner
 
+from distill_llm.cli.main import app
 from distill_llm.common.errors import InputError
 from distill_llm.data.sources import read_splits
 from distill_llm.models.checkpoint import load_pretrained
@@ -63,6 +65,7 @@ def test_a_model_without_a_card_gets_one_that_says_how_it_loads(hub: LocalHub, t
     assert not (tmp_path / "student" / "README.md").exists()
 
 
+@pytest.mark.slow
 def test_a_teacher_cache_is_a_dataset_that_is_downloaded_whole(hub: LocalHub, tmp_path: Path) -> None:
     write(tmp_path / "cache-of-teacher", cached_model(), sequences())
     (tmp_path / "cache-of-teacher" / ".lock").touch()
@@ -141,40 +144,39 @@ torch.save(results, "results.pt")
 
 
 @pytest.mark.slow
-def test_a_run_pushes_its_student_goes_on_after_a_broken_connection_and_shows_no_token(tmp_path: Path) -> None:
-    """Whole commands in processes of their own; the student is then loaded where this package is not installed."""
+def test_a_run_pushes_its_student_goes_on_after_a_broken_connection_and_shows_no_token(
+    hub: LocalHub, tmp_path: Path
+) -> None:
+    """The student is loaded in a process of its own, where this package is not installed."""
+
+    def ran(*line: object, code: int = 0) -> str:
+        done = CliRunner().invoke(app, list(map(str, line)))
+        assert done.exit_code == code and TOKEN not in done.output, done.output[-3000:]
+        return done.output
+
     write_model(tmp_path / "teacher")
     write_rows(tmp_path / "rows.csv")
     recipe = write_recipe(tmp_path, recipe_for(tmp_path, hub={"repo_id": "somebody/student", "private": True}))
-    peft = importlib.util.find_spec("peft")
-    with serving() as hub:
-        variables = environment_of(hub, tmp_path / "home")
-
-        def ran(*line: object, code: int = 0) -> str:
-            done = subprocess.run(
-                command(*line), env=environment(**variables), cwd=tmp_path, capture_output=True, text=True
-            )
-            assert done.returncode == code, done.stderr[-3000:]
-            assert TOKEN not in done.stdout + done.stderr
-            return done.stdout + done.stderr
-
-        hub.faults.append(Fault("POST /api/models/.*/commit/", BREAK))
-        said = ran("-m", "distill_llm", "run", recipe, code=2)
-        assert "repo_id: got 'somebody/student'; push again when the Hub can be reached" in said
-        assert len(hub.repos["models/somebody/student"].commits) == 1
-        ran("-m", "distill_llm", "run", recipe)
-        files = hub.files("somebody/student")
-        assert {"recipe.yaml", "plan.json", "metrics.json", "README.md", "model.safetensors"} <= files.keys()
-        assert hub.asked("PUT /storage/") == 1, "the weights had arrived"
-        kept = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
-        assert not [file for file in kept if TOKEN.encode() in file.read_bytes()]
-        assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
-        listed = ran("-m", "distill_llm", "push", tmp_path / "run" / "student", "somebody/listed", "--dry-run")
-        assert "plan.json" in listed and "model.safetensors" in listed and "models/somebody/listed" not in hub.repos
-        wanted = {"student": load_pretrained(tmp_path / "run" / "student")}
-        if peft is not None:
-            wanted["adapters"] = _pushed_adapters(tmp_path, ran)
-        ran("-c", ELSEWHERE, *([tmp_path / "teacher"] if peft else []))
+    hub.faults.append(Fault("POST /api/models/.*/commit/", BREAK))
+    said = ran("run", recipe, code=2)
+    assert "repo_id: got 'somebody/student'; push again when the Hub can be reached" in said
+    assert len(hub.repos["models/somebody/student"].commits) == 1
+    ran("run", recipe)
+    files = hub.files("somebody/student")
+    assert {"recipe.yaml", "plan.json", "metrics.json", "README.md", "model.safetensors"} <= files.keys()
+    assert hub.asked("PUT /storage/") == 1, "the weights had arrived"
+    kept = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
+    assert not [file for file in kept if TOKEN.encode() in file.read_bytes()]
+    assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
+    listed = ran("push", tmp_path / "run" / "student", "somebody/listed", "--dry-run")
+    assert "plan.json" in listed and "model.safetensors" in listed and "models/somebody/listed" not in hub.repos
+    wanted = {"student": load_pretrained(tmp_path / "run" / "student")}
+    if peft := importlib.util.find_spec("peft"):
+        wanted["adapters"] = _pushed_adapters(tmp_path, ran)
+    line = command("-c", ELSEWHERE, *([tmp_path / "teacher"] if peft else []))
+    variables = environment(**environment_of(hub, tmp_path / "home"))
+    done = subprocess.run(line, env=variables, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
     found = torch.load(tmp_path / "results.pt")
     for name, model in wanted.items():
         with torch.no_grad():
@@ -190,5 +192,5 @@ def _pushed_adapters(folder: Path, ran: Callable[..., str]) -> torch.nn.Module:
     adapted = get_peft_model(model, settings).eval()
     adapted.save_pretrained(folder / "adapters")
     (folder / "adapters" / "README.md").unlink()  # peft's is a form to fill in
-    ran("-m", "distill_llm", "push", folder / "adapters", "somebody/adapters")
+    ran("push", folder / "adapters", "somebody/adapters")
     return adapted

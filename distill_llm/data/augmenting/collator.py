@@ -41,11 +41,11 @@ class AugmentingCollator:
     be saved to resume. Without an epoch, as in an evaluation, rows stay as they are.
 
     Words replaced: a word gives its place to one of its candidates, which is a single token (TinyBERT, Jiao et al., 2020,
-    algorithm 1). Back-off: the words of a run give theirs to words drawn by their frequency in all rows (Xie et al., 2017,
-    section 3.2). Cut-out: no model may look at the tokens of a run (token and span cutoff, Shen et al., 2020, section 2.1);
-    their places stay. Mixup: the embeddings of the row and of any other row, each zero beyond its own end, are added in shares
-    of l and 1 - l (wordMixup, Guo et al., 2019, section 3; MixKD, Liang et al., 2021, section 3.2); the mixture is as long as
-    the longer row, and so is its mask.
+    algorithm 1). Back-off: the words of a run give theirs to words drawn by their frequency in all rows (unigram noising, Xie
+    et al., 2017). Cut-out: no model may look at the tokens of a run, and their places stay (token and span cutoff, Shen et al.,
+    2020, which sets their embeddings to 0 instead). Mixup: the embeddings of the row and of any other row, each zero beyond its
+    own end, are added in shares of l and 1 - l (wordMixup, Guo et al., 2019; MixKD, Liang et al., 2021); the mixture is as long
+    as the longer row, and so is its mask.
 
     Args:
         plain: makes batches of rows.

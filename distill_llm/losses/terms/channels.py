@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @term("channels")
 class ChannelsLoss(PairedTerm):
-    """Squared difference of the correlations between channels over an example's tokens (ICKD, Liu et al., 2021, section 3.2).
+    """Squared difference of the correlations between channels over an example's tokens (ICKD, Liu et al., 2021).
 
     A correlation is the cosine of two channels over the valid tokens; the value of an example is a mean over pairs of
     channels. It holds H x H numbers of each example and layer pair.
@@ -39,11 +39,11 @@ class ChannelsLoss(PairedTerm):
 
     def sum(self, batch: "Batch", match: "Match", pairs: "list[LayerPair]") -> "Tensor":
         """The sum over examples of the mean over pairs of channels and layer pairs."""
-        from torch.nn.functional import normalize
+        from distill_llm.losses.unit_length import at_unit_length
 
         total, valid = batch.zero(), batch.valid.float().unsqueeze(-1)
         for pair in pairs:
-            own, source = (normalize(each.float() * valid, dim=1) for each in match.states(batch, pair))
+            own, source = (at_unit_length(each.float() * valid, 1) for each in match.states(batch, pair))
             difference = own.transpose(1, 2) @ own - source.transpose(1, 2) @ source
             total = total + difference.square().mean((1, 2)).sum()
         return total / len(pairs)

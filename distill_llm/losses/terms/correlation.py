@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @term("correlation")
 class CorrelationLoss(ExampleTerm):
-    """Squared difference of the correlations of examples by a Gaussian kernel (Peng et al., 2019, sections 3.2 and 3.3).
+    """Squared difference of the correlations of examples by a Gaussian kernel (Peng et al., 2019).
 
     exp(-gamma |x - y|^2) of states at unit length, exactly, where the paper takes the first terms of its series. A mean over
     pairs of examples, each with itself too.
@@ -23,10 +23,10 @@ class CorrelationLoss(ExampleTerm):
 
     def of_examples(self, student: "Tensor", teacher: "Tensor") -> "Tensor":
         """The mean over pairs."""
-        from torch.nn.functional import normalize
+        from distill_llm.losses.unit_length import at_unit_length
 
         def kernel(states: "Tensor") -> "Tensor":
-            units = normalize(states, dim=-1)
+            units = at_unit_length(states)
             return (2 * self.gamma * (units @ units.T - 1)).exp()
 
         return (kernel(student) - kernel(teacher)).square().mean()

@@ -1,13 +1,15 @@
 """A term that compares the relations between the examples of a batch."""
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
+from distill_llm.common.errors import InputError
 from distill_llm.losses.layers import Layers
 from distill_llm.losses.terms.paired import PairedTerm
-from distill_llm.losses.terms.term import Signal
+from distill_llm.losses.terms.term import Signal, Use
 from distill_llm.losses.units import Kind, Unit
 
 if TYPE_CHECKING:
@@ -23,10 +25,14 @@ class ExampleTerm(PairedTerm):
 
     They depend on how a step's rows are split: examples are related within a micro-batch, or within the micro-batches of all
     processes together (`over: processes`), never with those of another accumulation step.
+
+    Attributes:
+        least: how many examples a relation takes: with fewer there is nothing to learn.
     """
 
     signals: ClassVar[tuple[Signal, ...]] = ("hidden",)
     packed_rows: ClassVar[bool] = False
+    least: ClassVar[int] = 2
 
     layers: Layers = "last"
     pool: Literal["mean", "first", "last"] = Field(
@@ -40,6 +46,13 @@ class ExampleTerm(PairedTerm):
     def unit(self, kind: Kind) -> Unit:
         """Examples, whatever the model."""
         return "examples"
+
+    def faults(self, use: Use) -> Iterator[InputError]:
+        """There must be enough examples to relate."""
+        yield from super().faults(use)
+        if use.rows is not None and (rows := use.rows[self.over == "processes"]) < self.least:
+            accepted = f"{self.least} or more: relations are between the rows of per_device_train_batch_size"
+            yield InputError("over", f"{self.over}, with rows at once: {rows}", accepted)
 
     def layer_pairs(self, match: "Match") -> "list[LayerPair]":
         """See `hidden_pairs`."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @term("flow")
 class FlowLoss(PairedTerm):
-    """Squared difference of the FSP matrices of consecutive paired layers (Yim et al., 2017, sections 3.2 and 3.3).
+    """Squared difference of the FSP matrices of consecutive paired layers (Yim et al., 2017).
 
     The matrix of an example is the mean over its valid tokens of the product of a channel in one layer and a channel in the
     next; the value is a mean over entries (the paper's is a sum). The first layer is what the first layer of a model reads, so

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class FocalLoss(ClassTerm):
     """KL(teacher || student) of each item times a power of the teacher's largest probability, or of what it lacks to 1.
 
-    `doubt`: (1 - p)^gamma, as the focal loss (Lin et al., 2017, section 3.2) weighs items that are hard, here for the teacher.
+    `doubt`: (1 - p)^gamma, as the focal loss (Lin et al., 2017) weighs items that are hard, here for the teacher.
     `confidence`: p^gamma, which trusts a sure teacher more. p is at temperature 1. Weights are not normalised.
     """
 

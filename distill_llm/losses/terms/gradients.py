@@ -23,8 +23,8 @@ class GradientsLoss(Term):
     """Squared difference of the gradients of student and teacher in the states of paired layers.
 
     `loss`: half the squared distance of the gradients of each model's loss against the labels (gradient-based attention transfer,
-    Zagoruyko and Komodakis, 2017, section 3.2). `jacobian`: the squared distance of the gradients of the teacher's likeliest
-    output, each at unit length for an example (Jacobian matching, Srinivas and Fleuret, 2018, section 3).
+    Zagoruyko and Komodakis, 2017). `jacobian`: the squared distance of the gradients of the teacher's likeliest
+    output, each at unit length for an example (Jacobian matching, Srinivas and Fleuret, 2018).
 
     The loss is differentiated through the gradient: the student is run backward twice as deep, the teacher once, and the
     student's attention runs without its fast kernels, which cannot be differentiated twice.
@@ -71,7 +71,7 @@ class GradientsLoss(Term):
 
     def sum(self, batch: "Batch", match: "Match", pairs: "list[LayerPair]") -> "Tensor":
         """The sum over examples of the mean over layer pairs."""
-        from torch.nn.functional import normalize
+        from distill_llm.losses.unit_length import at_unit_length
 
         live = batch.target.live
         assert live is not None
@@ -82,7 +82,7 @@ class GradientsLoss(Term):
         for own, source in zip(of_student, of_teacher, strict=True):
             both = [(each.float() * valid).flatten(1) for each in (own, match.same_channels(source))]
             if self.of == "jacobian":
-                both = [normalize(each, dim=-1, eps=1e-30) for each in both]
+                both = [at_unit_length(each) for each in both]
             distance = (both[0] - both[1]).square().sum()
             total = total + (distance if self.of == "jacobian" else distance / 2)
         return total / len(pairs)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @term("neurons")
 class NeuronsLoss(PairedTerm):
-    """Hinge on the side of zero on which each FFN neuron is before its activation (Heo et al., 2019, AAAI, section 3).
+    """Hinge on the side of zero on which each FFN neuron is before its activation (Heo et al., 2019, AAAI).
 
     The square of max(0, margin - s) where the teacher's neuron fires (is above 0), of max(0, margin + s) where it does not, s
     being the student's neuron: a mean over neurons. Each neuron of a pruned student is compared with the one that it was copied

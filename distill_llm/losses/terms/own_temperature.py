@@ -1,11 +1,13 @@
 """Divergence of outputs, at a temperature of each item's own."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from distill_llm.common.errors import InputError
 from distill_llm.losses.terms.outputs import ClassTerm
-from distill_llm.losses.terms.term import term
+from distill_llm.losses.terms.term import Use, term
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,8 +22,8 @@ class OwnTemperatureLoss(ClassTerm):
     """KL(teacher || student) of each item at a temperature that the item's logits decide.
 
     `spread`: each model's logits are divided by `temperature` times their own standard deviation over the classes, after their
-    mean is taken away, and the loss is multiplied by the squared `temperature` (logit standardisation, Sun et al., 2024,
-    section 4.3). Students learn the teacher's order and proportions, not its scale.
+    mean is taken away, and the loss is multiplied by the squared `temperature` (logit standardisation, Sun et al., 2024).
+    Students learn the teacher's order and proportions, not its scale.
     `entropy`: both models' logits are divided by the temperature at which the teacher's distribution has the share `entropy` of
     the largest entropy, log C, and the loss is multiplied by its square (Hinton et al., 2015, section 2).
     """
@@ -29,6 +31,12 @@ class OwnTemperatureLoss(ClassTerm):
     by: Literal["spread", "entropy"] = Field(default="spread", description="What decides the temperature of an item.")
     temperature: float = Field(default=2.0, gt=0, allow_inf_nan=False, description="Of spread: the common factor.")
     entropy: float = Field(default=0.5, gt=0, lt=1, description="Of entropy: the share of the largest entropy.")
+
+    def faults(self, use: Use) -> Iterator[InputError]:
+        """Two logits over their spread are 1 and -1, whatever they were."""
+        yield from super().faults(use)
+        if self.by == "spread" and use.classes == 2:
+            yield InputError("by", self.by, "entropy: of two classes, the spread leaves nothing to learn from")
 
     def of_items(self, student: "Tensor", teacher: "Tensor") -> "Tensor":
         """The divergence of each item."""

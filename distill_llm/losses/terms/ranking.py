@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @term("ranking")
 class RankingLoss(ClassTerm):
-    """Hinge on the student's order of the teacher's `top` likeliest classes (ranking SVM, Joachims, 2002, section 4).
+    """Hinge on the student's order of the teacher's `top` likeliest classes (ranking SVM, Joachims, 2002).
 
     A mean over pairs of max(0, margin - (s_i - s_j)), in logits of the student. Pairs are those of the `top` classes, i before j
     for the teacher, and each of them with the student's likeliest class beyond them. A class that the teacher masks counts in no

@@ -1,6 +1,6 @@
 """Angles between examples."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from distill_llm.losses.terms.examples import ExampleTerm
 from distill_llm.losses.terms.term import term
@@ -11,10 +11,12 @@ if TYPE_CHECKING:
 
 @term("rkd_angle")
 class RkdAngleLoss(ExampleTerm):
-    """Huber distance of the cosines of the angles that three examples make (RKD-A, Park et al., 2019, section 3.2.2).
+    """Huber distance of the cosines of the angles that three examples make (RKD-A, Park et al., 2019).
 
     A mean over triples of different examples. It holds E x E x H numbers of the E examples that are related.
     """
+
+    least: ClassVar[int] = 3
 
     def of_examples(self, student: "Tensor", teacher: "Tensor") -> "Tensor":
         """The mean over triples."""
@@ -29,7 +31,7 @@ class RkdAngleLoss(ExampleTerm):
 
 def angles(states: "Tensor") -> "Tensor":
     """(E, E, E) cosines at example j of the angle between i and k, as [j, i, k]."""
-    from torch.nn.functional import normalize
+    from distill_llm.losses.unit_length import at_unit_length
 
-    edges = normalize(states.unsqueeze(0) - states.unsqueeze(1), dim=-1)
+    edges = at_unit_length(states.unsqueeze(0) - states.unsqueeze(1))
     return edges @ edges.transpose(1, 2)

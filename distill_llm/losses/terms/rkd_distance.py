@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @term("rkd_distance")
 class RkdDistanceLoss(ExampleTerm):
-    """Huber distance of the distances between examples, over their mean (RKD-D, Park et al., 2019, section 3.2.1).
+    """Huber distance of the distances between examples, over their mean (RKD-D, Park et al., 2019).
 
     A mean over pairs of examples; the mean distance that divides is of each model's own pairs.
     """

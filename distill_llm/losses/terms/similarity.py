@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 
 @term("similarity")
 class SimilarityLoss(ExampleTerm):
-    """Squared difference of the Gram matrices of a batch, each row at unit length (Tung and Mori, 2019, section 3).
+    """Squared difference of the Gram matrices of a batch, each row at unit length (Tung and Mori, 2019).
 
     A mean over the entries.
     """
 
     def of_examples(self, student: "Tensor", teacher: "Tensor") -> "Tensor":
         """The mean over pairs of examples, each with itself too."""
-        from torch.nn.functional import normalize
+        from distill_llm.losses.unit_length import at_unit_length
 
-        own, source = (normalize(each @ each.T, dim=-1) for each in (student, teacher))
+        own, source = (at_unit_length(each @ each.T) for each in (student, teacher))
         return (own - source).square().mean()

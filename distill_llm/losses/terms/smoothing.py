@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 class SmoothingLoss(Term):
     """Cross-entropy with the true labels, each smoothed by the teacher's own doubt.
 
-    The share of a label that is spread evenly over the classes (Szegedy et al., 2016, section 7) is one less the teacher's
-    largest probability at `temperature`. Where this is the temperature that calibrates the teacher (Guo et al., 2017, section
-    4.2; `distill_llm.losses.calibration.calibrating_temperature`), it is the rate at which the teacher errs on such items.
+    The share of a label that is spread evenly over the classes (Szegedy et al., 2016) is one less the teacher's
+    largest probability at `temperature`. Where this is the temperature that calibrates the teacher (Guo et al., 2017;
+    `distill_llm.losses.calibration.calibrating_temperature`), it is the rate at which the teacher errs on such items.
     """
 
     signals: ClassVar[tuple[Signal, ...]] = ("logits",)

@@ -55,6 +55,8 @@ class Use:
     Attributes:
         teacher: what the teacher can give.
         single_output: whether the student has one output, the value of a regression.
+        classes: of the student's outputs, where they are classes of a task.
+        rows: of a micro-batch of one process, and of all processes' at once.
         reentrant: the field that asks for checkpointing of the re-entrant kind.
         layers: numbers of layers of student and teacher.
         cut: whether the student was, or will be, pruned from this teacher.
@@ -69,6 +71,8 @@ class Use:
 
     teacher: Gives | None = None
     single_output: bool = False
+    classes: int | None = None
+    rows: tuple[int, int] | None = None
     reentrant: str | None = None
     layers: tuple[int, int] | None = None
     cut: bool | None = None

@@ -14,10 +14,13 @@ from distill_llm.models.configs import open_config
 from distill_llm.models.quantized import load_teacher
 from distill_llm.pipeline.context import Context
 from distill_llm.pipeline.prices import precision_of
+from distill_llm.pipeline.result import taught_by
 from distill_llm.pipeline.stage import Result, Stage
 from distill_llm.pipeline.train_model import Fields, remove_checkpoints, train_model
 from distill_llm.recipe.recipe import Recipe
+from distill_llm.report.report import taught_words
 from distill_llm.teachers.base import Teacher
+from distill_llm.teachers.ensemble import Ensemble
 from distill_llm.training.augmented import shown
 
 
@@ -77,9 +80,9 @@ class Recover(Stage):
         remove_checkpoints(self.run, self.model)
 
     def line(self, result: Result) -> list[str]:
-        """Its score, and how much of the rows was changed."""
+        """Its score, its teachers where there are several, and how much of the rows was changed."""
         changed = [shown(result["augmented"])] if "augmented" in result else []
-        return [self.run.named(result["metrics"]), *changed]
+        return [self.run.named(result["metrics"]), *filter(None, [taught_words(taught_by(self.run.recipe))]), *changed]
 
     def row(self, result: Result) -> dict[str, Any]:
         """The metrics after recovery, and how much of the rows was changed."""
@@ -105,17 +108,25 @@ class Recover(Stage):
 
 
 def recovery_teacher(run: Context, path: Path | str, fields: Fields) -> PreTrainedModel | Teacher:
-    """What the student learns from: the teacher, the teacher with quantized weights, or its cached outputs."""
+    """What the student learns from: the teacher, the teacher with quantized weights, its cached outputs, or several."""
     section, precision = run.recipe.teacher, precision_of(run.recipe.training(fields))
     if section.cache is not None:
         cache = check_cached_weights(run.opened)
         assert cache is not None
         return cache
-    if section.quantization is None:
-        dtype = getattr(torch, section.dtype) if section.dtype else precision or torch.float32
-        return load_pretrained(path, section.trust_remote_code, dtype=dtype)
-    dtype = getattr(torch, section.dtype or "bfloat16")
-    return load_teacher(path, section.quantization, dtype, run.processes.device, section.trust_remote_code)
+
+    def loaded(path: Path | str, trusted: bool) -> PreTrainedModel:
+        if section.quantization is None:
+            dtype = getattr(torch, section.dtype) if section.dtype else precision or torch.float32
+            return load_pretrained(path, trusted, dtype=dtype)
+        dtype = getattr(torch, section.dtype or "bfloat16")
+        return load_teacher(path, section.quantization, dtype, run.processes.device, trusted)
+
+    first, ensemble = loaded(path, section.trust_remote_code), section.ensemble
+    if ensemble is None:
+        return first
+    models = [first, *(loaded(other.path, False) for other in run.opened.others)]
+    return Ensemble(models, ensemble.weights, ensemble.average, ensemble.confidence)
 
 
 def with_adapters(recipe: Recipe, student: PreTrainedModel) -> Any:
