@@ -13,7 +13,7 @@ VARIABLES = ("HF_HUB_OFFLINE", "HF_HOME", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREA
 
 
 def env() -> None:
-    """Show versions, devices, cores, memory and extras, to paste into a bug report."""
+    """Show versions, devices and memory, to paste into a bug report."""
     import psutil
     import torch
 

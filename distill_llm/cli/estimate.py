@@ -32,7 +32,7 @@ def estimate(
     ] = None,
     settings: Settings = None,
 ) -> None:
-    """Show the memory of a device and the time that every stage of a recipe will take, without reading any weight."""
+    """Estimate the memory and time of each stage of a recipe. Memory is that of one device; no weight is read."""
     if accelerate not in SHARINGS:
         raise InputError("--accelerate", accelerate, one_of(SHARINGS, accelerate))
     loaded = load_recipe(recipe, settings or [])

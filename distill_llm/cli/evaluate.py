@@ -82,7 +82,7 @@ def evaluate(
     trust_remote_code: TrustCode = False,
     output: Annotated[Path, typer.Option(help="File for the metrics.")] = Path("evaluation.json"),
 ) -> None:
-    """Score a model on a task's test rows (GLUE: the development set); print and save the metrics."""
+    """Score a model on a task's test rows. Of a GLUE task they are the development set. The metrics are printed and saved."""
     usable_file(output, "--output")
     if (task is None) == (harness is None):
         raise InputError("--task", task, fix="give either a task, or --harness with the names of benchmarks")

@@ -44,7 +44,7 @@ def glue(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Score on GLUE's development sets, all tasks in one table with their average. The same command again goes on."""
+    """Score on all of GLUE's development sets. One table has all tasks and their average. The same command again goes on."""
     quiet_weights()
     from distill_llm.pipeline.glue import GlueRequest
     from distill_llm.pipeline.glue import glue as run_glue

@@ -33,7 +33,7 @@ def init(
     trust_remote_code: TrustCode = False,
     output: Annotated[Path, typer.Option(help="The file to write.")] = Path("recipe.yaml"),
 ) -> None:
-    """Write a recipe with comments: the one that `shrink` would carry out, or, without a model, one to fill in."""
+    """Write a recipe with comments, for a model or to fill in. For a model it is the one that `shrink` would carry out."""
     given = (data, speedup, keep, memory, task, text, label, columns, output_dir)
     if model is None and any(value is not None for value in given):
         raise InputError("MODEL", None, fix="name the model that the recipe is for, or give no option but --output")

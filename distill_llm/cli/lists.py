@@ -42,7 +42,7 @@ def _show(name: str) -> None:
 
 
 def families() -> None:
-    """List the model families that can be pruned, and the units that can go."""
+    """List the model families that can be pruned, with their units."""
     from distill_llm.pruning.supported import families_table
 
     say(families_table())

@@ -18,7 +18,7 @@ def profile(
     sequence_length: Annotated[int, typer.Option(min=1, help="Number of tokens in each example.")] = 64,
     trust_remote_code: TrustCode = False,
 ) -> None:
-    """Show parameters, FLOPs, memory and latency of a model on this device; of two models side by side."""
+    """Show parameters, FLOPs, memory and latency on this device. Two models are shown side by side."""
     from distill_llm.checks.profile import open_profile
     from distill_llm.measuring import profiling
 

@@ -45,7 +45,7 @@ def prune(
         typer.Option("--set", metavar="A.B=C", help="Set any other field of a recipe: pruning.cuts=5, seed=1."),
     ] = None,
 ) -> None:
-    """Measure importance, prune, compensate and save, without any training."""
+    """Measure importance, prune, compensate and save; train nothing."""
     chosen: dict[str, Any] = {"keep": keep, "criterion": criterion, "cost": cost, "scope": scope, "round_to": round_to}
     chosen |= {"uniform": uniform, "compensate": compensate, "units": [unit.strip() for unit in units.split(",")]}
     if calibration_examples is not None:

@@ -30,8 +30,9 @@ def push(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be uploaded, and stop.")] = False,
 ) -> None:
-    """Upload a student with its tokenizer, card and evaluation results to the Hub; or a cache, responses, adapters, an export.
+    """Upload a student, or what else a run made, to the Hub. With a student go its tokenizer, card and evaluation results.
 
+    A cache, responses, adapters and an export can be uploaded too.
     After a broken connection run the same command again: what arrived is not sent again.
     """
     from distill_llm.report.hub import check_repo_id

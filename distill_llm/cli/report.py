@@ -14,7 +14,7 @@ EXAMPLE = "Example: distill-llm report runs/quickstart"
 def report(
     folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a finished run.")],
 ) -> None:
-    """Write the report of a finished run again, from its numbers: report.html, report.md and the figures."""
+    """Write the report of a finished run again. Its numbers become report.html, report.md and the figures."""
     from distill_llm.pipeline.reporting import rewrite_report
 
     with as_options((), {"run_dir": "RUN_DIR"}):

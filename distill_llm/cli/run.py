@@ -42,7 +42,7 @@ def distill(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Distill into an existing student: run the recipe without its pruning, in a run folder of its own (NAME-distilled)."""
+    """Distill into an existing student. The recipe runs without its pruning, in a run folder of its own (NAME-distilled)."""
     chosen = [f"student.model={json.dumps(student)}"] if student else []
     try:
         loaded = _load(recipe, output_dir, [*(settings or []), "pruning=null", *chosen])

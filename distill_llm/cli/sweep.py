@@ -59,7 +59,7 @@ def sweep(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make one student for each size: the teacher is trained and looked at once. The same command again goes on."""
+    """Make one student for each size. The teacher is trained and looked at once. The same command again goes on."""
     fields = [several(text) for text in ([f"pruning.keep={','.join(keep)}"] if keep else []) + (over or [])]
     names = [name for name, _ in fields]
     if twice := next((name for name in names if names.count(name) > 1), None):

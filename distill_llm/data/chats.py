@@ -86,7 +86,7 @@ def asked(chat: Chat, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, A
     Raises:
         TemplateRefusal: the template refuses the chat.
     """
-    return _in_template(chat, tokenizer, {**kwargs, "add_generation_prompt": True}, field)
+    return in_template(chat, tokenizer, {**kwargs, "add_generation_prompt": True}, field)
 
 
 class TemplateRefusal(InputError):
@@ -126,11 +126,11 @@ def answered(chat: Chat, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str
     """
     turns = [{key: value for key, value in turn.items() if value is not None} for turn in chat]
     prompt = asked(turns[:-1], tokenizer, kwargs, field)
-    whole = _in_template(turns, tokenizer, kwargs, field)
+    whole = in_template(turns, tokenizer, kwargs, field)
     if not whole.startswith(prompt):
         return Answer(prompt, "", "", ("changed", turns[-1]["content"]))
     # With another content at its place, what follows it is the template's own.
-    marked = _in_template([*turns[:-1], {**turns[-1], "content": MARK}], tokenizer, kwargs, field)
+    marked = in_template([*turns[:-1], {**turns[-1], "content": MARK}], tokenizer, kwargs, field)
     closing = marked.rpartition(MARK)[2]
     if MARK not in marked or not whole.endswith(closing):
         closing = ""
@@ -177,7 +177,8 @@ def _texts(calls: Any) -> Iterator[str]:
             yield from _texts(call)
 
 
-def _in_template(chat: Chat, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any], field: str) -> str:
+def in_template(chat: Chat, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any], field: str) -> str:
+    """A chat as the text that its template makes; raises TemplateRefusal, naming the field."""
     try:
         return str(tokenizer.apply_chat_template(chat, tokenize=False, **kwargs))
     except Exception as error:  # a template raises what it likes

@@ -96,7 +96,7 @@ class _Seen:
 
     def values(self, column: str) -> list[Any]:
         """The different values of a column, without gaps."""
-        return [value for value in dict.fromkeys(self.rows[column][:]) if value is not None]
+        return [value for value in dict.fromkeys(self.rows[column][:]) if value is not None and value != ""]
 
     def is_class(self, column: str) -> bool:
         """Whether a column may hold classes: few values, each several times."""
@@ -194,10 +194,17 @@ def _kind(seen: _Seen, model: ModelFacts, label: str) -> tuple[str, str]:
     if model.task is not None:
         return model.task, f" ({model.why})"
     values = seen.values(label)
+    if len(values) < 2:
+        fix = "give rows with at least two different labels, or name another column with --label COLUMN: "
+        fix += (
+            f"all {len(seen.rows):,} rows that were looked at have {values[0]!r}" if values else "the column is empty"
+        )
+        raise InputError("label", label, fix=fix)
     whole = not seen.is_number(label) or all(float(value).is_integer() for value in values)
     if seen.is_class(label) and whole:
         shown = ", ".join(map(str, sorted(values, key=str)[:4])) + (", ..." if len(values) > 4 else "")
-        return "classification", f" (the label has {len(values)} values: {shown})"
+        other = "; for numbers on a scale say --task regression" if seen.is_number(label) and len(values) > 2 else ""
+        return "classification", f" (the label has {len(values)} values: {shown}{other})"
     if seen.is_number(label) and not whole:
         return "regression", " (the label holds numbers with fractions)"
     fix = f"say classification or regression: the label {label!r} has {len(values)} different values"

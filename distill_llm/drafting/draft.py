@@ -11,6 +11,7 @@ import numpy as np
 from datasets import Dataset
 
 from distill_llm.common.errors import InputError
+from distill_llm.data.chats import as_turn, in_template
 from distill_llm.data.loading import NAMED, read_task, task_names
 from distill_llm.data.sources import PACKAGE, read_splits, resolve_path
 from distill_llm.data.spec import DataSpec
@@ -128,7 +129,7 @@ def _length(train: Dataset, found: Rows, model: ModelFacts) -> tuple[int, str]:
         return length, f"documents are joined and cut into rows of {length} tokens"
     columns = [column for name, column in found.columns.items() if name != "label"]
     some = train.select(range(0, len(train), max(1, len(train) // MEASURED)))
-    texts = [" ".join(_text(row[column]) for column in columns) for row in some.select_columns(columns)]
+    texts = [_text(row, found, model) for row in some.select_columns(columns)]
     counts = [len(ids) for ids in model.opened.tokenizer(texts)["input_ids"]]
     most = 2048 if model.writes else 512
     length = max(16, min(most, longest, 16 * math.ceil(float(np.percentile(counts, 99)) / 16)))
@@ -136,9 +137,15 @@ def _length(train: Dataset, found: Rows, model: ModelFacts) -> tuple[int, str]:
     return length, f"{100 * fits:.0f}% of the rows have at most {length} tokens; longer ones are cut"
 
 
-def _text(value: Any) -> str:
-    """A text, or the texts of a chat."""
-    return value if isinstance(value, str) else " ".join(str(turn.get("content", "")) for turn in value or ())
+def _text(row: Mapping[str, Any], found: Rows, model: ModelFacts) -> str:
+    """All of a row that becomes tokens; of chats with what the chat template adds."""
+    if "messages" in found.columns:
+        chat = row[found.columns["messages"]]
+    elif found.chat:
+        chat = [as_turn("user", row[found.columns["prompt"]]), as_turn("assistant", row[found.columns["response"]])]
+    else:
+        return " ".join(value for value in row.values() if value is not None)
+    return in_template(chat, model.opened.tokenizer, {}, "data.columns")
 
 
 def _name(wish: Wish) -> str:

@@ -68,8 +68,8 @@ def _reader(given: Setting) -> Settings:
         "distillation.num_train_epochs": f"by the number of rows ({given.rows:,}); more epochs keep more of the score",
     }
     teacher: dict[str, Any] = {}
-    said = [f"training: {epochs} epochs, learning rate {rate:g}" + (f", {rounds} rounds" if rounds > 1 else "")]
-    if model.task is None and not documents:
+    said = [_training(epochs, rate) + (f", {rounds} rounds" if rounds > 1 else "")]
+    if model.task is None and not (documents and model.masked):
         teacher["train"] = {"num_train_epochs": max(2, epochs), **train}
         comments["teacher.train"] = (
             "the model has no head for the task yet, so it is fine-tuned first; remove it if it has"
@@ -117,7 +117,6 @@ def _writer(given: Setting) -> Settings:
         pruning |= {"cuts": 4, "calibration_examples": min(64, given.rows) if given.task != "text" else 64}
         comments["pruning.cuts"] = "small cuts, each with its own measurement, lose less"
     batch, tokens = timed_batch(model, given.length)
-    said = f"training: {train['num_train_epochs']} epochs, learning rate {rate:g}"
     return Settings(
         teacher,
         pruning,
@@ -125,8 +124,12 @@ def _writer(given: Setting) -> Settings:
         {},
         {"batch_size": 8, "latency": {"batch_size": batch, "sequence_length": tokens}},
         comments,
-        (said,),
+        (_training(train["num_train_epochs"], rate),),
     )
+
+
+def _training(epochs: int, rate: float) -> str:
+    return f"training: {epochs} epoch{'s' if epochs > 1 else ''}, learning rate {rate:g}"
 
 
 def _epochs(rows: int) -> int:

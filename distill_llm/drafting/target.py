@@ -10,6 +10,8 @@ from distill_llm.pruning.units.costs import unit_costs
 from distill_llm.pruning.units.sizes import counts_of
 
 UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+LEAST = 0.02
+"""The smallest share that a target may come to: below it no layers are left."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,12 @@ def cut_for(target: Target, model: ModelFacts, length: int) -> tuple[dict[str, A
     given = {name: value for name, value in vars(target).items() if value is not None}
     if len(given) > 1:
         names = " and ".join(f"--{name}" for name in given)
-        raise InputError(next(iter(given)), next(iter(given.values())), fix=f"give one of {names}")
+        raise InputError(next(iter(given)), next(iter(given.values())), fix=f"give only one of {names}")
     if target.speedup is not None:
-        if target.speedup <= 1:
-            raise InputError("speedup", target.speedup, "a number above 1: 2 is twice as fast")
+        if not 1 < target.speedup <= 1 / LEAST:
+            raise InputError(
+                "speedup", target.speedup, f"a number above 1 and at most {1 / LEAST:.0f}: 2 is twice as fast"
+            )
         keep = round(1 / target.speedup, 4)
         return {
             "keep": keep,
@@ -52,7 +56,7 @@ def cut_for(target: Target, model: ModelFacts, length: int) -> tuple[dict[str, A
         return _within(target.memory, model, length)
     keep = target.keep if target.keep is not None else 0.75 if model.writes else 0.5
     if not 0 < keep <= 1:
-        raise InputError("keep", keep, "a number above 0 and at most 1")
+        raise InputError("keep", keep, "a number above 0 and at most 1: 0.5 keeps half")
     chosen = "" if target.keep is not None else ", the usual first try; --speedup, --memory or --keep say otherwise"
     return {"keep": keep}, f"{keep:.0%} of the layers' parameters stay{chosen}"
 
@@ -72,8 +76,8 @@ def _within(text: str, model: ModelFacts, length: int) -> tuple[dict[str, Any], 
     keep = (wanted - rest) / layers
     if keep >= 1:
         raise InputError("memory", text, fix=f"ask for less: the model takes {whole / 1e9:.3g} GB as it is")
-    if keep <= 0.02:
-        fix = f"ask for more than {(rest + 0.02 * layers) / 1e9:.3g} GB: what is outside the layers takes {rest / 1e9:.3g}"
+    if keep <= LEAST:
+        fix = f"ask for more than {(rest + LEAST * layers) / 1e9:.3g} GB: what is outside the layers takes {rest / 1e9:.3g}"
         raise InputError("memory", text, fix=fix)
     keep = int(keep * 1000) / 1000
     said = f"{text} of the {whole / 1e9:.3g} GB of weights{' and KV cache' if model.writes else ''}"

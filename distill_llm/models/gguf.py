@@ -15,6 +15,8 @@ from distill_llm.common.files import written_whole
 from distill_llm.common.processes import open_processes
 
 SUFFIX = ".gguf"
+PER_LAYER = ("deci", "openelm")
+"""Architectures under which llama.cpp reads the sizes of each layer; transformers has no model for them."""
 
 
 def plain_checkpoint(file: str | os.PathLike, field: str = "model") -> Path:
@@ -52,6 +54,11 @@ def _digest(file: Path) -> str:
 
 
 def _convert(file: Path, folder: Path) -> None:
+    from gguf import GGUFReader
+
+    named = GGUFReader(file).fields.get("general.architecture")
+    if named is not None and (name := named.contents()) in PER_LAYER:
+        raise ValueError(f"{name} files run in llama.cpp only: give the folder that it was exported from")
     config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     both: Any = AutoModelForCausalLM.from_pretrained(
         file.parent,
@@ -59,10 +66,13 @@ def _convert(file: Path, folder: Path) -> None:
         dtype=torch.float32,
         output_loading_info=True,
         trust_remote_code=False,
+        ignore_mismatched_sizes=True,  # they are refused below, in one line
     )
     source, info = both
     if lost := sorted(info["missing_keys"]):
         raise ValueError(f"it lacks {lost[0]}")
+    if other := sorted(info["mismatched_keys"]):
+        raise ValueError(f"{other[0][0]} is read at another size by transformers")
     model = type(source)(config).to(torch.float32)  # a model read from GGUF counts as quantized and cannot be saved
     model.load_state_dict(source.state_dict())
     names = ("bos_token_id", "eos_token_id", "pad_token_id")

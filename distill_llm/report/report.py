@@ -117,8 +117,8 @@ def notes(metrics: Mapping[str, Any]) -> str:
     return " ".join(line for line in lines if line)
 
 
-def teachers_note(metrics: Mapping[str, Any], shown: Callable[[str], str] = str) -> str:
-    """A sentence with the teachers and their weights; empty where there is one.
+def taught_words(metrics: Mapping[str, Any], shown: Callable[[str], str] = str) -> str:
+    """The teachers and their weights in words; empty where there is one teacher.
 
     Args:
         shown: how a model is named.
@@ -129,7 +129,13 @@ def teachers_note(metrics: Mapping[str, Any], shown: Callable[[str], str] = str)
     models = ensemble["models"]
     each = ", ".join(f"{model['weight']:.2f} `{shown(model['model'])}`" for model in models)
     sure = ", weighted by their confidence" if ensemble["confidence"] else ""
-    return f"The student learnt from the mean of {len(models)} teachers' {ensemble['average']}{sure}: {each}."
+    return f"learnt from the mean of {len(models)} teachers' {ensemble['average']}{sure}: {each}"
+
+
+def teachers_note(metrics: Mapping[str, Any], shown: Callable[[str], str] = str) -> str:
+    """The same as a sentence."""
+    words = taught_words(metrics, shown)
+    return f"The student {words}." if words else ""
 
 
 def provenance(metrics: Mapping[str, Any]) -> str:

@@ -30,7 +30,17 @@ from distill_llm.measuring.profiling import device_name
 
 MAX_LENGTH = 128
 SYNTHETIC_LENGTH = 64
-PACKAGES = ("distill_llm", "torch", "transformers", "accelerate", "textbrewer", "torch-pruning", "trl", "liger-kernel")
+PACKAGES = (
+    "distill_llm",
+    "torch",
+    "transformers",
+    "accelerate",
+    "textbrewer",
+    "torch-pruning",
+    "trl",
+    "liger-kernel",
+    "onnxruntime",
+)
 
 Rows = list[dict[str, Any]]
 

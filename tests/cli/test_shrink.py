@@ -3,11 +3,12 @@
 import json
 
 import pytest
-import yaml
-from builders.recipes import write_model, write_rows
+from builders.causal import word_tokenizer
+from builders.recipes import write_decoder, write_model, write_rows
 from typer.testing import CliRunner
 
 from distill_llm.cli.main import app
+from distill_llm.common.errors import InputError
 from distill_llm.drafting.draft import Wish, draft
 from distill_llm.drafting.model import facts_of_model
 from distill_llm.drafting.target import Target, cut_for
@@ -69,7 +70,8 @@ def test_init_writes_the_same_recipe_and_carries_nothing_out(folder, carried_out
     [
         (["shrink", "teacher"], "--data: got None; give a file"),
         ([*SHRINK, "--speedup", "0.5"], "--speedup: got 0.5; accepted: a number above 1"),
-        ([*SHRINK, "--keep", "0.5", "--memory", "1GB"], "--keep: got 0.5; give one of --keep and --memory"),
+        ([*SHRINK, "--keep", "0.5", "--memory", "1GB"], "--keep: got 0.5; give only one of --keep and --memory"),
+        ([*SHRINK, "--speedup", "200"], "--speedup: got 200.0; accepted: a number above 1 and at most 50"),
         ([*SHRINK, "--memory", "8 apples"], "--memory: got '8 apples'; accepted: "),
         ([*SHRINK, "--memory", "8GB"], "--memory: got '8GB'; ask for less: the model takes "),
         ([*SHRINK, "--text", "revue"], "--text: got 'revue'; accepted: one of review, mood"),
@@ -82,6 +84,24 @@ def test_what_is_wrong_is_one_line_named_by_its_option(folder, carried_out, word
     assert result.exit_code == 2 and not carried_out and not (folder / "runs").exists()
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert line.removeprefix("error: ").startswith(begin)
+
+
+def test_what_was_only_looked_at_or_refused_leaves_no_recipe_behind(folder, monkeypatch):
+    seen = []
+
+    def refuse(recipe, teller, dry_run=False):
+        seen.append(recipe.pruning.keep)
+        if not dry_run:
+            raise InputError("teacher.model", "teacher", "another one")
+
+    monkeypatch.setattr("distill_llm.cli.shrink.carry_out", refuse)
+    assert call(*SHRINK, "--keep", "0.4", "--dry-run").exit_code == 0
+    assert not (folder / "runs/teacher-rows.yaml").exists()
+    assert call(*SHRINK, "--keep", "0.5").exit_code == 2
+    assert seen == [0.4, 0.5] and not (folder / "runs/teacher-rows.yaml").exists()
+    call("init", "teacher", "--data", "rows.csv", "--keep", "0.5", "--output", "runs/teacher-rows.yaml")
+    assert call(*SHRINK, "--keep", "0.5").exit_code == 2
+    assert (folder / "runs/teacher-rows.yaml").exists(), "an older file stays"
 
 
 def test_memory_is_that_of_all_weights(folder):
@@ -100,6 +120,18 @@ def test_length_is_what_the_rows_need_and_a_base_model_is_tuned_first(folder):
     assert made.recipe["data"]["max_length"] == 16, "the film N, with special tokens"
     assert made.recipe["teacher"]["train"]["num_train_epochs"] >= 2
     assert "fine-tuned first" in " ".join(made.said)
+    assert "train" in draft(Wish("teacher", "rows.csv", task="text", columns={"text": "review"})).recipe["teacher"]
+
+
+def test_length_counts_what_a_chat_template_adds(folder):
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = (
+        "{% for turn in messages %}{{ turn.role }} w1 w1 w1 w1 w1 w1 w1 w1 {{ turn.content }} {% endfor %}"
+    )
+    write_decoder(folder / "llm", tokenizer=tokenizer)
+    (folder / "chats.jsonl").write_text("\n".join(json.dumps({"prompt": f"w{i}", "response": "w2"}) for i in range(40)))
+    data = draft(Wish("llm", "chats.jsonl")).recipe["data"]
+    assert data["chat"] and data["max_length"] == 32, "2 turns of 10 words, not 2 words"
 
 
 def test_env_says_what_a_bug_report_needs():
@@ -111,9 +143,8 @@ def test_env_says_what_a_bug_report_needs():
 
 @pytest.mark.slow
 def test_shrink_makes_a_student_from_start_to_end(folder):
-    recipe = yaml.safe_load(call("init", "teacher", "--data", "rows.csv") and (folder / "recipe.yaml").read_text())
-    assert recipe["pruning"]["keep"] == 0.5
     result = call(*SHRINK, "--keep", "0.5", "--json")
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout.splitlines()[-1])["student"] == "runs/teacher-rows/student"
+    *stages, end = map(json.loads, result.stdout.splitlines())
+    assert [each["before"] for each in stages] == [False] * 4 and end["student"] == "runs/teacher-rows/student"
     assert (folder / "runs/teacher-rows/student/config.json").is_file()

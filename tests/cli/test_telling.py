@@ -70,6 +70,7 @@ def test_minus_h_is_help_for_the_program_and_its_commands():
     for words in ([], ["run"], ["estimate"]):
         short, long = (CliRunner().invoke(app, [*words, option]) for option in ("-h", "--help"))
         assert short.exit_code == 0 and short.stdout == long.stdout != ""
+        assert "..." not in short.stdout.partition("Commands:")[2], "what a command does is a whole sentence"
 
 
 def test_names_of_recipes_complete(monkeypatch):

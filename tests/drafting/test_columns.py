@@ -35,7 +35,7 @@ def rows(**columns) -> Dataset:
     ("data", "of", "task", "columns"),
     [
         (rows(text=TEXTS, label=[0, 1] * 20), model(), "classification", {"text": "text", "label": "label"}),
-        (rows(tweet=TEXTS, mood=MOODS), model(), "classification", {"text": "tweet", "label": "mood"}),
+        (rows(tweet=TEXTS, mood=["", *MOODS[1:]]), model(), "classification", {"text": "tweet", "label": "mood"}),
         (
             rows(id=range(40), Review=TEXTS, stars=[1, 2, 3, 4] * 10),
             model(),
@@ -75,6 +75,7 @@ def test_what_is_clear_is_found_and_said(data, of, task, columns):
         (rows(text=TEXTS, score=[0, 1] * 20, class_=MOODS, topic=MOODS), model(), {}, "label", ("score", "topic")),
         (rows(title=TEXTS, plot=TEXTS[::-1], label=[0, 1] * 20), model(), {}, "text", ("title", "plot")),
         (rows(text=TEXTS, id=range(40)), model(), {"label": "id"}, "task", ("40 different values",)),
+        (rows(text=TEXTS, label=["good"] * 39 + [""]), model(), {}, "label", ("two different labels", "'good'")),
         (rows(text=TEXTS, label=MOODS), model(writes=True), {}, "task", ("label",)),
         (
             rows(instruction=TEXTS, input=TEXTS, output=TEXTS),
@@ -93,6 +94,12 @@ def test_what_is_not_clear_is_asked_for_in_one_line(data, of, given, option, nam
     assert all(name in str(error.value) for name in named) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("label", "said"), [([1, 2, 3, 4] * 10, True), ([0, 1] * 20, False), (MOODS, False)])
+def test_whole_numbers_are_classes_with_a_line_that_says_what_else_they_may_be(label, said):
+    found = task_of(rows(text=TEXTS, label=label), model(), None, {})
+    assert found.task == "classification" and ("--task regression" in found.said[0]) == said
+
+
 def test_what_the_user_says_counts():
     data = rows(title=TEXTS, plot=TEXTS[::-1], mood=MOODS, genre=MOODS)
     found = task_of(data, model(), None, {"text": "plot", "label": "genre"})
@@ -103,5 +110,5 @@ def test_what_the_user_says_counts():
 
 
 def test_a_label_column_knows_its_classes():
-    data = rows(text=TEXTS, kind=[0] * 40).cast_column("kind", ClassLabel(names=["a", "b"]))
+    data = rows(text=TEXTS, kind=[i % 12 for i in range(40)]).cast_column("kind", ClassLabel(12))
     assert task_of(data, model(), None, {}).columns["label"] == "kind"

@@ -16,6 +16,7 @@ from distill_llm.architectures.lineage import LayerPlan
 from distill_llm.common.errors import InputError
 from distill_llm.export import export
 from distill_llm.export.gguf_tokenizer import ADDED, BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, vocabulary_of
+from distill_llm.models.gguf import plain_checkpoint
 from distill_llm.pruning.plan import PruningPlan
 
 
@@ -40,7 +41,8 @@ def test_transformers_reads_a_student_of_even_layers_back(family: str, hidden: i
 
 def test_an_uneven_student_has_sizes_by_layer(tmp_path: Path) -> None:
     student = uneven(llama_kind())
-    fields, tensors = read(export(save(student, tmp_path), "gguf", quantize="f32").path)
+    file = export(save(student, tmp_path), "gguf", quantize="f32").path
+    fields, tensors = read(file)
     assert fields["general.architecture"] == "deci"
     assert fields["deci.attention.head_count"] == [2, 0, 4, 2]
     assert fields["deci.attention.head_count_kv"] == [1, 0, 2, 1]
@@ -48,6 +50,15 @@ def test_an_uneven_student_has_sizes_by_layer(tmp_path: Path) -> None:
     assert fields["deci.attention.key_length"] == fields["deci.rope.dimension_count"] == HEAD
     assert not any(name.startswith("blk.1.attn") for name in tensors)
     assert not tensors["blk.2.ffn_up.weight"].any() and tensors["blk.2.ffn_up.weight"].shape == (32, 64)
+    with pytest.raises(InputError, match=r"^model: got .*\(deci files run in llama.cpp only: give the folder that it"):
+        plain_checkpoint(file)
+
+
+def test_a_qwen3_whose_heads_are_not_of_the_usual_size_is_not_read_back(tmp_path: Path) -> None:
+    """transformers' reader takes 128 for the size of a head of every Qwen3."""
+    file = export(save(llama_kind("qwen3"), tmp_path), "gguf", quantize="f32").path
+    with pytest.raises(InputError, match="is read at another size by transformers"):
+        plain_checkpoint(file)
 
 
 def test_channels_of_queries_and_keys_alternate_between_the_halves_of_a_head(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders.exports import llama_kind, save, uneven
+from builders.exports import llama_kind, save
 from builders.models import tiny_model
 from builders.texts import make_tokenizer
 from typer.testing import CliRunner
@@ -34,25 +34,15 @@ def scores(model: Path, *options: str) -> dict[str, float]:
 @pytest.mark.slow
 def test_a_decoder_scores_and_answers_as_the_model_it_was_made_from(tmp_path: Path) -> None:
     """Prompts of several lengths, so that some batches are padded and others are not; layers without heads or neurons."""
-    folder = save(uneven(llama_kind()), tmp_path / "student")
+    model = llama_kind(num_hidden_layers=2)
+    plan = PruningPlan("llama", [LayerPlan(0, (0,), range(48)), LayerPlan(1, (), range(16))])
+    folder = save(prune(model, plan), tmp_path / "student")
     rows = [{"prompt": " ".join(WORDS[i % 6 :][: 1 + i % 4]), "response": WORDS[i % 5]} for i in range(40)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    options = [
-        "--task",
-        "prompts",
-        "--data",
-        str(tmp_path / "rows.jsonl"),
-        "--metric",
-        "exact_match",
-        "--batch-size",
-        "3",
-    ]
+    options = ["--task", "prompts", "--data", str(tmp_path / "rows.jsonl"), "--batch-size", "3"]
+    options += ["--metric", "exact_match"]
     wanted, found = (scores(each, *options) for each in (folder, export(folder, "onnx").path))
     assert found["perplexity"] == pytest.approx(wanted["perplexity"], rel=1e-5)
-    small = scores(export(folder, "onnx", quantize="int8").path, *options)
-    assert small["perplexity"] != found["perplexity"] and small["perplexity"] == pytest.approx(
-        found["perplexity"], rel=0.2
-    )
     graph, model = load_export(tmp_path / "student-onnx-f32"), load_pretrained(folder)
     for mask in ([[0, 0, 1, 1], [1, 1, 1, 1]], [[1, 1, 1, 1], [1, 1, 1, 1]]):
         given = {"input_ids": torch.tensor([[5, 6, 7, 8], [9, 3, 4, 5]]), "attention_mask": torch.tensor(mask)}

@@ -5,19 +5,21 @@ import copy
 import pytest
 import torch
 from builders.models import tiny_model
-from builders.trainers import NO_DROPOUT, causal_model, rows, step_gradient, trainer_of, with_lora
+from builders.trainers import NO_DROPOUT, causal_model, rows, step_gradient, student_of_rows, trainer_of, with_lora
 
+from distill_llm.architectures.lineage import LayerPlan
 from distill_llm.common.errors import InputError
 from distill_llm.losses.objective import parse_objective
 from distill_llm.losses.terms.term import Use
 
 
 def models(**settings):
-    return tiny_model(layers=2, **NO_DROPOUT, **settings), tiny_model(layers=3, seed=1, **NO_DROPOUT)
+    fixed = {"num_labels": 5, **NO_DROPOUT, **settings}
+    return tiny_model(layers=2, **fixed), tiny_model(layers=3, seed=1, **fixed)
 
 
-def value_of(student, teacher, batch, of, layer):
-    """The mean over examples, in float64, by a backward pass of each model alone."""
+def value_of(student, teacher, batch, of, layer, channels=slice(None)):
+    """The mean over examples, in float64, by a backward pass of each model alone; in some channels of the teacher."""
     found = []
     with torch.no_grad():
         best = teacher(**{name: batch[name] for name in ("input_ids", "attention_mask")}).logits.argmax(-1)
@@ -41,7 +43,8 @@ def value_of(student, teacher, batch, of, layer):
         else:
             value = sum(row[place] for row, place in zip(logits, best, strict=True))
         (gradient,) = torch.autograd.grad(value, kept)
-        found.append([row[mask.bool()] for row, mask in zip(gradient, batch["attention_mask"], strict=True)])
+        chosen = channels if model is teacher else slice(None)
+        found.append([row[mask.bool()][:, chosen] for row, mask in zip(gradient, batch["attention_mask"], strict=True)])
     total = 0.0
     for own, source in zip(*found, strict=True):
         if of == "loss":
@@ -63,6 +66,10 @@ def test_value_and_slope_are_those_of_finite_differences(tmp_path, of, layers):
     student, teacher = models()
     data = rows(student)
     batch = {name: torch.stack([row[name] for row in data]) for name in data[0]}
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    assert (
+        student(**inputs).logits.argmax(-1) != teacher(**inputs).logits.argmax(-1)
+    ).any()  # whose class it is matters
     losses = {"gradients": {"of": of, "layers": layers}}
     gradients, log = step_gradient(tmp_path, student, teacher, data, losses)
     layer = None if layers == "embeddings" else layers[0]
@@ -86,6 +93,19 @@ def test_value_and_slope_are_those_of_finite_differences(tmp_path, of, layers):
             weight[place] = before
         expected = (both[0] - both[1]) / 2e-5
         assert float(slope[place]) == pytest.approx(expected, rel=2e-3, abs=1e-6), name
+
+
+def test_pairs_of_layers_are_averaged_in_the_channels_that_a_cut_student_kept(tmp_path):
+    _, teacher = models()
+    kept = (*range(3, 11), *range(16, 32))
+    student = student_of_rows(teacher, [LayerPlan(layer, (0, 1, 2, 3), tuple(range(64))) for layer in (0, 2)], kept)
+    data = rows(student)
+    batch = {name: torch.stack([row[name] for row in data]) for name in data[0]}
+    pairs = [[0, 1], [1, 2]]
+    _, log = step_gradient(tmp_path, student, teacher, data, {"gradients": {"layers": pairs}})
+    twins = [copy.deepcopy(each).double() for each in (student, teacher)]
+    values = [value_of(*twins, batch, "loss", pair, list(kept)) for pair in pairs]
+    assert log["loss/gradients"] == pytest.approx(sum(values) / 2, rel=1e-4)
 
 
 def test_the_teacher_gets_no_gradient_and_other_terms_are_as_without(tmp_path):
@@ -118,7 +138,7 @@ def test_language_models_and_adapters_learn_from_gradients(tmp_path, kind):
 
 def test_what_gradients_do_not_go_with_is_said(tmp_path):
     student, teacher = models()
-    narrow = tiny_model(layers=1, hidden=16)
+    narrow = tiny_model(layers=1, hidden=16, num_labels=5)
     with pytest.raises(InputError, match="losses.gradients: got 'states of 16 and 32 channels'"):
         trainer_of(tmp_path, narrow, teacher, rows(narrow), {"gradients": {}})
     with pytest.raises(InputError, match="activation_checkpointing: got True; set it to false"):

@@ -56,9 +56,9 @@ def test_turned_classes_change_nothing_another_teacher_does_and_a_run_goes_on_wi
     apart = max((students["other"][name] - tensor).abs().max().item() for name, tensor in students["alone"].items())
     assert apart > 1e-3
 
-    said = f"the mean of 2 teachers' probabilities: 0.25 `{tmp_path}/teacher`, 0.75 `{tmp_path}/other`."
-    assert "".join(said.split()) in "".join(capsys.readouterr().out.split())
-    assert said in (tmp_path / "run-other" / "report.md").read_text()
+    said = f"the mean of 2 teachers' probabilities: 0.25 `{tmp_path}/teacher`, 0.75 `{tmp_path}/other`"
+    assert "".join(f", learnt from {said} (".split()) in "".join(capsys.readouterr().out.split())
+    assert f"The student learnt from {said}." in (tmp_path / "run-other" / "report.md").read_text()
     card = (tmp_path / "run-other" / "student" / "README.md").read_text()
     assert "0.25 `teacher`, 0.75 `other`." in card and str(tmp_path) not in card
 

@@ -18,7 +18,7 @@ from distill_llm.pipeline.result import taught_by
 from distill_llm.pipeline.stage import Result, Stage
 from distill_llm.pipeline.train_model import Fields, remove_checkpoints, train_model
 from distill_llm.recipe.recipe import Recipe
-from distill_llm.report.report import teachers_note
+from distill_llm.report.report import taught_words
 from distill_llm.teachers.base import Teacher
 from distill_llm.teachers.ensemble import Ensemble
 from distill_llm.training.augmented import shown
@@ -82,7 +82,7 @@ class Recover(Stage):
     def line(self, result: Result) -> list[str]:
         """Its score, its teachers where there are several, and how much of the rows was changed."""
         changed = [shown(result["augmented"])] if "augmented" in result else []
-        return [self.run.named(result["metrics"]), *filter(None, [teachers_note(taught_by(self.run.recipe))]), *changed]
+        return [self.run.named(result["metrics"]), *filter(None, [taught_words(taught_by(self.run.recipe))]), *changed]
 
     def row(self, result: Result) -> dict[str, Any]:
         """The metrics after recovery, and how much of the rows was changed."""
