@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,7 +82,7 @@ class ExportedNetwork(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
 def is_export(folder: Path) -> bool:
     """Whether a folder holds an exported model."""
-    return (folder / MANIFEST).is_file()
+    return os.path.isfile(folder / MANIFEST)  # false for a name that is too long as well
 
 
 def check_export(field: str, name: str, folder: Path) -> None:

@@ -35,12 +35,13 @@ def fault(result) -> str:
     return lines[0].removeprefix("error: ")
 
 
-def test_it_says_what_is_ahead_and_what_was_kept(folder: Path) -> None:
+def test_it_says_what_is_ahead_and_what_was_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distill_llm.common.progress.EVERY", 0.0)
     write_prompts(folder / "prompts.jsonl", [*PROMPTS, PROMPTS[0]])
     result = call("--max-new-tokens", "20", "--samples", "2", "--temperature", "0.7", "--seed", "3")
     assert result.exit_code == 0, result.output
     assert "11 prompts, 22 responses to generate, at most 440 tokens\n" in result.output
-    assert "tokens/s" in result.stderr
+    assert "Responding: 0 of 22 responses" in result.stderr
     kept = len(rows_of(folder / "out"))
     assert "prompts:   11 (1 repeated prompts left out)" in result.stdout
     assert f"kept:      {kept} ({kept / 22:.1%}) in out" in result.stdout and kept

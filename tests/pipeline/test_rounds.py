@@ -262,8 +262,8 @@ def test_no_plan_leaves_less_than_the_least_share_and_one_leaves_that(tmp_path, 
     least = least_share(model, section.rules, section.cost, 2, 8)
     statistics = collect_statistics(model, [random_batch(model, labels=False)], "kl")
     work = cutter(tmp_path, [], **pruning)
-    plan = work._plan(model, model, statistics, least * 1.0001)
+    plan = work.plan(model, model, statistics, least * 1.0001)
     assert plan.kept == pytest.approx(least, rel=1e-3)
     with pytest.raises(ValueError, match="keep: got"):
-        work._plan(model, model, statistics, least * 0.97)
+        work.plan(model, model, statistics, least * 0.97)
     assert unit_costs(model).hidden == 32

@@ -316,6 +316,7 @@ def test_a_disk_too_small_is_refused_before_anything_is_written(whole, tmp_path,
 
 
 def test_the_estimate_is_near_what_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("distill_llm.common.progress.EVERY", 0.0)
     data = sequences(200)
     write(tmp_path / "cache", causal_model(), data, batch_size=16, progress=True, shard_items=10_000)
     said = float(re.search(r"(\d+) bytes an item", capsys.readouterr().err)[1])

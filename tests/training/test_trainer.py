@@ -22,7 +22,7 @@ from distill_llm.architectures.lineage import LayerPlan
 from distill_llm.training.trainer import DistillationTrainer
 
 
-@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("name", [name for name in TERMS if name != "gathered"])  # relations of rows in one micro-batch
 @pytest.mark.parametrize("head", ["sequence-classification", "masked-lm", "causal-lm"])
 def test_four_uneven_micro_batches_give_the_gradient_and_log_of_one_batch(tmp_path, name, head):
     teacher, student = model_of(head, layers=4), model_of(head, layers=2, seed=1)
@@ -32,8 +32,9 @@ def test_four_uneven_micro_batches_give_the_gradient_and_log_of_one_batch(tmp_pa
         tmp_path, student, teacher, data, TERMS[name], per_device_train_batch_size=2, gradient_accumulation_steps=4
     )
     assert whole.keys() == parts.keys() and len(whole) > 5
+    rounding = 1e-6 * max(1.0, *(gradient.abs().max().item() for gradient in whole.values()))
     for parameter, gradient in whole.items():
-        torch.testing.assert_close(parts[parameter], gradient, rtol=1e-4, atol=1e-6, msg=parameter)
+        torch.testing.assert_close(parts[parameter], gradient, rtol=1e-4, atol=rounding, msg=parameter)
     for key in log:
         if key.startswith("loss"):
             assert parts_log[key] == pytest.approx(log[key], rel=1e-5), key
