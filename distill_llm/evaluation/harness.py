@@ -82,6 +82,7 @@ def check_benchmarks(benchmarks: Benchmarks, field: str = "harness") -> None:
             "a folder with tasks as YAML files",
         )
     manager = _manager(benchmarks.tasks, folder)
+    holders: dict[str, str] = {}
     for name in benchmarks.tasks:
         if name not in manager.all_tasks:
             raise InputError(field, name, one_of(manager.all_tasks, name))
@@ -91,6 +92,9 @@ def check_benchmarks(benchmarks: Benchmarks, field: str = "harness") -> None:
         except Exception as error:  # a task's data come from anywhere, and its YAML file may hold code
             fix = f"make its data reachable, or remove it: it does not load ({first_line(error)})"
             raise InputError(field, name, fix=fix) from error
+        if twice := next((task for task in loaded if task in holders), None):  # the harness refuses to run it
+            raise InputError(field, name, fix=f"remove it, or {holders[twice]}: both have the task {twice}")
+        holders |= dict.fromkeys(loaded, name)
         for task in loaded.values():
             if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
                 fix = "remove it: it runs code that the model writes, or shows it images"

@@ -84,6 +84,14 @@ def test_what_cannot_run_is_told_at_the_door(benchmarks, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_group_that_holds_another_named_task_is_told_at_the_door(benchmarks):
+    (benchmarks.include_path / "group.yaml").write_text("group: both\ntask: [choose]\n")
+    given = Benchmarks(("both", "choose"), include_path=benchmarks.include_path)
+    with pytest.raises(InputError, match="got 'choose'; remove it, or both: both have the task choose"):
+        check_benchmarks(given)
+
+
+@pytest.mark.slow
 def test_the_command_scores_a_model_by_benchmarks(benchmarks, tmp_path):
     write_decoder(tmp_path / "model", max_position_embeddings=64)
     words = ["evaluate", str(tmp_path / "model"), "--harness", "choose", "--output", str(tmp_path / "scores.json")]
