@@ -7,7 +7,7 @@ either, MiniLM gets a new head and is pruned to half, uneven and even, on rows o
 All sides take turns on the same batch of random tokens without padding, with as many threads as PyTorch has. PyTorch runs in
 float32. Where heads are trained (`--run`, `--model`), PyTorch and eight bits are scored on the same test rows of the task.
 
-    python scripts/bench/onnx_latency.py --run runs/quickstart      # about 3 minutes on two cores
+    python scripts/bench/onnx_latency.py --run runs/quickstart      # a few minutes on two cores
 """
 
 import argparse
@@ -234,7 +234,7 @@ def main() -> None:
     print_tables(rows, found, sides, next(iter(sides)))
     shown = {**vars(options), "run": options.run and str(options.run), "teacher": options.run and "of the run"}
     results = {"threads": torch.get_num_threads(), "rows": [plain(row) for row in rows], "scores": found}
-    common.print_json("onnx_latency", argparse.Namespace(**shown), f"{options.rows} rows of {spec.task}", results)
+    common.print_json("onnx_latency", argparse.Namespace(**shown), f"{len(data.test)} rows of {spec.task}", results)
 
 
 def plain(row: dict[str, Any]) -> dict[str, Any]:
