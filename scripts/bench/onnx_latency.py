@@ -7,7 +7,7 @@ either, MiniLM gets a new head and is pruned to half, uneven and even, on rows o
 All sides take turns on the same batch of random tokens without padding, with as many threads as PyTorch has. PyTorch runs in
 float32. Where heads are trained (`--run`, `--model`), PyTorch and eight bits are scored on the same test rows of the task.
 
-    python scripts/bench/onnx_latency.py --run runs/quickstart      # about 3 minutes on two cores
+    python scripts/bench/onnx_latency.py --run runs/quickstart      # a few minutes on two cores
 """
 
 import argparse
@@ -37,8 +37,8 @@ from distill_llm.measuring.counting import count_params, full_length_inputs
 from distill_llm.models.exported import load_export
 
 PROGRAMS = ("PyTorch", "onnxruntime", "onnxruntime int8")
-SHORTEST = 0.02
-"""Seconds of a measurement: short passes are repeated until they last as long."""
+CALIBRATION_ROWS, SHORTEST = 512, 0.02
+"""Rows that statistics are of; seconds of a measurement: short passes are repeated until they last as long."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +151,7 @@ def latencies(sides: dict[str, Side], grid: list[tuple[int, int]], rounds: int) 
 
 
 def scores(
-    sides: dict[str, Side], folders: dict[str, Path], data: TaskData, length: int, count: int
+    sides: dict[str, Side], folders: dict[str, Path], data: TaskData, length: int
 ) -> dict[str, dict[str, float]]:
     """The task's main metric of each model in PyTorch and in eight bits, where its head has the task's labels."""
     found: dict[str, dict[str, float]] = {}
@@ -164,7 +164,6 @@ def scores(
             continue
         tokenizer = AutoTokenizer.from_pretrained(folders[name], trust_remote_code=False)
         rows = encode(data, tokenizer, length).test
-        rows = rows.select(range(min(count, len(rows))))
         collate = collator(data.task, tokenizer)
         with step(f"scores of {name}"):
             found[name] = {
@@ -214,7 +213,14 @@ def main() -> None:
     if options.run:
         spec = data_spec(load_recipe(options.run / "recipe.yaml"))
         options.max_length = spec.max_length
-    data = load_task(dataclasses.replace(spec, train_examples=512))
+    data = load_task(spec)
+    counts = {"train": CALIBRATION_ROWS, "test": options.rows}
+    few = {
+        name: rows.select(range(min(count, len(rows))))
+        for name, count in counts.items()
+        if (rows := getattr(data, name))
+    }
+    data = dataclasses.replace(data, **few)
     with TemporaryDirectory() as folder:
         with step("models"):
             folders = folders_of(options, data, Path(folder))
@@ -224,11 +230,11 @@ def main() -> None:
                 sides[name] = side_of(path, Path(folder) / f"graphs-{index}")
         rows = latencies(sides, grid, options.rounds)
         trained = options.run or options.model
-        found = scores(sides, folders, data, options.max_length, options.rows) if trained else {}
+        found = scores(sides, folders, data, options.max_length) if trained else {}
     print_tables(rows, found, sides, next(iter(sides)))
     shown = {**vars(options), "run": options.run and str(options.run), "teacher": options.run and "of the run"}
     results = {"threads": torch.get_num_threads(), "rows": [plain(row) for row in rows], "scores": found}
-    common.print_json("onnx_latency", argparse.Namespace(**shown), f"{options.rows} rows of {spec.task}", results)
+    common.print_json("onnx_latency", argparse.Namespace(**shown), f"{len(data.test)} rows of {spec.task}", results)
 
 
 def plain(row: dict[str, Any]) -> dict[str, Any]:

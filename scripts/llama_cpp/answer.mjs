@@ -33,7 +33,8 @@ const answers = {
     likelihood: async ({ tokens }) => {
         const { context, sequence } = await fresh(tokens.length);
         const options = (target) => ({
-            generateNext: { logits: { filter: { tokens: [target], includeMax: true } }, totalLogitWeight: true },
+            // includeTop, as includeMax leaves the largest out
+            generateNext: { logits: { filter: { tokens: [target], includeTop: 1 } }, totalLogitWeight: true },
         });
         const asked = tokens.slice(0, -1).map((token, i) => [token, options(tokens[i + 1])]);
         const found = await sequence.controlledEvaluate(asked);

@@ -23,12 +23,15 @@ pytestmark = [needs_llama_cpp, pytest.mark.slow]
 LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3_ROPE["original_max_position_embeddings"] = 32
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+ASKED = ("probabilities", "likelihood")
 BIASED = {"attention_bias": True, "mlp_bias": True}
 
 
 def largest_difference(model: PreTrainedModel, file: Path) -> float:
     tokens = torch.randint(2, 340, (48,), generator=torch.Generator().manual_seed(1)).tolist()
-    found = torch.tensor(ask_llama_cpp(file, {"kind": "probabilities", "tokens": tokens})[0])
+    found, likelihood = map(torch.tensor, ask_llama_cpp(file, *({"kind": k, "tokens": tokens} for k in ASKED)))
+    seen = found[range(47), tokens[1:]].log()
+    torch.testing.assert_close(likelihood, seen, rtol=0, atol=1e-3)  # those that perplexity is made of
     with torch.inference_mode():
         wanted = model(torch.tensor([tokens])).logits[0].float().softmax(-1)
     assert wanted.max() > 0.1  # a model that has opinions
