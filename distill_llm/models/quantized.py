@@ -12,6 +12,12 @@ from distill_llm.common.errors import InputError, one_of, raise_all
 from distill_llm.models.checkpoint import load_pretrained
 
 QUANTIZATIONS = ("8bit", "4bit")
+HEADS = (
+    "classifier", "cls", "decoder", "embed_out", "generator_lm_head", "generator_predictions", "head", "lm_head", "pre_classifier",
+    "qa_outputs", "score", "sequence_summary", "vocab_projector", "vocab_transform",
+)  # fmt: skip
+"""Modules beside the base model, in all families. transformers leaves out language-model heads alone, and bitsandbytes' kernels
+for CPUs cannot multiply by a head of a few classes."""
 
 
 def load_teacher(
@@ -24,7 +30,7 @@ def load_teacher(
     """A model with the head it was saved with, pruned or stock, in evaluation mode: a teacher, or what adapters are put around.
 
     `8bit` is LLM.int8() (Dettmers et al., 2022). `4bit` is NormalFloat with quantised constants (QLoRA, Dettmers et al.,
-    2023, section 3). Both are done by bitsandbytes, for all linear layers except the output map.
+    2023, section 3). Both are done by bitsandbytes, for all linear layers of the base model; heads keep their weights.
 
     Args:
         path: a local folder or a Hub id.
@@ -65,7 +71,11 @@ def _settings(quantization: str, dtype: torch.dtype | None) -> BitsAndBytesConfi
     if quantization == "8bit":
         # Every product of every forward would warn that it runs in fp16.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(HEADS))
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=list(HEADS),
     )
