@@ -13,8 +13,8 @@ from distill_llm.models.checkpoint import load_pretrained
 
 QUANTIZATIONS = ("8bit", "4bit")
 HEADS = (
-    "classifier", "cls", "decoder", "embed_out", "generator_lm_head", "generator_predictions", "head", "lm_head", "pre_classifier",
-    "qa_outputs", "score", "sequence_summary", "vocab_projector", "vocab_transform",
+    "classifier", "cls", "decoder", "embed_out", "generator_lm_head", "generator_predictions", "head", "lm_head",
+    "pre_classifier", "qa_outputs", "score", "sequence_summary", "vocab_projector", "vocab_transform",
 )  # fmt: skip
 """Modules beside the base model, in all families. transformers leaves out language-model heads alone, and bitsandbytes' kernels
 for CPUs cannot multiply by a head of a few classes."""
