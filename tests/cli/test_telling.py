@@ -136,7 +136,9 @@ def test_a_terminal_gets_live_bars_and_ctrl_c_can_be_followed_by_the_same_comman
         stdout=child,
         stderr=child,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background inherit that it is ignored
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # tests in the background inherit that it is ignored
     )
     os.close(child)
     text, begin = "", time.monotonic()
