@@ -194,6 +194,7 @@ def _shorter(*models: OpenModel | None) -> OpenModel | None:
 
 
 def length_faults_of(recipe: Recipe, shorter: OpenModel) -> list[InputError]:
+    """Faults of rows, or of a batch to measure, that are longer than the model with the shorter input reads."""
     limits, latency = limits_of(shorter.config, shorter.name), recipe.evaluation.latency
     return [
         *length_faults(limits, recipe.data.max_length, "data.max_length"),
@@ -216,6 +217,7 @@ def _answer_faults(recipe: Recipe, shorter: OpenModel, task: Task) -> list[Input
 
 
 def check_raw_rows(data: TaskData, teacher: OpenModel) -> None:
+    """Check rows that are not encoded yet, as their kind does (labels, templates of chats)."""
     data.task.kind.check_rows(data, teacher.tokenizer)
 
 

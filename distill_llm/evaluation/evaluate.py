@@ -178,6 +178,7 @@ def by_length(dataset: Dataset) -> np.ndarray:
 def batches_of(
     model: PreTrainedModel, dataset: Dataset, order: np.ndarray, collator: Collator, batch_size: int, progress: bool
 ) -> Iterator[dict[str, Tensor]]:
+    """Padded batches of the rows of `order` on the model's device, which is in evaluation mode meanwhile."""
     accepted = {*inspect.signature(model.forward).parameters, "labels"}
     rows = dataset.remove_columns([name for name in dataset.column_names if name not in accepted])
     with evaluating(model):

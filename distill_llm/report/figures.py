@@ -186,15 +186,7 @@ def draw_losses(history: Mapping[str, Any]) -> Figure | None:
     axes.set_xlim(0, begin)
     axes.set_xlabel("optimizer steps", color=MUTED, fontsize=10)
     axes.grid(axis="y", color=EMPTY, linewidth=0.8)
-    figure.legend(
-        loc="outside upper center",
-        ncols=3,
-        frameon=False,
-        labelcolor=INK,
-        fontsize=10,
-        handlelength=1.2,
-        columnspacing=1,
-    )
+    _legend(figure, 1.2)
     return figure
 
 
@@ -226,13 +218,11 @@ def draw_latency(grid: Sequence[Mapping[str, Any]]) -> Figure | None:
     axes.set_xlabel("tokens in each row", color=MUTED, fontsize=10)
     axes.set_ylabel("milliseconds for the batch", color=MUTED, fontsize=10)
     axes.grid(axis="y", color=EMPTY, linewidth=0.8)
-    figure.legend(
-        loc="outside upper center",
-        ncols=3,
-        frameon=False,
-        labelcolor=INK,
-        fontsize=10,
-        handlelength=1.8,
-        columnspacing=1,
-    )
+    _legend(figure, 1.8)
     return figure
+
+
+def _legend(figure: Figure, handles: float) -> None:
+    """What the marks mean, above a figure; `handles`: the length of their samples, in letters."""
+    style: dict[str, Any] = {"frameon": False, "labelcolor": INK, "fontsize": 10, "columnspacing": 1}
+    figure.legend(loc="outside upper center", ncols=3, handlelength=handles, **style)
