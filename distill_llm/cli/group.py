@@ -1,6 +1,7 @@
 """How the command line reports bad input: a line on stderr for each fault, and exit code 2."""
 
 import os
+import signal
 import sys
 from typing import Any
 
@@ -59,7 +60,11 @@ def _leave_processes() -> None:
 
 
 def _stopped(ctx: Any) -> typer.Exit:
-    """Ctrl-C: what is done is on the disk, whole; say how to go on."""
+    """Ctrl-C: what is done is on the disk, whole; say how to go on.
+
+    From here on the process only ends: another Ctrl-C would break into what Python does at exit, with a traceback.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     how = ": the same command again goes on from the last finished stage or checkpoint"
     if is_main_process():
         _print_line(f"stopped{how if ctx.invoked_subcommand in RESUMABLE else ''}")

@@ -47,7 +47,9 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "HF_H
 
 
 @pytest.mark.parametrize(("name", "hint"), [("cache", True), ("families", False)])
-def test_ctrl_c_says_in_one_line_how_to_go_on_and_exits_with_130(name, hint):
+def test_ctrl_c_says_in_one_line_how_to_go_on_and_exits_with_130(name, hint, monkeypatch):
+    set_handlers = []
+    monkeypatch.setattr(signal, "signal", lambda *handler: set_handlers.append(handler))
     stopped = typer.Typer(cls=CommandGroup)
 
     def interrupted() -> None:
@@ -57,6 +59,7 @@ def test_ctrl_c_says_in_one_line_how_to_go_on_and_exits_with_130(name, hint):
     stopped.command("other")(lambda: None)
     result = CliRunner().invoke(stopped, [name])
     assert result.exit_code == 130 and result.stdout == ""
+    assert set_handlers == [(signal.SIGINT, signal.SIG_IGN)], "a second Ctrl-C must not break into the end"
     (line,) = result.stderr.splitlines()
     assert ("the same command again" in line) == hint
 
