@@ -2,14 +2,10 @@
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-
-import datasets
 
 from distill_llm.checks.augment import augment_faults, open_masked_lm
+from distill_llm.checks.cached import open_cached
 from distill_llm.checks.data import open_rows
 from distill_llm.checks.ensemble import open_others
 from distill_llm.checks.evaluate import check_harness
@@ -30,7 +26,6 @@ from distill_llm.checks.training import check_training
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.common.outputs import usable_output
 from distill_llm.data.encoding import encode, most_tokens
-from distill_llm.data.padding import LENGTH
 from distill_llm.data.spec import DataSpec
 from distill_llm.data.special_tokens import check_tokenizer
 from distill_llm.data.tasks import Task, TaskData, class_name_faults, label_names
@@ -41,7 +36,6 @@ from distill_llm.models.finding import (
     OpenModel,
     check_head,
     check_tokens,
-    identity_of,
     open_model,
 )
 from distill_llm.models.limits import length_faults, limits_of, longest_input, room_faults
@@ -104,7 +98,7 @@ def open_recipe(recipe: Recipe) -> Opened:
     found.ask(augment_faults, recipe, task)
     masked_lm = found.run(open_masked_lm, recipe, teacher)
     found.ask(_mixture_faults, recipe, teacher, teacher if name is None else student, task)
-    cache = found.run(_open_cache, recipe, teacher)
+    cache = found.run(open_cached, recipe, teacher)
     found.ask(_response_faults, recipe, task, shorter)
     paired = found.run(check_layer_pairs, recipe, teacher, teacher if name is None else student)
     found.run(lambda: check_training(recipe, data, projected(student, teacher)))
@@ -235,47 +229,6 @@ def _mixture_faults(recipe: Recipe, teacher: OpenModel, student: OpenModel, task
         trained.append(teacher)
     several = [router_faults(each.config, f"{each.field}: config.json") for each in trained]
     return [fault for faults in several for fault in faults] if task.is_language_model else []
-
-
-def _open_cache(recipe: Recipe, teacher: OpenModel) -> CachedTeacher | None:
-    """Open the cache: complete, made with this teacher, dtype and tokenizer, and able to serve the losses."""
-    if recipe.teacher.cache is None or recipe.distillation is None:
-        return None
-    local = Path(teacher.path).exists()  # a Hub model may not be downloaded yet; compared before training
-    with _named_as_in_a_recipe():
-        cache = CachedTeacher(recipe.teacher.cache, identity_of(teacher.path) if local else None, teacher.tokenizer)
-    given, own = recipe.teacher.dtype, cache.index.settings.dtype
-    if given is not None and own not in (None, given):
-        fix = f"leave it out, or set it to {own}, the dtype of the teacher that wrote teacher.cache"
-        raise InputError("teacher.dtype", given, fix=fix)
-    raise_all(recipe.distillation.losses.faults(Use(teacher=cache.gives), "distillation.losses"))
-    return cache
-
-
-def check_cached_rows(opened: Opened, train: datasets.Dataset) -> None:
-    """Check that the recipe's cache was written for these encoded rows. Teacher and losses were checked before."""
-    if opened.cache is None:
-        return
-    known = [name for name in train.column_names if name != LENGTH]
-    with _named_as_in_a_recipe():
-        opened.cache.check(dataset=train.select_columns(known))
-
-
-def check_cached_weights(opened: Opened) -> CachedTeacher | None:
-    """The recipe's cache, after a check that it was made with the teacher's weights, which are downloaded by now."""
-    if opened.cache is not None:
-        with _named_as_in_a_recipe():
-            opened.cache.check(identity_of(opened.teacher.path))
-    return opened.cache
-
-
-@contextmanager
-def _named_as_in_a_recipe() -> Iterator[None]:
-    """Faults of a cache, or of the rows that it is compared with, under the recipe's field."""
-    try:
-        yield
-    except InputError as error:
-        raise error.renamed("data.path" if error.field.startswith("dataset") else "teacher.cache") from None
 
 
 def _response_faults(recipe: Recipe, task: Task, shorter: OpenModel) -> list[InputError]:

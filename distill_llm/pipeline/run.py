@@ -7,8 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from distill_llm.checks.cached import check_cached_rows
 from distill_llm.checks.prune import open_pruning
-from distill_llm.checks.recipe import check_cached_rows, open_recipe
+from distill_llm.checks.recipe import open_recipe
 from distill_llm.common.files import full_disk_named, written_whole
 from distill_llm.common.locks import alone_in
 from distill_llm.common.outputs import usable_output

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, set_seed
 
-from distill_llm.checks.recipe import check_cached_weights
+from distill_llm.checks.cached import check_cached_weights
 from distill_llm.data.tasks import label_names
 from distill_llm.models.checkpoint import load_for_task, load_pretrained
 from distill_llm.models.configs import open_config
