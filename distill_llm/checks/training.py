@@ -17,6 +17,8 @@ from transformers.integrations import integration_utils as integrations
 from transformers.training_args import OptimizerNames
 
 from distill_llm.common.errors import InputError, faults_in, first_line, one_of, raise_all
+from distill_llm.common.notices import tell
+from distill_llm.common.precision import fast_bf16
 from distill_llm.common.processes import open_processes
 from distill_llm.data.tasks import Task, TaskData
 from distill_llm.losses.objective import parse_objective
@@ -251,6 +253,10 @@ def _precision(training: Mapping[str, Any]) -> list[InputError]:
     gpu = torch.accelerator.is_available() and not training["use_cpu"]
     if training.get("fp16") and not gpu:
         return [InputError("fp16", True, fix="set it to false: a CPU cannot train in it (bf16 works)")]
+    if training.get("bf16") and not gpu and not fast_bf16(torch.device("cpu")):
+        tell(
+            "bf16: true on a CPU without instructions for it is many times slower than fp32; bf16: auto lets the device decide"
+        )
     if training.get("bf16") and gpu and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         return [InputError("bf16", True, fix="set it to false: this GPU cannot train in it (fp16 works)")]
     return []

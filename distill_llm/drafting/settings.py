@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
+from distill_llm.common.precision import fast_bf16
 from distill_llm.drafting.model import ModelFacts
 from distill_llm.drafting.target import timed_batch
 
@@ -144,7 +143,4 @@ def _round_to(model: ModelFacts) -> dict[str, int]:
 
 def _precision() -> dict[str, bool]:
     """Mixed precision, where this machine computes in it."""
-    if torch.cuda.is_available():
-        return {"bf16": True} if torch.cuda.is_bf16_supported() else {}
-    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # torch has no public word for it
-    return {"bf16": True} if native() else {}
+    return {"bf16": True} if fast_bf16() else {}

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from distill_llm.common.files import written_whole
 from distill_llm.common.locks import LOCK, held
+from distill_llm.common.precision import mixed_precision
 from distill_llm.common.processes import open_processes
 from distill_llm.common.progress import progress_bar
 from distill_llm.common.seals import seal_of
@@ -56,7 +57,7 @@ class Calibration:
             moment_share=section.moment_share,
             hidden="hidden" in section.units,
             hidden_moments=section.compensate and "hidden" in section.units,
-            precision=None if section.precision is None else getattr(torch, section.precision),
+            precision=mixed_precision(section.precision, device),
             checkpointing=section.checkpointing,
             seed=seed,
             sharded=True,
@@ -141,7 +142,8 @@ class Calibration:
 
     def _identity(self, model: PreTrainedModel) -> dict[str, Any]:
         """What statistics depend on: the model with its dtypes, the rows, and how they are computed."""
-        identity = {"model": teacher_fingerprint(model), "rows": self._rows, "precision": self.section.precision}
+        precision = None if self.settings.precision is None else str(self.settings.precision).removeprefix("torch.")
+        identity = {"model": teacher_fingerprint(model), "rows": self._rows, "precision": precision}
         return identity | (
             {"moment_share": self.section.moment_share, "token_weights": "squared gradients"}
             if self.settings.moments

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill_llm.architectures.lineage import LAYER_UNITS
+from distill_llm.common.precision import mixed_precision
 from distill_llm.losses.objective import parse_objective
 from distill_llm.measuring.tracing import Traced
 from distill_llm.models.adapters import without_adapters
@@ -216,7 +217,7 @@ class Estimate:
             moments=section.holds_moments,
             moment_share=section.moment_share,
             hidden=False,
-            precision=getattr(torch, section.precision) if section.precision else None,
+            precision=mixed_precision(section.precision),
             checkpointing=section.checkpointing,
         )
         loss = "labels" if section.needs("gradients") else None

@@ -6,11 +6,12 @@ import torch
 
 from distill_llm.checks.estimate import Sketch, open_sketch
 from distill_llm.checks.recipe import encoded_rows
+from distill_llm.common.precision import AUTO
 from distill_llm.measuring.profiling import device_name
 from distill_llm.pipeline.estimate import Estimate, Models
 from distill_llm.pipeline.prices import Devices, Rows, StageCost
 from distill_llm.pipeline.work import measured_rate
-from distill_llm.recipe.recipe import Recipe
+from distill_llm.recipe.recipe import Recipe, parse_recipe
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def estimate(recipe: Recipe, devices: Devices, tflops: float | None = None, gpu:
 
 def forecast(sketch: Sketch, devices: Devices, tflops: float | None = None, gpu: bool = True) -> Forecast:
     """The same for a recipe that is open."""
-    recipe = sketch.opened.recipe
+    recipe = _fast_in_bf16(sketch.opened.recipe) if gpu else sketch.opened.recipe
     fields = recipe.training("final" if recipe.distillation is not None else "teacher")
     rows = Rows.of(encoded_rows(sketch.opened), fields.get("per_device_train_batch_size", 8))
     models = Models(sketch.teacher, sketch.student, sketch.adapted, sketch.opened.teacher.tokenizer)
@@ -65,3 +66,14 @@ def forecast(sketch: Sketch, devices: Devices, tflops: float | None = None, gpu:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = device or torch.device("cpu")
     return Forecast(stages, measured_rate(*made.trial(), device), f"measured on {device_name(device)}", rows)
+
+
+def _fast_in_bf16(recipe: Recipe) -> Recipe:
+    """The recipe as a GPU reads it, which this machine need not have: what is `auto` there is bf16."""
+    plain = recipe.model_dump(mode="json")
+    for fields in (plain["teacher"]["train"], plain["distillation"], plain["final"]):
+        if fields and fields.get("bf16") == AUTO:
+            fields["bf16"] = True
+    if plain["pruning"] and plain["pruning"]["precision"] == AUTO:
+        plain["pruning"]["precision"] = "bfloat16"
+    return parse_recipe(plain)

@@ -113,8 +113,10 @@ class PruningSection(Section):
         " are collected in the pass that measures importance, and kept in its file. What takes over removed layers needs moments"
         " of its own, of the same size, always all at once",
     )
-    precision: Literal["bfloat16"] | None = Field(
-        default=None, description="run the calibration passes under autocast in this dtype; sums stay in float32"
+    precision: Literal["bfloat16", "auto"] | None = Field(
+        default=None,
+        description="run the calibration passes under autocast in this dtype; sums stay in float32. auto: in bfloat16 where the"
+        " device is fast in it",
     )
     offload: bool = Field(
         default=False,

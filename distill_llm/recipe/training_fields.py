@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from distill_llm.common.errors import InputError, one_of
 from distill_llm.common.finite import ON_NONFINITE
+from distill_llm.common.precision import AUTO, fast_bf16
 
 RESERVED = {
     "output_dir": "set output_dir at the top of the recipe",
@@ -135,6 +136,8 @@ def _convert(name: str, value: Any, types: tuple[str, ...]) -> Any:
     """`value` as the first plain type of the field that it fits; unchanged if the annotation also has other types."""
     if value is False and name.endswith("_strategy"):
         value = "no"  # YAML 1.1 reads a bare no as false
+    if name == "bf16" and value == AUTO:
+        return value
     given, plain = value, [kind for kind in types if kind in TYPES]
     if value is None and "None" in types:
         return None
@@ -165,14 +168,19 @@ def _convert(name: str, value: Any, types: tuple[str, ...]) -> Any:
 def with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     """The checked fields of a stage, with this project's defaults for the fields that are not given.
 
-    `use_cpu` is true where torch finds no accelerator. With `load_best_model_at_end`, checkpoints are saved whenever the
-    model is evaluated, unless `save_strategy` or `save_steps` is given.
+    `use_cpu` is true where torch finds no accelerator, `bf16: auto` where the device is fast in bf16. With
+    `load_best_model_at_end`, checkpoints are saved whenever the model is evaluated, unless `save_strategy` or `save_steps`
+    is given.
     """
     fields = {**TRAINING_DEFAULTS, **given}
     if "use_cpu" not in fields:
         import torch
 
         fields["use_cpu"] = not torch.accelerator.is_available()
+    if fields.get("bf16") == AUTO:
+        import torch
+
+        fields["bf16"] = fast_bf16(torch.device("cpu") if fields["use_cpu"] else None)
     if fields.get("load_best_model_at_end") and fields["eval_strategy"] != "no":
         fields["save_strategy"] = given.get("save_strategy", fields["eval_strategy"])
         fields["save_steps"] = given.get("save_steps", fields.get("eval_steps") or fields["logging_steps"])

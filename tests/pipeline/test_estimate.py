@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from distill_llm.cli.main import app
 from distill_llm.common.errors import InputError
+from distill_llm.pipeline import estimating
 from distill_llm.pipeline.estimate import Estimate, Models
 from distill_llm.pipeline.prices import Devices, Rows, optimizer_bytes, steps_of
 from distill_llm.recipe.recipe import parse_recipe
@@ -220,3 +221,10 @@ def test_the_command_shows_every_stage_at_a_measured_rate_and_writes_nothing(fol
 def test_bad_input_is_one_line(folder, arguments, line):
     result = call("recipe.yaml", *arguments)
     assert result.exit_code == 2 and result.stderr.startswith(f"error: {line}"), result.stderr
+
+
+def test_what_is_auto_is_bf16_on_the_gpus_of_a_forecast():
+    said = given(teacher={"model": "t", "train": {"bf16": "auto"}}, distillation={**TRAINING, "bf16": "auto"})
+    resolved = estimating._fast_in_bf16(said)
+    assert resolved.training("teacher")["bf16"] is True and resolved.training("final")["bf16"] is True
+    assert said.teacher.train == {"bf16": "auto"}, "the recipe stays as it is"

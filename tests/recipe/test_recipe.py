@@ -15,6 +15,7 @@ from builders.recipes import recipe_for, write_recipe
 from transformers import TrainingArguments
 
 from distill_llm.common.errors import InputError, faults_in
+from distill_llm.common.precision import mixed_precision
 from distill_llm.recipe.recipe import (
     load_recipe,
     parse_recipe,
@@ -347,3 +348,18 @@ def test_every_shipped_recipe_is_read_where_no_extra_is_installed(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name == "peft" else find(name, *more))
     monkeypatch.setitem(sys.modules, "peft", None)  # any import of it fails
     assert any((recipe.student and recipe.student.peft) for recipe in map(load_recipe, recipe_names()))
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_device_decides_on_what_is_auto(tmp_path, monkeypatch, fast):
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: fast)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+    given = recipe_for(tmp_path, teacher={"model": "x", "train": {"bf16": "auto"}})
+    recipe = parse_recipe(given | {"final": {"bf16": "auto", "use_cpu": True}})
+    assert recipe.training("final")["bf16"] is fast and recipe.training("teacher")["bf16"] is (
+        fast or torch.cuda.is_available()
+    )
+    assert "bf16" not in recipe.training("recovery")
+    assert yaml.safe_load(recipe.to_yaml())["final"]["bf16"] == "auto", "a run folder can move to another machine"
+    assert mixed_precision("auto", torch.device("cpu")) == (torch.bfloat16 if fast else None)
+    assert mixed_precision("bfloat16", torch.device("cpu")) is torch.bfloat16 and mixed_precision(None) is None

@@ -11,14 +11,8 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from distill_llm.architectures.modes import forward_as
+from distill_llm.common.precision import fast_bf16
 from distill_llm.pruning.units.sizes import weight_of
-
-
-def fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 matrix products are faster than fp32 ones on this device."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 class _Backward(torch.autograd.Function):
