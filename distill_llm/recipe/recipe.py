@@ -22,9 +22,9 @@ from distill_llm.recipe.sections import (
     HubSection,
     ReportSection,
     StudentSection,
-    TeacherSection,
     training_fields,
 )
+from distill_llm.recipe.teacher import TeacherSection
 from distill_llm.recipe.training_fields import with_defaults
 from distill_llm.recipe.yaml_input import override, read_yaml
 

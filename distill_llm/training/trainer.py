@@ -1,15 +1,13 @@
 """`DistillationTrainer`: a transformers Trainer whose loss compares a student with a teacher."""
 
-import inspect
 import os
 import shutil
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedModel
-from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput, has_length
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from distill_llm.architectures.modeling_pruned import CODE_NAMES
 from distill_llm.common.errors import InputError, raise_all
@@ -27,17 +25,14 @@ from distill_llm.teachers.base import Teacher
 from distill_llm.teachers.wrapping import as_teacher
 from distill_llm.training import teacher_state
 from distill_llm.training.augmented import AugmentedRows, check_augmentation
-from distill_llm.training.batches import EpochBegins, TrainingCollator
-from distill_llm.training.checked_trainer import CheckedTrainer
+from distill_llm.training.batches import EpochBegins
 from distill_llm.training.config import DistillationConfig
 from distill_llm.training.evaluation_loss import EvaluationLoss
 from distill_llm.training.loss import LossSettings, TrainingLoss
 from distill_llm.training.on_policy import MARK, StudentResponses
-from distill_llm.training.order import GlobalBatchSampler, lengths_of
+from distill_llm.training.reading_trainer import ReadingTrainer
 from distill_llm.training.refusals import (
     check_arguments,
-    check_batch,
-    check_datasets,
     check_model,
     check_prompts,
     check_teacher,
@@ -47,7 +42,7 @@ from distill_llm.training.step_sums import StepSums
 from distill_llm.training.teacher_state import StepsDone
 
 
-class DistillationTrainer(CheckedTrainer):
+class DistillationTrainer(ReadingTrainer):
     """Trains a student on the objective of its `DistillationConfig`. Every other feature is the Trainer's own.
 
     Each term is a sum over its items (labelled examples or tokens, examples, or valid tokens) divided by the number of
@@ -133,26 +128,6 @@ class DistillationTrainer(CheckedTrainer):
             if self.teacher is not None:
                 self.teacher.close()
 
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As `Trainer.evaluate`, once the models can read rows that the trainer was not made with."""
-        if not isinstance(eval_dataset, str):  # the name of one that it was made with
-            self._check({"eval_dataset": eval_dataset})
-        return super().evaluate(eval_dataset, *args, **kwargs)
-
-    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> PredictionOutput:
-        """As `Trainer.predict`, once the models can read the rows."""
-        self._check({"test_dataset": test_dataset})
-        return super().predict(test_dataset, *args, **kwargs)
-
-    def _check(self, rows: dict[str, Any]) -> set[str]:
-        """As `check_datasets` for the trainer's own models."""
-        return check_datasets(rows, self._limits, self.processing_class, self.data_collator)
-
-    def _prepare_inputs(self, inputs: Any) -> Any:
-        """As `Trainer._prepare_inputs`, once the models have positions for the batch."""
-        check_batch(inputs, self._limits)
-        return super()._prepare_inputs(inputs)
-
     # One place where everything is reduced: sums of this batch over counts of the whole accumulated batch.
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
@@ -236,44 +211,6 @@ class DistillationTrainer(CheckedTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             total = self.loss.of_labels_alone(model, inputs, self._evaluated.rows(inputs))
         return total / self._evaluated.add(total, inputs).clamp(min=1), None, None
-
-    @property
-    def _readers(self) -> tuple[PreTrainedModel, ...]:
-        """The teacher's models that read batches."""
-        return () if self.teacher is None else self.teacher.readers
-
-    # Data: the same global batches for any number of processes, and every column that student or teacher reads.
-
-    def get_train_dataloader(self) -> DataLoader:
-        """As `Trainer.get_train_dataloader`, of the batches that a TrainingCollator makes."""
-        plain, terms = self.data_collator, self.terms
-        self.data_collator = TrainingCollator(plain, self.epoch, self.teacher, terms.kind, terms.needs_unlabelled)
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.data_collator = plain
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        data = self.train_dataset  # with its length column, which the dataset that is handed in may have lost
-        strategy = self.args.train_sampling_strategy
-        if data is None or not has_length(data) or strategy not in ("random", "group_by_length"):
-            return super()._get_train_sampler(train_dataset)
-        return GlobalBatchSampler(
-            len(data),  # type: ignore[arg-type]
-            self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
-            self.args.seed if self.args.data_seed is None else self.args.data_seed,
-            epoch=lambda: int(self.state.epoch or 0),
-            lengths=lengths_of(data, self.args.length_column_name) if strategy == "group_by_length" else None,
-            drop_last=self.args.dataloader_drop_last,
-        )
-
-    def _set_signature_columns_if_needed(self) -> None:
-        if self._signature_columns is None:
-            super()._set_signature_columns_if_needed()
-            known: list[str] = self._signature_columns or []
-            read = [name for reader in self._readers for name in inspect.signature(reader.forward).parameters]
-            read += getattr(self.data_collator, "columns", ())
-            self._signature_columns = list(dict.fromkeys([*known, *read]))  # type: ignore
 
     # What a checkpoint has besides.
 
