@@ -22,7 +22,7 @@ class InputError(ValueError):
 
     Args:
         field: the name of the field or argument, as the user wrote it (`pruning.keep`, `--task`).
-        given: the value that was given.
+        given: the value that was given; None is shown as "not given".
         accepted: which values are accepted: "a number above 0 and at most 1".
         fix: what to do, where no other value would help: "remove it: jsd does not use it".
     """
@@ -35,7 +35,7 @@ class InputError(ValueError):
         )
         room = LONGEST_LINE - len(name) - len(": got ; ") - len(rest)
         shown = _both_ends(hidden(repr(given)), min(LONGEST_SHOWN, max(LEAST_SHOWN, room)))
-        super().__init__(cut(f"{name}: got {shown}; {rest}"))
+        super().__init__(cut(f"{name}: {'not given' if given is None else f'got {shown}'}; {rest}"))
 
     def renamed(self, field: str) -> "InputError":
         """The same fault under the name that the caller's user knows the field by."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardData
 
-from distill_llm.report.origins import on_the_hub, shown_name
+from distill_llm.report.origins import Origin, on_the_hub, origin_of, shown_name
 from distill_llm.report.usage import kind_of_student, read_config, snippet
 from distill_llm.responses.folder import ABOUT, KEPT
 from distill_llm.teachers.cache_format import CacheIndex
@@ -32,14 +32,19 @@ def adapter_card(folder: Path, repo_id: str) -> str:
     return _model(data, repo_id, about, f"## Use\n\n```python\n{use}```")
 
 
-def export_card(files: Sequence[str], repo_id: str) -> str:
-    """The card of a model that was written for llama.cpp or onnxruntime: how these take it."""
+def export_card(files: Sequence[str], repo_id: str, origin: Origin) -> str:
+    """The card of a model that was written for llama.cpp or onnxruntime: how these take it, and what its student's card says."""
+    said: dict[str, Any] = {
+        "base_model": origin.base_model,
+        "datasets": list(origin.datasets) or None,
+        **origin.carried,
+    }
     gguf = [name for name in files if name.endswith(".gguf")]
     if gguf:
-        data = ModelCardData(library_name="gguf", tags=[TAG, "gguf"])
+        data = ModelCardData(library_name="gguf", tags=[TAG, "gguf"], **said)
         use = f"```bash\nllama-cli --hf-repo {repo_id} --hf-file {gguf[0]}\n```"
     else:
-        data = ModelCardData(library_name="onnx", tags=[TAG, "onnx"])
+        data = ModelCardData(library_name="onnx", tags=[TAG, "onnx"], **said)
         use = (
             f"```bash\nhf download {repo_id} --local-dir model\n```\n\n`onnxruntime.InferenceSession` reads the graphs."
         )
@@ -65,6 +70,21 @@ def responses_card(folder: Path, repo_id: str) -> str:
     files = [{"config_name": "default", "data_files": [{"split": "train", "path": KEPT}]}]
     use = f"```yaml\ndata:\n  task: prompts\n  path: {repo_id}\n```"
     return _data_set(repo_id, said, ["text-generation", "knowledge-distillation"], use, configs=files)
+
+
+def origin_of_export(folder: Path) -> Origin:
+    """What the card of a run's student says, for an export that lies in the same run; nothing for any other."""
+    student = next(
+        (run / "student" for run in folder.resolve().parents[:3] if (run / "student" / "README.md").is_file()), None
+    )
+    return Origin() if student is None else origin_of(str(student))
+
+
+def shown_adapters(folder: Path) -> str:
+    """`adapter_config.json` without the folder that the base model is in on this machine."""
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    base = config.get("base_model_name_or_path")
+    return json.dumps(config | ({"base_model_name_or_path": shown_name(base)} if base else {}), indent=2) + "\n"
 
 
 def shown_about(folder: Path) -> str:

@@ -14,8 +14,10 @@ from distill_llm.report.other_cards import (
     cache_card,
     export_card,
     model_card,
+    origin_of_export,
     responses_card,
     shown_about,
+    shown_adapters,
 )
 from distill_llm.report.usage import read_config
 from distill_llm.responses.folder import ABOUT, KEPT
@@ -94,7 +96,12 @@ def find_upload(folder: str | Path) -> Upload:
     if folder.suffix == ".gguf" and os.path.isfile(
         folder
     ):  # unlike that of pathlib, also for a name that no file can have
-        return Upload(_EXPORT, "model", {folder.name: folder}, {CARD: lambda repo: export_card([folder.name], repo)})
+        return Upload(
+            _EXPORT,
+            "model",
+            {folder.name: folder},
+            {CARD: lambda repo: export_card([folder.name], repo, origin_of_export(folder))},
+        )
     files = {file.relative_to(folder).as_posix(): file for file in sorted(_wanted(folder))}
     found = _found(folder, files)
     return found if CARD not in found.files else Upload(found.what, found.repo_type, found.files, _without_card(found))
@@ -104,7 +111,11 @@ def _found(folder: Path, files: dict[str, Path]) -> Upload:
     """The upload of a folder, with a card made for it even if it has one."""
     if "adapter_config.json" in files:
         _needs(folder, files, "adapter_model.safetensors")
-        return Upload(_ADAPTERS, "model", files, {CARD: lambda repo: adapter_card(folder, repo)})
+        adapters: dict[str, Made] = {
+            "adapter_config.json": lambda _: shown_adapters(folder),
+            CARD: lambda repo: adapter_card(folder, repo),
+        }
+        return Upload(_ADAPTERS, "model", files, adapters)
     if ABOUT in files:
         _needs(folder, files, KEPT)
         files = {path: file for path, file in files.items() if path in (ABOUT, KEPT, CARD)}
@@ -115,7 +126,12 @@ def _found(folder: Path, files: dict[str, Path]) -> Upload:
         _needs(folder, files, *(index.shard_path(folder, number).name for number in range(len(index.shards))))
         return Upload(_CACHE, "dataset", files, {CARD: lambda repo: cache_card(index, repo)})
     if graphs := [path for path in files if path.endswith((".onnx", ".gguf"))]:
-        return Upload(_EXPORT, "model", files, {CARD: lambda repo: export_card(graphs, repo)})
+        return Upload(
+            _EXPORT,
+            "model",
+            files,
+            {CARD: lambda repo: export_card(graphs, repo, origin_of_export(folder / graphs[0]))},
+        )
     if "config.json" not in files or not any(path.endswith(".safetensors") for path in files):
         raise InputError("folder", str(folder), ACCEPTED)
     read_config(folder)

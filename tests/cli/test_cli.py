@@ -164,7 +164,7 @@ def test_distill_leaves_pruning_out_and_takes_the_student(folder, calls):
         assert call("distill", "recipe.yaml", "--student", "student", *chosen).exit_code == 0
         assert calls[-1][1] == Path("elsewhere")
     (line,) = refused("distill", "recipe.yaml")
-    assert line.startswith("--student: got None;") and "student.model" in line
+    assert line.startswith("--student: not given;") and "student.model" in line
     (line,) = refused("distill", "recipe.yaml", "--set", "pruning.keep=3", "--student", "student", "--set", "seed=x")
     assert line.startswith("seed: ")
 

@@ -122,7 +122,7 @@ def test_what_the_template_is_given_is_read_checked_and_kept(folder: Path) -> No
     assert call(*options, "{enable_thinking: false}").exit_code == 0
     line = fault(call(*options, "{enable_thinking: true}"))
     assert "{'enable_thinking': False}, with which out was begun" in line
-    assert fault(call(*options[:-1])).startswith("--chat-template-kwargs: got None")
+    assert fault(call(*options[:-1])).startswith("--chat-template-kwargs: not given")
 
 
 @pytest.mark.slow

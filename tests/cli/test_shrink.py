@@ -68,7 +68,7 @@ def test_init_writes_the_same_recipe_and_carries_nothing_out(folder, carried_out
 @pytest.mark.parametrize(
     ("words", "begin"),
     [
-        (["shrink", "teacher"], "--data: got None; give a file"),
+        (["shrink", "teacher"], "--data: not given; give a file"),
         ([*SHRINK, "--speedup", "0.5"], "--speedup: got 0.5; accepted: a number above 1"),
         ([*SHRINK, "--keep", "0.5", "--memory", "1GB"], "--keep: got 0.5; give only one of --keep and --memory"),
         ([*SHRINK, "--speedup", "200"], "--speedup: got 200.0; accepted: a number above 1 and at most 50"),
@@ -76,7 +76,7 @@ def test_init_writes_the_same_recipe_and_carries_nothing_out(folder, carried_out
         ([*SHRINK, "--memory", "8GB"], "--memory: got '8GB'; ask for less: the model takes "),
         ([*SHRINK, "--text", "revue"], "--text: got 'revue'; accepted: one of review, mood"),
         ([*SHRINK, "--text", "review", "--columns", "text=review"], "--text: got 'review'; leave it out"),
-        (["init", "--keep", "0.5"], "MODEL: got None; name the model"),
+        (["init", "--keep", "0.5"], "MODEL: not given; name the model"),
     ],
 )
 def test_what_is_wrong_is_one_line_named_by_its_option(folder, carried_out, words, begin):

@@ -151,7 +151,7 @@ def test_a_recipe_and_options_that_it_says_itself_do_not_go_together(files):
     result = cached_recipe(files, recipe(files), "--max-length", "16")
     assert result.exit_code == 2 and "--max-length: got 16; leave it out: the recipe sets it" in result.output
     arguments = ["cache", str(files / "teacher"), "--output-dir", str(files / "cache")]
-    for more, message in ((["--set", "seed=1"], "--set: got 'seed=1'"), ([], "--task: got None")):
+    for more, message in ((["--set", "seed=1"], "--set: got 'seed=1'"), ([], "--task: not given")):
         result = RUNNER.invoke(app, [*arguments, *more])
         assert result.exit_code == 2 and message in result.output
 

@@ -25,6 +25,7 @@ from distill_llm.common.errors import InputError
 from distill_llm.data.sources import read_splits
 from distill_llm.models.checkpoint import load_pretrained
 from distill_llm.report.hub import push
+from distill_llm.report.other_cards import shown_adapters
 from distill_llm.report.uploads import find_upload
 from distill_llm.teachers.cache import CachedTeacher
 
@@ -100,12 +101,20 @@ def test_responses_are_a_dataset_that_a_recipe_reads_by_name(hub: LocalHub, tmp_
 def test_an_export_is_a_model_with_the_command_that_uses_it(hub: LocalHub, tmp_path: Path, name: str) -> None:
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / name).write_bytes(b"weights")
+    (tmp_path / "student").mkdir()
+    said = "---\nlicense: apache-2.0\nbase_model: somebody/base\ndatasets: [nyu-mll/glue]\n---\n# Student\n"
+    (tmp_path / "student" / "README.md").write_text(said)
     given = tmp_path / "export" / name if name.endswith(".gguf") else tmp_path / "export"
     push(given, "somebody/exported")
     files = hub.files("somebody/exported")
     card = ModelCard(files["README.md"].decode())
     assert files[name] == b"weights" and card.data.library_name == name.rpartition(".")[2]
     assert "somebody/exported" in card.text and f"`{name}`" in card.text
+    assert (card.data.license, card.data.base_model, card.data.datasets) == (
+        "apache-2.0",
+        "somebody/base",
+        ["nyu-mll/glue"],
+    )
 
 
 @pytest.mark.parametrize(
@@ -193,4 +202,11 @@ def _pushed_adapters(folder: Path, ran: Callable[..., str]) -> torch.nn.Module:
     adapted.save_pretrained(folder / "adapters")
     (folder / "adapters" / "README.md").unlink()  # peft's is a form to fill in
     ran("push", folder / "adapters", "somebody/adapters")
+    pushed = json.loads(shown_adapters(folder / "adapters"))
+    own = json.loads((folder / "adapters" / "adapter_config.json").read_text())
+    assert (
+        own.pop("base_model_name_or_path") == str(folder / "teacher")
+        and pushed.pop("base_model_name_or_path") == "teacher"
+    )
+    assert pushed == own
     return adapted

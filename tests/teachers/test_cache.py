@@ -165,7 +165,7 @@ def test_only_labelled_tokens_are_stored_and_others_are_refused(tmp_path):
     everything, _ = targets(batch, "next_token", unlabelled=True)
     with pytest.raises(InputError, match="^positions: got 'example 0 of the batch, token"):
         cached.signals(batch, positions=everything)
-    with pytest.raises(InputError, match="^positions: got None"):
+    with pytest.raises(InputError, match="^positions: not given"):
         cached.signals(batch)
 
 

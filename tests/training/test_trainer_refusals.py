@@ -17,7 +17,7 @@ from distill_llm.training.trainer import DistillationConfig, DistillationTrainer
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"teacher": None}, "teacher: got None"),
+        ({"teacher": None}, "teacher: not given"),
         ({"teacher": {"num_labels": 3}}, "3 labels.*\\(2\\)"),
         ({"teacher": {"vocab": 120}}, "120 entries"),
         ({"teacher": {"head": "masked-lm"}}, "BertForMaskedLM"),
