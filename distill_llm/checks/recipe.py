@@ -219,7 +219,8 @@ def _loss_faults(recipe: Recipe, task: Task) -> list[InputError]:
     if recipe.distillation is None:
         return []
     single, packed = not task.kind.has_distribution, "data.packing" if task.packing else None
-    use = Use(single_output=single, classes=None if task.is_language_model else task.num_labels, packed=packed)
+    classes, kind = None if task.is_language_model else task.num_labels, task.kind.item
+    use = Use(single_output=single, classes=classes, packed=packed, kind=kind)
     return recipe.distillation.losses.faults(use, "distillation.losses")
 
 

@@ -41,18 +41,18 @@ def over_examples(relation: Relation, student: torch.Tensor, teacher: torch.Tens
     processes = distributed.get_world_size() if gathered and distributed.is_initialized() else 1
     if processes == 1:
         return len(student) * relation(student, teacher)
-    states, targets = _gathered(student.detach(), processes), _gathered(teacher, processes)
+    states, targets = gathered(student.detach(), processes), gathered(teacher, processes)
     states[distributed.get_rank()] = student
     total = sum(map(len, states)) * relation(torch.cat(states), torch.cat(targets))
     return total.detach() / processes + total - total.detach()
 
 
-def _gathered(rows: torch.Tensor, processes: int) -> list[torch.Tensor]:
-    """The (B, H) rows of each process, whose B may differ; waits for the device."""
+def gathered(rows: torch.Tensor, processes: int) -> list[torch.Tensor]:
+    """The (B, ...) rows of each process, whose B may differ; waits for the device."""
     counts = [torch.empty(1, dtype=torch.long, device=rows.device) for _ in range(processes)]
     distributed.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
     lengths = [int(each) for each in counts]
-    filled = torch.nn.functional.pad(rows, (0, 0, 0, max(lengths) - len(rows))).contiguous()
+    filled = torch.cat([rows, rows.new_zeros(max(lengths) - len(rows), *rows.shape[1:])])
     found = [torch.empty_like(filled) for _ in range(processes)]
     distributed.all_gather(found, filled)
     return [each[:length] for each, length in zip(found, lengths, strict=True)]

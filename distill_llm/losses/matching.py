@@ -8,10 +8,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from distill_llm.architectures.families import FAMILIES, dims_of, layers_of
+from distill_llm.architectures.families import FAMILIES, dims_of, layers_of, width_of
 from distill_llm.architectures.firing import neuron_widths
 from distill_llm.architectures.lineage import lineage_of
 from distill_llm.common.errors import InputError
+from distill_llm.losses.adapters import Adapter, interpolated
 from distill_llm.losses.hidden import hidden_distance
 from distill_llm.losses.items import kind_of
 from distill_llm.losses.mapping import (
@@ -58,6 +59,7 @@ class Match:
         projections: learned bias-free maps from the student's width to the teacher's, by layer pair; empty where the
             widths agree, and where the student was cut from the teacher and keeps known channels of it. They belong to
             the loss, not to the student.
+        memories: what terms keep from step to step, by term (see `Memory`).
         widths: of student and teacher, where there are projections.
     """
 
@@ -65,6 +67,7 @@ class Match:
         self.settings, self.kind = settings, kind_of(student)
         self.smoothing, self.classes = settings.smoothing, settings.classes
         self.projections = nn.ModuleDict()
+        self.memories = nn.ModuleDict()
         self.widths: tuple[int, int] | None = None
         self._indices: dict[tuple[int, ...], torch.Tensor] = {}
         if teacher is not None:
@@ -176,14 +179,34 @@ class Match:
             nn.init.normal_(linear.weight, std=widths[0] ** -0.5, generator=generator)
             self.projections[_name(pair)] = linear
 
-    def states(self, batch: Batch, pair: LayerPair) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two (B, T, H) hidden states of a pair as they are compared: in the same channels, or projected."""
-        state, target = batch.own.hidden[pair.student], self.same_channels(batch.target.hidden[pair.teacher])
+    def states(
+        self, batch: Batch, pair: LayerPair, adapter: Adapter = "projection"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two (B, T, H) hidden states of a pair as they are compared: in the same channels, or adapted to the teacher's width."""
+        return self.compared(batch.own.hidden[pair.student], batch.target.hidden[pair.teacher], pair, adapter)
+
+    def compared(
+        self, state: torch.Tensor, target: torch.Tensor, pair: LayerPair, adapter: Adapter = "projection"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `states`, of (..., H) and (..., H') states of a pair."""
+        target = self.same_channels(target)
+        if adapter == "interpolation":
+            return interpolated(state, target.shape[-1]), target
         if (name := _name(pair)) in self.projections:
             precision = self.settings.precision
             with torch.autocast(state.device.type, precision, enabled=precision is not None):
                 state = self.projections[name](state)
         return state, target
+
+    @property
+    def width(self) -> int:
+        """Channels in which states are compared."""
+        return width_of(self._configs[1]) if self._channels is None else len(self._channels)
+
+    @property
+    def classes_of_task(self) -> int:
+        """How many classes the student's task has."""
+        return self._configs[0].num_labels
 
     def check_differentiable(self, field: str) -> None:
         """Raise an InputError where the gradients of two models cannot be compared: other widths, other attention."""
@@ -202,11 +225,13 @@ class Match:
             return target
         return target.index_select(-1, self.indices(self._channels, target.device))
 
-    def state_distance(self, batch: Batch, pairs: Sequence[LayerPair], distance: str) -> torch.Tensor:
+    def state_distance(
+        self, batch: Batch, pairs: Sequence[LayerPair], distance: str, adapter: Adapter = "projection"
+    ) -> torch.Tensor:
         """The sum over valid tokens of the mean over pairs of a distance of hidden states (see `hidden_distance`)."""
         total = batch.zero()
         for pair in pairs:
-            total = total + (hidden_distance(*self.states(batch, pair), distance) * batch.valid.float()).sum()
+            total = total + (hidden_distance(*self.states(batch, pair, adapter), distance) * batch.valid.float()).sum()
         return total / len(pairs)
 
     def indices(self, chosen: tuple[int, ...], device: torch.device) -> torch.Tensor:

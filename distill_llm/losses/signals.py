@@ -162,6 +162,7 @@ class Batch:
         student: of the training forward; None before it.
         sequences: (B, T) of packed rows, the number of the sequence that each token belongs to; None: a sequence per row.
         mixed: where examples are mixtures of two.
+        tokens: (B, T) token ids, of models that read such.
     """
 
     teacher: Signals | None
@@ -172,6 +173,7 @@ class Batch:
     student: Signals | None = None
     sequences: torch.Tensor | None = None
     mixed: MixedLabels | None = None
+    tokens: torch.Tensor | None = None
 
     @property
     def own(self) -> Signals:

@@ -104,6 +104,7 @@ class TrainingLoss:
         self.terms = Terms(objective, student, teacher.model if teacher else None, shared)
         if device.type != "cpu":  # they were made there; tensors without numbers cannot even be asked to stay
             self.terms.projections.to(device)
+            self.terms.memories.to(device)
         if teacher is not None:
             teacher.place(device, settings.teacher_dtype or settings.precision, self.terms.wanted("teacher"))
         self.recorder = Recorder(student, self.terms.wanted("student"))
@@ -138,7 +139,8 @@ class TrainingLoss:
         # Before the teacher has anything to do: to know whether rows are packed, the host waits for the device.
         given, sequences = forward_inputs(self.student, inputs), packed_sequences(self.student, inputs)
         signals = self._signals(inputs, step, positions)
-        batch = Batch(signals, labels, valid_tokens(inputs), step, steps, sequences=sequences)
+        tokens = inputs.get("input_ids")
+        batch = Batch(signals, labels, valid_tokens(inputs), step, steps, sequences=sequences, tokens=tokens)
         if "mixed_labels" in inputs:
             batch = replace(batch, mixed=MixedLabels(inputs["mixed_labels"].flatten(), inputs["mixed_share"]))
         sums: dict[str, torch.Tensor] = {}

@@ -1,4 +1,4 @@
-"""A Trainer whose loss has parameters of its own: the projections of hidden states.
+"""A Trainer whose loss has parameters of its own, the projections of hidden states, and a state of its own.
 
 They belong to the loss. They are optimised, clipped and checkpointed with the run, and never part of the student.
 """
@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer
 
 from distill_llm.common.errors import InputError
-from distill_llm.training import projections
+from distill_llm.training import memories, projections
 from distill_llm.training.shards import clip_with
 from distill_llm.training.terms import Terms
 
@@ -82,6 +82,8 @@ class ProjectingTrainer(Trainer):
             super()._save_optimizer_and_scheduler(output_dir)
         if len(self.terms.projections) and self.args.should_save:
             projections.save(self.optimizer, self.terms.projections, output_dir)
+        if self.args.should_save:
+            memories.save(self.terms.memories, output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         assert self.optimizer is not None
@@ -89,6 +91,8 @@ class ProjectingTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
         if len(self.terms.projections) and checkpoint is not None:
             projections.load(self.optimizer, self.terms.projections, checkpoint)
+        if checkpoint is not None:
+            memories.load(self.terms.memories, checkpoint)
 
 
 def _gradients(model: nn.Module) -> list[torch.Tensor]:

@@ -45,9 +45,13 @@ class Terms:
         if teacher is not None:
             self.pairs = {name: term.layer_pairs(self.match) for name, term in self.terms.items()}
         self._check_pairs(teacher is not None)
-        projected = [pair for name, pairs in self.pairs.items() if self.terms[name].projects for pair in pairs]
+        named = [(self.terms[name], pairs) for name, pairs in self.pairs.items()]
+        projected = [pair for term, pairs in named if term.learns_projections for pair in pairs]
         if projected:
             self.match.project(projected)
+        for term, pairs in named:
+            if pairs and (memory := term.memory(self.match, pairs)) is not None:
+                self.match.memories[term.name] = memory
 
     def _check_pairs(self, has_model: bool) -> None:
         """A term of layers without layers would train on nothing."""
@@ -70,6 +74,11 @@ class Terms:
     def projections(self) -> nn.ModuleDict:
         """Learned maps from the student's width to the teacher's, by layer pair (see `Match`)."""
         return self.match.projections
+
+    @property
+    def memories(self) -> nn.ModuleDict:
+        """What terms keep from step to step, by term (see `Match`)."""
+        return self.match.memories
 
     def wanted(self, side: str) -> Wanted:
         """The layers to record of the `student` or the `teacher`."""

@@ -29,6 +29,7 @@ from distill_llm.training.batches import EpochBegins
 from distill_llm.training.config import DistillationConfig
 from distill_llm.training.evaluation_loss import EvaluationLoss
 from distill_llm.training.loss import LossSettings, TrainingLoss
+from distill_llm.training.memories import StepEnds
 from distill_llm.training.on_policy import MARK, StudentResponses
 from distill_llm.training.reading_trainer import ReadingTrainer
 from distill_llm.training.refusals import (
@@ -114,6 +115,8 @@ class DistillationTrainer(ReadingTrainer):
             self.responses = StudentResponses(objective.responses, self.data_collator, args.seed)
         self._evaluated = EvaluationLoss(self.accelerator, self.terms.kind)
         self.sums = StepSums(list(objective.terms()), self.accelerator)
+        if len(self.terms.memories):
+            self.add_callback(StepEnds(self.terms.memories, self.sums))
         check_augmentation(self.data_collator, self.teacher, objective)
         self.augmented = AugmentedRows(self.accelerator)
         if isinstance(self.data_collator, AugmentingCollator):

@@ -57,7 +57,8 @@ def trained(trainer: DistillationTrainer) -> Learned:
     history = [log for log in trainer.state.log_history if "loss" in log]
     logs = [{name: value for name, value in log.items() if name.startswith("loss")} for log in history]
     projections = trainer.terms.projections.state_dict(prefix="projection.")
-    return {**trainer.model.state_dict(), **projections}, logs, seen
+    memories = trainer.terms.memories.state_dict(prefix="memory.")
+    return {**trainer.model.state_dict(), **projections, **memories}, logs, seen
 
 
 def of_rows(folder: Path, head: str, width: int, name: str) -> Learned:

@@ -29,6 +29,11 @@ TERMS = {
     "attention_mse": {"attention": {"layers": "last", "distance": "mse"}},
     "gradients": {"labels": {}, "gradients": {}},
     "gathered": {name: {"over": "processes"} for name in ("rkd_distance", "rkd_angle", "similarity", "correlation")},
+    "remembered": {
+        "contrast": {"queue": 12, "layers": "uniform"},
+        "qud": {"queue": 12, "adapter": "interpolation"},
+        "adadistill": {"scale": 8.0, "layers": [[0, 1], [1, 3]], "hard": True},
+    },
     "all": {
         "labels": {"weight": {"start": 0.3, "end": 0.1, "share": 0.5}},
         "logits": {"weight": 0.7, "divergence": "jsd", "temperature": {"start": 2, "end": 1, "schedule": "cosine"}},

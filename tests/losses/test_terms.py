@@ -14,9 +14,10 @@ from distill_llm.losses.terms.term import Gives, Term, Use
 KINDS = ("example", "token", "next_token")
 FEW, ALL = Gives("a cached teacher", few=(5, 100), new_text=False), Gives("a cached teacher", new_text=False)
 RELATED = ("rkd_distance", "rkd_angle", "similarity", "correlation")
-OF_EXAMPLES = (*RELATED, "channels", "flow")
+REMEMBERED = ("contrast", "qud", "adadistill")
+OF_EXAMPLES = (*RELATED, "channels", "flow", *REMEMBERED)
 OF_LAYERS = ("embeddings", "hidden", "attention", "relations", *OF_EXAMPLES, "neurons", "gradients")
-PROJECTED = ("embeddings", "hidden", "channels", "flow")
+PROJECTED = ("embeddings", "hidden", "channels", "flow", *REMEMBERED)
 OF_CLASSES = ("smoothing", "ranking", "focal", "own_temperature")
 
 
@@ -90,7 +91,10 @@ def test_what_each_term_is_averaged_over(mapping, units):
         ),
         (Use(cut=True, layers=(2, 4)), {}),
         (Use(cut=False), dict.fromkeys(("hidden", "attention", "neurons"), "losses.{}.layers: ")),
-        (Use(single_output=True), {"logits": "losses.logits.divergence: ", **dict.fromkeys(OF_CLASSES, "losses.{}: ")}),
+        (
+            Use(single_output=True),
+            {"logits": "losses.logits.divergence: ", **dict.fromkeys((*OF_CLASSES, "adadistill"), "losses.{}: ")},
+        ),
         (Use(classes=2), {"own_temperature": "losses.{}.by: "}),
         (Use(classes=3, rows=(3, 3)), {}),
         (Use(rows=(2, 4)), {"rkd_angle": "losses.{}.over: "}),

@@ -16,6 +16,7 @@ MANY = [
     ("augmented", 0, ["0.7"]),
     ("answers", 0, ["1.0", "0.5"]),
 ]
+MEMORIES = [("sequence-classification", 16, ["remembered"])]
 
 
 def one_and_two_processes(folder, cases):
@@ -77,6 +78,14 @@ def test_a_step_that_one_process_must_skip_is_skipped_by_both(few):
 @pytest.mark.parametrize("head, name", [(head, name) for head, _, names in MANY[:-2] for name in names])
 def test_two_processes_train_as_one_with_every_head_and_setting(many, head, name):
     assert_each_step_seen(many, head, name)
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_queues_and_centres_of_one(tmp_path):
+    runs = one_and_two_processes(tmp_path, MEMORIES)
+    assert_each_step_seen(runs, "sequence-classification", "remembered")
+    kept = {name: each for name, each in runs[0]["sequence-classification remembered"][0].items() if "memory" in name}
+    assert len(kept) == 5 + 5 + 2 and kept["memory.contrast.count"] == 4 * 8 and kept["memory.qud.keys"].unique().numel() == 12
 
 
 @pytest.mark.slow

@@ -53,7 +53,8 @@ def test_projections_learn_and_are_checkpointed_but_the_saved_student_has_its_ow
     assert not (tmp_path / "final" / PROJECTIONS_NAME).exists()
 
 
-def test_resumed_training_ends_with_the_weights_of_an_uninterrupted_run(tmp_path):
+@pytest.mark.parametrize("terms", ["all", pytest.param("remembered", marks=pytest.mark.slow)])
+def test_resumed_training_ends_with_the_weights_of_an_uninterrupted_run(tmp_path, terms):
     teacher, student = tiny_model(layers=4), tiny_model(layers=2, hidden=24, seed=1)
     assert student.config.hidden_dropout_prob > 0
     data = rows(teacher, count=20)
@@ -66,16 +67,18 @@ def test_resumed_training_ends_with_the_weights_of_an_uninterrupted_run(tmp_path
         "train_sampling_strategy": "group_by_length",
     }
     whole = copy.deepcopy(student)
-    trainer = trainer_of(tmp_path / "run", whole, teacher, data, TERMS["all"], **settings)
+    trainer = trainer_of(tmp_path / "run", whole, teacher, data, TERMS[terms], **settings)
     trainer.train()
-    projections = trainer.terms.projections.state_dict()
+    projections, memories = trainer.terms.projections.state_dict(), trainer.terms.memories.state_dict()
+    assert len(memories) == (0 if terms == "all" else 5 + 5 + 2)
     resumed = copy.deepcopy(student)
     torch.manual_seed(99)
-    trainer = trainer_of(tmp_path / "again", resumed, teacher, data, TERMS["all"], **settings)
+    trainer = trainer_of(tmp_path / "again", resumed, teacher, data, TERMS[terms], **settings)
     trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-7"))
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
     assert all(torch.equal(p, projections[name]) for name, p in trainer.terms.projections.state_dict().items())
+    assert all(torch.equal(each, memories[name]) for name, each in trainer.terms.memories.state_dict().items())
 
 
 def test_columns_are_kept_for_the_teacher_and_lengths_are_read_before_their_column_is_dropped(tmp_path):

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, ClassVar
 
 from distill_llm.losses.layers import Layers
+from distill_llm.losses.terms.adapted import AdaptedTerm
 from distill_llm.losses.terms.paired import PairedTerm
 from distill_llm.losses.terms.term import Signal, term
 from distill_llm.losses.units import Kind, Unit
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @term("channels")
-class ChannelsLoss(PairedTerm):
+class ChannelsLoss(AdaptedTerm, PairedTerm):
     """Squared difference of the correlations between channels over an example's tokens (ICKD, Liu et al., 2021).
 
     A correlation is the cosine of two channels over the valid tokens; the value of an example is a mean over pairs of
@@ -24,7 +25,6 @@ class ChannelsLoss(PairedTerm):
     """
 
     signals: ClassVar[tuple[Signal, ...]] = ("hidden",)
-    projects: ClassVar[bool] = True
     packed_rows: ClassVar[bool] = False
 
     layers: Layers = "last"
@@ -43,7 +43,7 @@ class ChannelsLoss(PairedTerm):
 
         total, valid = batch.zero(), batch.valid.float().unsqueeze(-1)
         for pair in pairs:
-            own, source = (at_unit_length(each.float() * valid, 1) for each in match.states(batch, pair))
+            own, source = (at_unit_length(each.float() * valid, 1) for each in self.states(batch, match, pair))
             difference = own.transpose(1, 2) @ own - source.transpose(1, 2) @ source
             total = total + difference.square().mean((1, 2)).sum()
         return total / len(pairs)

@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING, ClassVar
 
 from distill_llm.losses.distances import StateDistance
-from distill_llm.losses.terms.term import Signal, Term, term
+from distill_llm.losses.terms.adapted import AdaptedTerm
+from distill_llm.losses.terms.term import Signal, term
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,11 +15,10 @@ if TYPE_CHECKING:
 
 
 @term("embeddings")
-class EmbeddingsLoss(Term):
+class EmbeddingsLoss(AdaptedTerm):
     """Distance between the outputs of the embedding layers (TinyBERT, Jiao et al., 2020)."""
 
     signals: ClassVar[tuple[Signal, ...]] = ("hidden",)
-    projects: ClassVar[bool] = True
 
     distance: StateDistance = "mse"
 
@@ -31,4 +31,4 @@ class EmbeddingsLoss(Term):
 
     def sum(self, batch: "Batch", match: "Match", pairs: "list[LayerPair]") -> "Tensor":
         """The sum over valid tokens (see `hidden_distance`)."""
-        return match.state_distance(batch, pairs, self.distance)
+        return match.state_distance(batch, pairs, self.distance, self.adapter)

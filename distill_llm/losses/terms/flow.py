@@ -4,6 +4,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
 from distill_llm.losses.layers import Layers
+from distill_llm.losses.terms.adapted import AdaptedTerm
 from distill_llm.losses.terms.paired import PairedTerm
 from distill_llm.losses.terms.term import Signal, term
 from distill_llm.losses.units import Kind, Unit
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @term("flow")
-class FlowLoss(PairedTerm):
+class FlowLoss(AdaptedTerm, PairedTerm):
     """Squared difference of the FSP matrices of consecutive paired layers (Yim et al., 2017).
 
     The matrix of an example is the mean over its valid tokens of the product of a channel in one layer and a channel in the
@@ -26,7 +27,6 @@ class FlowLoss(PairedTerm):
     """
 
     signals: ClassVar[tuple[Signal, ...]] = ("hidden",)
-    projects: ClassVar[bool] = True
     packed_rows: ClassVar[bool] = False
 
     layers: Layers = "uniform"
@@ -48,7 +48,7 @@ class FlowLoss(PairedTerm):
     def sum(self, batch: "Batch", match: "Match", pairs: "list[LayerPair]") -> "Tensor":
         """The sum over examples of the mean over entries and flows."""
         total, valid = batch.zero(), batch.valid.float().unsqueeze(-1)
-        states = [[each.float() * valid for each in match.states(batch, pair)] for pair in pairs]
+        states = [[each.float() * valid for each in self.states(batch, match, pair)] for pair in pairs]
         tokens = valid.sum(1, keepdim=True).clamp(min=1)
         for before, after in pairwise(states):
             own, source = (first.transpose(1, 2) @ last / tokens for first, last in zip(before, after, strict=True))

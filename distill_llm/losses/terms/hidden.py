@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, ClassVar
 
 from distill_llm.losses.distances import StateDistance
+from distill_llm.losses.terms.adapted import AdaptedTerm
 from distill_llm.losses.terms.paired import PairedTerm
 from distill_llm.losses.terms.term import Signal, term
 
@@ -15,11 +16,10 @@ if TYPE_CHECKING:
 
 
 @term("hidden")
-class HiddenLoss(PairedTerm):
+class HiddenLoss(AdaptedTerm, PairedTerm):
     """Distance between hidden states of mapped layers."""
 
     signals: ClassVar[tuple[Signal, ...]] = ("hidden",)
-    projects: ClassVar[bool] = True
 
     distance: StateDistance = "mse"
 
@@ -29,4 +29,4 @@ class HiddenLoss(PairedTerm):
 
     def sum(self, batch: "Batch", match: "Match", pairs: "list[LayerPair]") -> "Tensor":
         """The sum over valid tokens of the mean over layer pairs (see `hidden_distance`)."""
-        return match.state_distance(batch, pairs, self.distance)
+        return match.state_distance(batch, pairs, self.distance, self.adapter)

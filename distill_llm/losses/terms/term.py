@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from distill_llm.losses.head_parts import Part
     from distill_llm.losses.mapping import LayerPair
     from distill_llm.losses.matching import Match
+    from distill_llm.losses.memory import Memory
     from distill_llm.losses.signals import Batch
 
 Signal = Literal["logits", "hidden", "attention", "vectors", "neurons", "graph"]
@@ -124,6 +125,14 @@ class Term(BaseModel):
         """
         return []
 
+    def memory(self, match: "Match", pairs: "list[LayerPair]") -> "Memory | None":
+        """What the term keeps from step to step, new for each training; `sum` finds it as `match.memories[self.name]`.
+
+        Args:
+            match, pairs: see `sum`.
+        """
+        return None
+
     def sum(self, batch: "Batch", match: "Match", pairs: "list[LayerPair]") -> "Tensor":
         """The sum over the items of a batch, 0-dim in fp32.
 
@@ -143,6 +152,11 @@ class Term(BaseModel):
             factor: 0-dim, what the sum is multiplied by in the loss.
         """
         raise NotImplementedError
+
+    @property
+    def learns_projections(self) -> bool:
+        """Whether states of unequal width go through learned projections."""
+        return self.projects
 
     @classmethod
     def needs_logits(cls) -> bool:
@@ -178,7 +192,7 @@ class Term(BaseModel):
             yield from self._beyond(use.teacher)
         if use.packed and not self.packed_rows:
             yield InputError("", f"rows of several sequences ({use.packed})", "rows of one sequence each")
-        if self.projects and use.widths is not None and use.sharding == "DeepSpeed":
+        if self.learns_projections and use.widths is not None and use.sharding == "DeepSpeed":
             given = f"states of {use.widths[0]} and {use.widths[1]} channels under DeepSpeed"
             yield InputError("", given, "a student as wide as its teacher, or DDP or FSDP in place of DeepSpeed")
 
