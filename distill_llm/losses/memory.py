@@ -13,8 +13,8 @@ class Memory(nn.Module):
     """The state of a term. Its buffers are the state; a subclass says in `advance` how a step changes them.
 
     A term reads the buffers in `sum` and hands rows of each micro-batch to `keep`. The buffers change once, at the end of an
-    optimizer step, by the rows of the whole accumulated batch of all processes in the order of that batch. So neither micro-batches nor
-    processes change what a step is.
+    optimizer step, by the rows of the whole accumulated batch of all processes in the order of that batch. So neither
+    micro-batches nor processes change what a step is.
     """
 
     def __init__(self) -> None:
@@ -86,8 +86,8 @@ class Queues(Memory):
         vectors: (L, K, H).
         keys, labels: (K,) of the texts that they are of, see `text_keys`; labels are below 0 where they are not known.
         count: how many came in, in all.
-        level: (L,) the logarithm of the mean of exp(similarity / temperature) between the student's embeddings of a step and the others
-            in the queue: of the first step that has such a pair, nan before it.
+        level: (L,) the logarithm of the mean of exp(similarity / temperature) between the student's embeddings of a step and
+            those of other texts in the queue: of the first step that has such a pair, nan before it.
     """
 
     vectors: torch.Tensor
@@ -154,7 +154,8 @@ class Centres(Memory):
         """One example after another: its class keeps the share `rate` of its centre, and takes the rest from the teacher.
 
         Args:
-                columns: the teacher's embeddings (E, L, H), the rates (E, L), the classes (E,), below 0 of examples that do not count.
+                columns: the teacher's embeddings (E, L, H), the rates (E, L), and the classes (E,), below 0 of examples that do
+                not count.
         """
         teacher, rates, classes = columns
         counts, places = classes >= 0, classes.clamp(min=0)

@@ -118,7 +118,9 @@ def centres_by_loops(form, hard, scale=8.0, margin=0.4):
             else:
                 near = near - margin * math.sin(margin)
             others = [s[i] @ unit(centre) for other, centre in begun.items() if other != label]
-            total = total - torch.log(torch.exp(scale * near) / sum(torch.exp(scale * each) for each in (near, *others)))
+            total = total - torch.log(
+                torch.exp(scale * near) / sum(torch.exp(scale * each) for each in (near, *others))
+            )
             centres[label] = t[i] if label not in centres else alpha * centres[label] + (1 - alpha) * t[i]
         found.append((total.detach(), *torch.autograd.grad(total, student)))
     return found
@@ -159,16 +161,18 @@ def remembered(folder, data, losses=STATEFUL, **settings):
     own = {"optim": "sgd", "learning_rate": 0.05, "max_steps": 3, **settings}
     trainer = trainer_of(folder, student, teacher, data, losses, **own)
     trainer.train()
-    return {**student.state_dict(), **trainer.terms.memories.state_dict(), **trainer.terms.projections.state_dict()}, trainer
+    return {
+        **student.state_dict(),
+        **trainer.terms.memories.state_dict(),
+        **trainer.terms.projections.state_dict(),
+    }, trainer
 
 
 @pytest.mark.slow
 def test_a_step_is_the_same_however_its_batch_is_split(tmp_path):
     data = rows(tiny_model(), count=24)
     whole, _ = remembered(tmp_path / "whole", data)
-    split, trainer = remembered(
-        tmp_path / "split", data, per_device_train_batch_size=2, gradient_accumulation_steps=4
-    )
+    split, trainer = remembered(tmp_path / "split", data, per_device_train_batch_size=2, gradient_accumulation_steps=4)
     assert whole.keys() == split.keys() and "contrast.vectors" in whole and whole["contrast.count"] == 24
     for name, tensor in whole.items():
         torch.testing.assert_close(split[name], tensor, rtol=1e-4, atol=1e-6, msg=name)

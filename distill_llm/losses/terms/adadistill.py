@@ -35,9 +35,12 @@ class AdaDistillLoss(EmbeddedTerm):
     scale: float = Field(default=64.0, gt=0, description="Multiplies the cosines before the softmax.")
     margin: float = Field(default=0.5, ge=0, lt=1.5, description="What the example's own class must be nearer by.")
     form: Literal["angle", "cosine"] = Field(
-        default="angle", description="What the margin is added to: the angle (ArcFace), or subtracted from: the cosine (CosFace)."
+        default="angle",
+        description="What the margin is added to: the angle (ArcFace), or subtracted from: the cosine (CosFace).",
     )
-    hard: bool = Field(default=False, description="Whether examples far from their class's centre are learnt themselves.")
+    hard: bool = Field(
+        default=False, description="Whether examples far from their class's centre are learnt themselves."
+    )
 
     def unit(self, kind: Kind) -> Unit:
         """Labels."""
@@ -80,7 +83,7 @@ class AdaDistillLoss(EmbeddedTerm):
         return (losses.mean(1) * known).sum()
 
     def with_margin(self, cosines: "Tensor") -> "Tensor":
-        """Cosines less the margin; beyond the angle at which angle and margin are a half turn, they fall at the rate of a cosine."""
+        """Cosines less the margin; where angle and margin are more than a half turn, a constant is taken off."""
         import math
 
         if self.form == "cosine":
