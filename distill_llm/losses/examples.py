@@ -41,13 +41,13 @@ def over_examples(relation: Relation, student: torch.Tensor, teacher: torch.Tens
     processes = distributed.get_world_size() if gathered and distributed.is_initialized() else 1
     if processes == 1:
         return len(student) * relation(student, teacher)
-    states, targets = gathered(student.detach(), processes), gathered(teacher, processes)
+    states, targets = gathered_rows(student.detach(), processes), gathered_rows(teacher, processes)
     states[distributed.get_rank()] = student
     total = sum(map(len, states)) * relation(torch.cat(states), torch.cat(targets))
     return total.detach() / processes + total - total.detach()
 
 
-def gathered(rows: torch.Tensor, processes: int) -> list[torch.Tensor]:
+def gathered_rows(rows: torch.Tensor, processes: int) -> list[torch.Tensor]:
     """The (B, ...) rows of each process, whose B may differ; waits for the device."""
     counts = [torch.empty(1, dtype=torch.long, device=rows.device) for _ in range(processes)]
     distributed.all_gather(counts, torch.tensor([len(rows)], device=rows.device))

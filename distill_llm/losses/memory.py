@@ -3,7 +3,7 @@
 import torch
 from torch import distributed, nn
 
-from distill_llm.losses.examples import gathered
+from distill_llm.losses.examples import gathered_rows
 
 UNKNOWN = 0
 """The key of a text that is not known."""
@@ -51,8 +51,8 @@ def in_order(batches: list[tuple[torch.Tensor, ...]]) -> list[tuple[torch.Tensor
     if processes == 1:
         return batches
     sizes = torch.tensor([len(columns[0]) for columns in batches], device=batches[0][0].device)
-    split = [each.tolist() for each in gathered(sizes, processes)]
-    columns = [gathered(torch.cat(parts), processes) for parts in zip(*batches, strict=True)]
+    split = [each.tolist() for each in gathered_rows(sizes, processes)]
+    columns = [gathered_rows(torch.cat(parts), processes) for parts in zip(*batches, strict=True)]
     found = [[each.split(size) for each, size in zip(column, split, strict=True)] for column in columns]
     turns = [(number, process) for number in range(len(batches)) for process in range(processes)]
     return [tuple(column[process][number] for column in found) for number, process in turns]
