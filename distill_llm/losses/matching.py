@@ -206,7 +206,7 @@ class Match:
     @property
     def classes_of_task(self) -> int:
         """How many classes the student's task has."""
-        return self._configs[0].num_labels
+        return int(self._configs[0].num_labels or 0)
 
     def check_differentiable(self, field: str) -> None:
         """Raise an InputError where the gradients of two models cannot be compared: other widths, other attention."""
