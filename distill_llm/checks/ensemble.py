@@ -29,6 +29,14 @@ def open_others(recipe: Recipe, teacher: OpenModel, task: Task) -> tuple[OpenMod
     return tuple(_open_member(recipe, section, number, teacher, task) for number in range(len(section.others)))
 
 
+def assistant_faults(recipe: Recipe) -> list[InputError]:
+    """Faults of losses that a teacher and its assistant together have no signals for."""
+    asked = recipe.teacher.assistant
+    if asked is None or asked.share == 1 or recipe.distillation is None:
+        return []
+    return recipe.distillation.losses.faults(Use(teacher=GIVES), "distillation.losses")
+
+
 def _open_member(recipe: Recipe, section: EnsembleSection, number: int, teacher: OpenModel, task: Task) -> OpenModel:
     name = section.others[number].model
     found = open_model(f"{FIELD}.others.{number}.model", name)

@@ -38,6 +38,18 @@ def unknown_costs(recipe: Recipe) -> list[InputError]:
     if recipe.teacher.ensemble is not None:
         fix = "remove it for the estimate: the memory and time of one teacher alone are known on paper"
         return [InputError("teacher.ensemble", recipe.teacher.ensemble.model_dump(), fix=fix)]
+    if recipe.teacher.moving_average is not None:
+        fix = "remove it for the estimate, which knows teacher.model alone: a copy of the student teaches here"
+        return [InputError("teacher.moving_average", recipe.teacher.moving_average.model_dump(), fix=fix)]
+    if recipe.teacher.assistant is not None:
+        fix = "remove it for the estimate: the memory and time of one teacher alone are known on paper"
+        return [InputError("teacher.assistant", recipe.teacher.assistant.model_dump(), fix=fix)]
+    if recipe.teacher.peers is not None:
+        fix = "remove it for the estimate: each peer takes about what a student of its size takes alone"
+        return [InputError("teacher.peers", f"{len(recipe.teacher.peers.others)} peers", fix=fix)]
+    if recipe.distillation is not None and recipe.distillation.generations is not None:
+        fix = "remove it for the estimate: each generation takes what the last recovery takes"
+        return [InputError("distillation.generations", recipe.distillation.generations.count, fix=fix)]
     if recipe.distillation is None or recipe.distillation.losses.responses is None:
         return []
     fix = "remove it for the estimate: how long the student's own answers are shows only in training"

@@ -189,11 +189,15 @@ def check_disk(recipe: Recipe, teacher: PreTrainedModel, student: nn.Module) -> 
     rounds = recipe.pruning.rounds if recipe.pruning is not None else 1
     students, statistics = own, 0
     if recipe.teacher.train is not None:
+        kept = recipe.teacher.checkpoints
         trained = _size(teacher)
         training.append(3 * trained)
+        trained *= kept if isinstance(kept, int) else 1
     if recipe.distillation is not None:
-        students += rounds * own
-        training.append(3 * learned)
+        again = recipe.distillation.generations.count - 1 if recipe.distillation.generations else 0
+        peers = recipe.teacher.peers.others if recipe.teacher.peers else []
+        students += (rounds + again + 2 * len(peers)) * own
+        training.append(3 * learned * (1 + len(peers)))
     if (section := recipe.pruning) is not None:
         students += rounds * own
         if section.folds and teacher.config.model_type in FAMILIES:  # otherwise there is a fault already
@@ -236,5 +240,8 @@ def check_layer_pairs(recipe: Recipe, teacher: OpenModel, student: OpenModel) ->
     if recipe.pruning is not None and recipe.pruning.layers is not None:
         students = len(recipe.pruning.layers)
     cut = recipe.pruning is not None or cut_from(student.config, teacher.config)
-    raise_all(recipe.distillation.losses.faults(Use(layers=(students, teachers), cut=cut), "distillation.losses"))
+    compared = [teachers, students] if recipe.distillation.generations else [teachers]  # each with the one before
+    for layers in compared:
+        use = Use(layers=(students, layers), cut=cut)
+        raise_all(recipe.distillation.losses.faults(use, "distillation.losses"))
     return True

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from distill_llm.checks.augment import augment_faults, open_masked_lm
 from distill_llm.checks.cached import open_cached
 from distill_llm.checks.data import open_rows
-from distill_llm.checks.ensemble import open_others
+from distill_llm.checks.ensemble import assistant_faults, open_others
 from distill_llm.checks.evaluate import check_harness
 from distill_llm.checks.export import check_export
 from distill_llm.checks.faults import Collector
@@ -21,7 +21,9 @@ from distill_llm.checks.models import (
     projected,
     skeleton,
 )
+from distill_llm.checks.peers import open_peers
 from distill_llm.checks.pruning import check_pruning
+from distill_llm.checks.stages import open_stages
 from distill_llm.checks.training import check_training
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.common.outputs import usable_output
@@ -59,6 +61,8 @@ class Opened:
         masked_lm: config and tokenizer of the masked LM that proposes words, if the recipe names one.
         disk: what the run takes on the disk.
         others: config and tokenizer of the further teachers of an ensemble.
+        peers: of the further students; None: pruning makes it.
+        stages: of the teacher's checkpoints that the recipe names.
     """
 
     recipe: Recipe
@@ -69,6 +73,8 @@ class Opened:
     masked_lm: OpenModel | None = None
     disk: Disk = field(default_factory=Disk)
     others: tuple[OpenModel, ...] = ()
+    peers: tuple[OpenModel | None, ...] = ()
+    stages: tuple[OpenModel, ...] = ()
 
 
 def open_recipe(recipe: Recipe) -> Opened:
@@ -89,7 +95,10 @@ def open_recipe(recipe: Recipe) -> Opened:
         found.run(_check_student, recipe, student, teacher, task)
     found.run(check_pruning, recipe, teacher, found.run(skeleton, teacher))
     others = found.run(open_others, recipe, teacher, task) or ()
-    shorter = _shorter(teacher, student, *others)
+    peers = found.run(open_peers, recipe, teacher, task) or ()
+    stages = found.run(open_stages, recipe, teacher, task) or ()
+    found.ask(assistant_faults, recipe)
+    shorter = _shorter(teacher, student, *others, *peers)
     found.ask(length_faults_of, recipe, shorter)
     found.run(check_rows, recipe, teacher, task)
     found.ask(_answer_faults, recipe, shorter, task)
@@ -100,8 +109,10 @@ def open_recipe(recipe: Recipe) -> Opened:
     found.ask(_mixture_faults, recipe, teacher, teacher if name is None else student, task)
     cache = found.run(open_cached, recipe, teacher)
     found.ask(_response_faults, recipe, task, shorter)
-    paired = found.run(check_layer_pairs, recipe, teacher, teacher if name is None else student)
-    found.run(lambda: check_training(recipe, data, projected(student, teacher)))
+    pruned = teacher if name is None else student
+    taught_by = pruned if recipe.teacher.is_own else teacher  # its layers are those that are compared
+    paired = found.run(check_layer_pairs, recipe, taught_by, pruned)
+    found.run(lambda: check_training(recipe, data, projected(student, taught_by)))
     found.run(usable_output, recipe.output_dir, "output_dir", (RECIPE, STATE, BACKUP))
     found.run(_check_hub, recipe)
     found.run(check_quantized, recipe)
@@ -110,11 +121,11 @@ def open_recipe(recipe: Recipe) -> Opened:
     whole = found.run(skeleton, teacher, task)
     learner = whole if name is None else found.run(skeleton, student, task)
     if paired:
-        found.run(check_signals, recipe, whole, learner)
+        found.run(check_signals, recipe, learner if recipe.teacher.is_own else whole, learner)
     disk = found.run(check_disk, recipe, whole, found.run(adapted, recipe, learner))
     raise_all(found.faults)
     assert teacher is not None and data is not None and disk is not None
-    return Opened(recipe, teacher, student, data, cache, masked_lm, disk, others)
+    return Opened(recipe, teacher, student, data, cache, masked_lm, disk, others, peers, stages)
 
 
 def load_rows(recipe: Recipe, teacher: OpenModel | None) -> TaskData:
@@ -153,7 +164,7 @@ def encoded_rows(opened: Opened) -> TaskData:
     recipe, tokenizer = opened.recipe, opened.teacher.tokenizer
     rows = encode(opened.data, tokenizer, recipe.data.max_length)
     data = check_tokens(rows, opened.teacher, RECIPE_FIELDS.rows)
-    shorter = _shorter(opened.teacher, opened.student, *opened.others)
+    shorter = _shorter(opened.teacher, opened.student, *opened.others, *opened.peers)
     assert shorter is not None
     limits = limits_of(shorter.config, shorter.name)
     for split in (data.test, data.validation):
@@ -221,7 +232,12 @@ def _loss_faults(recipe: Recipe, task: Task) -> list[InputError]:
     single, packed = not task.kind.has_distribution, "data.packing" if task.packing else None
     classes, kind = None if task.is_language_model else task.num_labels, task.kind.item
     use = Use(single_output=single, classes=classes, packed=packed, kind=kind)
-    return recipe.distillation.losses.faults(use, "distillation.losses")
+    together = recipe.distillation.generations is not None and recipe.distillation.generations.ensemble
+    fix = "leave it out: the mean of language models is not scored, of classifiers and regressions it is"
+    unscored = (
+        [InputError("distillation.generations.ensemble", True, fix=fix)] if together and task.is_language_model else []
+    )
+    return recipe.distillation.losses.faults(use, "distillation.losses") + unscored
 
 
 def _mixture_faults(recipe: Recipe, teacher: OpenModel, student: OpenModel, task: Task) -> list[InputError]:

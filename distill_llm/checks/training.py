@@ -25,7 +25,14 @@ from distill_llm.losses.objective import parse_objective
 from distill_llm.losses.terms.term import Use
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.training.config import DistillationConfig
-from distill_llm.training.refusals import compiling, differentiating, rows_at_once, skipping, whole_copies
+from distill_llm.training.refusals import (
+    compiling,
+    differentiating,
+    divided_faults,
+    rows_at_once,
+    skipping,
+    whole_copies,
+)
 
 Stage = Literal["teacher", "recovery", "final"]
 
@@ -71,6 +78,9 @@ def check_training(recipe: Recipe, data: TaskData | None, widths: tuple[int, int
     for stage in stages:
         try:
             args = _check_stage(recipe, stage, data)
+            if stage == "teacher":
+                keeps = isinstance(recipe.teacher.checkpoints, int)
+                raise_all(divided_faults(keeps, sharding_of(args), "teacher.checkpoints"))
             if stage != "teacher" and recipe.distillation is not None:
                 use = Use(rows=rows_at_once(args))
                 raise_all(recipe.distillation.losses.faults(use, "distillation.losses"))
@@ -99,6 +109,8 @@ def _check_sharding(recipe: Recipe, sharding: str | None, widths: tuple[int, int
     losses, faults = recipe.distillation.losses, []
     if recipe.student is not None and recipe.student.peft is not None:
         faults.append(InputError("student.peft", sharding, fix="use DDP: adapters cannot be sharded here"))
+    for name in ("moving_average", "peers"):
+        faults += divided_faults(getattr(recipe.teacher, name) is not None, sharding, f"teacher.{name}")
     raise_all(faults + losses.faults(Use(widths=widths, sharding=sharding), "distillation.losses"))
 
 

@@ -113,3 +113,11 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def linked_or_copied(source: str, target: str) -> None:
+    """A file once more: the same one where the disk has links, else a copy. For files that are replaced whole, never changed."""
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)

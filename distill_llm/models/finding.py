@@ -156,7 +156,7 @@ def _check_weights(field: str, name: str, folder: Path) -> None:
 def _refused(field: str, name: str, wanted: str, path: str, error: Exception) -> InputError:
     """The fault of a model that could not be opened."""
     if needs_trust(error):
-        if field.startswith(("student.", "teacher.ensemble.")):
+        if field.startswith(("student.", "teacher.ensemble.", "teacher.peers.", "teacher.checkpoints.")):
             side = field.partition(".")[0]
             fix = f"take a {side} without code of its own: only the code of teacher.model can be allowed"
             return InputError(field, name, fix=fix)

@@ -1,7 +1,6 @@
 """What a run is made from: fingerprints of its models and rows, so that a run never goes on with others."""
 
 from collections.abc import Mapping
-from functools import reduce
 from typing import Any
 
 from distill_llm.checks.recipe import Opened
@@ -23,7 +22,14 @@ def inputs_of(opened: Opened, known: Inputs | None = None) -> dict[str, Any]:
     Args:
         known: those of an earlier start, which save reading large files that were not touched since.
     """
-    models: list[OpenModel | None] = [opened.teacher, opened.student, opened.masked_lm, *opened.others]
+    models: list[OpenModel | None] = [
+        opened.teacher,
+        opened.student,
+        opened.masked_lm,
+        *opened.others,
+        *opened.peers,
+        *opened.stages,
+    ]
     found: dict[str, Any] = {
         model.field: checkpoint_identity(model.path, model.config, (known or {}).get(model.field))
         for model in models
@@ -46,17 +52,20 @@ def changes(before: Inputs, now: Inputs, recipe: Mapping[str, Any]) -> list[Inpu
     faults = []
     for field in now:
         if words := _words(field, before.get(field), now[field]):
-            *sections, name = field.split(".")
-            section = reduce(_inner, sections, recipe)
-            given = section.get(name) or section.get("task")
+            given = _given(recipe, field.split("."))
             fix = f"use another output_dir, or put back what it was where you can: {words} since this run began"
             faults.append(InputError(field, given, fix=fix))
     return faults
 
 
-def _inner(section: Any, name: str) -> Any:
-    """A section of a section, or of a list by its number."""
-    return section[int(name)] if isinstance(section, list) else section[name] or {}
+def _given(section: Any, names: list[str]) -> Any:
+    """What a section says under a path of names: sections of sections, places of a list, keys that may have dots."""
+    if isinstance(section, Mapping) and (key := ".".join(names)) in section:
+        return section[key]
+    name, *rest = names
+    if not rest:
+        return section.get(name) or section.get("task")
+    return _given(section[int(name)] if isinstance(section, list) else section[name] or {}, rest)
 
 
 def _words(field: str, before: Any, now: Any) -> str:

@@ -56,8 +56,12 @@ def collect_metrics(
         "latency": latency.model_dump(),
         "latency_grid": [asdict(point) for point in points],
         **taught_by(recipe),
-        **({"augmented": last["augmented"]} if "augmented" in last else {}),
-        "rounds": [dict(row) for row in rounds] if recipe.pruning is not None else [],
+        **{name: last[name] for name in ("augmented", "generations", "peers") if name in last},
+        "rounds": [
+            {name: value for name, value in row.items() if name not in ("generations", "peers")} for row in rounds
+        ]
+        if recipe.pruning is not None
+        else [],
         "plan_layers": kept,
         "plan_hidden": channels,
         "seed": recipe.seed,
@@ -75,7 +79,20 @@ def stage_records(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def taught_by(recipe: Recipe) -> dict[str, Any]:
-    """Under `ensemble`, the teachers of a recipe that has several, with weights that sum to 1."""
+    """What teaches in the place of the recipe's model, under its field; of an ensemble with weights that sum to 1."""
+    if (average := recipe.teacher.moving_average) is not None:
+        return {"moving_average": average.model_dump()}
+    if (peers := recipe.teacher.peers) is not None:
+        return {"learnt_with": {"peers": len(peers.others), "average": peers.average}}
+    if (stages := recipe.teacher.checkpoints) is not None:
+        return {"teacher_stages": stages if isinstance(stages, int) else len(stages)}
+    if (assistant := recipe.teacher.assistant) is not None:
+        return {"assistant": assistant.model_dump(), **_ensemble(recipe)}
+    return _ensemble(recipe)
+
+
+def _ensemble(recipe: Recipe) -> dict[str, Any]:
+    """Under `ensemble`, the teachers of a recipe that has several."""
     section = recipe.teacher.ensemble
     if section is None:
         return {}

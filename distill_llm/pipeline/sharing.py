@@ -1,12 +1,11 @@
 """A teacher that several runs share: trained in one, and linked into the folders of the others."""
 
-import os
 import shutil
 from pathlib import Path
 
 import yaml
 
-from distill_llm.common.files import written_whole
+from distill_llm.common.files import linked_or_copied, written_whole
 from distill_llm.common.seals import broken
 from distill_llm.pipeline.context import Context
 from distill_llm.pipeline.folder import keep_recipe
@@ -43,9 +42,9 @@ def take_teacher(context: Context, donor: Path) -> None:
             text = context.recipe.to_yaml()
             context.folder.mkdir(parents=True, exist_ok=True)
             keep_recipe(context.folder, text)  # first: it marks a folder that is stopped in as a run's
-            if files:
-                with written_whole(context.folder / "teacher", folder=True) as target:
-                    shutil.copytree(donor / "teacher", target, copy_function=_link)
+            for path in Teacher(context).outputs if files else ():
+                with written_whole(path, folder=True) as target:
+                    shutil.copytree(donor / path.relative_to(context.folder), target, copy_function=linked_or_copied)
             recipe = yaml.safe_load(text)
             done = {Teacher.name: state.stages[Teacher.name]}
             same = recipe["evaluation"]["harness"] == state.recipe["evaluation"].get("harness")
@@ -53,10 +52,3 @@ def take_teacher(context: Context, donor: Path) -> None:
                 done[TeacherBenchmarks.name] = scores
             write_state(context.folder, State(recipe, own, done, {name: state.files[name] for name in done}))
     context.processes.wait_for_everyone()
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copy2(source, target)

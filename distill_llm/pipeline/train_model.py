@@ -2,10 +2,11 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import EvalPrediction, PreTrainedModel, PrinterCallback, ProgressCallback
+from transformers import EvalPrediction, PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from distill_llm.common.files import full_disk_named, written_whole
@@ -15,6 +16,7 @@ from distill_llm.models.adapters import merged
 from distill_llm.pipeline.checkpoints import MarkComplete, last_complete_checkpoint
 from distill_llm.pipeline.context import Context
 from distill_llm.teachers.base import Teacher
+from distill_llm.teachers.moving_average import MovingAverage
 from distill_llm.training.config import DistillationConfig
 from distill_llm.training.progress import TrainingProgress
 from distill_llm.training.trainer import DistillationTrainer
@@ -25,6 +27,42 @@ MOST_LOGS = 200
 """Steps whose losses are kept of a training, however often it was logged."""
 
 
+@dataclass(frozen=True)
+class More:
+    """What a training is asked for besides.
+
+    Attributes:
+        seed: of the order of rows and all else that is drawn; None: the recipe's.
+        beside: where the models are saved that learn with this one (see `Teacher.learners`).
+        stages: where the model is saved at equal stages of its training, but for the end.
+    """
+
+    seed: int | None = None
+    beside: Sequence[Path] = ()
+    stages: Sequence[Path] = ()
+
+
+class KeepStages(TrainerCallback):
+    """Saves the model at equal stages of its training.
+
+    Args:
+        run: whose model it is.
+        folders: one for each stage but the last.
+    """
+
+    def __init__(self, run: Context, folders: Sequence[Path]):
+        self.run, self.folders = run, folders
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """After the optimizer's step."""
+        if not self.run.processes.is_main_process:
+            return
+        for number, folder in enumerate(self.folders, 1):
+            if state.global_step == max(1, round(number * state.max_steps / (len(self.folders) + 1))):
+                with written_whole(folder, folder=True) as path:
+                    self.run.save(model, path)
+
+
 def train_model(
     run: Context,
     model: PreTrainedModel,
@@ -32,19 +70,24 @@ def train_model(
     target: Path,
     fields: Fields,
     losses: dict[str, Any],
+    more: "More | None" = None,
 ) -> dict[str, Any]:
     """Train a model, going on from the last whole checkpoint, and save it with its tokenizer to `target`.
+
+    Args:
+        more: see `More`.
 
     Returns:
         For the stage's result: the `history` of the losses (see `loss_history`), and, where rows were changed while they were
         learnt, how much (`augmented`, see `AugmentedRows.totals`).
     """
-    work = _checkpoints(target)
+    work, more = _checkpoints(target), more or More()
+    given = run.recipe.training(fields)
     args = DistillationConfig(
         output_dir=str(work),
         losses=losses,
         teacher_dtype=run.recipe.teacher.dtype,
-        **run.recipe.training(fields),  # type: ignore[arg-type]
+        **(given if more.seed is None else {**given, "seed": more.seed}),  # type: ignore[arg-type]
     )
 
     def metrics(given: EvalPrediction) -> dict[str, float]:
@@ -62,7 +105,7 @@ def train_model(
         data_collator=collator,
         processing_class=run.tokenizer,
         compute_metrics=None if run.data.task.is_language_model else metrics,
-        callbacks=[MarkComplete()],
+        callbacks=[MarkComplete(), *([KeepStages(run, more.stages)] if more.stages else [])],
     )
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(theirs)
@@ -70,10 +113,16 @@ def train_model(
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     with full_disk_named(work):
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(work))
+    if isinstance(trainer.teacher, MovingAverage) and run.recipe.teacher.saves_average:
+        trainer.teacher.hand_over()
     trainer.check_weights()
     engine = trainer.model_wrapped  # DeepSpeed's, or the model of FSDP
     weights = trainer.accelerator.get_state_dict(engine) if sharded else None
+    learners = trainer.teacher.learners if trainer.teacher is not None else ()
     if run.processes.is_main_process:
+        for folder, learner in zip(more.beside, learners, strict=True):
+            with written_whole(folder, folder=True) as path:
+                run.save(learner, path)  # type: ignore[arg-type]
         with written_whole(target, folder=True) as path:
             run.save(merged(trainer.accelerator.unwrap_model(trainer.model)), path, weights)
     trainer.accelerator.free_memory()  # ends DeepSpeed's engine, which nothing else does

@@ -25,6 +25,7 @@ from distill_llm.recipe.sections import (
     training_fields,
 )
 from distill_llm.recipe.teacher import TeacherSection
+from distill_llm.recipe.teacher_rules import teacher_faults
 from distill_llm.recipe.training_fields import with_defaults
 from distill_llm.recipe.yaml_input import override, read_yaml
 
@@ -92,35 +93,11 @@ class Recipe(Section):
             faults.append(
                 InputError("distillation", None, fix="add a distillation section, or remove the student section")
             )
-        if self.teacher.cache is not None:
-            faults += self._cache_faults()
-        elif self.teacher.quantization is not None and not (
-            self.distillation and self.distillation.losses.needs_teacher
-        ):
-            given = self.teacher.quantization
-            faults.append(InputError("teacher.quantization", given, fix="remove it: no loss needs the teacher"))
-        if self.teacher.ensemble is not None and not (self.distillation and self.distillation.losses.compares_outputs):
-            fix = "remove it, or add a loss that compares outputs, such as logits"
-            faults.append(InputError("teacher.ensemble", self.teacher.ensemble.model_dump(), fix=fix))
+        faults += teacher_faults(self.teacher, self.student, self.pruning, self.distillation, self.final)
         if self.final and self.distillation is None:
             faults.append(InputError("final", self.final, fix="remove it, or add a distillation section"))
         raise_all(faults)
         return self
-
-    def _cache_faults(self) -> list[InputError]:
-        faults, cache = [], str(self.teacher.cache)
-        if self.teacher.train is not None:
-            fix = "remove it, or remove teacher.train: a cache belongs to a teacher that is already trained"
-            faults.append(InputError("teacher.cache", cache, fix=fix))
-        if self.teacher.ensemble is not None:
-            fix = "remove it, or remove teacher.ensemble: a cache holds the outputs of one teacher"
-            faults.append(InputError("teacher.cache", cache, fix=fix))
-        if self.teacher.quantization is not None:
-            fix = "remove it: with teacher.cache there is no teacher in memory"
-            faults.append(InputError("teacher.quantization", self.teacher.quantization, fix=fix))
-        if self.distillation is None or not self.distillation.losses.needs_teacher:
-            faults.append(InputError("teacher.cache", cache, fix="remove it: no loss needs the teacher"))
-        return faults
 
     def training(self, stage: Literal["teacher", "recovery", "final"]) -> dict[str, Any]:
         """All TrainingArguments fields of a stage except output_dir: the recipe's, its seed, and the defaults.

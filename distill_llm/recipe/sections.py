@@ -19,6 +19,7 @@ from distill_llm.common.validation import faults_of
 from distill_llm.losses.objective import Objective, parse_objective
 from distill_llm.recipe.adapter_fields import check_adapter_fields
 from distill_llm.recipe.augment import AugmentSection
+from distill_llm.recipe.generations import GenerationsSection
 from distill_llm.recipe.section import Section
 from distill_llm.recipe.training_fields import check_training_fields
 
@@ -127,6 +128,13 @@ class DistillationSection(Section):
     losses: Objective = Field(
         default_factory=lambda: parse_objective({"labels": {"weight": 0.5}, "logits": {"weight": 0.5}}),
         description="the terms of the objective; docs/reference/losses.md explains them",
+    )
+
+    generations: GenerationsSection | None = Field(
+        default=None,
+        description="how many students learn one after the other in the last round, each from the one before (born-again"
+        " networks); left out: one. All begin where the first began. The best on held-out rows is the student; without"
+        " data.holdout_examples the last",
     )
 
     @model_validator(mode="wrap")

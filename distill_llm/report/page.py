@@ -18,6 +18,7 @@ from distill_llm.report.figures import draw_latency, draw_losses, draw_scores
 from distill_llm.report.origins import shown_name
 from distill_llm.report.palette import DARK, LIGHT
 from distill_llm.report.report import HARNESS, headline, notes, round_notes, summary
+from distill_llm.report.students import students_cells, students_heading, students_note
 from distill_llm.report.tables import MISSING, Cells, count, megabytes, milliseconds, percent
 from distill_llm.report.usage import loading, snippet
 
@@ -86,6 +87,9 @@ def write_page(
         benchmarks=tables.harness_cells(metrics),
         benchmarks_note=HARNESS,
         round_notes=round_notes(metrics),
+        students=students_cells(metrics),
+        students_heading=students_heading(metrics),
+        students_note=students_note(metrics),
         charts=charts(metrics),
         grid=grid_cells(metrics),
         disagreements=disagreements,

@@ -8,6 +8,7 @@ from distill_llm.common.durations import duration
 from distill_llm.common.files import written_whole
 from distill_llm.pruning.cutting.strength import described
 from distill_llm.report.figures import kept_figure, score_figure
+from distill_llm.report.students import students_part
 from distill_llm.report.tables import (
     columns,
     count,
@@ -56,6 +57,7 @@ def write_report(run_dir: str | Path, metrics: Mapping[str, Any]) -> Path:
     if metrics.get("rounds"):
         parts += ["## Rounds", rounds_table(metrics).rstrip()]
         parts += round_notes(metrics)
+    parts += students_part(metrics)
     if scores:
         parts.append("![Score after every stage of every round](figures/scores.png)")
     if kept:
@@ -118,18 +120,33 @@ def notes(metrics: Mapping[str, Any]) -> str:
 
 
 def taught_words(metrics: Mapping[str, Any], shown: Callable[[str], str] = str) -> str:
-    """The teachers and their weights in words; empty where there is one teacher.
+    """What taught in the place of the teacher, or with it, in words; empty where it taught alone.
 
     Args:
         shown: how a model is named.
     """
-    ensemble = metrics.get("ensemble")
+    if (average := metrics.get("moving_average")) is not None:
+        saved = ", which was saved in its place" if average["as_student"] else ""
+        return f"learnt from the moving average of its own weights (decay {average['decay']:g}){saved}"
+    if (peers := metrics.get("learnt_with")) is not None:
+        number = peers["peers"]
+        mean = "" if number == 1 else f", each from the mean of the others' {peers['average']}"
+        return f"learnt together with {number} peer{'s' * (number > 1)}{mean}"
+    if (stages := metrics.get("teacher_stages")) is not None:
+        return f"learnt from {stages} checkpoints of the teacher, one after the other"
+    ensemble, assistant = metrics.get("ensemble"), metrics.get("assistant")
+    later = ""
+    if assistant is not None:
+        share = "alone" if assistant["share"] == 1 else f"with a share of {assistant['share']:.2f}"
+        later = f"from the second round on from the student of the round before, {share}"
     if ensemble is None:
-        return ""
+        return f"learnt {later}" if later else ""
     models = ensemble["models"]
     each = ", ".join(f"{model['weight']:.2f} `{shown(model['model'])}`" for model in models)
     sure = ", weighted by their confidence" if ensemble["confidence"] else ""
-    return f"learnt from the mean of {len(models)} teachers' {ensemble['average']}{sure}: {each}"
+    return f"learnt from the mean of {len(models)} teachers' {ensemble['average']}{sure}: {each}" + (
+        f"; {later}" if later else ""
+    )
 
 
 def teachers_note(metrics: Mapping[str, Any], shown: Callable[[str], str] = str) -> str:

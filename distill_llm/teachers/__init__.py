@@ -7,8 +7,22 @@ from distill_llm.losses.terms.term import Gives
 from distill_llm.models.quantized import load_teacher
 from distill_llm.teachers.base import Teacher
 from distill_llm.teachers.cache import CachedTeacher
+from distill_llm.teachers.checkpoints import StagedTeacher
 from distill_llm.teachers.ensemble import Ensemble
+from distill_llm.teachers.moving_average import MovingAverage
 from distill_llm.teachers.online import OnlineTeacher
+from distill_llm.teachers.peers import Peers
 from distill_llm.teachers.wrapping import as_teacher
 
-__all__ = ["CachedTeacher", "Ensemble", "Gives", "OnlineTeacher", "Teacher", "as_teacher", "load_teacher"]
+__all__ = [
+    "CachedTeacher",
+    "Ensemble",
+    "Gives",
+    "MovingAverage",
+    "OnlineTeacher",
+    "Peers",
+    "StagedTeacher",
+    "Teacher",
+    "as_teacher",
+    "load_teacher",
+]

@@ -1,7 +1,7 @@
 """What training asks of a teacher. A new kind of teacher is one file with a subclass (docs/development/add-a-teacher.md)."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,18 +15,20 @@ class Teacher(ABC):
     """Gives the signals that a student learns from.
 
     A trainer asks, in this order: `gives` and `meet` when it is made, then `place`; `load_state_dict` where a training is
-    resumed; `prefetch` in the data loader and `signals` for every micro-batch; `after_step` after every optimizer step;
+    resumed; `begin`; `prefetch` in the data loader and `signals` for every micro-batch; `after_step` after every optimizer step;
     `state_dict` for every checkpoint; `close` when the training has ended. Only `meet` and `signals` must be written.
 
     Attributes:
         model: the model whose layers are compared with the student's; None of a teacher that gives logits alone.
         compact: whether it can give the outputs of a language model without whole logits, as HeadSignals or SparseSignals.
         prefetches: whether `prefetch` is to be called for the batches of training.
+        whole_student: whether it reads the student's weights, or trains models of its own: every process must have all weights.
     """
 
     model: PreTrainedModel | None = None
     compact: bool = False
     prefetches: bool = False
+    whole_student: bool = False
 
     @property
     def gives(self) -> Gives:
@@ -37,6 +39,19 @@ class Teacher(ABC):
     def readers(self) -> tuple[PreTrainedModel, ...]:
         """Models that read batches: columns that they take are kept, and rows must fit them. By default `model` alone."""
         return () if self.model is None else (self.model,)
+
+    @property
+    def learners(self) -> Sequence[PreTrainedModel]:
+        """Models that learn with the student, by the same objective; by default none."""
+        return ()
+
+    def exchange(self, own: Signals) -> list[tuple[Signals, Signals]]:
+        """What each of the learners says of the batch of the last `signals`, with its graph, and what it learns from.
+
+        Args:
+            own: the student's signals of that batch.
+        """
+        return []
 
     @abstractmethod
     def meet(self, student: PreTrainedModel, tokenizer: Any = None) -> int | None:
@@ -60,6 +75,10 @@ class Teacher(ABC):
             dtype: what weights are to be held in; None leaves them as they are.
             layers: of `model`, whose signals are wanted; None: none.
         """
+        return
+
+    def begin(self, steps: int) -> None:
+        """A training begins, or goes on; `steps`: optimizer steps of the whole training."""
         return
 
     @abstractmethod

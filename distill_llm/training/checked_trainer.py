@@ -37,7 +37,7 @@ class CheckedTrainer(ProjectingTrainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
-        unsound = self.sums.unsound(norm)
+        unsound = self.sums.unsound(self._norm_of_all(norm))
         if not unsound:
             self.sums.keep()
             return norm
@@ -48,7 +48,8 @@ class CheckedTrainer(ProjectingTrainer):
             raise self._fault(unsound, skips)
         self.sums.skip()
         self._tr_loss.copy_(self._loss_before)
-        for parameter in [*model.parameters(), *self.terms.projections.parameters()]:
+        self._without_gradients()
+        for parameter in model.parameters():
             parameter.grad = None  # the optimizer passes over it: weights and moments stay
         return None
 

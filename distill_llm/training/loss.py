@@ -54,12 +54,14 @@ class StepLoss(NamedTuple):
         sums: by term, its sum.
         outputs: the student's.
         soundness: see `Signals.soundness`.
+        learners: of each of the teacher's learners, its part of `total`.
     """
 
     total: torch.Tensor
     sums: dict[str, torch.Tensor]
     outputs: Any
     soundness: torch.Tensor
+    learners: tuple[torch.Tensor, ...] = ()
 
 
 class TrainingLoss:
@@ -80,6 +82,7 @@ class TrainingLoss:
         student: the student without its adapters.
         teacher: gives the signals; None if the objective needs none.
         terms: the terms of the objective for these two models.
+        learners: the same for each of the teacher's learners.
 
     Raises:
         InputError: student, teacher and objective do not go together.
@@ -107,6 +110,7 @@ class TrainingLoss:
             self.terms.memories.to(device)
         if teacher is not None:
             teacher.place(device, settings.teacher_dtype or settings.precision, self.terms.wanted("teacher"))
+        self.learners = [Terms(objective, learner, None, shared) for learner in (teacher.learners if teacher else ())]
         self.recorder = Recorder(student, self.terms.wanted("student"))
         self.head, self.head_terms = output_head(student), None
         fits = self.terms.needs_outputs and not self.terms.needs_logits
@@ -167,8 +171,20 @@ class TrainingLoss:
             )  # adds only the gradient: FSDP2 rounds the value of outputs
         elif not self.terms.needs_outputs:
             parts.append(0.0 * outputs.logits.float().sum())  # DDP waits for the gradients of all parameters
+        learners = self._of_learners(batch, factors)
         soundness = outputs.logits.new_zeros(()) if signals is None else signals.soundness()
-        return StepLoss(torch.stack(parts).sum(), {**sums, **rest}, outputs, soundness)
+        return StepLoss(torch.stack([*parts, *learners]).sum(), {**sums, **rest}, outputs, soundness, learners)
+
+    def _of_learners(self, batch: Batch, factors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The weighted objective of each of the teacher's learners for a batch; empty where it has none."""
+        if self.teacher is None or not self.learners:
+            return ()
+        found = []
+        for terms, (own, target) in zip(self.learners, self.teacher.exchange(batch.own), strict=True):
+            sums = terms(replace(batch, student=own, teacher=target))
+            connected = own.logits[:0].float().sum()  # also by a batch without an item
+            found.append(connected + sum(factors[name] * value for name, value in sums.items()))
+        return tuple(found)
 
     def _signals(self, inputs: dict[str, Any], step: int, positions: torch.Tensor | None) -> Signals | None:
         if self.teacher is None:

@@ -153,6 +153,18 @@ def check_teacher(teacher: Teacher | None, student: PreTrainedModel, objective: 
     raise_all(objective.faults(Use(single_output=single, classes=classes)))
 
 
+def divided_faults(whole_student: bool, sharding: str | None, field: str) -> list[InputError]:
+    """The fault of a teacher that reads the student's weights, where no process has all of them.
+
+    Args:
+        whole_student: see `Teacher.whole_student`.
+        sharding: what divides the student among processes; None: nothing.
+        field: what names the teacher.
+    """
+    fix = "use DDP: this teacher reads the student's weights, which would be divided among processes"
+    return [InputError(field, sharding, fix=fix)] if whole_student and sharding else []
+
+
 def rows_at_once(args: TrainingArguments) -> tuple[int, int]:
     """The rows of a micro-batch of one process, and of those that all processes have at the same time."""
     return args.train_batch_size, args.train_batch_size * args.world_size

@@ -13,10 +13,14 @@ TEACHER_NAME = "teacher.pt"
 
 
 class StepsDone(TrainerCallback):
-    """Tells a teacher of every optimizer step."""
+    """Tells a teacher of the beginning of a training, and of every optimizer step."""
 
     def __init__(self, teacher: Teacher):
         self.teacher = teacher
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the first step, once the checkpoint of a resumed training is read."""
+        self.teacher.begin(state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After the optimizer's step, before the log, evaluation and checkpoint of this step."""

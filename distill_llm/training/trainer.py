@@ -26,6 +26,7 @@ from distill_llm.teachers.wrapping import as_teacher
 from distill_llm.training import teacher_state
 from distill_llm.training.augmented import AugmentedRows, check_augmentation
 from distill_llm.training.batches import EpochBegins
+from distill_llm.training.companions import PROJECTIONS_NAME, Companion
 from distill_llm.training.config import DistillationConfig
 from distill_llm.training.evaluation_loss import EvaluationLoss
 from distill_llm.training.loss import LossSettings, TrainingLoss
@@ -37,6 +38,7 @@ from distill_llm.training.refusals import (
     check_model,
     check_prompts,
     check_teacher,
+    divided_faults,
 )
 from distill_llm.training.shards import sharding_of, whole
 from distill_llm.training.step_sums import StepSums
@@ -98,6 +100,7 @@ class DistillationTrainer(ReadingTrainer):
             ),
         )
         self.terms, self.teacher = self.loss.terms, self.loss.teacher
+        self.companions = self._companions()
         self._limits = [limits_of(without_adapters(model).config, "the student")]
         self._limits += [limits_of(reader.config, "the teacher") for reader in self._readers]
         rows = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
@@ -109,12 +112,13 @@ class DistillationTrainer(ReadingTrainer):
         self._check_scheduler()
         use = Use(kind=self.terms.kind, widths=self.terms.match.widths, sharding=sharding_of(self), packed=packed)
         raise_all(objective.faults(use))
+        raise_all(divided_faults(self.teacher is not None and self.teacher.whole_student, use.sharding, "teacher"))
         self.responses: StudentResponses | None = None
         if objective.responses is not None:
             check_prompts(self.train_dataset, self._limits, objective.responses.max_new_tokens)
             self.responses = StudentResponses(objective.responses, self.data_collator, args.seed)
         self._evaluated = EvaluationLoss(self.accelerator, self.terms.kind)
-        self.sums = StepSums(list(objective.terms()), self.accelerator)
+        self.sums = StepSums([*objective.terms(), *self._peers], self.accelerator)
         if len(self.terms.memories):
             self.add_callback(StepEnds(self.terms.memories, self.sums))
         check_augmentation(self.data_collator, self.teacher, objective)
@@ -131,17 +135,35 @@ class DistillationTrainer(ReadingTrainer):
             if self.teacher is not None:
                 self.teacher.close()
 
+    def _companions(self) -> list[Companion]:
+        """The projections, and the teacher's learners."""
+        found = [Companion(PROJECTIONS_NAME, self.terms.projections)]
+        for name, model in self._peers.items():
+            model.train()
+            if self.args.activation_checkpointing:
+                model.activation_checkpointing_enable(self.args.activation_checkpointing_kwargs)
+            decayed = self.get_decay_parameter_names(model)
+            names = frozenset(name for name, _ in model.named_parameters()) - frozenset(decayed)
+            found.append(Companion(f"{name}.pt", model, names, alone=True))
+        return [each for each in found if each.parameters]
+
+    @property
+    def _peers(self) -> dict[str, PreTrainedModel]:
+        """The teacher's learners by their names in logs and checkpoints."""
+        learners = () if self.teacher is None else self.teacher.learners
+        return {f"peer_{number}": model for number, model in enumerate(learners, 1)}
+
     # One place where everything is reduced: sums of this batch over counts of the whole accumulated batch.
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The micro-batches of one optimizer step and their item counts; see `Trainer.get_batch_samples`."""
-        for parameter in self.terms.projections.parameters():
-            parameter.grad = None
+        self._without_gradients()
         batches, counts = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.augmented.add(batches)
         step = self.state.global_step
         answered = self.responses is not None and self.responses.chosen(step)
-        self.sums.begin([name for name, term in self.terms.terms.items() if not (answered and term.of_data)])
+        counted = [name for name, term in self.terms.terms.items() if not (answered and term.of_data)]
+        self.sums.begin([*counted, *self._peers])
         if self.responses is None or not answered:
             return batches, counts
         student = self.accelerator.unwrap_model(self.model)
@@ -190,10 +212,10 @@ class DistillationTrainer(ReadingTrainer):
         untrue = [name for name in shares if answered and self.terms.terms[name].of_data]
         for name in untrue:  # its own answers are no truth to the student
             factors[name] = 0.0 * factors[name]
-        loss, sums, outputs, soundness = self.loss(model, inputs, factors, step, steps)
+        loss, sums, outputs, soundness, learners = self.loss(model, inputs, factors, step, steps)
         for name in untrue:
             sums[name] = torch.zeros_like(sums[name])
-        self.sums.add([sums[name] * shares[name] for name in shares], loss, soundness)
+        self.sums.add([*(sums[name] * shares[name] for name in shares), *learners], loss, soundness)
         return (loss, outputs) if return_outputs else loss
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:

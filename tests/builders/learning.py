@@ -18,9 +18,11 @@ from distill_llm import DistillationTrainer
 from distill_llm.data.augmenting import Augment, AugmentingCollator, Mixup, Spans
 from distill_llm.data.padding import PaddingCollator
 from distill_llm.losses.signals import Signals
-from distill_llm.teachers import OnlineTeacher
+from distill_llm.teachers import MovingAverage, OnlineTeacher, Peers
 
 LOSSES = TERMS | {"both": {"labels": {}, "logits": {}}}
+TEACHERS = {"averaged": lambda teacher: MovingAverage(0.9), "peers": lambda teacher: Peers([teacher])}
+"""What stands in for the teacher, by a word in the name."""
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 Learned = tuple[dict[str, torch.Tensor], list[dict[str, float]], list[int]]
 Cases = list[tuple[str, int, list[str]]]
@@ -58,7 +60,9 @@ def trained(trainer: DistillationTrainer) -> Learned:
     logs = [{name: value for name, value in log.items() if name.startswith("loss")} for log in history]
     projections = trainer.terms.projections.state_dict(prefix="projection.")
     memories = trainer.terms.memories.state_dict(prefix="memory.")
-    return {**trainer.model.state_dict(), **projections, **memories}, logs, seen
+    learners = trainer.teacher.learners if trainer.teacher is not None else ()
+    peers = {f"peer.{name}": each for model in learners for name, each in model.state_dict().items()}
+    return {**trainer.model.state_dict(), **projections, **memories, **peers}, logs, seen
 
 
 def of_rows(folder: Path, head: str, width: int, name: str) -> Learned:
@@ -68,11 +72,12 @@ def of_rows(folder: Path, head: str, width: int, name: str) -> Learned:
     student = model_of(head, layers=2, seed=1, hidden=width, **tied)
     if "lora" in name:
         student = with_lora(student)
+    own = next((made for word, made in TEACHERS.items() if word in name.split()), None)
     data = rows(teacher, count=32 if "one rank" in name else 20)
     trainer = trainer_of(
         folder,
         student,
-        cached(folder / "cache", teacher, data, k=20) if "cached" in name else teacher,
+        cached(folder / "cache", teacher, data, k=20) if "cached" in name else own(teacher) if own else teacher,
         data,
         LOSSES[name.split()[0]],
         ddp_find_unused_parameters=False if "strict" in name else None,
@@ -89,7 +94,8 @@ def of_rows(folder: Path, head: str, width: int, name: str) -> Learned:
         for start in range(4, 32, 8):
             for index in order[start : start + 4]:
                 data[index]["labels"].fill_(-100)
-    assert (trainer.loss.head_terms is not None) == (head != "sequence-classification" and name != "hidden")
+    whole = head == "sequence-classification" or name == "hidden" or "peers" in name
+    assert (trainer.loss.head_terms is None) == whole
     weights, logs, seen = trained(trainer)
     logs[-1]["eval_loss"] = trainer.evaluate()["eval_loss"]
     return weights, logs, seen

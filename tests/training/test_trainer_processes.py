@@ -1,11 +1,8 @@
 """Two processes train as one."""
 
-import json
-
 import pytest
 import torch
-from builders.learning import learned
-from builders.processes import run_script
+from builders.pairs import assert_alike, assert_each_step_seen, one_and_two_processes
 
 FEW = [("causal-lm", 16, ["all"]), ("dropout", 0, ["0.1"]), ("skips", 0, ["5"])]
 MANY = [
@@ -19,13 +16,6 @@ MANY = [
 MEMORIES = [("sequence-classification", 16, ["remembered"])]
 
 
-def one_and_two_processes(folder, cases):
-    """What one process, the first of two and the second of two have learned of these cases."""
-    one = learned(folder, cases)
-    run_script("train_in_processes.py", folder, json.dumps(cases), processes=2, ACCELERATE_USE_CPU="true")
-    return [one, *(torch.load(folder / f"{rank}.pt") for rank in (0, 1))]
-
-
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
     return one_and_two_processes(tmp_path_factory.mktemp("few"), FEW)
@@ -34,25 +24,6 @@ def few(tmp_path_factory):
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
     return one_and_two_processes(tmp_path_factory.mktemp("many"), MANY)
-
-
-def assert_alike(runs, case):
-    """The two processes end alike, and as the one did, with the same logs."""
-    (one, one_logs, all_seen), (two, two_logs, seen), (other, _, other_seen) = (run[case] for run in runs)
-    assert one.keys() == two.keys() == other.keys()
-    for parameter, tensor in one.items():
-        torch.testing.assert_close(two[parameter], tensor, rtol=2e-4, atol=2e-5, msg=parameter)
-        assert torch.equal(two[parameter], other[parameter]), parameter
-    assert len(one_logs) == 2
-    for a, b in zip(one_logs, two_logs, strict=True):
-        assert a == pytest.approx(b, rel=1e-4), json.dumps([a, b])
-    return all_seen, seen, other_seen
-
-
-def assert_each_step_seen(runs, head, name):
-    _, seen, other_seen = assert_alike(runs, f"{head} {name}")
-    assert len(seen) == len(other_seen) == 4 and all(seen)
-    assert any(other_seen) == ("one rank" not in name)
 
 
 @pytest.mark.parametrize("head, name", [(head, name) for head, _, names in FEW[:1] for name in names])

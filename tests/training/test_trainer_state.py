@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from distill_llm.architectures.modeling_pruned import CODE_NAMES
 from distill_llm.teachers import OnlineTeacher
-from distill_llm.training.projections import PROJECTIONS_NAME
+from distill_llm.training.companions import PROJECTIONS_NAME
 from distill_llm.training.trainer import DistillationConfig, DistillationTrainer
 
 

@@ -5,6 +5,8 @@ from distill_llm.pipeline.context import Context
 from distill_llm.pipeline.stage import Stage
 from distill_llm.pipeline.stages.benchmarks import TeacherBenchmarks
 from distill_llm.pipeline.stages.export import Export
+from distill_llm.pipeline.stages.generations import Generation, Generations
+from distill_llm.pipeline.stages.peers import PrunePeer
 from distill_llm.pipeline.stages.prune import Prune
 from distill_llm.pipeline.stages.push import Push
 from distill_llm.pipeline.stages.recover import Recover
@@ -12,7 +14,7 @@ from distill_llm.pipeline.stages.report import Report
 from distill_llm.pipeline.stages.teacher import Teacher
 
 FIRST: list[type[Stage]] = [Teacher, TeacherBenchmarks]
-EACH_ROUND: list[type[Stage]] = [Prune, Recover]
+EACH_ROUND: list[type[Stage]] = [Prune, PrunePeer, Recover]
 LAST: list[type[Stage]] = [Report, Export, Push]
 
 
@@ -23,8 +25,13 @@ def stages_of(run: Context) -> list[Stage]:
         InputError: two of them have one name, which `state.json` keeps results under.
     """
     rounds = run.recipe.pruning.rounds if run.recipe.pruning else 1
+    section = run.recipe.distillation.generations if run.recipe.distillation else None
+    again: list[type[Stage]] = [] if section is None else [*[Generation] * (section.count - 1), Generations]
     rows = [(kind, 0) for kind in FIRST]
-    rows += [(kind, number) for number in range(1, rounds + 1) for kind in EACH_ROUND]
+    peers = len(run.recipe.teacher.peers.cut) if run.recipe.teacher.peers else 0
+    times: dict[type[Stage], int] = {PrunePeer: peers}
+    rows += [(kind, n) for n in range(1, rounds + 1) for kind in EACH_ROUND for _ in range(times.get(kind, 1))]
+    rows += [(kind, rounds) for kind in again]
     rows += [(kind, 0) for kind in LAST]
     stages: list[Stage] = []
     for kind, number in rows:

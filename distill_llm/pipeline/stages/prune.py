@@ -55,39 +55,53 @@ class Prune(Stage):
     @property
     def outputs(self) -> tuple[Path, ...]:
         """The plan with its picture, and the pruned student."""
-        return self._folder / "plan.json", self._folder / "plan.png", self.model
+        return self.folder / "plan.json", self.folder / "plan.png", self.pruned
 
     @property
-    def model(self) -> Path:
+    def model(self) -> Path | None:
         """The pruned and compensated student."""
-        return self._folder / "pruned"
+        return self.pruned
 
     @property
-    def _folder(self) -> Path:
+    def pruned(self) -> Path:
+        """The folder of what it cut."""
+        return self.folder / "pruned"
+
+    @property
+    def folder(self) -> Path:
+        """Where it writes."""
         return self.run.folder / f"round-{self.round}"
+
+    @property
+    def whole(self) -> Stage:
+        """The stage that left the model which is cut."""
+        return self.student
+
+    @property
+    def target(self) -> float | None:
+        """The share of the teacher that stays; None: the layers that the section names."""
+        section = pruning_of(self.run)
+        return None if section.keep is None else kept_after(section.keep, self.round, section.rounds, section.schedule)
 
     def work(self, results: Mapping[str, Result]) -> dict[str, Any]:
         """Prune the student, save it, and score it with and without compensation."""
         run, number = self.run, self.round
-        section = pruning_of(run)
-        target = None
-        if section.layers is None:
-            assert section.keep is not None
-            target = kept_after(section.keep, number, section.rounds, section.schedule)
+        section, target = pruning_of(run), self.target
         own = section.statistics.expanduser() if section.statistics is not None and number == 1 else None
-        teacher, student = models_to_cut(run, self.teacher.model, self.student.model)
-        cut = cut_model(run, student, teacher, target, own or self._folder / "statistics.safetensors")
+        teacher, student = models_to_cut(run, self.teacher.model, self.whole.model)
+        kept = run.folder / f"round-{number}" / "statistics.safetensors"
+        cut = cut_model(run, student, teacher, target, own or kept)
         if not run.processes.is_main_process:
             return {}
-        run.say(show(cut.plan, student, self._folder, f"round {number}"))
-        with written_whole(self.model, folder=True) as path:
+        run.say(show(cut.plan, student, self.folder, self.title))
+        with written_whole(self.pruned, folder=True) as path:
             run.save(cut.model, path)
         plan, compensated = cut.plan, cut.compensated
         result = {
             "keep": cut.kept if target is None else target,
             "kept": cut.kept,
             "layer_params_kept": share_of(cut.model, teacher, "params"),
-            "note": f"round {number} {plan.note}" if plan.note else None,
+            "note": f"{self.title} {plan.note}" if plan.note else None,
             "compensation": [strength.record() for strength in cut.strengths],
         }
         model = run.as_written(cut.model)
@@ -97,6 +111,11 @@ class Prune(Stage):
             return {**result, **_both(scores, None)}
         del model
         return {**result, **_both(run.evaluate(run.as_written(prune(student, plan))), scores)}
+
+    @property
+    def title(self) -> str:
+        """What its plan is called."""
+        return f"round {self.round}"
 
     def line(self, result: Result) -> list[str]:
         """What is kept, and the scores before and after compensation."""

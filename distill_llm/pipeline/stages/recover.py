@@ -12,15 +12,19 @@ from distill_llm.data.tasks import label_names
 from distill_llm.models.checkpoint import load_for_task, load_pretrained
 from distill_llm.models.configs import open_config
 from distill_llm.models.quantized import load_teacher
-from distill_llm.pipeline.context import Context
 from distill_llm.pipeline.prices import precision_of
 from distill_llm.pipeline.result import taught_by
 from distill_llm.pipeline.stage import Result, Stage
-from distill_llm.pipeline.train_model import Fields, remove_checkpoints, train_model
+from distill_llm.pipeline.stages.peers import PrunePeer, folder_of, scored_peers, untrained_peers
+from distill_llm.pipeline.stages.teacher import Teacher as TeacherStage
+from distill_llm.pipeline.train_model import Fields, More, remove_checkpoints, train_model
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.report.report import taught_words
 from distill_llm.teachers.base import Teacher
+from distill_llm.teachers.checkpoints import StagedTeacher
 from distill_llm.teachers.ensemble import Ensemble
+from distill_llm.teachers.moving_average import MovingAverage
+from distill_llm.teachers.peers import Peers
 from distill_llm.training.augmented import shown
 
 
@@ -44,14 +48,38 @@ class Recover(Stage):
         return f"round-{self.round}/recover"
 
     @property
+    def start(self) -> Stage:
+        """The stage that left the student that it begins with."""
+        return self.student
+
+    @property
     def inputs(self) -> tuple[Stage, ...]:
         """The teacher, and the student as it is."""
-        return self.teacher, self.student
+        peers = [stage for stage in self.earlier if isinstance(stage, PrunePeer)]
+        before = [stage for stage in self.earlier if self.assistant is not None and stage.model == self.assistant]
+        return self.teacher, self.start, *peers, *before
+
+    @property
+    def peers(self) -> list[Path]:
+        """The folders of students that learn together with this one."""
+        section = self.run.recipe.teacher.peers
+        return [folder_of(self.run, place) / "student" for place in range(len(section.others) if section else 0)]
+
+    @property
+    def seed(self) -> int:
+        """Of the training."""
+        return self.run.recipe.seed
+
+    @property
+    def fields(self) -> Fields:
+        """Which of the recipe's training fields hold."""
+        rounds = self.run.recipe.pruning.rounds if self.run.recipe.pruning else 1
+        return "final" if self.round == rounds else "recovery"
 
     @property
     def outputs(self) -> tuple[Path, ...]:
-        """The recovered student."""
-        return (self.model,)
+        """The recovered student, and its peers."""
+        return self.model, *self.peers
 
     @property
     def model(self) -> Path:
@@ -63,17 +91,19 @@ class Recover(Stage):
         run, teacher = self.run, self.teacher.model
         section = run.recipe.distillation
         assert section is not None and teacher is not None
-        rounds = run.recipe.pruning.rounds if run.recipe.pruning else 1
-        fields: Fields = "final" if self.round == rounds else "recovery"
         trained = train_model(  # no name here holds the models, so that they go when it returns
             run,
-            with_adapters(run.recipe, self._student(teacher, fields)),
-            recovery_teacher(run, teacher, fields) if section.losses.needs_teacher else None,
+            with_adapters(run.recipe, self._student(teacher), self.seed),
+            self.source() if section.losses.needs_teacher else None,
             self.model,
-            fields,
+            self.fields,
             section.losses.model_dump(mode="json", exclude_none=True),
+            More(self.seed, self.peers),
         )
-        return {**run.scored(self.model, run.student_dtype), **trained}
+        result = {**run.scored(self.model, run.student_dtype), **trained}
+        if self.peers and run.processes.is_main_process:
+            result["peers"] = scored_peers(run, self.model, result["metrics"], self.peers)
+        return result
 
     def tidy(self) -> None:
         """Remove the checkpoints of the training."""
@@ -82,59 +112,101 @@ class Recover(Stage):
     def line(self, result: Result) -> list[str]:
         """Its score, its teachers where there are several, and how much of the rows was changed."""
         changed = [shown(result["augmented"])] if "augmented" in result else []
-        return [self.run.named(result["metrics"]), *filter(None, [taught_words(taught_by(self.run.recipe))]), *changed]
+        rows = (result.get("peers") or {"students": [None]})["students"][1:]
+        peers = [f"{row['name']}: {self.run.named(row['metrics'])}" for row in rows]
+        words = filter(None, [taught_words(taught_by(self.run.recipe))])
+        return [self.run.named(result["metrics"]), *words, *peers, *changed]
 
     def row(self, result: Result) -> dict[str, Any]:
         """The metrics after recovery, and how much of the rows was changed."""
-        changed = {"augmented": result["augmented"]} if "augmented" in result else {}
+        changed = {name: result[name] for name in ("augmented", "peers") if name in result}
         return {"score_recovered": result["score"], "recovered": result["metrics"], **changed}
 
-    def _student(self, teacher: Path | str, fields: Fields) -> PreTrainedModel:
+    def _student(self, teacher: Path | str) -> PreTrainedModel:
         """The pruned student of a folder, or the one that was given, with a head for the task."""
-        recipe, opened, path = self.run.recipe, self.run.opened, self.student.model
+        recipe, opened, path = self.run.recipe, self.run.opened, self.start.model
         if recipe.student is not None and recipe.student.quantization is not None:
             base = opened.student.path if opened.student else path
             assert base is not None
-            dtype = precision_of(recipe.training(fields)) or torch.float32
+            dtype = precision_of(recipe.training(self.fields)) or torch.float32
             return load_teacher(base, recipe.student.quantization, dtype, self.run.processes.device)
         if recipe.pruning is not None:
             assert path is not None
             return load_pretrained(path, dtype=torch.float32)
         assert opened.student is not None
-        set_seed(recipe.seed)
+        set_seed(self.seed)
         tuned = recipe.teacher.train is not None  # in this run, after the teacher was opened
         names = label_names(open_config(teacher, recipe.teacher.trust_remote_code) if tuned else opened.teacher.config)
         return load_for_task(opened.student.path, self.run.data.task, names, of_task=True, config=opened.student.config)
 
+    def source(self) -> PreTrainedModel | Teacher:
+        """What the student learns from: the teacher, its cached outputs, several teachers, or another in its place."""
+        run, path = self.run, self.teacher.model
+        section = run.recipe.teacher
+        if (average := section.moving_average) is not None:
+            return MovingAverage(average.decay, average.warm_up)
+        assert path is not None
+        if section.peers is not None:
+            return Peers(untrained_peers(run, path, self.seed), section.peers.average)
+        if section.cache is not None:
+            cache = check_cached_weights(run.opened)
+            assert cache is not None
+            return cache
+        first = self.in_memory(path, section.trust_remote_code)
+        if section.checkpoints is not None:
+            return StagedTeacher(first, self._stages(path))
+        return self._with_others(first)
 
-def recovery_teacher(run: Context, path: Path | str, fields: Fields) -> PreTrainedModel | Teacher:
-    """What the student learns from: the teacher, the teacher with quantized weights, its cached outputs, or several."""
-    section, precision = run.recipe.teacher, precision_of(run.recipe.training(fields))
-    if section.cache is not None:
-        cache = check_cached_weights(run.opened)
-        assert cache is not None
-        return cache
+    def _stages(self, path: Path | str) -> dict[int | float, Path | str]:
+        """The folders of the teacher's checkpoints by when they begin to teach."""
+        given = self.run.recipe.teacher.checkpoints
+        if isinstance(given, dict):
+            return dict(zip(given, (opened.path for opened in self.run.opened.stages), strict=True))
+        assert isinstance(self.teacher, TeacherStage)
+        folders = [*self.teacher.stages, path]
+        return {number / len(folders): folder for number, folder in enumerate(folders)}
 
-    def loaded(path: Path | str, trusted: bool) -> PreTrainedModel:
+    def _with_others(self, first: PreTrainedModel) -> PreTrainedModel | Teacher:
+        """The teacher, alone or together with others: those of the recipe, and the student of the round before."""
+        section, before = self.run.recipe.teacher, self.assistant
+        ensemble, asked = section.ensemble, section.assistant
+        if before is not None and asked is not None and asked.share == 1:
+            return self.in_memory(before, False)
+        models = [first, *(self.in_memory(other.path, False) for other in self.run.opened.others)]
+        weights = ensemble.weights if ensemble else [1.0]
+        average = ensemble.average if ensemble else asked.average if asked else "probabilities"
+        if before is not None and asked is not None:
+            models.append(self.in_memory(before, False))
+            weights = [(1 - asked.share) * weight / sum(weights) for weight in weights] + [asked.share]
+        if len(models) == 1:
+            return first
+        return Ensemble(models, weights, average, ensemble is not None and ensemble.confidence)
+
+    @property
+    def assistant(self) -> Path | None:
+        """The student of the round before, where it teaches too."""
+        if self.run.recipe.teacher.assistant is None:
+            return None
+        found = [stage.model for stage in self.earlier if isinstance(stage, Recover) and stage.round == self.round - 1]
+        return found[-1] if found else None
+
+    def in_memory(self, path: Path | str, trusted: bool) -> PreTrainedModel:
+        """A model that teaches, in the teacher's dtype or with quantized weights."""
+        section = self.run.recipe.teacher
         if section.quantization is None:
+            precision = precision_of(self.run.recipe.training(self.fields))
             dtype = getattr(torch, section.dtype) if section.dtype else precision or torch.float32
             return load_pretrained(path, trusted, dtype=dtype)
         dtype = getattr(torch, section.dtype or "bfloat16")
-        return load_teacher(path, section.quantization, dtype, run.processes.device, trusted)
-
-    first, ensemble = loaded(path, section.trust_remote_code), section.ensemble
-    if ensemble is None:
-        return first
-    models = [first, *(loaded(other.path, False) for other in run.opened.others)]
-    return Ensemble(models, ensemble.weights, ensemble.average, ensemble.confidence)
+        return load_teacher(path, section.quantization, dtype, self.run.processes.device, trusted)
 
 
-def with_adapters(recipe: Recipe, student: PreTrainedModel) -> Any:
+def with_adapters(recipe: Recipe, student: PreTrainedModel, seed: int) -> Any:
     """The student, with adapters around it where the recipe trains only those."""
     fields = recipe.student.peft if recipe.student else None
     if fields is None:
         return student
     from peft import LoraConfig, get_peft_model
 
-    set_seed(recipe.seed)
+    set_seed(seed)
     return get_peft_model(student, LoraConfig(**fields))

@@ -9,7 +9,7 @@ from transformers import set_seed
 from distill_llm.evaluation.baselines import baselines, no_better
 from distill_llm.models.checkpoint import load_for_task
 from distill_llm.pipeline.stage import Result, Stage
-from distill_llm.pipeline.train_model import remove_checkpoints, train_model
+from distill_llm.pipeline.train_model import More, remove_checkpoints, train_model
 
 
 class Teacher(Stage):
@@ -22,7 +22,15 @@ class Teacher(Stage):
     @property
     def outputs(self) -> tuple[Path, ...]:
         """The folder `teacher/`, where the teacher is fine-tuned here."""
-        return () if self.run.recipe.teacher.train is None else (self.run.folder / "teacher",)
+        return () if self.run.recipe.teacher.train is None else (self.run.folder / "teacher", *self.stages)
+
+    @property
+    def stages(self) -> tuple[Path, ...]:
+        """The folders of the teacher at stages of its training, where students learn from these; the last one is the teacher."""
+        number = self.run.recipe.teacher.checkpoints
+        if not isinstance(number, int):
+            return ()
+        return tuple(self.run.folder / "teacher-stages" / str(stage) for stage in range(1, number))
 
     @property
     def model(self) -> Path:
@@ -48,6 +56,7 @@ class Teacher(Stage):
                 self.model,
                 "teacher",
                 {"labels": {}},
+                More(stages=self.stages),
             )
         result = run.scored(self.model if self.outputs else run.teacher_path, run.teacher_dtype)
         if not result:
