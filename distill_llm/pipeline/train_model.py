@@ -110,25 +110,30 @@ def train_model(
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(theirs)
     trainer.add_callback(TrainingProgress(f"Training {target.relative_to(run.folder)}"))
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     with full_disk_named(work):
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(work))
-    if isinstance(trainer.teacher, MovingAverage) and run.recipe.teacher.saves_average:
-        trainer.teacher.hand_over()
-    trainer.check_weights()
-    engine = trainer.model_wrapped  # DeepSpeed's, or the model of FSDP
-    weights = trainer.accelerator.get_state_dict(engine) if sharded else None
-    learners = trainer.teacher.learners if trainer.teacher is not None else ()
-    if run.processes.is_main_process:
-        for folder, learner in zip(more.beside, learners, strict=True):
-            with written_whole(folder, folder=True) as path:
-                run.save(learner, path)  # type: ignore[arg-type]
-        with written_whole(target, folder=True) as path:
-            run.save(merged(trainer.accelerator.unwrap_model(trainer.model)), path, weights)
+    _save(run, trainer, target, more.beside)
     trainer.accelerator.free_memory()  # ends DeepSpeed's engine, which nothing else does
     unset_hf_deepspeed_config()  # otherwise every model that is loaded later, by one process even, is divided by ZeRO-3
     history = {"history": loss_history(trainer.state.log_history)}
     return history | ({"augmented": trainer.augmented.totals()} if isinstance(collator, AugmentingCollator) else {})
+
+
+def _save(run: Context, trainer: DistillationTrainer, target: Path, beside: Sequence[Path]) -> None:
+    """Save what a trainer has trained: its model, or the average of that, and those that learned with it."""
+    if isinstance(trainer.teacher, MovingAverage) and run.recipe.teacher.saves_average:
+        trainer.teacher.hand_over()
+    trainer.check_weights()
+    engine = trainer.model_wrapped  # DeepSpeed's, or the model of FSDP
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    weights = trainer.accelerator.get_state_dict(engine) if sharded else None
+    learners = trainer.teacher.learners if trainer.teacher is not None else ()
+    if run.processes.is_main_process:
+        for folder, learner in zip(beside, learners, strict=True):
+            with written_whole(folder, folder=True) as path:
+                run.save(learner, path)
+        with written_whole(target, folder=True) as path:
+            run.save(merged(trainer.accelerator.unwrap_model(trainer.model)), path, weights)
 
 
 def loss_history(log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
