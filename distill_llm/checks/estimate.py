@@ -50,6 +50,9 @@ def unknown_costs(recipe: Recipe) -> list[InputError]:
     if recipe.distillation is not None and recipe.distillation.generations is not None:
         fix = "remove it for the estimate: each generation takes what the last recovery takes"
         return [InputError("distillation.generations", recipe.distillation.generations.count, fix=fix)]
+    if recipe.data.synthetic is not None:
+        fix = "name real rows for the estimate: how long it takes to make rows shows only in the run"
+        return [InputError("data.synthetic", recipe.data.synthetic.method, fix=fix)]
     if recipe.distillation is None or recipe.distillation.losses.responses is None:
         return []
     fix = "remove it for the estimate: how long the student's own answers are shows only in training"

@@ -28,6 +28,7 @@ def _unused(recipe: Recipe) -> list[InputError]:
         "teacher.peers": recipe.teacher.peers,
         "teacher.checkpoints": recipe.teacher.checkpoints,
         "teacher.assistant": recipe.teacher.assistant,
+        "data.synthetic": recipe.data.synthetic,
         "student": recipe.student,
         "distillation": recipe.distillation,
         "hub": recipe.hub,

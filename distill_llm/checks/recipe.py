@@ -24,6 +24,7 @@ from distill_llm.checks.models import (
 from distill_llm.checks.peers import open_peers
 from distill_llm.checks.pruning import check_pruning
 from distill_llm.checks.stages import open_stages
+from distill_llm.checks.synthetic import open_sampler, open_synthetic, synthetic_faults
 from distill_llm.checks.training import check_training
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.common.outputs import usable_output
@@ -47,6 +48,9 @@ from distill_llm.report.hub import check_push
 from distill_llm.teachers.cache import CachedTeacher
 from distill_llm.training.refusals import router_faults
 
+NOT_READ = ("augment", "synthetic", "test")
+"""Fields of the data section that say nothing about the rows of its task."""
+
 
 @dataclass(frozen=True)
 class Opened:
@@ -63,6 +67,7 @@ class Opened:
         others: config and tokenizer of the further teachers of an ensemble.
         peers: of the further students; None: pruning makes it.
         stages: of the teacher's checkpoints that the recipe names.
+        sampler: config and tokenizer of the language model that synthetic texts are sampled from, if the recipe has such rows.
     """
 
     recipe: Recipe
@@ -75,6 +80,7 @@ class Opened:
     others: tuple[OpenModel, ...] = ()
     peers: tuple[OpenModel | None, ...] = ()
     stages: tuple[OpenModel, ...] = ()
+    sampler: OpenModel | None = None
 
 
 def open_recipe(recipe: Recipe) -> Opened:
@@ -107,6 +113,8 @@ def open_recipe(recipe: Recipe) -> Opened:
     found.ask(augment_faults, recipe, task)
     masked_lm = found.run(open_masked_lm, recipe, teacher)
     found.ask(_mixture_faults, recipe, teacher, teacher if name is None else student, task)
+    found.ask(synthetic_faults, recipe, teacher, teacher if name is None else student, task, shorter)
+    sampler = found.run(open_sampler, recipe, teacher, task)
     cache = found.run(open_cached, recipe, teacher)
     found.ask(_response_faults, recipe, task, shorter)
     pruned = teacher if name is None else student
@@ -125,7 +133,7 @@ def open_recipe(recipe: Recipe) -> Opened:
     disk = found.run(check_disk, recipe, whole, found.run(adapted, recipe, learner))
     raise_all(found.faults)
     assert teacher is not None and data is not None and disk is not None
-    return Opened(recipe, teacher, student, data, cache, masked_lm, disk, others, peers, stages)
+    return Opened(recipe, teacher, student, data, cache, masked_lm, disk, others, peers, stages, sampler)
 
 
 def load_rows(recipe: Recipe, teacher: OpenModel | None) -> TaskData:
@@ -134,6 +142,8 @@ def load_rows(recipe: Recipe, teacher: OpenModel | None) -> TaskData:
     Args:
         teacher: some tasks depend on it; None if it could not be opened.
     """
+    if recipe.data.synthetic is not None:
+        return open_synthetic(recipe, teacher)
     data = open_rows(data_spec(recipe), teacher.config if teacher else None)
     calibration = recipe.pruning.calibration_examples if recipe.pruning and recipe.pruning.keep else 0
     if calibration == PruningSection.model_fields["calibration_examples"].default:
@@ -151,7 +161,7 @@ def data_spec(recipe: Recipe) -> DataSpec:
     """The data that a recipe describes."""
     columns = recipe.data.columns.model_dump(exclude_none=True) if recipe.data.columns else None
     metric, new = recipe.evaluation.metric, recipe.evaluation.max_new_tokens
-    own = {name: value for name, value in recipe.data if name != "augment"} | {"columns": columns}
+    own = {name: value for name, value in recipe.data if name not in NOT_READ} | {"columns": columns}
     return DataSpec(**own, seed=recipe.seed, metric=metric, max_new_tokens=new)
 
 

@@ -13,6 +13,12 @@ def accuracy(predictions: Any, references: Any) -> float:
     return accuracy_score(references, predictions)
 
 
+@metric("classes", is_share=True)
+def agreement(predictions: Any, references: Any) -> float:
+    """Share of the predictions that equal those of another model, its teacher: `accuracy` where references are no truth."""
+    return accuracy(predictions, references)
+
+
 @metric("classes")
 def f1(predictions: Any, references: Any, num_labels: int) -> float:
     """Harmonic mean of precision and recall: of class 1 for two classes, else the mean over the classes that occur.

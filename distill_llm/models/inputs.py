@@ -53,6 +53,8 @@ def forward_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any
     makes the mask that keeps sequences apart, but only if it is given no other and no cache. Padding has position 0 then, and
     is a sequence of its own. Losses and statistics use the whole batch with its attention mask.
 
+    Of rows of embeddings (`inputs_embeds`) the model gets these, in its dtype, and no `input_ids`: they only give the shape.
+
     Raises:
         InputError: the model would mix the sequences of a packed row.
     """
@@ -60,6 +62,10 @@ def forward_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any
         positions = inputs["position_ids"].expand_as(inputs["input_ids"])
         inputs = {**inputs, "position_ids": positions.masked_fill(inputs["attention_mask"] == 0, 0)}
         del inputs["attention_mask"]
+    if "inputs_embeds" in inputs and "input_ids" in inputs:
+        dtype = getattr(model, "dtype", None)
+        inputs = {**inputs, "inputs_embeds": inputs["inputs_embeds"].to(dtype)}
+        del inputs["input_ids"]
     names = inspect.signature(model.forward).parameters
     everything = "input_ids" not in names
     chosen = {name: value for name, value in inputs.items() if name != "labels" and (everything or name in names)}

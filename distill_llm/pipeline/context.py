@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from distill_llm.checks.recipe import Opened, encoded_rows
 from distill_llm.common.finite import check_weights
 from distill_llm.common.processes import open_processes
+from distill_llm.data.embeddings import EmbeddingCollator
 from distill_llm.data.encoding import collator
 from distill_llm.data.padding import Collator
 from distill_llm.data.tasks import TaskData
@@ -23,6 +24,7 @@ from distill_llm.models.checkpoint import converted, load_pretrained, name_unnam
 from distill_llm.models.finding import OpenModel
 from distill_llm.pipeline.augmentation import augmented
 from distill_llm.pipeline.listener import Listener, StageDone
+from distill_llm.pipeline.synthetic_rows import made_rows, real_test
 
 METRICS, PAGE, DISAGREEMENTS = "metrics.json", "report.html", "disagreements.json"
 """Files that the report stage leaves in the run folder."""
@@ -52,14 +54,28 @@ class Context:
 
     @cached_property
     def data(self) -> TaskData:
-        """The encoded rows. Process 0 tokenizes; the others read its cache."""
+        """The encoded rows. Process 0 tokenizes; the others read its cache.
+
+        Of a run without data they are there once its first stage is done.
+        """
+        if self.recipe.data.synthetic is not None:
+            test = made_rows(self.folder, "test") if self.real_test is None else self.real_test
+            return TaskData(self.opened.data.task, made_rows(self.folder, "train"), None, test)
         with self.processes.main_process_first():
             return encoded_rows(self.opened)
 
     @cached_property
+    def real_test(self) -> Dataset | None:
+        """Of a run without data, the encoded rows to score on, where it has real ones. All processes ask for it together."""
+        with self.processes.main_process_first():
+            return real_test(self.opened)
+
+    @cached_property
     def collator(self) -> Collator:
         """Pads batches of this task."""
-        return collator(self.data.task, self.tokenizer, self.recipe.seed)
+        plain = collator(self.opened.data.task, self.tokenizer, self.recipe.seed)
+        synthetic = self.recipe.data.synthetic
+        return EmbeddingCollator(plain) if synthetic is not None and synthetic.embeds else plain
 
     @cached_property
     def lessons(self) -> tuple[Dataset, Collator]:

@@ -37,7 +37,7 @@ def collect_metrics(
     last = rounds[-1]
     final = last.get("recovered") or last.get("compensated") or last["pruned"]
     return {
-        "task": recipe.data.task,
+        "task": recipe.data.test.task if recipe.data.test is not None else recipe.data.task,
         "metric": task.main_metric,
         "higher_is_better": task.higher_is_better,
         "device": measured.model.device,

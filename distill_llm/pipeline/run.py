@@ -84,8 +84,11 @@ def _run(context: Context) -> RunResult:
 
 def carry_out_stages(context: Context, stages: Sequence[Stage]) -> None:
     """Carry out some of the stages of a checked recipe, the first ones, in a folder that nobody else is using."""
-    train = context.data.train  # on all processes at once: reading it waits for process 0
-    check_cached_rows(context.opened, train)
+    # on all processes at once: reading rows waits for process 0
+    if context.recipe.data.synthetic is None:
+        check_cached_rows(context.opened, context.data.train)
+    else:
+        _ = context.real_test
     folder = RunFolder(
         context.folder, context.recipe.to_yaml(), stages, own_sections(), partial(inputs_of, context.opened)
     )

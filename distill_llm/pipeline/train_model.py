@@ -1,8 +1,9 @@
 """How a stage trains a model: from its last whole checkpoint to a saved folder."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +16,10 @@ from distill_llm.evaluation.evaluate import compute_metrics
 from distill_llm.models.adapters import merged
 from distill_llm.pipeline.checkpoints import MarkComplete, last_complete_checkpoint
 from distill_llm.pipeline.context import Context
+from distill_llm.pipeline.synthetic_rows import learner
 from distill_llm.teachers.base import Teacher
 from distill_llm.teachers.moving_average import MovingAverage
+from distill_llm.training.adversarial import AdversarialTrainer
 from distill_llm.training.config import DistillationConfig
 from distill_llm.training.progress import TrainingProgress
 from distill_llm.training.trainer import DistillationTrainer
@@ -96,7 +99,7 @@ def train_model(
         return compute_metrics(task, *task.kind.predictions(given.predictions, given.label_ids))
 
     rows, collator = (run.data.train, run.collator) if fields == "teacher" else run.lessons
-    trainer = DistillationTrainer(
+    trainer = _trainer_class(run, fields)(
         model=model,
         teacher=teacher,
         args=args,
@@ -117,6 +120,14 @@ def train_model(
     unset_hf_deepspeed_config()  # otherwise every model that is loaded later, by one process even, is divided by ZeRO-3
     history = {"history": loss_history(trainer.state.log_history)}
     return history | ({"augmented": trainer.augmented.totals()} if isinstance(collator, AugmentingCollator) else {})
+
+
+def _trainer_class(run: Context, fields: Fields) -> Callable[..., DistillationTrainer]:
+    """What makes the trainer: where a generator makes the rows, one beside it."""
+    made = run.recipe.data.synthetic
+    if fields == "teacher" or made is None or made.generator is None:
+        return DistillationTrainer
+    return partial(AdversarialTrainer, adversary=learner(run))
 
 
 def _save(run: Context, trainer: DistillationTrainer, target: Path, beside: Sequence[Path]) -> None:

@@ -19,8 +19,10 @@ from distill_llm.common.validation import faults_of
 from distill_llm.losses.objective import Objective, parse_objective
 from distill_llm.recipe.adapter_fields import check_adapter_fields
 from distill_llm.recipe.augment import AugmentSection
+from distill_llm.recipe.columns import ColumnsSection
 from distill_llm.recipe.generations import GenerationsSection
 from distill_llm.recipe.section import Section
+from distill_llm.recipe.synthetic import SyntheticSection, TestSection, check_synthetic
 from distill_llm.recipe.training_fields import check_training_fields
 
 
@@ -57,22 +59,11 @@ class StudentSection(Section):
         return given if given is None else check_adapter_fields(given)
 
 
-class ColumnsSection(Section):
-    """Names of the columns of the user's own data."""
-
-    text: str | None = Field(default=None, description="column with the text, or the first of two")
-    text_pair: str | None = Field(default=None, description="column with the second text of a pair")
-    label: str | None = Field(default=None, description="column with the class or the number")
-    prompt: str | None = Field(default=None, description="column with the prompt")
-    response: str | None = Field(default=None, description="column with the response that the student learns")
-    messages: str | None = Field(default=None, description="column with chats, in place of prompt and response")
-
-
 class DataSection(Section):
     """The task and where its data are."""
 
     task: str = Field(
-        description="a GLUE task (sst2, mrpc, ...), embedded, text, prompts, classification or regression"
+        description="a GLUE task (sst2, mrpc, ...), embedded, text, prompts, classification or regression; synthetic: no data"
     )
     path: str | None = Field(
         default=None, description="folder, file, Hub id or package://PACKAGE/PATH; GLUE: nyu-mll/glue"
@@ -118,6 +109,15 @@ class DataSection(Section):
         default=None,
         description="how the student's training rows are changed anew in every epoch; left out: not at all",
     )
+    synthetic: SyntheticSection | None = Field(default=None, description="how rows of the task synthetic are made")
+    test: TestSection | None = Field(
+        default=None, description="with the task synthetic: real rows to score on; left out: synthetic ones"
+    )
+
+    @model_validator(mode="after")
+    def _synthetic(self) -> "DataSection":
+        check_synthetic(self)
+        return self
 
 
 class DistillationSection(Section):

@@ -22,7 +22,16 @@ from distill_llm.common.files import written_whole
 from distill_llm.data.glue import GLUE, HUB_ID
 from distill_llm.pruning.plan import PruningPlan
 from distill_llm.report.origins import on_the_hub, origin_of, shown_name
-from distill_llm.report.report import HARNESS, headline, notes, provenance, short_name, summary, teachers_note
+from distill_llm.report.report import (
+    HARNESS,
+    headline,
+    notes,
+    provenance,
+    rows_note,
+    short_name,
+    summary,
+    teachers_note,
+)
 from distill_llm.report.tables import harness_table, results_table, rounds_table
 from distill_llm.report.usage import kind_of_student, needs_code, read_config, snippet
 
@@ -169,6 +178,7 @@ def _body(student_dir: Path, metrics: Mapping[str, Any], recipe: str, start: str
         "## How it was made",
         _sources(shown_name(str(metrics["teacher_model"])), start),
         teachers_note(metrics, shown_name),
+        rows_note(metrics),
         rounds.rstrip(),
         f"<details>\n<summary>The recipe</summary>\n\n```yaml\n{recipe.rstrip()}\n```\n\n</details>",
         provenance(metrics),

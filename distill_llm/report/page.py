@@ -17,7 +17,7 @@ from distill_llm.report.drawing import inline
 from distill_llm.report.figures import draw_latency, draw_losses, draw_scores
 from distill_llm.report.origins import shown_name
 from distill_llm.report.palette import DARK, LIGHT
-from distill_llm.report.report import HARNESS, headline, notes, round_notes, summary
+from distill_llm.report.report import HARNESS, headline, notes, round_notes, rows_note, summary
 from distill_llm.report.students import students_cells, students_heading, students_note
 from distill_llm.report.tables import MISSING, Cells, count, megabytes, milliseconds, percent
 from distill_llm.report.usage import loading, snippet
@@ -79,7 +79,7 @@ def write_page(
         summary=summary(metrics),
         warnings=metrics.get("warnings") or [],
         tiles=tiles(metrics),
-        notes=notes(metrics),
+        notes=" ".join(filter(None, [notes(metrics), rows_note(metrics)])),
         results=tables.results_cells(metrics),
         columns=columns,
         layers=layers,

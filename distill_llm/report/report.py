@@ -51,6 +51,7 @@ def write_report(run_dir: str | Path, metrics: Mapping[str, Any]) -> Path:
         results_table(metrics).rstrip(),
         notes(metrics),
         teachers_note(metrics),
+        rows_note(metrics),
     ]
     if metrics.get("harness"):
         parts += ["## Benchmarks", harness_table(metrics).rstrip(), HARNESS]
@@ -153,6 +154,24 @@ def teachers_note(metrics: Mapping[str, Any], shown: Callable[[str], str] = str)
     """The same as a sentence."""
     words = taught_words(metrics, shown)
     return f"The student {words}." if words else ""
+
+
+def rows_note(metrics: Mapping[str, Any]) -> str:
+    """What a student without data learnt from, and what its scores are of; empty where there was data."""
+    made = metrics.get("synthetic")
+    if made is None:
+        return ""
+    count = f"{made['rows']['train']:,}"
+    learnt = (
+        f"There was no data to learn from: {count} rows were made from models ({made['method']}, seed {made['seed']})."
+    )
+    if made["method"] == "generator":
+        learnt = f"There was no data to learn from: a generator made rows beside the student (seed {made['seed']})."
+    if made["real_test"]:
+        return f"{learnt} Scores are of real rows."
+    if metrics["metric"] == "agreement":
+        return f"{learnt} Scores are the agreement with the teacher on {made['rows']['test']:,} further rows, not on real ones."
+    return f"{learnt} Scores are of {made['rows']['test']:,} further rows that were made, not of real ones."
 
 
 def provenance(metrics: Mapping[str, Any]) -> str:

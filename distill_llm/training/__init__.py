@@ -1,4 +1,4 @@
 """DistillationTrainer and what it is made of.
 
-May import: common, architectures, losses, data, models, teachers, responses.
+May import: common, architectures, losses, data, models, teachers, responses, synthesis.
 """

@@ -11,9 +11,10 @@ from distill_llm.pipeline.stages.prune import Prune
 from distill_llm.pipeline.stages.push import Push
 from distill_llm.pipeline.stages.recover import Recover
 from distill_llm.pipeline.stages.report import Report
+from distill_llm.pipeline.stages.synthetic import Synthetic
 from distill_llm.pipeline.stages.teacher import Teacher
 
-FIRST: list[type[Stage]] = [Teacher, TeacherBenchmarks]
+FIRST: list[type[Stage]] = [Synthetic, Teacher, TeacherBenchmarks]
 EACH_ROUND: list[type[Stage]] = [Prune, PrunePeer, Recover]
 LAST: list[type[Stage]] = [Report, Export, Push]
 

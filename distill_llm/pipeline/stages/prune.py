@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from distill_llm.common.files import written_whole
+from distill_llm.data.embeddings import EMBEDDINGS
 from distill_llm.data.padding import LENGTH
 from distill_llm.metrics.errors import shown_score
 from distill_llm.pipeline.calibration import HELD_OUT
@@ -178,7 +179,7 @@ def calibration(run: Context, examples: int, cut: int = 0) -> DataLoader:
     rows = rows.select(np.argsort(rows[LENGTH], kind="stable"))
     most = min(CALIBRATION_BATCH, CALIBRATION_TOKENS // max(rows[LENGTH]), size // HELD_OUT)
     batch_size = max(1, most)
-    known = {*run.tokenizer.model_input_names, "position_ids", "labels"}
+    known = {*run.tokenizer.model_input_names, "position_ids", "labels", EMBEDDINGS}
     rows = rows.remove_columns([name for name in rows.column_names if name not in known])
     return DataLoader(rows, batch_size=batch_size, collate_fn=run.collator)  # type: ignore[arg-type]
 

@@ -65,6 +65,8 @@ class Report(Stage):
         rounds = self._rounds(results)
         metrics = collect_metrics(run.recipe, run.data.task, teacher, student, results[self.teacher.name], rounds)
         metrics |= stage_records(results)
+        if "synthetic" in results:
+            metrics["synthetic"] = {**results["synthetic"]["record"], "real_test": run.recipe.data.test is not None}
         if (benchmarks := benchmarks_of(run.recipe)) is not None:
             own = run_benchmarks(student, run.tokenizer, benchmarks, run.recipe.evaluation.batch_size)
             theirs = results[TeacherBenchmarks.name]["scores"]
@@ -103,10 +105,17 @@ class Report(Stage):
         }
 
     def _text(self, row: int) -> str:
-        """A test row as the data have it; where rows were joined, cut or left out, as the models read it."""
+        """A test row as the data have it; where rows were joined, cut, left out or made, as the models read it."""
+        made = self.run.recipe.data.synthetic if self.run.recipe.data.test is None else None
+        if made is not None and made.embeds:
+            return f"a row of embeddings (number {row})"
         raw, encoded, columns = self.run.opened.data.test, self.run.data.test, self.run.data.task.text_columns
         texts = [raw[row][name] for name in columns] if len(raw) == len(encoded) else [None]
-        if self.run.data.task.kind.joins_documents or not all(isinstance(text, str) for text in texts):
+        if (
+            made is not None
+            or self.run.data.task.kind.joins_documents
+            or not all(isinstance(text, str) for text in texts)
+        ):
             texts = [self.run.tokenizer.decode(encoded[row]["input_ids"], skip_special_tokens=True)]
         text = "\n".join(map(str, texts))
         return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}…"

@@ -62,7 +62,8 @@ class Teacher(Stage):
         if not result:
             return {}
         task, raw = run.data.task, run.opened.data
-        naive = baselines(task, raw.train, raw.test)
+        made = run.recipe.data.synthetic is not None  # there is nothing that a naive answer could have been learnt from
+        naive = baselines(task, None, run.data.test) if made else baselines(task, raw.train, raw.test)
         warning = no_better(task, result["metrics"], naive)
         return {**result, "baselines": naive, "warning": warning, **trained}
 
