@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import datasets
 
+from distill_llm.checks.ensemble import identity
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.data.padding import LENGTH
 from distill_llm.losses.terms.term import Use
-from distill_llm.models.finding import OpenModel, identity_of
+from distill_llm.models.finding import OpenModel
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.teachers.cache import CachedTeacher
 
@@ -18,13 +19,16 @@ if TYPE_CHECKING:
     from distill_llm.checks.recipe import Opened
 
 
-def open_cached(recipe: Recipe, teacher: OpenModel) -> CachedTeacher | None:
+def open_cached(recipe: Recipe, teacher: OpenModel, others: tuple[OpenModel, ...]) -> CachedTeacher | None:
     """Open the cache: complete, made with this teacher, dtype and tokenizer, and able to serve the losses."""
     if recipe.teacher.cache is None or recipe.distillation is None:
         return None
-    local = Path(teacher.path).exists()  # a Hub model may not be downloaded yet; compared before training
+    # A Hub model may not be downloaded yet; compared before training.
+    local = recipe.teacher.server is not None or all(Path(model.path).exists() for model in (teacher, *others))
     with _named_as_in_a_recipe():
-        cache = CachedTeacher(recipe.teacher.cache, identity_of(teacher.path) if local else None, teacher.tokenizer)
+        cache = CachedTeacher(
+            recipe.teacher.cache, identity(recipe, teacher, others) if local else None, teacher.tokenizer
+        )
     given, own = recipe.teacher.dtype, cache.index.settings.dtype
     if given is not None and own not in (None, given):
         fix = f"leave it out, or set it to {own}, the dtype of the teacher that wrote teacher.cache"
@@ -46,7 +50,7 @@ def check_cached_weights(opened: "Opened") -> CachedTeacher | None:
     """The recipe's cache, after a check that it was made with the teacher's weights, which are downloaded by now."""
     if opened.cache is not None:
         with _named_as_in_a_recipe():
-            opened.cache.check(identity_of(opened.teacher.path))
+            opened.cache.check(identity(opened.recipe, opened.teacher, opened.others))
     return opened.cache
 
 

@@ -53,6 +53,9 @@ def unknown_costs(recipe: Recipe) -> list[InputError]:
     if recipe.data.synthetic is not None:
         fix = "name real rows for the estimate: how long it takes to make rows shows only in the run"
         return [InputError("data.synthetic", recipe.data.synthetic.method, fix=fix)]
+    if recipe.teacher.server is not None and recipe.teacher.cache is None:
+        fix = "remove it for the estimate: how long a server takes shows only in training"
+        return [InputError("teacher.server", recipe.teacher.server.url, fix=fix)]
     if recipe.distillation is None or recipe.distillation.losses.responses is None:
         return []
     fix = "remove it for the estimate: how long the student's own answers are shows only in training"

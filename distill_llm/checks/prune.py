@@ -29,6 +29,7 @@ def _unused(recipe: Recipe) -> list[InputError]:
         "teacher.checkpoints": recipe.teacher.checkpoints,
         "teacher.assistant": recipe.teacher.assistant,
         "data.synthetic": recipe.data.synthetic,
+        "teacher.server": recipe.teacher.server,
         "student": recipe.student,
         "distillation": recipe.distillation,
         "hub": recipe.hub,

@@ -7,7 +7,13 @@ from dataclasses import dataclass, field
 from distill_llm.checks.augment import augment_faults, open_masked_lm
 from distill_llm.checks.cached import open_cached
 from distill_llm.checks.data import open_rows
-from distill_llm.checks.ensemble import assistant_faults, open_others
+from distill_llm.checks.ensemble import (
+    assistant_faults,
+    check_held_out,
+    check_names,
+    open_others,
+    with_numbers,
+)
 from distill_llm.checks.evaluate import check_harness
 from distill_llm.checks.export import check_export
 from distill_llm.checks.faults import Collector
@@ -23,6 +29,7 @@ from distill_llm.checks.models import (
 )
 from distill_llm.checks.peers import open_peers
 from distill_llm.checks.pruning import check_pruning
+from distill_llm.checks.server import check_server
 from distill_llm.checks.stages import open_stages
 from distill_llm.checks.synthetic import open_sampler, open_synthetic, synthetic_faults
 from distill_llm.checks.training import check_training
@@ -115,7 +122,8 @@ def open_recipe(recipe: Recipe) -> Opened:
     found.ask(_mixture_faults, recipe, teacher, teacher if name is None else student, task)
     found.ask(synthetic_faults, recipe, teacher, teacher if name is None else student, task, shorter)
     sampler = found.run(open_sampler, recipe, teacher, task)
-    cache = found.run(open_cached, recipe, teacher)
+    found.run(check_server, recipe, teacher, task)
+    cache = found.run(open_cached, recipe, teacher, others)
     found.ask(_response_faults, recipe, task, shorter)
     pruned = teacher if name is None else student
     taught_by = pruned if recipe.teacher.is_own else teacher  # its layers are those that are compared
@@ -145,6 +153,8 @@ def load_rows(recipe: Recipe, teacher: OpenModel | None) -> TaskData:
     if recipe.data.synthetic is not None:
         return open_synthetic(recipe, teacher)
     data = open_rows(data_spec(recipe), teacher.config if teacher else None)
+    check_names(recipe, data)
+    check_held_out(recipe, data)
     calibration = recipe.pruning.calibration_examples if recipe.pruning and recipe.pruning.keep else 0
     if calibration == PruningSection.model_fields["calibration_examples"].default:
         calibration = 0  # the default: fewer rows are fine
@@ -172,7 +182,7 @@ def encoded_rows(opened: Opened) -> TaskData:
         InputError: a token has no embedding, or a prompt leaves no room for its response.
     """
     recipe, tokenizer = opened.recipe, opened.teacher.tokenizer
-    rows = encode(opened.data, tokenizer, recipe.data.max_length)
+    rows = with_numbers(recipe, encode(opened.data, tokenizer, recipe.data.max_length))
     data = check_tokens(rows, opened.teacher, RECIPE_FIELDS.rows)
     shorter = _shorter(opened.teacher, opened.student, *opened.others, *opened.peers)
     assert shorter is not None

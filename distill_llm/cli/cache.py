@@ -19,13 +19,37 @@ from distill_llm.cli.options import (
     as_options,
     read_columns,
 )
+from distill_llm.cli.served import (
+    SERVER_OPTIONS,
+    KeyVariable,
+    ServedModel,
+    Server,
+    ServerForm,
+    read_server,
+)
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.recipe.recipe import Recipe, load_recipe, recipe_names
+from distill_llm.recipe.server import ServerSection
 
 EXAMPLE = (
     "Examples: distill-llm cache my_recipe.yaml --output-dir cache;"
     " distill-llm cache my-org/my-llm --task text --data corpus.txt --max-length 1024 --output-dir cache"
 )
+
+
+Number = Annotated[
+    int | None,
+    typer.Option(
+        help="Number of draws, or of most probable tokens, per output: 1 to 255; by default 50, of a server 20."
+    ),
+]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        metavar="sampled|topk",
+        help="Store unbiased draws, or the most probable tokens; by default sampled, of a server topk.",
+    ),
+]
 
 
 def cache(
@@ -54,10 +78,12 @@ def cache(
     seed: Annotated[
         int | None, typer.Option(min=0, max=2**32 - 1, help="Without a recipe: seed of the split, and of the draws.")
     ] = None,
-    k: Annotated[int, typer.Option(help="Number of draws, or of most probable tokens, per output: 1 to 255.")] = 50,
-    method: Annotated[
-        str, typer.Option(metavar="sampled|topk", help="Store unbiased draws, or the most probable tokens.")
-    ] = "sampled",
+    k: Number = None,
+    method: Method = None,
+    server: Server = None,
+    served_model: ServedModel = None,
+    key_variable: KeyVariable = None,
+    server_form: ServerForm = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Number of examples at once.")] = 8,
     dtype: TeacherDtype = None,
     trust_remote_code: TrustCode = False,
@@ -70,20 +96,38 @@ def cache(
     recipe = _recipe(teacher, output_dir, settings or [], rows, trust_remote_code)
     if recipe is None and task is None:
         raise InputError("--task", None, "the task of the data, or a recipe in place of the teacher")
-    from distill_llm.data.spec import DataSpec
-    from distill_llm.pipeline.caching import cache_recipe, cache_teacher
-    from distill_llm.teachers.cache_format import CacheSettings
-
-    own = ("k", "method", "batch_size", "dtype", "output_dir")
-    with as_options(own if recipe is not None else signature(cache).parameters, {"teacher": "TEACHER"}):
-        coding = CacheSettings(k=k, method=method, dtype=dtype)  # type: ignore[arg-type]
-        if recipe is not None:
-            items, size = cache_recipe(recipe, coding, batch_size)
-        else:
-            items, size = cache_teacher(teacher, DataSpec(**rows), output_dir, coding, batch_size, trust_remote_code)
+    own: Any = ("k", "method", "batch_size", "dtype", "output_dir")
+    own = own if recipe is not None else signature(cache).parameters
+    asked = {"url": server, "model": served_model, "key_variable": key_variable, "form": server_form}
+    with as_options(own, {"teacher": "TEACHER", **SERVER_OPTIONS}):
+        served = read_server(asked, k, recipe)
+        how = {"k": k, "method": method, "dtype": dtype}
+        source = recipe if recipe is not None else (teacher, rows, output_dir, trust_remote_code)
+        items, size = _write(
+            source, served, {name: value for name, value in how.items() if value is not None}, batch_size
+        )
     if is_main_process():
         each = size / max(items, 1)
         print(f"{output_dir}: {items:,} outputs of {teacher}, {size / 1e6:.1f} MB, {each:.0f} bytes each")
+
+
+def _write(
+    source: Recipe | tuple[str, Mapping[str, Any], Path, bool],
+    served: ServerSection | None,
+    how: Mapping[str, Any],
+    batch_size: int,
+) -> tuple[int, int]:
+    """The numbers of outputs and of bytes; a recipe or what stands for it, and the settings that were given."""
+    from distill_llm.data.spec import DataSpec
+    from distill_llm.pipeline.caching import cache_recipe, cache_teacher, default_settings
+    from distill_llm.teachers.cache_format import CacheSettings
+
+    plain = default_settings(served)
+    coding = CacheSettings(**{"k": plain.k, "method": plain.method, **how})
+    if isinstance(source, Recipe):
+        return cache_recipe(source, coding, batch_size)
+    teacher, rows, output_dir, trusted = source
+    return cache_teacher(teacher, DataSpec(**rows), output_dir, coding, batch_size, trusted, served)
 
 
 def _recipe(

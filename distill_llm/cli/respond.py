@@ -9,6 +9,7 @@ import typer
 from distill_llm.cli.group import is_main_process
 from distill_llm.cli.options import ChatTemplateKwargs, Encoding, Separator, TeacherDtype, TrustCode, as_options
 from distill_llm.cli.output import quiet_weights
+from distill_llm.cli.served import SERVER_OPTIONS, KeyVariable, ServedModel, Server, read_endpoint
 from distill_llm.recipe.yaml_input import read_mapping
 
 if TYPE_CHECKING:
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
 EXAMPLE = (
     "Example: distill-llm respond HuggingFaceTB/SmolLM2-1.7B-Instruct --data prompts.jsonl --chat --output-dir answers"
 )
+
+
+PromptColumn = Annotated[
+    str | None, typer.Option(help="Column with texts or chats; by default prompt, or else messages.")
+]
 
 
 def respond(
@@ -36,12 +42,13 @@ def respond(
     seed: Annotated[int, typer.Option(help="Seed of the random numbers.")] = 0,
     separator: Separator = None,
     encoding: Encoding = None,
-    prompt_column: Annotated[
-        str | None, typer.Option(help="Column with texts or chats; by default prompt, or else messages.")
-    ] = None,
+    prompt_column: PromptColumn = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put prompts that are texts into the chat template.")] = False,
     chat_template_kwargs: ChatTemplateKwargs = None,
     max_prompts: Annotated[int | None, typer.Option(help="Use only this many rows, the first ones.")] = None,
+    server: Server = None,
+    served_model: ServedModel = None,
+    key_variable: KeyVariable = None,
     dtype: TeacherDtype = None,
     keep_truncated: Annotated[
         bool, typer.Option("--keep-truncated", help="Keep responses that were cut at --max-new-tokens.")
@@ -53,7 +60,7 @@ def respond(
     from distill_llm.responses.respond import respond as generate
     from distill_llm.responses.settings import ResponseSettings
 
-    with as_options(signature(respond).parameters, {"teacher": "TEACHER", "model": "TEACHER"}):
+    with as_options(signature(respond).parameters, {"teacher": "TEACHER", "model": "TEACHER", **SERVER_OPTIONS}):
         settings = ResponseSettings(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -72,7 +79,8 @@ def respond(
             encoding=encoding,
             trust_remote_code=trust_remote_code,
         )
-        counts = generate(teacher, data, output_dir, settings)
+        endpoint = read_endpoint(server, served_model or teacher, key_variable)
+        counts = generate(teacher, data, output_dir, settings, server=endpoint)
     if is_main_process():
         for line in _summary(counts, output_dir, keep_truncated):
             print(line)

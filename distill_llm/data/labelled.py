@@ -13,9 +13,11 @@ from distill_llm.data.cutting import cut_text
 from distill_llm.data.padding import LENGTH, Rows
 from distill_llm.data.sources import read_splits
 from distill_llm.data.spec import DataSpec
-from distill_llm.data.splitting import Splits, with_test
+from distill_llm.data.splitting import Splits, same_class, with_test
 
-COLUMNS = ("text", "text_pair", "label")
+TEACHER_OF = "teacher_of"
+"""A column that says which of several teachers teaches a row; training rows alone have it."""
+COLUMNS = ("text", "text_pair", "label", TEACHER_OF)
 TEXTS = "texts"
 
 
@@ -45,6 +47,7 @@ class LabelledRows:
         made = {}
         for split, rows in self.splits.items():
             columns = {name: list(rows[self.names[name]]) for name in self.texts}
+            columns |= teacher_names(rows, of_split(self.names, split))
             labels = to_labels(rows[self.names["label"]], split)
             made[split] = Dataset.from_dict({**columns, "labels": labels})
         return made
@@ -69,14 +72,14 @@ def read_labelled(spec: DataSpec, training: bool = True, words: bool = False, cl
     names = column_names(spec.columns, ("text", "label"))
     splits = read_splits(spec.path, training=training, form=spec.form)
     for split, rows in splits.items():
-        check_columns(rows, names, split)
+        check_columns(rows, of_split(names, split), split)
     if len(splits) > 1 and "test" in splits and _unlabelled(splits["test"][names["label"]]):
         del splits["test"]
     for split, rows in splits.items():
-        splits[split] = complete(rows, names, split, spec.drop_incomplete)
+        splits[split] = complete(rows, of_split(names, split), split, spec.drop_incomplete)
         if not words:
             _check_labels(rows, names["label"], split)
-            check_texts(splits[split], {name: column for name, column in names.items() if name != "label"}, split)
+            check_texts(splits[split], {name: names[name] for name in COLUMNS[:2] if name in names}, split)
     return LabelledRows(names, with_test(splits, names["label"] if classes else None))
 
 
@@ -90,6 +93,16 @@ def _check_labels(rows: Dataset, column: str, split: str) -> None:
 def _unlabelled(labels: Sequence[Any]) -> bool:
     """Whether a split has no labels: the Hub writes -1 for a hidden one."""
     return all(label in (-1, None, "") for label in labels)
+
+
+def of_split(names: Mapping[str, str], split: str) -> dict[str, str]:
+    """The columns that a split must have."""
+    return {name: column for name, column in names.items() if name != TEACHER_OF or split == "train"}
+
+
+def teacher_names(rows: Dataset, names: Mapping[str, str]) -> dict[str, list[str]]:
+    """The column TEACHER_OF as words, where `names` has it: numbers may be names too."""
+    return {TEACHER_OF: [str(same_class(name)) for name in rows[names[TEACHER_OF]]]} if TEACHER_OF in names else {}
 
 
 def column_names(
@@ -149,8 +162,9 @@ def text_encoder(
     """A function from rows of one or two texts and `labels` to token ids between special tokens, cut to `max_length`."""
 
     def work(rows: Rows) -> Rows:
+        kept = {name: rows[name] for name in ("labels", TEACHER_OF) if name in rows}
         texts = [[cut_text(text, tokenizer, max_length) for text in rows[column]] for column in columns]
         result = dict(tokenizer(*texts, truncation=True, max_length=max_length))
-        return {**result, "labels": rows["labels"], LENGTH: [len(ids) for ids in result["input_ids"]]}
+        return {**result, **kept, LENGTH: [len(ids) for ids in result["input_ids"]]}
 
     return work

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from distill_llm.data.answers import Divided, answer_text, divided, encoded
 from distill_llm.data.causal import as_rows
 from distill_llm.data.chats import Chat, TemplateRefusal, answered, asked
+from distill_llm.data.labelled import TEACHER_OF
 from distill_llm.data.padding import Rows
 from distill_llm.data.special_tokens import document_end, special_ends, tokenizer_fingerprint
 from distill_llm.data.tasks import Task
@@ -68,9 +69,10 @@ class PromptEncoder:
     def __call__(self, rows: Rows) -> Rows:
         """Encoded rows."""
         answers = [self._answer(row) for row in _each(rows)]
-        ids, labels, faults = [], [], []
+        ids, labels, faults, kept = [], [], [], []
         numbers = rows.get(NUMBER, range(len(answers)))
-        for number, answer, (prompt, response, shared) in zip(numbers, answers, self._divided(answers), strict=True):
+        both = zip(numbers, answers, self._divided(answers), strict=True)
+        for place, (number, answer, (prompt, response, shared)) in enumerate(both):
             prompt = [*self.first, *prompt] or [self.end]
             fault = self._fault(number, answer, prompt, shared)
             if len(prompt) < self.max_length or fault:
@@ -78,7 +80,9 @@ class PromptEncoder:
                 ids.append([*prompt, *response])
                 labels.append([*[IGNORED] * len(prompt), *response])
                 faults.append(fault)
-        return as_rows(ids, labels) | {FAULT: faults}
+                kept.append(place)
+        by = {name: [rows[name][place] for place in kept] for name in (TEACHER_OF,) if name in rows}
+        return as_rows(ids, labels) | {FAULT: faults} | by
 
     def _answer(self, row: Mapping[str, Any]) -> _Answer:
         cut = row.get(FINISH) == CUT

@@ -9,7 +9,7 @@ from distill_llm.common.errors import InputError, raise_all
 from distill_llm.common.notices import tell
 from distill_llm.data.chats import as_chats, is_chat
 from distill_llm.data.complete import complete, numbered
-from distill_llm.data.labelled import check_columns, check_texts, column_names
+from distill_llm.data.labelled import TEACHER_OF, check_columns, check_texts, column_names, of_split, teacher_names
 from distill_llm.data.prompt_encoder import CHAT, CUT, FINISH, GENERATED, PAIR, TOKENIZER, PromptEncoder
 from distill_llm.data.sources import read_splits
 from distill_llm.data.spec import DataSpec
@@ -40,21 +40,28 @@ def read_prompts(spec: DataSpec, training: bool = True) -> tuple[tuple[str, ...]
             not known.
     """
     assert spec.path is not None
-    columns, splits = spec.columns, read_splits(spec.path, training=training, form=spec.form)
+    columns, splits = dict(spec.columns or {}), read_splits(spec.path, training=training, form=spec.form)
+    by = {TEACHER_OF: columns.pop(TEACHER_OF)} if TEACHER_OF in columns else {}
     present = next(iter(splits.values())).column_names
-    chats = "messages" in (columns or ()) or (not columns and "messages" in present and "prompt" not in present)
+    chats = "messages" in columns or (not columns and "messages" in present and "prompt" not in present)
     names = column_names(columns, CHAT if chats else PAIR, CHAT if chats else PAIR)
     for split, rows in splits.items():
-        check_columns(rows, names, split)
-        splits[split] = rows = complete(rows, names, split, spec.drop_incomplete)
+        own = of_split({**names, **by}, split)
+        check_columns(rows, own, split)
+        splits[split] = rows = complete(rows, own, split, spec.drop_incomplete)
         if chats:
             _check_chats(rows, names["messages"], split)
         else:
             check_texts(rows, names, split)
         _check_reasons(rows, split)
+        if named := teacher_names(rows, own):
+            others = rows.remove_columns([name for name in (TEACHER_OF,) if name in rows.column_names])
+            splits[split] = others.add_column(TEACHER_OF, named[TEACHER_OF])
     standard = {column: name for name, column in names.items() if column != name}
     kept = {
-        split: rows.select_columns([*names.values(), *_generated(rows, names)]).rename_columns(standard)
+        split: rows.select_columns(
+            [*names.values(), *_generated(rows, names), *(by if split == "train" else ())]
+        ).rename_columns(standard)
         for split, rows in splits.items()
     }
     if chats or not spec.chat:

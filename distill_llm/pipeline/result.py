@@ -55,7 +55,6 @@ def collect_metrics(
         "speedup_max": measured.speedup_max,
         "latency": latency.model_dump(),
         "latency_grid": [asdict(point) for point in points],
-        **taught_by(recipe),
         **{name: last[name] for name in ("augmented", "generations", "peers") if name in last},
         "rounds": [
             {name: value for name, value in row.items() if name not in ("generations", "peers")} for row in rounds
@@ -78,8 +77,15 @@ def stage_records(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def taught_by(recipe: Recipe) -> dict[str, Any]:
-    """What teaches in the place of the recipe's model, under its field; of an ensemble with weights that sum to 1."""
+def taught_by(recipe: Recipe, learnt: Sequence[float] | None = None) -> dict[str, Any]:
+    """What teaches in the place of the recipe's model, under its field; of an ensemble with weights that sum to 1, or with the
+    rows of each.
+
+    Args:
+        learnt: the weights of an ensemble, where they are not the recipe's.
+    """
+    if (server := recipe.teacher.server) is not None:
+        return {"served": {"model": server.model or recipe.teacher.model, "k": server.k}}
     if (average := recipe.teacher.moving_average) is not None:
         return {"moving_average": average.model_dump()}
     if (peers := recipe.teacher.peers) is not None:
@@ -87,17 +93,21 @@ def taught_by(recipe: Recipe) -> dict[str, Any]:
     if (stages := recipe.teacher.checkpoints) is not None:
         return {"teacher_stages": stages if isinstance(stages, int) else len(stages)}
     if (assistant := recipe.teacher.assistant) is not None:
-        return {"assistant": assistant.model_dump(), **_ensemble(recipe)}
-    return _ensemble(recipe)
+        return {"assistant": assistant.model_dump(), **_ensemble(recipe, learnt)}
+    return _ensemble(recipe, learnt)
 
 
-def _ensemble(recipe: Recipe) -> dict[str, Any]:
+def _ensemble(recipe: Recipe, learnt: Sequence[float] | None) -> dict[str, Any]:
     """Under `ensemble`, the teachers of a recipe that has several."""
     section = recipe.teacher.ensemble
     if section is None:
         return {}
     names = [recipe.teacher.model, *(member.model for member in section.others)]
-    weights = [weight / sum(section.weights) for weight in section.weights]
+    if section.by_row:
+        both = zip(names, (section, *section.others), strict=True)
+        return {"ensemble": {"models": [{"model": name, "teaches": each.teaches} for name, each in both]}}
+    given = section.weights if learnt is None else learnt
+    weights = [weight / sum(given) for weight in given]
     models = [{"model": name, "weight": weight} for name, weight in zip(names, weights, strict=True)]
     return {"ensemble": {"average": section.average, "confidence": section.confidence, "models": models}}
 

@@ -16,7 +16,7 @@ from distill_llm.recipe.yaml_input import put
 
 NOT_OF_TEACHER = ("description", "output_dir", "student", "pruning", "distillation", "final", "report", "export", "hub")
 """Sections that the stage `teacher` does not read."""
-HELD = ("dtype", "quantization", "cache", "ensemble", "moving_average", "peers", "assistant")
+HELD = ("dtype", "quantization", "cache", "ensemble", "moving_average", "peers", "assistant", "server")
 """Fields of the teacher that say how it is held while a student learns, which is after it was trained and scored."""
 LONGEST_VALUE = 40
 """Characters of a value in the name of a cell."""

@@ -14,3 +14,8 @@ class ColumnsSection(Section):
     prompt: str | None = Field(default=None, description="column with the prompt")
     response: str | None = Field(default=None, description="column with the response that the student learns")
     messages: str | None = Field(default=None, description="column with chats, in place of prompt and response")
+    teacher_of: str | None = Field(
+        default=None,
+        description="column of the training rows that says which teacher teaches a row, by a name that teacher.ensemble knows"
+        " (`teaches`)",
+    )

@@ -24,6 +24,7 @@ from distill_llm.recipe.sections import (
     StudentSection,
     training_fields,
 )
+from distill_llm.recipe.several_rules import several_faults
 from distill_llm.recipe.teacher import TeacherSection
 from distill_llm.recipe.teacher_rules import teacher_faults
 from distill_llm.recipe.training_fields import with_defaults
@@ -94,6 +95,7 @@ class Recipe(Section):
                 InputError("distillation", None, fix="add a distillation section, or remove the student section")
             )
         faults += teacher_faults(self.teacher, self.student, self.pruning, self.distillation, self.final)
+        faults += several_faults(self.teacher, self.data, self.distillation)
         if self.final and self.distillation is None:
             faults.append(InputError("final", self.final, fix="remove it, or add a distillation section"))
         raise_all(faults)

@@ -11,6 +11,7 @@ from distill_llm.recipe.changing_teachers import AssistantSection, MovingAverage
 from distill_llm.recipe.ensemble import EnsembleSection
 from distill_llm.recipe.section import Section
 from distill_llm.recipe.sections import training_fields
+from distill_llm.recipe.server import ServerSection
 
 
 def _number(start: Any) -> Any:
@@ -76,6 +77,9 @@ class TeacherSection(Section):
         default=None,
         description="in pruning.rounds, from the second on, the student of the round before teaches with this model; true"
         " takes the defaults",
+    )
+    server: ServerSection | None = Field(
+        default=None, description="a served model that teaches in the place of this one, with the same tokenizer"
     )
     trust_remote_code: bool = Field(
         default=False,

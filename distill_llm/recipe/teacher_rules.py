@@ -50,9 +50,6 @@ def _cache_faults(teacher: TeacherSection, needed: bool) -> list[InputError]:
     if teacher.train is not None:
         fix = "remove it, or remove teacher.train: a cache belongs to a teacher that is already trained"
         faults.append(InputError("teacher.cache", cache, fix=fix))
-    if teacher.ensemble is not None:
-        fix = "remove it, or remove teacher.ensemble: a cache holds the outputs of one teacher"
-        faults.append(InputError("teacher.cache", cache, fix=fix))
     if teacher.quantization is not None:
         fix = "remove it: with teacher.cache there is no teacher in memory"
         faults.append(InputError("teacher.quantization", teacher.quantization, fix=fix))

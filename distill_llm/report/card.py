@@ -37,6 +37,8 @@ from distill_llm.report.usage import kind_of_student, needs_code, read_config, s
 
 NO_PATHS = ("description", "hub")
 """Parts of a recipe that hold no paths: prose, and the name of a repository."""
+SERVER = "http://SERVER/v1"
+"""What a card shows for the address of a served teacher."""
 
 
 def write_card(student_dir: str | Path, metrics: Mapping[str, Any], recipe_yaml: str) -> Path:
@@ -68,6 +70,11 @@ def write_card(student_dir: str | Path, metrics: Mapping[str, Any], recipe_yaml:
     front = card_data(metrics, config, data, start or metrics["teacher_model"]).to_yaml()
     card = ModelCard(f"---\n{front}\n---\n\n{_body(student_dir, metrics, recipe, start)}")
     told = {**metrics, "teacher_model": shown_name(str(metrics["teacher_model"]))}
+    if (ensemble := metrics.get("ensemble")) is not None:
+        models = [{**each, "model": shown_name(each["model"])} for each in ensemble["models"]]
+        told["ensemble"] = {**ensemble, "models": models}
+    if (served := metrics.get("served")) is not None:
+        told["served"] = {**served, "model": shown_name(served["model"])}
     texts = {"metrics.json": json.dumps(told, indent=2) + "\n", "recipe.yaml": recipe} | eval_results(metrics, data)
     for name, text in texts.items():
         (student_dir / name).parent.mkdir(exist_ok=True)
@@ -196,6 +203,8 @@ def _sources(teacher: str, start: str | None) -> str:
 def shown_recipe(recipe_yaml: str) -> str:
     """The recipe, its local paths cut to their last parts."""
     recipe = yaml.safe_load(recipe_yaml)
+    if server := (recipe.get("teacher") or {}).get("server"):
+        server["url"] = SERVER  # where a model is served is the business of those who serve it
     values = {name: part if name in NO_PATHS else _shown_values(part) for name, part in recipe.items()}
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 

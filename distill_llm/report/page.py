@@ -17,7 +17,7 @@ from distill_llm.report.drawing import inline
 from distill_llm.report.figures import draw_latency, draw_losses, draw_scores
 from distill_llm.report.origins import shown_name
 from distill_llm.report.palette import DARK, LIGHT
-from distill_llm.report.report import HARNESS, headline, notes, round_notes, rows_note, summary
+from distill_llm.report.report import HARNESS, headline, members_words, notes, round_notes, rows_note, summary
 from distill_llm.report.students import students_cells, students_heading, students_note
 from distill_llm.report.tables import MISSING, Cells, count, megabytes, milliseconds, percent
 from distill_llm.report.usage import loading, snippet
@@ -211,8 +211,11 @@ def facts(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What was run, as names and values; what is unknown is left out."""
     versions = ", ".join(f"{name} {version}" for name, version in (metrics.get("versions") or {}).items())
     seconds, seed = metrics.get("seconds"), metrics.get("seed")
+    ensemble, served = metrics.get("ensemble"), metrics.get("served")
+    others = shown_name(served["model"]) if served else members_words(ensemble, shown_name) if ensemble else None
     found = [
         ("Teacher", shown_name(str(metrics["teacher_model"]))),
+        ("Learnt from", others),
         ("Task", str(metrics["task"])),
         ("Device", str(metrics["device"])),
         ("Seed", None if seed is None else str(seed)),

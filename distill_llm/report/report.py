@@ -126,6 +126,8 @@ def taught_words(metrics: Mapping[str, Any], shown: Callable[[str], str] = str) 
     Args:
         shown: how a model is named.
     """
+    if (served := metrics.get("served")) is not None:
+        return f"learnt from `{shown(served['model'])}`, which was served, by its {served['k']} likeliest tokens"
     if (average := metrics.get("moving_average")) is not None:
         saved = ", which was saved in its place" if average["as_student"] else ""
         return f"learnt from the moving average of its own weights (decay {average['decay']:g}){saved}"
@@ -142,12 +144,21 @@ def taught_words(metrics: Mapping[str, Any], shown: Callable[[str], str] = str) 
         later = f"from the second round on from the student of the round before, {share}"
     if ensemble is None:
         return f"learnt {later}" if later else ""
-    models = ensemble["models"]
-    each = ", ".join(f"{model['weight']:.2f} `{shown(model['model'])}`" for model in models)
+    count, each = len(ensemble["models"]), members_words(ensemble, lambda name: f"`{shown(name)}`")
+    if "average" not in ensemble:
+        return f"learnt each row from one of {count} teachers: {each}"
     sure = ", weighted by their confidence" if ensemble["confidence"] else ""
-    return f"learnt from the mean of {len(models)} teachers' {ensemble['average']}{sure}: {each}" + (
+    return f"learnt from the mean of {count} teachers' {ensemble['average']}{sure}: {each}" + (
         f"; {later}" if later else ""
     )
+
+
+def members_words(ensemble: Mapping[str, Any], shown: Callable[[str], str]) -> str:
+    """The models of an ensemble, each with its weight or with the names of its rows."""
+    models = ensemble["models"]
+    if "average" not in ensemble:
+        return ", ".join(f"{shown(model['model'])} for {' and '.join(model['teaches'])}" for model in models)
+    return ", ".join(f"{model['weight']:.2f} {shown(model['model'])}" for model in models)
 
 
 def teachers_note(metrics: Mapping[str, Any], shown: Callable[[str], str] = str) -> str:

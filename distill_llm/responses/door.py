@@ -45,12 +45,14 @@ def open_prompts(
     settings: ResponseSettings,
     tokenizer: PreTrainedTokenizerBase | None,
     device: torch.device,
+    served: str | None = None,
 ) -> OpenPrompts:
     """Open teacher and prompts, and check that the one can answer the other.
 
     Args:
         teacher, prompts, settings, tokenizer: as of `respond`.
         device: where the teacher will answer.
+        served: what a server calls the model that answers, with this teacher's tokenizer; None: the teacher answers itself.
 
     Raises:
         InputError: one line that names the argument.
@@ -74,7 +76,7 @@ def open_prompts(
         raise_all(row_faults(limits, facts, "data", opened.tokenizer))
     template = [str(opened.tokenizer.chat_template)] if are_chats else []
     fingerprints = {
-        "teacher": _teacher_fingerprint(teacher, opened),
+        "teacher": _teacher_fingerprint(teacher, opened) if served is None else f"served:{served}",
         "tokenizer": _digest([tokenizer_fingerprint(opened.tokenizer), *template]),
         "data": _digest(prompt.key.hex() for prompt in encoded),
     }

@@ -184,7 +184,7 @@ def kept_rows(answers: Iterable[list[Row]], prompts_read: int, keep_truncated: b
     """The rows worth training on, and the counts.
 
     Args:
-        answers: per prompt its rows, with `finish_reason`, `tokens` and `response_ids`.
+        answers: per prompt its rows, with `finish_reason`, `tokens` and, but for served teachers, `response_ids`.
         prompts_read: rows that the prompts were read from.
         keep_truncated: keep responses that were cut off.
     """
@@ -203,6 +203,8 @@ def kept_rows(answers: Iterable[list[Row]], prompts_read: int, keep_truncated: b
     return kept, Counts(prompts_read, prompts, responses, tokens, *numbers)
 
 
-def _said(row: Row) -> tuple[int, ...]:
-    """The tokens of a response without its end."""
+def _said(row: Row) -> Any:
+    """The tokens of a response without its end; the text where they are not known."""
+    if GENERATED not in row:
+        return row["response"] if "response" in row else row["messages"][-1]["content"]
     return tuple(row[GENERATED] if row[FINISH] == CUT else row[GENERATED][:-1])

@@ -8,6 +8,7 @@ the same kind of device. Other batches change only the rounding of logits.
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,12 +24,15 @@ from distill_llm.common.outputs import usable_output
 from distill_llm.common.processes import open_processes
 from distill_llm.common.progress import progress_bar
 from distill_llm.data.causal import CausalCollator
+from distill_llm.data.prompt_encoder import CUT
 from distill_llm.data.special_tokens import tokenizer_fingerprint
 from distill_llm.models.checkpoint import load_pretrained
+from distill_llm.models.endpoint import Client, Endpoint
 from distill_llm.responses.decoding import Decoder
 from distill_llm.responses.door import OpenPrompts, open_prompts
 from distill_llm.responses.folder import ABOUT, Counts, ResponseFolder, Row, kept_rows
 from distill_llm.responses.prompts import Source
+from distill_llm.responses.served import ServedAnswers
 from distill_llm.responses.settings import ResponseSettings
 from distill_llm.responses.work import Work
 
@@ -40,6 +44,7 @@ def respond(
     settings: ResponseSettings | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    server: Endpoint | None = None,
     progress: bool = True,
 ) -> Counts:
     """Answer prompts and write the answers as data of the task `prompts` (Kim and Rush, 2016, section 3.2).
@@ -54,6 +59,8 @@ def respond(
         output_dir: new, empty, or of an earlier call; see `distill_llm.responses.folder`.
         settings: how prompts are read, asked and answered; None: the defaults.
         tokenizer: of a teacher given as model.
+        server: where the model that answers is served; of `teacher` only the tokenizer and the config are read then. Its
+            answers are kept as texts.
         progress: show a line on the work ahead and a bar.
 
     Returns:
@@ -64,16 +71,19 @@ def respond(
             no response is left.
     """
     settings, processes = settings or ResponseSettings(), open_processes()
-    opened = open_prompts(teacher, prompts, settings, tokenizer, processes.device)
+    opened = open_prompts(teacher, prompts, settings, tokenizer, processes.device, server.model if server else None)
+    if server is not None:
+        Client(replace(server, retries=min(1, server.retries))).check()
     folder = Path(output_dir)
     usable_output(folder, begun=ABOUT)
     names = {"teacher": opened.teacher.name, "data": prompts if isinstance(prompts, str) else type(prompts).__name__}
     with alone_in(folder), full_disk_named(folder):
-        return _respond(teacher, opened, folder, settings, names, progress and processes.is_main_process)
+        source = server or teacher
+        return _respond(source, opened, folder, settings, names, progress and processes.is_main_process)
 
 
 def _respond(
-    teacher: str | PreTrainedModel,
+    teacher: str | PreTrainedModel | Endpoint,
     opened: OpenPrompts,
     output_dir: Path,
     settings: ResponseSettings,
@@ -93,7 +103,10 @@ def _respond(
     processes.wait_for_everyone()  # from here on others write shards
     if missing and shown:
         tqdm.write(work.announcement(missing))
-    if own := missing[processes.process_index :: processes.num_processes]:
+    own = missing[processes.process_index :: processes.num_processes]
+    if own and isinstance(teacher, Endpoint):
+        _ask(work, own, ServedAnswers(teacher, settings, opened.teacher.tokenizer), folder, shown)
+    elif own:
         if isinstance(teacher, str):
             teacher = load_pretrained(opened.teacher.path, settings.trust_remote_code, dtype=opened.dtype)
             teacher.to(processes.device)  # type: ignore[arg-type]
@@ -133,6 +146,22 @@ def _generate(work: Work, shards: Sequence[int], decoder: Decoder, folder: Respo
                     rows.append(work.row(place, sample, text, ids, decoder.ended(ids)))
                 tokens += sum(map(len, answers))
                 bar.set_postfix_str(f"{tokens / (time.monotonic() - start):,.0f} tokens/s", refresh=False)
+                bar.update(len(batch))
+            folder.write_shard(number, rows)
+
+
+def _ask(work: Work, shards: Sequence[int], server: ServedAnswers, folder: ResponseFolder, progress: bool) -> None:
+    """Write shards of a server's answers, one after the other."""
+    total = sum(len(work.shard(number)) for number in shards)
+    with progress_bar(total=total, desc="Responding", unit=" responses", shown=progress) as bar:
+        for number in shards:
+            rows = []
+            for batch in work.batches(number):
+                prompts = [work.prompts[place] for place, _ in batch]
+                answers = server(prompts, [work.key(*each) for each in batch])
+                for (place, sample), found in zip(batch, answers, strict=True):
+                    reason = "stop" if found.ended else CUT
+                    rows.append(work.row_of_text(place, sample, found.text, found.tokens, reason))
                 bar.update(len(batch))
             folder.write_shard(number, rows)
 

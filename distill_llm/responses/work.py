@@ -44,14 +44,12 @@ class Work:
 
     def row(self, place: int, sample: int, text: str, ids: list[int], ended: bool) -> Row:
         """A response with its prompt, as it is written: as text, and as the tokens that were generated, its end among them."""
-        about = {
-            GENERATED: ids,
-            FINISH: "eos" if ended else CUT,
-            "tokens": len(ids),
-            "sample": sample,
-            "seed": self.seed,
-            TOKENIZER: self.tokenizer,
-        }
+        about = {GENERATED: ids, TOKENIZER: self.tokenizer}
+        return self.row_of_text(place, sample, text, len(ids), "eos" if ended else CUT) | about
+
+    def row_of_text(self, place: int, sample: int, text: str, tokens: int, finish: str) -> Row:
+        """The same of an answer whose tokens are not known, with the reason why it ended: `stop`, or CUT."""
+        about = {FINISH: finish, "tokens": tokens, "sample": sample, "seed": self.seed}
         return {**self.prompts[place].answered(text), **about}
 
     def by_prompt(self, folder: ResponseFolder) -> list[list[Row]]:

@@ -23,12 +23,14 @@ class Teacher(ABC):
         compact: whether it can give the outputs of a language model without whole logits, as HeadSignals or SparseSignals.
         prefetches: whether `prefetch` is to be called for the batches of training.
         whole_student: whether it reads the student's weights, or trains models of its own: every process must have all weights.
+        columns: of the rows, besides those that models read, that batches are to have.
     """
 
     model: PreTrainedModel | None = None
     compact: bool = False
     prefetches: bool = False
     whole_student: bool = False
+    columns: tuple[str, ...] = ()
 
     @property
     def gives(self) -> Gives:

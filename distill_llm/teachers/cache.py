@@ -16,10 +16,9 @@ from distill_llm.losses.items import is_language_model, kind_of, valid_tokens
 from distill_llm.losses.signals import Signals, SparseSignals
 from distill_llm.losses.sparse import SparseTargets
 from distill_llm.losses.terms.term import Gives
-from distill_llm.models.fingerprints import teacher_fingerprint
 from distill_llm.teachers.base import Teacher
 from distill_llm.teachers.cache_coding import ItemCoding, Tokens
-from distill_llm.teachers.cache_contents import check_fingerprints, find_examples
+from distill_llm.teachers.cache_contents import Identity, check_fingerprints, find_examples, identity_fingerprint
 from distill_llm.teachers.cache_format import CacheIndex, example_key, read_index
 from distill_llm.teachers.cache_shards import check_of, map_shard
 from distill_llm.teachers.compatibility import tokens_in_use
@@ -34,7 +33,7 @@ class CachedTeacher(Teacher):
 
     Args:
         path: the folder.
-        teacher: the model or folder that the cache must be of; None: not compared.
+        teacher: the model or folder that the cache must be of, or several and their mixture; None: not compared.
         tokenizer, dataset: likewise. The dataset may be in another order, but must have the same examples.
 
     Attributes:
@@ -50,7 +49,7 @@ class CachedTeacher(Teacher):
     def __init__(
         self,
         path: str | Path,
-        teacher: PreTrainedModel | str | Path | None = None,
+        teacher: Identity | None = None,
         tokenizer: Any = None,
         dataset: Dataset | None = None,
     ):
@@ -61,9 +60,7 @@ class CachedTeacher(Teacher):
         self._first = np.array([shard["keys"][0] for shard in self._shards])
         self._per_token = self.index.settings.kind != "example"
 
-    def check(
-        self, teacher: PreTrainedModel | str | Path | None = None, tokenizer: Any = None, dataset: Dataset | None = None
-    ) -> None:
+    def check(self, teacher: Identity | None = None, tokenizer: Any = None, dataset: Dataset | None = None) -> None:
         """Compare the cache with what it is to be used with, as far as that is known.
 
         Args:
@@ -74,7 +71,7 @@ class CachedTeacher(Teacher):
         """
         given: dict[str, str] = {}
         if teacher is not None:
-            given["teacher"] = teacher_fingerprint(teacher)
+            given["teacher"] = identity_fingerprint(teacher)
         if tokenizer is not None:
             given["tokenizer"] = tokenizer_fingerprint(tokenizer)
         if dataset is not None:

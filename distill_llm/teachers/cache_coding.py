@@ -58,19 +58,30 @@ class ItemCoding:
         """
         logits = logits.to(exact_device(logits.device))
         if self.method == "topk":
-            ids, numbers, held, scalars = self._top(logits.float())
-        else:
-            ids, numbers, held, scalars = self._draws(logits.float(), torch.from_numpy(uniforms).to(logits.device))
+            return self._tokens(*self._graded(*logits.float().log_softmax(-1).topk(self.k, dim=-1)))
+        return self._tokens(*self._draws(logits.float(), torch.from_numpy(uniforms).to(logits.device)))
+
+    def of_targets(self, targets: SparseTargets) -> Tokens:
+        """The tokens of items that are known at some tokens only (`topk`)."""
+        p, order = targets.probabilities.sort(-1, descending=True)
+        return self._tokens(*self._graded(p.log(), targets.ids.gather(1, order)))
+
+    @staticmethod
+    def _tokens(ids: torch.Tensor, numbers: torch.Tensor, held: torch.Tensor, scalars: torch.Tensor) -> Tokens:
         gaps = torch.diff(ids, dim=-1, prepend=torch.zeros_like(ids[:, :1]))
         columns = (held.sum(-1).byte(), scalars, gaps[held].int(), numbers[held].byte())
         return Tokens(*(each.cpu().numpy() for each in columns))
 
-    def _top(self, logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Logs of ratios on a grid that is finest near the top: errors weigh about the same everywhere in a KL."""
-        log_p, ids = logits.log_softmax(-1).topk(self.k, dim=-1)
+    def _graded(self, log_p: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Logs of ratios on a grid that is finest near the top: errors weigh about the same everywhere in a KL.
+
+        Args:
+            log_p, ids: (items, k), the most probable token first.
+        """
         held = log_p >= math.log(MIN_PROBABILITY)
         held[:, 0] = True
-        numbers = (LEVELS * ((log_p[:, :1] - log_p) / -math.log(MIN_PROBABILITY)).clamp(max=1).sqrt()).round().long()
+        ratios = (log_p[:, :1] - log_p).nan_to_num(0.0) / -math.log(MIN_PROBABILITY)  # 0 where nothing is known
+        numbers = (LEVELS * ratios.clamp(max=1).sqrt()).round().long()
         rest = (1 - (log_p.exp() * held).sum(-1, dtype=torch.float64)).clamp(0, 1).float()
         order = torch.where(held, ids, self.classes).argsort(-1)
         return ids.gather(1, order), numbers.gather(1, order), held.gather(1, order), rest

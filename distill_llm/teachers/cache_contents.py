@@ -1,22 +1,60 @@
 """What a teacher cache is made from: the different examples of a dataset, and fingerprints that tell one source from another."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
+from transformers import PreTrainedModel
 
 from distill_llm.common.errors import InputError
+from distill_llm.data.labelled import TEACHER_OF
 from distill_llm.losses.items import counted, valid_tokens
+from distill_llm.models.fingerprints import teacher_fingerprint
 from distill_llm.teachers.cache_format import KEY, CacheIndex, CacheSettings, example_key
 
 OTHER_INPUTS = ("token_type_ids", "position_ids")
+
+
+@dataclass(frozen=True)
+class MixtureIdentity:
+    """What tells one mixture of teachers from another.
+
+    Attributes:
+        models: in memory, or their folders, in order.
+        how: what they are mixed by: plain JSON.
+    """
+
+    models: tuple[PreTrainedModel | str | Path, ...]
+    how: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ServedIdentity:
+    """What tells a served model from another one: only its name, since its weights are elsewhere."""
+
+    model: str
+
+
+Identity: TypeAlias = PreTrainedModel | str | Path | MixtureIdentity | ServedIdentity
+"""A teacher as a cache knows it: a model in memory, its folder, several of them, or one that is served."""
+
+
+def identity_fingerprint(identity: Identity) -> str:
+    """A hash of a teacher (see `teacher_fingerprint`), or of several and how they are mixed."""
+    if isinstance(identity, ServedIdentity):
+        return "served:" + hashlib.blake2b(identity.model.encode(), digest_size=16).hexdigest()
+    if not isinstance(identity, MixtureIdentity):
+        return teacher_fingerprint(identity)
+    parts = [*map(teacher_fingerprint, identity.models), json.dumps(identity.how, sort_keys=True)]
+    return "several:" + hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -53,9 +91,12 @@ def find_examples(dataset: Dataset, settings: CacheSettings) -> Examples:
     needs_labels = settings.kind != "example" and not settings.unlabelled
     read = ["input_ids", "attention_mask", *OTHER_INPUTS, *(["labels"] if needs_labels else [])]
     names = [name for name in read if name in dataset.column_names]
+    owned = TEACHER_OF in dataset.column_names
     found: dict[bytes, tuple[bytes, int, int, int]] = {}
     row = 0
-    for table in dataset.select_columns(names).with_format("arrow").iter(batch_size=1000):
+    chosen_columns = [*names, *([TEACHER_OF] if owned else [])]
+    for table in dataset.select_columns(chosen_columns).with_format("arrow").iter(batch_size=1000):
+        owners = table.column(TEACHER_OF).to_pylist() if owned else None
         columns = {name: _rows(name, table.column(name)) for name in names}
         for number in range(len(table)):
             example = {name: column[number] for name, column in columns.items()}
@@ -65,10 +106,14 @@ def find_examples(dataset: Dataset, settings: CacheSettings) -> Examples:
             for name in OTHER_INPUTS:
                 if name in example:
                     content.update(example[name][mask].astype("<u4").tobytes())
+            if owners is not None:
+                content.update(str(owners[number]).encode())
             count = 1 if settings.kind == "example" else int(chosen.sum())
             known = found.setdefault(key, (content.digest(), row, count, len(chosen)))
             if known[0] != content.digest():
-                accepted = "the same token types, positions and labelled tokens in examples with the same input ids"
+                accepted = (
+                    "the same token types, positions, labelled tokens and teacher in examples with the same input ids"
+                )
                 raise InputError("dataset", f"rows {known[1]} and {row}", accepted)
             row += 1
     kept = {key: each for key, each in found.items() if each[2]}

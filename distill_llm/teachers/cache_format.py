@@ -82,12 +82,16 @@ class CacheSettings:
 
 @dataclass(frozen=True)
 class CacheIndex:
-    """What a cache is: settings, number of classes, fingerprints by name, and (examples, items) of each shard."""
+    """What a cache is: settings, number of classes, fingerprints by name, and (examples, items) of each shard.
+
+    `weights` are those of several teachers, where they were learnt.
+    """
 
     settings: CacheSettings
     classes: int
     fingerprints: dict[str, str]
     shards: tuple[tuple[int, int], ...]
+    weights: tuple[float, ...] | None = None
 
     @property
     def coding(self) -> Literal["full", "topk", "sampled"]:
@@ -101,7 +105,8 @@ class CacheIndex:
 
     def to_json(self) -> str:
         """The text of `index.json`."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n"
+        fields = {name: value for name, value in asdict(self).items() if name != "weights" or value is not None}
+        return json.dumps({"format": FORMAT, **fields}, indent=1) + "\n"
 
     def shard_path(self, folder: Path, number: int) -> Path:
         """Where a shard is."""
@@ -122,7 +127,8 @@ def read_index(folder: Path) -> CacheIndex:
         if fields.pop("format") != FORMAT:
             raise InputError("cache", str(folder), fix=f"write the cache again: this version reads format {FORMAT}")
         shards = tuple((int(examples), int(items)) for examples, items in fields.pop("shards"))
-        return CacheIndex(settings=CacheSettings(**fields.pop("settings")), shards=shards, **fields)
+        weights = tuple(map(float, fields.pop("weights"))) if "weights" in fields else None
+        return CacheIndex(settings=CacheSettings(**fields.pop("settings")), shards=shards, weights=weights, **fields)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         if isinstance(error, InputError) and error.field == "cache":
             raise

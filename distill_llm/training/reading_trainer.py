@@ -82,5 +82,5 @@ class ReadingTrainer(CheckedTrainer):
             super()._set_signature_columns_if_needed()
             known: list[str] = self._signature_columns or []
             read = [name for reader in self._readers for name in inspect.signature(reader.forward).parameters]
-            read += getattr(self.data_collator, "columns", ())
+            read += (*getattr(self.data_collator, "columns", ()), *(self.teacher.columns if self.teacher else ()))
             self._signature_columns = list(dict.fromkeys([*known, *read]))  # type: ignore

@@ -61,6 +61,9 @@ def test_turned_classes_change_nothing_another_teacher_does_and_a_run_goes_on_wi
     assert f"The student learnt from {said}." in (tmp_path / "run-other" / "report.md").read_text()
     card = (tmp_path / "run-other" / "student" / "README.md").read_text()
     assert "0.25 `teacher`, 0.75 `other`." in card and str(tmp_path) not in card
+    page = (tmp_path / "run-other" / "report.html").read_text()
+    assert "Learnt from" in page and "0.25 teacher, 0.75 other" in page and str(tmp_path) not in page
+    assert str(tmp_path) not in (tmp_path / "run-other" / "student" / "metrics.json").read_text()
 
     write_model(tmp_path / "other", seed=6, **other)
     with pytest.raises(InputError, match=r"^teacher.ensemble.others.0.model: got '.*other'; .*since this run began"):

@@ -97,7 +97,7 @@ class LogitsLoss(Term):
         given = {"divergence": self.divergence, "temperature": self.temperature, **self.settings()}
         held = {"divergence": "forward_kl", "temperature": 1.0}
         for name, value in given.items():
-            kept = f"with a cache of {k} of {classes} classes"
+            kept = f"with {use.teacher.name} that knows {k} of {classes} classes"
             if name not in held:
                 yield InputError(name, value, fix=f"remove it: it does not work {kept}")
             elif value != held[name]:

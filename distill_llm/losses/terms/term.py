@@ -180,7 +180,8 @@ class Term(BaseModel):
             accepted = f"a teacher that gives {', '.join(missing)}: this one gives only {', '.join(teacher.signals)}"
             yield InputError("", teacher.name, accepted)
         elif teacher.few is not None and not self.sparse_targets:
-            given = "a cache of {} of {} classes".format(*teacher.few)
+            what = f"{teacher.name} that knows" if teacher.new_text else "a cache of"
+            given = "{} {} of {} classes".format(what, *teacher.few)
             yield InputError("", given, "a teacher in memory, or a cache of all classes")
 
     def faults(self, use: Use) -> Iterator[InputError]:

@@ -4,6 +4,7 @@ from distill_llm.common.errors import InputError
 from distill_llm.pipeline.context import Context
 from distill_llm.pipeline.stage import Stage
 from distill_llm.pipeline.stages.benchmarks import TeacherBenchmarks
+from distill_llm.pipeline.stages.ensemble import EnsembleWeights
 from distill_llm.pipeline.stages.export import Export
 from distill_llm.pipeline.stages.generations import Generation, Generations
 from distill_llm.pipeline.stages.peers import PrunePeer
@@ -14,7 +15,7 @@ from distill_llm.pipeline.stages.report import Report
 from distill_llm.pipeline.stages.synthetic import Synthetic
 from distill_llm.pipeline.stages.teacher import Teacher
 
-FIRST: list[type[Stage]] = [Synthetic, Teacher, TeacherBenchmarks]
+FIRST: list[type[Stage]] = [Synthetic, Teacher, TeacherBenchmarks, EnsembleWeights]
 EACH_ROUND: list[type[Stage]] = [Prune, PrunePeer, Recover]
 LAST: list[type[Stage]] = [Report, Export, Push]
 

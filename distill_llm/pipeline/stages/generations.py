@@ -61,7 +61,7 @@ class Generation(Recover):
         """Another for each, so that they differ by more than their teachers."""
         return (self.run.recipe.seed + self.number - 1) % 2**32
 
-    def source(self) -> Any:
+    def source(self, weights: Any = None) -> Any:
         """The generation before, as a model in memory."""
         path = self.before.model
         assert path is not None

@@ -1,6 +1,6 @@
 """Stage `round-N/recover`: distil the teacher into the pruned student, or into the one that was given."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from distill_llm.pipeline.result import taught_by
 from distill_llm.pipeline.stage import Result, Stage
 from distill_llm.pipeline.stages.peers import PrunePeer, folder_of, scored_peers, untrained_peers
 from distill_llm.pipeline.stages.teacher import Teacher as TeacherStage
+from distill_llm.pipeline.teaching import WEIGHTS, learnt, loader, served_teacher, several, trusted
 from distill_llm.pipeline.train_model import Fields, More, remove_checkpoints, train_model
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.report.report import taught_words
@@ -54,10 +55,10 @@ class Recover(Stage):
 
     @property
     def inputs(self) -> tuple[Stage, ...]:
-        """The teacher, and the student as it is."""
+        """The teacher, the student as it is, and what others teach with: peers, the round before, learnt weights."""
         peers = [stage for stage in self.earlier if isinstance(stage, PrunePeer)]
         before = [stage for stage in self.earlier if self.assistant is not None and stage.model == self.assistant]
-        return self.teacher, self.start, *peers, *before
+        return self.teacher, self.start, *peers, *before, *(stage for stage in self.earlier if stage.name == WEIGHTS)
 
     @property
     def peers(self) -> list[Path]:
@@ -94,13 +95,14 @@ class Recover(Stage):
         trained = train_model(  # no name here holds the models, so that they go when it returns
             run,
             with_adapters(run.recipe, self._student(teacher), self.seed),
-            self.source() if section.losses.needs_teacher else None,
+            self.source(learnt(run, results)) if section.losses.needs_teacher else None,
             self.model,
             self.fields,
             section.losses.model_dump(mode="json", exclude_none=True),
             More(self.seed, self.peers),
         )
-        result = {**run.scored(self.model, run.student_dtype), **trained}
+        taught = {"taught_by": taught_by(run.recipe, learnt(run, results))}
+        result = {**run.scored(self.model, run.student_dtype), **trained, **taught}
         if self.peers and run.processes.is_main_process:
             result["peers"] = scored_peers(run, self.model, result["metrics"], self.peers)
         return result
@@ -114,7 +116,7 @@ class Recover(Stage):
         changed = [shown(result["augmented"])] if "augmented" in result else []
         rows = (result.get("peers") or {"students": [None]})["students"][1:]
         peers = [f"{row['name']}: {self.run.named(row['metrics'])}" for row in rows]
-        words = filter(None, [taught_words(taught_by(self.run.recipe))])
+        words = filter(None, [taught_words(result.get("taught_by") or taught_by(self.run.recipe))])
         return [self.run.named(result["metrics"]), *words, *peers, *changed]
 
     def row(self, result: Result) -> dict[str, Any]:
@@ -139,8 +141,12 @@ class Recover(Stage):
         names = label_names(open_config(teacher, recipe.teacher.trust_remote_code) if tuned else opened.teacher.config)
         return load_for_task(opened.student.path, self.run.data.task, names, of_task=True, config=opened.student.config)
 
-    def source(self) -> PreTrainedModel | Teacher:
-        """What the student learns from: the teacher, its cached outputs, several teachers, or another in its place."""
+    def source(self, weights: Sequence[float] | None = None) -> PreTrainedModel | Teacher:
+        """What the student learns from: the teacher, its cached outputs, several teachers, or another in its place.
+
+        Args:
+            weights: of several, where they were learnt.
+        """
         run, path = self.run, self.teacher.model
         section = run.recipe.teacher
         if (average := section.moving_average) is not None:
@@ -152,6 +158,12 @@ class Recover(Stage):
             cache = check_cached_weights(run.opened)
             assert cache is not None
             return cache
+        if section.server is not None:
+            return served_teacher(run)
+        if section.ensemble is not None and self.assistant is None:
+            paths = [(path, section.trust_remote_code), *trusted(run.opened.others)]
+            waiting = self.model.with_name(f"{self.model.name}-training")
+            return several(section.ensemble, paths, self.in_memory, weights, waiting)
         first = self.in_memory(path, section.trust_remote_code)
         if section.checkpoints is not None:
             return StagedTeacher(first, self._stages(path))
@@ -192,13 +204,7 @@ class Recover(Stage):
 
     def in_memory(self, path: Path | str, trusted: bool) -> PreTrainedModel:
         """A model that teaches, in the teacher's dtype or with quantized weights."""
-        section = self.run.recipe.teacher
-        if section.quantization is None:
-            precision = precision_of(self.run.recipe.training(self.fields))
-            dtype = getattr(torch, section.dtype) if section.dtype else precision or torch.float32
-            return load_pretrained(path, trusted, dtype=dtype)
-        dtype = getattr(torch, section.dtype or "bfloat16")
-        return load_teacher(path, section.quantization, dtype, self.run.processes.device, trusted)
+        return loader(self.run, self.fields)(path, trusted)
 
 
 def with_adapters(recipe: Recipe, student: PreTrainedModel, seed: int) -> Any:

@@ -12,9 +12,10 @@ from distill_llm.checks.evaluate import benchmarks_of
 from distill_llm.common.files import written_whole
 from distill_llm.evaluation.disagreements import find_disagreements
 from distill_llm.evaluation.harness import BenchmarkScore, run_benchmarks, side_by_side
-from distill_llm.pipeline.result import collect_metrics, stage_records
+from distill_llm.pipeline.result import collect_metrics, stage_records, taught_by
 from distill_llm.pipeline.stage import Result, Stage
 from distill_llm.pipeline.stages.benchmarks import TeacherBenchmarks
+from distill_llm.pipeline.teaching import learnt
 
 LONGEST_TEXT = 400
 """Characters of a row that are kept to be shown."""
@@ -64,7 +65,7 @@ class Report(Stage):
         teacher = run.load(self.teacher.model, run.teacher_dtype)
         rounds = self._rounds(results)
         metrics = collect_metrics(run.recipe, run.data.task, teacher, student, results[self.teacher.name], rounds)
-        metrics |= stage_records(results)
+        metrics |= {**taught_by(run.recipe, learnt(run, results)), **stage_records(results)}
         if "synthetic" in results:
             metrics["synthetic"] = {**results["synthetic"]["record"], "real_test": run.recipe.data.test is not None}
         if (benchmarks := benchmarks_of(run.recipe)) is not None:
