@@ -56,6 +56,9 @@ def unknown_costs(recipe: Recipe) -> list[InputError]:
     if recipe.teacher.server is not None and recipe.teacher.cache is None:
         fix = "remove it for the estimate: how long a server takes shows only in training"
         return [InputError("teacher.server", recipe.teacher.server.url, fix=fix)]
+    if recipe.teacher.tokenizer is not None:
+        fix = "remove it for the estimate: how many tokens of its own the teacher reads shows only in training"
+        return [InputError("teacher.tokenizer", recipe.teacher.tokenizer, fix=fix)]
     if recipe.distillation is None or recipe.distillation.losses.responses is None:
         return []
     fix = "remove it for the estimate: how long the student's own answers are shows only in training"

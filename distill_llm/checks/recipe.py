@@ -32,9 +32,11 @@ from distill_llm.checks.pruning import check_pruning
 from distill_llm.checks.server import check_server
 from distill_llm.checks.stages import open_stages
 from distill_llm.checks.synthetic import open_sampler, open_synthetic, synthetic_faults
+from distill_llm.checks.tokenizers import check_alignment, check_tokenizers
 from distill_llm.checks.training import check_training
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.common.outputs import usable_output
+from distill_llm.data.answer_choice import AnswerChoice
 from distill_llm.data.encoding import encode, most_tokens
 from distill_llm.data.spec import DataSpec
 from distill_llm.data.special_tokens import check_tokenizer
@@ -89,6 +91,11 @@ class Opened:
     stages: tuple[OpenModel, ...] = ()
     sampler: OpenModel | None = None
 
+    @property
+    def reader(self) -> OpenModel:
+        """The model whose tokens the rows have: the teacher, whose tokenizer is the student's too unless it keeps its own."""
+        return self.student if self.recipe.teacher.tokenizer is not None and self.student else self.teacher
+
 
 def open_recipe(recipe: Recipe) -> Opened:
     """Open everything that a recipe names, and check all that can be checked before any weight is read or written.
@@ -113,9 +120,12 @@ def open_recipe(recipe: Recipe) -> Opened:
     found.ask(assistant_faults, recipe)
     shorter = _shorter(teacher, student, *others, *peers)
     found.ask(length_faults_of, recipe, shorter)
-    found.run(check_rows, recipe, teacher, task)
+    reader = teacher if recipe.teacher.tokenizer is None else student
+    found.run(check_rows, recipe, reader, task)
     found.ask(_answer_faults, recipe, shorter, task)
-    found.run(check_raw_rows, data, teacher)
+    found.run(check_raw_rows, data, reader)
+    if name is not None and not found.faults:
+        found.run(check_alignment, recipe, data, student, teacher)
     found.ask(_loss_faults, recipe, task)
     found.ask(augment_faults, recipe, task)
     masked_lm = found.run(open_masked_lm, recipe, teacher)
@@ -171,7 +181,9 @@ def data_spec(recipe: Recipe) -> DataSpec:
     """The data that a recipe describes."""
     columns = recipe.data.columns.model_dump(exclude_none=True) if recipe.data.columns else None
     metric, new = recipe.evaluation.metric, recipe.evaluation.max_new_tokens
-    own = {name: value for name, value in recipe.data if name not in NOT_READ} | {"columns": columns}
+    answers = AnswerChoice(**recipe.data.answers.model_dump()) if recipe.data.answers else None
+    own = {name: value for name, value in recipe.data if name not in NOT_READ}
+    own |= {"columns": columns, "answers": answers}
     return DataSpec(**own, seed=recipe.seed, metric=metric, max_new_tokens=new)
 
 
@@ -181,10 +193,12 @@ def encoded_rows(opened: Opened) -> TaskData:
     Raises:
         InputError: a token has no embedding, or a prompt leaves no room for its response.
     """
-    recipe, tokenizer = opened.recipe, opened.teacher.tokenizer
+    recipe, tokenizer = opened.recipe, opened.reader.tokenizer
     rows = with_numbers(recipe, encode(opened.data, tokenizer, recipe.data.max_length))
-    data = check_tokens(rows, opened.teacher, RECIPE_FIELDS.rows)
+    data = check_tokens(rows, opened.reader, RECIPE_FIELDS.rows)
     shorter = _shorter(opened.teacher, opened.student, *opened.others, *opened.peers)
+    if recipe.teacher.tokenizer is not None:
+        shorter = opened.reader  # the teacher reads rows of its own (see `teacher_rows`)
     assert shorter is not None
     limits = limits_of(shorter.config, shorter.name)
     for split in (data.test, data.validation):
@@ -193,10 +207,7 @@ def encoded_rows(opened: Opened) -> TaskData:
 
 
 def _check_student(recipe: Recipe, student: OpenModel, teacher: OpenModel, task: Task) -> None:
-    if student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
-        raise InputError(
-            student.field, student.name, f"a student with the same tokenizer as the teacher ({teacher.name})"
-        )
+    check_tokenizers(recipe, student, teacher, task)
     task.kind.check(data_spec(recipe), student.config)
     if task.kind.has_head(student.config.architectures):
         check_head(student, task)

@@ -87,10 +87,12 @@ def respond(
 
 
 def _summary(counts: "Counts", folder: Path, keep_truncated: bool) -> list[str]:
+    mean = counts.token_logprob
+    likelihood = "" if mean is None else f", on average {mean:.3f} nats each under the teacher"
     truncated = "kept" if keep_truncated else "left out"
     return [
         f"prompts:   {counts.prompts:,} ({counts.prompts_read - counts.prompts:,} repeated prompts left out)",
-        f"responses: {counts.responses:,} with {counts.tokens:,} tokens",
+        f"responses: {counts.responses:,} with {counts.tokens:,} tokens{likelihood}",
         f"truncated: {counts.truncated:,} ({counts.truncated_share:.1%}), {truncated}",
         f"repeated:  {counts.repeated:,} ({counts.repeated_share:.1%}), left out",
         f"kept:      {counts.kept:,} ({counts.kept_share:.1%}) in {folder}",

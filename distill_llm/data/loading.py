@@ -18,7 +18,7 @@ from distill_llm.data.unsupported import unsupported_task
 
 NAMED: dict[str, Task] = {**GLUE, MISMATCHED.name: MISMATCHED, "embedded": EMBEDDED}
 """Tasks whose rows, columns and labels are known; all others are the user's own rows, read by their kind."""
-OF_SOME_KINDS = ("columns", "packing", "chat", "join_rows", "chat_template_kwargs")
+OF_SOME_KINDS = ("columns", "packing", "chat", "join_rows", "chat_template_kwargs", "answers")
 """Fields of a spec that only some kinds take."""
 OF_OWN_ROWS = ("separator", "encoding", "drop_incomplete")
 """Fields of a spec that every kind takes, for the user's own rows."""

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.common.notices import tell
+from distill_llm.data.answer_choice import LOGPROB, chosen_answers
 from distill_llm.data.chats import as_chats, is_chat
 from distill_llm.data.complete import complete, numbered
 from distill_llm.data.labelled import TEACHER_OF, check_columns, check_texts, column_names, of_split, teacher_names
@@ -56,7 +57,9 @@ def read_prompts(spec: DataSpec, training: bool = True) -> tuple[tuple[str, ...]
         _check_reasons(rows, split)
         if named := teacher_names(rows, own):
             others = rows.remove_columns([name for name in (TEACHER_OF,) if name in rows.column_names])
-            splits[split] = others.add_column(TEACHER_OF, named[TEACHER_OF])
+            splits[split] = rows = others.add_column(TEACHER_OF, named[TEACHER_OF])
+        if spec.answers is not None and (split == "train" or LOGPROB in rows.column_names):
+            splits[split] = chosen_answers(rows, names, spec.answers, split)
     standard = {column: name for name, column in names.items() if column != name}
     kept = {
         split: rows.select_columns(

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from distill_llm.data.answer_choice import AnswerChoice
 from distill_llm.data.files import FileFormat
 
 
@@ -32,6 +33,7 @@ class DataSpec:
         packing: for prompts, whether short training sequences share rows.
         chat: for prompts, whether to ask and answer in the words of the tokenizer's chat template.
         chat_template_kwargs: for chats, what the template is given beside them, such as `enable_thinking`.
+        answers: for prompts, which of several answers of a teacher are kept (see `AnswerChoice`); None: all.
         test_examples: how many test rows to score on, drawn with `seed`; None for all.
         separator: between the columns of .csv and .tsv files (see `FileFormat`).
         encoding: of files of text (see `FileFormat`).
@@ -51,6 +53,7 @@ class DataSpec:
     packing: bool = False
     chat: bool = False
     chat_template_kwargs: Mapping[str, Any] | None = field(default=None, hash=False)
+    answers: AnswerChoice | None = None
     test_examples: int | None = None
     separator: str | None = None
     encoding: str | None = None

@@ -148,6 +148,7 @@ class DivergencePart(Part):
         teacher_hidden: (N, H of the teacher), inputs of its output map.
         labels: (N,), for a divergence that needs them.
         factor: see `Part`.
+        weights: (N,) what each value is multiplied by; None: 1.
     """
 
     def __init__(
@@ -157,8 +158,10 @@ class DivergencePart(Part):
         teacher_hidden: torch.Tensor,
         labels: torch.Tensor | None = None,
         factor: float | torch.Tensor = 1.0,
+        weights: torch.Tensor | None = None,
     ):
         super().__init__(factor)
+        self.weights = weights
         self.how, self.teacher, self.teacher_hidden = how, teacher, teacher_hidden.detach()
         self.labels, self.kernel = labels, how.kernel(labels is not None)
         self.steepness = how.temperature
@@ -197,9 +200,50 @@ class DivergencePart(Part):
         block = Block(student, teacher, q, p, labels)
         self.head.finish(self.products[offset : offset + rows], block.teacher).div_(self.how.temperature)
         torch.div(logits[:, : self.width], self.how.temperature, out=block.student)
-        value, slope = self.kernel(block)
-        gradient[:, : self.width].addcmul_(slope, self.slope, value=self.how.temperature)
-        return value * self.how.temperature**2
+        value, slope = self._compared(block, place)
+        weights = None if self.weights is None else self.weights[place.first : place.last]
+        factor = self.slope if weights is None else self.slope * weights[:, None]
+        gradient[:, : self.width].addcmul_(slope, factor, value=self.how.temperature)
+        value = value * self.how.temperature**2
+        return value if weights is None else value * weights
+
+    def _compared(self, block: Block, place: Place) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values and gradients of a block."""
+        return self.kernel(block)
+
+
+class SplitPart(DivergencePart):
+    """The same with another divergence from some item on.
+
+    Args:
+        how: see `DivergencePart`; its temperature holds for both.
+        later: the other divergence.
+        border: how many items come before it.
+        teacher, teacher_hidden, weights, factor: see `DivergencePart`.
+    """
+
+    def __init__(
+        self,
+        how: Comparison,
+        later: Comparison,
+        border: int,
+        teacher: Head,
+        teacher_hidden: torch.Tensor,
+        weights: torch.Tensor | None = None,
+        factor: float | torch.Tensor = 1.0,
+    ):
+        super().__init__(how, teacher, teacher_hidden, None, factor, weights)
+        self.border, self.later = border, later.kernel(False)
+
+    def _compared(self, block: Block, place: Place) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = place.last - place.first
+        cut = min(max(self.border - place.first, 0), rows)
+        if cut in (0, rows):
+            return (self.kernel if cut else self.later)(block)
+        halves = (Block(*(each[part] for each in block[:4]), None) for part in (slice(cut), slice(cut, rows)))
+        found = [kernel(half) for kernel, half in zip((self.kernel, self.later), halves, strict=True)]
+        value, slope = (torch.cat(each) for each in zip(*found, strict=True))
+        return value, slope
 
 
 class SparsePart(Part):

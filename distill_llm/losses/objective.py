@@ -1,12 +1,11 @@
 """The objective: which losses a student is trained with; the same mapping in YAML and in Python."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pydantic import (
     BaseModel,
     ConfigDict,
-    Field,
     ModelWrapValidatorHandler,
     SerializerFunctionWrapHandler,
     ValidationError,
@@ -16,50 +15,9 @@ from pydantic import (
 
 from distill_llm.common.errors import InputError, one_of, raise_all
 from distill_llm.common.validation import faults_of
+from distill_llm.losses.responses import Responses as Responses
 from distill_llm.losses.schedules import largest, value_at
 from distill_llm.losses.terms.term import TERMS, Term, Use, all_terms
-
-
-class Responses(BaseModel):
-    """On-policy distillation (GKD, Agarwal et al., 2024, algorithm 1): the student itself answers a share of the batches.
-
-    Prompts are those of the batch; the terms compare student and teacher on the student's answers. Terms that compare with
-    the labels of the data, as `labels` does, count rows of the data only.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    share: float = Field(default=0.5, gt=0, le=1, description="Share of the batches that the student answers.")
-    max_new_tokens: int = Field(default=128, ge=1, description="Largest number of tokens in an answer.")
-    temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False, description="Divides the logits; 0 is greedy.")
-    top_p: float = Field(
-        default=1.0,
-        gt=0,
-        le=1,
-        description="Draw from the likeliest tokens that together have this probability; 1: from all.",
-    )
-    top_k: int = Field(default=0, ge=0, description="Draw from the k likeliest tokens; 0: from all.")
-
-    def faults(self, use: Use) -> Iterator[InputError]:
-        """What answers of the student do not go with."""
-        if use.kind not in (None, "next_token"):
-            yield InputError("", "a student that does not generate", "a causal language model")
-        if use.teacher is not None and not use.teacher.new_text:
-            yield InputError("", use.teacher.name, "a teacher in memory: this one cannot judge the student's answers")
-        if use.packed:
-            yield InputError("", f"rows of several sequences ({use.packed})", "one prompt in each row")
-        if use.sharding not in (None, "FSDP2"):
-            yield InputError("", f"a student sharded by {use.sharding}", "FSDP2 (fsdp_version 2), or DDP")
-
-
-def sampling_faults(max_new_tokens: Any, temperature: Any, top_p: Any, top_k: Any) -> list[InputError]:
-    """Values out of the ranges of `Responses`, which hold for whoever draws responses."""
-    given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-    try:
-        Responses.model_validate(given, strict=True)
-    except ValidationError as error:
-        return faults_of(error, Responses)
-    return []
 
 
 def sections() -> dict[str, type[BaseModel]]:
@@ -106,6 +64,10 @@ class Objective(BaseModel):
             raise ValueError(f"at least one of {', '.join(all_terms())} with a weight above zero")
         if self.responses is not None and not self.needs_teacher:
             raise InputError("responses", "labels alone", "a term that compares with the teacher, e.g. logits")
+        truths = [name for name, term in self.terms().items() if term.of_data]
+        if self.responses is not None and self.responses.beside and truths:
+            fix = f"leave out {truths[0]}, which has no truth of the student's answers, or set it to false"
+            raise InputError("responses.beside", True, fix=fix)
         return self
 
     @model_serializer(mode="wrap")

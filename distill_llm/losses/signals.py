@@ -127,6 +127,36 @@ class HeadSignals(Signals):
         return (self.head_inputs,)
 
 
+@dataclass(frozen=True)
+class Links:
+    """How the outputs of two models with tokenizers of their own belong together.
+
+    Outputs of either model are numbered as its logits are; a chunk is a stretch of text that both tokenizers cut out.
+
+    Attributes:
+        own: (n, 3) of the student, for each token in a chunk: the output that predicts it, its id, the number of the chunk.
+        other: (m, 3) of the teacher.
+        same: (chunks,) of bool: one token on both sides, and the same text.
+        shared: (k, 2) ids of tokens with the same text in both vocabularies, of the student and of the teacher.
+        sizes: how many leading logits of student and teacher are tokens.
+        all_shared: whether `shared` is every token of both, in the same order.
+    """
+
+    own: torch.Tensor
+    other: torch.Tensor
+    same: torch.Tensor
+    shared: torch.Tensor
+    sizes: tuple[int, int]
+    all_shared: bool = False
+
+
+@dataclass
+class LinkedSignals(Signals):
+    """Signals of a teacher with another tokenizer: `logits` (m, V') of its own tokens, and the links to the student's."""
+
+    links: Links = field(kw_only=True)
+
+
 def check_outputs(given: Any, student: torch.Tensor | None, classes: int | None) -> None:
     """Whether a teacher's outputs can be compared with the student's; only shapes are looked at.
 
@@ -141,7 +171,7 @@ def check_outputs(given: Any, student: torch.Tensor | None, classes: int | None)
     if not isinstance(given, Signals):
         fix = "return Signals(logits=...) of distill_llm.losses.signals"
         raise InputError("teacher.signals", f"a {type(given).__name__}", fix=fix)
-    if student is None or isinstance(given, HeadSignals | SparseSignals):
+    if student is None or isinstance(given, HeadSignals | SparseSignals | LinkedSignals):
         return
     shape, (items, width) = tuple(given.logits.shape), student.shape
     if len(shape) != 2 or shape[0] != items or (shape[1] != width if classes is None else shape[1] < classes):
@@ -163,6 +193,9 @@ class Batch:
         sequences: (B, T) of packed rows, the number of the sequence that each token belongs to; None: a sequence per row.
         mixed: where examples are mixtures of two.
         tokens: (B, T) token ids, of models that read such.
+        weights: (items,) what comparisons of outputs with the teacher are multiplied by, where the student's answers were drawn
+            from something else than the student; None: 1.
+        data_items: of a batch in which the student's answers stand, how many items, the first ones, are of the data; None: all.
     """
 
     teacher: Signals | None
@@ -174,6 +207,12 @@ class Batch:
     sequences: torch.Tensor | None = None
     mixed: MixedLabels | None = None
     tokens: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
+    data_items: int | None = None
+
+    def weighted(self, values: torch.Tensor) -> torch.Tensor:
+        """Values (items,) times `weights`."""
+        return values if self.weights is None else values * self.weights
 
     @property
     def own(self) -> Signals:

@@ -30,7 +30,7 @@ def augmented(opened: Opened, rows: Dataset, plain: Collator) -> tuple[Dataset, 
     if section.replace is not None:
         with open_processes().main_process_first():
             rows = _words(opened, section.replace.candidates).add_to(rows)
-    return rows, AugmentingCollator(plain, rows, opened.teacher.tokenizer, settings_of(section), recipe.seed)
+    return rows, AugmentingCollator(plain, rows, opened.reader.tokenizer, settings_of(section), recipe.seed)
 
 
 def settings_of(section: AugmentSection) -> Augment:

@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill_llm.checks.recipe import Opened, encoded_rows
+from distill_llm.checks.tokenizers import teacher_rows
 from distill_llm.common.finite import check_weights
 from distill_llm.common.processes import open_processes
 from distill_llm.data.embeddings import EmbeddingCollator
@@ -18,6 +19,7 @@ from distill_llm.data.encoding import collator
 from distill_llm.data.padding import Collator
 from distill_llm.data.tasks import TaskData
 from distill_llm.evaluation.evaluate import evaluate_model
+from distill_llm.evaluation.retokenized import per_token_of, predicted_tokens
 from distill_llm.evaluation.rules import RECIPE_FIELDS
 from distill_llm.metrics.errors import shown_score
 from distill_llm.models.checkpoint import converted, load_pretrained, name_unnamed
@@ -49,8 +51,8 @@ class Context:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of teacher and student."""
-        return self.opened.teacher.tokenizer
+        """The tokenizer of the rows and the student, and of the teacher unless it keeps its own."""
+        return self.opened.reader.tokenizer
 
     @cached_property
     def data(self) -> TaskData:
@@ -76,6 +78,14 @@ class Context:
         plain = collator(self.opened.data.task, self.tokenizer, self.recipe.seed)
         synthetic = self.recipe.data.synthetic
         return EmbeddingCollator(plain) if synthetic is not None and synthetic.embeds else plain
+
+    @cached_property
+    def teacher_data(self) -> tuple[TaskData, Collator]:
+        """The encoded rows that the teacher is scored on, and their collator: its own where its tokenizer is another."""
+        if self.recipe.teacher.tokenizer is None:
+            return self.data, self.collator
+        rows = teacher_rows(self.recipe, self.opened.data, self.opened.teacher)
+        return rows, collator(rows.task, self.opened.teacher.tokenizer, self.recipe.seed)
 
     @cached_property
     def lessons(self) -> tuple[Dataset, Collator]:
@@ -129,16 +139,29 @@ class Context:
             metrics["validation"] = held_out["score"]
         return metrics
 
-    def _measured(self, model: PreTrainedModel, rows: Dataset) -> dict[str, float]:
+    def _measured(self, model: PreTrainedModel, rows: Dataset, pad: Collator | None = None) -> dict[str, float]:
         size, task = self.recipe.evaluation.batch_size, self.data.task
-        return evaluate_model(model, rows, task, self.collator, batch_size=size, fields=RECIPE_FIELDS)
+        return evaluate_model(model, rows, task, pad or self.collator, batch_size=size, fields=RECIPE_FIELDS)
 
-    def scored(self, path: str | Path, dtype: torch.dtype) -> dict[str, Any]:
+    def _evaluate_teacher(self, model: PreTrainedModel) -> dict[str, float]:
+        """As `evaluate`; a teacher reads its own tokens, and its perplexity is counted per token of the student."""
+        if self.recipe.teacher.tokenizer is None:
+            return self.evaluate(model)
+        rows, pad = self.teacher_data
+        found = [
+            per_token_of(self._measured(model, theirs, pad), predicted_tokens(theirs), predicted_tokens(ours))
+            for theirs, ours in ((rows.test, self.data.test), (rows.validation, self.data.validation))
+            if theirs is not None and ours is not None
+        ]
+        return found[0] | ({"validation": found[1]["score"]} if len(found) > 1 else {})
+
+    def scored(self, path: str | Path, dtype: torch.dtype, of_teacher: bool = False) -> dict[str, Any]:
         """The result of a stage that trained a model: its scores, on process 0; empty on the others."""
         clear_device_cache(garbage_collection=True)  # cycles in a Trainer hold the weights, the moments and the teacher
         if not self.processes.is_main_process:
             return {}
-        metrics = self.evaluate(self.load(path, dtype))
+        model = self.load(path, dtype)
+        metrics = self._evaluate_teacher(model) if of_teacher else self.evaluate(model)
         return {"score": metrics["score"], "metrics": metrics}
 
     def named(self, metrics: Mapping[str, Any]) -> str:

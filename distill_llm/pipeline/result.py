@@ -55,7 +55,7 @@ def collect_metrics(
         "speedup_max": measured.speedup_max,
         "latency": latency.model_dump(),
         "latency_grid": [asdict(point) for point in points],
-        **{name: last[name] for name in ("augmented", "generations", "peers") if name in last},
+        **{name: last[name] for name in ("augmented", "generations", "peers", "aligned") if name in last},
         "rounds": [
             {name: value for name, value in row.items() if name not in ("generations", "peers")} for row in rounds
         ]

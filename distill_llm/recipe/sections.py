@@ -18,6 +18,7 @@ from distill_llm.common.errors import raise_all
 from distill_llm.common.validation import faults_of
 from distill_llm.losses.objective import Objective, parse_objective
 from distill_llm.recipe.adapter_fields import check_adapter_fields
+from distill_llm.recipe.answers import AnswersSection
 from distill_llm.recipe.augment import AugmentSection
 from distill_llm.recipe.columns import ColumnsSection
 from distill_llm.recipe.generations import GenerationsSection
@@ -104,6 +105,9 @@ class DataSection(Section):
     )
     drop_incomplete: bool = Field(
         default=False, description="leave out rows that lack a text or a label; otherwise they are an error"
+    )
+    answers: AnswersSection | None = Field(
+        default=None, description="for prompts with several answers of a teacher: which are kept; left out: all"
     )
     augment: AugmentSection | None = Field(
         default=None,

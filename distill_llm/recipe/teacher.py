@@ -81,6 +81,11 @@ class TeacherSection(Section):
     server: ServerSection | None = Field(
         default=None, description="a served model that teaches in the place of this one, with the same tokenizer"
     )
+    tokenizer: Literal["own"] | None = Field(
+        default=None,
+        description="own: the student has another tokenizer, and each model reads the text in its own tokens (needs the loss"
+        " cross_tokenizer); left out: both have the same",
+    )
     trust_remote_code: bool = Field(
         default=False,
         description="run the code that the teacher's folder or repository brings along, if it does; read that code first",

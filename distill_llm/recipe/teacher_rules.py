@@ -15,6 +15,16 @@ IN_PLACE = {
 }
 """Fields that put another teacher in the place of `teacher.model`, and who teaches then. At most one may be given."""
 
+OF_ONE_TOKENIZER = {
+    "train": "fine-tune the teacher in a run of its own",
+    "cache": "a cache holds outputs at the tokens of one tokenizer",
+    "ensemble": "several teachers read the same tokens",
+    "server": "a served teacher answers in the student's tokens",
+    **IN_PLACE,
+    "assistant": "the student before reads its own tokens",
+}
+"""Fields that a teacher with a tokenizer of its own does not go with, and why."""
+
 
 def teacher_faults(
     teacher: TeacherSection,
@@ -42,7 +52,34 @@ def teacher_faults(
         faults += _stage_faults(teacher)
     if teacher.assistant is not None:
         faults += _assistant_faults(teacher, pruning, distillation)
+    faults += _tokenizer_faults(teacher, pruning, distillation)
     return faults + _in_place_faults(teacher, needed) + _best_faults(teacher, distillation, final)
+
+
+def _tokenizer_faults(
+    teacher: TeacherSection, pruning: PruningSection | None, distillation: DistillationSection | None
+) -> list[InputError]:
+    """What a teacher with a tokenizer of its own does not go with."""
+    compares = distillation is not None and distillation.losses.cross_tokenizer is not None
+    if teacher.tokenizer is None:
+        fix = "add teacher.tokenizer: own, or use the loss logits: it is for a teacher with another tokenizer"
+        return [InputError("distillation.losses.cross_tokenizer", "one tokenizer", fix=fix)] if compares else []
+    field, given = "teacher.tokenizer", teacher.tokenizer
+    if pruning is not None:
+        fix = "remove it, or remove pruning: that makes the student from the teacher, with its tokenizer"
+        return [InputError(field, given, fix=fix)]
+    faults = [
+        InputError(field, given, fix=f"remove it, or remove teacher.{name}: {OF_ONE_TOKENIZER[name]}")
+        for name in OF_ONE_TOKENIZER
+        if getattr(teacher, name) is not None
+    ]
+    if distillation is not None and distillation.generations is not None:
+        fix = "remove it, or remove distillation.generations: a student that teaches has its own tokenizer"
+        faults.append(InputError(field, given, fix=fix))
+    if not compares:
+        fix = "add the loss cross_tokenizer to distillation.losses, or remove it"
+        faults.append(InputError(field, given, fix=fix))
+    return faults
 
 
 def _cache_faults(teacher: TeacherSection, needed: bool) -> list[InputError]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from distill_llm.common.durations import duration
 from distill_llm.common.files import written_whole
+from distill_llm.data.alignment import alignment_words
 from distill_llm.pruning.cutting.strength import described
 from distill_llm.report.figures import kept_figure, score_figure
 from distill_llm.report.students import students_part
@@ -117,6 +118,11 @@ def notes(metrics: Mapping[str, Any]) -> str:
     if len(columns(metrics)) > 2:
         last = " of the last round" if len(metrics["rounds"]) > 1 else ""
         lines.append(f"The columns after the teacher share one architecture{last}, so its costs were measured once.")
+    if metrics.get("aligned"):
+        lines.append(
+            "Teacher and student have tokenizers of their own: the teacher's perplexity is counted per token of the student;"
+            f" {alignment_words(metrics['aligned'])}."
+        )
     return " ".join(line for line in lines if line)
 
 

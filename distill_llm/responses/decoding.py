@@ -1,11 +1,11 @@
 """Generation as the whole package does it: under settings of its own, batches of prompts padded on the left."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from distill_llm.architectures.modes import evaluating
 from distill_llm.common.errors import InputError
@@ -14,7 +14,7 @@ from distill_llm.data.answers import answer_text
 from distill_llm.data.causal import CausalCollator
 from distill_llm.data.special_tokens import document_end
 from distill_llm.losses.labels import IGNORED
-from distill_llm.responses.sampling import Draw, Known, Sampling
+from distill_llm.responses.sampling import Draw, Known, Likelihood, Sampling, Watching
 
 
 class Decoder:
@@ -54,12 +54,20 @@ class Decoder:
         finally:
             self.model.generation_config = before
 
-    def __call__(self, prompts: Sequence[list[int]], uniforms: np.ndarray | None = None) -> list[list[int]]:
+    def __call__(
+        self,
+        prompts: Sequence[list[int]],
+        uniforms: np.ndarray | None = None,
+        likelihood: Likelihood | None = None,
+        guide: Callable[[torch.Tensor], LogitsProcessor] | None = None,
+    ) -> list[list[int]]:
         """The tokens of each answer, its end token among them; call it inside `ready`.
 
         Args:
             prompts: B lists of token ids.
             uniforms: (B, max_new_tokens) of `Sampling.uniforms`.
+            likelihood: keeps the log-probabilities of the answers' tokens.
+            guide: given the (B, T) mask of the prompts, what changes the scores just before a token is drawn.
 
         Raises:
             InputError: naming `field`, where its logits are not numbers.
@@ -69,8 +77,14 @@ class Decoder:
         width = batch["input_ids"].shape[1]
         points = None if uniforms is None else torch.from_numpy(uniforms).to(exact_device(self.model.device))
         draw = Draw(points, width)
-        processors = LogitsProcessorList([Known(self.collator.tokens), *self.sampling.warpers(), draw])
-        output = self.model.generate(**batch, logits_processor=processors)[:, width:].tolist()  # type: ignore[operator]
+        last: list[LogitsProcessor] = [] if guide is None else [guide(batch["attention_mask"])]
+        watching = [each for each in (likelihood, *last) if isinstance(each, Watching)]
+        first: list[LogitsProcessor] = [Known(self.collator.tokens), *([] if likelihood is None else [likelihood])]
+        processors = LogitsProcessorList([*first, *self.sampling.warpers(), *last, draw])
+        tokens = self.model.generate(**batch, logits_processor=processors)[:, width:]  # type: ignore[operator]
+        for each in watching:
+            each.taken(tokens[:, -1])
+        output = tokens.tolist()
         if draw.broken is not None and draw.broken.item():
             given = f"{self.model.config.model_type} in {self.model.dtype} with logits that are not numbers"
             raise InputError(self.field, given, "a model that works in this dtype, or another dtype")

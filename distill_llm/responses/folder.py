@@ -18,11 +18,12 @@ from typing import Any, TypeAlias
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.common.files import written_whole
 from distill_llm.common.outputs import usable_output
+from distill_llm.data.answer_choice import LOGPROB, TOKENS
 from distill_llm.data.prompt_encoder import CUT, FINISH, GENERATED
 
 Row: TypeAlias = dict[str, Any]
 ABOUT, SHARDS, KEPT = "responses.json", "generated", "train.jsonl"
-FORMAT = 2
+FORMAT = 3
 FINGERPRINTS = ("teacher", "tokenizer", "data")
 CHECK = "check"
 SHARING = ("batch_size", "shard_responses")  # settings that decide which responses share a shard, and nothing else
@@ -33,7 +34,8 @@ class Counts:
     """Numbers of a finished folder; truncated and repeated responses are left out of the kept ones.
 
     prompts_read: rows of the data; prompts: different ones among them; responses, tokens: generated; truncated: cut off
-    at max_new_tokens; repeated: the same tokens as another kept response to the prompt, end aside; kept: rows of `train.jsonl`.
+    at max_new_tokens; repeated: the same tokens as another kept response to the prompt, end aside; kept: rows of `train.jsonl`;
+    token_logprob: the mean logarithm of a generated token's probability under the teacher, in nats; None of a served one.
     """
 
     prompts_read: int
@@ -46,6 +48,7 @@ class Counts:
     repeated_share: float
     kept: int
     kept_share: float
+    token_logprob: float | None = None
 
 
 class ResponseFolder:
@@ -74,7 +77,9 @@ class ResponseFolder:
 
     def _check_begun(self, about: Mapping[str, Any]) -> None:
         if about.get("format") != FORMAT:
-            given = f"{self.folder}, whose responses have the format of another version (without response_ids)"
+            given = (
+                f"{self.folder}, whose responses have the format of another version (without response_ids or logprob)"
+            )
             raise InputError(
                 "output_dir", given, fix="choose another folder, or remove this one to generate them again"
             )
@@ -184,15 +189,17 @@ def kept_rows(answers: Iterable[list[Row]], prompts_read: int, keep_truncated: b
     """The rows worth training on, and the counts.
 
     Args:
-        answers: per prompt its rows, with `finish_reason`, `tokens` and, but for served teachers, `response_ids`.
+        answers: per prompt its rows, with `finish_reason`, `tokens` and, but for served teachers, `logprob` and `response_ids`.
         prompts_read: rows that the prompts were read from.
         keep_truncated: keep responses that were cut off.
     """
     kept: list[Row] = []
     prompts = responses = tokens = truncated = repeated = 0
+    known: list[float] = []
     for rows in answers:
         prompts, responses = prompts + 1, responses + len(rows)
-        tokens += sum(row["tokens"] for row in rows)
+        tokens += sum(row[TOKENS] for row in rows)
+        known.extend(row[LOGPROB] for row in rows if LOGPROB in row)
         truncated += sum(row[FINISH] == CUT for row in rows)
         whole = [row for row in rows if keep_truncated or row[FINISH] != CUT]
         different = {_said(row): row for row in reversed(whole)}
@@ -200,7 +207,8 @@ def kept_rows(answers: Iterable[list[Row]], prompts_read: int, keep_truncated: b
         kept += reversed(different.values())
     shares = [round(count / responses, 4) for count in (truncated, repeated, len(kept))]
     numbers = (truncated, shares[0], repeated, shares[1], len(kept), shares[2])
-    return kept, Counts(prompts_read, prompts, responses, tokens, *numbers)
+    mean = round(sum(known) / tokens, 4) if known and tokens else None
+    return kept, Counts(prompts_read, prompts, responses, tokens, *numbers, mean)
 
 
 def _said(row: Row) -> Any:

@@ -32,6 +32,7 @@ from distill_llm.responses.decoding import Decoder
 from distill_llm.responses.door import OpenPrompts, open_prompts
 from distill_llm.responses.folder import ABOUT, Counts, ResponseFolder, Row, kept_rows
 from distill_llm.responses.prompts import Source
+from distill_llm.responses.sampling import Likelihood
 from distill_llm.responses.served import ServedAnswers
 from distill_llm.responses.settings import ResponseSettings
 from distill_llm.responses.work import Work
@@ -140,10 +141,12 @@ def _generate(work: Work, shards: Sequence[int], decoder: Decoder, folder: Respo
             rows = []
             for batch in work.batches(number):
                 keys = [work.key(*each) for each in batch]
-                answers = decoder([work.prompts[place].ids for place, _ in batch], decoder.sampling.uniforms(keys))
-                for (place, sample), ids in zip(batch, answers, strict=True):
+                likelihood = Likelihood()
+                prompts = [work.prompts[place].ids for place, _ in batch]
+                answers = decoder(prompts, decoder.sampling.uniforms(keys), likelihood)
+                for (place, sample), ids, each in zip(batch, answers, likelihood.of(answers), strict=True):
                     text = decoder.text(ids, work.prompts[place].continued)
-                    rows.append(work.row(place, sample, text, ids, decoder.ended(ids)))
+                    rows.append(work.row(place, sample, text, ids, decoder.ended(ids), sum(each)))
                 tokens += sum(map(len, answers))
                 bar.set_postfix_str(f"{tokens / (time.monotonic() - start):,.0f} tokens/s", refresh=False)
                 bar.update(len(batch))

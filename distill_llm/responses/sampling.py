@@ -1,6 +1,7 @@
 """How responses are drawn, with random numbers that belong to the prompt, not to the batch."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from transformers import LogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from distill_llm.common.errors import InputError, raise_all
-from distill_llm.losses.objective import sampling_faults
+from distill_llm.losses.responses import sampling_faults
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,47 @@ class Known(LogitsProcessor):
         return scores.masked_fill(torch.arange(scores.shape[1], device=scores.device) >= self.tokens, -torch.inf)
 
 
+class Watching(LogitsProcessor):
+    """Base of processors that keep a number of each token that is taken.
+
+    Attributes:
+        found: of each step, (B,) numbers; those of a row count up to its end.
+    """
+
+    def __init__(self) -> None:
+        self.found: list[torch.Tensor] = []
+        self._waiting: torch.Tensor | None = None
+
+    def taken(self, tokens: torch.Tensor) -> None:
+        """The tokens (B,) that were taken after the last call, if there was one."""
+        if self._waiting is not None:
+            self.found.append(self._waiting.gather(1, tokens[:, None].to(self._waiting.device)).squeeze(1))
+        self._waiting = None
+
+    def of(self, answers: Sequence[Sequence[int]]) -> list[list[float]]:
+        """The numbers of each answer's tokens."""
+        columns = torch.stack(self.found, dim=1).tolist() if self.found else [[] for _ in answers]
+        return [column[: len(answer)] for column, answer in zip(columns, answers, strict=True)]
+
+
+class Likelihood(Watching):
+    """Keeps the logarithm of each taken token's probability under the model itself, whatever the answers are drawn from."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores (B, V) as they are."""
+        self.taken(input_ids[:, -1])
+        self._waiting = scores.log_softmax(-1, dtype=torch.float32)
+        return scores
+
+
+def drawn(scores: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """(B, 1) tokens: in whose span of the cumulative distribution of `scores` (B, V) the numbers (B,) in [0, 1) lie."""
+    exact = scores.to(points.device)
+    cumulative = exact.softmax(-1, dtype=torch.float64).cumsum(-1)
+    found = torch.searchsorted(cumulative, points[:, None] * cumulative[:, -1:], right=True)
+    return found.clamp_(max=scores.shape[1] - 1).to(scores.device)
+
+
 class Draw(LogitsProcessor):
     """Leaves one token a row: the one in whose span of the cumulative distribution the row's random number lies.
 
@@ -101,8 +143,5 @@ class Draw(LogitsProcessor):
         self.broken = broken if self.broken is None else self.broken | broken
         if self.uniforms is None:
             return scores
-        exact = scores.to(self.uniforms.device)
-        cumulative = exact.softmax(-1, dtype=torch.float64).cumsum(-1)
-        points = self.uniforms[:, input_ids.shape[1] - self.prompt_tokens, None] * cumulative[:, -1:]
-        drawn = torch.searchsorted(cumulative, points, right=True).clamp_(max=scores.shape[1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter_(1, drawn.to(scores.device), 0.0)
+        points = self.uniforms[:, input_ids.shape[1] - self.prompt_tokens]
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn(scores, points), 0.0)

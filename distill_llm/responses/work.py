@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from distill_llm.common.errors import InputError
+from distill_llm.data.answer_choice import LOGPROB, TOKENS
 from distill_llm.data.prompt_encoder import CUT, FINISH, GENERATED, TOKENIZER
 from distill_llm.responses.folder import ResponseFolder, Row
 from distill_llm.responses.prompts import Prompt
@@ -42,14 +43,17 @@ class Work:
         """What the random numbers of a response depend on."""
         return self.prompts[place].key + f"{sample} {self.seed}".encode()
 
-    def row(self, place: int, sample: int, text: str, ids: list[int], ended: bool) -> Row:
-        """A response with its prompt, as it is written: as text, and as the tokens that were generated, its end among them."""
-        about = {GENERATED: ids, TOKENIZER: self.tokenizer}
+    def row(self, place: int, sample: int, text: str, ids: list[int], ended: bool, logprob: float) -> Row:
+        """A response with its prompt, as it is written: as text, and as the tokens that were generated, its end among them.
+
+        `logprob`: the sum of the logarithms of their probabilities under the teacher, at temperature 1.
+        """
+        about = {GENERATED: ids, TOKENIZER: self.tokenizer, LOGPROB: round(logprob, 4)}
         return self.row_of_text(place, sample, text, len(ids), "eos" if ended else CUT) | about
 
     def row_of_text(self, place: int, sample: int, text: str, tokens: int, finish: str) -> Row:
         """The same of an answer whose tokens are not known, with the reason why it ended: `stop`, or CUT."""
-        about = {FINISH: finish, "tokens": tokens, "sample": sample, "seed": self.seed}
+        about = {FINISH: finish, TOKENS: tokens, "sample": sample, "seed": self.seed}
         return {**self.prompts[place].answered(text), **about}
 
     def by_prompt(self, folder: ResponseFolder) -> list[list[Row]]:

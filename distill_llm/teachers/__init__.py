@@ -9,6 +9,7 @@ from distill_llm.teachers.base import Teacher
 from distill_llm.teachers.by_row import ByRow
 from distill_llm.teachers.cache import CachedTeacher
 from distill_llm.teachers.checkpoints import StagedTeacher
+from distill_llm.teachers.cross_tokenizer import CrossTokenizerTeacher
 from distill_llm.teachers.ensemble import Ensemble
 from distill_llm.teachers.moving_average import MovingAverage
 from distill_llm.teachers.online import OnlineTeacher
@@ -19,6 +20,7 @@ from distill_llm.teachers.wrapping import as_teacher
 __all__ = [
     "ByRow",
     "CachedTeacher",
+    "CrossTokenizerTeacher",
     "Ensemble",
     "Gives",
     "MovingAverage",

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from distill_llm.architectures.modes import named_outputs
 from distill_llm.losses.signals import HeadSignals, Signals, Wanted
-from distill_llm.losses.terms.term import Gives
+from distill_llm.losses.terms.term import Gives, Signal
 from distill_llm.models.adapters import is_quantized
 from distill_llm.models.capture import Recorder
 from distill_llm.models.checkpoint import converted
@@ -46,7 +46,8 @@ class OnlineTeacher(Teacher):
     @property
     def gives(self) -> Gives:
         """Everything."""
-        return Gives("a model", ("logits", "hidden", "attention", "vectors", "neurons", "graph"), mixtures=True)
+        signals: tuple[Signal, ...] = ("logits", "hidden", "attention", "vectors", "neurons", "graph")
+        return Gives("a model", signals, writes=True, mixtures=True)
 
     @property
     def compact(self) -> bool:  # type: ignore[override]

@@ -26,6 +26,7 @@ from distill_llm.models.mixing import mixed_embeddings
 from distill_llm.models.output_head import output_head
 from distill_llm.teachers.base import Teacher
 from distill_llm.training.head_terms import HeadTerms
+from distill_llm.training.on_policy import ANSWERED, IMPORTANCE
 from distill_llm.training.terms import Terms
 
 
@@ -147,6 +148,8 @@ class TrainingLoss:
         batch = Batch(signals, labels, valid_tokens(inputs), step, steps, sequences=sequences, tokens=tokens)
         if "mixed_labels" in inputs:
             batch = replace(batch, mixed=MixedLabels(inputs["mixed_labels"].flatten(), inputs["mixed_share"]))
+        if positions is not None and ANSWERED in inputs:
+            batch = replace(batch, **_answered(inputs, positions))
         sums: dict[str, torch.Tensor] = {}
         with ExitStack() as forward:
             recording = forward.enter_context(self.recorder.recording())
@@ -214,3 +217,12 @@ class TrainingLoss:
         with torch.no_grad(), named_outputs(self.student), packed(self.student, positions), head.handing_on(receive):
             model(**forward_inputs(self.student, inputs))
         return sums[0]
+
+
+def _answered(inputs: Mapping[str, torch.Tensor], positions: torch.Tensor) -> dict[str, Any]:
+    """What `Batch` has of a batch with answers of the student, at these flat positions."""
+    own = inputs[ANSWERED][positions // inputs["input_ids"].shape[1]]
+    weights = (
+        inputs[IMPORTANCE].flatten()[positions + 1] if IMPORTANCE in inputs else None
+    )  # of the token that is predicted
+    return {"data_items": int((~own).sum()), "weights": weights}

@@ -116,7 +116,7 @@ class DistillationTrainer(ReadingTrainer):
         self.responses: StudentResponses | None = None
         if objective.responses is not None:
             check_prompts(self.train_dataset, self._limits, objective.responses.max_new_tokens)
-            self.responses = StudentResponses(objective.responses, self.data_collator, args.seed)
+            self.responses = StudentResponses(objective.responses, self.data_collator, args.seed, self.teacher)
         self._evaluated = EvaluationLoss(self.accelerator, self.terms.kind)
         self.sums = StepSums([*objective.terms(), *self._peers], self.accelerator)
         if len(self.terms.memories):

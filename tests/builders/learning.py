@@ -28,8 +28,8 @@ Learned = tuple[dict[str, torch.Tensor], list[dict[str, float]], list[int]]
 Cases = list[tuple[str, int, list[str]]]
 """Head, width of the student and names: terms of TERMS, or `both`, and settings.
 
-Of the heads `answers` and `augmented` the names are shares of them, of `dropout` its probabilities, of `skips` the row that the
-teacher spoils.
+Of the heads `answers` (see `of_answers`) and `augmented` the names are shares, of `dropout` its probabilities, of `skips` the
+row that the teacher spoils.
 """
 
 
@@ -38,8 +38,9 @@ def learned(folder: Path, cases: Cases) -> dict[str, Learned]:
     found = {}
     for head, width, names in cases:
         for name in names:
-            shares = {"answers": of_answers, "augmented": of_augmented, "dropout": of_dropout, "skips": of_skips}
-            own = shares[head](folder, float(name)) if head in shares else of_rows(folder, head, width, name)
+            shares = {"augmented": of_augmented, "dropout": of_dropout, "skips": of_skips}
+            own = of_answers(folder, name) if head == "answers" else None
+            own = own or (shares[head](folder, float(name)) if head in shares else of_rows(folder, head, width, name))
             found[f"{head} {name}"] = own
     return found
 
@@ -101,11 +102,18 @@ def of_rows(folder: Path, head: str, width: int, name: str) -> Learned:
     return weights, logs, seen
 
 
-def of_answers(folder: Path, share: float) -> Learned:
-    """Four steps on the student's own answers, which are of uneven length; each prompt comes three times."""
+def of_answers(folder: Path, name: str) -> Learned:
+    """Four steps on the student's own answers, which are of uneven length; each prompt comes three times.
+
+    `name`: the share of the batches, perhaps who writes, or `beside`.
+    """
+    share, _, how = name.partition(" ")
     student = talker()
     student.generation_config.eos_token_id = list(range(4, 70))
-    losses = {"labels": {}, "logits": {}, "responses": {"share": share, "max_new_tokens": 6}}
+    responses = {"share": float(share), "max_new_tokens": 6}
+    losses = {"labels": {}, "logits": {}, "responses": responses | ({"by": how} if how else {})}
+    if how == "beside":
+        losses = {"distillm2": {}, "responses": responses | {"beside": True}}
     settings = {"optim": "sgd", "learning_rate": 0.5, "max_steps": 4, "logging_steps": 2}
     settings |= {"per_device_train_batch_size": 4 // PROCESSES, "gradient_accumulation_steps": 2}
     rows = prompt_rows([PROMPTS[row // 3] for row in range(12)])

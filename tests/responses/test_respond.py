@@ -1,10 +1,12 @@
 """Folders of responses: equal to single answers, gone on with after a stop, filtered, and data to train on."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from builders.causal import EOS, THINKING_TEMPLATE, ids, word_tokenizer, words
 from builders.responses import ENDS, PROMPTS, alone, answer, rows_of, save_teacher, teacher
 from transformers import AutoConfig, PreTrainedModel
@@ -55,7 +57,14 @@ def test_the_folder_holds_the_greedy_answer_to_each_prompt_in_their_order(tmp_pa
     model, tokenizer = teacher(), SMALL["tokenizer"]
     counts = answer(model, [*PROMPTS, *PROMPTS[:3]], tmp_path, temperature=0, keep_truncated=True, **SMALL)
     wanted = [alone(model, tokenizer, prompt.ids, 10) for prompt in encode_prompts(PROMPTS, tokenizer)]
-    assert rows_of(tmp_path) == [
+    found = rows_of(tmp_path)
+    for row, prompt in zip(found, encode_prompts(PROMPTS, tokenizer), strict=True):
+        new = row["response_ids"]
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt.ids, *new]])).logits[0, -len(new) - 1 : -1, : len(tokenizer)]
+        likelihood = logits.log_softmax(-1).gather(1, torch.tensor(new)[:, None]).sum()
+        assert row.pop("logprob") == pytest.approx(likelihood.item(), abs=1e-3)
+    assert found == [
         {
             "prompt": prompt,
             "response": text,
@@ -70,7 +79,9 @@ def test_the_folder_holds_the_greedy_answer_to_each_prompt_in_their_order(tmp_pa
     ]
     cut = sum(not ended for _, ended, _ in wanted)
     total = sum(len(new) for *_, new in wanted)
-    assert counts == Counts(14, 11, 11, total, cut, round(cut / 11, 4), 0, 0.0, 11, 1.0)
+    mean = sum(row["logprob"] for row in rows_of(tmp_path)) / total
+    assert counts.token_logprob == pytest.approx(mean, abs=1e-4) and mean < 0
+    assert replace(counts, token_logprob=None) == Counts(14, 11, 11, total, cut, round(cut / 11, 4), 0, 0.0, 11, 1.0)
     about = json.loads((tmp_path / "responses.json").read_text())
     assert about["counts"]["tokens"] == total and about["settings"]["temperature"] == 0
     assert about["environments"][0]["device"] == "cpu" and len(about["environments"]) == 1
@@ -201,12 +212,19 @@ def test_two_at_once_in_one_folder_are_one_and_a_line(tmp_path: Path) -> None:
 def test_truncated_and_repeated_responses_are_left_out_and_counted() -> None:
     def row(response: str, reason: str = "eos") -> dict[str, Any]:
         new = [*response.encode(), *([EOS] if reason == "eos" else [])]
-        return {"prompt": "p", "response": response, "response_ids": new, "finish_reason": reason, "tokens": 3}
+        return {
+            "prompt": "p",
+            "response": response,
+            "response_ids": new,
+            "finish_reason": reason,
+            "tokens": 3,
+            "logprob": -6.0,
+        }
 
     answers = [[row("a"), row("b", "length"), row("a"), row("b")], [row("a"), row("c", "length")], [row("d", "length")]]
     kept, counts = kept_rows(answers, 5, keep_truncated=False)
     assert kept == [answers[0][0], answers[0][3], answers[1][0]]
-    assert counts == Counts(5, 3, 7, 21, 3, 0.4286, 1, 0.1429, 3, 0.4286)
+    assert counts == Counts(5, 3, 7, 21, 3, 0.4286, 1, 0.1429, 3, 0.4286, -2.0)
     kept, counts = kept_rows(answers, 5, keep_truncated=True)
     assert kept == [answers[0][0], answers[0][1], *answers[1], *answers[2]] and (counts.repeated, counts.kept) == (2, 5)
 

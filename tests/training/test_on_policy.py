@@ -20,7 +20,7 @@ from distill_llm.data.encoding import collator
 from distill_llm.losses.objective import Responses, parse_objective
 from distill_llm.losses.terms.term import Gives, Use
 from distill_llm.recipe.recipe import load_recipe
-from distill_llm.training.on_policy import MARK, StudentResponses
+from distill_llm.training.on_policy import ANSWERED, MARK, StudentResponses
 
 
 def batch_of(rows):
@@ -43,7 +43,7 @@ def test_a_batch_has_the_prompts_and_the_students_own_answers():
     model = causal_model().eval().train()
     pad, batch = batch_of(prompt_rows())
     made = StudentResponses(Responses(temperature=0, max_new_tokens=5), pad, 0)(model, batch, 0)
-    assert made.pop(MARK) and model.training and set(made) == set(batch)
+    assert made.pop(MARK) and model.training and set(made) == {*batch, ANSWERED}
     for row in range(4):
         prompt = TOKENIZER(PROMPTS[row])["input_ids"]
         answer = greedy(model.eval(), prompt, 5)

@@ -26,7 +26,7 @@ class Prompts(Decoding):
 
     name = "prompts"
     task_name = "prompts"
-    settings = frozenset({"columns", "packing", "chat", "chat_template_kwargs"})
+    settings = frozenset({"columns", "packing", "chat", "chat_template_kwargs", "answers"})
     metric_inputs = "texts"
     generates = True
 

@@ -8,6 +8,8 @@ BUILT_IN = (
     "labels",
     "smoothing",
     "logits",
+    "cross_tokenizer",
+    "distillm2",
     "ranking",
     "focal",
     "own_temperature",

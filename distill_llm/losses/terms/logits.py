@@ -115,7 +115,7 @@ class LogitsLoss(Term):
         temperature, settings = value_at(self.temperature, batch.step, batch.steps), self.settings()
         if self.needs_labels:
             settings["labels"] = self._labels(batch)
-        return logits_divergence(student, teacher, self.divergence, temperature, **settings).sum()
+        return batch.weighted(logits_divergence(student, teacher, self.divergence, temperature, **settings)).sum()
 
     def in_head(self, batch: "Batch", match: "Match", factor: "Tensor") -> "Part":
         """The same, a block of items at a time."""

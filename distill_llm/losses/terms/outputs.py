@@ -34,7 +34,7 @@ class OutputTerm(Term):
     def sum(self, batch: "Batch", match: "Match", pairs: "list[LayerPair]") -> "Tensor":
         """The sum over the outputs that count."""
         student, teacher = (each.logits[..., : match.classes].float() for each in (batch.own, batch.target))
-        return self._values(student, teacher).sum()
+        return batch.weighted(self._values(student, teacher)).sum()
 
     def in_head(self, batch: "Batch", match: "Match", factor: "Tensor") -> "Part":
         """The same, a block of items at a time."""
@@ -67,4 +67,4 @@ def head_part(how: "Comparison", batch: "Batch", factor: "Tensor", labels: "Tens
     if isinstance(batch.target, SparseSignals):
         return SparsePart(how, batch.target.targets, factor)
     assert isinstance(batch.target, HeadSignals)
-    return DivergencePart(how, batch.target.head, batch.target.head_inputs, labels, factor)
+    return DivergencePart(how, batch.target.head, batch.target.head_inputs, labels, factor, batch.weights)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from distill_llm.losses.memory import Memory
     from distill_llm.losses.signals import Batch
 
-Signal = Literal["logits", "hidden", "attention", "vectors", "neurons", "graph"]
+Signal = Literal["logits", "hidden", "attention", "vectors", "neurons", "graph", "linked"]
 INSIDE: tuple[Signal, ...] = ("attention", "vectors", "neurons")
 """Signals that are made inside of layers."""
 
@@ -36,9 +36,11 @@ class Gives:
 
     Attributes:
         name: what messages call the teacher.
-        signals: the kinds of signals that it has; `logits` stands for any form of outputs.
+        signals: the kinds of signals that it has; `logits` stands for any form of outputs of the student's tokens, `linked`
+            for outputs of tokens of its own.
         few: (k, classes) of a teacher that knows at most k classes of each item; None: all classes.
         new_text: whether it has signals of text that is in no dataset, such as the student's own answers.
+        writes: whether one model in memory can write a text with the student, token by token.
         mixtures: whether it has signals of examples whose embeddings are mixed.
     """
 
@@ -46,6 +48,7 @@ class Gives:
     signals: tuple[Signal, ...] = ("logits",)
     few: tuple[int, int] | None = None
     new_text: bool = True
+    writes: bool = False
     mixtures: bool = False
 
 
@@ -94,6 +97,7 @@ class Term(BaseModel):
         signals: what it reads of the student and, if `needs_teacher`, of the teacher. `logits` are those of the items that
             count; the others are recorded at the layers of `layer_pairs`. With `graph`, they can be differentiated in these
             states, the student's twice.
+        of_teacher: what it reads of the teacher, where that is something else.
         needs_teacher: whether it compares the student with a teacher.
         of_data: whether it compares with the labels of the data: a batch that the student answered itself has none.
         projects: whether it compares states that must be projected where widths differ.
@@ -105,6 +109,7 @@ class Term(BaseModel):
 
     name: ClassVar[str]
     signals: ClassVar[tuple[Signal, ...]] = ()
+    of_teacher: ClassVar[tuple[Signal, ...] | None] = None
     needs_teacher: ClassVar[bool] = True
     of_data: ClassVar[bool] = False
     projects: ClassVar[bool] = False
@@ -175,7 +180,8 @@ class Term(BaseModel):
 
     def _beyond(self, teacher: Gives) -> Iterator[InputError]:
         """Signals that a teacher does not have, the first fault alone."""
-        missing = [signal for signal in self.signals if signal not in teacher.signals]
+        wanted = self.signals if self.of_teacher is None else self.of_teacher
+        missing = [signal for signal in wanted if signal not in teacher.signals]
         if missing:
             accepted = f"a teacher that gives {', '.join(missing)}: this one gives only {', '.join(teacher.signals)}"
             yield InputError("", teacher.name, accepted)

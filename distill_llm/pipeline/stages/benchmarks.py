@@ -36,7 +36,7 @@ class TeacherBenchmarks(Stage):
         benchmarks = benchmarks_of(run.recipe)
         assert benchmarks is not None and path is not None
         model = run.load(path, run.teacher_dtype)
-        scores = run_benchmarks(model, run.tokenizer, benchmarks, run.recipe.evaluation.batch_size)
+        scores = run_benchmarks(model, run.opened.teacher.tokenizer, benchmarks, run.recipe.evaluation.batch_size)
         return {"scores": [asdict(each) for each in scores]}
 
     def line(self, result: Result) -> list[str]:

@@ -1,6 +1,7 @@
 """Stage `round-N/recover`: distil the teacher into the pruned student, or into the one that was given."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch
 from transformers import PreTrainedModel, set_seed
 
 from distill_llm.checks.cached import check_cached_weights
+from distill_llm.data.aligning import Aligner
+from distill_llm.data.alignment import ROWS, alignment_of, alignment_words
 from distill_llm.data.tasks import label_names
 from distill_llm.models.checkpoint import load_for_task, load_pretrained
 from distill_llm.models.configs import open_config
@@ -23,6 +26,7 @@ from distill_llm.recipe.recipe import Recipe
 from distill_llm.report.report import taught_words
 from distill_llm.teachers.base import Teacher
 from distill_llm.teachers.checkpoints import StagedTeacher
+from distill_llm.teachers.cross_tokenizer import CrossTokenizerTeacher
 from distill_llm.teachers.ensemble import Ensemble
 from distill_llm.teachers.moving_average import MovingAverage
 from distill_llm.teachers.peers import Peers
@@ -103,6 +107,9 @@ class Recover(Stage):
         )
         taught = {"taught_by": taught_by(run.recipe, learnt(run, results))}
         result = {**run.scored(self.model, run.student_dtype), **trained, **taught}
+        if run.recipe.teacher.tokenizer is not None:
+            aligner = Aligner(run.tokenizer, run.opened.teacher.tokenizer)
+            result["aligned"] = asdict(alignment_of(aligner, run.data.train[:ROWS]["input_ids"]))
         if self.peers and run.processes.is_main_process:
             result["peers"] = scored_peers(run, self.model, result["metrics"], self.peers)
         return result
@@ -114,6 +121,7 @@ class Recover(Stage):
     def line(self, result: Result) -> list[str]:
         """Its score, its teachers where there are several, and how much of the rows was changed."""
         changed = [shown(result["augmented"])] if "augmented" in result else []
+        changed += [alignment_words(result["aligned"])] if "aligned" in result else []
         rows = (result.get("peers") or {"students": [None]})["students"][1:]
         peers = [f"{row['name']}: {self.run.named(row['metrics'])}" for row in rows]
         words = filter(None, [taught_words(result.get("taught_by") or taught_by(self.run.recipe))])
@@ -121,7 +129,7 @@ class Recover(Stage):
 
     def row(self, result: Result) -> dict[str, Any]:
         """The metrics after recovery, and how much of the rows was changed."""
-        changed = {name: result[name] for name in ("augmented", "peers") if name in result}
+        changed = {name: result[name] for name in ("augmented", "peers", "aligned") if name in result}
         return {"score_recovered": result["score"], "recovered": result["metrics"], **changed}
 
     def _student(self, teacher: Path | str) -> PreTrainedModel:
@@ -165,6 +173,8 @@ class Recover(Stage):
             waiting = self.model.with_name(f"{self.model.name}-training")
             return several(section.ensemble, paths, self.in_memory, weights, waiting)
         first = self.in_memory(path, section.trust_remote_code)
+        if section.tokenizer is not None:
+            return CrossTokenizerTeacher(first, run.opened.teacher.tokenizer)
         if section.checkpoints is not None:
             return StagedTeacher(first, self._stages(path))
         return self._with_others(first)

@@ -96,7 +96,7 @@ class Report(Stage):
     def _disagreements(self, teacher: PreTrainedModel, student: PreTrainedModel) -> dict[str, Any]:
         """The rows on which the student is farthest from its teacher, with their texts; empty where none are to be shown."""
         run, count = self.run, self.run.recipe.report.examples
-        if not count:
+        if not count or run.recipe.teacher.tokenizer is not None:  # rows of different tokens have no common numbers
             return {}
         data, size = run.data, run.recipe.evaluation.batch_size
         found = find_disagreements(teacher, student, data.test, data.task, run.collator, count=count, batch_size=size)

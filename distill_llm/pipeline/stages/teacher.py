@@ -58,7 +58,7 @@ class Teacher(Stage):
                 {"labels": {}},
                 More(stages=self.stages),
             )
-        result = run.scored(self.model if self.outputs else run.teacher_path, run.teacher_dtype)
+        result = run.scored(self.model if self.outputs else run.teacher_path, run.teacher_dtype, of_teacher=True)
         if not result:
             return {}
         task, raw = run.data.task, run.opened.data
