@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from distill_llm.pruning.statistics.leave_one_out import leave_one_out as leave_one_out
     from distill_llm.pruning.statistics.record import Statistics as Statistics
     from distill_llm.pruning.statistics.settings import CalibrationSettings as CalibrationSettings
+    from distill_llm.quantizing.rounding import imitate as imitate
+    from distill_llm.quantizing.rounding import quantize as quantize
+    from distill_llm.quantizing.scheme import Scheme as Scheme
     from distill_llm.recipe.recipe import Recipe as Recipe
     from distill_llm.recipe.recipe import load_recipe as load_recipe
     from distill_llm.report.plans import plan_figure as plan_figure
@@ -71,6 +74,8 @@ __getattr__, __dir__, __all__ = lazy_names(  # the names above, which are for ty
         "pruning.statistics.leave_one_out": "leave_one_out",
         "pruning.statistics.record": "Statistics",
         "pruning.statistics.settings": "CalibrationSettings",
+        "quantizing.rounding": "imitate quantize",
+        "quantizing.scheme": "Scheme",
         "recipe.recipe": "Recipe load_recipe",
         "report.plans": "plan_figure plan_table",
         "training.config": "DistillationConfig",

@@ -14,6 +14,6 @@ rows, asks all rules that concern the command, and returns what it opened:
 
 The door of `respond` is in `responses.door`, because its Python call needs it; the door of `push` is in `report.hub`.
 
-May import: common, architectures, losses, data, models, pruning, teachers, synthesis, recipe, training, evaluation,
-report, export.
+May import: common, architectures, losses, data, models, pruning, quantizing, teachers, synthesis, recipe, training,
+evaluation, report, export.
 """

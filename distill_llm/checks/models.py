@@ -198,6 +198,8 @@ def check_disk(recipe: Recipe, teacher: PreTrainedModel, student: nn.Module) -> 
         peers = recipe.teacher.peers.others if recipe.teacher.peers else []
         students += (rounds + again + 2 * len(peers)) * own
         training.append(3 * learned * (1 + len(peers)))
+    if recipe.quantize is not None:
+        students += own + (own if recipe.quantize.train is not None else 0)
     if (section := recipe.pruning) is not None:
         students += rounds * own
         if section.folds and teacher.config.model_type in FAMILIES:  # otherwise there is a fault already

@@ -32,6 +32,7 @@ def _unused(recipe: Recipe) -> list[InputError]:
         "teacher.server": recipe.teacher.server,
         "student": recipe.student,
         "distillation": recipe.distillation,
+        "quantize": recipe.quantize,
         "hub": recipe.hub,
         "pruning.layers": section.layers if section else None,
         "pruning.rounds": section.rounds if section and section.rounds > 1 else None,

@@ -29,6 +29,7 @@ from distill_llm.checks.models import (
 )
 from distill_llm.checks.peers import open_peers
 from distill_llm.checks.pruning import check_pruning
+from distill_llm.checks.quantize import check_quantize
 from distill_llm.checks.server import check_server
 from distill_llm.checks.stages import open_stages
 from distill_llm.checks.synthetic import open_sampler, open_synthetic, synthetic_faults
@@ -144,6 +145,8 @@ def open_recipe(recipe: Recipe) -> Opened:
     found.run(check_quantized, recipe)
     found.run(check_export, recipe, student or teacher)
     found.run(check_harness, recipe, task)
+    begun = teacher if name is None else student
+    found.run(check_quantize, recipe, begun, found.run(skeleton, begun))
     whole = found.run(skeleton, teacher, task)
     learner = whole if name is None else found.run(skeleton, student, task)
     if paired:

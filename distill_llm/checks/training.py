@@ -34,7 +34,7 @@ from distill_llm.training.refusals import (
     whole_copies,
 )
 
-Stage = Literal["teacher", "recovery", "final"]
+Stage = Literal["teacher", "recovery", "final", "quantized"]
 
 MEANT = {"adam": "adamw_torch", "adamw": "adamw_torch", "adamw_hf": "adamw_torch"}
 """What people mean by some names of optimizers, whose nearest name by spelling is another one."""
@@ -74,6 +74,7 @@ def check_training(recipe: Recipe, data: TaskData | None, widths: tuple[int, int
     if recipe.distillation is not None:
         stages += ["recovery"] if recipe.pruning is not None and recipe.pruning.rounds > 1 else []
         stages.append("final")
+        stages += ["quantized"] if recipe.quantize is not None and recipe.quantize.train is not None else []
     faults: dict[str, InputError] = {}
     for stage in stages:
         try:
@@ -123,7 +124,8 @@ def _check_stage(recipe: Recipe, stage: Stage, data: TaskData | None) -> Distill
         value = training.get(name)
         if isinstance(value, str) and value and not value.startswith("{") and not Path(value).is_file():
             faults.append(InputError(name, value, "a mapping, or an existing JSON file"))
-    section = "teacher.train" if stage == "teacher" else "final" if "final" in where.values() else "distillation"
+    later = [name for name in ("quantize.train", "final") if name in where.values()]
+    section = "teacher.train" if stage == "teacher" else later[0] if later else "distillation"
 
     def named(faults: list[InputError]) -> list[InputError]:
         return [f.renamed(f"{where.get(f.field, section)}.{f.field}") for f in faults]
@@ -170,7 +172,12 @@ def _given(recipe: Recipe, stage: Stage) -> dict[str, str]:
     if stage == "teacher":
         return dict.fromkeys(recipe.teacher.train or {}, "teacher.train")
     own = (recipe.distillation.model_extra if recipe.distillation else None) or {}
-    return {**dict.fromkeys(own, "distillation"), **dict.fromkeys(recipe.final if stage == "final" else {}, "final")}
+    found = {
+        **dict.fromkeys(own, "distillation"),
+        **dict.fromkeys({} if stage == "recovery" else recipe.final, "final"),
+    }
+    later = recipe.quantize.train if recipe.quantize is not None and stage == "quantized" else None
+    return found | dict.fromkeys(later or {}, "quantize.train")
 
 
 def _together(

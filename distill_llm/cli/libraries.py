@@ -21,6 +21,8 @@ QUIET = {
 """Environment variables of `--quiet`, whatever the user has set."""
 NOT_LIVE = dict.fromkeys(("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS"), "1")
 """The same where standard error is no terminal: these bars can only be redrawn."""
+LOUD = ("bitsandbytes", "torchao", "torch.utils._pytree")
+"""Loggers that report, at every start, kernels that are missing here and calls of other libraries that will change."""
 _QUIET: ContextVar[bool] = ContextVar("quiet", default=False)
 
 
@@ -35,7 +37,7 @@ def subdued(quiet: bool) -> Iterator[None]:
 
     A program that calls a command as a function goes on afterwards as it was.
     """
-    levels = {"bitsandbytes": logging.ERROR} | ({"distill_llm": logging.ERROR} if quiet else {})
+    levels = dict.fromkeys(LOUD, logging.ERROR) | ({"distill_llm": logging.ERROR} if quiet else {})
     before = {name: os.environ.get(name) for name in DEFAULTS | QUIET}
     heard = {name: logging.getLogger(name).level for name in levels}
     with warnings.catch_warnings() if quiet else nullcontext():
@@ -46,7 +48,7 @@ def subdued(quiet: bool) -> Iterator[None]:
             os.environ.update(QUIET)
             warnings.simplefilter("ignore")
         for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)  # bitsandbytes reports kernels that it lacks
+            logging.getLogger(name).setLevel(level)
         try:
             yield
         finally:

@@ -28,6 +28,8 @@ from distill_llm.cli.prune import EXAMPLE as PRUNE
 from distill_llm.cli.prune import prune
 from distill_llm.cli.push import EXAMPLE as PUSH
 from distill_llm.cli.push import push
+from distill_llm.cli.quantize import EXAMPLE as QUANTIZE
+from distill_llm.cli.quantize import quantize
 from distill_llm.cli.report import EXAMPLE as REPORT
 from distill_llm.cli.report import report
 from distill_llm.cli.respond import EXAMPLE as RESPOND
@@ -57,6 +59,7 @@ for _command, _example in (
     (estimate, ESTIMATE),
     (profile, PROFILE),
     (report, REPORT),
+    (quantize, QUANTIZE),
     (export, EXPORT),
     (push, PUSH),
     (shareable(respond), RESPOND),

@@ -55,7 +55,7 @@ def first_unsound(tensors: Mapping[str, "torch.Tensor"], masks: Iterable[str] = 
     """The first tensor with a NaN or an infinity: its name and what it holds; None where all are finite.
 
     Waits for each device once. Tensors without numbers to look at (meta, fake, integers) are sound; of a tensor that is
-    divided among processes this process's part is looked at.
+    divided among processes this process's part is looked at, of one in fewer bits its scales.
 
     Args:
         tensors: by name.
@@ -64,10 +64,13 @@ def first_unsound(tensors: Mapping[str, "torch.Tensor"], masks: Iterable[str] = 
     import torch
     from torch._subclasses.fake_tensor import FakeTensor
 
+    from distill_llm.common.tensors import parts_of
+
     masks = set(masks)
     spans: dict[torch.device, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         tensor = getattr(tensor, "to_local", lambda whole=tensor: whole)().detach()
+        tensor = max(parts_of(tensor), key=torch.is_floating_point)
         numbers = not (tensor.is_meta or isinstance(tensor, FakeTensor))
         if tensor.is_floating_point() and tensor.numel() and numbers:
             span = torch.stack((tensor if tensor.itemsize > 1 else tensor.float()).aminmax()).double()

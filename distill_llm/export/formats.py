@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,12 +84,20 @@ def export(
     folder = Path(model_dir)
     if not (folder / "config.json").is_file():
         raise InputError("model_dir", str(model_dir), "a folder with a config.json, as save_pretrained writes it")
+    _check_precision(folder)
     kind, chosen = find_format(format, quantize)
     name = kind.default_name.format(type=chosen)
     target = folder.parent / f"{folder.resolve().name}-{name}" if output is None else Path(output)
     if target.exists():
         raise InputError("output", str(target), fix="name another file, or remove this one: it exists")
     return kind.write(folder, target, chosen)
+
+
+def _check_precision(folder: Path) -> None:
+    """Refuse a model in fewer bits: a format rounds by itself, from the full precision."""
+    if "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+        fix = "name the folder that it was quantized from, and say here how the format is to round (quantize)"
+        raise InputError("model_dir", str(folder), fix=fix)
 
 
 def find_format(format: str, quantize: str | None = None) -> tuple[Format, str]:

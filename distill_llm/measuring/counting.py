@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from distill_llm.architectures.families import layers_of
 from distill_llm.architectures.modes import evaluating, frozen
 from distill_llm.common.errors import InputError, raise_all
+from distill_llm.common.tensors import parts_of
 from distill_llm.measuring.live import LiveStorages
 from distill_llm.models.adapters import unmerged_faults
 from distill_llm.models.limits import length_faults, limits_of
@@ -44,13 +45,18 @@ def flop_counter() -> FlopCounterMode:
     flash, math = "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math_for_mps"
     formulas: dict[Any, Any] = {getattr(torch.ops.aten, kernel): _attention_flops for kernel in (flash, math)}
     formulas[getattr(torch.ops.aten, f"{flash}_backward")] = _attention_backward_flops
+    formulas[torch.ops.aten._int_mm] = _product_flops  # products of whole numbers, of layers in 8 bits
     return FlopCounterMode(display=False, custom_mapping=formulas)
 
 
 def weights_memory(model: nn.Module) -> int:
-    """Bytes of the parameters and buffers, shared ones once."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+    """Bytes of the parameters and buffers, shared ones once; of those in fewer bits, with their scales."""
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _held(model)}.values())
+
+
+def _held(model: nn.Module) -> list[torch.Tensor]:
+    """The tensors in memory that parameters and buffers are made of."""
+    return [part for tensor in (*model.parameters(), *model.buffers()) for part in parts_of(tensor)]
 
 
 def peak_memory(model: PreTrainedModel, batch_size: int = 32, sequence_length: int = 64) -> int:
@@ -110,6 +116,10 @@ def at_least_one(field: str, given: int) -> None:
         raise InputError(field, given, "a whole number, at least 1")
 
 
+def _product_flops(left: torch.Size, right: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * left[0] * left[1] * right[1]
+
+
 def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
     batch, heads, length, width = query
     return 2 * batch * heads * length * key[-2] * (width + value[-1])
@@ -132,6 +142,6 @@ def _peak_memory(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> 
         torch.cuda.reset_peak_memory_stats(model.device)
         model(**inputs)
         return weights + torch.cuda.max_memory_allocated(model.device) - before
-    with LiveStorages([*model.parameters(), *model.buffers(), *inputs.values()]) as live:
+    with LiveStorages([*_held(model), *inputs.values()]) as live:
         model(**inputs)
     return weights + live.peak

@@ -1,11 +1,13 @@
 """The numbers of a finished run, for metrics.json."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from platform import python_version
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from distill_llm.data.tasks import Task
@@ -26,16 +28,21 @@ def collect_metrics(
     student: PreTrainedModel,
     teacher_result: Mapping[str, Any],
     rounds: Sequence[Mapping[str, Any]],
+    quantized: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Scores, costs of teacher and student measured side by side on this device, and how much of every layer was kept."""
+    """Scores, costs of teacher and student measured side by side on this device, and how much of every layer was kept.
+
+    Args:
+        quantized: the result of the stage `quantize`, where the student is the one that it made.
+    """
     latency = recipe.evaluation.latency
     measured = compare(student, teacher, latency.batch_size, latency.sequence_length)
     points = latency_grid(student, teacher, measured) if recipe.report.latency_grid else []
-    kept, channels = kept_of(student, teacher)
+    kept, channels = kept_of(_shapes(student) if quantized else student, teacher)
     sizes = zip(count_params(student), count_params(teacher), strict=True)
     kept_params, kept_in_layers = (ours / theirs for ours, theirs in sizes)
     last = rounds[-1]
-    final = last.get("recovered") or last.get("compensated") or last["pruned"]
+    final = quantized["metrics"] if quantized else last.get("recovered") or last.get("compensated") or last["pruned"]
     return {
         "task": recipe.data.test.task if recipe.data.test is not None else recipe.data.task,
         "metric": task.main_metric,
@@ -43,8 +50,8 @@ def collect_metrics(
         "device": measured.model.device,
         "teacher_model": recipe.teacher.model,
         "learned_from": _source(recipe),
-        "teacher": _side(teacher, measured.other, teacher_result["metrics"]),
-        "student": _side(student, measured.model, final),
+        "teacher": side_of(teacher, measured.other, teacher_result["metrics"]),
+        "student": side_of(student, measured.model, final),
         "baselines": dict(teacher_result["baselines"]),
         "warnings": [teacher_result["warning"]] if teacher_result["warning"] else [],
         "retention": retention(final["score"], teacher_result["score"], task.higher_is_better),
@@ -56,6 +63,7 @@ def collect_metrics(
         "latency": latency.model_dump(),
         "latency_grid": [asdict(point) for point in points],
         **{name: last[name] for name in ("augmented", "generations", "peers", "aligned") if name in last},
+        **({"quantization": quantized["quantization"]} if quantized else {}),
         "rounds": [
             {name: value for name, value in row.items() if name not in ("generations", "peers")} for row in rounds
         ]
@@ -66,6 +74,12 @@ def collect_metrics(
         "seed": recipe.seed,
         "versions": {"python": python_version(), **{name: version(name) for name in VERSIONS}},
     }
+
+
+def _shapes(model: PreTrainedModel) -> PreTrainedModel:
+    """The model in full precision, without weights."""
+    with torch.device("meta"):
+        return type(model)(copy.deepcopy(model.config))
 
 
 def stage_records(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -119,7 +133,8 @@ def _source(recipe: Recipe) -> str | None:
     return "teacher" if recipe.distillation.losses.needs_teacher else "labels"
 
 
-def _side(model: PreTrainedModel, profile: Profile, scores: Mapping[str, float]) -> dict[str, Any]:
+def side_of(model: PreTrainedModel, profile: Profile, scores: Mapping[str, float]) -> dict[str, Any]:
+    """Scores and costs of a model."""
     return {
         "layers": model.config.num_hidden_layers,
         "dtype": profile.dtype,

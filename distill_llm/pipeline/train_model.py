@@ -24,7 +24,7 @@ from distill_llm.training.config import DistillationConfig
 from distill_llm.training.progress import TrainingProgress
 from distill_llm.training.trainer import DistillationTrainer
 
-Fields = Literal["teacher", "recovery", "final"]
+Fields = Literal["teacher", "recovery", "final", "quantized"]
 """Which of the recipe's training fields hold (see `Recipe.training`)."""
 MOST_LOGS = 200
 """Steps whose losses are kept of a training, however often it was logged."""

@@ -1,4 +1,4 @@
 """The recipe: its sections, YAML and overrides. Needs no torch.
 
-May import: common, losses, pruning.
+May import: common, losses, pruning, quantizing.
 """

@@ -14,7 +14,9 @@ from distill_llm.common.errors import InputError, faults_in, raise_all
 from distill_llm.recipe.recipe import Recipe, parse_recipe
 from distill_llm.recipe.yaml_input import put
 
-NOT_OF_TEACHER = ("description", "output_dir", "student", "pruning", "distillation", "final", "report", "export", "hub")
+NOT_OF_TEACHER = (
+    "description", "output_dir", "student", "pruning", "distillation", "final", "quantize", "report", "export", "hub",
+)  # fmt: skip
 """Sections that the stage `teacher` does not read."""
 HELD = ("dtype", "quantization", "cache", "ensemble", "moving_average", "peers", "assistant", "server")
 """Fields of the teacher that say how it is held while a student learns, which is after it was trained and scored."""

@@ -12,6 +12,7 @@ from distill_llm.common.errors import InputError, InputErrors, one_of, raise_all
 from distill_llm.common.secrets import holds_token
 from distill_llm.common.validation import faults_of
 from distill_llm.recipe.pruning import PruningSection
+from distill_llm.recipe.quantize import QuantizeSection, quantize_faults
 from distill_llm.recipe.section import Section
 from distill_llm.recipe.sections import (
     DataSection,
@@ -56,6 +57,9 @@ class Recipe(Section):
         default_factory=dict,
         description="TrainingArguments fields that differ in the last recovery; all others are as in distillation, max_steps too",
     )
+    quantize: QuantizeSection | None = Field(
+        default=None, description="the finished student's weights in fewer bits; left out: they keep their precision"
+    )
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="scoring and profiling")
     report: ReportSection = Field(default_factory=ReportSection, description="what the report shows")
     export: list[ExportSection] = Field(
@@ -98,22 +102,27 @@ class Recipe(Section):
         faults += several_faults(self.teacher, self.data, self.distillation)
         if self.final and self.distillation is None:
             faults.append(InputError("final", self.final, fix="remove it, or add a distillation section"))
+        if self.quantize is not None:
+            faults += quantize_faults(self.quantize, self.teacher, self.student, self.distillation, self.export)
         raise_all(faults)
         return self
 
-    def training(self, stage: Literal["teacher", "recovery", "final"]) -> dict[str, Any]:
+    def training(self, stage: Literal["teacher", "recovery", "final", "quantized"]) -> dict[str, Any]:
         """All TrainingArguments fields of a stage except output_dir: the recipe's, its seed, and the defaults.
 
         `teacher`: fine-tuning of the teacher; `recovery`: training after a round; `final`: the last recovery, with the fields of
-        `final` in place of the same fields of `distillation`.
+        `final` in place of the same fields of `distillation`; `quantized`: learning as if rounded, with those of
+        `quantize.train` in place of these.
         Imports torch, to see whether there is an accelerator, unless the stage sets `use_cpu`.
         """
         if stage == "teacher":
             fields = dict(self.teacher.train or {})
         else:
             fields = dict((self.distillation.model_extra if self.distillation else None) or {})
-        if stage == "final":
+        if stage in ("final", "quantized"):
             fields |= self.final
+        if stage == "quantized" and self.quantize is not None:
+            fields |= self.quantize.train or {}
         return with_defaults({"seed": self.seed, **fields})
 
     def to_yaml(self) -> str:

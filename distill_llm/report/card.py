@@ -32,7 +32,7 @@ from distill_llm.report.report import (
     summary,
     teachers_note,
 )
-from distill_llm.report.tables import harness_table, results_table, rounds_table
+from distill_llm.report.tables import bits_note, bits_table, harness_table, results_table, rounds_table
 from distill_llm.report.usage import kind_of_student, needs_code, read_config, snippet
 
 NO_PATHS = ("description", "hub")
@@ -161,7 +161,8 @@ def _write_plan(student_dir: Path, metrics: Mapping[str, Any], config: Mapping[s
 
 def _tags(metrics: Mapping[str, Any]) -> list[str]:
     distilled, pruned = metrics.get("learned_from") == "teacher", bool(metrics.get("rounds"))
-    return ["distill_llm", *(["knowledge-distillation"] if distilled else []), *(["pruning"] if pruned else [])]
+    tags = {"knowledge-distillation": distilled, "pruning": pruned, "quantization": bool(metrics.get("quantization"))}
+    return ["distill_llm", *(tag for tag, wanted in tags.items() if wanted)]
 
 
 def _body(student_dir: Path, metrics: Mapping[str, Any], recipe: str, start: str | None) -> str:
@@ -171,6 +172,8 @@ def _body(student_dir: Path, metrics: Mapping[str, Any], recipe: str, start: str
         if needs_code(read_config(student_dir))
         else "This is a stock transformers model."
     )
+    if metrics.get("quantization"):
+        trust += " Its weights are in fewer bits, which needs torchao."
     rounds = rounds_table(metrics)
     parts = [
         f"# {headline(metrics)}",
@@ -181,6 +184,7 @@ def _body(student_dir: Path, metrics: Mapping[str, Any], recipe: str, start: str
         "## Results",
         results_table(metrics).rstrip(),
         notes(metrics),
+        *(["### Fewer bits", bits_table(metrics).rstrip(), bits_note(metrics)] if metrics.get("quantization") else []),
         *(["### Benchmarks", harness_table(metrics).rstrip(), HARNESS] if metrics.get("harness") else []),
         "## How it was made",
         _sources(shown_name(str(metrics["teacher_model"])), start),

@@ -84,6 +84,8 @@ def write_page(
         columns=columns,
         layers=layers,
         rounds=tables.rounds_cells(metrics),
+        bits=tables.bits_cells(metrics),
+        bits_note=tables.bits_note(metrics),
         benchmarks=tables.harness_cells(metrics),
         benchmarks_note=HARNESS,
         round_notes=round_notes(metrics),

@@ -11,6 +11,8 @@ from distill_llm.pruning.cutting.strength import described
 from distill_llm.report.figures import kept_figure, score_figure
 from distill_llm.report.students import students_part
 from distill_llm.report.tables import (
+    bits_note,
+    bits_table,
     columns,
     count,
     dtype_note,
@@ -54,6 +56,8 @@ def write_report(run_dir: str | Path, metrics: Mapping[str, Any]) -> Path:
         teachers_note(metrics),
         rows_note(metrics),
     ]
+    if metrics.get("quantization"):
+        parts += ["## Fewer bits", bits_table(metrics).rstrip(), bits_note(metrics)]
     if metrics.get("harness"):
         parts += ["## Benchmarks", harness_table(metrics).rstrip(), HARNESS]
     if metrics.get("rounds"):
@@ -92,7 +96,8 @@ def short_name(metrics: Mapping[str, Any]) -> str:
 def headline(metrics: Mapping[str, Any]) -> str:
     """The title: the teacher, what was done to it, and the task."""
     trained = {"teacher": "distilled", "labels": "fine-tuned"}.get(metrics.get("learned_from") or "")
-    done = " and ".join(verb for verb in ("pruned" if metrics.get("rounds") else None, trained) if verb)
+    verbs = ("pruned" if metrics.get("rounds") else None, trained, "quantized" if metrics.get("quantization") else None)
+    done = " and ".join(verb for verb in verbs if verb)
     return f"{short_name(metrics)}, {done} on {metrics['task']}"
 
 
@@ -115,9 +120,13 @@ def summary(metrics: Mapping[str, Any]) -> str:
 def notes(metrics: Mapping[str, Any]) -> str:
     """What was measured, and how to read the results table."""
     lines = [score_note(metrics), latency_note(metrics), dtype_note(metrics)]
-    if len(columns(metrics)) > 2:
+    shared = [each for each in columns(metrics)[1:] if each.name != "quantized"]
+    if len(shared) > 1:
         last = " of the last round" if len(metrics["rounds"]) > 1 else ""
-        lines.append(f"The columns after the teacher share one architecture{last}, so its costs were measured once.")
+        before = ", before quantization," if metrics.get("quantization") else ""
+        lines.append(
+            f"The columns after the teacher{before} share one architecture{last}, so its costs were measured once."
+        )
     if metrics.get("aligned"):
         lines.append(
             "Teacher and student have tokenizers of their own: the teacher's perplexity is counted per token of the student;"

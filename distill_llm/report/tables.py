@@ -1,6 +1,6 @@
 """The tables of a report in Markdown, made from what `metrics.json` holds."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,14 +33,23 @@ def columns(metrics: Mapping[str, Any]) -> list[Column]:
     """The models of a run in order: the teacher, then the student as pruned, compensated and recovered, as far as these exist.
 
     The pruned and the compensated model are those of the last round. They have the same layers as the final student, and so the
-    same costs. A student that was never pruned has one column, `student`.
+    same costs. A student that was never pruned has one column, `student`. The quantized one comes last, with its own costs.
     """
-    student, rounds = metrics["student"], metrics.get("rounds") or []
-    teacher = metrics["teacher"]
+    told, rounds, teacher = metrics.get("quantization"), metrics.get("rounds") or [], metrics["teacher"]
+    student = told["before"] if told else metrics["student"]
     found = [Column("teacher", teacher["score"], shown_score(teacher), teacher)]
+    found += _of_rounds(rounds, student)
+    if not told:
+        return found
+    last = metrics["student"]
+    return [*found, Column("quantized", last["score"], shown_score(last), last)]
+
+
+def _of_rounds(rounds: Sequence[Mapping[str, Any]], student: Mapping[str, Any]) -> list[Column]:
     recovered = Column("recovered" if rounds else "student", student["score"], shown_score(student), student)
     if not rounds:
-        return [*found, recovered]
+        return [recovered]
+    found = []
     last = rounds[-1]
     for stage in ("pruned", "compensated"):
         if last.get(f"score_{stage}") is not None:
@@ -88,7 +97,10 @@ def results_cells(metrics: Mapping[str, Any]) -> Cells:
         if teacher.get(key) is not None:
             body.append([label, *(_with_share(m.costs.get(key), teacher[key], show, m.name) for m in models)])
     if metrics.get("speedup") is not None:
-        body.append(["measured speed-up", "1.00x", *[speedup(metrics)] * (len(models) - 1)])
+        own = [
+            MISSING if metrics.get("quantization") and m.name != "quantized" else speedup(metrics) for m in models[1:]
+        ]
+        body.append(["measured speed-up", "1.00x", *own])
     return Cells(["", *(m.name for m in models)], body)
 
 
@@ -113,6 +125,40 @@ def rounds_cells(metrics: Mapping[str, Any]) -> Cells:
         kept = [percent(each.get("keep")), percent(each.get("layer_params_kept"))]
         body.append([str(number), *kept, *shown, seconds or MISSING])
     return Cells(["round", "target", "layer parameters kept", *stages, "time"], body)
+
+
+def bits_table(metrics: Mapping[str, Any]) -> str:
+    """The cells of `bits_cells` in Markdown; empty where the student was not quantized."""
+    cells = bits_cells(metrics)
+    return markdown_table(cells.head, cells.body) if cells.body else ""
+
+
+def bits_cells(metrics: Mapping[str, Any]) -> Cells:
+    """The student before and after quantization: score, files, memory, latency."""
+    told = metrics.get("quantization")
+    if not told:
+        return Cells([], [])
+    sides = (told["before"], told["after"])
+    body = [[metrics["metric"], *(shown_score(each) for each in sides)]]
+    for key, label, show in (
+        ("file_mb", "weights on disk", megabytes),
+        ("weights_mb", "memory of the weights", megabytes),
+        ("peak_memory_mb", "peak memory", megabytes),
+        ("latency_ms", "latency of a batch", milliseconds),
+    ):
+        first = sides[0][key]
+        body.append([label, show(first), _with_share(sides[1][key], first, show, "")])
+    body.append(["measured speed-up", "1.00x", speedup(told)])
+    return Cells(["", "before", "quantized"], body)
+
+
+def bits_note(metrics: Mapping[str, Any]) -> str:
+    """How the student was quantized; empty where it was not."""
+    told = metrics.get("quantization")
+    if not told:
+        return ""
+    learnt = " The student learnt from its teacher as if rounded already." if told["trained"] else ""
+    return f"{told['scheme'][0].upper()}{told['scheme'][1:]}; embeddings and heads keep their precision.{learnt}"
 
 
 def harness_table(metrics: Mapping[str, Any]) -> str:

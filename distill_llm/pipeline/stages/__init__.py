@@ -10,6 +10,7 @@ from distill_llm.pipeline.stages.generations import Generation, Generations
 from distill_llm.pipeline.stages.peers import PrunePeer
 from distill_llm.pipeline.stages.prune import Prune
 from distill_llm.pipeline.stages.push import Push
+from distill_llm.pipeline.stages.quantize import Quantize, QuantizeTraining
 from distill_llm.pipeline.stages.recover import Recover
 from distill_llm.pipeline.stages.report import Report
 from distill_llm.pipeline.stages.synthetic import Synthetic
@@ -17,7 +18,7 @@ from distill_llm.pipeline.stages.teacher import Teacher
 
 FIRST: list[type[Stage]] = [Synthetic, Teacher, TeacherBenchmarks, EnsembleWeights]
 EACH_ROUND: list[type[Stage]] = [Prune, PrunePeer, Recover]
-LAST: list[type[Stage]] = [Report, Export, Push]
+LAST: list[type[Stage]] = [QuantizeTraining, Quantize, Report, Export, Push]
 
 
 def stages_of(run: Context) -> list[Stage]:

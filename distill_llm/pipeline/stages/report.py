@@ -15,6 +15,7 @@ from distill_llm.evaluation.harness import BenchmarkScore, run_benchmarks, side_
 from distill_llm.pipeline.result import collect_metrics, stage_records, taught_by
 from distill_llm.pipeline.stage import Result, Stage
 from distill_llm.pipeline.stages.benchmarks import TeacherBenchmarks
+from distill_llm.pipeline.stages.quantize import Quantize, copied
 from distill_llm.pipeline.teaching import learnt
 
 LONGEST_TEXT = 400
@@ -49,8 +50,8 @@ class Report(Stage):
         return run.student_dir, run.metrics_file, run.report_file, run.page_file, run.disagreements_file, *figures
 
     def identity(self, recipe: Mapping[str, Any]) -> Any:
-        """How the student is scored and timed, and what is shown."""
-        return recipe.get("evaluation"), recipe.get("report")
+        """How the student is rounded, scored and timed, and what is shown."""
+        return recipe.get("quantize"), recipe.get("evaluation"), recipe.get("report")
 
     def work(self, results: Mapping[str, Result]) -> dict[str, Any]:
         """Save the student, measure it beside its teacher, and write what is known of both."""
@@ -60,11 +61,14 @@ class Report(Stage):
         run, path = self.run, self.student.model
         assert self.teacher.model is not None and path is not None
         student = run.load(path, run.student_dtype)
+        quantized = results.get(Quantize.name) if run.recipe.quantize is not None else None
         with written_whole(run.student_dir, folder=True) as folder:
-            run.save(student, folder)
+            copied(Path(path), folder) if quantized else run.save(student, folder)
         teacher = run.load(self.teacher.model, run.teacher_dtype)
         rounds = self._rounds(results)
-        metrics = collect_metrics(run.recipe, run.data.task, teacher, student, results[self.teacher.name], rounds)
+        metrics = collect_metrics(
+            run.recipe, run.data.task, teacher, student, results[self.teacher.name], rounds, quantized
+        )
         metrics |= {**taught_by(run.recipe, learnt(run, results)), **stage_records(results)}
         if "synthetic" in results:
             metrics["synthetic"] = {**results["synthetic"]["record"], "real_test": run.recipe.data.test is not None}
