@@ -1,5 +1,5 @@
 """The command line.
 
-May import: common, metrics, measuring, data, models, pruning, quantizing, teachers, responses, recipe, evaluation, report, export,
-checks, drafting, pipeline.
+May import: common, metrics, measuring, data, models, pruning, quantizing, teachers, responses, recipe, evaluation, report,
+export, checks, drafting, pipeline.
 """

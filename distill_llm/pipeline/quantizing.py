@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from distill_llm.checks.quantize import OpenQuantizing
 from distill_llm.common.files import full_disk_named, written_whole
+from distill_llm.data.embeddings import EMBEDDINGS
 from distill_llm.data.encoding import collator
 from distill_llm.data.padding import Collator
 from distill_llm.evaluation.evaluate import evaluate_model
@@ -79,6 +80,6 @@ def quantize_model(
 
 def calibration_batches(rows: Dataset, tokenizer: Any, pad: Collator) -> DataLoader:
     """Rows one at a time, so that there is no padding whose activations would count."""
-    known = {*tokenizer.model_input_names, "position_ids", "labels"}
+    known = {*tokenizer.model_input_names, "position_ids", "labels", EMBEDDINGS}
     rows = rows.remove_columns([name for name in rows.column_names if name not in known])
     return DataLoader(rows, batch_size=1, collate_fn=pad)  # type: ignore[arg-type]
