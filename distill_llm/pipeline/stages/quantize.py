@@ -15,6 +15,7 @@ from distill_llm.pipeline.quantizing import calibration_batches
 from distill_llm.pipeline.result import side_of
 from distill_llm.pipeline.stage import Result, Stage
 from distill_llm.pipeline.stages.recover import Recover
+from distill_llm.pipeline.teaching import learnt
 from distill_llm.pipeline.train_model import Fields, train_model
 from distill_llm.quantizing.rounding import bytes_in, bytes_of, imitate, quantize
 from distill_llm.recipe.quantize import QuantizeSection
@@ -57,7 +58,7 @@ class QuantizeTraining(Recover):
         return train_model(
             run,
             imitate(load_pretrained(path, dtype=torch.float32), section_of(run).scheme),
-            self.source() if losses.needs_teacher else None,
+            self.source(learnt(run, results)) if losses.needs_teacher else None,
             self.model,
             self.fields,
             losses.model_dump(mode="json", exclude_none=True),
