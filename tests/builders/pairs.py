@@ -27,7 +27,7 @@ def assert_alike(runs: Runs, case: str) -> tuple[list[int], list[int], list[int]
         assert torch.equal(two[parameter], other[parameter]), parameter
     assert len(one_logs) == 2
     for a, b in zip(one_logs, two_logs, strict=True):
-        assert a == pytest.approx(b, rel=1e-4), json.dumps([a, b])
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6), json.dumps([a, b])
     return all_seen, seen, other_seen
 
 
