@@ -32,6 +32,9 @@ def several_faults(
         given |= {"teaches": ensemble.teaches} if ensemble.by_row else {}
         fix = "remove it, or teacher.assistant: the student of a round joins a mean of fixed weights, in memory"
         faults += [InputError(f"teacher.ensemble.{name}", value, fix=fix) for name, value in given.items() if value]
+    if ensemble is not None and ensemble.learn_weights and data.synthetic is not None:
+        fix = "remove it, or data.synthetic: weights are learnt on labelled rows"
+        faults.append(InputError("teacher.ensemble.learn_weights", True, fix=fix))
     if ensemble is None or not ensemble.by_row:
         if column is not None:
             fix = "remove it, or say in teacher.ensemble which of its names each teacher `teaches`"
@@ -40,10 +43,11 @@ def several_faults(
     if column is None:
         fix = "name the column that says which teacher teaches a row, or leave out `teaches` in teacher.ensemble"
         faults.append(InputError("data.columns.teacher_of", None, fix=fix))
-    for name in ("packing", "augment"):
+    for name in ("packing", "augment", "synthetic"):
         if value := getattr(data, name):
             fix = "remove it: each row is to be read by the one teacher that its column teacher_of names"
-            faults.append(InputError(f"data.{name}", value, fix=fix))
+            shown = value.model_dump() if isinstance(value, Section) else value
+            faults.append(InputError(f"data.{name}", shown, fix=fix))
     return faults
 
 
