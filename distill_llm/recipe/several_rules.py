@@ -14,6 +14,7 @@ BESIDE_SERVER = (
     "peers",
     "checkpoints",
     "assistant",
+    "tokenizer",
 )
 """Fields of a teacher that is in memory, or is another one."""
 
