@@ -63,7 +63,8 @@ class ServedLogprobs:
             return sparse_targets([], self.asking.k)
         by_id = self.asking.form == "prompt_logprobs"
         places = self._prompt_logprobs(ids) if by_id else self._echo(ids)
-        most, asked = max(map(len, places)), min(self.asking.k, self.classes)
+        counts, asked = [len(place) for place in places], min(self.asking.k, self.classes)
+        most = min(counts) if by_id else max(counts)  # one more where the token that is there is not among them
         if most < (asked if by_id else TEXTS * asked):
             fix = f"set it to {most} at most, or let the server give more (vLLM: --max-logprobs)"
             raise self._fault("k", f"{self.asking.k}, and the server gives {most}", fix)
