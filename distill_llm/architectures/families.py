@@ -11,60 +11,19 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .family import Facts, Family
 from .lineage import lineage_of, stock_values
-
-
-def _projections(names: str, prefix: str = "self_attn.", **more: str) -> dict[str, str]:
-    """Layouts of separate query, key and value modules ("q_proj k_proj v_proj"). `more`: other paths, with __ for each dot."""
-    layouts = dict(zip((prefix + name for name in names.split()), ("q", "kv", "kv"), strict=True))
-    return layouts | {prefix + path.replace("__", "."): layout for path, layout in more.items()}
-
-
-# The config says whether attention and FFN are parallel.
-_PARALLEL = (("use_parallel_residual", {"parallel": True}),)
-
-_BERT = Family(
-    layers="encoder.layer",
-    attention="attention.self",
-    attention_in=_projections("query key value", "attention.self."),
-    attention_out="attention.output.dense",
-    ffn_in={"intermediate.dense": "n"},
-    ffn_out="output.dense",
-)
-_ROBERTA = replace(_BERT, mlm_head="lm_head", skipped_positions="padding")
-_LLAMA = Family(
-    attention_in=_projections("q_proj k_proj v_proj"),
-    ffn_in={"mlp.gate_proj": "n", "mlp.up_proj": "n"},
-    stock=("heads", "queries", "neurons", "layers", "hidden"),
-    packs=True,
-)
-# Embeddings are scaled by the width in the config, so a stock config cannot have fewer channels.
-_GEMMA = replace(_LLAMA, stock=_LLAMA.stock[:-1], dividing=True)
-_NEOX = Family(
-    attention="attention",
-    attention_in={"attention.query_key_value": "(q kv kv)"},
-    attention_out="attention.dense",
-    ffn_in={"mlp.dense_h_to_4h": "n"},
-    ffn_out="mlp.dense_4h_to_h",
-)
-_BLOOM = replace(
-    _NEOX,
-    layers="h",
-    attention="self_attention",
-    attention_in={"self_attention.query_key_value": "(q kv kv)"},
-    attention_out="self_attention.dense",
-)
+from .prototypes import BERT, BLOOM, GEMMA, LLAMA, NEOX, PARALLEL, ROBERTA, projections
 
 FAMILIES: dict[str, Family] = {
-    "bert": _BERT,
-    "ernie": _BERT,
-    "roberta": _ROBERTA,
-    "xlm-roberta": _ROBERTA,
-    "camembert": _ROBERTA,
-    "electra": replace(_BERT, hidden_fields=("hidden_size", "embedding_size"), mlm_head="generator_predictions"),
+    "bert": BERT,
+    "ernie": BERT,
+    "roberta": ROBERTA,
+    "xlm-roberta": ROBERTA,
+    "camembert": ROBERTA,
+    "electra": replace(BERT, hidden_fields=("hidden_size", "embedding_size"), mlm_head="generator_predictions"),
     "distilbert": Family(
         layers="transformer.layer",
         attention="attention",
-        attention_in=_projections("q_lin k_lin v_lin", "attention."),
+        attention_in=projections("q_lin k_lin v_lin", "attention."),
         attention_out="attention.out_lin",
         ffn_in={"ffn.lin1": "n"},
         ffn_out="ffn.lin2",
@@ -74,9 +33,9 @@ FAMILIES: dict[str, Family] = {
     ),
     # The model makes one position bias for all heads and passes it to every layer.
     "mpnet": replace(
-        _BERT,
+        BERT,
         attention="attention.attn",
-        attention_in=_projections("q k v", "attention.attn."),
+        attention_in=projections("q k v", "attention.attn."),
         attention_out="attention.attn.o",
         per_head_inputs=("position_bias",),
         mlm_head="lm_head",
@@ -84,13 +43,23 @@ FAMILIES: dict[str, Family] = {
     ),
     # Relative positions have projections of their own, unless the config sets share_att_key.
     "deberta-v2": replace(
-        _BERT,
-        attention_in=_projections(
+        BERT,
+        attention_in=projections(
             "query_proj key_proj value_proj", "attention.self.", pos_key_proj="q", pos_query_proj="q"
         ),
         hidden_fields=("hidden_size", "pooler_hidden_size", "embedding_size"),
         mlm_head="lm_predictions",
         forms=(("legacy", {"mlm_head": "cls"}), ("conv_kernel_size", {"anchored": True})),
+    ),
+    # Images: a token for each patch, and one in front. A student reads images of the size that the config says.
+    "vit": Family(
+        attention="attention",
+        attention_in=projections("q_proj k_proj v_proj", "attention."),
+        attention_out="attention.o_proj",
+        ffn_in={"mlp.fc1": "n"},
+        ffn_out="mlp.fc2",
+        hidden_fields=("hidden_size", "pooler_output_size"),
+        stock=("heads", "neurons", "layers"),
     ),
     "modernbert": Family(
         attention="attn",
@@ -100,36 +69,36 @@ FAMILIES: dict[str, Family] = {
         ffn_out="mlp.Wo",
         mlm_head="head",
     ),
-    "llama": replace(_LLAMA, dividing=True),
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "gemma2": _GEMMA,
-    "gemma3_text": _GEMMA,
-    "smollm3": _LLAMA,
-    "granite": _LLAMA,
+    "llama": replace(LLAMA, dividing=True),
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "gemma2": GEMMA,
+    "gemma3_text": GEMMA,
+    "smollm3": LLAMA,
+    "granite": LLAMA,
     # Norms of queries and keys: one over all heads (OLMo 2), a row per head (Cohere), a module per head (StableLM). Norms that
     # all heads share (Qwen3, Gemma 3) need no layout.
-    "olmo2": replace(_LLAMA, attention_in=_projections("q_proj k_proj v_proj", q_norm="q", k_norm="kv")),
+    "olmo2": replace(LLAMA, attention_in=projections("q_proj k_proj v_proj", q_norm="q", k_norm="kv")),
     "cohere": replace(
-        _LLAMA, attention_in=_projections("q_proj k_proj v_proj", q_norm="q/", k_norm="kv/"), parallel=True
+        LLAMA, attention_in=projections("q_proj k_proj v_proj", q_norm="q/", k_norm="kv/"), parallel=True
     ),
     "stablelm": replace(
-        _LLAMA,
-        attention_in=_projections("q_proj k_proj v_proj", q_layernorm__norms="q[]", k_layernorm__norms="kv[]"),
+        LLAMA,
+        attention_in=projections("q_proj k_proj v_proj", q_layernorm__norms="q[]", k_layernorm__norms="kv[]"),
         stock=("neurons", "layers"),
-        forms=_PARALLEL,
+        forms=PARALLEL,
     ),
-    "starcoder2": replace(_LLAMA, ffn_in={"mlp.c_fc": "n"}, ffn_out="mlp.c_proj"),
-    "phi": replace(_LLAMA, attention_out="self_attn.dense", ffn_in={"mlp.fc1": "n"}, ffn_out="mlp.fc2", parallel=True),
+    "starcoder2": replace(LLAMA, ffn_in={"mlp.c_fc": "n"}, ffn_out="mlp.c_proj"),
+    "phi": replace(LLAMA, attention_out="self_attn.dense", ffn_in={"mlp.fc1": "n"}, ffn_out="mlp.fc2", parallel=True),
     "phi3": replace(
-        _LLAMA,
+        LLAMA,
         attention_in={"self_attn.qkv_proj": "q kv kv"},
         ffn_in={"mlp.gate_up_proj": "n n"},
         reads_config=True,
     ),
     "opt": replace(
-        _LLAMA,
+        LLAMA,
         layers="decoder.layers",
         attention_out="self_attn.out_proj",
         ffn_in={"fc1": "n"},
@@ -151,11 +120,11 @@ FAMILIES: dict[str, Family] = {
         attention_widths=("embed_dim",),
         packs=True,
     ),
-    "gpt_neox": replace(_NEOX, forms=_PARALLEL, packs=True),
+    "gpt_neox": replace(NEOX, forms=PARALLEL, packs=True),
     # The FFN of BLOOM is always four times as wide as the residual stream.
-    "bloom": replace(_BLOOM, ffn_config="", per_head_inputs=("alibi",), adds_residual=True, stock=("layers",)),
+    "bloom": replace(BLOOM, ffn_config="", per_head_inputs=("alibi",), adds_residual=True, stock=("layers",)),
     "falcon": replace(
-        _BLOOM,
+        BLOOM,
         ffn_config="ffn_hidden_size",
         per_head_inputs=("alibi", "attention_mask"),
         groups="num_attention_heads",
@@ -167,7 +136,7 @@ FAMILIES: dict[str, Family] = {
                 "new_decoder_architecture",
                 {
                     "groups": "num_kv_heads",
-                    "attention_in": _BLOOM.attention_in,
+                    "attention_in": BLOOM.attention_in,
                     "caches_queries": True,
                     "parallel": True,
                 },
@@ -279,6 +248,16 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise ValueError(f"model: {type(model).__name__} has no module list of {count} layers")
+
+
+def any_layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    """As `layers_of`; empty where a family without a row has no one list of layers, such as that of a convolutional model."""
+    try:
+        return layers_of(model)
+    except (AttributeError, ValueError):
+        if model.config.model_type in FAMILIES:
+            raise
+        return nn.ModuleList()
 
 
 def width_of(model: PreTrainedModel | PreTrainedConfig) -> int:

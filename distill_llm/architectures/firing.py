@@ -3,7 +3,7 @@
 from torch import nn
 from transformers import PreTrainedModel
 
-from distill_llm.architectures.families import layers_of, row_of
+from distill_llm.architectures.families import any_layers_of, row_of
 from distill_llm.architectures.family import Family
 
 
@@ -23,7 +23,7 @@ def neuron_layer(layer: nn.Module, family: Family) -> tuple[nn.Module, int] | No
 def neuron_widths(model: PreTrainedModel) -> list[int]:
     """Neurons of each layer; 0 where none can be seen."""
     family = row_of(model.config)
-    found = [neuron_layer(layer, family) if family else None for layer in layers_of(model)]
+    found = [neuron_layer(layer, family) if family else None for layer in any_layers_of(model)]
     return [0 if each is None else _outputs(each[0]) // each[1] for each in found]
 
 

@@ -32,7 +32,14 @@ from .families import Dims, dims_of, family_of, is_in_file, layers_of
 from .family import Family
 from .lineage import LAYER_UNITS, Counts, LayerPlan, ModelPlan, lineage_of
 
-CODE_NAMES = ("modeling_pruned.py", "configuration_pruned.py", "families.py", "family.py", "lineage.py")
+CODE_NAMES = (
+    "modeling_pruned.py",
+    "configuration_pruned.py",
+    "families.py",
+    "family.py",
+    "lineage.py",
+    "prototypes.py",
+)
 # What attention modules and configs call their own sizes.
 _QUERIES = ("num_attention_heads", "num_heads", "n_heads")
 _GROUPS = ("num_key_value_heads", "num_kv_heads")

@@ -14,6 +14,7 @@ from distill_llm.losses.units import Kind
 _CAUSAL = ("BertLMHeadModel", "CTRLLMHeadModel", "GPT2LMHeadModel", "OpenAIGPTLMHeadModel")
 ITEMS: dict[str, Kind] = {
     "ForSequenceClassification": "example",
+    "ForImageClassification": "example",
     "ForTokenClassification": "token",
     "ForMaskedLM": "token",
     "ForCausalLM": "next_token",
@@ -41,9 +42,33 @@ def kind_of_class(name: str) -> Kind:
 
 
 def valid_tokens(batch: Mapping[str, Any]) -> torch.Tensor:
-    """(B, T) of bool: not padding."""
+    """(B, T) of bool: not padding. Of images without an `attention_mask` the number of tokens is not known: T is 1."""
     mask = batch.get("attention_mask")
-    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+    if mask is not None:
+        return mask.bool()
+    ids = batch["input_ids"] if "input_ids" in batch else batch["pixel_values"].flatten(1)[:, :1]
+    return torch.ones_like(ids, dtype=torch.bool)
+
+
+def check_tokens_known(batch: Mapping[str, Any], field: str) -> None:
+    """Check that a batch says how many tokens its rows have, where something looks at the tokens inside a model.
+
+    Args:
+        field: what gave the batch.
+
+    Raises:
+        InputError: images without an `attention_mask`.
+    """
+    if "attention_mask" not in batch and "input_ids" not in batch:
+        fix = (
+            "let the collator add attention_mask, 1 for each token of an image (distill_llm.data.images.ImageCollator)"
+        )
+        raise InputError(field, f"batches with {', '.join(batch)}", fix=fix)
+
+
+def row_count(batch: Mapping[str, Any]) -> int:
+    """The number of rows of a batch of texts or images."""
+    return len(batch["input_ids"] if "input_ids" in batch else batch["pixel_values"])
 
 
 def sequence_numbers(batch: Mapping[str, Any]) -> torch.Tensor | None:
@@ -92,7 +117,7 @@ def counted(batch: Mapping[str, Any], kind: Kind, unlabelled: bool = False) -> t
 
 def first_rows(batch: Mapping[str, Any], rows: int) -> dict[str, Any]:
     """What says which items count, of the first `rows` of a batch."""
-    names = ("input_ids", "attention_mask", "position_ids", "labels")
+    names = ("input_ids", "pixel_values", "attention_mask", "position_ids", "labels")
     return {name: batch[name][:rows] for name in names if name in batch}
 
 

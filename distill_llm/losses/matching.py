@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from distill_llm.architectures.families import FAMILIES, dims_of, layers_of, width_of
+from distill_llm.architectures.families import FAMILIES, any_layers_of, dims_of, width_of
 from distill_llm.architectures.firing import neuron_widths
 from distill_llm.architectures.lineage import lineage_of
 from distill_llm.common.errors import InputError
@@ -74,19 +74,28 @@ class Match:
             self._configs = student.config, teacher.config
             self._lineages = lineage_of(student), lineage_of(teacher)
             self._rows = [None if lineage is None else lineage.layers for lineage in self._lineages]
-            self._counts = len(layers_of(student)), len(layers_of(teacher))
+            self._counts = len(any_layers_of(student)), len(any_layers_of(teacher))
             self._neurons = neuron_widths(student), neuron_widths(teacher)
 
     def hidden_pairs(self, layers: str | Sequence[tuple[int, int]], field: str) -> list[LayerPair]:
         """Layers whose outputs are compared (see `mapping.hidden_pairs`); `field` is what errors call the setting."""
+        self._check_layers(field)
         return hidden_pairs(layers, *self._counts, self._lineage, field)
 
     def attention_pairs(self, layers: str | Sequence[tuple[int, int]], field: str) -> list[LayerPair]:
         """Layers and heads whose attention is compared (see `mapping.attention_pairs`), but for those without any head."""
+        self._check_layers(field)
         own, original = self._rows
         pairs = attention_pairs(layers, *self._counts, self._lineage, field, self._group_size)
         pairs = [pair for pair in pairs if own is None or own[pair.student].heads]
         return [pair for pair in pairs if original is None or original[pair.teacher].heads]
+
+    def _check_layers(self, field: str) -> None:
+        """Check that both models have transformer layers."""
+        if not all(self._counts):
+            which = "student" if self._counts[1] else "teacher"
+            fix = "leave this loss out: only models with one list of transformer layers have pairs of them"
+            raise InputError(field, f"a {which} without transformer layers", fix=fix)
 
     def ffn_pairs(self, layers: str | Sequence[tuple[int, int]], field: str) -> list[LayerPair]:
         """Layers whose FFN neurons are compared, each by lineage with the one that it was copied from; but for those without any.

@@ -79,6 +79,7 @@ def peak_memory(model: PreTrainedModel, batch_size: int = 32, sequence_length: i
 def full_length_inputs(model: PreTrainedModel, batch_size: int, sequence_length: int) -> dict[str, torch.Tensor]:
     """Seeded random ids and an attention mask of ones, both (B, T), on the model's device; no id is the padding id.
 
+    A model of images gets random images of the size in its config, whatever `sequence_length` says.
     A model with encoder and decoder gets the ids for both.
     A multiple-choice head gets (B, 1, T): as many sequences as any other, each the one choice of its question.
 
@@ -91,8 +92,10 @@ def full_length_inputs(model: PreTrainedModel, batch_size: int, sequence_length:
     limits = limits_of(model.config, type(model).__name__)
     raise_all(length_faults(limits, sequence_length, "sequence_length"))
     main = getattr(model, "main_input_name", "input_ids")
+    if main == "pixel_values" and hasattr(model.config, "image_size"):
+        return {"pixel_values": random_images(model, batch_size)}
     if main != "input_ids":
-        accepted = f"a model of text; {type(model).__name__} reads {main}"
+        accepted = f"a model of text or of images; {type(model).__name__} reads {main}"
         raise InputError("model", model.config.name_or_path or type(model).__name__, accepted)
     vocabulary = limits.vocabulary or cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     ids = torch.randint(0, vocabulary, (batch_size, sequence_length), generator=torch.Generator().manual_seed(0))
@@ -104,6 +107,14 @@ def full_length_inputs(model: PreTrainedModel, batch_size: int, sequence_length:
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = inputs["input_ids"]
     return inputs
+
+
+def random_images(model: PreTrainedModel, rows: int) -> torch.Tensor:
+    """Seeded images (rows, channels, height, width) of the size in a model's config, on its device and in its dtype."""
+    size = model.config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    shape = (rows, model.config.num_channels, height, width)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
 
 
 def at_least_one(field: str, given: int) -> None:

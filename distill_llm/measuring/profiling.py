@@ -25,6 +25,7 @@ from distill_llm.measuring.counting import (
     peak_memory,
     weights_memory,
 )
+from distill_llm.measuring.images import image_tokens
 from distill_llm.models.exported import ExportedNetwork
 
 MEGABYTE = 10**6
@@ -185,7 +186,10 @@ def _cells(profile: Profile) -> dict[str, tuple[float | None, str]]:
 
 def _profile(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], times: list[float]) -> Profile:
     low, high = np.percentile(times, (10, 90))
-    batch_size, *_, sequence_length = inputs["input_ids"].shape  # multiple choice has choices between
+    if "pixel_values" in inputs:
+        batch_size, sequence_length = len(inputs["pixel_values"]), image_tokens(model) or 1
+    else:
+        batch_size, *_, sequence_length = inputs["input_ids"].shape  # multiple choice has choices between
     if isinstance(model, ExportedNetwork):
         graph, params, layer_params, flops, peak = model.weights, None, None, None, None
         weights, dtype = graph.total(), f"{graph.most_common(1)[0][0]}, in onnxruntime"

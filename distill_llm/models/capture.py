@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from distill_llm.architectures.families import layers_of, row_of
+from distill_llm.architectures.families import any_layers_of, row_of
 from distill_llm.architectures.firing import neuron_layer
 from distill_llm.common.errors import InputError
 from distill_llm.losses.signals import EMBEDDINGS, Vectors, Wanted
@@ -29,7 +29,7 @@ class Recorder:
     """
 
     def __init__(self, model: PreTrainedModel, wanted: Wanted):
-        self.layers, self.wanted = layers_of(model), wanted
+        self.layers, self.wanted = any_layers_of(model), wanted
         self.name = type(model).__name__
         self.family, self.configs = row_of(model.config), attention_configs(model)
 

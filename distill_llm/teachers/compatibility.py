@@ -32,7 +32,8 @@ def shared_classes(
         raise InputError(
             "teacher", type(teacher).__name__, f"a model with the same kind of head as {type(student).__name__}"
         )
-    sizes = student.config.get_text_config().vocab_size, teacher.config.get_text_config().vocab_size
+    # a model of images has none
+    sizes = [getattr(model.config.get_text_config(), "vocab_size", 0) for model in (student, teacher)]
     used = tokens_in_use(tokenizer)
     if sizes[0] != sizes[1] and (used is None or used > min(sizes)):
         accepted = f"a teacher with the student's tokenizer and vocabulary ({sizes[0]} entries)"

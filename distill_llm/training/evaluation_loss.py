@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from distill_llm.losses.items import count_items, first_rows
+from distill_llm.losses.items import count_items, first_rows, row_count
 from distill_llm.losses.units import UNITS, Kind
 
 
@@ -24,7 +24,7 @@ class EvaluationLoss:
 
     def rows(self, inputs: Mapping[str, Any]) -> int:
         """How many of a batch's first rows count: the rows after them are repeats that give every process as many."""
-        rows, loader = len(inputs["input_ids"]), self.accelerator.gradient_state
+        rows, loader = row_count(inputs), self.accelerator.gradient_state
         if self.accelerator.num_processes == 1 or not loader.end_of_dataloader or loader.remainder <= 0:
             return rows
         return min(max(loader.remainder - self.accelerator.process_index * rows, 0), rows)

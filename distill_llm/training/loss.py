@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from distill_llm.architectures.modes import named_outputs
 from distill_llm.losses.chunked_head import head_losses
 from distill_llm.losses.head_parts import LabelPart
-from distill_llm.losses.items import aligned_labels, first_rows, targets, valid_tokens
+from distill_llm.losses.items import aligned_labels, check_tokens_known, first_rows, targets, valid_tokens
 from distill_llm.losses.labels import label_loss
 from distill_llm.losses.matching import MatchSettings
 from distill_llm.losses.objective import Objective
@@ -141,6 +141,8 @@ class TrainingLoss:
             positions, labels = targets(inputs, self.terms.kind, unlabelled=self.terms.needs_unlabelled)
         elif self.terms.kind != "example":
             positions = inputs["input_ids"].new_empty(0)
+        if any(self.terms.pairs.values()):
+            check_tokens_known(inputs, "data_collator")
         # Before the teacher has anything to do: to know whether rows are packed, the host waits for the device.
         given, sequences = forward_inputs(self.student, inputs), packed_sequences(self.student, inputs)
         signals = self._signals(inputs, step, positions)

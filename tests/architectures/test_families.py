@@ -19,6 +19,7 @@ from builders.families import (
     EVERY,
     HEADS,
     HIDDEN,
+    IMAGES,
     LAYERS,
     QUERIES,
     VARIANTS,
@@ -30,7 +31,7 @@ from builders.families import (
     outputs_of,
     uneven_plan,
 )
-from builders.grids import layouts_first
+from builders.grids import layouts_first, slow
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -46,11 +47,11 @@ LAYOUTS = ["bert", "modernbert", "llama", "olmo2", "stablelm", "phi3", "gpt2", "
 
 
 def test_every_family_with_a_row_passes_through_the_gate():
-    assert set(FAMILIES) == set(ENCODERS) | set(DECODERS)
+    assert set(FAMILIES) == set(ENCODERS) | set(DECODERS) | set(IMAGES)
 
 
 @pytest.mark.parametrize(("hidden", "attention"), [(False, None), (True, "eager")], ids=["units", "all-units-eager"])
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", [*EVERY, *IMAGES])
 def test_masked_equals_pruned(name, hidden, attention):
     model = family_model(name, **({"attn_implementation": attention} if attention else {}))
     batch, plan = family_batch(model), uneven_plan(model, hidden, queries=True)
@@ -83,7 +84,7 @@ ALONE = {
 
 
 @pytest.mark.parametrize("units", ALONE)
-@pytest.mark.parametrize("name", [*LAYOUTS, "falcon-multi-query"])
+@pytest.mark.parametrize("name", [*LAYOUTS, "falcon-multi-query", *slow(*IMAGES)])
 def test_masked_equals_pruned_where_one_kind_of_unit_goes(name, units):
     model = family_model(name)
     rows = [ALONE[units](i, groups_of(model), tuple(range(neurons_of(model)))) for i in range(LAYERS)]
@@ -133,6 +134,7 @@ BY_HAND = {
     "distilbert": ("transformer.layer", "attention.out_lin", "ffn.lin2"),
     "modernbert": ("layers", "attn.Wo", "mlp.Wo"),
     "deberta-v2": ("encoder.layer", "attention.output.dense", "output.dense"),
+    "vit": ("layers", "attention.o_proj", "mlp.fc2"),
     "llama": ("layers", "self_attn.o_proj", "mlp.down_proj"),
     "phi3": ("layers", "self_attn.o_proj", "mlp.down_proj"),
     "opt": ("decoder.layers", "self_attn.out_proj", "fc2"),

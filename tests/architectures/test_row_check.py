@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from builders.families import EVERY, family_batch, family_model, uneven_plan
+from builders.families import EVERY, IMAGES, family_batch, family_model, uneven_plan
 
 from distill_llm import collect_statistics, load_pretrained, prune
 from distill_llm.architectures.families import FAMILIES, family_of
@@ -74,7 +74,7 @@ def test_layers_are_looked_at_one_by_one():
         check_row(model)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", [*EVERY, *IMAGES])
 def test_every_row_fits_its_models_and_what_was_pruned_of_them(name):
     model = family_model(name)
     check_row(model)

@@ -7,6 +7,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
@@ -25,6 +26,7 @@ HEADS = {
     "sequence-classification": AutoModelForSequenceClassification,
     "question-answering": AutoModelForQuestionAnswering,
     "multiple-choice": AutoModelForMultipleChoice,
+    "image-classification": AutoModelForImageClassification,
 }
 LAYERS, HIDDEN, QUERIES, GROUPS, NEURONS = 5, 32, 8, 4, 64
 ENCODERS: dict[str, dict[str, Any]] = {
@@ -39,6 +41,8 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8},
     "modernbert": {"cls_token_id": 1, "sep_token_id": 2, "global_attn_every_n_layers": 2, "local_attention": 8},
 }
+# Of images: eight patches and a token in front of them.
+IMAGES: dict[str, dict[str, Any]] = {"vit": {"image_size": [6, 12], "patch_size": 3, "num_channels": 2}}
 GROUPED: dict[str, Any] = {"num_key_value_heads": GROUPS}
 DECODERS: dict[str, dict[str, Any]] = {
     "llama": GROUPED,
@@ -102,13 +106,21 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-tied": ("llama", {**GROUPED, "tie_word_embeddings": True}),
 }
 EVERY = [*ENCODERS, *DECODERS, *VARIANTS]
+"""All that read tokens; those of images are in IMAGES."""
+
+
+def head_of(family: str) -> str:
+    """The head that tiny models of a family have where none is asked for."""
+    return (
+        "causal-lm" if family in DECODERS else "image-classification" if family in IMAGES else "sequence-classification"
+    )
 
 
 def family_model(name: str, head: str | None = None, seed: int = 0, **more: Any) -> PreTrainedModel:
     """A random model in eval mode: 5 layers, width 32, 8 query heads (4 key-value heads where the family has groups)."""
     family, own = VARIANTS.get(name, (name, None))
-    own = own if own is not None else ENCODERS.get(name, DECODERS.get(name))
-    head = head or ("causal-lm" if family in DECODERS else "sequence-classification")
+    own = own if own is not None else {**ENCODERS, **DECODERS, **IMAGES}.get(name)
+    head = head or head_of(family)
     sizes = {
         "num_hidden_layers": LAYERS,
         "hidden_size": HIDDEN,
@@ -119,6 +131,9 @@ def family_model(name: str, head: str | None = None, seed: int = 0, **more: Any)
     if family == "distilbert":
         sizes |= {"n_layers": LAYERS, "dim": HIDDEN, "n_heads": QUERIES, "hidden_dim": NEURONS}
     tokens = {"vocab_size": 100, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    if family in IMAGES:
+        del sizes["max_position_embeddings"]
+        tokens = {}
     config = AutoConfig.for_model(family, **{**sizes, **tokens, "num_labels": 3, **(own or {}), **more})
     torch.manual_seed(seed)
     model = HEADS[head].from_config(config)
@@ -134,8 +149,15 @@ def family_model(name: str, head: str | None = None, seed: int = 0, **more: Any)
 def family_batch(
     model: PreTrainedModel, batch: int = 3, length: int = 12, seed: int = 0, left: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Token ids padded to uneven lengths, on the right or on the `left`, and their mask."""
+    """Token ids padded to uneven lengths, on the right or on the `left`, and their mask; or images, and masks of patches."""
     generator = torch.Generator().manual_seed(seed)
+    if model.config.model_type in IMAGES:
+        height, width = model.config.image_size
+        images = torch.randn(batch, model.config.num_channels, height, width, generator=generator)
+        mask = torch.ones(batch, 9, dtype=torch.long)
+        for row in range(1, batch):
+            mask[row, 9 - 2 * row :] = 0
+        return {"pixel_values": images, "attention_mask": mask}
     shape = (batch, 2, length) if "MultipleChoice" in type(model).__name__ else (batch, length)
     ids = torch.randint(3, model.config.vocab_size, shape, generator=generator)
     mask = torch.ones_like(ids)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from builders.families import IMAGES, family_batch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -100,9 +101,11 @@ def layer_params(model: nn.Module) -> int:
 
 def flops_of(model, tokens: int, batch: int = 1) -> int:
     """Multiply-adds x 2 of the layers, counted by torch while the model runs with frozen weights."""
-    inputs, count = torch.full((batch, tokens), 5), model.config.num_hidden_layers
+    inputs, count = {"input_ids": torch.full((batch, tokens), 5)}, model.config.num_hidden_layers
+    if model.config.model_type in IMAGES:  # they have as many tokens as their size gives
+        inputs = {"pixel_values": family_batch(model, batch)["pixel_values"]}
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.requires_grad_(False)(input_ids=inputs)
+        model.requires_grad_(False)(**inputs)
     counts = counter.get_flop_counts()
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     layers = f"{type(model).__name__}.{next(name for name, module in lists if len(module) == count)}"

@@ -133,7 +133,7 @@ def test_lineage_and_sizes_are_in_the_config_and_weights_only_in_safetensors(tmp
     assert config["pruning"]["layers"][0] == {"source": 0, "heads": "1,3", "neurons": "5-39"}
     assert config["num_hidden_layers"] == 3
     found = sorted(p.name for p in tmp_path.iterdir())
-    code = ["configuration_pruned.py", "families.py", "family.py", "lineage.py", "modeling_pruned.py"]
+    code = ["configuration_pruned.py", "families.py", "family.py", "lineage.py", "modeling_pruned.py", "prototypes.py"]
     assert found == sorted(["config.json", "model.safetensors", *code])
     assert lineage_of(load_pretrained(tmp_path)) == lineage_of(student)
 

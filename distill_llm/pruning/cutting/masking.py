@@ -113,7 +113,8 @@ def _masked_hidden(model: PreTrainedModel, kept: torch.Tensor) -> Iterator[None]
             mask[kept] = 1
             into = int(not isinstance(module, Conv1D))
             if isinstance(module, nn.Embedding) or 1 - into in dims:
-                stack.callback(module.register_forward_hook(_multiply_output(mask)).remove)
+                of_image = mask[:, None, None] if isinstance(module, nn.Conv2d) else mask  # patches, not yet in a row
+                stack.callback(module.register_forward_hook(_multiply_output(of_image)).remove)
             if not isinstance(module, nn.Embedding) and into in dims:  # a table of positions may be read unseen
                 stack.callback(module.register_forward_pre_hook(_multiply(mask)).remove)
         yield

@@ -16,7 +16,7 @@ from distill_llm.architectures.families import layers_of
 from distill_llm.architectures.modes import frozen
 from distill_llm.common.errors import InputError
 from distill_llm.common.finite import NotFinite
-from distill_llm.losses.items import kind_of, targets
+from distill_llm.losses.items import kind_of, row_count, targets
 from distill_llm.models.placement import streamed
 from distill_llm.pruning.compensation.bypass import Bypasses
 from distill_llm.pruning.cutting.surgery import prune
@@ -142,7 +142,7 @@ def row_divergences(
                 dense.append(target)
             logits, _ = items_of(student, batch, labelled=False)
             items = divergences(target, logits)
-            rows = len(batch["input_ids"])
+            rows = row_count(batch)
             if kind == "example":  # of question answering, a row has a start and an end
                 found.append(items.view(-1, rows).mean(0))
                 continue

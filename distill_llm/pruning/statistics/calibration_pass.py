@@ -12,7 +12,7 @@ from distill_llm.architectures.families import layers_of
 from distill_llm.architectures.modes import evaluating, frozen
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.common.finite import NotFinite
-from distill_llm.losses.items import valid_tokens
+from distill_llm.losses.items import check_tokens_known, valid_tokens
 from distill_llm.models.adapters import unmerged_faults
 from distill_llm.models.limits import batch_faults, limits_of
 from distill_llm.models.placement import check_in_memory, checkpointed, streamed
@@ -93,7 +93,7 @@ class CalibrationPass:
         """One pass over the data.
 
         Args:
-            batches: `input_ids` and `attention_mask`, and labels where the loss needs them.
+            batches: `input_ids` (of images `pixel_values`) and `attention_mask`, and labels where the loss needs them.
             looked_at: set to each batch before its forward pass.
             after: called after the backward pass of each batch.
 
@@ -111,6 +111,7 @@ class CalibrationPass:
         limits = limits_of(self.model.config, type(self.model).__name__)
         for number, batch in enumerate(batches):
             raise_all(batch_faults(limits, batch, "dataloader"))
+            check_tokens_known(batch, "dataloader")
             mask, before = valid_tokens(batch), tokens
             examples, tokens = examples + len(mask), tokens + int(mask.sum())
             if number % processes != rank:

@@ -70,7 +70,7 @@ def _without_each(
     model: PreTrainedModel, layers: Sequence[nn.Module], batch: Mapping[str, torch.Tensor], labelled: bool
 ) -> torch.Tensor:
     """(layers + 1,): what a batch's loss gains without each layer, summed over items, and last the number of items."""
-    totals = torch.zeros(len(layers) + 1, device=batch["input_ids"].device)
+    totals = torch.zeros(len(layers) + 1, device=next(iter(batch.values())).device)
     with _outputs(layers) as given:
         dense, labels = items_of(model, batch, labelled)
     whole = 0.0 if labels is None else label_loss(dense, labels).sum()

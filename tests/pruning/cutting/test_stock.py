@@ -9,12 +9,14 @@ from builders.families import (
     ENCODERS,
     HEADS,
     HIDDEN,
+    IMAGES,
     QUERIES,
     VARIANTS,
     aligned,
     family_batch,
     family_model,
     groups_of,
+    head_of,
     outputs_of,
     uniform_plan,
 )
@@ -40,6 +42,7 @@ STOCK = {
     **dict.fromkeys(("gemma2", "gemma3_text"), "heads queries neurons layers"),  # its width scales its embeddings
     **dict.fromkeys(("stablelm", "opt", "gpt2", "gpt_neox", "falcon"), "neurons layers"),  # they derive the head size
     "bloom": "layers",
+    "vit": "heads neurons layers",
 }
 
 
@@ -48,7 +51,7 @@ def says(family: str, units: str) -> bool:
 
 
 def test_the_list_of_families_says_what_is_tested_here():
-    assert set(STOCK) == set(FAMILIES) == set(ENCODERS) | set(DECODERS)
+    assert set(STOCK) == set(FAMILIES) == set(ENCODERS) | set(DECODERS) | set(IMAGES)
     rows = {row.family: row for row in supported()}
     assert set(rows) == set(STOCK) and set(UNITS) == {*EVERY_UNIT, "attention", "ffn"}
     for family, row in rows.items():
@@ -76,7 +79,7 @@ def test_uniform_students_are_plain_models_where_the_familys_config_can_say_them
     student.save_pretrained(tmp_path)
     assert sorted(p.name for p in tmp_path.glob("*.py")) == []
     assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
-    auto = HEADS["causal-lm" if family in DECODERS else "sequence-classification"]
+    auto = HEADS[head_of(family)]
     loaded, info = auto.from_pretrained(tmp_path, output_loading_info=True)
     assert type(loaded) is type(model)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info

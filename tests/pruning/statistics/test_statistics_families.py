@@ -19,7 +19,9 @@ def near(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
     return float((found - expected).abs().max()) <= tolerance * float(expected.abs().max())
 
 
-@pytest.mark.parametrize("name", layouts_first([*EVERY, "opt-post-norm"]))
+@pytest.mark.parametrize(
+    "name", [*layouts_first([*EVERY, "opt-post-norm"]), pytest.param("vit", marks=pytest.mark.slow)]
+)
 def test_every_way_of_collecting_finds_the_same_of_every_family(name, monkeypatch):
     monkeypatch.setattr(fast_backward, "fast_bf16", lambda device: True)
     model = family_model("opt", do_layer_norm_before=False) if name == "opt-post-norm" else family_model(name)

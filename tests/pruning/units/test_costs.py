@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from builders.families import ENCODERS, EVERY, HIDDEN, QUERIES, family_model, groups_of, narrows, neurons_of
+from builders.families import ENCODERS, EVERY, HIDDEN, IMAGES, QUERIES, family_model, groups_of, narrows, neurons_of
 from builders.grids import layouts_first
 from builders.models import tiny_model
 from builders.pruning import UNEVEN, counts, flops_of, plan_of, random_scores
@@ -20,7 +20,7 @@ from distill_llm.pruning.units.costs import unit_costs
 from distill_llm.pruning.units.sizes import counts_of, head_size_of
 
 
-@pytest.mark.parametrize("name", layouts_first(EVERY))
+@pytest.mark.parametrize("name", layouts_first([*EVERY, *IMAGES]))
 def test_a_unit_costs_the_parameters_that_are_gone_without_it(name):
     model = family_model(name)
     groups, neurons = groups_of(model), neurons_of(model)
@@ -50,9 +50,9 @@ def params(model) -> int:
     return sum(parameter.numel() for parameter in layers_of(model).parameters())
 
 
-@pytest.mark.parametrize("name", layouts_first(EVERY))
+@pytest.mark.parametrize("name", layouts_first([*EVERY, *IMAGES]))
 def test_a_unit_costs_the_flops_that_are_gone_without_it(name):
-    model, batch, tokens = family_model(name, attn_implementation="eager"), 3, 12
+    model, batch, tokens = family_model(name, attn_implementation="eager"), 3, 9 if name in IMAGES else 12
     groups, neurons, shapes = groups_of(model), neurons_of(model), counts_of(model)
     shared, costs, one = QUERIES // groups, unit_costs(model, "flops", batch, tokens), full_plan(model)
 
