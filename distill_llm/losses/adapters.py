@@ -4,7 +4,8 @@ from typing import Literal
 
 import torch
 
-Adapter = Literal["projection", "interpolation"]
+Adapter = Literal["projection", "interpolation", "shared"]
+"""A learned map of each layer pair, interpolation of channels, or one learned map for all pairs."""
 
 
 def interpolated(states: torch.Tensor, width: int) -> torch.Tensor:

@@ -27,6 +27,9 @@ from distill_llm.losses.mapping import (
 )
 from distill_llm.losses.signals import EMBEDDINGS, Batch
 
+SHARED = "shared"
+"""The name of the projection that all layers share."""
+
 
 @dataclass(frozen=True)
 class MatchSettings:
@@ -171,8 +174,11 @@ class Match:
             )
         return tuple(map(there.index, kept))
 
-    def project(self, pairs: Sequence[LayerPair]) -> None:
+    def project(self, pairs: Sequence[LayerPair], shared: bool = False) -> None:
         """Make projections for states of these pairs, where student and teacher are of unequal width.
+
+        Args:
+            shared: whether there is to be one for states of any layers too.
 
         Raises:
             InputError: the student kept channels that this teacher does not have.
@@ -182,11 +188,12 @@ class Match:
             return
         self.widths = widths
         generator = torch.Generator().manual_seed(self.settings.seed)
-        for pair in sorted(pairs, key=lambda pair: pair.student == EMBEDDINGS):
+        names = [_name(pair) for pair in sorted(pairs, key=lambda pair: pair.student == EMBEDDINGS)]
+        for name in [*names, *([SHARED] if shared else [])]:
             linear = nn.Linear(*widths, bias=False, device="meta")  # draws no random numbers of the run
             linear.weight = nn.Parameter(torch.empty(linear.weight.shape))
             nn.init.normal_(linear.weight, std=widths[0] ** -0.5, generator=generator)
-            self.projections[_name(pair)] = linear
+            self.projections[name] = linear
 
     def states(
         self, batch: Batch, pair: LayerPair, adapter: Adapter = "projection"
@@ -198,14 +205,23 @@ class Match:
         self, state: torch.Tensor, target: torch.Tensor, pair: LayerPair, adapter: Adapter = "projection"
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `states`, of (..., H) and (..., H') states of a pair."""
-        target = self.same_channels(target)
+        return self.adapted(state, adapter, pair), self.same_channels(target)
+
+    def adapted(self, state: torch.Tensor, adapter: Adapter, pair: LayerPair | None = None) -> torch.Tensor:
+        """(..., width) states of the student's (..., H) as they are compared; a projection of its own needs the `pair`."""
         if adapter == "interpolation":
-            return interpolated(state, target.shape[-1]), target
-        if (name := _name(pair)) in self.projections:
-            precision = self.settings.precision
-            with torch.autocast(state.device.type, precision, enabled=precision is not None):
-                state = self.projections[name](state)
-        return state, target
+            return interpolated(state, self.width)
+        name = SHARED if adapter == "shared" or pair is None else _name(pair)
+        if name not in self.projections:
+            return state
+        precision = self.settings.precision
+        with torch.autocast(state.device.type, precision, enabled=precision is not None):
+            return self.projections[name](state)
+
+    @property
+    def layer_counts(self) -> tuple[int, int]:
+        """How many layers student and teacher have."""
+        return self._counts
 
     @property
     def width(self) -> int:

@@ -46,9 +46,10 @@ class Terms:
             self.pairs = {name: term.layer_pairs(self.match) for name, term in self.terms.items()}
         self._check_pairs(teacher is not None)
         named = [(self.terms[name], pairs) for name, pairs in self.pairs.items()]
-        projected = [pair for term, pairs in named if term.learns_projections for pair in pairs]
-        if projected:
-            self.match.project(projected)
+        learning = [(term.shares_projection, pairs) for term, pairs in named if pairs and term.learns_projections]
+        if learning:
+            apart = [pair for shares, pairs in learning if not shares for pair in pairs]
+            self.match.project(apart, shared=any(shares for shares, _ in learning))
         for term, pairs in named:
             if pairs and (memory := term.memory(self.match, pairs)) is not None:
                 self.match.memories[term.name] = memory

@@ -163,6 +163,11 @@ class Term(BaseModel):
         """Whether states of unequal width go through learned projections."""
         return self.projects
 
+    @property
+    def shares_projection(self) -> bool:
+        """Whether that is one projection for all of its layer pairs."""
+        return False
+
     @classmethod
     def needs_logits(cls) -> bool:
         """Whether the term needs the whole logits of a language model."""
