@@ -83,6 +83,10 @@ class Teacher(ABC):
         """A training begins, or goes on; `steps`: optimizer steps of the whole training."""
         return
 
+    def watch(self, layers: Wanted) -> None:
+        """From now on record these layers, which are among those of `place`: the others are not asked for."""
+        return
+
     @abstractmethod
     def signals(
         self,

@@ -71,6 +71,10 @@ class OnlineTeacher(Teacher):
         self.__dict__.pop("head", None)
         self.recorder = Recorder(self.model, layers or Wanted())
 
+    def watch(self, layers: Wanted) -> None:
+        """See `Teacher.watch`."""
+        self.recorder = Recorder(self.model, layers)
+
     def signals(
         self,
         batch: Mapping[str, torch.Tensor],

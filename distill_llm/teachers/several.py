@@ -86,6 +86,10 @@ class Several(Teacher):
             member.place(device, dtype, None if number else layers)
         self._orders = [None if order is None else order.to(device) for order in self._orders]
 
+    def watch(self, layers: Wanted) -> None:
+        """See `Teacher.watch`; of the first model."""
+        self.members[0].watch(layers)
+
     def outputs(
         self, number: int, batch: Mapping[str, torch.Tensor], step: int = 0, positions: torch.Tensor | None = None
     ) -> Signals:

@@ -65,6 +65,21 @@ class StepLoss(NamedTuple):
     learners: tuple[torch.Tensor, ...] = ()
 
 
+class Counted(NamedTuple):
+    """The terms whose weight is not 0 in a step, and what they need.
+
+    Attributes:
+        teacher: None where none of them compares with it, and nothing learns with the student: then it does not run.
+        recorder: of the student's layers that they compare.
+        head_terms: see `TrainingLoss`.
+    """
+
+    terms: Terms
+    teacher: Teacher | None
+    recorder: Recorder
+    head_terms: HeadTerms | None
+
+
 class TrainingLoss:
     """An objective for one student and one teacher.
 
@@ -112,13 +127,24 @@ class TrainingLoss:
         if teacher is not None:
             teacher.place(device, settings.teacher_dtype or settings.precision, self.terms.wanted("teacher"))
         self.learners = [Terms(objective, learner, None, shared) for learner in (teacher.learners if teacher else ())]
-        self.recorder = Recorder(student, self.terms.wanted("student"))
-        self.head, self.head_terms = output_head(student), None
+        self.model, self.head, self.head_terms = model, output_head(student), None
         fits = self.terms.needs_outputs and not self.terms.needs_logits
         if self.terms.needs_teacher_outputs:
             fits = fits and teacher is not None and teacher.compact
         if self.head is not None and fits:
             self.head_terms = HeadTerms(self.terms, model, self.head)
+        self._counted: dict[tuple[str, ...], Counted] = {}
+        self._watched = self.terms.wanted("teacher")
+
+    def counted(self, names: tuple[str, ...]) -> Counted:
+        """What a step needs in which these terms count, made once."""
+        if names not in self._counted:
+            terms, head = self.terms.only(names), None
+            if self.head is not None and self.head_terms is not None and terms.needs_outputs:
+                head = HeadTerms(terms, self.model, self.head)
+            teacher = self.teacher if terms.objective.needs_teacher or self.learners else None
+            self._counted[names] = Counted(terms, teacher, Recorder(self.student, terms.wanted("student")), head)
+        return self._counted[names]
 
     def __call__(
         self, model: nn.Module, inputs: dict[str, Any], factors: Mapping[str, torch.Tensor], step: int, steps: int
@@ -128,14 +154,14 @@ class TrainingLoss:
         Args:
             model: the student in its wrappers (DDP, FSDP, adapters). It is called once.
             inputs: the batch, on the device.
-            factors: for each term, a 0-dim factor of its sum over items.
+            factors: for each term that counts, a 0-dim factor of its sum over items; the others are not computed.
             step, steps: optimizer steps done, and optimizer steps of the whole training.
 
         Returns:
             See `StepLoss`.
         """
-        labels, positions = inputs.get("labels"), None
-        if self.terms.kind != "example" and self.terms.needs_outputs:
+        labels, positions, counted = inputs.get("labels"), None, self.counted(tuple(factors))
+        if self.terms.kind != "example" and counted.terms.needs_outputs:
             # The host waits for the device here, and nowhere else in a micro-batch: it must know how many tokens the head
             # gets. Without this wait the head would run on padding too. The data loader has already moved the batch.
             positions, labels = targets(inputs, self.terms.kind, unlabelled=self.terms.needs_unlabelled)
@@ -145,7 +171,7 @@ class TrainingLoss:
             check_tokens_known(inputs, "data_collator")
         # Before the teacher has anything to do: to know whether rows are packed, the host waits for the device.
         given, sequences = forward_inputs(self.student, inputs), packed_sequences(self.student, inputs)
-        signals = self._signals(inputs, step, positions)
+        signals = self._signals(counted, inputs, step, positions)
         tokens = inputs.get("input_ids")
         batch = Batch(signals, labels, valid_tokens(inputs), step, steps, sequences=sequences, tokens=tokens)
         if "mixed_labels" in inputs:
@@ -154,27 +180,27 @@ class TrainingLoss:
             batch = replace(batch, **_answered(inputs, positions))
         sums: dict[str, torch.Tensor] = {}
         with ExitStack() as forward:
-            recording = forward.enter_context(self.recorder.recording())
-            if self.head_terms is None or positions is None:
+            recording = forward.enter_context(counted.recorder.recording())
+            if counted.head_terms is None or positions is None:
                 forward.enter_context(packed(self.student, positions))
             else:
-                sums = forward.enter_context(self.head_terms.inside(batch, positions, factors))
+                sums = forward.enter_context(counted.head_terms.inside(batch, positions, factors))
             forward.enter_context(named_outputs(self.student))
             forward.enter_context(mixed_embeddings(self.student, inputs))
-            if self.objective.differentiates:  # the fast kernels of attention have no second derivative
+            if counted.terms.objective.differentiates:  # the fast kernels of attention have no second derivative
                 forward.enter_context(sdpa_kernel(SDPBackend.MATH))
             outputs = model(**given)
         batch = replace(batch, student=recording.with_logits(item_logits(outputs.logits, positions)))
-        if self.teacher is not None:
-            compared = batch.own.logits if self.terms.needs_teacher_outputs else None
+        if counted.teacher is not None:
+            compared = batch.own.logits if counted.terms.needs_teacher_outputs else None
             check_outputs(signals, compared, self.terms.match.classes)
-        rest = self.terms(batch, without=sums)
+        rest = counted.terms(batch, without=sums)
         parts = [factors[name] * value for name, value in {**sums, **rest}.items()]
-        if self.head_terms is not None:
+        if counted.head_terms is not None:
             parts.append(
                 outputs.loss - outputs.loss.detach()
             )  # adds only the gradient: FSDP2 rounds the value of outputs
-        elif not self.terms.needs_outputs:
+        elif not counted.terms.needs_outputs:
             parts.append(0.0 * outputs.logits.float().sum())  # DDP waits for the gradients of all parameters
         learners = self._of_learners(batch, factors)
         soundness = outputs.logits.new_zeros(()) if signals is None else signals.soundness()
@@ -186,17 +212,22 @@ class TrainingLoss:
             return ()
         found = []
         for terms, (own, target) in zip(self.learners, self.teacher.exchange(batch.own), strict=True):
-            sums = terms(replace(batch, student=own, teacher=target))
+            sums = terms.only(factors)(replace(batch, student=own, teacher=target))
             connected = own.logits[:0].float().sum()  # also by a batch without an item
             found.append(connected + sum(factors[name] * value for name, value in sums.items()))
         return tuple(found)
 
-    def _signals(self, inputs: dict[str, Any], step: int, positions: torch.Tensor | None) -> Signals | None:
-        if self.teacher is None:
+    def _signals(
+        self, counted: Counted, inputs: dict[str, Any], step: int, positions: torch.Tensor | None
+    ) -> Signals | None:
+        if counted.teacher is None:
             return None
-        if not self.terms.needs_teacher_outputs:  # its head runs on no token
-            return self.teacher.signals(inputs, step, None if positions is None else positions[:0])
-        return self.teacher.signals(inputs, step, positions, compact=self.head_terms is not None)
+        if (wanted := counted.terms.wanted("teacher")) != self._watched:
+            counted.teacher.watch(wanted)
+            self._watched = wanted
+        if not counted.terms.needs_teacher_outputs and not self.learners:  # its head runs on no token
+            return counted.teacher.signals(inputs, step, None if positions is None else positions[:0])
+        return counted.teacher.signals(inputs, step, positions, compact=counted.head_terms is not None)
 
     def of_labels(self, model: nn.Module, inputs: dict[str, Any], rows: int) -> tuple[torch.Tensor, Any]:
         """The loss against the labels, without smoothing, summed over the first `rows` of a batch; and all outputs."""

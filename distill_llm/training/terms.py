@@ -1,5 +1,6 @@
 """An objective bound to a student and a teacher: which layers to record, and the sum of every term over a batch."""
 
+import copy
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
@@ -65,6 +66,14 @@ class Terms:
             if not self.pairs[name]:
                 fix = "compare layers that both models have, or leave the term out: it would train on nothing"
                 raise InputError(f"losses.{name}", "no pair of layers", fix=fix)
+
+    def only(self, names: Collection[str]) -> "Terms":
+        """These of the terms alone, for the same models, with the same projections and memories."""
+        found = copy.copy(self)
+        found.objective = self.objective.only(names)
+        found.terms = {name: term for name, term in self.terms.items() if name in names}
+        found.pairs = {name: pairs for name, pairs in self.pairs.items() if name in names}
+        return found
 
     @property
     def kind(self) -> Kind:

@@ -162,8 +162,7 @@ class DistillationTrainer(ReadingTrainer):
         self.augmented.add(batches)
         step = self.state.global_step
         answered = self.responses is not None and self.responses.chosen(step)
-        counted = [name for name, term in self.terms.terms.items() if not (answered and term.of_data)]
-        self.sums.begin([*counted, *self._peers])
+        self.sums.begin([*self._counted(answered), *self._peers])
         if self.responses is None or not answered:
             return batches, counts
         student = self.accelerator.unwrap_model(self.model)
@@ -173,6 +172,11 @@ class DistillationTrainer(ReadingTrainer):
                 self.responses(student, batch, step, self._place(number)) for number, batch in enumerate(batches)
             ]
         return batches, self._get_num_items_in_batch(batches, device)  # counted anew: the labels are others now
+
+    def _counted(self, answered: bool) -> list[str]:
+        """The terms that count in the running step: of some weight, and of the student's own answers not those of the data."""
+        weights, terms = self.objective.weights(self.state.global_step, self.state.max_steps), self.terms.terms
+        return [name for name, weight in weights.items() if weight and not (answered and terms[name].of_data)]
 
     def _place(self, number: int) -> int:
         """The place in the global batch of the first row of a micro-batch of this process: processes take turns."""
@@ -208,14 +212,11 @@ class DistillationTrainer(ReadingTrainer):
         shares = {name: share[UNITS.index(self.terms.unit(name))] for name in self.objective.terms()}
         step, steps = self.state.global_step, self.state.max_steps
         weights = self.objective.weights(step, steps)
-        factors = {name: weights[name] * shares[name] for name in shares}
-        untrue = [name for name in shares if answered and self.terms.terms[name].of_data]
-        for name in untrue:  # its own answers are no truth to the student
-            factors[name] = 0.0 * factors[name]
+        factors = {name: weights[name] * shares[name] for name in self._counted(answered)}
         loss, sums, outputs, soundness, learners = self.loss(model, inputs, factors, step, steps)
-        for name in untrue:
-            sums[name] = torch.zeros_like(sums[name])
-        self.sums.add([*(sums[name] * shares[name] for name in shares), *learners], loss, soundness)
+        nothing = torch.zeros_like(loss.detach())
+        terms = [sums[name] * shares[name] if name in sums else nothing for name in shares]
+        self.sums.add([*terms, *learners], loss, soundness)
         return (loss, outputs) if return_outputs else loss
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:

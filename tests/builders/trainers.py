@@ -29,6 +29,11 @@ TERMS = {
     "attention_mse": {"attention": {"layers": "last", "distance": "mse"}},
     "gradients": {"labels": {}, "gradients": {}},
     "gathered": {name: {"over": "processes"} for name in ("rkd_distance", "rkd_angle", "similarity", "correlation")},
+    "stages": {
+        "labels": {"weight": {"start": 0, "end": 0.5, "schedule": "constant", "share": 0.5}},
+        "logits": {"weight": {"start": 0, "end": 1, "schedule": "constant", "share": 0.75}},
+        "hidden": {"layers": "uniform", "weight": {"start": 1, "end": 0, "schedule": "constant", "share": 0.5}},
+    },
     "remembered": {
         "contrast": {"queue": 12, "layers": "uniform"},
         "qud": {"queue": 12, "adapter": "interpolation"},

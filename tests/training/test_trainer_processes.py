@@ -13,7 +13,7 @@ MANY = [
     ("augmented", 0, ["0.7"]),
     ("answers", 0, ["1.0", "0.5"]),
 ]
-MEMORIES = [("sequence-classification", 16, ["remembered"])]
+MEMORIES = [("sequence-classification", 16, ["remembered", "stages strict"]), ("causal-lm", 16, ["stages strict"])]
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +52,11 @@ def test_two_processes_train_as_one_with_every_head_and_setting(many, head, name
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_queues_and_centres_of_one(tmp_path):
+def test_two_processes_have_the_queues_and_centres_of_one_and_leave_out_the_same_terms(tmp_path):
     runs = one_and_two_processes(tmp_path, MEMORIES)
-    assert_each_step_seen(runs, "sequence-classification", "remembered")
+    for head, _, names in MEMORIES:
+        for name in names:
+            assert_each_step_seen(runs, head, name)
     one, two, other = (run["sequence-classification remembered"][0] for run in runs)
     assert len([name for name in one if "memory" in name]) == 5 + 5 + 2 and one["memory.contrast.count"] == 4 * 8
     assert one["memory.qud.keys"].tolist() == two["memory.qud.keys"].tolist() == other["memory.qud.keys"].tolist()

@@ -9,6 +9,7 @@ import datasets
 import pytest
 import torch
 import transformers
+from builders.grids import slow
 from builders.models import random_batch, tiny_model
 from builders.trainers import TERMS, pruned_student, rows, trainer_of
 from safetensors import safe_open
@@ -53,7 +54,7 @@ def test_projections_learn_and_are_checkpointed_but_the_saved_student_has_its_ow
     assert not (tmp_path / "final" / PROJECTIONS_NAME).exists()
 
 
-@pytest.mark.parametrize("terms", ["all", pytest.param("remembered", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("terms", ["all", *slow(["remembered", "stages"])])
 def test_resumed_training_ends_with_the_weights_of_an_uninterrupted_run(tmp_path, terms):
     teacher, student = tiny_model(layers=4), tiny_model(layers=2, hidden=24, seed=1)
     assert student.config.hidden_dropout_prob > 0
@@ -70,7 +71,7 @@ def test_resumed_training_ends_with_the_weights_of_an_uninterrupted_run(tmp_path
     trainer = trainer_of(tmp_path / "run", whole, teacher, data, TERMS[terms], **settings)
     trainer.train()
     projections, memories = trainer.terms.projections.state_dict(), trainer.terms.memories.state_dict()
-    assert len(memories) == (0 if terms == "all" else 5 + 5 + 2)
+    assert len(memories) == (5 + 5 + 2 if terms == "remembered" else 0)
     resumed = copy.deepcopy(student)
     torch.manual_seed(99)
     trainer = trainer_of(tmp_path / "again", resumed, teacher, data, TERMS[terms], **settings)
