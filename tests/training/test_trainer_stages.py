@@ -7,10 +7,13 @@ from builders.trainers import TERMS, model_of, rows, trainer_of
 from distill_llm.losses.terms.hidden import HiddenLoss
 
 
-def trained(folder, monkeypatch, head, losses, everything, **settings):
+SGD = {"optim": "sgd", "learning_rate": 0.05}
+
+
+def trained(folder, monkeypatch, head, losses, everything):
     """Weights, logs, and by step what ran: the teacher, `hidden`, the layers recorded of the teacher."""
     teacher, student = model_of(head, layers=4), model_of(head, layers=2, hidden=24, seed=1)
-    trainer = trainer_of(folder, student, teacher, rows(teacher, count=16), losses, max_steps=8, **settings)
+    trainer = trainer_of(folder, student, teacher, rows(teacher, count=16), losses, max_steps=8, **SGD)
     ran = {step: set() for step in range(8)}
     signals, total = trainer.teacher.signals, HiddenLoss.sum
 
@@ -48,9 +51,9 @@ def test_what_has_no_weight_is_not_computed_and_the_rest_stays_as_it_was(tmp_pat
         names = ["hidden"] if step < 4 else ["labels"] if step < 6 else ["labels", "logits"]
         assert [name for name in TERMS["stages"] if f"loss/{name}" in log] == sorted(names)
         for name in ("loss", "grad_norm", *(f"loss/{each}" for each in names)):
-            assert log[name] == pytest.approx(wanted[name], rel=1e-6), (step, name)
+            assert log[name] == pytest.approx(wanted[name], rel=1e-5), (step, name)
     for name, each in weights.items():
-        torch.testing.assert_close(all_weights[name], each, rtol=1e-6, atol=1e-7, msg=name)
+        torch.testing.assert_close(all_weights[name], each, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_a_step_in_which_nothing_counts_changes_nothing(tmp_path):
@@ -61,7 +64,7 @@ def test_a_step_in_which_nothing_counts_changes_nothing(tmp_path):
     before = {name: each.clone() for name, each in student.state_dict().items()}
     weight = {"start": 0, "end": 1, "schedule": "constant", "steps": 2}
     losses = {"labels": {"weight": weight}, "logits": {"weight": weight}}
-    trainer_of(tmp_path / "two", student, teacher, rows(teacher), losses, max_steps=2, optim="sgd").train()
+    trainer_of(tmp_path / "two", student, teacher, rows(teacher), losses, max_steps=2, **SGD).train()
     assert all(torch.equal(each, before[name]) for name, each in student.state_dict().items())
-    trainer_of(tmp_path / "three", student, teacher, rows(teacher), losses, max_steps=3, optim="sgd").train()
+    trainer_of(tmp_path / "three", student, teacher, rows(teacher), losses, max_steps=3, **SGD).train()
     assert not torch.equal(before["classifier.weight"], student.state_dict()["classifier.weight"])
