@@ -6,7 +6,6 @@ from builders.trainers import TERMS, model_of, rows, trainer_of
 
 from distill_llm.losses.terms.hidden import HiddenLoss
 
-
 SGD = {"optim": "sgd", "learning_rate": 0.05}
 
 
