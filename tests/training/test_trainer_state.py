@@ -9,7 +9,6 @@ import datasets
 import pytest
 import torch
 import transformers
-from builders.grids import slow
 from builders.models import random_batch, tiny_model
 from builders.trainers import TERMS, pruned_student, rows, trainer_of
 from safetensors import safe_open
@@ -54,7 +53,9 @@ def test_projections_learn_and_are_checkpointed_but_the_saved_student_has_its_ow
     assert not (tmp_path / "final" / PROJECTIONS_NAME).exists()
 
 
-@pytest.mark.parametrize("terms", ["all", *slow(["remembered", "stages"])])
+@pytest.mark.parametrize(
+    "terms", ["all", *(pytest.param(each, marks=pytest.mark.slow) for each in ("remembered", "stages"))]
+)
 def test_resumed_training_ends_with_the_weights_of_an_uninterrupted_run(tmp_path, terms):
     teacher, student = tiny_model(layers=4), tiny_model(layers=2, hidden=24, seed=1)
     assert student.config.hidden_dropout_prob > 0
