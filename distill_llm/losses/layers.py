@@ -10,6 +10,7 @@ from distill_llm.common.errors import InputError, one_of
 MAPPINGS = ("lineage", "uniform", "last")
 MATCHINGS = ("nearest", "attention")
 """Ways to match layers by their states, in training."""
+CHOICES = MAPPINGS + MATCHINGS
 
 
 def _read_layers(given: Any, names: tuple[str, ...] = MAPPINGS) -> Any:
@@ -21,11 +22,12 @@ def _read_layers(given: Any, names: tuple[str, ...] = MAPPINGS) -> Any:
     raise InputError("", given, f"{one_of(names, str(given))}, or {words}")
 
 
+def _read_choices(given: Any) -> Any:
+    return _read_layers(given, CHOICES)
+
+
 Layers = Annotated[Literal[MAPPINGS] | list[tuple[int, int]], BeforeValidator(_read_layers)]  # type: ignore[valid-type]
-MatchedLayers = Annotated[
-    Literal[MAPPINGS + MATCHINGS] | list[tuple[int, int]],  # type: ignore[valid-type]
-    BeforeValidator(lambda given: _read_layers(given, MAPPINGS + MATCHINGS)),
-]
+MatchedLayers = Annotated[Literal[CHOICES] | list[tuple[int, int]], BeforeValidator(_read_choices)]  # type: ignore[valid-type]
 
 
 def layer_faults(

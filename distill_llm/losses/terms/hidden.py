@@ -77,8 +77,9 @@ class HiddenLoss(AdaptedTerm, PairedTerm):
 
         if self.layers != "nearest":
             return None
-        sizes = [len(each) for each in _sides(pairs)]
-        return Matched(*(sizes if self._how.each == "student" else sizes[::-1]), ordered=self._how.ordered)
+        students, teachers = map(len, _sides(pairs))
+        rows, columns = (students, teachers) if self._how.each == "student" else (teachers, students)
+        return Matched(rows, columns, self._how.ordered)
 
     def sum(self, batch: "Batch", match: "Match", pairs: "list[LayerPair]") -> "Tensor":
         """The sum over valid tokens of the mean over layer pairs (see `hidden_distance`)."""
@@ -122,8 +123,10 @@ class HiddenLoss(AdaptedTerm, PairedTerm):
         from distill_llm.losses.hidden import hidden_distance
         from distill_llm.losses.layer_choice import attended
 
-        pools = [torch.stack([pooled(each, valid, self._how.pool) for each in states], 1) for states in (own, source)]
-        shares = attended(*pools, self._how.temperature)
+        pools, sources = (
+            torch.stack([pooled(each, valid, self._how.pool) for each in states], 1) for states in (own, source)
+        )
+        shares = attended(pools, sources, self._how.temperature)
         total = valid.new_zeros(())
         for layer, state in enumerate(own):
             share = shares[:, layer]  # (B, C)
