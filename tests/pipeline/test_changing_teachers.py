@@ -165,7 +165,7 @@ def test_each_generation_begins_anew_and_learns_from_the_one_before(folder, monk
 def teacher_by_hand(recipe, teacher, out, monkeypatch, seed=1):
     """The student of a plain run that is cut from the same model, and learns from `teacher` with this seed of training."""
 
-    def source(stage):
+    def source(stage, weights=None):
         return load_pretrained(teacher)
 
     plain = {**recipe, "distillation": {**recipe["distillation"], "generations": None}}

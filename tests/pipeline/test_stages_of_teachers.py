@@ -140,7 +140,7 @@ def test_the_student_of_the_round_before_teaches_with_its_share(folder, monkeypa
     stopped_and_resumed(recipe, folder / f"assisted-stopped-{share}", monkeypatch, 7)
     assert same(weights(out / "student"), weights(folder / f"assisted-stopped-{share}" / "student"))
 
-    def source(stage):
+    def source(stage, weights=None):
         teacher, path = load_pretrained(folder / "teacher"), out / "round-1" / "student"
         if stage.round == 1:
             return teacher
