@@ -124,7 +124,7 @@ def by_row(folder, first=("7",), second=("8",), **changes):
         "data__columns": {"text": "review", "label": "mood", "teacher_of": "kind"},
         "distillation": {"losses": {"logits": {}}, **TRAINING},
     }
-    return recipe_with(folder, **given, **changes)
+    return recipe_with(folder, **{**given, **changes})
 
 
 @pytest.mark.slow
@@ -198,12 +198,12 @@ def test_the_door_counts_rows_that_no_teacher_teaches(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"teacher__ensemble__teaches": None}, "teacher.ensemble.teaches: got None; name the rows"),
+        ({"teacher__ensemble__teaches": None}, "teacher.ensemble.teaches: not given; name the rows"),
         ({"teacher__ensemble__teaches": ["7", "8"]}, "teacher.ensemble.others.0.teaches: got '8'; leave it out here"),
         ({"teacher__ensemble__weight": 2}, "teacher.ensemble.weight: got 2.0; leave it out: a row is taught by one"),
         ({"teacher__ensemble__confidence": True}, "teacher.ensemble.confidence: got True; leave it out"),
         ({"teacher__ensemble__average": "logits"}, "teacher.ensemble.average: got 'logits'; leave it out"),
-        ({"data__columns__teacher_of": None}, "data.columns.teacher_of: got None; name the column"),
+        ({"data__columns__teacher_of": None}, "data.columns.teacher_of: not given; name the column"),
         ({"teacher__ensemble": None}, "data.columns.teacher_of: got 'kind'; remove it"),
         ({"data__packing": True}, "data.packing: got True; remove it"),
         ({"data__augment": {"cutout": {}}}, "data.augment: got "),
