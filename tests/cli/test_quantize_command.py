@@ -50,7 +50,7 @@ def test_a_quantized_folder_is_scored_profiled_and_not_exported_or_quantized_aga
     ("words", "line"),
     [
         (["--bits", "5"], "--bits: got 5; accepted: 8 or 4"),
-        (["--bits", "8", "--activations", "--smooth", "0.5"], "--task: got None; name the task"),
+        (["--bits", "8", "--activations", "--smooth", "0.5"], "--task: not given; name the task"),
         (["--bits", "4", "--group-size", "7"], "--group-size: got 7; take a size that divides"),
         (["--bits", "8", "--output", "student"], "--output: got 'student'"),
     ],
