@@ -81,7 +81,7 @@ def test_one_thing_wrong_gives_one_line_at_its_field(folder, section, given, nam
     else:
         changes[section.replace(".", "__")] = given
     (line,) = faults(recipe_with(folder, **changes))
-    assert line.startswith(f"{section}.{name}: got ")
+    assert line.startswith((f"{section}.{name}: got ", f"{section}.{name}: not given; "))
     assert words in line.split("; ", 1)[1] and "\n" not in line and "seed" not in line
 
 
