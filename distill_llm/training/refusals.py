@@ -165,6 +165,14 @@ def divided_faults(whole_student: bool, sharding: str | None, field: str) -> lis
     return [InputError(field, sharding, fix=fix)] if whole_student and sharding else []
 
 
+def best_faults(teacher: Teacher | None, args: TrainingArguments) -> list[InputError]:
+    """The fault of weights that are taken back at the end, where further students would keep those of the last step."""
+    if teacher is None or not teacher.learners or not args.load_best_model_at_end:
+        return []
+    fix = "set it to false: only the student's weights would be those of its best step, not its peers'"
+    return [InputError("load_best_model_at_end", True, fix=fix)]
+
+
 def rows_at_once(args: TrainingArguments) -> tuple[int, int]:
     """The rows of a micro-batch of one process, and of those that all processes have at the same time."""
     return args.train_batch_size, args.train_batch_size * args.world_size

@@ -34,6 +34,7 @@ from distill_llm.training.memories import StepEnds
 from distill_llm.training.on_policy import MARK, StudentResponses
 from distill_llm.training.reading_trainer import ReadingTrainer
 from distill_llm.training.refusals import (
+    best_faults,
     check_arguments,
     check_model,
     check_prompts,
@@ -113,6 +114,7 @@ class DistillationTrainer(ReadingTrainer):
         use = Use(kind=self.terms.kind, widths=self.terms.match.widths, sharding=sharding_of(self), packed=packed)
         raise_all(objective.faults(use))
         raise_all(divided_faults(self.teacher is not None and self.teacher.whole_student, use.sharding, "teacher"))
+        raise_all(best_faults(self.teacher, args))
         self.responses: StudentResponses | None = None
         if objective.responses is not None:
             check_prompts(self.train_dataset, self._limits, objective.responses.max_new_tokens)

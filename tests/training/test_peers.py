@@ -161,6 +161,19 @@ def test_a_stop_changes_no_bit_of_any_student(tmp_path):
         assert not same(whole, trained(str(checkpoint))), part
 
 
+def test_peers_with_activations_computed_again_learn_the_same(tmp_path):
+    found = []
+    for again in (False, True):
+        models = [causal_model(layers=2), causal_model(layers=3, seed=1)]
+        data = rows(models[0])
+        settings = {"max_steps": 2, "activation_checkpointing": again}
+        trainer_of(tmp_path, models[0], Peers(models[1:]), data, LOSSES, **settings).train()
+        assert models[1].is_activation_checkpointing == again
+        found.append([each for model in models for each in model.parameters()])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+
+
 def test_a_step_that_is_not_finite_in_one_peer_is_skipped_by_all(tmp_path):
     models, seen = group_of(3), []
     data = rows(models[0])
@@ -201,6 +214,8 @@ def test_what_peers_cannot_do_is_refused_in_one_line(tmp_path, monkeypatch):
     refused(
         "optimizers: got 'ConstantLR'; accepted: an optimizer without a scheduler: peers join", [two], optimizers=given
     )
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps", "save_steps": 1}
+    refused("load_best_model_at_end: got True; set it to false: only the student's weights", [two], **best)
     with pytest.raises(InputError, match="^average: "):
         Peers([two], "median")
     monkeypatch.setattr(trainers, "sharding_of", lambda trainer: "DeepSpeed")
