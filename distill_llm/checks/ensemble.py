@@ -92,10 +92,10 @@ def check_names(recipe: Recipe, data: TaskData) -> None:
         given = f"{unknown!r} in {numbered(places_of(data.train, places))} of the training rows"
         raise InputError(COLUMN, given, f"a name that a teacher `teaches`: {one_of(numbers, unknown)}")
     for number in sorted({*numbers.values()} - {numbers[name] for name in names}):
-        given = [name for name, each in numbers.items() if each == number]
+        taught = [name for name, each in numbers.items() if each == number]
         field = f"{FIELD}.others.{number - 1}.teaches" if number else f"{FIELD}.teaches"
         raise InputError(
-            field, given, fix=f"name rows that there are: none has this in its column {columns.teacher_of}"
+            field, taught, fix=f"name rows that there are: none has this in its column {columns.teacher_of}"
         )
 
 

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel
@@ -85,11 +86,11 @@ def _task_of(teacher: OpenModel | None, recipe: Recipe) -> Task:
     if kind is not None and kind.name in LANGUAGE_MODELS:
         task = LANGUAGE_MODELS[kind.name](TASK, "text")
         return kind.scored_by(task, recipe.evaluation.metric) if recipe.evaluation.metric else task
-    if kind is None or kind.name != "classification" or (teacher.config.num_labels or 0) < 2:
+    if kind is None or kind.name != "classification" or (classes := teacher.config.num_labels or 0) < 2:
         given = f"{teacher.name} ({', '.join(teacher.config.architectures or []) or 'no class'})"
         accepted = "a classifier of texts with two classes or more, or a language model: no others learn without data"
         raise InputError("teacher.model", given, accepted)
-    names = label_names(teacher.config) or tuple(map(str, range(teacher.config.num_labels)))
+    names = label_names(teacher.config) or tuple(map(str, range(classes)))
     task = classification(TASK, ("text",), names, ("agreement",))
     if recipe.evaluation.metric not in (None, "agreement"):
         fix = "leave it out, or name real rows in data.test: without them there is only agreement with the teacher"
@@ -139,7 +140,7 @@ def _other_faults(recipe: Recipe) -> Iterator[InputError]:
     """Faults of sections that need real rows, or a training."""
     section = recipe.data.synthetic
     assert section is not None
-    given = {
+    given: dict[str, tuple[Any, str]] = {
         "teacher.train": (recipe.teacher.train, "there are no rows to train the teacher on: name one that is trained"),
         "teacher.cache": (recipe.teacher.cache, "a cache holds outputs for the rows of real data"),
     }
@@ -193,7 +194,7 @@ def _embedding_faults(recipe: Recipe, teacher: OpenModel, student: OpenModel, ta
 
 
 def _width(model: PreTrainedModel) -> int:
-    return int(model.get_input_embeddings().weight.shape[1])  # type: ignore[union-attr, operator]
+    return int(model.get_input_embeddings().weight.shape[1])  # type: ignore[index, operator]
 
 
 def open_sampler(recipe: Recipe, teacher: OpenModel, task: Task) -> OpenModel | None:

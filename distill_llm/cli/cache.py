@@ -89,9 +89,9 @@ def cache(
     trust_remote_code: TrustCode = False,
 ) -> None:
     """Write what a teacher says about the training rows to disk, once. Run the same command again to continue after a stop."""
-    source = {"path": data, "columns": read_columns(columns), "separator": separator, "encoding": encoding}
+    where = {"path": data, "columns": read_columns(columns), "separator": separator, "encoding": encoding}
     counts = {"max_length": max_length, "train_examples": train_examples, "holdout_examples": holdout_examples}
-    rows: dict[str, Any] = {"task": task, **source, **counts, "seed": seed, "drop_incomplete": drop_incomplete or None}
+    rows: dict[str, Any] = {"task": task, **where, **counts, "seed": seed, "drop_incomplete": drop_incomplete or None}
     rows = {name: value for name, value in rows.items() if value is not None}
     recipe = _recipe(teacher, output_dir, settings or [], rows, trust_remote_code)
     if recipe is None and task is None:
@@ -102,7 +102,9 @@ def cache(
     with as_options(own, {"teacher": "TEACHER", **SERVER_OPTIONS}):
         served = read_server(asked, k, recipe)
         how = {"k": k, "method": method, "dtype": dtype}
-        source = recipe if recipe is not None else (teacher, rows, output_dir, trust_remote_code)
+        source: Recipe | tuple[str, dict[str, Any], Path, bool] = (
+            recipe if recipe is not None else (teacher, rows, output_dir, trust_remote_code)
+        )
         items, size = _write(
             source, served, {name: value for name, value in how.items() if value is not None}, batch_size
         )

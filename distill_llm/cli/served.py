@@ -74,4 +74,5 @@ def read_endpoint(url: str | None, model: str, key_variable: str | None) -> "End
     """Where a teacher is served that answers prompts; None: nowhere."""
     from distill_llm.models.endpoint import Endpoint
 
-    return None if url is None else Endpoint(url, model, **({"key_variable": key_variable} if key_variable else {}))
+    given: dict[str, Any] = {"key_variable": key_variable} if key_variable else {}
+    return None if url is None else Endpoint(url, model, **given)

@@ -240,7 +240,8 @@ class SplitPart(DivergencePart):
         cut = min(max(self.border - place.first, 0), rows)
         if cut in (0, rows):
             return (self.kernel if cut else self.later)(block)
-        halves = (Block(*(each[part] for each in block[:4]), None) for part in (slice(cut), slice(cut, rows)))
+        parts = (slice(cut), slice(cut, rows))
+        halves = (Block(block.student[p], block.teacher[p], block.q[p], block.p[p], None) for p in parts)
         found = [kernel(half) for kernel, half in zip((self.kernel, self.later), halves, strict=True)]
         value, slope = (torch.cat(each) for each in zip(*found, strict=True))
         return value, slope

@@ -19,7 +19,8 @@ AGAIN = (408, 425, 429, 500, 502, 503, 504)
 """Statuses of a server that is busy, or not well: the same request may be answered later."""
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
 """Seconds before a request is sent again: doubled each time, and cut to a random share of half to all of it."""
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)

@@ -104,10 +104,10 @@ class ServedLogprobs:
         """OpenAI's answer: the texts of tokens, and for each but the first a mapping of texts to log-probabilities."""
         asked = {"prompt": ids, "max_tokens": 0, "temperature": 0, "echo": True, "logprobs": self.asking.k}
         logprobs = _choice(self.client.post("completions", asked)).get("logprobs")
-        tops = logprobs.get("top_logprobs") if isinstance(logprobs, dict) else None
-        if not isinstance(tops, list) or not isinstance(logprobs.get("tokens"), list):
+        said = logprobs if isinstance(logprobs, dict) else {}
+        tops, tokens = said.get("top_logprobs"), said.get("tokens")
+        if not isinstance(tops, list) or not isinstance(tokens, list):
             raise self._none("set form to prompt_logprobs if vLLM serves it")
-        tokens = logprobs["tokens"]
         if len(tokens) < len(ids) or any(not self._is(text, token) for text, token in zip(tokens, ids, strict=False)):
             raise self._other_tokens(len(tokens), len(ids))
         places = tops[1 : len(ids)]
@@ -137,7 +137,7 @@ class ServedLogprobs:
         """Of each token its text, and its name in the vocabulary: servers give one or the other."""
         ids = range(token_count(self.tokenizer))
         names = self.tokenizer.convert_ids_to_tokens(list(ids))
-        return [(self.tokenizer.decode([token]), str(name)) for token, name in zip(ids, names, strict=True)]
+        return [(str(self.tokenizer.decode([token])), str(name)) for token, name in zip(ids, names, strict=True)]
 
     @cached_property
     def _ids(self) -> dict[str, int]:

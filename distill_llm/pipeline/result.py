@@ -118,8 +118,9 @@ def _ensemble(recipe: Recipe, learnt: Sequence[float] | None) -> dict[str, Any]:
         return {}
     names = [recipe.teacher.model, *(member.model for member in section.others)]
     if section.by_row:
-        both = zip(names, (section, *section.others), strict=True)
-        return {"ensemble": {"models": [{"model": name, "teaches": each.teaches} for name, each in both]}}
+        rows = [section.teaches, *(member.teaches for member in section.others)]
+        both = zip(names, rows, strict=True)
+        return {"ensemble": {"models": [{"model": name, "teaches": each} for name, each in both]}}
     given = section.weights if learnt is None else learnt
     weights = [weight / sum(given) for weight in given]
     models = [{"model": name, "weight": weight} for name, weight in zip(names, weights, strict=True)]

@@ -1,6 +1,6 @@
 """The section `teacher.ensemble`: models that teach together with `teacher.model`."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -73,7 +73,8 @@ class EnsembleSection(Section):
         return faults
 
     def _by_row_faults(self) -> list[InputError]:
-        sections = {"": self, **{f"others.{number}.": member for number, member in enumerate(self.others)}}
+        sections: dict[str, Any] = {"": self}
+        sections |= {f"others.{number}.": member for number, member in enumerate(self.others)}
         faults, known = [], dict[str, str]()
         for at, section in sections.items():
             field = f"{at}teaches"
@@ -96,13 +97,13 @@ class EnsembleSection(Section):
     @property
     def by_row(self) -> bool:
         """Whether each row is taught by one teacher, which its column `teacher_of` names."""
-        return any(section.teaches is not None for section in (self, *self.others))
+        return any(teaches is not None for teaches in (self.teaches, *(each.teaches for each in self.others)))
 
     @property
     def numbers(self) -> dict[str, int]:
         """By name in the column `teacher_of`, the number of the teacher: 0 is `teacher.model`."""
-        sections = (self, *self.others)
-        return {name: number for number, each in enumerate(sections) for name in each.teaches or ()}
+        each = [self.teaches, *(member.teaches for member in self.others)]
+        return {name: number for number, names in enumerate(each) for name in names or ()}
 
     @property
     def weights(self) -> list[float]:

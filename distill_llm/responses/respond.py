@@ -111,6 +111,7 @@ def _respond(
         if isinstance(teacher, str):
             teacher = load_pretrained(opened.teacher.path, settings.trust_remote_code, dtype=opened.dtype)
             teacher.to(processes.device)  # type: ignore[arg-type]
+        assert not isinstance(teacher, Endpoint)
         decoder = Decoder(teacher, CausalCollator(opened.teacher.tokenizer), settings, "teacher")
         _generate(work, own, decoder, folder, shown)
     processes.wait_for_everyone()
