@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from distill_llm.measuring.profiling import compare as compare
     from distill_llm.measuring.profiling import profile as profile
     from distill_llm.models.checkpoint import load_pretrained as load_pretrained
+    from distill_llm.models.exits import with_exits as with_exits
     from distill_llm.pipeline.run import RunResult as RunResult
     from distill_llm.pipeline.run import run as run
     from distill_llm.pipeline.sweep import SweepResult as SweepResult
@@ -57,6 +58,7 @@ __getattr__, __dir__, __all__ = lazy_names(  # the names above, which are for ty
         "common.errors": "InputError",
         "measuring.profiling": "Comparison Profile compare profile",
         "models.checkpoint": "load_pretrained",
+        "models.exits": "with_exits",
         "pipeline.run": "RunResult run",
         "pipeline.sweep": "SweepResult sweep",
         "pruning.compensation.bypass": "fit_bypasses",

@@ -423,13 +423,17 @@ class PrunedModel:
         """False: transformers initialises the modules of custom code in another way, and these are its own modules."""
         return False
 
-    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> None:
-        """As `PreTrainedModel.save_pretrained`, but also copies the code, so that stock transformers can load the folder."""
+    def _auto_map(self) -> dict[str, str]:
+        """Where the code beside the weights has the config's class and those of all heads."""
         own = type(self).__name__.removeprefix(STOCK_PREFIX)
-        self.config.__class__ = pruned_config_class(type(self.config))
-        self.config.auto_map = {"AutoConfig": f"configuration_pruned.{type(self.config).__name__}"} | {
+        return {"AutoConfig": f"configuration_pruned.{type(self.config).__name__}"} | {
             auto: f"modeling_pruned.{STOCK_PREFIX}{name}" for auto, name in _auto_classes(self.config.model_type, own)
         }
+
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> None:
+        """As `PreTrainedModel.save_pretrained`, but also copies the code, so that stock transformers can load the folder."""
+        self.config.__class__ = pruned_config_class(type(self.config))
+        self.config.auto_map = self._auto_map()
         if is_main_process:
             if not is_in_file(self.config.model_type):
                 line = (
@@ -437,17 +441,22 @@ class PrunedModel:
                 )
                 line += "To load it elsewhere, add the row to families.py there and in distill_llm/architectures"
                 logging.getLogger(__name__).warning(line, save_directory, self.config.model_type)
-            os.makedirs(save_directory, exist_ok=True)
-            for name in CODE_NAMES:
-                source, target = os.path.join(os.path.dirname(__file__), name), os.path.join(save_directory, name)
-                if not os.path.exists(target) or not os.path.samefile(source, target):
-                    shutil.copyfile(source, target)
+            copy_code(save_directory, CODE_NAMES)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)  # type: ignore[misc]
 
     def _get_files_timestamps(self, working_dir: str | os.PathLike) -> dict[str, float]:
         # save_pretrained(push_to_hub=True) uploads only new files. Leaving ours out here makes them new every time.
         stamps = super()._get_files_timestamps(working_dir)  # type: ignore[misc]
         return {name: stamp for name, stamp in stamps.items() if name not in CODE_NAMES}
+
+
+def copy_code(folder: str | os.PathLike, names: Sequence[str]) -> None:
+    """Copy files of this package that a checkpoint needs beside its weights into its folder."""
+    os.makedirs(folder, exist_ok=True)
+    for name in names:
+        source, target = os.path.join(os.path.dirname(__file__), name), os.path.join(folder, name)
+        if not os.path.exists(target) or not os.path.samefile(source, target):
+            shutil.copyfile(source, target)
 
 
 def _auto_classes(model_type: str, own: str) -> list[tuple[str, str]]:

@@ -12,6 +12,7 @@ from distill_llm.checks.faults import Collector
 from distill_llm.common.errors import InputError, one_of, raise_all
 from distill_llm.common.outputs import usable_statistics
 from distill_llm.losses.items import kind_of_class
+from distill_llm.models.exits import exits_to_prune
 from distill_llm.models.finding import OpenModel
 from distill_llm.pruning.planning.budgets import least_share
 from distill_llm.pruning.units.refusals import first_layer_faults, quantized_faults, step_faults, width_faults
@@ -32,6 +33,7 @@ def check_pruning(recipe: Recipe, teacher: OpenModel, skeleton: PreTrainedModel)
     if recipe.pruning is None:
         return
     config, pruning = teacher.config, recipe.pruning
+    raise_all(exits_to_prune(config, teacher.field, teacher.name))
     try:
         family_of(config)
     except NotPrunable as error:

@@ -15,6 +15,7 @@ from distill_llm.checks.ensemble import (
     with_numbers,
 )
 from distill_llm.checks.evaluate import check_harness
+from distill_llm.checks.exits import exit_recipe_faults
 from distill_llm.checks.export import check_export
 from distill_llm.checks.faults import Collector
 from distill_llm.checks.models import (
@@ -128,6 +129,7 @@ def open_recipe(recipe: Recipe) -> Opened:
     if name is not None and not found.faults:
         found.run(check_alignment, recipe, data, student, teacher)
     found.ask(_loss_faults, recipe, task)
+    found.ask(exit_recipe_faults, recipe, teacher if name is None else student, task)
     found.ask(augment_faults, recipe, task)
     masked_lm = found.run(open_masked_lm, recipe, teacher)
     found.ask(_mixture_faults, recipe, teacher, teacher if name is None else student, task)
@@ -141,7 +143,7 @@ def open_recipe(recipe: Recipe) -> Opened:
     paired = found.run(check_layer_pairs, recipe, taught_by, pruned)
     found.run(lambda: check_training(recipe, data, projected(student, taught_by)))
     found.run(usable_output, recipe.output_dir, "output_dir", (RECIPE, STATE, BACKUP))
-    found.run(_check_hub, recipe)
+    found.run(lambda: recipe.hub and check_push(recipe.hub.repo_id, "hub.repo_id"))
     found.run(check_quantized, recipe)
     found.run(check_export, recipe, student or teacher)
     found.run(check_harness, recipe, task)
@@ -293,8 +295,3 @@ def _response_faults(recipe: Recipe, task: Task, shorter: OpenModel) -> list[Inp
     most = recipe.data.max_length + responses.max_new_tokens
     limits = limits_of(shorter.config, shorter.name)
     return length_faults(limits, most, f"data.max_length + {field}.max_new_tokens")
-
-
-def _check_hub(recipe: Recipe) -> None:
-    if recipe.hub is not None:
-        check_push(recipe.hub.repo_id, "hub.repo_id")

@@ -21,6 +21,13 @@ class MixedLabels(NamedTuple):
     share: torch.Tensor
 
 
+class Exits(NamedTuple):
+    """What a student's exits give: (B, E, C) logits, and (B, E + 1, H) what they make of their states, and the last state."""
+
+    logits: torch.Tensor
+    states: torch.Tensor
+
+
 class Vectors(NamedTuple):
     """What an attention layer was given: queries (B, N, T, D), and keys and values, which may have fewer heads."""
 
@@ -64,6 +71,7 @@ class Signals:
         vectors: by layer, queries, keys and values.
         neurons: by layer, (B, T, N) FFN neurons before their activation.
         live: the same with their graph, of a teacher whose outputs are to be differentiated in its hidden states.
+        exits: of a student that has some.
         logits: (B, C), or (items, V) of a model with an output per token.
     """
 
@@ -72,6 +80,7 @@ class Signals:
     vectors: dict[int, Vectors] = field(default_factory=dict)
     neurons: dict[int, torch.Tensor] = field(default_factory=dict)
     live: "Signals | None" = None
+    exits: Exits | None = None
     logits: torch.Tensor = field(kw_only=True)
 
     def detached(self) -> "Signals":

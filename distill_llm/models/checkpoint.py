@@ -18,6 +18,7 @@ from distill_llm.common.hub import check_hub_name
 from distill_llm.data.tasks import Task, label_names, same_names
 from distill_llm.models.adapters import adapter_folder_faults
 from distill_llm.models.configs import check_own_code, class_of, code_class, open_config, readable
+from distill_llm.models.exits import without_exits
 
 
 def load_pretrained(model: str | os.PathLike, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedModel:
@@ -133,6 +134,8 @@ def load_for_task(
 ) -> PreTrainedModel:
     """A model with a head for a task, for training, in fp32: the checkpoint's own head where it fits, else a new one.
 
+    Exits of the checkpoint are left out: they belong to the body that they were trained with.
+
     A causal LM always has the checkpoint's own head (see `TaskKind.keeps_head`).
 
     Args:
@@ -153,6 +156,7 @@ def load_for_task(
     if stock is None:
         raise InputError("model", config.model_type, f"a family with a head for {task.kind.name}")
     fits = name_labels(config, task, names, of_task)
+    without_exits(config)
     is_pruned = any(name.startswith(STOCK_PREFIX) for name in config.architectures or ())
     if is_pruned:
         check_own_code(model)

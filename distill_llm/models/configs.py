@@ -24,7 +24,8 @@ from distill_llm.architectures.configuration_pruned import (
     stock_config_class,
 )
 from distill_llm.architectures.families import NotPrunable
-from distill_llm.architectures.modeling_pruned import CODE_NAMES, pruned_class
+from distill_llm.architectures.modeling_exits import EXIT_CODE_NAMES, EXIT_PREFIX, exit_class
+from distill_llm.architectures.modeling_pruned import pruned_class
 from distill_llm.common.errors import InputError, first_line
 
 TRUST = "it has code of its own: read that, then allow it with `trust_remote_code`"
@@ -75,16 +76,18 @@ def class_of(
 
     Raises:
         InputError: naming `model`: the config names no class, or an unknown one, or one whose code is not trusted; or the
-            code of a pruned model is not this package's.
+            code of a model pruned or with exits is not this package's.
     """
     names = config.architectures
     if not names:
         raise InputError("model", str(model), "a checkpoint whose config.json names its class under `architectures`")
     name = names[0]
-    stock = getattr(transformers, name.removeprefix(STOCK_PREFIX), None)
-    if stock is not None and name.startswith(STOCK_PREFIX):
+    plain = name.removeprefix(EXIT_PREFIX)
+    stock = getattr(transformers, plain.removeprefix(STOCK_PREFIX), None)
+    if stock is not None and name.startswith((STOCK_PREFIX, EXIT_PREFIX)):
         check_own_code(model)
-        return pruned_class(stock)
+        base = pruned_class(stock) if plain.startswith(STOCK_PREFIX) else stock
+        return exit_class(base) if name.startswith(EXIT_PREFIX) else base
     if stock is not None:
         return stock  # type: ignore[no-any-return]
     auto = next((auto for auto, ref in _code_map(config).items() if ref.rpartition(".")[2] == name), None)
@@ -150,7 +153,7 @@ def _code_map(config: PreTrainedConfig) -> dict[str, str]:
 
 
 def check_own_code(model: str | os.PathLike) -> None:
-    """Check that the code beside a pruned model's weights is this package's, byte for byte; missing files do not count.
+    """Check that the code beside weights (of pruned models, of exits) is this package's, byte for byte; files may be missing.
 
     The weights are laid out as that code says; they are loaded with the package's own, and the folder's is never run.
 
@@ -158,7 +161,7 @@ def check_own_code(model: str | os.PathLike) -> None:
         InputError: naming `model`.
     """
     own = Path(modeling_pruned.__file__).parent
-    for name in CODE_NAMES:
+    for name in EXIT_CODE_NAMES:
         file = cached_file(
             model,
             name,
@@ -168,7 +171,7 @@ def check_own_code(model: str | os.PathLike) -> None:
         )
         if file is not None and Path(file).read_bytes() != (own / name).read_bytes():
             fix = (
-                f"prune the model again: its {name} is not that of the installed distill_llm; or, if you trust it, open it"
+                f"make the model again: its {name} is not that of the installed distill_llm; or, if you trust it, open it"
                 " with transformers and trust_remote_code=True"
             )
             raise InputError("model", str(model), fix=fix)

@@ -28,6 +28,7 @@ from distill_llm.pipeline.prices import (
     weight_bytes,
 )
 from distill_llm.pipeline.stages.prune import CALIBRATION_BATCH, CALIBRATION_TOKENS, kept_after
+from distill_llm.pipeline.stages.recover import without_exit_loss
 from distill_llm.pipeline.work import Shape, Step, calibration, forward_pass, scoring
 from distill_llm.pruning.cutting.surgery import prune_skeleton
 from distill_llm.pruning.importance import Importance
@@ -127,7 +128,10 @@ class Estimate:
         if distillation is None or not distillation.losses.needs_teacher or section.cache is not None:
             return step
         dtype = getattr(torch, section.dtype) if section.dtype else step.precision or torch.float32
-        return replace(step, teacher=self.models.teacher, objective=distillation.losses, teacher_dtype=dtype)
+        losses = without_exit_loss(
+            distillation.losses
+        )  # exits are a few small maps of one token: their price is left out
+        return replace(step, teacher=self.models.teacher, objective=losses, teacher_dtype=dtype)
 
     def _student(self, number: int) -> PreTrainedModel:
         """The student after a round (0: before them), cut at random: the sizes count, not which units stay."""

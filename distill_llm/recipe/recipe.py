@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from distill_llm.common.errors import InputError, InputErrors, one_of, raise_all
 from distill_llm.common.secrets import holds_token
 from distill_llm.common.validation import faults_of
+from distill_llm.recipe.exits import ExitsSection, exit_section_faults, with_loss
 from distill_llm.recipe.pruning import PruningSection
 from distill_llm.recipe.quantize import QuantizeSection, quantize_faults
 from distill_llm.recipe.section import Section
@@ -60,6 +61,9 @@ class Recipe(Section):
     quantize: QuantizeSection | None = Field(
         default=None, description="the finished student's weights in fewer bits; left out: they keep their precision"
     )
+    exits: ExitsSection | None = Field(
+        default=None, description="exits of the student, by which rows leave early; left out: it has none"
+    )
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="scoring and profiling")
     report: ReportSection = Field(default_factory=ReportSection, description="what the report shows")
     export: list[ExportSection] = Field(
@@ -76,6 +80,11 @@ class Recipe(Section):
     @classmethod
     def _expand_home(cls, folder: Path) -> Path:
         return Path(os.path.expanduser(folder))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _exits_learn(cls, given: Any) -> Any:
+        return with_loss(given) if isinstance(given, dict) else given
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
@@ -100,6 +109,11 @@ class Recipe(Section):
             )
         faults += teacher_faults(self.teacher, self.student, self.pruning, self.distillation, self.final)
         faults += several_faults(self.teacher, self.data, self.distillation)
+        beside = {"quantize": self.quantize, "teacher.peers": self.teacher.peers}
+        beside |= {"teacher.moving_average": self.teacher.moving_average}
+        beside |= {"distillation.generations": self.distillation.generations if self.distillation else None}
+        losses = None if self.distillation is None else self.distillation.losses
+        faults += exit_section_faults(self.exits, losses, self.student, beside)
         if self.final and self.distillation is None:
             faults.append(InputError("final", self.final, fix="remove it, or add a distillation section"))
         if self.quantize is not None:

@@ -17,7 +17,7 @@ from distill_llm.losses.items import aligned_labels, check_tokens_known, first_r
 from distill_llm.losses.labels import label_loss
 from distill_llm.losses.matching import MatchSettings
 from distill_llm.losses.objective import Objective
-from distill_llm.losses.signals import Batch, MixedLabels, Signals, check_outputs
+from distill_llm.losses.signals import Batch, Exits, MixedLabels, Signals, check_outputs
 from distill_llm.models.adapters import without_adapters
 from distill_llm.models.capture import Recorder
 from distill_llm.models.inputs import forward_inputs, packed_sequences
@@ -190,12 +190,13 @@ class TrainingLoss:
             if counted.terms.objective.differentiates:  # the fast kernels of attention have no second derivative
                 forward.enter_context(sdpa_kernel(SDPBackend.MATH))
             outputs = model(**given)
-        batch = replace(batch, student=recording.with_logits(item_logits(outputs.logits, positions)))
+        own = recording.with_logits(item_logits(outputs.logits, positions))
+        batch = replace(batch, student=replace(own, exits=exits_of(outputs)))
         if counted.teacher is not None:
             compared = batch.own.logits if counted.terms.needs_teacher_outputs else None
             check_outputs(signals, compared, self.terms.match.classes)
         rest = counted.terms(batch, without=sums)
-        parts = [factors[name] * value for name, value in {**sums, **rest}.items()]
+        parts = [factors[name] * value for name, value in {**sums, **rest}.items()] + unweighted(batch.own.exits)
         if counted.head_terms is not None:
             parts.append(
                 outputs.loss - outputs.loss.detach()
@@ -259,3 +260,14 @@ def _answered(inputs: Mapping[str, torch.Tensor], positions: torch.Tensor) -> di
         inputs[IMPORTANCE].flatten()[positions + 1] if IMPORTANCE in inputs else None
     )  # of the token that is predicted
     return {"data_items": int((~own).sum()), "weights": weights}
+
+
+def exits_of(outputs: Any) -> Exits | None:
+    """What a student's exits gave in a forward; None: it has none."""
+    logits = getattr(outputs, "exit_logits", None)
+    return None if logits is None else Exits(logits, outputs.exit_states)
+
+
+def unweighted(exits: Exits | None) -> list[torch.Tensor]:
+    """A part of the loss that is 0, for exits whose term has no weight at this step: DDP waits for their gradients all the same."""
+    return [] if exits is None else [0.0 * (exits.logits.float().sum() + exits.states.float().sum())]

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from distill_llm.architectures.modeling_exits import has_exits
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.losses.mapping import LayerPair
 from distill_llm.losses.matching import Match, MatchSettings
@@ -46,6 +47,7 @@ class Terms:
         if teacher is not None:
             self.pairs = {name: term.layer_pairs(self.match) for name, term in self.terms.items()}
         self._check_pairs(teacher is not None)
+        self._check_exits(student)
         named = [(self.terms[name], pairs) for name, pairs in self.pairs.items()]
         learning = [(term.shares_projection, pairs) for term, pairs in named if pairs and term.learns_projections]
         if learning:
@@ -74,6 +76,16 @@ class Terms:
         found.terms = {name: term for name, term in self.terms.items() if name in names}
         found.pairs = {name: pairs for name, pairs in self.pairs.items() if name in names}
         return found
+
+    def _check_exits(self, student: PreTrainedModel) -> None:
+        """Exits that nothing teaches would no longer fit the layers below them, and a loss of exits needs some."""
+        taught = [name for name, term in self.terms.items() if "exits" in term.signals]
+        if taught and not has_exits(student):
+            fix = "give the student exits first: distill_llm.with_exits(student, [3, 6])"
+            raise InputError(f"losses.{taught[0]}", f"{type(student).__name__} without exits", fix=fix)
+        if has_exits(student) and not taught:
+            fix = "add the term exits: otherwise the exits stay as they are while the layers below them learn"
+            raise InputError("losses", f"{type(student).__name__} without a loss of its exits", fix=fix)
 
     @property
     def kind(self) -> Kind:

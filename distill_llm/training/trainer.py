@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from distill_llm.architectures.modeling_pruned import CODE_NAMES
+from distill_llm.architectures.modeling_exits import EXIT_CODE_NAMES
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.common.finite import check_weights
 from distill_llm.common.processes import draw_apart
@@ -253,7 +253,7 @@ class DistillationTrainer(ReadingTrainer):
             teacher_state.load(self.teacher, checkpoint)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        for name in CODE_NAMES:
+        for name in EXIT_CODE_NAMES:
             code = os.path.join(checkpoint_folder, name)
             if os.path.isfile(code) and self.is_world_process_zero():
                 shutil.copy(code, str(self.args.output_dir))  # the Trainer's own list of files to push has no code

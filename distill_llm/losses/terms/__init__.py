@@ -6,6 +6,7 @@ objective is read (docs/development/add-a-loss.md).
 
 BUILT_IN = (
     "labels",
+    "exits",
     "smoothing",
     "logits",
     "cross_tokenizer",

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from distill_llm.losses.memory import Memory
     from distill_llm.losses.signals import Batch
 
-Signal = Literal["logits", "hidden", "attention", "vectors", "neurons", "graph", "linked"]
+Signal = Literal["logits", "hidden", "attention", "vectors", "neurons", "graph", "linked", "exits"]
 INSIDE: tuple[Signal, ...] = ("attention", "vectors", "neurons")
 """Signals that are made inside of layers."""
 
@@ -96,7 +96,7 @@ class Term(BaseModel):
         name: what objectives and logs call it; set by `@term(name)`.
         signals: what it reads of the student and, if `needs_teacher`, of the teacher. `logits` are those of the items that
             count; the others are recorded at the layers of `layer_pairs`. With `graph`, they can be differentiated in these
-            states, the student's twice.
+            states, the student's twice. `exits` are outputs of the student alone.
         of_teacher: what it reads of the teacher, where that is something else.
         needs_teacher: whether it compares the student with a teacher.
         of_data: whether it compares with the labels of the data: a batch that the student answered itself has none.

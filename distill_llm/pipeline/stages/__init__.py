@@ -5,6 +5,7 @@ from distill_llm.pipeline.context import Context
 from distill_llm.pipeline.stage import Stage
 from distill_llm.pipeline.stages.benchmarks import TeacherBenchmarks
 from distill_llm.pipeline.stages.ensemble import EnsembleWeights
+from distill_llm.pipeline.stages.exits import Exits
 from distill_llm.pipeline.stages.export import Export
 from distill_llm.pipeline.stages.generations import Generation, Generations
 from distill_llm.pipeline.stages.peers import PrunePeer
@@ -18,7 +19,7 @@ from distill_llm.pipeline.stages.teacher import Teacher
 
 FIRST: list[type[Stage]] = [Synthetic, Teacher, TeacherBenchmarks, EnsembleWeights]
 EACH_ROUND: list[type[Stage]] = [Prune, PrunePeer, Recover]
-LAST: list[type[Stage]] = [QuantizeTraining, Quantize, Report, Export, Push]
+LAST: list[type[Stage]] = [QuantizeTraining, Quantize, Exits, Report, Export, Push]
 
 
 def stages_of(run: Context) -> list[Stage]:

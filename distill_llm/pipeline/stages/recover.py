@@ -12,8 +12,10 @@ from distill_llm.checks.cached import check_cached_weights
 from distill_llm.data.aligning import Aligner
 from distill_llm.data.alignment import ROWS, alignment_of, alignment_words
 from distill_llm.data.tasks import label_names
+from distill_llm.losses.objective import Objective
 from distill_llm.models.checkpoint import load_for_task, load_pretrained
 from distill_llm.models.configs import open_config
+from distill_llm.models.exits import with_exits
 from distill_llm.models.quantized import load_teacher
 from distill_llm.pipeline.prices import precision_of
 from distill_llm.pipeline.result import taught_by
@@ -96,13 +98,14 @@ class Recover(Stage):
         run, teacher = self.run, self.teacher.model
         section = run.recipe.distillation
         assert section is not None and teacher is not None
+        losses = section.losses if self.fields == "final" else without_exit_loss(section.losses)
         trained = train_model(  # no name here holds the models, so that they go when it returns
             run,
-            with_adapters(run.recipe, self._student(teacher), self.seed),
-            self.source(learnt(run, results)) if section.losses.needs_teacher else None,
+            self._with_heads(self._student(teacher)),
+            self.source(learnt(run, results)) if losses.needs_teacher else None,
             self.model,
             self.fields,
-            section.losses.model_dump(mode="json", exclude_none=True),
+            losses.model_dump(mode="json", exclude_none=True),
             More(self.seed, self.peers),
         )
         taught = {"taught_by": taught_by(run.recipe, learnt(run, results))}
@@ -113,6 +116,14 @@ class Recover(Stage):
         if self.peers and run.processes.is_main_process:
             result["peers"] = scored_peers(run, self.model, result["metrics"], self.peers)
         return result
+
+    def _with_heads(self, student: PreTrainedModel) -> Any:
+        """The student as it trains: in the last round with the exits that the recipe asks for, or with adapters."""
+        exits = self.run.recipe.exits
+        if exits is None or self.fields != "final":
+            return with_adapters(self.run.recipe, student, self.seed)
+        set_seed(self.seed)
+        return with_exits(student, exits.after)
 
     def tidy(self) -> None:
         """Remove the checkpoints of the training."""
@@ -215,6 +226,11 @@ class Recover(Stage):
     def in_memory(self, path: Path | str, trusted: bool) -> PreTrainedModel:
         """A model that teaches, in the teacher's dtype or with quantized weights."""
         return loader(self.run, self.fields)(path, trusted)
+
+
+def without_exit_loss(losses: Objective) -> Objective:
+    """The objective of a round before the last: its student has no exits yet."""
+    return losses.only([name for name in losses.terms() if name != "exits"])
 
 
 def with_adapters(recipe: Recipe, student: PreTrainedModel, seed: int) -> Any:

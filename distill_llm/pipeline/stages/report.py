@@ -15,6 +15,7 @@ from distill_llm.evaluation.harness import BenchmarkScore, run_benchmarks, side_
 from distill_llm.pipeline.result import collect_metrics, stage_records, taught_by
 from distill_llm.pipeline.stage import Result, Stage
 from distill_llm.pipeline.stages.benchmarks import TeacherBenchmarks
+from distill_llm.pipeline.stages.exits import Exits
 from distill_llm.pipeline.stages.quantize import Quantize, copied
 from distill_llm.pipeline.teaching import learnt
 
@@ -46,7 +47,7 @@ class Report(Stage):
     def outputs(self) -> tuple[Path, ...]:
         """The files of a finished run."""
         run = self.run
-        figures = (run.folder / "figures",) if run.recipe.pruning is not None else ()
+        figures = (run.folder / "figures",) if run.recipe.pruning is not None or run.recipe.exits is not None else ()
         return run.student_dir, run.metrics_file, run.report_file, run.page_file, run.disagreements_file, *figures
 
     def identity(self, recipe: Mapping[str, Any]) -> Any:
@@ -62,6 +63,9 @@ class Report(Stage):
         assert self.teacher.model is not None and path is not None
         student = run.load(path, run.student_dtype)
         quantized = results.get(Quantize.name) if run.recipe.quantize is not None else None
+        exits = results[Exits.name]["exits"] if run.recipe.exits is not None else None
+        if exits is not None:
+            student.config.exits = {**student.config.exits, "threshold": exits["threshold"]}
         with written_whole(run.student_dir, folder=True) as folder:
             copied(Path(path), folder) if quantized else run.save(student, folder)
         teacher = run.load(self.teacher.model, run.teacher_dtype)
@@ -70,6 +74,7 @@ class Report(Stage):
             run.recipe, run.data.task, teacher, student, results[self.teacher.name], rounds, quantized
         )
         metrics |= {**taught_by(run.recipe, learnt(run, results)), **stage_records(results)}
+        metrics |= {} if exits is None else {"exits": exits}
         if "synthetic" in results:
             metrics["synthetic"] = {**results["synthetic"]["record"], "real_test": run.recipe.data.test is not None}
         if (benchmarks := benchmarks_of(run.recipe)) is not None:

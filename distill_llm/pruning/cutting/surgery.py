@@ -19,8 +19,9 @@ from distill_llm.architectures.modeling_pruned import (
     shrink,
     stock_class,
 )
-from distill_llm.common.errors import InputError
+from distill_llm.common.errors import InputError, raise_all
 from distill_llm.common.finite import check_weights
+from distill_llm.models.exits import exits_to_prune
 from distill_llm.models.placement import check_in_memory
 from distill_llm.pruning.compensation.bypass import Bypasses
 from distill_llm.pruning.compensation.channels import repaired_stream
@@ -65,6 +66,7 @@ def prune(
             other sizes, or the bypasses are of another plan.
         NotFinite: a weight of the pruned model is nan or infinite.
     """
+    raise_all(exits_to_prune(model.config, "model", type(model).__name__))
     plan.check(model)
     if bypasses is not None and (bypasses.plan.layers != plan.layers or (bypasses.norms and plan.hidden is not None)):
         raise InputError("bypasses", "bypasses of another plan", "the result of fit_bypasses for the given plan")

@@ -1,0 +1,82 @@
+"""The loss of a student's exits, which learn from its deepest head."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field, model_validator
+
+from distill_llm.common.errors import InputError
+from distill_llm.losses.schedules import Temperature, value_at
+from distill_llm.losses.terms.term import Signal, Term, Use, term
+from distill_llm.losses.units import Kind, Unit
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from distill_llm.losses.mapping import LayerPair
+    from distill_llm.losses.matching import Match
+    from distill_llm.losses.signals import Batch
+
+
+@term("exits")
+class ExitsLoss(Term):
+    """Exits learn from the labels and from the deepest head of the same model (Zhang et al., 2019, ICCV).
+
+    For a student with exits alone (the section `exits` of a recipe, `distill_llm.with_exits` in Python). It does not teach the
+    deepest head: another term must.
+    """
+
+    signals: ClassVar[tuple[Signal, ...]] = ("exits",)
+    needs_teacher: ClassVar[bool] = False
+
+    labels: float = Field(
+        default=0.5,
+        ge=0,
+        allow_inf_nan=False,
+        description="Weight of the cross-entropy of each exit with the true labels.",
+    )
+    logits: float = Field(
+        default=0.5,
+        ge=0,
+        allow_inf_nan=False,
+        description="Weight of the KL divergence of each exit from the deepest head.",
+    )
+    hints: float = Field(
+        default=0.05,
+        ge=0,
+        allow_inf_nan=False,
+        description="Weight of the squared difference of what an exit makes of its state from the state after the last layer.",
+    )
+    temperature: Temperature = Field(
+        default=1.0,
+        description="Divides the logits of exits and deepest head; the divergence is multiplied by its square.",
+    )
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> "ExitsLoss":
+        if not (self.labels or self.logits or self.hints):
+            raise InputError("", {"labels": 0, "logits": 0, "hints": 0}, "at least one of them above 0")
+        return self
+
+    def unit(self, kind: Kind) -> Unit:
+        """Examples."""
+        return "examples"
+
+    def faults(self, use: Use) -> Iterator[InputError]:
+        """Exits are of classifiers, and their states are read within layers."""
+        yield from super().faults(use)
+        if use.kind not in (None, "example") or use.single_output:
+            yield InputError("", "a student that does not classify examples", "a task with one class for each example")
+        if use.reentrant is not None:
+            yield InputError("", f"{use.reentrant}: true", fix=f"set {use.reentrant} to false")
+
+    def sum(self, batch: "Batch", match: "Match", pairs: "list[LayerPair]") -> "Tensor":
+        """The sum over examples (see `exit_losses`)."""
+        from distill_llm.losses.exits import ExitTargets, ExitWeights, exit_losses
+
+        assert batch.own.exits is not None
+        labels = batch.needed_labels("losses.exits.labels") if self.labels else None
+        temperature = value_at(self.temperature, batch.step, batch.steps)
+        weights = ExitWeights(self.labels, self.logits, self.hints, temperature)
+        targets = ExitTargets(batch.own.logits, labels, batch.mixed, match.smoothing)
+        return exit_losses(batch.own.exits, targets, weights).sum()
