@@ -54,9 +54,7 @@ def exits_to_prune(config: PreTrainedConfig, field: str, given: str) -> list[Inp
 
 def without_exits(config: PreTrainedConfig) -> None:
     """Make a config, in place, that of the model without exits."""
-    said: Any = config
-    if getattr(said, "exits", None) is None:
+    if vars(config).pop("exits", None) is None:
         return
-    del said.exits
-    said.architectures = [name.removeprefix(EXIT_PREFIX) for name in said.architectures or []]
-    said.auto_map = None
+    vars(config).pop("auto_map", None)
+    config.architectures = [name.removeprefix(EXIT_PREFIX) for name in config.architectures or []]

@@ -21,6 +21,7 @@ from distill_llm.architectures.lineage import lineage_of
 from distill_llm.common.files import written_whole
 from distill_llm.data.glue import GLUE, HUB_ID
 from distill_llm.pruning.plan import PruningPlan
+from distill_llm.report.exits import exits_note, exits_summary, exits_table
 from distill_llm.report.origins import on_the_hub, origin_of, shown_name
 from distill_llm.report.report import (
     HARNESS,
@@ -166,6 +167,7 @@ def _tags(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def _body(student_dir: Path, metrics: Mapping[str, Any], recipe: str, start: str | None) -> str:
+<<<<<<< HEAD
     trust = (
         "Its layers have sizes that a stock configuration cannot express. The Python files in this repository build them, so"
         " loading needs `trust_remote_code=True`. Only torch and transformers have to be installed."
@@ -175,16 +177,23 @@ def _body(student_dir: Path, metrics: Mapping[str, Any], recipe: str, start: str
     if metrics.get("quantization"):
         trust += " Its weights are in fewer bits, which needs torchao."
     rounds = rounds_table(metrics)
+=======
+    rounds, exits = rounds_table(metrics), exits_table(metrics).rstrip()
+>>>>>>> 40c1053 (Exits in the card, and tests of what the report says of them)
     parts = [
         f"# {headline(metrics)}",
         f"{summary(metrics)} [Made](#how-it-was-made) with `distill_llm`.".strip(),
         "## Use",
         f"```python\n{snippet(student_dir, 'path/to/student')}```",
-        trust,
+        _trust(read_config(student_dir)),
         "## Results",
         results_table(metrics).rstrip(),
         notes(metrics),
+<<<<<<< HEAD
         *(["### Fewer bits", bits_table(metrics).rstrip(), bits_note(metrics)] if metrics.get("quantization") else []),
+=======
+        *(["### Early exits", exits_summary(metrics), exits, exits_note(metrics)] if exits else []),
+>>>>>>> 40c1053 (Exits in the card, and tests of what the report says of them)
         *(["### Benchmarks", harness_table(metrics).rstrip(), HARNESS] if metrics.get("harness") else []),
         "## How it was made",
         _sources(shown_name(str(metrics["teacher_model"])), start),
@@ -195,6 +204,20 @@ def _body(student_dir: Path, metrics: Mapping[str, Any], recipe: str, start: str
         provenance(metrics),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _trust(config: Mapping[str, Any]) -> str:
+    """What the code beside the weights is for."""
+    if not needs_code(config):
+        return "This is a stock transformers model."
+    installed = "Only torch and transformers have to be installed."
+    if config.get("exits") and not str(config.get("model_type")).startswith("pruned_"):
+        plain = "The Python files in this repository build its early exits: without `trust_remote_code=True` it is the same model"
+        return f"{plain} without exits. {installed}"
+    return (
+        "Its layers have sizes that a stock configuration cannot express. The Python files in this repository build them, so"
+        f" loading needs `trust_remote_code=True`. {installed}"
+    )
 
 
 def _sources(teacher: str, start: str | None) -> str:
