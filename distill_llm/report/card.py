@@ -167,33 +167,19 @@ def _tags(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def _body(student_dir: Path, metrics: Mapping[str, Any], recipe: str, start: str | None) -> str:
-<<<<<<< HEAD
-    trust = (
-        "Its layers have sizes that a stock configuration cannot express. The Python files in this repository build them, so"
-        " loading needs `trust_remote_code=True`. Only torch and transformers have to be installed."
-        if needs_code(read_config(student_dir))
-        else "This is a stock transformers model."
-    )
-    if metrics.get("quantization"):
-        trust += " Its weights are in fewer bits, which needs torchao."
-    rounds = rounds_table(metrics)
-=======
-    rounds, exits = rounds_table(metrics), exits_table(metrics).rstrip()
->>>>>>> 40c1053 (Exits in the card, and tests of what the report says of them)
+    rounds, exits, config = rounds_table(metrics), exits_table(metrics).rstrip(), read_config(student_dir)
+    trust = _trust(config) + (" Its weights are in fewer bits, which needs torchao." if metrics.get("quantization") else "")
     parts = [
         f"# {headline(metrics)}",
         f"{summary(metrics)} [Made](#how-it-was-made) with `distill_llm`.".strip(),
         "## Use",
         f"```python\n{snippet(student_dir, 'path/to/student')}```",
-        _trust(read_config(student_dir)),
+        trust,
         "## Results",
         results_table(metrics).rstrip(),
         notes(metrics),
-<<<<<<< HEAD
         *(["### Fewer bits", bits_table(metrics).rstrip(), bits_note(metrics)] if metrics.get("quantization") else []),
-=======
         *(["### Early exits", exits_summary(metrics), exits, exits_note(metrics)] if exits else []),
->>>>>>> 40c1053 (Exits in the card, and tests of what the report says of them)
         *(["### Benchmarks", harness_table(metrics).rstrip(), HARNESS] if metrics.get("harness") else []),
         "## How it was made",
         _sources(shown_name(str(metrics["teacher_model"])), start),

@@ -14,13 +14,13 @@ from builders.trainers import TERMS, cached, model_of, rows, trainer_of, with_lo
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from distill_llm import DistillationTrainer
+from distill_llm import DistillationTrainer, with_exits
 from distill_llm.data.augmenting import Augment, AugmentingCollator, Mixup, Spans
 from distill_llm.data.padding import PaddingCollator
 from distill_llm.losses.signals import Signals
 from distill_llm.teachers import MovingAverage, OnlineTeacher, Peers
 
-LOSSES = TERMS | {"both": {"labels": {}, "logits": {}}}
+LOSSES = TERMS | {"both": {"labels": {}, "logits": {}}, "exits": {"labels": {}, "logits": {}, "exits": {"hints": 0.5}}}
 TEACHERS = {"averaged": lambda teacher: MovingAverage(0.9), "peers": lambda teacher: Peers([teacher])}
 """What stands in for the teacher, by a word in the name."""
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
@@ -71,6 +71,9 @@ def of_rows(folder: Path, head: str, width: int, name: str) -> Learned:
     teacher = model_of(head, layers=4)
     tied = {"tie_word_embeddings": True} if "tied" in name else {}
     student = model_of(head, layers=2, seed=1, hidden=width, **tied)
+    if "exits" in name:
+        torch.manual_seed(2)
+        student = with_exits(student, [1])
     if "lora" in name:
         student = with_lora(student)
     own = next((made for word, made in TEACHERS.items() if word in name.split()), None)

@@ -14,6 +14,7 @@ MANY = [
     ("answers", 0, ["1.0", "0.5"]),
 ]
 MEMORIES = [("sequence-classification", 16, ["remembered", "stages strict"]), ("causal-lm", 16, ["stages strict"])]
+EXITS = [("sequence-classification", 32, ["exits strict"])]
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,13 @@ def test_two_processes_have_the_queues_and_centres_of_one_and_leave_out_the_same
     one, two, other = (run["sequence-classification remembered"][0] for run in runs)
     assert len([name for name in one if "memory" in name]) == 5 + 5 + 2 and one["memory.contrast.count"] == 4 * 8
     assert one["memory.qud.keys"].tolist() == two["memory.qud.keys"].tolist() == other["memory.qud.keys"].tolist()
+
+
+@pytest.mark.slow
+def test_two_processes_teach_exits_as_one(tmp_path):
+    runs = one_and_two_processes(tmp_path, EXITS)
+    assert_each_step_seen(runs, "sequence-classification", "exits strict")
+    assert any(name.startswith("exit_heads.0") for name in runs[0]["sequence-classification exits strict"][0])
 
 
 @pytest.mark.slow
