@@ -168,7 +168,9 @@ def _tags(metrics: Mapping[str, Any]) -> list[str]:
 
 def _body(student_dir: Path, metrics: Mapping[str, Any], recipe: str, start: str | None) -> str:
     rounds, exits, config = rounds_table(metrics), exits_table(metrics).rstrip(), read_config(student_dir)
-    trust = _trust(config) + (" Its weights are in fewer bits, which needs torchao." if metrics.get("quantization") else "")
+    trust = _trust(config) + (
+        " Its weights are in fewer bits, which needs torchao." if metrics.get("quantization") else ""
+    )
     parts = [
         f"# {headline(metrics)}",
         f"{summary(metrics)} [Made](#how-it-was-made) with `distill_llm`.".strip(),

@@ -269,5 +269,5 @@ def exits_of(outputs: Any) -> Exits | None:
 
 
 def unweighted(exits: Exits | None) -> list[torch.Tensor]:
-    """A part of the loss that is 0, for exits whose term has no weight at this step: DDP waits for their gradients all the same."""
+    """A part of the loss that is 0, for exits whose term has no weight at this step: DDP waits for their gradients anyway."""
     return [] if exits is None else [0.0 * (exits.logits.float().sum() + exits.states.float().sum())]

@@ -158,6 +158,10 @@ def test_sections_that_do_not_go_together_are_refused_and_the_loss_is_added():
             {"exits": {"after": [3], "threshold": "x"}, "distillation": {}},
             "exits.threshold: got 'x'; accepted: auto, or",
         ),
+        (
+            {"teacher": {"model": "x", "moving_average": {}}, "exits": [3], "distillation": {}},
+            "teacher.moving_average: got 'a section'; remove it, or remove exits",
+        ),
         ({"exits": [], "distillation": {}}, "exits.after: got []"),
         ({"exits": 3, "distillation": {}}, "exits: got 3; accepted: a mapping with after"),
     ]
