@@ -37,7 +37,7 @@ EXITS: dict[str, Any] = {
     "within": 1.0,
     "held_out": {**CURVE[1], "score": 0.9, "rows": 1000},
     "whole_held_out": {**CURVE[0], "score": 0.908},
-    "exits": [point(None, 0.75, 2, 0, [1, 0, 0]), point(None, 0.85, 4, 0, [0, 1, 0])],
+    "exits": [point(None, 0.75, 2, 1, [1, 0, 0]), point(None, 0.85, 4, 1, [0, 1, 0])],
     "batch_size": 32,
     "curve": CURVE,
 }
