@@ -91,7 +91,8 @@ def test_the_deepest_head_is_the_teacher_and_every_weight_of_an_exit_gets_a_grad
     losses = exit_losses(Exits(given.exit_logits, given.exit_states), ExitTargets(given.logits, labels), weights)
     losses.sum().backward()
     assert all(each.grad is None for each in (*model.classifier.parameters(), *model.bert.pooler.parameters()))
-    assert all(each.grad is None for each in model.bert.encoder.layer[3].parameters())  # only the last state reads it
+    last = [each.grad for each in model.bert.encoder.layer[3].parameters()]  # only the last state reads it
+    assert not any(each is not None and each.any() for each in last)
     assert all(each.grad is not None for each in model.exit_heads.parameters())
     assert model.bert.encoder.layer[0].output.dense.weight.grad.abs().max() > 0
 
