@@ -143,7 +143,8 @@ def open_recipe(recipe: Recipe) -> Opened:
     paired = found.run(check_layer_pairs, recipe, taught_by, pruned)
     found.run(lambda: check_training(recipe, data, projected(student, taught_by)))
     found.run(usable_output, recipe.output_dir, "output_dir", (RECIPE, STATE, BACKUP))
-    found.run(lambda: recipe.hub and check_push(recipe.hub.repo_id, "hub.repo_id"))
+    if recipe.hub is not None:
+        found.run(check_push, recipe.hub.repo_id, "hub.repo_id")
     found.run(check_quantized, recipe)
     found.run(check_export, recipe, student or teacher)
     found.run(check_harness, recipe, task)

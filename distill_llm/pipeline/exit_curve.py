@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -26,7 +26,7 @@ def exit_record(run: Context, student: PreTrainedModel) -> dict[str, Any]:
     assert section is not None
     test = exit_answers(student, data.test, data.task, run.collator, size)
     held_out = data.validation and exit_answers(student, data.validation, data.task, run.collator, size)
-    threshold = section.threshold
+    threshold: float | Literal["auto"] | None = section.threshold
     if threshold == "auto":
         assert held_out is not None  # the checks see to it
         threshold = chosen_threshold(held_out, section.within)
@@ -65,7 +65,7 @@ def _shown(answers: ExitAnswers, threshold: float | None) -> list[float]:
     found = sorted(answers.candidates(), key=lambda each: answers.at(each).layers)
     layers = [answers.at(each).layers for each in found]
     aims = [layers[0] + (layers[-1] - layers[0]) * n / (POINTS - 1) for n in range(POINTS)]
-    near = {min(range(len(found)), key=lambda n, aim=aim: abs(layers[n] - aim)) for aim in aims}
+    near = {min(range(len(found)), key=lambda n: abs(layers[n] - aim)) for aim in aims}
     chosen = {found[n] for n in near} | ({threshold} if threshold is not None else set())
     return sorted(chosen, reverse=True)
 

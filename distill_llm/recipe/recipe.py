@@ -109,9 +109,12 @@ class Recipe(Section):
             )
         faults += teacher_faults(self.teacher, self.student, self.pruning, self.distillation, self.final)
         faults += several_faults(self.teacher, self.data, self.distillation)
-        beside = {"quantize": self.quantize, "teacher.peers": self.teacher.peers}
-        beside |= {"teacher.moving_average": self.teacher.moving_average}
-        beside |= {"distillation.generations": self.distillation.generations if self.distillation else None}
+        beside: dict[str, Section | None] = {
+            "quantize": self.quantize,
+            "teacher.peers": self.teacher.peers,
+            "teacher.moving_average": self.teacher.moving_average,
+            "distillation.generations": self.distillation.generations if self.distillation else None,
+        }
         losses = None if self.distillation is None else self.distillation.losses
         faults += exit_section_faults(self.exits, losses, self.student, beside)
         if self.final and self.distillation is None:
