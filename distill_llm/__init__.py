@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from distill_llm.measuring.profiling import profile as profile
     from distill_llm.models.checkpoint import load_pretrained as load_pretrained
     from distill_llm.models.exits import with_exits as with_exits
+    from distill_llm.models.masks import Masks as Masks
     from distill_llm.pipeline.run import RunResult as RunResult
     from distill_llm.pipeline.run import run as run
     from distill_llm.pipeline.sweep import SweepResult as SweepResult
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from distill_llm.pruning.statistics.leave_one_out import leave_one_out as leave_one_out
     from distill_llm.pruning.statistics.record import Statistics as Statistics
     from distill_llm.pruning.statistics.settings import CalibrationSettings as CalibrationSettings
+    from distill_llm.pruning.weights.rules import SparsityRules as SparsityRules
+    from distill_llm.pruning.weights.sparsify import sparsify as sparsify
     from distill_llm.quantizing.rounding import imitate as imitate
     from distill_llm.quantizing.rounding import quantize as quantize
     from distill_llm.quantizing.scheme import Scheme as Scheme
@@ -51,6 +54,7 @@ if TYPE_CHECKING:
     from distill_llm.report.plans import plan_table as plan_table
     from distill_llm.training.config import DistillationConfig as DistillationConfig
     from distill_llm.training.trainer import DistillationTrainer as DistillationTrainer
+    from distill_llm.training.zeros import KeepZeros as KeepZeros
 
 __getattr__, __dir__, __all__ = lazy_names(  # the names above, which are for type checkers and editors
     __name__,
@@ -59,6 +63,7 @@ __getattr__, __dir__, __all__ = lazy_names(  # the names above, which are for ty
         "measuring.profiling": "Comparison Profile compare profile",
         "models.checkpoint": "load_pretrained",
         "models.exits": "with_exits",
+        "models.masks": "Masks",
         "pipeline.run": "RunResult run",
         "pipeline.sweep": "SweepResult sweep",
         "pruning.compensation.bypass": "fit_bypasses",
@@ -76,11 +81,14 @@ __getattr__, __dir__, __all__ = lazy_names(  # the names above, which are for ty
         "pruning.statistics.leave_one_out": "leave_one_out",
         "pruning.statistics.record": "Statistics",
         "pruning.statistics.settings": "CalibrationSettings",
+        "pruning.weights.rules": "SparsityRules",
+        "pruning.weights.sparsify": "sparsify",
         "quantizing.rounding": "imitate quantize",
         "quantizing.scheme": "Scheme",
         "recipe.recipe": "Recipe load_recipe",
         "report.plans": "plan_figure plan_table",
         "training.config": "DistillationConfig",
         "training.trainer": "DistillationTrainer",
+        "training.zeros": "KeepZeros",
     },
 )

@@ -14,9 +14,11 @@ from distill_llm.common.outputs import usable_statistics
 from distill_llm.losses.items import kind_of_class
 from distill_llm.models.exits import exits_to_prune
 from distill_llm.models.finding import OpenModel
+from distill_llm.models.masks import masks_in
 from distill_llm.pruning.planning.budgets import least_share
 from distill_llm.pruning.units.refusals import first_layer_faults, quantized_faults, step_faults, width_faults
 from distill_llm.pruning.units.sizes import counts_of, hidden_size
+from distill_llm.pruning.weights.sparsify import group_faults
 from distill_llm.recipe.pruning import PruningSection
 from distill_llm.recipe.recipe import Recipe, budget_batch
 
@@ -51,6 +53,8 @@ def check_pruning(recipe: Recipe, teacher: OpenModel, skeleton: PreTrainedModel)
     counts = counts_of(skeleton)
     found.ask(step_faults, counts, hidden_size(skeleton), pruning.units, pruning.round_to, "pruning.round_to")
     found.ask(_limit_faults, pruning, counts)
+    if pruning.weights is not None:
+        found.ask(_group_faults, pruning, skeleton)
     raise_all(found.faults)  # the least share is that of settings without a fault
     raise_all(_share_faults(recipe, config, skeleton))
 
@@ -66,6 +70,27 @@ def _check_statistics(file: Path, output_dir: Path) -> None:
     usable_statistics(file, "pruning.statistics")
     if file.resolve().is_relative_to(output_dir.resolve()):  # `prune` replaces it, `run` has files of its own
         raise InputError("pruning.statistics", str(file), f"a file outside the output folder {output_dir}")
+
+
+def _group_faults(pruning: PruningSection, skeleton: PreTrainedModel) -> list[InputError]:
+    """Faults of a pattern N:M whose groups the inputs of a linear may not divide into."""
+    assert pruning.weights is not None
+    rules = pruning.weights.rules
+    faults = [fault.renamed("pruning.weights.pattern") for fault in group_faults(skeleton, rules)]
+    steps = {"neurons", "hidden"} & set(pruning.units)
+    if rules.groups is not None and steps and pruning.keep not in (None, 1) and pruning.round_to % rules.groups[1]:
+        fix = f"set it to a multiple of {rules.groups[1]}: {rules.pattern} needs groups of so many {' and '.join(sorted(steps))}"
+        faults.append(InputError("pruning.round_to", pruning.round_to, fix=fix))
+    return faults
+
+
+def sparse_student_faults(recipe: Recipe, student: OpenModel | None) -> list[InputError]:
+    """A fault of adapters on a given student that is sparse."""
+    peft = recipe.student.peft if recipe.student is not None else None
+    if student is None or peft is None or masks_in(student.path) is None:
+        return []
+    fix = f"remove it: adapters that are merged would fill the zeros of {student.name}"
+    return [InputError("student.peft", peft, fix=fix)]
 
 
 def _limit_faults(pruning: PruningSection, counts: Sequence[Mapping[str, int]]) -> list[InputError]:

@@ -29,7 +29,7 @@ from distill_llm.checks.models import (
     skeleton,
 )
 from distill_llm.checks.peers import open_peers
-from distill_llm.checks.pruning import check_pruning
+from distill_llm.checks.pruning import check_pruning, sparse_student_faults
 from distill_llm.checks.quantize import check_quantize
 from distill_llm.checks.server import check_server
 from distill_llm.checks.stages import open_stages
@@ -116,6 +116,7 @@ def open_recipe(recipe: Recipe) -> Opened:
     if name is not None:
         found.run(_check_student, recipe, student, teacher, task)
     found.run(check_pruning, recipe, teacher, found.run(skeleton, teacher))
+    found.ask(sparse_student_faults, recipe, student)
     others = found.run(open_others, recipe, teacher, task) or ()
     peers = found.run(open_peers, recipe, teacher, task) or ()
     stages = found.run(open_stages, recipe, teacher, task) or ()

@@ -112,6 +112,8 @@ def _check_sharding(recipe: Recipe, sharding: str | None, widths: tuple[int, int
         faults.append(InputError("student.peft", sharding, fix="use DDP: adapters cannot be sharded here"))
     for name in ("moving_average", "peers"):
         faults += divided_faults(getattr(recipe.teacher, name) is not None, sharding, f"teacher.{name}")
+    if recipe.pruning is not None and recipe.pruning.weights is not None:
+        faults.append(InputError("pruning.weights", sharding, fix="use DDP: zeros are kept in whole weights only"))
     raise_all(faults + losses.faults(Use(widths=widths, sharding=sharding), "distillation.losses"))
 
 

@@ -142,6 +142,7 @@ def _score(model: str, spec: "DataSpec", batch_size: int, output: Path, trust_re
     from distill_llm.evaluation.evaluate import evaluate_model
     from distill_llm.evaluation.rules import RECIPE_FIELDS
     from distill_llm.metrics.errors import shown_score
+    from distill_llm.models.masks import SHOWN, sparsity_of
 
     opened = open_scoring(model, spec, trust_remote_code)
     task, rows = opened.data.task, opened.data.test
@@ -149,6 +150,8 @@ def _score(model: str, spec: "DataSpec", batch_size: int, output: Path, trust_re
     loaded = load_model(opened.model)
     metrics = evaluate_model(loaded, rows, task, pad, batch_size=batch_size, fields=RECIPE_FIELDS)
     naive = baselines(task, None, rows)
+    if not opened.model.exported and (zeros := sparsity_of(loaded)) >= SHOWN:
+        metrics["zero_weights"] = zeros  # of the layers' linears
     with written_whole(output) as file:
         file.write_text(
             json.dumps({"model": model, "task": spec.task, **metrics, "baselines": naive}, indent=2) + "\n",

@@ -27,6 +27,7 @@ from distill_llm.measuring.counting import (
 )
 from distill_llm.measuring.images import image_tokens
 from distill_llm.models.exported import ExportedNetwork
+from distill_llm.models.masks import SHOWN, sparsity_of
 
 MEGABYTE = 10**6
 
@@ -47,6 +48,7 @@ class Profile:
         sequence_length: T, tokens in each sequence.
         device: name of the processor, with the number of threads where it is a CPU.
         dtype: dtype of the weights, e.g. `float32`; of an exported model that of most, and the program that ran it.
+        sparsity: the share of the weights of the layers' linears that are zero.
     """
 
     params: int | None
@@ -60,6 +62,7 @@ class Profile:
     sequence_length: int
     device: str
     dtype: str
+    sparsity: float | None = None
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,9 @@ def profile_table(result: Profile | Comparison, names: tuple[str, str] = ("model
         whole, shown = theirs.get(row, (None, ""))
         ratio = f"{value / whole:.3f}" if value is not None and whole else "–"
         table.add_row(row, text, *([shown, ratio] if other else []))
+    zeros = [each.sparsity or 0.0 for each in (model, other) if each is not None]
+    if max(zeros) >= SHOWN:
+        table.add_row("zero weights of the linears", *(f"{share:.1%}" for share in zeros), *([""] if other else []))
     if isinstance(result, Comparison):
         spread = f"({result.speedup_min:.2f}–{result.speedup_max:.2f})"
         table.add_row("speed-up, paired", f"{result.speedup:.2f}x {spread}", "1.00x", "")
@@ -192,11 +198,11 @@ def _profile(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], times: 
         batch_size, *_, sequence_length = inputs["input_ids"].shape  # multiple choice has choices between
     if isinstance(model, ExportedNetwork):
         graph, params, layer_params, flops, peak = model.weights, None, None, None, None
-        weights, dtype = graph.total(), f"{graph.most_common(1)[0][0]}, in onnxruntime"
+        weights, dtype, zeros = graph.total(), f"{graph.most_common(1)[0][0]}, in onnxruntime", None
     else:
         params, layer_params = count_params(model)
         flops, peak = (measure(model, batch_size, sequence_length) for measure in (count_flops, peak_memory))
-        weights, dtype = weights_memory(model), str(model.dtype).removeprefix("torch.")
+        weights, dtype, zeros = weights_memory(model), str(model.dtype).removeprefix("torch."), sparsity_of(model)
     return Profile(
         params=params,
         layer_params=layer_params,
@@ -209,6 +215,7 @@ def _profile(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], times: 
         sequence_length=sequence_length,
         device=device_name(model.device),
         dtype=dtype,
+        sparsity=zeros,
     )
 
 

@@ -27,7 +27,8 @@ from distill_llm.pipeline.prices import (
     steps_of,
     weight_bytes,
 )
-from distill_llm.pipeline.stages.prune import CALIBRATION_BATCH, CALIBRATION_TOKENS, kept_after
+from distill_llm.pipeline.rounds import kept_after
+from distill_llm.pipeline.stages.prune import CALIBRATION_BATCH, CALIBRATION_TOKENS
 from distill_llm.pipeline.stages.recover import without_exit_loss
 from distill_llm.pipeline.work import Shape, Step, calibration, forward_pass, scoring
 from distill_llm.pruning.cutting.surgery import prune_skeleton

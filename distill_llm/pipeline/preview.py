@@ -101,7 +101,7 @@ def _plan(context: Context, teacher: PreTrainedModel) -> PruningPlan:
     if weight_bytes(teacher) > psutil.virtual_memory().available:
         fix = "look at the plan on a machine with more memory: the weights do not fit in this one's"
         raise InputError("teacher.model", recipe.teacher.model, fix=fix)
-    cheap = section.model_copy(update={"criterion": CHEAP, "layer_criterion": None})
+    cheap = section.model_copy(update={"criterion": CHEAP, "layer_criterion": None, "search": None})
     model = load_pretrained(context.teacher_path, recipe.teacher.trust_remote_code, dtype=torch.float32)
     cutter = Cutter(recipe.model_copy(update={"pruning": cheap}), lambda number: [])
     return cutter.plan(model, model, collect_statistics(model, [], None), section.keep)

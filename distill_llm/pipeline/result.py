@@ -11,9 +11,11 @@ import torch
 from transformers import PreTrainedModel
 
 from distill_llm.data.tasks import Task
-from distill_llm.measuring.counting import count_params
+from distill_llm.measuring.compressing import compressed_share
+from distill_llm.measuring.counting import count_params, weights_memory
 from distill_llm.measuring.grid import latency_grid
-from distill_llm.measuring.profiling import Profile, compare
+from distill_llm.measuring.profiling import MEGABYTE, Profile, compare
+from distill_llm.models.masks import Masks
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.report.plans import kept_of
 from distill_llm.report.tables import retention
@@ -88,6 +90,22 @@ def stage_records(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "seconds": round(sum(result["seconds"] for result in results.values()), 1),
         "stages": {name: result["seconds"] for name, result in results.items()},
         "history": {name: result["history"] for name, result in results.items() if result.get("history")},
+    }
+
+
+def sparsity_record(masks: Masks, teacher: PreTrainedModel, student: PreTrainedModel) -> dict[str, Any]:
+    """What of a sparse student is zero, and what the weights of both take after compression, in MB."""
+    sizes = {
+        side: compressed_share(model) * weights_memory(model) / MEGABYTE
+        for side, model in (("teacher", teacher), ("student", student))
+    }
+    return {
+        "share": masks.sparsity,
+        "weights": masks.weights,
+        "zeros": masks.zeros,
+        "pattern": masks.pattern,
+        "criterion": masks.criterion,
+        "compressed_mb": sizes,
     }
 
 

@@ -9,22 +9,26 @@ from transformers import PreTrainedModel
 
 from distill_llm.losses.items import kind_of
 from distill_llm.measuring.clocks import relative_latency
+from distill_llm.models.masks import Masks
 from distill_llm.pipeline.calibration import Calibration
+from distill_llm.pipeline.searching import search_plan
 from distill_llm.pruning.compensation.bypass import Bypasses
 from distill_llm.pruning.compensation.linear import RIDGE
 from distill_llm.pruning.cutting.strength import Strength
 from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.importance import score
-from distill_llm.pruning.plan import PruningPlan, keep_layers
+from distill_llm.pruning.plan import PruningPlan, full_plan, keep_layers
 from distill_llm.pruning.planning.budgets import share_of
 from distill_llm.pruning.planning.competing import plan_for_costs
 from distill_llm.pruning.planning.latency import LatencySettings, plan_for_latency
-from distill_llm.pruning.planning.latency_costs import latency_costs
+from distill_llm.pruning.planning.latency_costs import costs_for, latency_costs
 from distill_llm.pruning.planning.small_cuts import compose_plans, cut_shares
+from distill_llm.pruning.searching.evolution import Searched
 from distill_llm.pruning.statistics.calibration_pass import Batches
 from distill_llm.pruning.statistics.processes import from_main_process, process
 from distill_llm.pruning.statistics.record import Statistics
 from distill_llm.pruning.units.costs import unit_costs
+from distill_llm.pruning.weights.sparsify import sparsify
 from distill_llm.recipe.recipe import Recipe, budget_batch
 
 
@@ -38,6 +42,8 @@ class Cut:
         kept: the share of the teacher's cost that is left.
         compensated: whether anything took over what was removed.
         strengths: of each small cut whose compensation was chosen on held-out rows, how strong it is.
+        masks: of the single weights that are zero in the model; None where none were removed.
+        searches: of each small cut whose plan was searched, what was found.
     """
 
     plan: PruningPlan
@@ -45,6 +51,8 @@ class Cut:
     kept: float
     compensated: bool
     strengths: tuple[Strength, ...] = ()
+    masks: Masks | None = None
+    searches: tuple[Searched, ...] = ()
 
 
 class Cutter:
@@ -55,13 +63,20 @@ class Cutter:
         batches: opens the calibration data of a cut; cuts are counted from 0 in every round. The data are the same on every
             process and each time.
         device: where to compute a layer at a time with models that are elsewhere; None: where the models are.
+        folder: where a search keeps what it tried; None: nowhere.
     """
 
-    def __init__(self, recipe: Recipe, batches: Callable[[int], Batches], device: torch.device | None = None):
+    def __init__(
+        self,
+        recipe: Recipe,
+        batches: Callable[[int], Batches],
+        device: torch.device | None = None,
+        folder: Path | None = None,
+    ):
         assert recipe.pruning is not None
         self.recipe, self.section, self.rules = recipe, recipe.pruning, recipe.pruning.rules
         self.calibration = Calibration(recipe.pruning, recipe.seed, batches, device)
-        self.is_main = process()[0] == 0
+        self.is_main, self.folder = process()[0] == 0, folder
 
     def cut(self, student: PreTrainedModel, teacher: PreTrainedModel, keep: float, file: Path | None = None) -> Cut:
         """Remove until `keep` of the teacher's cost is left.
@@ -72,10 +87,17 @@ class Cutter:
             keep: share of the cost of the teacher's layers; of its latency with cost latency.
             file: where the statistics of the student are kept: read if they are there, else written.
         """
-        plan, model, compensated, strengths = None, student, False, []
+        if self.section.weights is not None and keep == 1:  # single weights alone go
+            return Cut(full_plan(student), student, 1.0, False)
+        plan, model, compensated, strengths, searches = None, student, False, [], []
         for number, share in enumerate(cut_shares(self.share(student, teacher), keep, self.section.cuts)):
             statistics = self.calibration.statistics(model, number, None if number else file)
             chosen = from_main_process(self.plan(model, teacher, statistics, share) if self.is_main else None)
+            if self.section.search is not None:
+                found = from_main_process(
+                    self.searched(model, teacher, statistics, chosen, number) if self.is_main else None
+                )
+                chosen, searches = found.plan, [*searches, found]
             plan = chosen if plan is None else compose_plans(student, plan, chosen)
             bypasses = self.calibration.bypasses(model, chosen, number)
             folded = self.calibration.with_moments(statistics, model, number) if self.section.folds else None
@@ -84,7 +106,7 @@ class Cutter:
             strengths += [strength] if strength else []
         assert plan is not None and plan.kept is not None
         if self.section.cost == "latency":
-            return Cut(plan, model, plan.kept, compensated, tuple(strengths))
+            return Cut(plan, model, plan.kept, compensated, tuple(strengths), None, tuple(searches))
         kept, note = self.share(model, teacher), None
         if abs(kept - keep) > 0.01 * keep:
             note = f"kept {kept:.2%} of the layers' {self.section.cost} instead of {keep:.2%}: "
@@ -101,6 +123,42 @@ class Cutter:
         model, strength = self._compensated(student, plan, None, bypasses)
         compensated = bool(bypasses) and (strength is None or strength.ridge is not None)
         return Cut(plan, model, kept, compensated, (strength,) if strength else ())
+
+    def searched(
+        self, model: PreTrainedModel, teacher: PreTrainedModel, statistics: Statistics, plain: PruningPlan, number: int
+    ) -> Searched:
+        """A better plan than the plain one of a cut, at the same cost."""
+        section, calibration = self.section, self.calibration
+        scores = score(statistics, section.criterion, self.recipe.seed, section.layer_criterion)
+        if section.cost == "latency":
+            costs = costs_for(model, latency_costs(teacher, *self.batch(teacher)))
+        else:
+            costs = unit_costs(model, section.cost, *self.batch(model))
+        file = None if self.folder is None else self.folder / f"search-{number + 1}.json"
+        batches = calibration.batches(number)
+        found = search_plan(self.recipe, model, scores, plain, costs, batches, calibration.settings, file)
+        if section.cost != "latency" or found.plan is plain:
+            return found
+        kept = relative_latency(prune(model, found.plan), teacher, *self.batch(teacher))
+        return replace(found, plan=replace(found.plan, kept=kept, note=None))
+
+    def without_weights(self, cut: Cut, number: int = 1) -> Cut:
+        """Remove single weights of a cut model, where the section asks for it: as many as are due after round `number`."""
+        section, weights = self.section, self.section.weights
+        if weights is None:
+            return cut
+        rules, calibration = weights.rules, self.calibration
+        kept = kept_after(1 - rules.share, number, section.rounds, section.schedule)
+        model, masks = sparsify(
+            cut.model,
+            calibration.batches(0) if rules.needs != "nothing" else [],
+            rules,
+            loss=calibration.loss if rules.needs == "gradients" else "labels",
+            layers_at_once=weights.layers_at_once,
+            progress=(1 - kept) / rules.share,
+            settings=calibration.settings,
+        )
+        return replace(cut, model=model, masks=masks, compensated=cut.compensated or rules.criterion == "sparsegpt")
 
     def _compensated(
         self,
@@ -139,3 +197,12 @@ class Cutter:
         left = min(1.0, share / self.share(model, teacher))
         costs = unit_costs(model, section.cost, *self.batch(model))
         return plan_for_costs(model, scores, left, costs, self.rules)
+
+
+def kept_after(keep: float, number: int, rounds: int, schedule: str) -> float:
+    """The share of the teacher's layers that stays after round `number` of `rounds`.
+
+    "linear" removes the same share in every round; "cubic" removes most in the first ones (Zhu and Gupta 2017, equation 1).
+    """
+    left = 1 - number / rounds
+    return keep + (1 - keep) * (left if schedule == "linear" else left**3)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from distill_llm.pipeline.reporting import rewrite_finished
 from distill_llm.pipeline.sharing import take_teacher
 from distill_llm.pipeline.stage import Stage
 from distill_llm.pipeline.stages import own_sections, stages_of
-from distill_llm.pipeline.stages.prune import cut_model, models_to_cut, show
+from distill_llm.pipeline.stages.prune import cut_model, models_to_cut, save_cut, show
 from distill_llm.pipeline.state import read_state
 from distill_llm.pruning.cutting.strength import described
 from distill_llm.recipe.recipe import Recipe, parse_recipe
@@ -131,9 +131,10 @@ def _prune(context: Context) -> Path:
         return target
     plan, student = cut.plan, context.as_written(cut.model)
     strengths = [described(strength.record()) for strength in cut.strengths]
-    del cut  # two models at a time
+    zeros = [f"{cut.masks.sparsity:.1%} of the linears' weights are zero"] if cut.masks is not None else []
+    cut = replace(cut, model=student)  # two models at a time
     with written_whole(target, folder=True) as folder:
-        context.save(student, folder)
+        save_cut(context, cut, student, folder)
         context.say(show(plan, teacher, folder, "plan"))
     teacher = context.as_written(teacher)
     before, after = (context.evaluate(model) for model in (teacher, student))
@@ -143,5 +144,5 @@ def _prune(context: Context) -> Path:
     of = "the latency" if section.cost == "latency" else f"the layers' {section.cost}"
     share = f"{plan.kept:.1%} of {of} kept" + (f" ({plan.note})" if plan.note else "")
     line = f"prune: {share}, {context.named(before)} -> {shown_score(after)} on {after['rows']} rows"
-    context.say(", ".join([line, *strengths]))
+    context.say(", ".join([line, *zeros, *strengths]))
     return target

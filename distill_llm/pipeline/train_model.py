@@ -14,6 +14,7 @@ from distill_llm.common.files import full_disk_named, written_whole
 from distill_llm.data.augmenting import AugmentingCollator
 from distill_llm.evaluation.evaluate import compute_metrics
 from distill_llm.models.adapters import merged
+from distill_llm.models.masks import MASKS, Masks
 from distill_llm.pipeline.checkpoints import MarkComplete, last_complete_checkpoint
 from distill_llm.pipeline.context import Context
 from distill_llm.pipeline.synthetic_rows import learner
@@ -23,6 +24,7 @@ from distill_llm.training.adversarial import AdversarialTrainer
 from distill_llm.training.config import DistillationConfig
 from distill_llm.training.progress import TrainingProgress
 from distill_llm.training.trainer import DistillationTrainer
+from distill_llm.training.zeros import KeepZeros
 
 Fields = Literal["teacher", "recovery", "final", "quantized"]
 """Which of the recipe's training fields hold (see `Recipe.training`)."""
@@ -38,11 +40,18 @@ class More:
         seed: of the order of rows and all else that is drawn; None: the recipe's.
         beside: where the models are saved that learn with this one (see `Teacher.learners`).
         stages: where the model is saved at equal stages of its training, but for the end.
+        masks: of a sparse model; its zeros stay, and the masks are saved with it.
     """
 
     seed: int | None = None
     beside: Sequence[Path] = ()
     stages: Sequence[Path] = ()
+    masks: Masks | None = None
+
+    def callbacks(self, run: Context) -> list[TrainerCallback]:
+        """What the trainer tells of its steps."""
+        stages = [KeepStages(run, self.stages)] if self.stages else []
+        return [MarkComplete(), *stages, *([] if self.masks is None else [KeepZeros(self.masks)])]
 
 
 class KeepStages(TrainerCallback):
@@ -108,14 +117,14 @@ def train_model(
         data_collator=collator,
         processing_class=run.tokenizer,
         compute_metrics=None if run.data.task.is_language_model else metrics,
-        callbacks=[MarkComplete(), *([KeepStages(run, more.stages)] if more.stages else [])],
+        callbacks=more.callbacks(run),
     )
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(theirs)
     trainer.add_callback(TrainingProgress(f"Training {target.relative_to(run.folder)}"))
     with full_disk_named(work):
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(work))
-    _save(run, trainer, target, more.beside)
+    _save(run, trainer, target, more)
     trainer.accelerator.free_memory()  # ends DeepSpeed's engine, which nothing else does
     unset_hf_deepspeed_config()  # otherwise every model that is loaded later, by one process even, is divided by ZeRO-3
     history = {"history": loss_history(trainer.state.log_history)}
@@ -130,7 +139,7 @@ def _trainer_class(run: Context, fields: Fields) -> Callable[..., DistillationTr
     return partial(AdversarialTrainer, adversary=learner(run))
 
 
-def _save(run: Context, trainer: DistillationTrainer, target: Path, beside: Sequence[Path]) -> None:
+def _save(run: Context, trainer: DistillationTrainer, target: Path, more: More) -> None:
     """Save what a trainer has trained: its model, or the average of that, and those that learned with it."""
     if isinstance(trainer.teacher, MovingAverage) and run.recipe.teacher.saves_average:
         trainer.teacher.hand_over()
@@ -140,11 +149,13 @@ def _save(run: Context, trainer: DistillationTrainer, target: Path, beside: Sequ
     weights = trainer.accelerator.get_state_dict(engine) if sharded else None
     learners = trainer.teacher.learners if trainer.teacher is not None else ()
     if run.processes.is_main_process:
-        for folder, learner in zip(beside, learners, strict=True):
+        for folder, learner in zip(more.beside, learners, strict=True):
             with written_whole(folder, folder=True) as path:
                 run.save(learner, path)
         with written_whole(target, folder=True) as path:
             run.save(merged(trainer.accelerator.unwrap_model(trainer.model)), path, weights)
+            if more.masks is not None:
+                more.masks.save(path / MASKS)
 
 
 def loss_history(log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -8,9 +8,11 @@ from pydantic import BeforeValidator, Field, model_validator
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.pruning.criteria import CRITERIA, Need, find_criterion, ranks_layers_only
 from distill_llm.pruning.names import competing_faults, find_unit
-from distill_llm.pruning.planning.rules import Limits, PlanningRules
+from distill_llm.pruning.planning.rules import Limits, PlanningRules, search_faults
 from distill_llm.pruning.units.kinds import KINDS
+from distill_llm.recipe.search import SearchSection
 from distill_llm.recipe.section import Section
+from distill_llm.recipe.weights import WeightsSection
 
 
 def _known_criterion(given: Any) -> str:
@@ -141,6 +143,24 @@ class PruningSection(Section):
         min_length=1,
         description="indices of the layers to keep, in place of `keep`; they stay whole",
     )
+    weights: WeightsSection | None = Field(
+        default=None,
+        description="single weights to set to zero, after whole units are removed; with neither `keep` nor `layers`, no unit is."
+        " Over several rounds their share follows `schedule`",
+    )
+
+    search: SearchSection | None = Field(
+        default=None,
+        description="evolution over how many heads and neurons each layer keeps, and which layers go, that starts from the plain"
+        " plan and costs no more; `{}` for its defaults",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_units_stay(cls, given: Any) -> Any:
+        """Single weights alone go where nothing says how much of the units stays."""
+        alone = isinstance(given, dict) and given.get("weights") is not None
+        return {**given, "keep": 1.0} if alone and given.get("keep") is None and given.get("layers") is None else given
 
     @property
     def criteria(self) -> set[str]:
@@ -193,6 +213,7 @@ def _contradictions(section: PruningSection) -> list[InputError]:
         fix = "leave it out: it counts only if units has layers and other units"
         faults.append(InputError("layer_criterion", section.layer_criterion, fix=fix))
     reads_loss = section.reads_loss or section.statistics is not None
+    reads_loss |= section.weights is not None and section.weights.rules.needs == "gradients"
     if section.loss is not None and not reads_loss:
         named = " and ".join(sorted(section.criteria))
         faults.append(InputError("loss", section.loss, fix=f"leave it out: criterion {named} reads no loss"))
@@ -209,6 +230,8 @@ def _contradictions(section: PruningSection) -> list[InputError]:
     if section.moment_layers is not None and not section.folds:
         fix = "leave it out: only compensation of heads, neurons or channels collects second moments"
         faults.append(InputError("moment_layers", section.moment_layers, fix=fix))
+    if section.search is not None:
+        faults += _searching(section)
     if section.offload and not section.checkpointing:
         faults.append(InputError("checkpointing", False, fix="set it to true: offload needs it"))
     if section.offload and section.cost == "latency":
@@ -218,6 +241,16 @@ def _contradictions(section: PruningSection) -> list[InputError]:
     if section.scope == "local" and not any(KINDS[unit].in_layer for unit in units):
         faults.append(InputError("scope", "local", fix="set it to global: these units are not of one layer"))
     return faults + competing_faults(units, section.criterion, section.scope, section.uniform, section.layer_criterion)
+
+
+def _searching(section: PruningSection) -> list[InputError]:
+    """Faults of a search for plans that has nothing to search, or would break what the section asks for."""
+    if section.layers is not None or section.keep == 1:
+        fix = (
+            "leave it out: no unit is chosen" if section.layers is None else "leave it out: `layers` says what to keep"
+        )
+        return [InputError("search", section.search.model_dump() if section.search else None, fix=fix)]
+    return search_faults(section.rules)
 
 
 def _explicit_layers(section: PruningSection) -> list[InputError]:

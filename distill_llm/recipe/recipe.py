@@ -107,6 +107,12 @@ class Recipe(Section):
             faults.append(
                 InputError("distillation", None, fix="add a distillation section, or remove the student section")
             )
+        if self.student is not None and self.student.peft is not None and self.pruning and self.pruning.weights:
+            fix = "remove it, or pruning.weights: adapters that are merged into sparse weights would fill their zeros"
+            faults.append(InputError("student.peft", self.student.peft, fix=fix))
+        if self.teacher.peers is not None and self.pruning and self.pruning.weights:
+            fix = "remove it, or pruning.weights: the zeros of peers are not kept"
+            faults.append(InputError("teacher.peers", self.teacher.peers.model_dump(mode="json"), fix=fix))
         faults += teacher_faults(self.teacher, self.student, self.pruning, self.distillation, self.final)
         faults += several_faults(self.teacher, self.data, self.distillation)
         beside: dict[str, Section | None] = {

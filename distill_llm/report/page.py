@@ -19,6 +19,7 @@ from distill_llm.report.figures import draw_latency, draw_losses, draw_scores
 from distill_llm.report.origins import shown_name
 from distill_llm.report.palette import DARK, LIGHT
 from distill_llm.report.report import HARNESS, headline, members_words, notes, round_notes, rows_note, summary
+from distill_llm.report.search_figure import draw_search
 from distill_llm.report.students import students_cells, students_heading, students_note
 from distill_llm.report.tables import MISSING, Cells, count, megabytes, milliseconds, percent
 from distill_llm.report.usage import loading, snippet
@@ -136,6 +137,7 @@ def charts(metrics: Mapping[str, Any]) -> dict[str, Markup | None]:
         "scores": (draw_scores(metrics), f"{metrics['metric']} after every stage, over the size of the model"),
         "losses": (draw_losses(metrics.get("history") or {}), "losses over the steps of every training"),
         "exits": (draw_exits(metrics), "score over the time of a batch, where rows leave early"),
+        "search": (draw_search(metrics), "fitness by generation of the search for the plan"),
         "latency": (draw_latency(metrics.get("latency_grid") or []), "latency over batch size and length"),
     }
     return {name: None if figure is None else inline(figure, label) for name, (figure, label) in drawn.items()}

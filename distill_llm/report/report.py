@@ -10,6 +10,7 @@ from distill_llm.data.alignment import alignment_words
 from distill_llm.pruning.cutting.strength import described
 from distill_llm.report.exits import exits_figure, exits_note, exits_summary, exits_table
 from distill_llm.report.figures import kept_figure, score_figure
+from distill_llm.report.search_figure import search_figure
 from distill_llm.report.students import students_part
 from distill_llm.report.tables import (
     bits_note,
@@ -48,6 +49,7 @@ def write_report(run_dir: str | Path, metrics: Mapping[str, Any]) -> Path:
     scores = score_figure(metrics, figures / "scores.png")
     kept = kept_figure(metrics, figures / "kept.png")
     exits = exits_figure(metrics, figures / "exits.png")
+    searched = search_figure(metrics, figures / "search.png")
     warnings = [f"> **Warning:** {warning}" for warning in metrics.get("warnings") or []]
     parts = [
         f"# {headline(metrics)}",
@@ -71,6 +73,8 @@ def write_report(run_dir: str | Path, metrics: Mapping[str, Any]) -> Path:
     parts += students_part(metrics)
     if scores:
         parts.append("![Score after every stage of every round](figures/scores.png)")
+    if searched:
+        parts += ["## Search for the plan", "![Fitness of the plans by generation](figures/search.png)"]
     if kept:
         parts += ["## What is kept in each layer", "![Kept heads and neurons of each layer](figures/kept.png)"]
     parts += ["## Load the student", f"From this folder:\n\n```python\n{usage}```", provenance(metrics)]
@@ -124,7 +128,7 @@ def summary(metrics: Mapping[str, Any]) -> str:
 
 def notes(metrics: Mapping[str, Any]) -> str:
     """What was measured, and how to read the results table."""
-    lines = [score_note(metrics), latency_note(metrics), dtype_note(metrics)]
+    lines = [score_note(metrics), latency_note(metrics), dtype_note(metrics), sparsity_note(metrics)]
     shared = [each for each in columns(metrics)[1:] if each.name != "quantized"]
     if len(shared) > 1:
         last = " of the last round" if len(metrics["rounds"]) > 1 else ""
@@ -138,6 +142,19 @@ def notes(metrics: Mapping[str, Any]) -> str:
             f" {alignment_words(metrics['aligned'])}."
         )
     return " ".join(line for line in lines if line)
+
+
+def sparsity_note(metrics: Mapping[str, Any]) -> str:
+    """What the zeros of a sparse student bring and what not; empty for a dense one."""
+    sparsity = metrics.get("sparsity")
+    if not sparsity:
+        return ""
+    faster = "some GPUs, with kernels made for them, " if sparsity["pattern"] == "2:4" else "nothing that is used here "
+    return (
+        f"{sparsity['zeros']:,} of {sparsity['weights']:,} weights of the layers' linears are zero"
+        f" ({sparsity['pattern']}, {sparsity['criterion']}). {faster[0].upper()}{faster[1:]}computes faster with such zeros:"
+        " they were computed with like any others. They save room where files are compressed."
+    )
 
 
 def taught_words(metrics: Mapping[str, Any], shown: Callable[[str], str] = str) -> str:

@@ -96,6 +96,15 @@ def results_cells(metrics: Mapping[str, Any]) -> Cells:
     ):
         if teacher.get(key) is not None:
             body.append([label, *(_with_share(m.costs.get(key), teacher[key], show, m.name) for m in models)])
+    if sparsity := metrics.get("sparsity"):
+        zero, (whole, left) = percent(sparsity["share"]), (sparsity["compressed_mb"][k] for k in ("teacher", "student"))
+        body.append(["zero weights of the linears", MISSING, *[zero] * (len(models) - 1)])
+        body.append(
+            [
+                "weights after zlib",
+                *(_with_share(whole if m is models[0] else left, whole, megabytes, m.name) for m in models),
+            ]
+        )
     if metrics.get("speedup") is not None:
         own = [
             MISSING if metrics.get("quantization") and m.name != "quantized" else speedup(metrics) for m in models[1:]

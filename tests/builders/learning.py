@@ -14,7 +14,7 @@ from builders.trainers import TERMS, cached, model_of, rows, trainer_of, with_lo
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from distill_llm import DistillationTrainer, with_exits
+from distill_llm import DistillationTrainer, KeepZeros, SparsityRules, sparsify, with_exits
 from distill_llm.data.augmenting import Augment, AugmentingCollator, Mixup, Spans
 from distill_llm.data.padding import PaddingCollator
 from distill_llm.losses.signals import Signals
@@ -28,8 +28,8 @@ Learned = tuple[dict[str, torch.Tensor], list[dict[str, float]], list[int]]
 Cases = list[tuple[str, int, list[str]]]
 """Head, width of the student and names: terms of TERMS, or `both`, and settings.
 
-Of the heads `answers` (see `of_answers`) and `augmented` the names are shares, of `dropout` its probabilities, of `skips` the
-row that the teacher spoils.
+Of the heads `answers` (see `of_answers`) and `augmented` the names are shares, of `sparse` shares of zeros, of `dropout` its
+probabilities, of `skips` the row that the teacher spoils.
 """
 
 
@@ -38,7 +38,7 @@ def learned(folder: Path, cases: Cases) -> dict[str, Learned]:
     found = {}
     for head, width, names in cases:
         for name in names:
-            shares = {"augmented": of_augmented, "dropout": of_dropout, "skips": of_skips}
+            shares = {"augmented": of_augmented, "dropout": of_dropout, "skips": of_skips, "sparse": of_sparse}
             own = of_answers(folder, name) if head == "answers" else None
             own = own or (shares[head](folder, float(name)) if head in shares else of_rows(folder, head, width, name))
             found[f"{head} {name}"] = own
@@ -138,6 +138,17 @@ def of_augmented(folder: Path, share: float) -> Learned:
     trainer = trainer_of(folder, student, teacher, data, LOSSES["both"], **own)
     weights, logs, seen = trained(trainer)
     return {**weights, "counted": torch.tensor([*trainer.augmented.totals().values()])}, logs, seen
+
+
+def of_sparse(folder: Path, share: float) -> Learned:
+    """Four steps of a student with this share of zeros, with momentum, decay and clipping."""
+    teacher = model_of("sequence-classification", layers=2)
+    rules = SparsityRules(share, criterion="magnitude")
+    student, masks = sparsify(model_of("sequence-classification", layers=1, seed=1), rules=rules)
+    settings = {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.1, "weight_decay": 0.1, "max_steps": 4}
+    settings |= {"max_grad_norm": 0.5, "logging_steps": 2, "per_device_train_batch_size": 8 // PROCESSES}
+    data = rows(teacher, count=16)
+    return trained(trainer_of(folder, student, teacher, data, LOSSES["both"], callbacks=[KeepZeros(masks)], **settings))
 
 
 def of_dropout(folder: Path, share: float) -> Learned:

@@ -54,6 +54,7 @@ OPTIONS = (
     "optimizers",
     "model_init",
     "compute_loss_func",
+    "callbacks",
 )  # of the trainer, not of its arguments
 SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

@@ -15,8 +15,7 @@ from distill_llm.common.errors import InputError
 from distill_llm.data import DataSpec
 from distill_llm.pipeline.caching import cache_teacher
 from distill_llm.pipeline.context import Context
-from distill_llm.pipeline.rounds import Cutter
-from distill_llm.pipeline.stages.prune import kept_after
+from distill_llm.pipeline.rounds import Cutter, kept_after
 
 
 def test_a_run_leaves_the_files_of_its_format_and_a_student_that_loads_anywhere(finished, inputs):

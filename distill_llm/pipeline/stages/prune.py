@@ -15,9 +15,10 @@ from distill_llm.common.files import written_whole
 from distill_llm.data.embeddings import EMBEDDINGS
 from distill_llm.data.padding import LENGTH
 from distill_llm.metrics.errors import shown_score
+from distill_llm.models.masks import MASKS
 from distill_llm.pipeline.calibration import HELD_OUT
 from distill_llm.pipeline.context import Context
-from distill_llm.pipeline.rounds import Cut, Cutter
+from distill_llm.pipeline.rounds import Cut, Cutter, kept_after
 from distill_llm.pipeline.stage import Result, Stage
 from distill_llm.pruning.cutting.strength import described
 from distill_llm.pruning.cutting.surgery import prune
@@ -91,19 +92,21 @@ class Prune(Stage):
         own = section.statistics.expanduser() if section.statistics is not None and number == 1 else None
         teacher, student = models_to_cut(run, self.teacher.model, self.whole.model)
         kept = run.folder / f"round-{number}" / "statistics.safetensors"
-        cut = cut_model(run, student, teacher, target, own or kept)
+        cut = cut_model(run, student, teacher, target, own or kept, number, self.folder)
         if not run.processes.is_main_process:
             return {}
         run.say(show(cut.plan, student, self.folder, self.title))
         with written_whole(self.pruned, folder=True) as path:
-            run.save(cut.model, path)
-        plan, compensated = cut.plan, cut.compensated
+            save_cut(run, cut, cut.model, path)
+        plan, compensated, masks = cut.plan, cut.compensated, cut.masks
         result = {
             "keep": cut.kept if target is None else target,
             "kept": cut.kept,
             "layer_params_kept": share_of(cut.model, teacher, "params"),
             "note": f"{self.title} {plan.note}" if plan.note else None,
             "compensation": [strength.record() for strength in cut.strengths],
+            **({"sparsity": masks.sparsity} if masks is not None else {}),
+            **({"search": [found.record() for found in cut.searches]} if cut.searches else {}),
         }
         model = run.as_written(cut.model)
         del teacher, cut  # two models at a time
@@ -111,7 +114,10 @@ class Prune(Stage):
         if not compensated:
             return {**result, **_both(scores, None)}
         del model
-        return {**result, **_both(run.evaluate(run.as_written(prune(student, plan))), scores)}
+        plain = prune(student, plan)
+        if masks is not None:
+            masks.apply(plain)
+        return {**result, **_both(run.evaluate(run.as_written(plain)), scores)}
 
     @property
     def title(self) -> str:
@@ -121,6 +127,10 @@ class Prune(Stage):
     def line(self, result: Result) -> list[str]:
         """What is kept, and the scores before and after compensation."""
         parts = [f"{result['layer_params_kept']:.1%} of the layers' parameters kept"]
+        for found in result.get("search") or []:
+            parts.append(f"searched {found['tried']} plans: divergence {found['plain']:.4g} -> {found['best']:.4g}")
+        if "sparsity" in result:
+            parts.append(f"{result['sparsity']:.1%} of the linears' weights are zero")
         parts.append(f"{self.run.named(result['pruned'])} pruned")
         if result["score_compensated"] is not None:
             parts.append(f"{shown_score(result['compensated'])} compensated")
@@ -149,20 +159,34 @@ def models_to_cut(
 
 
 def cut_model(
-    run: Context, student: PreTrainedModel, teacher: PreTrainedModel, keep: float | None, file: Path | None
+    run: Context,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    keep: float | None,
+    file: Path | None,
+    number: int = 1,
+    folder: Path | None = None,
 ) -> Cut:
     """Cut a student as the recipe's pruning section says. All processes call it together.
 
     Args:
         keep: the share of the teacher that stays; None: the layers that the section names.
         file: where the student's statistics are, or are to be kept.
+        number: the round, from 1.
+        folder: of the round, where a search for plans keeps what it tried.
     """
     section = pruning_of(run)
     device = run.processes.device if section.offload else None
-    cutter = Cutter(run.recipe, partial(calibration, run, section.calibration_examples), device)
-    if keep is None:
-        return cutter.cut_layers(student)
-    return cutter.cut(student, teacher, keep, file)
+    cutter = Cutter(run.recipe, partial(calibration, run, section.calibration_examples), device, folder)
+    cut = cutter.cut_layers(student) if keep is None else cutter.cut(student, teacher, keep, file)
+    return cutter.without_weights(cut, number)
+
+
+def save_cut(run: Context, cut: Cut, model: PreTrainedModel, folder: Path) -> None:
+    """Save the model of a cut, in any dtype, with the masks of its zeros beside it."""
+    run.save(model, folder)
+    if cut.masks is not None:
+        cut.masks.save(folder / MASKS)
 
 
 def calibration(run: Context, examples: int, cut: int = 0) -> DataLoader:
@@ -192,15 +216,6 @@ def show(plan: PruningPlan, model: PreTrainedModel, folder: Path, title: str) ->
     plan.save(folder / "plan.json")
     plan_figure(plan, model, folder / "plan.png")
     return plan_table(plan, model, title)
-
-
-def kept_after(keep: float, number: int, rounds: int, schedule: str) -> float:
-    """The share of the teacher's layers that stays after round `number` of `rounds`.
-
-    "linear" removes the same share in every round; "cubic" removes most in the first ones (Zhu and Gupta 2017, equation 1).
-    """
-    left = 1 - number / rounds
-    return keep + (1 - keep) * (left if schedule == "linear" else left**3)
 
 
 def _both(pruned: dict[str, float], compensated: dict[str, float] | None) -> dict[str, Any]:

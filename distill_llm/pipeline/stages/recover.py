@@ -16,6 +16,7 @@ from distill_llm.losses.objective import Objective
 from distill_llm.models.checkpoint import load_for_task, load_pretrained
 from distill_llm.models.configs import open_config
 from distill_llm.models.exits import with_exits
+from distill_llm.models.masks import masks_in
 from distill_llm.models.quantized import load_teacher
 from distill_llm.pipeline.prices import precision_of
 from distill_llm.pipeline.result import taught_by
@@ -106,7 +107,7 @@ class Recover(Stage):
             self.model,
             self.fields,
             losses.model_dump(mode="json", exclude_none=True),
-            More(self.seed, self.peers),
+            More(self.seed, self.peers, masks=masks_in(self._student_folder)),
         )
         taught = {"taught_by": taught_by(run.recipe, learnt(run, results))}
         result = {**run.scored(self.model, run.student_dtype), **trained, **taught}
@@ -142,6 +143,12 @@ class Recover(Stage):
         """The metrics after recovery, and how much of the rows was changed."""
         changed = {name: result[name] for name in ("augmented", "peers", "aligned") if name in result}
         return {"score_recovered": result["score"], "recovered": result["metrics"], **changed}
+
+    @property
+    def _student_folder(self) -> Path | str | None:
+        """Where the weights of the student are before it learns."""
+        given = self.run.opened.student
+        return given.path if given is not None else self.start.model
 
     def _student(self, teacher: Path | str) -> PreTrainedModel:
         """The pruned student of a folder, or the one that was given, with a head for the task."""

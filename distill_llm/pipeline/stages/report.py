@@ -12,7 +12,8 @@ from distill_llm.checks.evaluate import benchmarks_of
 from distill_llm.common.files import written_whole
 from distill_llm.evaluation.disagreements import find_disagreements
 from distill_llm.evaluation.harness import BenchmarkScore, run_benchmarks, side_by_side
-from distill_llm.pipeline.result import collect_metrics, stage_records, taught_by
+from distill_llm.models.masks import MASKS, masks_in
+from distill_llm.pipeline.result import collect_metrics, sparsity_record, stage_records, taught_by
 from distill_llm.pipeline.stage import Result, Stage
 from distill_llm.pipeline.stages.benchmarks import TeacherBenchmarks
 from distill_llm.pipeline.stages.exits import Exits
@@ -68,6 +69,8 @@ class Report(Stage):
             student.config.exits = {**student.config.exits, "threshold": exits["threshold"]}
         with written_whole(run.student_dir, folder=True) as folder:
             copied(Path(path), folder) if quantized else run.save(student, folder)
+            if (masks := masks_in(path)) is not None:
+                masks.save(folder / MASKS)
         teacher = run.load(self.teacher.model, run.teacher_dtype)
         rounds = self._rounds(results)
         metrics = collect_metrics(
@@ -77,6 +80,8 @@ class Report(Stage):
         metrics |= {} if exits is None else {"exits": exits}
         if "synthetic" in results:
             metrics["synthetic"] = {**results["synthetic"]["record"], "real_test": run.recipe.data.test is not None}
+        if masks is not None:
+            metrics["sparsity"] = sparsity_record(masks, teacher, student)
         if (benchmarks := benchmarks_of(run.recipe)) is not None:
             own = run_benchmarks(student, run.tokenizer, benchmarks, run.recipe.evaluation.batch_size)
             theirs = results[TeacherBenchmarks.name]["scores"]

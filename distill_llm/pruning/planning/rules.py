@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
+from distill_llm.common.errors import InputError
 from distill_llm.pruning.units.kinds import KINDS
 
 Scope = Literal["global", "local"]
+SEARCHED = ("heads", "neurons", "layers")
+"""Units whose numbers are searched."""
 
 
 @dataclass(frozen=True)
@@ -67,3 +70,18 @@ class PlanningRules:
 
 
 DEFAULT_RULES = PlanningRules()
+
+
+def search_faults(rules: PlanningRules) -> list[InputError]:
+    """A fault for every rule that leaves nothing to search, or that a search does not keep."""
+    faults = []
+    if other := [unit for unit in rules.units if unit not in SEARCHED]:
+        accepted = f"one or more of {', '.join(SEARCHED)}: of these the numbers are searched"
+        faults.append(InputError("units", other, accepted))
+    if rules.uniform:
+        fix = "set it to false: a search finds out how much each layer keeps"
+        faults.append(InputError("uniform", True, fix=fix))
+    if rules.scope == "local":
+        fix = "set it to global: a search finds out how much each layer keeps"
+        faults.append(InputError("scope", "local", fix=fix))
+    return faults

@@ -1,0 +1,68 @@
+"""What a plan does to a model, cheaply: the divergence on a few thousand tokens, with nothing repaired and nothing trained."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from transformers import PreTrainedModel
+
+from distill_llm.common.errors import InputError
+from distill_llm.pruning.cutting.strength import row_divergences
+from distill_llm.pruning.cutting.surgery import prune
+from distill_llm.pruning.plan import PruningPlan
+from distill_llm.pruning.statistics.settings import DEFAULT_SETTINGS, CalibrationSettings
+
+HELD = 2**30
+"""Bytes of the dense model's outputs that are kept at most; of larger ones they are made again for every plan."""
+
+
+class Divergence:
+    """KL(dense || cut), the mean over rows of the mean over a row's outputs; of a regression the squared difference.
+
+    The cut model is made anew for each plan, without compensation: it gives what the masked model gives, and is faster.
+
+    Args:
+        model: the dense model.
+        batches: as for `collect_statistics`; labels do not count.
+        tokens: batches are taken until they have so many tokens, padding left out.
+        settings: device and precision of the passes.
+
+    Raises:
+        InputError: there is no row.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batches: Iterable[Mapping[str, torch.Tensor]],
+        tokens: int = 4096,
+        settings: CalibrationSettings = DEFAULT_SETTINGS,
+    ):
+        self.model, self.settings, self.batches = model, settings, first_tokens(batches, tokens)
+        if not self.batches:
+            raise InputError("batches", "no rows", "at least one batch of calibration rows")
+        outputs = sum(batch["attention_mask"].numel() for batch in self.batches) * model.config.get_text_config().vocab_size
+        self.dense: list[torch.Tensor] | None = [] if 4 * outputs <= HELD or not _of_words(model) else None
+
+    def __call__(self, plan: PruningPlan) -> float:
+        """The divergence of a plan; infinity where the cut model's outputs are not finite."""
+        student = prune(self.model, plan)
+        rows = row_divergences(self.model, student, self.batches, self.settings, self.dense)
+        return float(rows.mean()) if bool(rows.isfinite().all()) else float("inf")
+
+
+def _of_words(model: PreTrainedModel) -> bool:
+    """Whether the outputs are as wide as the vocabulary."""
+    return model.get_output_embeddings() is not None
+
+
+def first_tokens(batches: Iterable[Mapping[str, torch.Tensor]], tokens: int) -> list[Mapping[str, torch.Tensor]]:
+    """Batches from the first on, until there are so many tokens; rows of a batch that is one too many are left out."""
+    found, left = [], tokens
+    for batch in batches:
+        if left <= 0:
+            break
+        sizes = batch["attention_mask"].flatten(1).sum(1).cumsum(0)
+        rows = max(1, int((sizes <= left).sum()))
+        found.append({name: value[:rows] for name, value in batch.items()})
+        left -= int(sizes[rows - 1])
+    return found

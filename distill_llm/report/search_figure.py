@@ -1,0 +1,52 @@
+"""The figure of a search for plans: the fitness of those that live, by generation."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from distill_llm.report.drawing import bare, new_figure, save
+from distill_llm.report.palette import LIGHT, SERIES
+
+
+def search_figure(metrics: Mapping[str, Any], path: Path) -> Path | None:
+    """Save `draw_search` as PNG at `path`; None where nothing was searched."""
+    figure = draw_search(metrics)
+    return None if figure is None else save(figure, path)
+
+
+def draw_search(metrics: Mapping[str, Any]) -> Figure | None:
+    """For every search of a run the best fitness (solid) and the median (dotted) by generation, and the plain plan's (dashed).
+
+    None where nothing was searched.
+    """
+    rounds = metrics.get("rounds") or []
+    found = [(number, each) for number, row in enumerate(rounds, 1) for each in row.get("search") or []]
+    if not found:
+        return None
+    figure = new_figure(height=3.4)
+    axes = bare(figure.subplots())
+    for place, (number, search) in enumerate(found):
+        best, median = zip(*search["history"], strict=True)
+        colour, generations = LIGHT[SERIES[place % len(SERIES)]], range(len(best))
+        axes.axhline(search["plain"], color=colour, linewidth=1, linestyle=(0, (5, 3)))
+        axes.plot(generations, median, color=colour, linewidth=1.2, linestyle=(0, (1, 2)))
+        axes.plot(
+            generations,
+            best,
+            color=colour,
+            marker="o",
+            markersize=4,
+            label=f"round {number}" if len(found) > 1 else "best",
+        )
+    muted = LIGHT["muted"]
+    axes.plot([], [], color=muted, linewidth=1.2, linestyle=(0, (1, 2)), label="median")
+    axes.plot([], [], color=muted, linewidth=1, linestyle=(0, (5, 3)), label="plain plan")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("generation", color=muted, fontsize=10)
+    axes.set_ylabel("divergence from the dense model", color=muted, fontsize=10)
+    axes.grid(axis="y", color=LIGHT["line"], linewidth=0.8)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, labelcolor=LIGHT["ink"], fontsize=10)
+    return figure
