@@ -1,6 +1,7 @@
 """What a plan does to a model, cheaply: the divergence on a few thousand tokens, with nothing repaired and nothing trained."""
 
 from collections.abc import Iterable, Mapping
+from math import ceil
 
 import torch
 from transformers import PreTrainedModel
@@ -23,7 +24,7 @@ class Divergence:
     Args:
         model: the dense model.
         batches: as for `collect_statistics`; labels do not count.
-        tokens: batches are taken until they have so many tokens, padding left out.
+        tokens: about how many, padding left out (see `some_tokens`).
         settings: device and precision of the passes.
 
     Raises:
@@ -37,10 +38,12 @@ class Divergence:
         tokens: int = 4096,
         settings: CalibrationSettings = DEFAULT_SETTINGS,
     ):
-        self.model, self.settings, self.batches = model, settings, first_tokens(batches, tokens)
+        self.model, self.settings, self.batches = model, settings, some_tokens(batches, tokens)
         if not self.batches:
             raise InputError("batches", "no rows", "at least one batch of calibration rows")
-        outputs = sum(batch["attention_mask"].numel() for batch in self.batches) * model.config.get_text_config().vocab_size
+        outputs = (
+            sum(batch["attention_mask"].numel() for batch in self.batches) * model.config.get_text_config().vocab_size
+        )
         self.dense: list[torch.Tensor] | None = [] if 4 * outputs <= HELD or not _of_words(model) else None
 
     def __call__(self, plan: PruningPlan) -> float:
@@ -55,14 +58,19 @@ def _of_words(model: PreTrainedModel) -> bool:
     return model.get_output_embeddings() is not None
 
 
-def first_tokens(batches: Iterable[Mapping[str, torch.Tensor]], tokens: int) -> list[Mapping[str, torch.Tensor]]:
-    """Batches from the first on, until there are so many tokens; rows of a batch that is one too many are left out."""
-    found, left = [], tokens
-    for batch in batches:
-        if left <= 0:
-            break
+def some_tokens(batches: Iterable[Mapping[str, torch.Tensor]], tokens: int) -> list[Mapping[str, torch.Tensor]]:
+    """About so many tokens of the batches, padding left out: whole rows, from batches that are evenly spread over all.
+
+    Calibration batches come in the order of their rows' lengths, so that the first ones alone would be the shortest rows.
+    """
+    every = list(batches)
+    total = sum(int(batch["attention_mask"].sum()) for batch in every)
+    if total <= tokens:
+        return every
+    count = max(1, ceil(tokens / total * len(every)))
+    found = []
+    for batch in (every[i * len(every) // count] for i in range(count)):
         sizes = batch["attention_mask"].flatten(1).sum(1).cumsum(0)
-        rows = max(1, int((sizes <= left).sum()))
+        rows = max(1, int((sizes <= tokens / count).sum()))
         found.append({name: value[:rows] for name, value in batch.items()})
-        left -= int(sizes[rows - 1])
     return found

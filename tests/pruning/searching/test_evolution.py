@@ -13,7 +13,7 @@ from distill_llm import collect_statistics, masked, plan_pruning, score
 from distill_llm.common.errors import InputError
 from distill_llm.pruning.planning.rules import Limits, PlanningRules
 from distill_llm.pruning.searching.evolution import Known, SearchSettings, evolve
-from distill_llm.pruning.searching.fitness import Divergence, first_tokens
+from distill_llm.pruning.searching.fitness import Divergence, some_tokens
 from distill_llm.pruning.searching.shares import Space
 from distill_llm.pruning.units.costs import unit_costs
 from distill_llm.pruning.units.sizes import counts_of
@@ -183,13 +183,18 @@ def test_what_cannot_be_searched_is_refused(small, settled):
             SearchSettings(**given)
 
 
-def test_a_few_tokens_are_whole_rows():
+def test_a_few_tokens_are_whole_rows_of_batches_spread_over_all():
     model = tiny_model(layers=1)
-    batches = [random_batch(model, batch=4, length=10) for _ in range(2)]
-    lengths = batches[0]["attention_mask"].sum(1).tolist()
-    found = first_tokens(batches, sum(lengths) + lengths[0] + 1)
-    assert [len(batch["input_ids"]) for batch in found] == [4, 1]
-    assert [len(batch["input_ids"]) for batch in first_tokens(batches, 1)] == [1]
+    batches = [random_batch(model, batch=4, length=10 + 2 * i) for i in range(4)]
+    lengths = [batch["attention_mask"].sum(1) for batch in batches]
+    total = int(torch.cat(lengths).sum())
+    assert some_tokens(batches, total) == batches
+    half = some_tokens(batches, total // 2 - 1)
+    assert len(half) == 2
+    for batch, whole, sizes in zip(half, batches[::2], lengths[::2], strict=True):
+        rows = int((sizes.cumsum(0) <= (total // 2 - 1) / 2).sum())
+        assert rows > 0 and torch.equal(batch["input_ids"], whole["input_ids"][:rows])
+    assert [len(batch["input_ids"]) for batch in some_tokens(batches, 1)] == [1]
 
 
 def test_divergence_is_that_of_the_masked_decoder():
