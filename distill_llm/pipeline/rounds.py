@@ -88,7 +88,8 @@ class Cutter:
             file: where the statistics of the student are kept: read if they are there, else written.
         """
         if self.section.weights is not None and keep == 1:  # single weights alone go
-            return Cut(full_plan(student), student, 1.0, False)
+            plan = full_plan(student)
+            return Cut(plan, prune(student, plan), 1.0, False)  # with the lineage that losses of layers follow
         plan, model, compensated, strengths, searches = None, student, False, [], []
         for number, share in enumerate(cut_shares(self.share(student, teacher), keep, self.section.cuts)):
             statistics = self.calibration.statistics(model, number, None if number else file)
@@ -112,7 +113,9 @@ class Cutter:
             note = f"kept {kept:.2%} of the layers' {self.section.cost} instead of {keep:.2%}: "
             note += "these units come in larger steps"
         own = share_of(model, student, self.section.cost, *self.batch(student))
-        return Cut(replace(plan, kept=own, note=note), model, kept, compensated, tuple(strengths))
+        return Cut(
+            replace(plan, kept=own, note=note), model, kept, compensated, tuple(strengths), None, tuple(searches)
+        )
 
     def cut_layers(self, student: PreTrainedModel) -> Cut:
         """Keep the layers that the section names."""
