@@ -88,9 +88,11 @@ class Cutter:
             file: where the statistics of the student are kept: read if they are there, else written.
         """
         if self.section.weights is not None and keep == 1:  # single weights alone go
-            plan = full_plan(student)
-            return Cut(plan, prune(student, plan), 1.0, False)  # with the lineage that losses of layers follow
-        plan, model, compensated, strengths, searches = None, student, False, [], []
+            whole = full_plan(student)
+            return Cut(whole, prune(student, whole), 1.0, False)  # with the lineage that losses of layers follow
+        plan: PruningPlan | None = None
+        searches: list[Searched] = []
+        model, compensated, strengths = student, False, []
         for number, share in enumerate(cut_shares(self.share(student, teacher), keep, self.section.cuts)):
             statistics = self.calibration.statistics(model, number, None if number else file)
             chosen = from_main_process(self.plan(model, teacher, statistics, share) if self.is_main else None)

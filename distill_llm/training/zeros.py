@@ -27,7 +27,7 @@ class KeepZeros(TrainerCallback):
 
     def __init__(self, masks: Masks):
         self.masks = masks
-        self._held: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+        self._held: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._hooks: list[Any] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

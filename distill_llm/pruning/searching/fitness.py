@@ -68,7 +68,7 @@ def some_tokens(batches: Iterable[Mapping[str, torch.Tensor]], tokens: int) -> l
     if total <= tokens:
         return every
     count = max(1, ceil(tokens / total * len(every)))
-    found = []
+    found: list[Mapping[str, torch.Tensor]] = []
     for batch in (every[i * len(every) // count] for i in range(count)):
         sizes = batch["attention_mask"].flatten(1).sum(1).cumsum(0)
         rows = max(1, int((sizes <= tokens / count).sum()))
