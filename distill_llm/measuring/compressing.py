@@ -18,7 +18,8 @@ def compressed_share(model: nn.Module) -> float:
     Random weights in fp32 hardly compress, so a share of zeros is nearly what is saved. Files are not written; a file system or
     an archive that compresses comes to about the same.
     """
-    tensors = list({id(each): each for each in (*model.parameters(), *model.buffers())}.values())
+    whole = {id(each): each.data for each in (*model.parameters(), *model.buffers())}
+    tensors = [part for each in whole.values() for part in _parts(each)]
     total = sum(each.numel() * each.element_size() for each in tensors)
     if not total:
         return 1.0
@@ -30,3 +31,10 @@ def compressed_share(model: nn.Module) -> float:
             before += len(piece)
             after += len(zlib.compress(piece, LEVEL))
     return after / before if before else 1.0
+
+
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """A tensor, or the plain tensors in which one of fewer bits is kept."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in _parts(getattr(tensor, name))]

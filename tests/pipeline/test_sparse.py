@@ -106,6 +106,29 @@ def test_a_student_without_heads_and_neurons_can_be_sparse_too(teacher, tmp_path
 
 
 @pytest.mark.slow
+def test_zeros_stay_over_generations_and_under_rounding(teacher, tmp_path):
+    given = recipe(teacher, {"calibration_examples": 8}, pattern="2:4", criterion="wanda")
+    given["distillation"] = {**given["distillation"], "generations": {"count": 2}}
+    given["quantize"] = {"bits": 8, "train": {"max_steps": 4}}
+    distill_llm.run(given, tmp_path / "run")
+    first = zeros_of(tmp_path / "run" / "round-1" / "pruned")
+    for name in ("round-1/student", "round-1/generation-2", "quantize/student"):
+        masks = zeros_of(tmp_path / "run" / name)
+        assert all(torch.equal(mask, first.kept[linear]) for linear, mask in masks.kept.items())
+    learnt = [weights(tmp_path / "run" / name) for name in ("round-1/chosen", "quantize/student")]
+    assert not same(*learnt)
+    student, masks = (
+        distill_llm.load_pretrained(tmp_path / "run" / "student"),
+        Masks.load(tmp_path / "run/student" / MASKS),
+    )
+    for name, mask in masks.kept.items():
+        whole = student.get_submodule(name).weight.dequantize()
+        assert type(student.get_submodule(name).weight.data) is not torch.Tensor and not whole[~mask].any(), name
+    sizes = json.loads((tmp_path / "run" / "metrics.json").read_text())["sparsity"]["compressed_mb"]
+    assert 0 < sizes["student"] < 0.7 * sizes["teacher"]
+
+
+@pytest.mark.slow
 def test_the_commands_say_what_is_zero(teacher, tmp_path):
     given = {
         "teacher": {"model": str(teacher / "teacher")},

@@ -10,13 +10,14 @@ import torch
 from distill_llm.common.files import written_whole
 from distill_llm.measuring.profiling import compare
 from distill_llm.models.checkpoint import load_pretrained
+from distill_llm.models.masks import MASKS, masks_in
 from distill_llm.pipeline.context import Context
 from distill_llm.pipeline.quantizing import calibration_batches
 from distill_llm.pipeline.result import side_of
 from distill_llm.pipeline.stage import Result, Stage
 from distill_llm.pipeline.stages.recover import Recover
 from distill_llm.pipeline.teaching import learnt
-from distill_llm.pipeline.train_model import Fields, train_model
+from distill_llm.pipeline.train_model import Fields, More, train_model
 from distill_llm.quantizing.rounding import bytes_in, bytes_of, imitate, quantize
 from distill_llm.recipe.quantize import QuantizeSection
 from distill_llm.recipe.recipe import Recipe
@@ -62,6 +63,7 @@ class QuantizeTraining(Recover):
             self.model,
             self.fields,
             losses.model_dump(mode="json", exclude_none=True),
+            More(masks=masks_in(path)),
         )
 
     def line(self, result: Result) -> list[str]:
@@ -111,6 +113,8 @@ class Quantize(Stage):
         batches = calibration(run, section.calibration_examples) if section.smooth is not None else ()
         with written_whole(self.model, folder=True) as folder:
             run.save(quantize(whole, section.scheme, batches), folder)
+            if (masks := masks_in(path)) is not None:
+                masks.save(folder / MASKS)
         student = run.load(self.model, run.student_dtype)
         metrics, latency = run.evaluate(student), run.recipe.evaluation.latency
         measured = compare(student, whole, latency.batch_size, latency.sequence_length)
