@@ -45,6 +45,9 @@ def chosen_answers(rows: Dataset, names: Mapping[str, str], choice: AnswerChoice
     if missing:
         fix = f"leave it out, or answer the prompts with `distill-llm respond`: the {split} rows have no column {missing[0]}"
         raise InputError(FIELD, _given(choice), fix=fix)
+    if not any(total is not None and tokens for total, tokens in zip(rows[LOGPROB][:], rows[TOKENS][:], strict=True)):
+        fix = f"leave it out, or answer the prompts with a teacher in memory: no {LOGPROB} is known of the {split} rows"
+        raise InputError(FIELD, _given(choice), fix=fix)
     asked = [_prompt(content, names) for content in rows[_asking(names)][:]]
     values = [_value(*each, choice.by) for each in zip(rows[LOGPROB][:], rows[TOKENS][:], strict=True)]
     by_prompt: dict[str, list[int]] = {}

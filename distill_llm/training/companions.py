@@ -4,15 +4,17 @@ Every process has them whole, also where the student is sharded: the code that w
 parameters never sees them.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+
+from distill_llm.common.errors import InputError
 
 PROJECTIONS_NAME = "projections.pt"
 
@@ -87,18 +89,30 @@ def save(optimizer: Optimizer, companion: Companion, folder: str) -> None:
     groups = [{name: value for name, value in each.items() if name != "params"} for each in _of(optimizer, companion)]
     states = [optimizer.state.get(parameter) for parameter in companion.parameters]
     content = {"weights": companion.module.state_dict(), "groups": groups, "states": states}
-    torch.save(content, os.path.join(folder, companion.file))
+    torch.save(content, Path(folder) / companion.file)
 
 
 def load(optimizer: Optimizer, companion: Companion, folder: str) -> None:
-    """Read what `save` wrote, onto the device that the companion is on."""
-    parameters = companion.parameters
+    """Read what `save` wrote, onto the device that the companion is on.
+
+    Raises:
+        InputError: the checkpoint has none, or those of other layers or sizes.
+    """
+    parameters, path = companion.parameters, Path(folder) / companion.file
+    if not path.is_file():
+        fix = f"resume from a checkpoint of a training with the same losses and models: {companion.file} is missing"
+        raise InputError("resume_from_checkpoint", str(folder), fix=fix)
 
     def place(storage: Any, location: str) -> Any:
         target = location if location == "cpu" else str(parameters[0].device)  # step counts stay on the CPU
         return torch.serialization.default_restore_location(storage, target)
 
-    content = torch.load(os.path.join(folder, companion.file), map_location=place, weights_only=True)
+    content, own = torch.load(path, map_location=place, weights_only=True), companion.module.state_dict()
+    if {name: each.shape for name, each in content["weights"].items()} != {
+        name: each.shape for name, each in own.items()
+    }:
+        fix = f"resume with the losses and models of that training: {companion.file} has other layers, or other sizes of them"
+        raise InputError("resume_from_checkpoint", str(folder), fix=fix)
     companion.module.load_state_dict(content["weights"])
     for group, kept in zip(_of(optimizer, companion), content["groups"], strict=True):
         group.update(kept)

@@ -61,6 +61,11 @@ def test_of_equal_answers_the_first_is_kept_and_a_chat_asks_what_stands_before_i
 def test_rows_without_likelihood_and_thresholds_that_keep_nothing_are_refused():
     with pytest.raises(InputError, match=r"^data.answers: .*respond.*no column logprob$"):
         chosen_answers(data().remove_columns("logprob"), PAIR, AnswerChoice(top=1), "train")
+    unknown = data([(*row[:2], None, row[3]) for row in ROWS])  # as a served teacher answers
+    with pytest.raises(
+        InputError, match=r"^data.answers: .*a teacher in memory: no logprob is known of the train rows$"
+    ):
+        chosen_answers(unknown, PAIR, AnswerChoice(top=1), "train")
     with pytest.raises(InputError, match=r"^data.answers.at_least: got -0.1; accepted: at most -0.5"):
         chosen_answers(data(), PAIR, AnswerChoice(at_least=-0.1), "train")
     given = {"teacher": {"model": "t"}, "student": {"model": "s"}, "distillation": {"losses": {"labels": {}}}}

@@ -61,6 +61,19 @@ def test_classes_that_are_masked_count_in_no_pair_and_give_no_bad_slope():
         assert slope.isfinite().all()
 
 
+def test_a_class_that_only_the_teacher_masks_counts_in_no_pair_though_it_is_among_the_top_ones():
+    """Of four classes the teacher masks two, so one of its top three is masked: the student's logit of it is small."""
+    student, teacher = tensors([[1.0, 3.0, -7.0, 2.5]], [[2.0, 1.0, -math.inf, -math.inf]])
+    for masked in (2, 3):  # whichever of the two comes third
+        turned = student.clone()
+        turned[0, 2], turned[0, 3] = (-7.0, 2.5) if masked == 2 else (2.5, -7.0)
+        top = teacher.topk(3).indices[0].tolist()
+        (rest,) = {0, 1, 2, 3} - {*top}
+        hinges = [1.0 - (1.0 - 3.0), *(max(0.0, 1.0 - (own - turned[0, rest].item())) for own in (1.0, 3.0))]
+        found = RankingLoss(top=3, margin=1.0).of_items(turned, teacher)
+        assert found.item() == pytest.approx(sum(hinges) / 3)
+
+
 @pytest.mark.parametrize("by", ["doubt", "confidence"])
 def test_focal_weighs_the_divergence_by_the_teachers_largest_probability(by):
     sure = softmax(TEACHER).max(-1)

@@ -18,7 +18,8 @@ REMEMBERED = ("contrast", "qud", "adadistill")
 OF_EXAMPLES = (*RELATED, "channels", "flow", *REMEMBERED)
 OF_LAYERS = ("embeddings", "hidden", "attention", "relations", *OF_EXAMPLES, "neurons", "gradients")
 PROJECTED = ("embeddings", "hidden", "channels", "flow", *REMEMBERED)
-OF_CLASSES = ("smoothing", "ranking", "focal", "own_temperature")
+OF_CLASSES = ("distillm2", "smoothing", "ranking", "focal", "own_temperature")
+OF_TEXTS = ("cross_tokenizer",)
 
 
 @pytest.fixture
@@ -79,8 +80,8 @@ def test_what_each_term_is_averaged_over(mapping, units):
     "use, faulty",
     [
         (Use(), {}),
-        (Use(teacher=ALL), dict.fromkeys(OF_LAYERS, "losses.{}: ")),
-        (Use(teacher=FEW), dict.fromkeys((*OF_LAYERS, *OF_CLASSES), "losses.{}: ")),
+        (Use(teacher=ALL), dict.fromkeys((*OF_LAYERS, *OF_TEXTS), "losses.{}: ")),
+        (Use(teacher=FEW), dict.fromkeys((*OF_LAYERS, *OF_TEXTS, *OF_CLASSES), "losses.{}: ")),
         (Use(widths=(8, 16)), {"gradients": "losses.{}: "}),
         (Use(widths=(8, 16), sharding="FSDP2"), {"gradients": "losses.{}: "}),
         (Use(sharding="DeepSpeed"), {"gradients": "losses.{}: "}),

@@ -14,6 +14,7 @@ from builders.trainers import TERMS, pruned_student, rows, trainer_of
 from safetensors import safe_open
 
 from distill_llm.architectures.modeling_pruned import CODE_NAMES
+from distill_llm.common.errors import InputError
 from distill_llm.teachers import OnlineTeacher
 from distill_llm.training.companions import PROJECTIONS_NAME
 from distill_llm.training.trainer import DistillationConfig, DistillationTrainer
@@ -81,6 +82,23 @@ def test_resumed_training_ends_with_the_weights_of_an_uninterrupted_run(tmp_path
         assert torch.equal(tensor, resumed.state_dict()[name]), name
     assert all(torch.equal(p, projections[name]) for name, p in trainer.terms.projections.state_dict().items())
     assert all(torch.equal(each, memories[name]) for name, each in trainer.terms.memories.state_dict().items())
+
+
+@pytest.mark.slow
+def test_a_resume_without_the_projections_or_with_those_of_other_layers_is_refused(tmp_path):
+    teacher, data = tiny_model(layers=4), rows(tiny_model())
+    saved = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    for name, losses in (("with", {"hidden": {"layers": "last"}}), ("without", {"labels": {}})):
+        trainer_of(tmp_path / name, tiny_model(layers=2, hidden=24), teacher, data, losses, **saved).train()
+    for name, layers, words in (
+        ("without", "last", "projections.pt is missing"),
+        ("with", "uniform", "projections.pt has other layers, or other sizes of them"),
+    ):
+        losses = {"hidden": {"layers": layers}}
+        trainer = trainer_of(tmp_path / "again", tiny_model(layers=2, hidden=24), teacher, data, losses, **saved)
+        with pytest.raises(InputError, match=words) as error:
+            trainer.train(resume_from_checkpoint=str(tmp_path / name / "checkpoint-1"))
+        assert "\n" not in str(error.value) and len(str(error.value)) <= 300 + len(str(tmp_path))
 
 
 def test_columns_are_kept_for_the_teacher_and_lengths_are_read_before_their_column_is_dropped(tmp_path):

@@ -32,7 +32,9 @@ class AdaDistillLoss(EmbeddedTerm):
 
     of_data: ClassVar[bool] = True
 
-    scale: float = Field(default=64.0, gt=0, description="Multiplies the cosines before the softmax.")
+    scale: float = Field(
+        default=64.0, gt=0, allow_inf_nan=False, description="Multiplies the cosines before the softmax."
+    )
     margin: float = Field(default=0.5, ge=0, lt=1.5, description="What the example's own class must be nearer by.")
     form: Literal["angle", "cosine"] = Field(
         default="angle",

@@ -21,9 +21,10 @@ class ContrastLoss(QueuedTerm):
     """Whether an embedding of the student and one of the teacher are of the same example (CRD, Tian et al., 2020).
 
     With N negatives, a pair is taken for one of the same example with the probability h = x / (x + N Z), where x is exp(cosine /
-    temperature) and Z the mean of x over pairs of different examples, which is a constant: that of the first step (as Wu et al.,
-    2018, set theirs). The value of an example is -log h of its own pair less the sum of log(1 - h) over its negatives. The
-    teacher's embeddings are not projected, and negatives come from a queue in place of a memory of all rows.
+    temperature) and Z the mean of x over pairs of different examples, which is a constant: that of the first step that has such
+    pairs (as Wu et al., 2018, set theirs). The value of an example is -log h of its own pair less the sum of log(1 - h) over its
+    negatives; it is 0 as long as there is no Z. The teacher's embeddings are not projected, and negatives come from a queue in
+    place of a memory of all rows.
     """
 
     negatives: Literal["all", "other_classes"] = Field(
@@ -57,7 +58,8 @@ class ContrastLoss(QueuedTerm):
         number = counts.sum(-1, keepdim=True)
         beside = number.clamp(min=1).log() + level.nan_to_num(0.0)
         missed = softplus(beside - own) * (number > 0)
-        return missed + (softplus(others - beside.unsqueeze(-1)) * counts.unsqueeze(1)).sum(-1)
+        found = missed + (softplus(others - beside.unsqueeze(-1)) * counts.unsqueeze(1)).sum(-1)
+        return found * level.isfinite()
 
 
 def not_a_class(use: Use) -> str | None:

@@ -1,6 +1,7 @@
 """The distance of hidden states."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, cast
 
 from distill_llm.common.errors import InputError
@@ -38,7 +39,7 @@ class HiddenLoss(AdaptedTerm, PairedTerm):
 
     def faults(self, use: Use) -> Iterator[InputError]:
         """`matching` must have something to say, of layers that exist."""
-        yield from super().faults(use)
+        yield from super().faults(replace(use, packed=None))  # of which this term says itself what goes
         if self.matching is not None:
             yield from self.matching.faults(self.layers, use.layers)
         if use.packed and self.layers == "attention":

@@ -22,7 +22,7 @@ class QueuedTerm(EmbeddedTerm):
     An embedding of the same text is no negative, however often the text comes. In a step all examples see the same queue.
     """
 
-    temperature: float = Field(default=0.1, gt=0, description="Divides the cosines of embeddings.")
+    temperature: float = Field(default=0.1, gt=0, allow_inf_nan=False, description="Divides the cosines of embeddings.")
     queue: int = Field(default=4096, ge=1, description="How many of the teacher's latest embeddings are negatives.")
 
     def memory(self, match: "Match", pairs: "list[LayerPair]") -> "Queues":
