@@ -26,7 +26,7 @@ def steps(count=5, seed=0, size=6):
         yield *states, texts, torch.tensor([-100 if text == 8 else text % (3 if step < 2 else 4) for text in texts])
 
 
-def values_of(name, size=6, **settings):
+def values_of(name, **settings):
     """The sum of each step and its gradient in the student's states, with the memory going on between them."""
     models = [tiny_model(layers=1, hidden=4, heads=1, num_labels=CLASSES, seed=seed) for seed in (0, 1)]
     (term,) = parse_objective({name: settings}).terms().values()
@@ -34,10 +34,10 @@ def values_of(name, size=6, **settings):
     pairs = term.layer_pairs(match)
     match.memories[name] = term.memory(match, pairs)
     found = []
-    for student, teacher, texts, labels in steps(size=size):
+    for student, teacher, texts, labels in steps():
         student.requires_grad_()
-        signals = [Signals({0: each}, logits=torch.zeros(size, 2)) for each in (teacher, student)]
-        batch = Batch(signals[0], labels, torch.ones(size, 1), student=signals[1], tokens=texts)
+        signals = [Signals({0: each}, logits=torch.zeros(6, 2)) for each in (teacher, student)]
+        batch = Batch(signals[0], labels, torch.ones(6, 1), student=signals[1], tokens=texts)
         value = term.sum(batch, match, pairs)
         found.append((value.detach(), *torch.autograd.grad(value, student)))
         match.memories[name].end_step()
@@ -48,9 +48,9 @@ def unit(x):
     return x / x.norm()
 
 
-def queue_by_loops(name, size, other_classes, temperature=0.5, examples=6):
+def queue_by_loops(name, size, other_classes, temperature=0.5):
     queue, level, found = [], None, []
-    for student, teacher, texts, labels in steps(size=examples):
+    for student, teacher, texts, labels in steps():
         student = student.double().requires_grad_()
         s, t = ([unit(row[0]) for row in each] for each in (student, teacher.double()))
         total = 0.0 * student.sum()
@@ -97,10 +97,12 @@ def test_a_queue_of_embeddings_gives_what_a_list_of_the_latest_does(name, other_
     assert found[0][0] == 0 and found[1][0] > 0
 
 
-def test_the_level_of_steps_of_one_example_is_known_from_the_second_on():
-    found = values_of("contrast", size=1, queue=10, temperature=0.5)
-    assert_alike(found, queue_by_loops("contrast", 10, False, examples=1))
-    assert found[0][0] == found[1][0] == 0 and found[-1][0] > 0
+def test_without_a_level_the_value_is_zero():
+    (term,) = parse_objective({"contrast": {}}).terms().values()
+    given = torch.ones(1, 1), torch.ones(1, 1, 1), torch.ones(1, 1, dtype=torch.bool)
+    assert term.of_examples(*given, torch.tensor([math.nan])).item() == 0
+    by_hand = math.log(1 + math.exp(-1)) + math.log(1 + math.exp(1))  # N = Z = 1
+    assert term.of_examples(*given, torch.zeros(1)).item() == pytest.approx(by_hand)
 
 
 def centres_by_loops(form, hard, scale=8.0, margin=0.4):
