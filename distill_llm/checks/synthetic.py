@@ -17,6 +17,7 @@ from distill_llm.data.kinds.classification import classification
 from distill_llm.data.kinds.masked_lm import masked_lm
 from distill_llm.data.spec import DataSpec
 from distill_llm.data.tasks import Task, TaskData, label_names
+from distill_llm.losses.terms.term import Use
 from distill_llm.models.finding import OpenModel, open_model
 from distill_llm.models.limits import length_faults, limits_of
 from distill_llm.recipe.recipe import Recipe
@@ -152,6 +153,8 @@ def _other_faults(recipe: Recipe) -> Iterator[InputError]:
         alone = "the generator plays against teacher.model, and no other teacher"
         for name in ("moving_average", "checkpoints", "assistant"):
             given[f"teacher.{name}"] = (getattr(recipe.teacher, name), alone)
+        if recipe.distillation is not None and recipe.distillation.generations is not None:
+            given["distillation.generations"] = (recipe.distillation.generations.model_dump(), alone)
     for field, (value, why) in given.items():
         if value is not None:
             yield InputError(field, value, fix=f"remove it: {why}")
@@ -188,9 +191,11 @@ def _embedding_faults(recipe: Recipe, teacher: OpenModel, student: OpenModel, ta
     if recipe.pruning is not None and "hidden" in recipe.pruning.units:
         fix = "remove hidden, or use sampled: rows of embeddings are as wide as the teacher's"
         yield InputError("pruning.units", recipe.pruning.units, fix=fix)
-    if section.generator is not None and losses is not None and "labels" in losses.terms():
-        fix = "remove it: the rows of a generator have no labels"
-        yield InputError("distillation.losses.labels", losses.terms()["labels"].model_dump(), fix=fix)
+    if section.generator is not None and losses is not None:
+        yield from losses.faults(Use(unlabelled="rows of a generator"), "distillation.losses")
+        if not losses.needs_teacher:
+            fix = "add a term that compares with the teacher, such as logits: the generator plays against both"
+            yield InputError("distillation.losses", list(losses.terms()), fix=fix)
 
 
 def _width(model: PreTrainedModel) -> int:
@@ -226,7 +231,11 @@ def _check_begin(recipe: Recipe, sampler: OpenModel, causal: bool) -> None:
     """Whether there is something that texts begin with, or masks to fill."""
     synthetic = recipe.data.synthetic
     assert synthetic is not None and synthetic.sampled is not None
-    prompts = synthetic.sampled.prompts
+    sampled, prompts = synthetic.sampled, synthetic.sampled.prompts
+    for name in ("sweeps",) if causal else ("top_k", "top_p"):
+        if (given := getattr(sampled, name)) != type(sampled).model_fields[name].default:
+            fix = f"remove it: a {'causal' if causal else 'masked'} LM does not use it"
+            raise InputError(f"{SAMPLED}.{name}", given, fix=fix)
     if not causal:
         if prompts is not None:
             fix = "remove it: a masked LM fills texts, it does not go on with them"

@@ -66,6 +66,11 @@ def check_tokens_known(batch: Mapping[str, Any], field: str) -> None:
         raise InputError(field, f"batches with {', '.join(batch)}", fix=fix)
 
 
+def token_ids(batch: Mapping[str, Any]) -> torch.Tensor | None:
+    """(B, T) the tokens that the rows of a batch are of; None of images, and of embeddings, whose ids only give the shape."""
+    return None if "inputs_embeds" in batch else batch.get("input_ids")
+
+
 def row_count(batch: Mapping[str, Any]) -> int:
     """The number of rows of a batch of texts or images."""
     return len(batch["input_ids"] if "input_ids" in batch else batch["pixel_values"])

@@ -22,9 +22,12 @@ BESIDE_SERVER = (
 def several_faults(
     teacher: TeacherSection, data: DataSection, distillation: DistillationSection | None
 ) -> list[InputError]:
-    """The faults of `teacher.ensemble`, the column that names teachers, and `teacher.server`."""
+    """The faults of `teacher.ensemble`, the column that names teachers, `teacher.server`, and a tokenizer that rows have not."""
     ensemble, column = teacher.ensemble, data.columns.teacher_of if data.columns else None
     faults = _server_faults(teacher, distillation)
+    if teacher.tokenizer is not None and data.synthetic is not None:
+        fix = "remove it, or data.synthetic: rows that are made hold the teacher's own tokens"
+        faults.append(InputError("teacher.tokenizer", teacher.tokenizer, fix=fix))
     if ensemble is not None and ensemble.one_at_a_time and teacher.quantization is not None:
         fix = "remove it, or teacher.quantization: quantized weights stay in memory"
         faults.append(InputError("teacher.ensemble.one_at_a_time", True, fix=fix))

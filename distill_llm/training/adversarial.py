@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from distill_llm.common.errors import InputError
+from distill_llm.common.errors import InputError, raise_all
+from distill_llm.losses.terms.term import Use
 from distill_llm.synthesis.generator import Adversary
 from distill_llm.training.shards import sharding_of
 from distill_llm.training.trainer import DistillationTrainer
@@ -34,8 +35,7 @@ class AdversarialTrainer(DistillationTrainer):
         self.adversary = adversary
         if self.teacher is None or self.teacher.model is None:
             raise InputError("teacher", None, "a model in memory, which the generator is differentiated through")
-        if "labels" in self.objective.terms():
-            raise InputError("losses.labels", "rows of a generator", fix="remove it: they have no labels")
+        raise_all(self.objective.faults(Use(unlabelled="rows of a generator")))
         if (sharding := sharding_of(self)) is not None:
             accepted = "DDP, or one process: each holds the whole generator and reads the whole student"
             raise InputError("adversary", f"a student sharded by {sharding}", accepted)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from distill_llm.architectures.modes import named_outputs
 from distill_llm.losses.chunked_head import head_losses
 from distill_llm.losses.head_parts import LabelPart
-from distill_llm.losses.items import aligned_labels, check_tokens_known, first_rows, targets, valid_tokens
+from distill_llm.losses.items import aligned_labels, check_tokens_known, first_rows, targets, token_ids, valid_tokens
 from distill_llm.losses.labels import label_loss
 from distill_llm.losses.matching import MatchSettings
 from distill_llm.losses.objective import Objective
@@ -172,7 +172,7 @@ class TrainingLoss:
         # Before the teacher has anything to do: to know whether rows are packed, the host waits for the device.
         given, sequences = forward_inputs(self.student, inputs), packed_sequences(self.student, inputs)
         signals = self._signals(counted, inputs, step, positions)
-        tokens = inputs.get("input_ids")
+        tokens = token_ids(inputs)
         batch = Batch(signals, labels, valid_tokens(inputs), step, steps, sequences=sequences, tokens=tokens)
         if "mixed_labels" in inputs:
             batch = replace(batch, mixed=MixedLabels(inputs["mixed_labels"].flatten(), inputs["mixed_share"]))

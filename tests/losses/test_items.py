@@ -5,7 +5,7 @@ import torch
 import transformers
 from builders.models import tiny_model
 
-from distill_llm.losses.items import count_items, kind_of, targets, valid_tokens
+from distill_llm.losses.items import count_items, kind_of, targets, token_ids, valid_tokens
 
 # Right padding, left padding, a hole in the labels, a row of one token, a row of padding alone.
 MASK = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]])
@@ -72,3 +72,9 @@ def test_the_kind_is_that_of_the_models_head():
     language_model = transformers.GPT2LMHeadModel(config)
     assert kind_of(language_model) == "next_token"
     assert kind_of(transformers.GPT2ForSequenceClassification(config)) == "example"
+
+
+def test_ids_beside_embeddings_are_no_tokens():
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    assert token_ids({"input_ids": ids}) is ids and token_ids({"pixel_values": torch.zeros(2, 1, 4, 4)}) is None
+    assert token_ids({"input_ids": ids, "inputs_embeds": torch.zeros(2, 3, 8)}) is None

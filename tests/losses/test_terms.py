@@ -102,6 +102,14 @@ def test_what_each_term_is_averaged_over(mapping, units):
         (Use(rows=(1, 4)), dict.fromkeys(RELATED, "losses.{}.over: ")),
         (Use(packed="data.packing"), dict.fromkeys((*OF_EXAMPLES, "gradients"), "losses.{}: ")),
         (Use(vector_widths=frozenset((16, 24))), {}),
+        (
+            Use(unlabelled="rows that are made"),
+            {
+                **dict.fromkeys(("labels", "smoothing", "adadistill"), "losses.{}: "),
+                "gradients": "losses.{}.of: ",
+                "exits": "losses.{}.labels: ",
+            },
+        ),
     ],
     ids=str,
 )

@@ -158,6 +158,17 @@ def recipe_without_data_of(folder, data):
         ("noise", {"data.test": {"task": "classification"}}, "data.test.path: got None; accepted: a file, a folder"),
         ("noise", {"data.test": {"task": "synthetic"}}, "data.test.task: got 'synthetic'"),
         ("generator", {"distillation.losses": {"labels": {}}}, "distillation.losses.labels: .*have no labels"),
+        ("generator", {"distillation.losses": {"adadistill": {}}}, "distillation.losses.adadistill: .*have no labels"),
+        (
+            "generator",
+            {"distillation.losses": {"logits": {"divergence": "dkd"}}},
+            "distillation.losses.logits.divergence: got 'dkd'; set another one: rows of a generator have no labels",
+        ),
+        ("generator", {"distillation.losses": {"labels": {}}}, "distillation.losses: .*add a term that compares"),
+        ("generator", {"distillation.generations": 2}, "distillation.generations: .*plays against teacher.model"),
+        ("generator", {"teacher.moving_average": {}}, "teacher.moving_average: .*plays against teacher.model"),
+        ("noise", {"teacher.peers": {"others": [{"keep": 0.4}]}}, "teacher.peers: .*embeddings of another width"),
+        ("sampled", {"data.synthetic.sampled.top_k": 5}, "data.synthetic.sampled.top_k: got 5; .*a masked LM does not"),
         ("generator", {"distillation": None}, "data.synthetic.generator: .*add a distillation section"),
         (
             "sampled",
@@ -200,6 +211,16 @@ def test_a_recipe_says_how_rows_are_made_or_names_real_ones(data, line, tmp_path
     with pytest.raises(distill_llm.common.errors.InputError) as error:
         parse_recipe(recipe_for(tmp_path, data=data))
     assert re.match(line, str(error.value)), str(error.value)
+
+
+def test_a_teacher_that_keeps_its_tokenizer_needs_real_rows(tmp_path):
+    training = {"losses": {"cross_tokenizer": {}}, "max_steps": 1}
+    data = {"task": "synthetic", "synthetic": {"sampled": {}}}
+    recipe = recipe_for(tmp_path, data=data, distillation=training, student={"model": "student"})
+    recipe = {**recipe, "teacher": {**recipe["teacher"], "tokenizer": "own"}, "pruning": None}
+    with pytest.raises(distill_llm.common.errors.InputError) as error:
+        parse_recipe(recipe)
+    assert str(error.value).startswith("teacher.tokenizer: got 'own'; remove it, or data.synthetic: rows that are made")
 
 
 def test_the_recipes_of_the_page_are_recipes():

@@ -80,6 +80,22 @@ def test_accumulated_micro_batches_train_as_one_batch(tmp_path):
 
 
 @pytest.mark.slow
-def test_labels_are_refused(tmp_path):
-    with pytest.raises(InputError, match=r"^losses.labels: got 'rows of a generator'; remove it"):
-        trained(tmp_path, losses={"labels": {}, "logits": {}})
+def test_rows_that_are_made_are_negatives_of_each_other(tmp_path):
+    log = trained(tmp_path, losses={"qud": {"queue": 16}})[2]
+    found = [row["loss/qud"] for row in log if "loss/qud" in row]
+    assert len(found) == 6 and found[0] == 0 and all(value > 0.5 for value in found[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "term, line",
+    [
+        ({"labels": {}}, r"^losses.labels: got 'rows of a generator'; remove it"),
+        ({"smoothing": {}}, r"^losses.smoothing: got 'rows of a generator'; remove it"),
+        ({"gradients": {}}, r"^losses.gradients.of: got 'loss'; set another one"),
+        ({"contrast": {"negatives": "other_classes"}}, r"^losses.contrast.negatives: got 'other_classes'; set another"),
+    ],
+)
+def test_what_needs_labels_is_refused(term, line, tmp_path):
+    with pytest.raises(InputError, match=line):
+        trained(tmp_path, losses={**term, "logits": {}})

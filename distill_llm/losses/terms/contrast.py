@@ -31,6 +31,11 @@ class ContrastLoss(QueuedTerm):
         default="all", description="Whether examples of the same class, by the labels of the data, are negatives too."
     )
 
+    @property
+    def asks_for_labels(self) -> str | None:
+        """The negatives, where they are chosen by class."""
+        return None if self.negatives == "all" else "negatives"
+
     def faults(self, use: Use) -> Iterator[InputError]:
         """Classes must be classes of examples."""
         yield from super().faults(use)

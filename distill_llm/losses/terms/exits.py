@@ -58,6 +58,11 @@ class ExitsLoss(Term):
             raise InputError("", {"labels": 0, "logits": 0, "hints": 0}, "at least one of them above 0")
         return self
 
+    @property
+    def asks_for_labels(self) -> str | None:
+        """The weight of the cross-entropy with them."""
+        return "labels" if self.labels else None
+
     def unit(self, kind: Kind) -> Unit:
         """Examples."""
         return "examples"

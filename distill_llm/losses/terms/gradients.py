@@ -42,6 +42,11 @@ class GradientsLoss(Term):
         description="In which states: those that the first layers read, or those of paired layers.",
     )
 
+    @property
+    def asks_for_labels(self) -> str | None:
+        """What is differentiated, where that is the loss."""
+        return "of" if self.of == "loss" else None
+
     def unit(self, kind: Kind) -> Unit:
         """Examples, whatever the model."""
         return "examples"

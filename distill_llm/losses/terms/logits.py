@@ -78,6 +78,11 @@ class LogitsLoss(Term):
         """Whether the divergence treats the true class apart."""
         return DIVERGENCES[self.divergence].needs_labels
 
+    @property
+    def asks_for_labels(self) -> str | None:
+        """The divergence, where it treats the true class apart."""
+        return "divergence" if self.needs_labels else None
+
     def unit(self, kind: Kind) -> Unit:
         """Outputs; labelled ones where the divergence needs labels."""
         return "labels" if self.needs_labels else super().unit(kind)

@@ -71,6 +71,7 @@ class Use:
         kind: what an output of the student is about.
         packed: the field whose rows hold several sequences.
         mixed: the field by which examples are mixtures of two.
+        unlabelled: what rows without labels are called, where there are no others.
     """
 
     teacher: Gives | None = None
@@ -87,6 +88,7 @@ class Use:
     kind: Kind | None = None
     packed: str | None = None
     mixed: str | None = None
+    unlabelled: str | None = None
 
 
 class Term(BaseModel):
@@ -168,6 +170,11 @@ class Term(BaseModel):
         """Whether that is one projection for all of its layer pairs."""
         return False
 
+    @property
+    def asks_for_labels(self) -> str | None:
+        """The setting by which it reads the labels of the data, empty for the whole term; None: it reads none."""
+        return "" if self.of_data else None
+
     @classmethod
     def needs_logits(cls) -> bool:
         """Whether the term needs the whole logits of a language model."""
@@ -202,6 +209,9 @@ class Term(BaseModel):
         """
         if use.teacher is not None and self.needs_teacher:
             yield from self._beyond(use.teacher)
+        if use.unlabelled and (asks := self.asks_for_labels) is not None:
+            given, what = (getattr(self, asks), "set another one") if asks else (use.unlabelled, "remove it")
+            yield InputError(asks, given, fix=f"{what}: {use.unlabelled} have no labels")
         if use.packed and not self.packed_rows:
             yield InputError("", f"rows of several sequences ({use.packed})", "rows of one sequence each")
         if self.learns_projections and use.widths is not None and use.sharding == "DeepSpeed":
