@@ -90,6 +90,9 @@ class Estimate:
             if recipe.distillation is not None:
                 fields = recipe.training("final" if number == rounds else "recovery")
                 yield self._training(f"round-{number}/recover", self._recovery(student, fields), fields)
+        if recipe.quantize is not None and recipe.quantize.train is not None:
+            fields = recipe.training("quantized")
+            yield self._training("quantize/train", self._recovery(self._student(rounds), fields), fields)
         yield self._report(self._student(rounds))
 
     def trial(self) -> tuple[Step, Shape]:

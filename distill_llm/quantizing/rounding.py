@@ -13,7 +13,7 @@ from transformers.quantizers import AutoHfQuantizer
 from distill_llm.architectures.families import layers_of
 from distill_llm.architectures.modeling_pruned import EmptyLinear
 from distill_llm.architectures.modes import evaluating
-from distill_llm.common.errors import raise_all
+from distill_llm.common.errors import InputError, raise_all
 from distill_llm.models.inputs import forward_inputs
 from distill_llm.quantizing.refusals import model_faults
 from distill_llm.quantizing.scheme import Scheme
@@ -35,7 +35,7 @@ def quantize(
             layer, s_j = max|x_j|^alpha / max|w_j|^(1 - alpha); inputs are divided by s_j and weights multiplied by it.
 
     Raises:
-        InputError: the scheme contradicts itself, or does not fit the model; torchao is not installed.
+        InputError: the scheme contradicts itself, or does not fit the model; `smooth` without batches; torchao is not installed.
     """
     raise_all(scheme.faults() or model_faults(model, scheme, "model", type(model).__name__))
     from torchao.prototype.smoothquant import SmoothQuantConfig
@@ -49,7 +49,8 @@ def quantize(
     else:
         for step in ("prepare", None, "prepare_for_smoothquant_smoothing_factor", "convert"):
             if step is None:
-                _run(rounded, batches)
+                if not _run(rounded, batches):
+                    raise InputError("batches", "none", "batches of inputs, which `smooth` is calibrated on")
             else:
                 smooth = SmoothQuantConfig(own, step=step, alpha=scheme.smooth, use_running_absmax=True)
                 quantize_(rounded, smooth, _named(names))
@@ -133,11 +134,14 @@ def _named(names: Iterable[str]) -> Any:
     return lambda module, name: name in wanted
 
 
-def _run(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> None:
+def _run(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> int:
+    """Read batches, and say how many there were."""
+    count = 0
     with evaluating(model), torch.no_grad():
-        for batch in batches:
+        for count, batch in enumerate(batches, 1):  # noqa: B007
             given = {name: value.to(model.device) for name, value in batch.items() if torch.is_tensor(value)}
             model(**forward_inputs(model, given))
+    return count
 
 
 def _note(model: Any, own: Any, names: Iterable[str]) -> None:

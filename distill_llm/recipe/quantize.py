@@ -79,7 +79,7 @@ def quantize_faults(
     if section.train is not None and student is not None and student.peft is not None:
         fix = "remove it, or student.peft: all weights learn under rounding, not adapters alone"
         faults.append(InputError("quantize.train", section.train, fix=fix))
-    for name in ("peers", "moving_average"):
+    for name in ("peers", "moving_average", "checkpoints"):
         if section.train is not None and getattr(teacher, name) is not None:
             fix = f"remove it, or teacher.{name}: a student learns under rounding from the teacher itself"
             faults.append(InputError("quantize.train", section.train, fix=fix))

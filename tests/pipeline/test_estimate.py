@@ -77,6 +77,17 @@ def test_every_stage_has_its_weights_gradients_moments_and_teacher():
     assert found["round-1/prune"]["models"] == found["report"]["models"] == 4 * (SIZE + student)
 
 
+@pytest.mark.slow
+def test_learning_under_rounding_is_priced_as_another_recovery_by_its_own_fields():
+    quantize = {"bits": 8, "train": {"max_steps": 30}}
+    found = {stage.name: stage for stage in made(given(quantize=quantize)).stages()}
+    before, after = found["round-1/recover"], found["quantize/train"]
+    assert list(found) == ["teacher", "round-1/recover", "quantize/train", "report"] and after.parts == before.parts
+    once = before.flops - made(given())._scored(STUDENT).flops
+    assert after.flops - before.flops == pytest.approx(2 * once)  # 30 steps for 10
+    assert "quantize/train" not in {stage.name for stage in made(given(quantize={"bits": 8})).stages()}
+
+
 def test_pruning_from_main_memory_holds_a_layer_and_its_second_moments():
     pruning = {"keep": 0.5, "offload": True, "checkpointing": True, "moment_layers": 1}
     parts = next(stage for stage in made(given(student=None, pruning=pruning)).stages() if "prune" in stage.name).parts

@@ -1,6 +1,7 @@
 """Runs whose student ends in fewer bits: rounded after training, or learnt under rounding; stopped and gone on with."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from builders.runs import same, weights, write_learnable_rows
 import distill_llm
 from distill_llm.common.errors import InputError
 from distill_llm.models.checkpoint import load_pretrained
+from distill_llm.pipeline.stages import stages_of
 from distill_llm.quantizing.rounding import quantize
 from distill_llm.quantizing.scheme import Scheme
 from distill_llm.recipe.recipe import parse_recipe
@@ -136,6 +138,14 @@ def test_learning_under_rounding_comes_closer_to_the_teacher_than_rounding_alone
             {"quantize": {"bits": 8, "train": {}}, "student": {"peft": {"r": 2}}},
             "quantize.train: got {}; remove it, or s",
         ),
+        (
+            {"quantize": {"bits": 8, "train": {}}, "teacher": {"model": "it", "checkpoints": {0: "a", 3: "b"}}},
+            "quantize.train: got {}; remove it, or teacher.checkpoints: ",
+        ),
+        (
+            {"quantize": {"bits": 8, "train": {}}, "teacher": {"model": "it", "moving_average": {}}},
+            "quantize.train: got {}; remove it, or teacher.moving_average: ",
+        ),
         ({"quantize": {"bits": 8}, "export": [{"format": "onnx"}]}, "export: got 'onnx'; remove it, or the quantize"),
         ({"quantize": {"bits": 5}}, "quantize.bits: got 5; accepted: 8 or 4"),
         ({"quantize": {"bits": 8, "train": {"learning_rte": 1}}}, "quantize.train.learning_rte: "),
@@ -145,6 +155,14 @@ def test_what_does_not_go_together_is_a_line_of_the_recipe(tmp_path, changes, li
     with pytest.raises(InputError) as error:
         parse_recipe(recipe_for(tmp_path, **changes))
     assert str(error.value).startswith(line) and len(str(error.value)) <= 300, str(error.value)
+
+
+def test_learning_under_rounding_reads_the_weights_that_several_teachers_have_learnt(tmp_path):
+    teacher = {"model": "it", "ensemble": {"others": ["other"], "learn_weights": True}}
+    quantize = {"bits": 8, "train": {}}
+    recipe = parse_recipe(recipe_for(tmp_path, teacher=teacher, quantize=quantize))
+    stages = {stage.name: stage for stage in stages_of(SimpleNamespace(recipe=recipe, folder=tmp_path))}
+    assert [each.name for each in stages["quantize/train"].inputs] == ["teacher", "round-1/recover", "ensemble"]
 
 
 @pytest.mark.slow

@@ -82,3 +82,9 @@ def test_layers_that_are_not_of_linears_and_models_that_are_rounded_already_are_
     rounded = quantize(tiny_model(), Scheme(8))
     with pytest.raises(InputError, match=r"^model: .*it is quantized already"):
         quantize(rounded, Scheme(8))
+
+
+@pytest.mark.slow
+def test_smoothing_without_rows_is_refused():
+    with pytest.raises(InputError, match="^batches: got 'none'; accepted: batches of inputs, which `smooth`"):
+        quantize(tiny_model(), Scheme(8, True, smooth=0.5))

@@ -16,7 +16,7 @@ from distill_llm.pipeline.quantizing import calibration_batches
 from distill_llm.pipeline.result import side_of
 from distill_llm.pipeline.stage import Result, Stage
 from distill_llm.pipeline.stages.recover import Recover
-from distill_llm.pipeline.teaching import learnt
+from distill_llm.pipeline.teaching import WEIGHTS, learnt
 from distill_llm.pipeline.train_model import Fields, More, train_model
 from distill_llm.quantizing.rounding import bytes_in, bytes_of, imitate, quantize
 from distill_llm.recipe.quantize import QuantizeSection
@@ -39,8 +39,8 @@ class QuantizeTraining(Recover):
 
     @property
     def inputs(self) -> tuple[Stage, ...]:
-        """The teacher, and the student as it is."""
-        return self.teacher, self.student
+        """The teacher, the student as it is, and the learnt weights of several teachers."""
+        return self.teacher, self.student, *(stage for stage in self.earlier if stage.name == WEIGHTS)
 
     @property
     def model(self) -> Path:
