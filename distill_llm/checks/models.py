@@ -88,10 +88,15 @@ def adapted(recipe: Recipe, student: PreTrainedModel) -> nn.Module:
     return model
 
 
-def check_quantized(recipe: Recipe) -> None:
-    """Check that models which are to be held in fewer bits can be."""
+def check_quantized(recipe: Recipe, student: OpenModel | None = None) -> None:
+    """Check that models which are to be held in fewer bits can be, and that none is to learn whose weights are rounded."""
     held = {"teacher": recipe.teacher.quantization, "student": recipe.student.quantization if recipe.student else None}
-    raise_all([fault for side in held for fault in quantization_faults(held[side], f"{side}.quantization")])
+    faults = [fault for side in held for fault in quantization_faults(held[side], f"{side}.quantization")]
+    if student is not None and recipe.student is not None and recipe.student.peft is None:
+        if getattr(student.config, "quantization_config", None):
+            fix = "use its full-precision original: rounded weights cannot learn"
+            faults.append(InputError(student.field, f"{student.name}, quantized", fix=fix))
+    raise_all(faults)
 
 
 def check_signals(recipe: Recipe, teacher: PreTrainedModel, student: PreTrainedModel) -> None:

@@ -146,7 +146,7 @@ def open_recipe(recipe: Recipe) -> Opened:
     found.run(usable_output, recipe.output_dir, "output_dir", (RECIPE, STATE, BACKUP))
     if recipe.hub is not None:
         found.run(check_push, recipe.hub.repo_id, "hub.repo_id")
-    found.run(check_quantized, recipe)
+    found.run(lambda: check_quantized(recipe, student))
     found.run(check_export, recipe, student or teacher)
     found.run(check_harness, recipe, task)
     begun = teacher if name is None else student

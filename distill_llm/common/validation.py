@@ -96,7 +96,9 @@ def _accepted(details: ErrorDetails, owner: type[BaseModel], info: FieldInfo | N
     if kind == "extra_forbidden":
         return one_of(owner.model_fields, str(details["loc"][-1]))
     if kind == "literal_error":
-        names = re.findall(r"'([^']*)'", str(context["expected"]))
+        names = re.findall(r"'([^']*)'", str(context["expected"])) or [str(context["expected"])]  # texts, or numbers
+        if names == [context["expected"]]:
+            return names[0]
         return one_of(names, str(details["input"])) if len(names) > 1 else repr(names[0])
     if kind.startswith(("model_", "dict_", "mapping_")):
         models = _models(info.annotation) if info else []

@@ -141,6 +141,36 @@ def test_what_is_imitated_in_training_is_what_rounding_gives_and_gradients_pass(
 
 
 @pytest.mark.slow
+def test_a_student_that_is_its_teacher_has_only_the_rounding_to_learn_and_learns_it():
+    """In floating point its loss and gradient are 0; under rounding they are not, and what rounding costs goes down."""
+    teacher, scheme = tiny_model().eval(), Scheme(4)
+    with torch.no_grad():
+        for name in linears_of(teacher):
+            teacher.get_submodule(name).weight.mul_(3)  # so that a step of 4 bits counts
+    batch = random_batch(teacher, labels=False)
+    with torch.no_grad():
+        theirs = teacher(**batch).logits
+
+    def apart(model) -> torch.Tensor:
+        return (model(**batch).logits - theirs).square().mean()
+
+    def rounded(model) -> float:
+        with torch.no_grad():
+            return apart(quantize(model, scheme)).item()
+
+    student = imitate(copy.deepcopy(teacher), scheme)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0)
+    for _ in range(40):
+        optimizer.zero_grad()
+        apart(student).backward()
+        optimizer.step()
+    learnt = copy.deepcopy(teacher)
+    learnt.load_state_dict(student.state_dict())
+    assert apart(teacher) == 0 < rounded(teacher)
+    assert rounded(learnt) < 0.25 * rounded(teacher)
+
+
+@pytest.mark.slow
 def test_smoothing_moves_the_range_of_each_channel_by_the_formula_of_its_paper():
     model, alpha = tiny_model(), 0.3
     batches = [random_batch(model, labels=False, padded=False, seed=seed) for seed in range(3)]
