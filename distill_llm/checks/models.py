@@ -92,10 +92,10 @@ def check_quantized(recipe: Recipe, student: OpenModel | None = None) -> None:
     """Check that models which are to be held in fewer bits can be, and that none is to learn whose weights are rounded."""
     held = {"teacher": recipe.teacher.quantization, "student": recipe.student.quantization if recipe.student else None}
     faults = [fault for side in held for fault in quantization_faults(held[side], f"{side}.quantization")]
-    if student is not None and recipe.student is not None and recipe.student.peft is None:
-        if getattr(student.config, "quantization_config", None):
-            fix = "use its full-precision original: rounded weights cannot learn"
-            faults.append(InputError(student.field, f"{student.name}, quantized", fix=fix))
+    alone = student is not None and recipe.student is not None and recipe.student.peft is None
+    if student is not None and alone and getattr(student.config, "quantization_config", None):
+        fix = "use its full-precision original: rounded weights cannot learn"
+        faults.append(InputError(student.field, f"{student.name}, quantized", fix=fix))
     raise_all(faults)
 
 
