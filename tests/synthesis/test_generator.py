@@ -42,12 +42,13 @@ def test_a_generator_that_learns_one_part_makes_it_smaller_and_no_model_changes(
         assert all(torch.equal(each, kept[name]) for name, each in model.state_dict().items())
 
 
-def test_the_rows_of_a_batch_may_be_divided_and_differ_by_step_and_seed():
+def test_the_rows_of_a_batch_may_be_divided_and_differ_by_row_step_and_seed():
     teacher, _ = teacher_and_student()
     adversary = adversary_of(teacher)
     whole = adversary.fill({}, 6, 2)["inputs_embeds"]
     parts = [adversary.fill({}, 2, 2, first)["inputs_embeds"] for first in (0, 2, 4)]
     torch.testing.assert_close(torch.cat(parts), whole)
+    assert not torch.allclose(whole[0], whole[1])
     assert not torch.allclose(adversary.fill({}, 6, 3)["inputs_embeds"], whole)
     state = torch.get_rng_state()
     other = adversary_of(teacher, seed=1)
