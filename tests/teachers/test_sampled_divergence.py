@@ -97,7 +97,8 @@ def test_values_of_all_sizes_come_back(classes, offset):
         log_p = logits.log_softmax(-1)
         drawn = samples(logits.float() + offset, count=1)
         expected = -(drawn.probabilities[0] * log_p[drawn.ids[0].long()]).sum()
-        torch.testing.assert_close(drawn.teacher_nll[0].double(), expected, rtol=1.1 * HALF, atol=2e-5)
+        # A processor that adds 8 numbers at a time is off by 4e-5 in the log of a sum of 151,936.
+        torch.testing.assert_close(drawn.teacher_nll[0].double(), expected, rtol=1.1 * HALF, atol=1e-4)
         assert drawn.teacher_nll[0] >= 0
 
 
