@@ -43,7 +43,7 @@ def quantize(
         Path | None, typer.Option("--output", "-o", help="Folder to write; by default beside MODEL: student-int8.")
     ] = None,
 ) -> None:
-    """Round a model's linear layers to 8 or 4 bits, and show size, latency and score before and after."""
+    """Round a model to 8 or 4 bits; show what it costs and brings."""
     from distill_llm.checks.quantize import open_quantizing
     from distill_llm.data.spec import DataSpec
     from distill_llm.pipeline.quantizing import Batch, quantize_model

@@ -59,7 +59,7 @@ def check_tokens_known(batch: Mapping[str, Any], field: str) -> None:
     Raises:
         InputError: images without an `attention_mask`.
     """
-    if "attention_mask" not in batch and "input_ids" not in batch:
+    if "pixel_values" in batch and "attention_mask" not in batch and "input_ids" not in batch:
         fix = (
             "let the collator add attention_mask, 1 for each token of an image (distill_llm.data.images.ImageCollator)"
         )

@@ -13,7 +13,7 @@ def accuracy(predictions: Any, references: Any) -> float:
     return accuracy_score(references, predictions)
 
 
-@metric("classes", is_share=True)
+@metric("classes", is_share=True, of_truth=False)
 def agreement(predictions: Any, references: Any) -> float:
     """Share of the predictions that equal those of another model, its teacher: `accuracy` where references are no truth."""
     return accuracy(predictions, references)

@@ -22,6 +22,7 @@ class Metric:
         higher_is_better: whether a larger number is a better one.
         function: from predictions and references, sequences of one length, to a number.
         is_share: whether it is the share of the items that are right, which has a standard error by formula.
+        of_truth: whether references are the data's; otherwise a user cannot choose it for data.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Metric:
     higher_is_better: bool
     function: Function
     is_share: bool = False
+    of_truth: bool = True
 
     def __call__(self, predictions: Any, references: Any, num_labels: int = 1) -> float:
         """The metric of predictions (items,) against references (items,).
@@ -55,11 +57,13 @@ METRICS: dict[str, Metric] = {}
 """All metrics by name, in the order in which messages list them."""
 
 
-def metric(inputs: Inputs, *, higher_is_better: bool = True, is_share: bool = False) -> Callable[[Function], Function]:
+def metric(
+    inputs: Inputs, *, higher_is_better: bool = True, is_share: bool = False, of_truth: bool = True
+) -> Callable[[Function], Function]:
     """Decorator: makes a function of predictions and references a metric of the function's name.
 
     Args:
-        inputs, higher_is_better, is_share: see `Metric`.
+        inputs, higher_is_better, is_share, of_truth: see `Metric`.
 
     Raises:
         InputError: no such inputs, or a name that is taken.
@@ -71,7 +75,7 @@ def metric(inputs: Inputs, *, higher_is_better: bool = True, is_share: bool = Fa
         name = function.__name__
         if name in METRICS:
             raise InputError("metric", name, fix="choose another name: there is a metric of this name")
-        METRICS[name] = Metric(name, inputs, higher_is_better, function, is_share)
+        METRICS[name] = Metric(name, inputs, higher_is_better, function, is_share, of_truth)
         return function
 
     return register
@@ -89,6 +93,6 @@ def find_metric(name: str) -> Metric:
 
 
 def metrics_of(inputs: Iterable[Inputs]) -> list[str]:
-    """Names of the metrics that compare these."""
+    """Names of the metrics of data that compare these."""
     wanted = set(inputs)
-    return [name for name, each in METRICS.items() if each.inputs in wanted]
+    return [name for name, each in METRICS.items() if each.inputs in wanted and each.of_truth]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from builders.recipes import write_model
-from transformers import T5Config, T5ForConditionalGeneration, ViTConfig, ViTModel
+from transformers import ASTConfig, ASTModel, T5Config, T5ForConditionalGeneration
 
 from distill_llm import load_pretrained, profile
 from distill_llm.checks.models import skeleton
@@ -62,10 +62,10 @@ def test_weights_that_cannot_be_read_are_one_line_and_run_nothing(tmp_path, kind
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_model_with_encoder_and_decoder_is_profiled_and_one_of_images_refused():
+def test_a_model_with_encoder_and_decoder_is_profiled_and_one_of_sound_refused():
     sizes = {"vocab_size": 20, "d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
     t5 = T5ForConditionalGeneration(T5Config(**sizes))
     assert profile(t5, 2, 4, repeats=1).params == sum(each.numel() for each in t5.parameters())
-    image = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    with pytest.raises(InputError, match="a model of text; ViTModel reads pixel_values"):
-        profile(ViTModel(ViTConfig(**image, image_size=8, patch_size=4)), 2, 4, repeats=1)
+    sound = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    with pytest.raises(InputError, match="reads input_values"):
+        profile(ASTModel(ASTConfig(**sound, max_length=32, num_mel_bins=16)), 2, 4, repeats=1)

@@ -162,7 +162,7 @@ def test_a_section_that_a_stage_alone_reads_may_change_and_no_other(given, tmp_p
         RunFolder(tmp_path / "run", "quantize: {bits: 2}\nseed: 0\n")
     with pytest.raises(InputError, match="changed since this run was begun: seed: 0 -> "):
         RunFolder(tmp_path / "run", "quantize: {bits: 4}\nseed: 1\n", own_sections=["quantize"])
-    assert stages.own_sections() == ["report", "export", "hub"]
+    assert stages.own_sections() == ["quantize", "report", "export", "hub"]
 
 
 @pytest.mark.parametrize("pruning, distillation", [(2, True), (1, False), (0, True)])

@@ -25,6 +25,8 @@ from distill_llm.training.trainer import DistillationTrainer
 @pytest.mark.parametrize("name", [name for name in TERMS if name != "gathered"])  # relations of rows in one micro-batch
 @pytest.mark.parametrize("head", ["sequence-classification", "masked-lm", "causal-lm"])
 def test_four_uneven_micro_batches_give_the_gradient_and_log_of_one_batch(tmp_path, name, head):
+    if name == "remembered" and head != "sequence-classification":
+        pytest.skip("class centres are of classes of examples")
     teacher, student = model_of(head, layers=4), model_of(head, layers=2, seed=1)
     data = rows(teacher)
     whole, log = step_gradient(tmp_path, student, teacher, data, TERMS[name])

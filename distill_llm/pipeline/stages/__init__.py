@@ -50,4 +50,4 @@ def stages_of(run: Context) -> list[Stage]:
 
 def own_sections() -> list[str]:
     """Sections of a recipe that a stage alone reads, so that they may change once a run has begun."""
-    return [section for kind in (*FIRST, *EACH_ROUND, *LAST) for section in kind.sections]
+    return list(dict.fromkeys(section for kind in (*FIRST, *EACH_ROUND, *LAST) for section in kind.sections))
