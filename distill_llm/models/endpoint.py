@@ -1,7 +1,9 @@
 """A model behind an OpenAI-compatible endpoint: requests that are tried again, and what goes wrong in one line."""
 
+import math
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +21,8 @@ AGAIN = (408, 425, 429, 500, 502, 503, 504)
 """Statuses of a server that is busy, or not well: the same request may be answered later."""
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
 """Seconds before a request is sent again: doubled each time, and cut to a random share of half to all of it."""
+LONGEST_ASKED = 600.0
+"""Seconds: a server that asks to wait for longer is out for today, which is a fault to see now."""
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -49,11 +53,13 @@ class Endpoint:
     field: str = "server"
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.username or parts.password or parts.query:
+        if "@" in self.url or "?" in self.url:
+            host = re.split("[/?]", self.url.partition("://")[2])[0].rpartition("@")[2]
             fix = f"take out what is before the @ or after the ?: a key belongs into the environment ({self.key_variable})"
-            raise InputError(f"{self.field}.url", f"{parts.scheme}://...{parts.hostname}", fix=fix)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise InputError(
+                f"{self.field}.url", f"{self.url.partition('://')[0]}://...{host}" if host else "...", fix=fix
+            )
+        if not _is_address(self.url):
             raise InputError(f"{self.field}.url", self.url, "an address such as http://localhost:8000/v1")
         if not 1 <= self.parallel <= 256:
             raise InputError(f"{self.field}.parallel", self.parallel, "a whole number from 1 to 256")
@@ -134,8 +140,16 @@ class Client:
             return self._opened[1]
 
     def _with_key(self, request: "requests.PreparedRequest") -> "requests.PreparedRequest":
-        """The request with the key, if there is one."""
-        if key := os.environ.get(self.endpoint.key_variable):
+        """The request with the key, if there is one.
+
+        Raises:
+            InputError: a key that no header can hold; other code would show it.
+        """
+        if key := os.environ.get(self.endpoint.key_variable, "").strip():
+            if not (key.isascii() and key.isprintable()):
+                there, given = self.endpoint, f"{self.endpoint.key_variable}, with characters that no key has"
+                fix = "put the key alone into this environment variable: one line of plain letters, digits and signs"
+                raise InputError(f"{there.field}.key_variable", given, fix=fix)
             request.headers["Authorization"] = f"Bearer {key}"
         return request
 
@@ -153,6 +167,12 @@ class Client:
                 said, asked = f"status {answer.status_code}", _seconds(answer.headers.get("Retry-After"))
             except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
                 said = type(error).__name__
+            except requests.RequestException as error:
+                fix = f"correct the address: it cannot be asked ({type(error).__name__})"
+                raise InputError(f"{there.field}.url", there.url, fix=fix) from None
+            if asked is not None and asked > LONGEST_ASKED:
+                fix = f"go on later: it answered {said}, and asks to wait for {asked:,.0f} seconds"
+                raise InputError(f"{there.field}.url", there.url, fix=fix)
             if turn < retries:
                 time.sleep(min(LONGEST_WAIT, wait * random.uniform(0.5, 1) if asked is None else asked))
                 wait = min(LONGEST_WAIT, 2 * wait)
@@ -163,6 +183,15 @@ class Client:
 
 class _NoSuchPath(Exception):
     """The server has no such path, or no such model."""
+
+
+def _is_address(url: str) -> bool:
+    """Whether it names a host, by a protocol that is spoken here."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets that do not close, or a port that is no number
+        return False
 
 
 def _read(answer: "requests.Response", there: Endpoint) -> dict[str, Any]:
@@ -203,6 +232,7 @@ def _complaint(content: Any) -> str:
 def _seconds(text: str | None) -> float | None:
     """The wait that a server asks for; None where it asks for none, or for a date."""
     try:
-        return max(0.0, float(text)) if text is not None else None
+        asked = float(text) if text is not None else math.nan
     except ValueError:
         return None
+    return None if math.isnan(asked) else max(0.0, asked)

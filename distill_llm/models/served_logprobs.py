@@ -18,6 +18,7 @@ Form = Literal["prompt_logprobs", "echo"]
 FORMS = ("prompt_logprobs", "echo")
 TOKEN_ID = "token_id:"
 AMBIGUOUS = -1
+EXCESS = 0.02  # over 1 that probabilities may sum to: servers round
 TEXTS = 0.75  # of the log-probabilities that were asked for by text: tokens that share a text have one entry
 
 
@@ -68,6 +69,8 @@ class ServedLogprobs:
         if most < (asked if by_id else TEXTS * asked):
             fix = f"set it to {most} at most, or let the server give more (vLLM: --max-logprobs)"
             raise self._fault("k", f"{self.asking.k}, and the server gives {most}", fix)
+        if not all(map(_is_part_of_a_distribution, places)):
+            raise self._none("serve the model's own log-probabilities: these are not numbers, or add up to more than 1")
         return sparse_targets([self._top(place) for place in places], self.asking.k)
 
     def _top(self, place: Mapping[int, float]) -> list[tuple[int, float]]:
@@ -92,11 +95,7 @@ class ServedLogprobs:
         shown = [
             (place.get(str(token)) or {}).get("decoded_token") for token, place in zip(ids[1:], places[1:], strict=True)
         ]
-        known = [
-            (text, token) for text, token in zip(shown, ids[1:], strict=True) if isinstance(text, str) and text.strip()
-        ]
-        other = [token for text, token in known if text.strip() not in {each.strip() for each in self._texts[token]}]
-        if 2 * len(other) > len(known):  # a few are parts of characters, which are written in several ways
+        if self._are_others(shown, ids[1:]):
             raise self._other_tokens(len(found) + 1, len(ids))
         return found
 
@@ -108,7 +107,8 @@ class ServedLogprobs:
         tops, tokens = said.get("top_logprobs"), said.get("tokens")
         if not isinstance(tops, list) or not isinstance(tokens, list):
             raise self._none("set form to prompt_logprobs if vLLM serves it")
-        if len(tokens) < len(ids) or any(not self._is(text, token) for text, token in zip(tokens, ids, strict=False)):
+        texts = [text for text in tokens[: len(ids)] if isinstance(text, str)]
+        if len(texts) < len(ids) or self._are_others(texts, ids):
             raise self._other_tokens(len(tokens), len(ids))
         places = tops[1 : len(ids)]
         if len(places) < len(ids) - 1 or not all(isinstance(place, dict) for place in places):
@@ -128,9 +128,17 @@ class ServedLogprobs:
             return int(text.removeprefix(TOKEN_ID))
         return self._ids.get(text, AMBIGUOUS)
 
-    def _is(self, text: Any, token: int) -> bool:
-        """Whether a text may stand for a token."""
-        return isinstance(text, str) and (text in self._texts[token] or text == f"{TOKEN_ID}{token}")
+    def _are_others(self, shown: Sequence[Any], ids: Sequence[int]) -> bool:
+        """Whether the texts are of other tokens: a few may differ, since parts of characters are written in several ways."""
+        known = [
+            (text.strip(), token)
+            for text, token in zip(shown, ids, strict=True)
+            if isinstance(text, str) and text.strip()
+        ]
+        accepted = (
+            (text, {f"{TOKEN_ID}{token}", *(each.strip() for each in self._texts[token])}) for text, token in known
+        )
+        return 2 * sum(text not in names for text, names in accepted) > len(known)
 
     @cached_property
     def _texts(self) -> list[tuple[str, str]]:
@@ -157,6 +165,11 @@ class ServedLogprobs:
     def _other_tokens(self, got: int, sent: int) -> InputError:
         fix = "serve a model with the tokenizer of the data: the server's tokens are not those that were sent"
         return self._fault("model", f"{self.client.endpoint.model} ({sent} tokens sent, {got} read)", fix)
+
+
+def _is_part_of_a_distribution(place: Mapping[int, float]) -> bool:
+    """Whether these may be log-probabilities of one place."""
+    return all(p <= EXCESS for p in place.values()) and sum(map(math.exp, place.values())) <= 1 + EXCESS
 
 
 def sparse_targets(places: Sequence[Sequence[tuple[int, float]]], k: int) -> SparseTargets:

@@ -149,7 +149,7 @@ def _teachers(
         return OnlineTeacher(load(first.path, first.trust_remote_code)), None
     waiting, weights = request.folder.with_name(f"{request.folder.name}-teachers"), None
     paths = [(first.path, first.trust_remote_code), *trusted(opened.others)]
-    held = replace(held, tokenizer=first.tokenizer)
+    held = replace(held, tokenizer=first.tokenizer, names=opened.data.task.label_names)
     if ensemble.learn_weights:
         known = read_index(request.folder).weights if (request.folder / INDEX_NAME).is_file() else None
         weights = known or learn(ensemble, paths, load, held, waiting).weights
@@ -157,5 +157,5 @@ def _teachers(
     if isinstance(found, PreTrainedModel):
         return OnlineTeacher(found), weights
     if isinstance(found, Several):
-        found.agree(first.tokenizer)
+        found.agree(first.tokenizer, held.names)
     return found, weights

@@ -101,13 +101,18 @@ def learnt(run: Context, results: Mapping[str, Mapping[str, Any]]) -> list[float
 
 @dataclass(frozen=True)
 class HeldOutRows:
-    """Encoded rows with labels, that weights are learnt on."""
+    """Encoded rows with labels, that weights are learnt on.
+
+    Attributes:
+        names: of the classes, in the order of the labels.
+    """
 
     rows: Dataset | None
     collator: Collator
     batch_size: int
     device: torch.device
     tokenizer: Any = None
+    names: Sequence[str] | None = None
 
     def batches(self) -> Iterator[dict[str, torch.Tensor]]:
         """Padded batches on the device, the same each time."""
@@ -124,7 +129,7 @@ def learn(
     """The weights of an ensemble by held-out rows; arguments as of `several`."""
     teacher = several(section, paths, load, [1.0] * len(paths), folder)
     assert isinstance(teacher, Ensemble)
-    teacher.agree(held.tokenizer)
+    teacher.agree(held.tokenizer, held.names)
     teacher.place(held.device)
     return learn_weights(teacher, held.batches)
 

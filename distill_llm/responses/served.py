@@ -12,6 +12,9 @@ from distill_llm.models.endpoint import Client, Endpoint
 from distill_llm.responses.prompts import Prompt
 from distill_llm.responses.sampling import Sampling
 
+CUT = ("length", "content_filter", "abort", "error")
+"""Reasons for which an answer stops before its end; all others, and none, are ends."""
+
 
 @dataclass(frozen=True)
 class ServedAnswer:
@@ -68,4 +71,4 @@ class ServedAnswers:
         count = usage.get("completion_tokens") if isinstance(usage, dict) else None
         if not isinstance(count, int):
             count = len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        return ServedAnswer(text, count, reason != "length")
+        return ServedAnswer(text, count, reason not in CUT)

@@ -43,10 +43,13 @@ class ByRow(Several):
         """See `Teacher.signals`.
 
         Raises:
-            InputError: the batch says not of every row which model teaches it.
+            InputError: the batch does not say of every row which model teaches it, or names one that is not there.
         """
         owners = self._owners(batch)
         rows = [(owners == number).nonzero().squeeze(-1) for number in range(len(self.members))]
+        if sum(map(len, rows)) < len(owners):  # their lengths are known by now
+            known = f"numbers from 0 to {len(rows) - 1}, one of them for each row"
+            raise InputError(TEACHER_OF, sorted(set(owners.tolist())), known)
         of_item = owners if positions is None else owners[positions // batch["input_ids"].shape[1]]
         found = None
         logits: torch.Tensor | None = None

@@ -65,8 +65,10 @@ class Ensemble(Several):
         """See `GIVES`."""
         return GIVES
 
-    def _agree(self, student: PreTrainedModel, tokenizer: Any, first: int) -> int | None:
-        shared = super()._agree(student, tokenizer, first)
+    def _agree(
+        self, student: PreTrainedModel, tokenizer: Any, first: int, names: Sequence[str] | None = None
+    ) -> int | None:
+        shared = super()._agree(student, tokenizer, first, names)
         if self.single and self.confidence:
             raise InputError("confidence", True, fix="leave it out: a single output has no entropy (a regression)")
         return shared

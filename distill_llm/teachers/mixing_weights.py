@@ -97,12 +97,13 @@ def likeliest_mixture(log_p: torch.Tensor) -> torch.Tensor:
     bounds how far the mean log-likelihood is from its greatest value.
 
     Args:
-        log_p: (items, M) fp64, the logarithm of what each model gave what was seen.
+        log_p: (items, M) fp64, the logarithm of what each model gave what was seen. Items that no model thinks possible
+            say nothing about the weights, and are left out.
     """
-    count = log_p.shape[1]
+    count, log_p = log_p.shape[1], log_p[log_p.amax(-1) > -torch.inf]
     ratios = (log_p - log_p.amax(-1, keepdim=True)).exp()
     weights = log_p.new_full((count,), 1 / count)
-    for _ in range(MOST_STEPS):
+    for _ in range(MOST_STEPS if len(log_p) else 0):
         means = (ratios / (ratios @ weights)[:, None]).mean(0)
         if means.max() <= 1 + GAP:
             break

@@ -56,14 +56,21 @@ class Several(Teacher):
         """See `Teacher.meet`; each model must fit the student, in any order of classes."""
         return self._agree(student, tokenizer, 0)
 
-    def agree(self, tokenizer: Any = None) -> int | None:
-        """As `meet` where there is no student: the models must fit the first, whose order of classes is that of the logits."""
-        return self._agree(self.members[0].model, tokenizer, 1)
+    def agree(self, tokenizer: Any = None, names: Sequence[str] | None = None) -> int | None:
+        """As `meet` where there is no student: the models must fit the first, whose order of classes is that of the logits.
 
-    def _agree(self, student: PreTrainedModel, tokenizer: Any, first: int) -> int | None:
+        Args:
+            names: of the classes, in the order of the labels, for a first model that has none.
+        """
+        return self._agree(self.members[0].model, tokenizer, 1, names)
+
+    def _agree(
+        self, student: PreTrainedModel, tokenizer: Any, first: int, names: Sequence[str] | None = None
+    ) -> int | None:
         shared = []
         self.single = kind_of(student) == "example" and student.config.num_labels == 1
-        named = [names for model in (student, *self.readers) if (names := label_names(model.config))]
+        own = [label_names(model.config) for model in (student, *self.readers)]
+        named = [each for each in (own[0], names, *own[1:]) if each]
         for number, member in enumerate(self.members[first:], first):
             field = f"models.{number}"
             try:

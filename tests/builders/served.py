@@ -23,6 +23,7 @@ class Service:
         most: log-probabilities that are given at most.
         faults: what the next requests get in place of an answer: a status, or `drop` for a connection that breaks.
         forms: of log-probabilities that it knows.
+        retry_after: what it says with the status 429.
         shift: added to the ids of tokens in answers: a server with another tokenizer.
         asked: bodies of all requests that were answered.
         url: of the endpoint.
@@ -35,6 +36,7 @@ class Service:
     most: int = 1000
     faults: list[Any] = field(default_factory=list)
     forms: tuple[str, ...] = ("prompt_logprobs", "echo")
+    retry_after: str = "0"
     shift: int = 0
     asked: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
@@ -139,7 +141,7 @@ def serving(service: Service) -> Iterator[Service]:
             self.send_response(status)
             self.send_header("Content-Length", str(len(text)))
             if status == 429:
-                self.send_header("Retry-After", "0")
+                self.send_header("Retry-After", service.retry_after)
             self.end_headers()
             self.wfile.write(text)
 

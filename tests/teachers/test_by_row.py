@@ -93,6 +93,10 @@ def test_a_teacher_reads_its_own_rows_alone(monkeypatch):
     torch.testing.assert_close(got, torch.stack([plain[2][3], plain[0][12], plain[2][39]]))
     with pytest.raises(InputError, match="^teacher_of: got 'a batch without it'"):
         teacher.signals({"input_ids": batch["input_ids"]}, positions=torch.tensor([3]))
+    for wrong in (3, -1):
+        unknown = {**batch, "teacher_of": torch.tensor([2, 0, wrong, 2])}
+        with pytest.raises(InputError, match=rf"^teacher_of: got \[.*{wrong}.*\]; accepted: numbers from 0 to 2"):
+            teacher.signals(unknown, positions=torch.tensor([3]))
 
 
 TRAINING = {"per_device_train_batch_size": 4, "max_steps": 4, "learning_rate": 1e-3, "use_cpu": True}

@@ -56,6 +56,13 @@ def log_softmax(z: np.ndarray) -> np.ndarray:
     return z - np.log(np.exp(z).sum(-1, keepdims=True))
 
 
+def test_what_no_model_thinks_possible_says_nothing_about_the_weights():
+    log_p = torch.tensor([[0.2, 0.8], [0.5, 0.1], [0.3, 0.4], [0.6, 0.2], [0.0, 0.5]], dtype=torch.float64).log()
+    nowhere = torch.full((2, 2), -torch.inf, dtype=torch.float64)
+    torch.testing.assert_close(likeliest_mixture(torch.cat([nowhere, log_p])), likeliest_mixture(log_p))
+    assert likeliest_mixture(nowhere).tolist() == [0.5, 0.5]
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_the_mixture_is_the_likeliest_one_also_at_the_border(seed):
     random = np.random.default_rng(seed)
@@ -105,6 +112,21 @@ def test_weights_of_classifiers_are_those_of_least_loss_with_classes_matched_by_
     assert found.alone == pytest.approx([loss(each) for each in np.eye(3)], rel=1e-5)
     assert max(found.weights) < 0.999, "the case is not one of a single model"
     assert learn_weights(ensemble, batches_of(data)) == found
+
+
+@pytest.mark.slow
+def test_classes_without_names_are_in_the_order_of_the_labels():
+    """The first model has no names, and the second has the data's in another order."""
+    models = [classifier(1, ("LABEL_0", "LABEL_1", "LABEL_2")), classifier(2, ("yes", "no", "maybe"))]
+    data = rows(models[0], count=40)
+    z = numbers(models[1], data)[:, [1, 2, 0]]
+    labels = z.argmax(-1)  # by which the second is right in all
+    data = [{**row, "labels": torch.tensor(label)} for row, label in zip(data, labels, strict=True)]
+    ensemble = Ensemble(models)
+    ensemble.agree(names=NAMES)
+    found = learn_weights(ensemble, batches_of(data))
+    assert found.alone[1] == pytest.approx(-log_softmax(z)[np.arange(40), labels].mean(), rel=1e-5)
+    assert found.weights[1] > 0.5
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
 """A served teacher against the same model in memory: what a student learns, what a cache holds, what goes wrong."""
 
 import copy
+import math
 import pickle
+import traceback
 from dataclasses import replace
 
 import numpy as np
@@ -251,12 +253,60 @@ def test_what_goes_wrong_is_one_line(service, monkeypatch, at_once):
     [
         ("http://me:secret@host/v1", "server.url: got 'http://...host'; take out"),
         ("http://host/v1?key=secret", "server.url: got 'http://...host'; take out"),
+        ("me:secret@host/v1", "server.url: got '...'; take out"),
+        ("http://host/v1/@secret", "server.url: got 'http://...host'; take out"),
         ("host:8000", "server.url: got 'host:8000'; accepted: an address such as"),
+        ("http://[host/v1", "server.url: got 'http://[host/v1'; accepted: an address such as"),
+        ("http://host:80a/v1", "server.url: got 'http://host:80a/v1'; accepted: an address such as"),
         ("file:///tmp/x", "server.url: got 'file:///tmp/x'; accepted"),
     ],
 )
 def test_an_address_holds_no_key(url, message):
     assert line(lambda: Endpoint(url, "big")).startswith(message)
+
+
+@pytest.mark.parametrize("key", ["sk-secret\u20acsecret", "sk-secret\nsecret"])
+def test_a_key_that_no_header_holds_is_shown_nowhere(service, monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(InputError, match="^server.key_variable: got 'OPENAI_API_KEY, with characters") as caught:
+        ask(service)()
+    assert "secret" not in "".join(traceback.format_exception(caught.value))
+    monkeypatch.setenv("OPENAI_API_KEY", " right\r\n")  # as files of keys end
+    service.key = "right"
+    ask(service)()
+
+
+def test_a_server_that_is_out_for_today_is_a_fault_now(service, at_once):
+    for asked in ("3", "nan", "Wed, 21 Oct 2026 07:28:00 GMT", "86400", "inf"):
+        service.faults, service.retry_after = [429], asked
+        if asked in ("86400", "inf"):
+            assert "go on later: it answered status 429, and asks to wait for" in line(ask(service))
+        else:
+            ask(service)()
+    assert at_once[0] == 3 and len(at_once) == 3 and all(0 < wait <= 0.5 for wait in at_once[1:])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("scores", [lambda p: math.exp(p), lambda p: 5 + p, lambda p: math.nan, lambda p: p / 2])
+def test_scores_that_are_no_log_probabilities_are_refused(service, form, scores):
+    """Probabilities, logits, what is no number, and probabilities of a high temperature that were not normalised."""
+    plain = service.tops
+    service.tops = lambda ids, k: [{token: scores(p) for token, p in place.items()} for place in plain(ids, k)]
+    assert "are not numbers, or add up to more than 1" in line(ask(service, k=TOKENS, form=form))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_parts_of_characters_may_be_written_in_other_ways(service, form):
+    plain, ids = service.word, [4, 5, 6, 7]
+    service.word = lambda token: "\ufffd" if token == 6 else plain(token)
+    client = Client(endpoint_of(service))
+    (found,) = ServedLogprobs(client, service.tokenizer, Asking(12, form), TOKENS)([ids])
+    expected = service.log_p(ids)[:-1].exp().gather(-1, found.ids).float()
+    held = found.probabilities > 0
+    torch.testing.assert_close(found.probabilities[held], expected[held], rtol=1e-4, atol=1e-6)
+    assert held.sum() >= 12 * 3 - 3
+    service.word = lambda token: "\ufffd" if token in (5, 6, 7) else plain(token)
+    assert line(ask(service, form=form)).startswith("server.model: got 'big (4 tokens sent")
 
 
 def test_students_that_a_server_cannot_teach(service, tmp_path):

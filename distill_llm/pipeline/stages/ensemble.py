@@ -33,7 +33,8 @@ class EnsembleWeights(Stage):
         assert section.ensemble is not None and path is not None
         paths = [(path, section.trust_remote_code), *trusted(run.opened.others)]
         size, device = run.recipe.evaluation.batch_size, run.processes.device
-        held = HeldOutRows(run.data.validation, run.collator, size, device, run.tokenizer)
+        names = run.data.task.label_names
+        held = HeldOutRows(run.data.validation, run.collator, size, device, run.tokenizer, names)
         return record(learn(section.ensemble, paths, loader(run, "recovery"), held, self._waiting))
 
     @property

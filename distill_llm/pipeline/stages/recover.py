@@ -190,6 +190,8 @@ class Recover(Stage):
             paths = [(path, section.trust_remote_code), *trusted(run.opened.others)]
             waiting = self.model.with_name(f"{self.model.name}-training")
             return several(section.ensemble, paths, self.in_memory, weights, waiting)
+        if self.assistant is not None and section.assistant is not None and section.assistant.share == 1:
+            return self.in_memory(self.assistant, False)
         first = self.in_memory(path, section.trust_remote_code)
         if section.tokenizer is not None:
             return CrossTokenizerTeacher(first, run.opened.teacher.tokenizer)
@@ -210,8 +212,6 @@ class Recover(Stage):
         """The teacher, alone or together with others: those of the recipe, and the student of the round before."""
         section, before = self.run.recipe.teacher, self.assistant
         ensemble, asked = section.ensemble, section.assistant
-        if before is not None and asked is not None and asked.share == 1:
-            return self.in_memory(before, False)
         models = [first, *(self.in_memory(other.path, False) for other in self.run.opened.others)]
         weights = ensemble.weights if ensemble else [1.0]
         average = ensemble.average if ensemble else asked.average if asked else "probabilities"
