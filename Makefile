@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
+# Every command imports torch and transformers: without their compiled modules that takes half a minute.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: docs quickstart test test-all lint clean
 

@@ -136,7 +136,7 @@ def test_a_pruned_model_is_loaded_only_beside_this_packages_code(tmp_path, name)
     student_of().save_pretrained(tmp_path)
     load_pretrained(tmp_path)
     (tmp_path / name).write_text((tmp_path / name).read_text() + "\n")
-    with pytest.raises(InputError, match=f"prune the model again: its {name} is not"):
+    with pytest.raises(InputError, match=f"make the model again: its {name} is not"):
         load_pretrained(tmp_path, trust_remote_code=True)
     (tmp_path / name).unlink()
     load_pretrained(tmp_path)
