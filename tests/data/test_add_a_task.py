@@ -128,6 +128,7 @@ def test_a_student_learns_it_through_the_trainer(kind, spec: DataSpec, tmp_path)
     assert trainer.evaluate()["eval_accuracy"] == pytest.approx(after)
 
 
+@pytest.mark.slow
 def test_a_recipe_prunes_and_distils_it(kind, spec: DataSpec, tmp_path) -> None:
     teacher = model()
     teacher.config.id2label = dict(enumerate(("LOC", "O", "PER")))

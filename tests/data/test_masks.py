@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from builders.models import tiny_model
@@ -88,6 +89,7 @@ def test_accumulation_and_workers_change_no_mask_and_every_epoch_has_others(tmp_
             torch.testing.assert_close(other.model.state_dict()[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
 def test_resumed_training_has_the_masks_of_an_unbroken_one(tmp_path):
     whole = trainer(tmp_path)
     whole.train()

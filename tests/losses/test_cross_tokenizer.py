@@ -21,8 +21,8 @@ from distill_llm.losses.terms.term import Gives, Use
 
 def links(own, other, same, shared=((0, 0), (1, 2)), sizes=(4, 3), all_shared=False):
     return Links(
-        torch.tensor(own).reshape(-1, 3),
-        torch.tensor(other).reshape(-1, 3),
+        torch.tensor(own, dtype=torch.long).reshape(-1, 3),
+        torch.tensor(other, dtype=torch.long).reshape(-1, 3),
         torch.tensor(same, dtype=torch.bool),
         torch.tensor(shared).reshape(-1, 2),
         sizes,

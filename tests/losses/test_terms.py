@@ -88,13 +88,16 @@ def test_what_each_term_is_averaged_over(mapping, units):
         (Use(widths=(8, 16), sharding="DeepSpeed"), dict.fromkeys((*PROJECTED, "gradients"), "losses.{}: ")),
         (
             Use(reentrant="kwargs.use_reentrant"),
-            dict.fromkeys(("attention", "relations", "neurons"), "kwargs.use_reentrant: "),
+            {**dict.fromkeys(("attention", "relations", "neurons"), "kwargs.use_reentrant: "), "exits": "losses.{}: "},
         ),
         (Use(cut=True, layers=(2, 4)), {}),
         (Use(cut=False), dict.fromkeys(("hidden", "attention", "neurons"), "losses.{}.layers: ")),
         (
             Use(single_output=True),
-            {"logits": "losses.logits.divergence: ", **dict.fromkeys((*OF_CLASSES, "adadistill"), "losses.{}: ")},
+            {
+                "logits": "losses.logits.divergence: ",
+                **dict.fromkeys((*OF_CLASSES, "adadistill", "exits"), "losses.{}: "),
+            },
         ),
         (Use(classes=2), {"own_temperature": "losses.{}.by: "}),
         (Use(classes=3, rows=(3, 3)), {}),

@@ -59,6 +59,7 @@ def test_a_recipe_learns_from_the_cache_what_it_learns_from_the_teacher(files, m
     assert cached["student"]["score"] != cached["rounds"][0]["score_compensated"], "something was learned"
 
 
+@pytest.mark.slow
 def test_draws_train_too_and_other_rows_are_refused_before_training(files):
     assert command(files, "--k", "20").exit_code == 0
     assert distill_llm.run(recipe(files), files / "run").metrics["retention"] > 0
@@ -111,6 +112,7 @@ def cached_recipe(files, given: dict, *more: str):
     return RUNNER.invoke(app, ["cache", str(files / "own.yaml"), "--output-dir", str(files / "cache"), *more])
 
 
+@pytest.mark.slow
 def test_a_recipe_with_named_columns_and_packed_rows_has_its_cache(files):
     given = recipe(files, data=prompts(files), seed=3)
     result = cached_recipe(files, given, "--k", "200", "--set", "seed=3")

@@ -97,6 +97,7 @@ def test_a_file_keeps_what_the_first_of_several_cuts_measured(model, tmp_path, m
     assert cutter(tmp_path, Counted(model)).cut(model, model, 0.3, file).kept == pytest.approx(0.3, rel=0.01)
 
 
+@pytest.mark.slow
 def test_statistics_of_another_model_other_rows_or_less_are_measured_anew(model, tmp_path):
     file = tmp_path / "statistics.safetensors"
 

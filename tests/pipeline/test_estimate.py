@@ -207,6 +207,7 @@ def call(*arguments):
     return CliRunner().invoke(app, ["estimate", *arguments], env={"COLUMNS": "200"})
 
 
+@pytest.mark.slow
 def test_the_command_shows_every_stage_at_a_measured_rate_and_writes_nothing(folder):
     before = sorted(folder.rglob("*"))
     result = call("recipe.yaml", "--devices", "2x0.000001GB")

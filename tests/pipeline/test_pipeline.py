@@ -157,6 +157,7 @@ def test_round_1_cuts_the_teacher_itself_whose_share_is_no_matter_of_a_clock(inp
     assert seen == [True, False]
 
 
+@pytest.mark.slow
 def test_nothing_that_trained_or_was_pruned_lives_on_when_a_model_is_scored(inputs, tmp_path, monkeypatch):
     kinds, bodies, found = (PreTrainedModel, torch.optim.Optimizer), ("BertModel", "PrunedBertModel"), []
     gc.collect()
@@ -181,6 +182,7 @@ def test_nothing_that_trained_or_was_pruned_lives_on_when_a_model_is_scored(inpu
     assert [found[0], found[3], found[6]] == [[teacher], [pruned], [pruned]]
 
 
+@pytest.mark.slow
 def test_a_cache_of_other_rows_is_refused_before_any_stage(inputs, tmp_path):
     data = DataSpec(**{**two_rounds(inputs)["data"], "max_length": 16})
     cache_teacher(str(inputs / "teacher"), data, tmp_path / "cache")

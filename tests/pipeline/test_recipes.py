@@ -171,7 +171,7 @@ def decoder(folder: Path, **sizes) -> str:
     [
         "smollm2_width",
         "llama_width",
-        "llama_depth",
+        pytest.param("llama_depth", marks=pytest.mark.slow),
         pytest.param("llama_depth_width", marks=pytest.mark.slow),
         pytest.param("shortgpt", marks=pytest.mark.slow),
     ],

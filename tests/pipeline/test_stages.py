@@ -62,6 +62,7 @@ def flops_by_hand(student: Path, length: int) -> int:
     return count
 
 
+@pytest.mark.slow
 def test_the_page_adds_a_stage_that_runs_once_and_again_when_its_identity_changes(given, added, tmp_path, capsys):
     folder = tmp_path / "run"
 
@@ -230,6 +231,7 @@ def test_what_is_lost_is_made_again_where_it_is_needed(tmp_path, done, broken, a
     assert (found.notes[0] if found.notes else "").startswith(note) and bool(note) == bool(found.notes)
 
 
+@pytest.mark.slow
 def test_a_file_of_the_page_that_was_deleted_is_written_again(given, added, tmp_path):
     distill_llm.run(given, tmp_path / "run")
     before = (tmp_path / "run" / "flops.json").read_text()

@@ -155,7 +155,7 @@ def recipe_without_data_of(folder, data):
         ("noise", {"data.synthetic.length": 65}, "data.synthetic.length: got 65; accepted: at most 64"),
         ("noise", {"pruning.calibration_examples": 13}, "pruning.calibration_examples: got 13; accepted: at most 12"),
         ("noise", {"evaluation.metric": "f1"}, "evaluation.metric: got 'f1'; leave it out, or name real rows"),
-        ("noise", {"data.test": {"task": "classification"}}, "data.test.path: got None; accepted: a file, a folder"),
+        ("noise", {"data.test": {"task": "classification"}}, "data.test.path: not given; accepted: a file, a folder"),
         ("noise", {"data.test": {"task": "synthetic"}}, "data.test.task: got 'synthetic'"),
         ("generator", {"distillation.losses": {"labels": {}}}, "distillation.losses.labels: .*have no labels"),
         ("generator", {"distillation.losses": {"adadistill": {}}}, "distillation.losses.adadistill: .*have no labels"),
@@ -173,7 +173,7 @@ def recipe_without_data_of(folder, data):
         (
             "sampled",
             {"data.synthetic.sampled": {}},
-            "data.synthetic.sampled.model: got None; name a causal or masked LM",
+            "data.synthetic.sampled.model: not given; name a causal or masked LM",
         ),
         ("sampled", {"data.synthetic.sampled.model": "TEACHER"}, "data.synthetic.sampled.model: .*a language model"),
         ("sampled", {"data.synthetic.sampled.prompts": "none.txt"}, "data.synthetic.sampled.prompts: .*fills texts"),
@@ -196,7 +196,7 @@ def test_what_does_not_go_is_said_in_a_line_before_any_work(method, change, line
 @pytest.mark.parametrize(
     "data, line",
     [
-        ({"task": "synthetic"}, "data.synthetic: got None; say how the rows are made"),
+        ({"task": "synthetic"}, "data.synthetic: not given; say how the rows are made"),
         ({"task": "sst2", "synthetic": {"noise": {}}}, "data.synthetic: .*set data.task to synthetic"),
         ({"task": "sst2", "test": {"task": "sst2"}}, "data.test: .*set data.task to synthetic"),
         ({"task": "synthetic", "path": "x", "synthetic": {"noise": {}}}, "data.path: got 'x'; remove it"),

@@ -91,5 +91,5 @@ def test_a_tokenizer_without_a_mask_token_or_a_begin_is_refused():
     tokenizer.mask_token = None
     with pytest.raises(InputError, match=r"^tokenizer: got 'no mask token'"):
         TextSource(tiny_model(head="masked-lm", vocab=len(WORDS)), tokenizer, TextSettings())
-    with pytest.raises(InputError, match=r"^prompts: got None; give prompts"):
+    with pytest.raises(InputError, match=r"^prompts: not given; give prompts"):
         TextSource(causal_model("llama"), tokenizer, TextSettings())

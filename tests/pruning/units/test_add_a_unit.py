@@ -161,6 +161,7 @@ def test_a_kind_with_indices_of_its_own_is_counted_and_priced_without_an_edit(ad
     assert flops.of(counts_of(adapted)) == pytest.approx(flops_of(adapted, 12, 3) / (3 * 12))
 
 
+@pytest.mark.slow
 def test_a_kind_with_indices_of_its_own_is_timed_with_the_others(adapted, tmp_path):
     def milliseconds(run) -> float:
         counts = run.counts

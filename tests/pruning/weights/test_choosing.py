@@ -151,7 +151,7 @@ def test_files_and_masks_that_do_not_fit_are_refused_in_a_line(tmp_path):
     "given, said",
     [
         ({"sparsity": 1.0}, "sparsity: got 1.0"),
-        ({}, "sparsity: got None"),
+        ({}, "sparsity: not given"),
         ({"pattern": "4:2"}, "pattern: got '4:2'"),
         ({"pattern": "2:4", "sparsity": 0.6}, "set it to 0.5"),
         ({"pattern": "2:4", "scope": "row"}, "compete within a group"),
