@@ -111,9 +111,11 @@ def test_every_candidate_is_within_the_budget_and_the_limits_and_near_to_it(fami
             assert "neurons" in units or neurons == counts[row.source]["neurons"]
         assert "layers" in units or len(plan.layers) == len(counts)
         if units != ("heads",):
-            assert share * total >= 0.9 * space.budget
+            assert (
+                share * total >= (0.75 if cost == "memory" else 0.9) * space.budget
+            )  # a layer with its cache is large
         seen.append(genome)
-    assert len(set(seen)) > 10
+    assert len(set(seen)) > (5 if cost == "memory" else 10)
 
 
 def counting(limit=None):
