@@ -60,7 +60,12 @@ def test_a_student_ends_with_the_same_bits_and_one_teacher_is_held_at_a_time(tmp
     assert len(ensemble.most) == 9 and {*ensemble.most} == {1}
     assert not any(held(model) for model in ensemble.readers)
     assert len(list((tmp_path / "waiting").iterdir())) == 3
-    del ensemble, shelved
+
+
+def test_the_file_goes_with_its_teacher(tmp_path):
+    teacher = ShelvedTeacher(tiny_model(layers=1), tmp_path / "waiting")
+    assert len(list((tmp_path / "waiting").iterdir())) == 1
+    del teacher
     gc.collect()
     assert not list((tmp_path / "waiting").iterdir())
 
