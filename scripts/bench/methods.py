@@ -54,8 +54,9 @@ LOGITS: dict[str, Any] = {"logits": {"weight": 1.0, "divergence": "forward_kl", 
 
 HEAD = """# What each method brings
 
-Every row is the same pruned student, trained for the same steps on the same rows with another objective: by one method alone, or by it on top of `logits`.
-The gain is taken seed by seed against `logits`, with the standard deviation over seeds. Budgets are small, so the table shows what helps early; a paper's setting may differ.
+Every row is the same pruned student, trained for the same steps on the same rows with another objective: by one method
+alone, or by it on top of `logits`. The gain is taken seed by seed against `logits`, with the standard deviation over
+seeds. Budgets are small, so the table shows what helps early; a paper's setting may differ.
 
     python scripts/bench/methods.py --task sst2 --data GLUE/SST-2
 
