@@ -18,7 +18,8 @@ Span = tuple[int, int]
 class Chunk(NamedTuple):
     """A stretch of text that both tokenizers cut out: places of its tokens, [first, last), in each sequence.
 
-    `same`: it is one token on both sides, and the same text. `characters`: of the text, 0 of a special token.
+    `same`: it is one token on both sides, and the same bytes. `characters`: of the text; 0 of a special token, and of one that
+    goes on in a character.
     """
 
     own: Span
@@ -181,11 +182,16 @@ class Aligner:
         common = sorted(own.keys() & other.keys())
         for start, end in pairwise(common):
             (first, last), (there, until) = (own[start], own[end]), (other[start], other[end])
-            if last > first and until > there and not any(map(_is_broken, part.text[start:end])):
-                single = last - first == until - there == 1
-                same = single and self._counterparts.get(part.ids[first]) == ids[there]
+            if last == first or until == there or any(map(_is_broken, part.text[start:end])):
+                continue
+            if [self._counterparts.get(each) for each in part.ids[first:last]] == ids[there:until]:
+                # Token by token the same; of several, as the bytes of one character are, the first has the characters.
+                for at in range(last - first):
+                    one, two = part.first + first + at, before + there + at
+                    yield Chunk((one, one + 1), (two, two + 1), True, 0 if at else end - start)
+            else:
                 places = (part.first + first, part.first + last), (before + there, before + until)
-                yield Chunk(*places, same, end - start)
+                yield Chunk(*places, False, end - start)
 
 
 def _is_broken(letter: str) -> bool:

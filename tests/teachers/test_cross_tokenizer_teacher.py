@@ -85,9 +85,6 @@ def test_one_tokenizer_for_both_gives_the_loss_of_logits(tmp_path):
     assert_same(found, expected, "loss/cross_tokenizer", "loss/logits")
 
 
-@pytest.mark.xfail(
-    reason="the loss is 8% lower than that of logits: not all chunks count as exact, the cause is not known"
-)
 def test_one_tokenizer_with_other_ids_gives_the_loss_of_logits(tmp_path):
     tokenizer = bytes_tokenizer()
     other, order = with_other_ids(tokenizer)
