@@ -185,8 +185,7 @@ def test_the_combined_loss_is_alpha_times_labels_and_the_rest_times_soft_targets
     near(sum(weights[name] * part for name, part in parts.items()), [whole], 3)
 
 
-def test_the_trainer_minimises_the_combined_loss():
-    """The same numbers, as the loss of `DistillationTrainer`'s objective on a batch: a mean over examples."""
+def test_the_combined_loss_of_a_batch_is_a_mean_over_its_examples():
     student, teacher = (
         torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]]),
         torch.tensor([[4.0, 1.0, 0.0], [0.0, 0.0, 0.0]]),

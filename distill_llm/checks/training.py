@@ -28,6 +28,7 @@ from distill_llm.training.config import DistillationConfig
 from distill_llm.training.refusals import (
     compiling,
     differentiating,
+    dispatching,
     divided_faults,
     rows_at_once,
     skipping,
@@ -141,7 +142,9 @@ def _check_stage(recipe: Recipe, stage: Stage, data: TaskData | None) -> Distill
         args = DistillationConfig(output_dir=str(recipe.output_dir), losses=losses, **training)
     except Exception as error:  # each integration raises its own kinds of errors
         raise _together(error, where, training, section) from None
-    raise_all(named(whole_copies(args) + skipping(args) + differentiating(args, parse_objective(losses))))
+    adds = recipe.teacher.cache is not None or recipe.teacher.server is not None or recipe.teacher.is_own
+    faults = whole_copies(args) + skipping(args) + differentiating(args, parse_objective(losses))
+    raise_all(named(faults + dispatching(adds and stage != "teacher", args)))
     for make, likely in ((_optimizer, OPTIMIZER_FIELDS), (_schedule, SCHEDULE_FIELDS)):
         try:
             make(args)

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from accelerate.utils import DistributedType, parse_flag_from_env
+from torch.utils.data import IterableDataset
 from transformers import DataCollatorWithFlattening, PreTrainedModel, TrainingArguments
 
 from distill_llm.common.errors import InputError, raise_all
@@ -171,6 +172,23 @@ def best_faults(teacher: Teacher | None, args: TrainingArguments) -> list[InputE
         return []
     fix = "set it to false: only the student's weights would be those of its best step, not its peers'"
     return [InputError("load_best_model_at_end", True, fix=fix)]
+
+
+def dispatching(prefetches: bool, args: TrainingArguments, rows: Any = None) -> list[InputError]:
+    """The fault of batches that one process makes and cuts into rows for all, where a teacher adds columns that are no rows.
+
+    Args:
+        prefetches: see `Teacher.prefetches`.
+        rows: of the training; where they are iterable, accelerate dispatches unless told not to.
+    """
+    asked = args.accelerator_config.dispatch_batches
+    by_itself = asked is None and isinstance(rows, IterableDataset) and args.world_size > 1
+    fix = "set dispatch_batches to false: what this teacher adds to a batch cannot be cut by rows"
+    return (
+        [InputError("accelerator_config", {"dispatch_batches": asked}, fix=fix)]
+        if prefetches and (asked or by_itself)
+        else []
+    )
 
 
 def rows_at_once(args: TrainingArguments) -> tuple[int, int]:

@@ -39,6 +39,7 @@ from distill_llm.training.refusals import (
     check_model,
     check_prompts,
     check_teacher,
+    dispatching,
     divided_faults,
 )
 from distill_llm.training.shards import sharding_of, whole
@@ -115,6 +116,7 @@ class DistillationTrainer(ReadingTrainer):
         raise_all(objective.faults(use))
         raise_all(divided_faults(self.teacher is not None and self.teacher.whole_student, use.sharding, "teacher"))
         raise_all(best_faults(self.teacher, args))
+        raise_all(dispatching(self.teacher is not None and self.teacher.prefetches, args, self.train_dataset))
         self.responses: StudentResponses | None = None
         if objective.responses is not None:
             check_prompts(self.train_dataset, self._limits, objective.responses.max_new_tokens)

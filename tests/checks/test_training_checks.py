@@ -12,11 +12,12 @@ from accelerate.utils import DistributedType
 from builders.causal import causal_model, word_tokenizer
 from builders.recipes import faults_at_the_door as faults
 from builders.recipes import recipe_with, write_model, write_rows
+from datasets import Dataset
 from transformers.training_args import OptimizerNames
 
 from distill_llm.checks import training as training_checks
 from distill_llm.checks.training import OPTIMIZER_PACKAGES, check_training
-from distill_llm.training.refusals import whole_copies
+from distill_llm.training.refusals import dispatching, whole_copies
 from distill_llm.training.trainer import DistillationConfig
 
 
@@ -238,3 +239,16 @@ def test_what_would_train_whole_copies_on_cpus_is_refused(tmp_path, monkeypatch,
     args.distributed_state = SimpleNamespace(distributed_type=DistributedType.MULTI_CPU)
     found = [str(fault) for fault in whole_copies(args)]
     assert [each.startswith(line or "") for each in found] == [True] * bool(line)
+
+
+@pytest.mark.parametrize("asked", [True, False, None])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_batches_of_a_teacher_that_adds_to_them_are_not_cut_by_rows(tmp_path, asked, processes):
+    args = DistillationConfig(str(tmp_path), report_to=[], use_cpu=True, accelerator_config={"dispatch_batches": asked})
+    args = SimpleNamespace(accelerator_config=args.accelerator_config, world_size=processes)
+    listed, streamed = Dataset.from_dict({"a": [1]}), Dataset.from_dict({"a": [1]}).to_iterable_dataset()
+    assert bool(dispatching(True, args, listed)) == bool(asked)
+    assert bool(dispatching(True, args, streamed)) == (asked is True or (asked is None and processes > 1))
+    assert dispatching(False, args, streamed) == []
+    for fault in dispatching(True, args, streamed):
+        assert str(fault).startswith("accelerator_config: got {'dispatch_batches': ") and "to false" in str(fault)

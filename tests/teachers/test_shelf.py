@@ -55,17 +55,11 @@ def test_a_student_ends_with_the_same_bits_and_one_teacher_is_held_at_a_time(tmp
     shelved = [ShelvedTeacher(model, tmp_path / "waiting") for model in models]
     assert not any(held(model) for model in models)
     ensemble = Watched(shelved, [1, 2, 3])
-    # Equal bits where weights lie at equal places in memory; a processor may add in another order elsewhere.
-    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(plain, trained(ensemble), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(plain, trained(ensemble), strict=True))
     assert len(ensemble.most) == 9 and {*ensemble.most} == {1}
     assert not any(held(model) for model in ensemble.readers)
     assert len(list((tmp_path / "waiting").iterdir())) == 3
-
-
-def test_the_file_goes_with_its_teacher(tmp_path):
-    teacher = ShelvedTeacher(tiny_model(layers=1), tmp_path / "waiting")
-    assert len(list((tmp_path / "waiting").iterdir())) == 1
-    del teacher
+    del ensemble, shelved, models  # the models hold what watches them
     gc.collect()
     assert not list((tmp_path / "waiting").iterdir())
 
