@@ -16,8 +16,8 @@ from builders.recipes import (
     write_model,
     write_rows,
 )
-from builders.runs import same, weights, write_learnable_rows
-from builders.stops import stopped_and_resumed
+from builders.runs import same, weights
+from builders.stops import LOSSES, TRAINING, stopped_and_resumed, teacher_and_rows
 
 import distill_llm
 from distill_llm.checks.recipe import encoded_rows, open_recipe
@@ -32,16 +32,11 @@ from distill_llm.training.trainer import DistillationConfig, DistillationTrainer
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods" / "changing_teachers.md"
 EXAMPLES = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)
-TRAINING = {"per_device_train_batch_size": 4, "max_steps": 4, "learning_rate": 1e-2, "use_cpu": True, "save_steps": 2}
-LOSSES = {"labels": {}, "logits": {}}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("changing")
-    write_model(folder / "teacher", max_position_embeddings=64)
-    write_learnable_rows(folder / "rows.csv")
-    return folder
+    return teacher_and_rows(tmp_path_factory.mktemp("changing"))
 
 
 def given(folder, losses=LOSSES, distillation=None, **teacher):

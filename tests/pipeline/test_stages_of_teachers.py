@@ -6,8 +6,8 @@ import pytest
 import torch
 import yaml
 from builders.recipes import faults_at_the_door, recipe_for, write_model
-from builders.runs import same, weights, write_learnable_rows
-from builders.stops import stopped_and_resumed
+from builders.runs import same, weights
+from builders.stops import LOSSES, TRAINING, stopped_and_resumed, teacher_and_rows
 
 import distill_llm
 from distill_llm.common.errors import InputError, faults_in
@@ -18,16 +18,11 @@ from distill_llm.teachers import Ensemble
 from distill_llm.training.trainer import DistillationTrainer
 
 pytestmark = pytest.mark.slow
-TRAINING = {"per_device_train_batch_size": 4, "max_steps": 4, "learning_rate": 1e-2, "use_cpu": True, "save_steps": 2}
-LOSSES = {"labels": {}, "logits": {}}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("stages")
-    write_model(folder / "teacher", max_position_embeddings=64)
-    write_learnable_rows(folder / "rows.csv")
-    return folder
+    return teacher_and_rows(tmp_path_factory.mktemp("stages"))
 
 
 def given(folder, losses=LOSSES, pruning=None, **teacher):
