@@ -4,8 +4,10 @@ import re
 from pathlib import Path
 
 from docutils import nodes
+from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
+from sphinx.util import logging
 from sphinx.writers.html5 import HTML5Translator
 
 import distill_llm
@@ -89,7 +91,10 @@ def documented(name: str) -> str:
 def visit_math(translator: HTML5Translator, node: nodes.Element) -> None:
     """Formulas as MathML, which browsers draw by themselves: a page needs no script and no network."""
     block = isinstance(node, nodes.math_block)
-    translator.body.append(tex2mathml(node.astext(), as_block=block))
+    try:
+        translator.body.append(tex2mathml(node.astext(), as_block=block))
+    except MathError as problem:
+        logging.getLogger(__name__).warning("%s: %s", node.astext(), problem, location=node)
     raise nodes.SkipNode
 
 
