@@ -41,10 +41,7 @@ class Divergence:
         self.model, self.settings, self.batches = model, settings, some_tokens(batches, tokens)
         if not self.batches:
             raise InputError("batches", "no rows", "at least one batch of calibration rows")
-        outputs = (
-            sum(batch["attention_mask"].numel() for batch in self.batches) * model.config.get_text_config().vocab_size
-        )
-        self.dense: list[torch.Tensor] | None = [] if 4 * outputs <= HELD or not _of_words(model) else None
+        self.dense: list[torch.Tensor] | None = [] if 4 * _outputs(model, self.batches) <= HELD else None
 
     def __call__(self, plan: PruningPlan) -> float:
         """The divergence of a plan; infinity where the cut model's outputs are not finite."""
@@ -53,9 +50,11 @@ class Divergence:
         return float(rows.mean()) if bool(rows.isfinite().all()) else float("inf")
 
 
-def _of_words(model: PreTrainedModel) -> bool:
-    """Whether the outputs are as wide as the vocabulary."""
-    return model.get_output_embeddings() is not None
+def _outputs(model: PreTrainedModel, batches: list[Mapping[str, torch.Tensor]]) -> int:
+    """How many numbers the model makes of the batches where its outputs are as wide as a vocabulary; else they are few: 0."""
+    if model.get_output_embeddings() is None:
+        return 0
+    return sum(batch["attention_mask"].numel() for batch in batches) * model.config.get_text_config().vocab_size
 
 
 def some_tokens(batches: Iterable[Mapping[str, torch.Tensor]], tokens: int) -> list[Mapping[str, torch.Tensor]]:

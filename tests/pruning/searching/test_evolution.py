@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 import torch
-from builders.families import family_model
+from builders.families import family_batch, family_model
 from builders.models import random_batch, tiny_model
 
 from distill_llm import collect_statistics, masked, plan_pruning, score
@@ -212,3 +212,17 @@ def test_divergence_is_that_of_the_masked_decoder():
     wanted = ((kl * mask).sum(1) / mask.sum(1)).mean().item()
     fitness = Divergence(model, [batch])
     assert fitness(plain) == pytest.approx(wanted, rel=1e-4) == fitness(plain)
+
+
+def test_divergence_of_a_model_that_reads_images():
+    """Its config has no vocabulary, and its batches no ids."""
+    model = family_model("vit")
+    plain = start(model)[1]
+    batch = family_batch(model)
+    inputs = {name: value for name, value in batch.items() if name == "pixel_values"}
+    with torch.no_grad():
+        dense = model(**inputs).logits.log_softmax(-1)
+        with masked(model, plain):
+            cut = model(**inputs).logits.log_softmax(-1)
+    wanted = ((dense - cut) * dense.exp()).sum(-1).mean().item()
+    assert Divergence(model, [batch])(plain) == pytest.approx(wanted, rel=1e-4)
