@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from distill_llm.pipeline.sweep import SweepResult as SweepResult
     from distill_llm.pipeline.sweep import sweep as sweep
     from distill_llm.pruning.compensation.bypass import fit_bypasses as fit_bypasses
+    from distill_llm.pruning.compensation.in_order import InOrder as InOrder
     from distill_llm.pruning.criteria import criterion as criterion
+    from distill_llm.pruning.cutting.in_order import prune_in_order as prune_in_order
     from distill_llm.pruning.cutting.masking import masked as masked
     from distill_llm.pruning.cutting.strength import Strength as Strength
     from distill_llm.pruning.cutting.strength import choose_strength as choose_strength
@@ -67,7 +69,9 @@ __getattr__, __dir__, __all__ = lazy_names(  # the names above, which are for ty
         "pipeline.run": "RunResult run",
         "pipeline.sweep": "SweepResult sweep",
         "pruning.compensation.bypass": "fit_bypasses",
+        "pruning.compensation.in_order": "InOrder",
         "pruning.criteria": "criterion",
+        "pruning.cutting.in_order": "prune_in_order",
         "pruning.cutting.masking": "masked",
         "pruning.cutting.strength": "Strength choose_strength",
         "pruning.cutting.surgery": "prune",

@@ -29,6 +29,7 @@ FAMILIES: dict[str, Family] = {
         ffn_out="ffn.lin2",
         ffn_config="hidden_dim",
         attention_widths=("dim",),
+        normed_after=True,
         mlm_head="vocab_transform",
     ),
     # The model makes one position bias for all heads and passes it to every layer.
@@ -79,7 +80,9 @@ FAMILIES: dict[str, Family] = {
     "granite": LLAMA,
     # Norms of queries and keys: one over all heads (OLMo 2), a row per head (Cohere), a module per head (StableLM). Norms that
     # all heads share (Qwen3, Gemma 3) need no layout.
-    "olmo2": replace(LLAMA, attention_in=projections("q_proj k_proj v_proj", q_norm="q", k_norm="kv")),
+    "olmo2": replace(
+        LLAMA, attention_in=projections("q_proj k_proj v_proj", q_norm="q", k_norm="kv"), normed_after=True
+    ),
     "cohere": replace(
         LLAMA, attention_in=projections("q_proj k_proj v_proj", q_norm="q/", k_norm="kv/"), parallel=True
     ),
@@ -106,8 +109,10 @@ FAMILIES: dict[str, Family] = {
         ffn_config="ffn_dim",
         hidden_fields=("hidden_size", "word_embed_proj_dim"),
         attention_widths=("embed_dim",),
+        normed_after=True,
         stock=("neurons", "layers"),
         packs=False,
+        forms=(("do_layer_norm_before", {"normed_after": False}),),
     ),
     "gpt2": Family(
         layers="h",
@@ -122,7 +127,14 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt_neox": replace(NEOX, forms=PARALLEL, packs=True),
     # The FFN of BLOOM is always four times as wide as the residual stream.
-    "bloom": replace(BLOOM, ffn_config="", per_head_inputs=("alibi",), adds_residual=True, stock=("layers",)),
+    "bloom": replace(
+        BLOOM,
+        ffn_config="",
+        per_head_inputs=("alibi",),
+        adds_residual=True,
+        stock=("layers",),
+        forms=(("apply_residual_connection_post_layernorm", {"normed_after": True}),),
+    ),
     "falcon": replace(
         BLOOM,
         ffn_config="ffn_hidden_size",

@@ -44,7 +44,9 @@ class Family(Facts):
     `attention_widths` the attention module's own names for its width. `per_head_inputs` names what the model hands to every
     attention for all the original's heads (position biases). `reads_config`: attention takes its head count from the config.
     `adds_residual`: attention adds its second argument to its output. `parallel`: attention and FFN of a layer read the same, and
-    are added up. `anchored`: something follows the first layer alone (DeBERTa-v2's convolution), so that this layer stays, and
+    are added up. `normed_after`: a norm comes after attention or FFN, or its output is what they are added to, so that a layer
+    does not simply add their outputs to what it reads.
+    `anchored`: something follows the first layer alone (DeBERTa-v2's convolution), so that this layer stays, and
     the width. `keeps_width`: the model computes with the config's width while it runs, so that this stays the original's.
     `caches_queries`: keys and values are cached for every query head (Falcon's new architecture repeats those of a
     group before). `mlm_head` is the first module of the masked-LM head.
@@ -67,6 +69,7 @@ class Family(Facts):
     reads_config: bool = False
     adds_residual: bool = False
     parallel: bool = False
+    normed_after: bool = False
     anchored: bool = False
     caches_queries: bool = False
     keeps_width: bool = False

@@ -24,6 +24,7 @@ BERT = Family(
     attention_out="attention.output.dense",
     ffn_in={"intermediate.dense": "n"},
     ffn_out="output.dense",
+    normed_after=True,
 )
 ROBERTA = replace(BERT, mlm_head="lm_head", skipped_positions="padding")
 LLAMA = Family(
@@ -33,7 +34,7 @@ LLAMA = Family(
     packs=True,
 )
 # Embeddings are scaled by the width in the config, so a stock config cannot have fewer channels.
-GEMMA = replace(LLAMA, stock=LLAMA.stock[:-1], dividing=True)
+GEMMA = replace(LLAMA, stock=LLAMA.stock[:-1], dividing=True, normed_after=True)
 NEOX = Family(
     attention="attention",
     attention_in={"attention.query_key_value": "(q kv kv)"},

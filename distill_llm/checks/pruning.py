@@ -16,7 +16,13 @@ from distill_llm.models.exits import exits_to_prune
 from distill_llm.models.finding import OpenModel
 from distill_llm.models.masks import masks_in
 from distill_llm.pruning.planning.budgets import least_share
-from distill_llm.pruning.units.refusals import first_layer_faults, quantized_faults, step_faults, width_faults
+from distill_llm.pruning.units.refusals import (
+    first_layer_faults,
+    in_order_faults,
+    quantized_faults,
+    step_faults,
+    width_faults,
+)
 from distill_llm.pruning.units.sizes import counts_of, hidden_size
 from distill_llm.pruning.weights.sparsify import group_faults
 from distill_llm.recipe.pruning import PruningSection
@@ -50,6 +56,8 @@ def check_pruning(recipe: Recipe, teacher: OpenModel, skeleton: PreTrainedModel)
     if pruning.statistics is not None:
         found.run(_check_statistics, pruning.statistics.expanduser(), recipe.output_dir)
     found.ask(width_faults, config, pruning.units, "pruning.units", pruning.units, teacher.name)
+    if pruning.compensate == "in_order":
+        found.ask(in_order_faults, config, "hidden" in pruning.units, "pruning.compensate")
     counts = counts_of(skeleton)
     found.ask(step_faults, counts, hidden_size(skeleton), pruning.units, pruning.round_to, "pruning.round_to")
     found.ask(_limit_faults, pruning, counts)

@@ -37,7 +37,9 @@ def prune(
     scope: Annotated[str, _option("scope")] = _PRUNING["scope"].default,
     round_to: Annotated[str, _option("round_to", "NUMBER")] = str(_PRUNING["round_to"].default),
     uniform: Annotated[bool, _option("uniform")] = _PRUNING["uniform"].default,
-    compensate: Annotated[bool, _option("compensate")] = _PRUNING["compensate"].default,
+    compensate: Annotated[str, _option("compensate", "true|false|in_order")] = str(
+        _PRUNING["compensate"].default
+    ).lower(),
     calibration_examples: Annotated[str | None, _option("calibration_examples", "NUMBER")] = None,
     trust_remote_code: TrustCode = False,
     settings: Annotated[

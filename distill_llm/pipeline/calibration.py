@@ -20,6 +20,8 @@ from distill_llm.common.progress import progress_bar
 from distill_llm.common.seals import seal_of
 from distill_llm.models.fingerprints import teacher_fingerprint
 from distill_llm.pruning.compensation.bypass import Bypasses, fit_bypasses, outputs_taken_over
+from distill_llm.pruning.compensation.in_order import DEFAULT_IN_ORDER, InOrder
+from distill_llm.pruning.cutting.in_order import prune_in_order
 from distill_llm.pruning.cutting.strength import Strength, choose_strength
 from distill_llm.pruning.plan import PruningPlan
 from distill_llm.pruning.statistics.calibration_pass import Batches, CalibrationPass
@@ -56,7 +58,7 @@ class Calibration:
             moments=section.holds_moments,
             moment_share=section.moment_share,
             hidden="hidden" in section.units,
-            hidden_moments=section.compensate and "hidden" in section.units,
+            hidden_moments=bool(section.compensate) and "hidden" in section.units,
             precision=mixed_precision(section.precision, device),
             checkpointing=section.checkpointing,
             seed=seed,
@@ -125,10 +127,24 @@ class Calibration:
     ) -> Strength | None:
         """How strongly to compensate a cut, the same on every process; None if there is nothing to, or no row to choose by."""
         held_out = self.batches(number, held_out=True)
-        if not held_out or not (statistics or bypasses):
+        fitted_to = self.batches(number) if self.in_order else None
+        if not held_out or not (statistics or bypasses or fitted_to):
             return None
-        found = choose_strength(model, plan, statistics, held_out, bypasses=bypasses, settings=self.settings)
+        found = choose_strength(
+            model, plan, statistics, held_out, bypasses=bypasses, in_order=fitted_to, settings=self.settings
+        )
         return from_main_process(found if self.is_main else None)
+
+    @property
+    def in_order(self) -> bool:
+        """Whether linears may be fitted in order."""
+        return self.section.compensate == "in_order"
+
+    def pruned_in_order(
+        self, model: PreTrainedModel, plan: PruningPlan, number: int, how: InOrder = DEFAULT_IN_ORDER
+    ) -> PreTrainedModel:
+        """A cut's model with its linears fitted in order."""
+        return prune_in_order(model, plan, self._shown(number, "Fitting in order"), how, settings=self.settings)
 
     def _shown(self, number: int, title: str) -> Batches:
         return progress_bar(self.batches(number), desc=title, leave=False, shown=self.is_main)

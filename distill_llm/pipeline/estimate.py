@@ -31,6 +31,7 @@ from distill_llm.pipeline.rounds import kept_after
 from distill_llm.pipeline.stages.prune import CALIBRATION_BATCH, CALIBRATION_TOKENS
 from distill_llm.pipeline.stages.recover import without_exit_loss
 from distill_llm.pipeline.work import Shape, Step, calibration, forward_pass, scoring
+from distill_llm.pruning.cutting.strength import IN_ORDER
 from distill_llm.pruning.cutting.surgery import prune_skeleton
 from distill_llm.pruning.importance import Importance
 from distill_llm.pruning.plan import keep_layers
@@ -43,6 +44,8 @@ from distill_llm.recipe.recipe import Recipe, budget_batch
 
 MEASURED_FORWARDS = 26
 """Forward passes of each model when the report measures both."""
+FORWARDS_IN_ORDER = 3.5
+"""Forward passes that a fit in order takes, at most: one of the model, and two and a half of the student."""
 
 
 @dataclass(frozen=True)
@@ -216,8 +219,21 @@ class Estimate:
                 passes += math.ceil(layers / section.moment_layers)
             batches = math.ceil(examples / size / self.devices.count)
             flops += passes * trace.flops * batches * self.rows.padded / self.rows.longest
+        if section.compensate == "in_order":
+            flops += self._in_order(section, before, examples, size)
+            if not self.gpu:  # they are in main memory
+                parts["residual streams"] = (
+                    4 * 4 * hidden_size(before) * examples * self.rows.padded / self.devices.count
+                )
         fuller = max(parts, scoring_parts, key=lambda each: sum(each.values()))
         return StageCost(name, fuller, flops)
+
+    def _in_order(self, section: PruningSection, model: PreTrainedModel, examples: int, size: int) -> float:
+        """Operations of all fits in order: each strength that is tried, and the one that is taken once more."""
+        settings = CalibrationSettings(moments=False, hidden=False, precision=mixed_precision(section.precision))
+        shape = Shape(size, self.rows.longest, self.rows.counted, self.gpu)
+        forward = calibration(model, None, settings, shape).flops * self.rows.padded / self.rows.longest
+        return (len(IN_ORDER) + 1) * FORWARDS_IN_ORDER * forward * math.ceil(examples / size / self.devices.count)
 
     def _calibration(self, section: PruningSection, model: PreTrainedModel, size: int) -> Traced:
         """A batch of calibration, with the statistics that it adds to."""

@@ -105,7 +105,7 @@ class Cutter:
             bypasses = self.calibration.bypasses(model, chosen, number)
             folded = self.calibration.with_moments(statistics, model, number) if self.section.folds else None
             model, strength = self._compensated(model, chosen, folded, bypasses, number)
-            compensated |= bool(folded or bypasses) and (strength is None or strength.ridge is not None)
+            compensated |= self._takes_over(folded, bypasses, strength)
             strengths += [strength] if strength else []
         assert plan is not None and plan.kept is not None
         if self.section.cost == "latency":
@@ -126,7 +126,7 @@ class Cutter:
         bypasses = self.calibration.bypasses(student, plan)
         kept = plan.share(student, self.section.cost, *self.batch(student))
         model, strength = self._compensated(student, plan, None, bypasses)
-        compensated = bool(bypasses) and (strength is None or strength.ridge is not None)
+        compensated = self._takes_over(None, bypasses, strength)
         return Cut(plan, model, kept, compensated, (strength,) if strength else ())
 
     def searched(
@@ -175,8 +175,16 @@ class Cutter:
     ) -> tuple[PreTrainedModel, Strength | None]:
         """The pruned model, compensated as strongly as held-out rows say; of too few rows with the default strength."""
         strength = self.calibration.strength(model, plan, statistics, bypasses, number)
+        if strength is None and self.calibration.in_order:
+            return self.calibration.pruned_in_order(model, plan, number), None
+        if strength is not None and strength.in_order is not None:
+            return self.calibration.pruned_in_order(model, plan, number, strength.in_order), strength
         ridge = RIDGE if strength is None else strength.ridge
         return prune(model, plan, statistics, bypasses=bypasses, ridge=ridge), strength
+
+    def _takes_over(self, statistics: Statistics | None, bypasses: Bypasses | None, strength: Strength | None) -> bool:
+        """Whether anything in a cut took over what was removed."""
+        return bool(statistics or bypasses or self.calibration.in_order) and (strength is None or strength.compensates)
 
     def share(self, student: PreTrainedModel, teacher: PreTrainedModel) -> float:
         """The share of the teacher's cost that the student has."""

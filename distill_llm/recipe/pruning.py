@@ -29,6 +29,13 @@ Unit = Annotated[str, BeforeValidator(_known_unit)]
 """The name of a kind in the table of units, likewise."""
 
 
+def _known_compensation(given: Any) -> Any:
+    found = {"true": True, "false": False, "in_order": "in_order"}.get(str(given).lower())
+    if found is None:
+        raise InputError("", given, "true, false or in_order")
+    return found
+
+
 class PruningSection(Section):
     """What to remove, and how to choose it."""
 
@@ -85,11 +92,13 @@ class PruningSection(Section):
     )
     min_heads: int = Field(default=0, ge=0, description="least number of heads (KV groups) in every layer that stays")
     min_neurons: int = Field(default=0, ge=0, description="least number of FFN neurons in every layer that stays")
-    compensate: bool = Field(
+    compensate: Annotated[bool | Literal["in_order"], BeforeValidator(_known_compensation)] = Field(
         default=True,
         description="let the kept columns take over what removed units contributed, and the FFN before a removed layer what that"
         " layer added. How strongly, or not at all, is chosen by what the cut model does on rows that this is not fitted to: a"
-        " quarter as many as calibration_examples",
+        " quarter as many as calibration_examples. in_order: also try to fit the linears one after the other to what they read in"
+        " the cut model, and to what the residual stream is off by; takes several times as long, and holds four residual streams"
+        " of all rows in main memory. Not where a norm comes after attention or FFN (BERT, Gemma 2), nor with hidden",
     )
     calibration_examples: int = Field(
         default=1024,
@@ -185,7 +194,7 @@ class PruningSection(Section):
     @property
     def folds(self) -> bool:
         """Whether compensation needs statistics; it does not if only whole layers go."""
-        return self.compensate and self.layers is None and self.units != ["layers"]
+        return bool(self.compensate) and self.layers is None and self.units != ["layers"]
 
     @property
     def holds_moments(self) -> bool:
@@ -227,6 +236,9 @@ def _contradictions(section: PruningSection) -> list[InputError]:
         if value != PruningSection.model_fields[name].default and not units & set(wanted):
             fix = f"leave it out: it counts only if units has {' or '.join(wanted)}"
             faults.append(InputError(name, value, fix=fix))
+    if section.compensate == "in_order" and "hidden" in units:
+        fix = "set it to true, or leave hidden out of the units"
+        faults.append(InputError("compensate", "in_order", fix=fix))
     if section.moment_layers is not None and not section.folds:
         fix = "leave it out: only compensation of heads, neurons or channels collects second moments"
         faults.append(InputError("moment_layers", section.moment_layers, fix=fix))

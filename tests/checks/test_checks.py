@@ -350,6 +350,16 @@ def test_what_a_convolution_ties_is_refused_at_the_door(folder, pruning, line):
     assert faults(recipe_with(folder, pruning={"layers": [0, 2]})) == []
 
 
+def test_a_family_with_norms_after_attention_or_ffn_is_not_fitted_in_order(folder):
+    (found,) = faults(recipe_with(folder, pruning={"keep": 0.5, "compensate": "in_order"}))
+    assert found == (
+        "pruning.compensate: got 'in_order'; set it to true: a norm comes after attention or FFN in bert, so that a linear "
+        "cannot correct the residual stream"
+    )
+    write_decoder(folder / "teacher")
+    assert faults(causal_recipe(folder, pruning={"keep": 0.5, "compensate": "in_order"}, student=None)) == []
+
+
 def test_a_quantized_model_is_not_pruned(folder):
     file = folder / "teacher" / "config.json"
     quantized = {"quant_method": "bitsandbytes", "load_in_8bit": True}

@@ -173,13 +173,18 @@ def test_prune_checks_its_options_under_their_own_names(folder, calls, glue_dir)
     args = ["--task", "sst2", "--data", str(glue_dir / "SST-2"), "--output-dir", "out"]
     fields = [line.split(":")[0] for line in refused("prune", "teacher", *args, "--keep", "2", "--round-to", "x")]
     assert fields == ["--keep", "--round-to"]
-    result = call("prune", "teacher", *args, "--keep", "0.5", "--units", "neurons", "--no-compensate")
+    result = call("prune", "teacher", *args, "--keep", "0.5", "--units", "neurons", "--compensate", "false")
     assert result.exit_code == 0, result.output
     (recipe,) = calls
     assert (recipe.teacher.model, recipe.data.task, recipe.output_dir) == ("teacher", "sst2", Path("out"))
     section = recipe.pruning
     assert (section.keep, section.units, section.compensate, section.round_to) == (0.5, ["neurons"], False, 1)
     assert recipe.data.columns is None and recipe.data.max_length == 128
+    for word, value in (("true", True), ("in_order", "in_order")):
+        assert call("prune", "teacher", *args, "--keep", "0.5", "--compensate", word).exit_code == 0
+        assert calls.pop().pruning.compensate == value
+    (line,) = refused("prune", "teacher", *args, "--keep", "0.5", "--compensate", "maybe")
+    assert line == "--compensate: got 'maybe'; accepted: true, false or in_order"
     assert 'from_pretrained("pruned", trust_remote_code=True): ' in result.stdout
 
 

@@ -95,6 +95,22 @@ def test_pruning_from_main_memory_holds_a_layer_and_its_second_moments():
     assert parts["second moments"] == 4 * (32**2 + 64**2)  # of what attention's and FFN's last linears read
 
 
+@pytest.mark.slow
+def test_fits_in_order_are_priced_with_the_streams_that_they_hold():
+    def prune(compensate, gpu):
+        recipe = given(student=None, pruning={"keep": 0.5, "compensate": compensate})
+        every = Estimate(recipe, Models(TEACHER), ROWS, Devices(1, 10**9), gpu).stages()
+        return next(stage for stage in every if "prune" in stage.name)
+
+    there, here = (prune("in_order", gpu) for gpu in (True, False))
+    assert "residual streams" not in there.parts  # they are in main memory
+    assert here.parts["residual streams"] == 4 * 4 * 32 * 100 * 32, (
+        "four, fp32, of 32 channels for 100 rows of 32 tokens"
+    )
+    forward = 100 * 32 * 2 * SIZE  # of all rows: two operations for each weight, and those of attention
+    assert 17.5 * 0.5 * forward < there.flops - prune(True, True).flops < 17.5 * 1.5 * forward
+
+
 def test_sharing_divides_the_students_bytes_and_not_the_teachers(plain):
     ddp, fsdp = (recovery(given(), Devices(4, 10**9, sharing)).parts for sharing in ("ddp", "fsdp2"))
     one = plain.parts

@@ -14,6 +14,9 @@ from distill_llm.pipeline import rounds as cutting
 from distill_llm.pipeline.rounds import Cutter
 from distill_llm.pipeline.stages.prune import calibration
 from distill_llm.pruning.compensation.bypass import fit_bypasses
+from distill_llm.pruning.compensation.in_order import DEFAULT_IN_ORDER
+from distill_llm.pruning.cutting.in_order import prune_in_order
+from distill_llm.pruning.cutting.strength import choose_strength
 from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.importance import score
 from distill_llm.pruning.plan import LayerPlan, PruningPlan, keep_layers
@@ -22,6 +25,7 @@ from distill_llm.pruning.planning.latency_costs import fit_costs
 from distill_llm.pruning.planning.planner import plan_pruning
 from distill_llm.pruning.planning.small_cuts import cut_shares
 from distill_llm.pruning.statistics.collecting import collect_statistics
+from distill_llm.pruning.statistics.settings import CalibrationSettings
 from distill_llm.pruning.units.costs import unit_costs
 from distill_llm.pruning.units.sizes import counts_of
 from distill_llm.recipe.recipe import budget_batch, parse_recipe
@@ -89,6 +93,7 @@ def test_what_compensates_a_cut_is_fitted_to_its_own_rows(tmp_path):
     [
         {"units": ["layers", "neurons", "hidden"], "cuts": 2},
         {"units": ["heads", "neurons"], "moment_layers": 2},
+        {"units": ["heads", "neurons"], "compensate": "in_order"},
         {"units": ["layers"], "criterion": "leave_one_out", "loss": "kl"},
         {
             "units": ["layers", "neurons"],
@@ -112,6 +117,40 @@ def test_models_that_are_offloaded_are_cut_alike(tmp_path, pruning):
     assert there.plan == here.plan
     for one, other in zip(there.model.parameters(), here.model.parameters(), strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    "count",
+    [pytest.param(3, id="no row to spare"), pytest.param(10, id="rows held out", marks=pytest.mark.slow)],
+)
+def test_every_cut_is_fitted_in_order_to_its_own_rows(tmp_path, count):
+    decoder = family_model("llama")
+    rows = [[family_batch(decoder, seed=20 * cut + seed) for seed in range(count)] for cut in range(2)]
+    pruning = {"keep": 0.5, "cuts": 2, "compensate": "in_order", "moment_share": 1}
+    found = Cutter(parse_recipe(recipe_for(tmp_path, pruning=pruning)), rows.__getitem__).cut(decoder, decoder, 0.5)
+    by_hand, strengths = decoder, []
+    for share, batches in zip(cut_shares(1.0, 0.5, 2), rows, strict=True):
+        fitted = [batch for i, batch in enumerate(batches) if i % 5 != 4]
+        settings = CalibrationSettings(moment_share=1.0)
+        statistics = collect_statistics(by_hand, fitted, "kl", settings=settings)
+        plan = plan_pruning(by_hand, score(statistics), share / share_of(by_hand, decoder, "params"))
+        how = DEFAULT_IN_ORDER
+        if count > 4:
+            strengths.append(choose_strength(by_hand, plan, statistics, batches[4::5], in_order=fitted))
+            assert strengths[-1].in_order is not None
+            how = strengths[-1].in_order
+        by_hand = prune_in_order(by_hand, plan, fitted, how)
+    assert found.compensated and [each.in_order for each in found.strengths] == [each.in_order for each in strengths]
+    for one, other in zip(found.model.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_layers_that_the_recipe_names_are_fitted_in_order(tmp_path):
+    decoder = family_model("llama")
+    batches = [family_batch(decoder, seed=seed) for seed in range(3)]
+    found = cutter(tmp_path, batches, keep=None, layers=[0, 1, 4], compensate="in_order").cut_layers(decoder)
+    assert found.compensated and not found.strengths
+    assert same(found.model, prune_in_order(decoder, keep_layers(decoder, [0, 1, 4]), batches))
 
 
 @pytest.mark.parametrize("units, compensated", [(["layers"], False), (["layers", "neurons"], True)])

@@ -110,6 +110,12 @@ def test_costs_are_those_of_the_library():
             {"offload": True, "checkpointing": True, "cost": "latency"},
             "pruning.cost: got 'latency'; choose params, flops or memory: with offload",
         ),
+        (
+            {"compensate": "in_order", "units": ["neurons", "hidden"]},
+            "pruning.compensate: got 'in_order'; set it to true, or leave hidden out",
+        ),
+        ({"compensate": "inorder"}, "pruning.compensate: got 'inorder'; accepted: true, false or in_order"),
+        ({"compensate": 1}, "pruning.compensate: got 1; accepted: true, false or in_order"),
         ({"cuts": 0}, "pruning.cuts: got 0; accepted: a whole number of at least 1"),
         ({"loss": "logits"}, "pruning.loss: got 'logits'; accepted: "),
     ],

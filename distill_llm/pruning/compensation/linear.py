@@ -41,7 +41,7 @@ def compensate_linear(
     kept, gone = kept.to(device), removed.nonzero().squeeze(1).to(device)
     s = second if bias is None else second - torch.outer(mean, mean)
     damping = ridge * second.diagonal().mean() + torch.finfo(torch.float32).tiny
-    a = _solve(s[kept][:, kept], s[kept][:, gone], damping).T
+    a = solve(s[kept][:, kept], s[kept][:, gone], damping).T
     new = (w[:, kept] + w[:, gone] @ a).to(weight)
     if bias is None:
         return new, None
@@ -49,7 +49,7 @@ def compensate_linear(
     return new, (bias.detach().to(device, torch.float64) + shift).to(bias)
 
 
-def _solve(s: torch.Tensor, right: torch.Tensor, damping: torch.Tensor) -> torch.Tensor:
+def solve(s: torch.Tensor, right: torch.Tensor, damping: torch.Tensor) -> torch.Tensor:
     """(S + damping I)^-1 right for a positive semidefinite S (K, K); more damping where rounding left it indefinite."""
     if not (torch.isfinite(s).all() and torch.isfinite(right).all()):
         raise InputError("compensate", "second moments that are not finite", "statistics of finite activations")

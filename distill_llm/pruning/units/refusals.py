@@ -8,6 +8,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from distill_llm.architectures.families import family_of
 from distill_llm.common.errors import InputError
 
+NORMED_AFTER = (
+    "set it to true: a norm comes after attention or FFN in {}, so that a linear cannot correct the residual stream"
+)
+"""What to do about compensation in order of such a family."""
+
 
 def quantized_faults(model: PreTrainedModel | PreTrainedConfig, field: str, given: str) -> list[InputError]:
     """A fault of a model whose weights are quantized, or whose config says that they will be.
@@ -68,4 +73,23 @@ def step_faults(
         return [InputError(field, step, f"at most {widths[narrowest]}, the FFN neurons of layer {narrowest}")]
     if "hidden" in units and step > channels:
         return [InputError(field, step, f"at most {channels}, the channels of the residual stream")]
+    return []
+
+
+def in_order_faults(model: PreTrainedModel | PreTrainedConfig, narrowed: bool, field: str) -> list[InputError]:
+    """A fault of compensation in order: a family whose layers do not simply add to the stream, or linears that it does not know.
+
+    Args:
+        narrowed: whether channels of the residual stream go: the two streams have other channels then.
+        field: what asks for it.
+    """
+    config = model if isinstance(model, PreTrainedConfig) else model.config
+    family = family_of(config)
+    if narrowed:
+        return [InputError(field, "in_order", fix="set it to true, or leave hidden out of the units")]
+    if family.normed_after:
+        return [InputError(field, "in_order", fix=NORMED_AFTER.format(config.model_type))]
+    if family.reads:
+        fix = f"set it to true: in order, {', '.join(family.reads)} of {config.model_type} would not be fitted"
+        return [InputError(field, "in_order", fix=fix)]
     return []

@@ -13,7 +13,9 @@ from builders.rounds import Counted, cutter, same
 from distill_llm.common.errors import InputError
 from distill_llm.pipeline.stages.prune import Prune
 from distill_llm.pruning.compensation.bypass import fit_bypasses
-from distill_llm.pruning.cutting.strength import RIDGES, choose_strength, described, row_divergences
+from distill_llm.pruning.compensation.in_order import InOrder
+from distill_llm.pruning.cutting.in_order import prune_in_order
+from distill_llm.pruning.cutting.strength import IN_ORDER, RIDGES, Strength, choose_strength, described, row_divergences
 from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.plan import LayerPlan, PruningPlan, keep_layers
 from distill_llm.pruning.planning.planner import plan_pruning
@@ -111,6 +113,49 @@ def test_compensation_that_does_harm_is_left_out(classifier):
     assert same(prune(model, plan, statistics, ridge=found.ridge), prune(model, plan))
     line = described(found.record())
     assert line.startswith("no compensation: divergence on 32 held-out rows ") and "without" in line
+
+
+def test_linears_fitted_in_order_are_tried_after_the_others():
+    """The choice is by the same rule; here what is fitted in order is nearer to the dense model by far."""
+    model = family_model("llama", num_hidden_layers=3)
+    plan = plan_pruning(model, random_scores(counts_of(model)), 0.5)
+    batches = [family_batch(model, batch=16, seed=seed) for seed in range(5)]
+    fitted_to, held_out = batches[:4], batches[4:]
+    statistics = collect_statistics(model, fitted_to, "kl")
+    found = choose_strength(model, plan, statistics, held_out, in_order=iter(fitted_to))
+    assert tuple(found.losses) == (*RIDGES, *IN_ORDER)
+    rows = {way: row_divergences(model, prune_in_order(model, plan, fitted_to, way), held_out) for way in IN_ORDER}
+    rows |= {
+        ridge: row_divergences(model, prune(model, plan, statistics, ridge=ridge), held_out)
+        for ridge in reversed(RIDGES)
+    }
+    assert found.losses == pytest.approx({way: float(its.mean()) for way, its in rows.items()}, rel=1e-3)
+    least = min(rows.values(), key=lambda its: float(its.mean())).numpy()
+    more = {way: its.numpy() - least for way, its in rows.items()}
+    near = [way for way in found.losses if more[way].mean() <= np.std(more[way], ddof=1) / np.sqrt(len(least))]
+    assert near[0] in IN_ORDER and (found.in_order, found.ridge) == (near[0], None) and found.compensates
+    without = choose_strength(model, plan, None, held_out, in_order=fitted_to)
+    assert tuple(without.losses) == (None, *IN_ORDER), "nothing else takes over"
+
+
+@pytest.mark.parametrize(
+    ("ridge", "how", "words"),
+    [
+        (
+            None,
+            InOrder(1.0, 0.5),
+            "compensated in order, ridge 1, share 0.5: divergence on 8 held-out rows 0.5 without, 0.2",
+        ),
+        (0.1, None, "compensated with ridge 0.1: divergence on 8 held-out rows 0.5 without, 0.4"),
+        (None, None, "no compensation: divergence on 8 held-out rows 0.5 without, 0.2"),
+    ],
+)
+def test_a_record_says_what_was_chosen(ridge, how, words):
+    strength = Strength(ridge, {None: 0.5, 0.1: 0.4, InOrder(1.0, 0.5): 0.2}, 8, how)
+    record = strength.record()
+    assert record["divergence"] == {"none": 0.5, "0.1": 0.4, "in order, ridge 1, share 0.5": 0.2}
+    assert (record["ridge"], record.get("share")) == ((1.0, 0.5) if how else (ridge, None))
+    assert described(record).startswith(words) and strength.compensates == (ridge is not None or how is not None)
 
 
 def test_without_rows_nothing_is_chosen(classifier):
