@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from distill_llm.pruning.statistics.collecting import collect_statistics as collect_statistics
     from distill_llm.pruning.statistics.leave_one_out import leave_one_out as leave_one_out
     from distill_llm.pruning.statistics.record import Statistics as Statistics
+    from distill_llm.pruning.statistics.refit import refit_costs as refit_costs
     from distill_llm.pruning.statistics.settings import CalibrationSettings as CalibrationSettings
     from distill_llm.pruning.weights.rules import SparsityRules as SparsityRules
     from distill_llm.pruning.weights.sparsify import sparsify as sparsify
@@ -83,6 +84,7 @@ __getattr__, __dir__, __all__ = lazy_names(  # the names above, which are for ty
         "pruning.planning.rules": "Limits PlanningRules",
         "pruning.statistics.collecting": "collect_statistics",
         "pruning.statistics.leave_one_out": "leave_one_out",
+        "pruning.statistics.refit": "refit_costs",
         "pruning.statistics.record": "Statistics",
         "pruning.statistics.settings": "CalibrationSettings",
         "pruning.weights.rules": "SparsityRules",

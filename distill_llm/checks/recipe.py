@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from distill_llm.checks.augment import augment_faults, open_masked_lm
 from distill_llm.checks.cached import open_cached
+from distill_llm.checks.calibration import MixedRows, open_calibration
 from distill_llm.checks.data import open_rows
 from distill_llm.checks.ensemble import (
     assistant_faults,
@@ -53,7 +54,6 @@ from distill_llm.models.finding import (
     open_model,
 )
 from distill_llm.models.limits import length_faults, limits_of, longest_input, room_faults
-from distill_llm.recipe.pruning import PruningSection
 from distill_llm.recipe.recipe import BACKUP, RECIPE, STATE, Recipe
 from distill_llm.report.hub import check_push
 from distill_llm.teachers.cache import CachedTeacher
@@ -79,6 +79,7 @@ class Opened:
         peers: of the further students; None: pruning makes it.
         stages: of the teacher's checkpoints that the recipe names.
         sampler: config and tokenizer of the language model that synthetic texts are sampled from, if the recipe has such rows.
+        calibration: encoded rows of the sources that the recipe names for calibration, if it names any.
     """
 
     recipe: Recipe
@@ -92,6 +93,7 @@ class Opened:
     peers: tuple[OpenModel | None, ...] = ()
     stages: tuple[OpenModel, ...] = ()
     sampler: OpenModel | None = None
+    calibration: MixedRows | None = None
 
     @property
     def reader(self) -> OpenModel:
@@ -125,6 +127,7 @@ def open_recipe(recipe: Recipe) -> Opened:
     found.ask(length_faults_of, recipe, shorter)
     reader = teacher if recipe.teacher.tokenizer is None else student
     found.run(check_rows, recipe, reader, task)
+    calibration = found.run(open_calibration, recipe, None if found.faults else data_spec(recipe), data, reader)
     found.ask(_answer_faults, recipe, shorter, task)
     found.run(check_raw_rows, data, reader)
     if name is not None and not found.faults:
@@ -149,8 +152,7 @@ def open_recipe(recipe: Recipe) -> Opened:
     found.run(lambda: check_quantized(recipe, student))
     found.run(check_export, recipe, student or teacher)
     found.run(check_harness, recipe, task)
-    begun = teacher if name is None else student
-    found.run(check_quantize, recipe, begun, found.run(skeleton, begun))
+    found.run(check_quantize, recipe, pruned, found.run(skeleton, pruned))
     whole = found.run(skeleton, teacher, task)
     learner = whole if name is None else found.run(skeleton, student, task)
     if paired:
@@ -158,7 +160,7 @@ def open_recipe(recipe: Recipe) -> Opened:
     disk = found.run(check_disk, recipe, whole, found.run(adapted, recipe, learner))
     raise_all(found.faults)
     assert teacher is not None and data is not None and disk is not None
-    return Opened(recipe, teacher, student, data, cache, masked_lm, disk, others, peers, stages, sampler)
+    return Opened(recipe, teacher, student, data, cache, masked_lm, disk, others, peers, stages, sampler, calibration)
 
 
 def load_rows(recipe: Recipe, teacher: OpenModel | None) -> TaskData:
@@ -172,9 +174,7 @@ def load_rows(recipe: Recipe, teacher: OpenModel | None) -> TaskData:
     data = open_rows(data_spec(recipe), teacher.config if teacher else None)
     check_names(recipe, data)
     check_held_out(recipe, data)
-    calibration = recipe.pruning.calibration_examples if recipe.pruning and recipe.pruning.keep else 0
-    if calibration == PruningSection.model_fields["calibration_examples"].default:
-        calibration = 0  # the default: fewer rows are fine
+    calibration = recipe.pruning.least_rows if recipe.pruning and recipe.pruning.keep else 0
     # Text is still to be cut into blocks, and packed sequences share rows: the number of examples is not known yet.
     blocks = data.task.kind.joins_documents or data.task.packing
     if not blocks and calibration > len(data.train):

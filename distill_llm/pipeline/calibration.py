@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,12 @@ from distill_llm.pruning.statistics.collecting import collect_statistics
 from distill_llm.pruning.statistics.layer_moments import LayerMoments
 from distill_llm.pruning.statistics.leave_one_out import leave_one_out
 from distill_llm.pruning.statistics.processes import from_main_process, process
-from distill_llm.pruning.statistics.record import Statistics
+from distill_llm.pruning.statistics.record import Statistics, UnitStatistics
+from distill_llm.pruning.statistics.refit import refit_costs
 from distill_llm.pruning.statistics.settings import CalibrationSettings
+from distill_llm.recipe.calibration import HELD_OUT
 from distill_llm.recipe.pruning import PruningSection
 
-HELD_OUT = 5
-"""Of so many calibration batches one is held out."""
 LONGEST_WAIT = 600
 """Seconds that a run waits for another one that reads or writes the statistics that they share."""
 
@@ -59,6 +59,7 @@ class Calibration:
             moment_share=section.moment_share,
             hidden="hidden" in section.units,
             hidden_moments=bool(section.compensate) and "hidden" in section.units,
+            weight_gradients=section.needs("weight_gradients"),
             precision=mixed_precision(section.precision, device),
             checkpointing=section.checkpointing,
             seed=seed,
@@ -90,16 +91,23 @@ class Calibration:
             found = kept.read(self._wanted())
         needs_without = section.needs("leave_one_out")
         if found is not None and (found.without is not None or not needs_without):
-            return found
+            return self._with_refit(found, model, number)
         users = file is not None and section.statistics is not None and file == section.statistics.expanduser()
         loss = self.loss if section.needs("gradients") or users else None
         statistics = found or collect_statistics(model, self._shown(number, "Calibrating"), loss, settings=settings)
         if needs_without:
             shown = self._shown(number, "Leaving layers out")
             statistics = leave_one_out(model, shown, statistics, self.loss, settings)
+        statistics = self._with_refit(statistics, model, number)
         if kept is not None and self.is_main:
             kept.write(statistics, self.loss if needs_without else loss)
         return statistics
+
+    def _with_refit(self, statistics: Statistics, model: PreTrainedModel, number: int) -> Statistics:
+        """The statistics with costs of removal after compensation, where a criterion needs them."""
+        if statistics.has_refit or not self.section.needs("refit"):
+            return statistics
+        return replace(refit_costs(model, self.with_moments(statistics, model, number)), moments=statistics.moments)
 
     def with_moments(self, statistics: Statistics, model: PreTrainedModel, number: int = 0) -> Statistics:
         """A cut's statistics with the second moments that compensation needs, a few layers at a time with `moment_layers`."""
@@ -154,12 +162,13 @@ class Calibration:
         losses: tuple[str | None, ...] = ()
         if self.section.reads_loss:
             losses = (self.loss,) if needs_gradients else (self.loss, None)
-        return Wanted(needs_gradients, settings.moments, settings.hidden_moments, losses)
+        return Wanted(needs_gradients, settings.moments, settings.hidden_moments, settings.weight_gradients, losses)
 
     def _identity(self, model: PreTrainedModel) -> dict[str, Any]:
         """What statistics depend on: the model with its dtypes, the rows, and how they are computed."""
         precision = None if self.settings.precision is None else str(self.settings.precision).removeprefix("torch.")
         identity = {"model": teacher_fingerprint(model), "rows": self._rows, "precision": precision}
+        identity["of units"] = [field.name for field in fields(UnitStatistics)]
         return identity | (
             {"moment_share": self.section.moment_share, "token_weights": "squared gradients"}
             if self.settings.moments
@@ -182,13 +191,14 @@ class Wanted:
     """What statistics must hold to be of use.
 
     Attributes:
-        gradients, moments, hidden_moments: whether they must have these.
+        gradients, moments, hidden_moments, weight_gradients: whether they must have these.
         losses: what their gradients may be of; empty: of anything.
     """
 
     gradients: bool
     moments: bool
     hidden_moments: bool
+    weight_gradients: bool
     losses: tuple[str | None, ...]
 
 
@@ -222,7 +232,7 @@ class StatisticsFile:
             return False
         if wanted.losses and record.get("loss") not in wanted.losses:
             return False
-        parts = ("gradients", "moments", "hidden_moments")
+        parts = ("gradients", "moments", "hidden_moments", "weight_gradients")
         return all(record.get(part) for part in parts if getattr(wanted, part))
 
     def read(self, wanted: Wanted) -> Statistics | None:
@@ -239,7 +249,7 @@ class StatisticsFile:
     def write(self, statistics: Statistics, loss: str | None) -> None:
         """Replace the statistics, then the record. A record that speaks of other statistics is none: it knows their content."""
         has = {"gradients": statistics.has_gradients, "moments": bool(statistics.moments)}
-        has |= {"hidden_moments": bool(statistics.hidden_moments)}
+        has |= {"hidden_moments": bool(statistics.hidden_moments), "weight_gradients": statistics.has_weight_gradients}
         with self._alone():
             with written_whole(self.path) as path:
                 statistics.save(path)

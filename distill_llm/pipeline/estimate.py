@@ -198,7 +198,8 @@ class Estimate:
     def _pruning(
         self, name: str, section: PruningSection, before: PreTrainedModel, after: PreTrainedModel
     ) -> StageCost:
-        examples = min(section.calibration_examples, self.rows.train)
+        examples = section.calibration_examples
+        examples = examples if section.calibration else min(examples, self.rows.train)
         size = max(1, min(CALIBRATION_BATCH, CALIBRATION_TOKENS // self.rows.longest, examples))
         others = [] if before is self.models.teacher else [self.models.teacher]
         held = sum(map(weight_bytes, (before, after, *others)))
@@ -241,6 +242,7 @@ class Estimate:
             moments=section.holds_moments,
             moment_share=section.moment_share,
             hidden=False,
+            weight_gradients=section.needs("weight_gradients"),
             precision=mixed_precision(section.precision),
             checkpointing=section.checkpointing,
         )

@@ -13,7 +13,6 @@ from distill_llm.models.masks import Masks
 from distill_llm.pipeline.calibration import Calibration
 from distill_llm.pipeline.searching import search_plan
 from distill_llm.pruning.compensation.bypass import Bypasses
-from distill_llm.pruning.compensation.linear import RIDGE
 from distill_llm.pruning.cutting.strength import Strength
 from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.importance import score
@@ -25,6 +24,7 @@ from distill_llm.pruning.planning.latency_costs import costs_for, latency_costs
 from distill_llm.pruning.planning.small_cuts import compose_plans, cut_shares
 from distill_llm.pruning.searching.evolution import Searched
 from distill_llm.pruning.statistics.calibration_pass import Batches
+from distill_llm.pruning.statistics.moments import RIDGE
 from distill_llm.pruning.statistics.processes import from_main_process, process
 from distill_llm.pruning.statistics.record import Statistics
 from distill_llm.pruning.units.costs import unit_costs

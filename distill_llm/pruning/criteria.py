@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from distill_llm.pruning.statistics.record import Statistics, UnitStatistics
 
-Need = Literal["activations", "gradients", "leave_one_out"]
+Need = Literal["activations", "gradients", "weight_gradients", "refit", "leave_one_out"]
 NEEDS: tuple[Need, ...] = get_args(Need)
 
 
@@ -31,9 +31,12 @@ class Criterion:
     Attributes:
         name: what `criterion` is set to.
         scores: the decorated function.
-        needs: what the statistics must hold: activations (of calibration data), gradients (a loss), leave_one_out
-            (`leave_one_out` has completed them). Empty: the weights alone.
+        needs: what the statistics must hold: activations (of calibration data), gradients (a loss), weight_gradients (with
+            respect to the weights, too), refit (`refit_costs` has completed them), leave_one_out (`leave_one_out` has). Empty:
+            the weights alone.
         comparable: whether scores of different kinds of units may be ranked together.
+        by_cost: whether units that compete are ranked by score per cost; otherwise by the score itself.
+        units: the kinds of units that it scores; empty: all.
         layers_only: whether it ranks whole layers and no other unit.
         paper: where it comes from.
     """
@@ -42,6 +45,8 @@ class Criterion:
     scores: Callable[..., "Tensor"]
     needs: frozenset[Need]
     comparable: bool = False
+    by_cost: bool = True
+    units: frozenset[str] = frozenset()
     layers_only: bool = False
     paper: str = ""
 
@@ -72,7 +77,14 @@ Function = TypeVar("Function", bound="Callable[..., Tensor]")
 
 
 def criterion(
-    name: str, *, needs: Collection[Need] = (), comparable: bool = False, layers_only: bool = False, paper: str = ""
+    name: str,
+    *,
+    needs: Collection[Need] = (),
+    comparable: bool = False,
+    by_cost: bool = True,
+    units: Collection[str] = (),
+    layers_only: bool = False,
+    paper: str = "",
 ) -> Callable[[Function], Function]:
     """Register a criterion.
 
@@ -85,6 +97,8 @@ def criterion(
         name: what `criterion` will be set to.
         needs: see `Criterion`.
         comparable: say so where the scores of a head, a neuron and a channel are in the same unit and may be ranked together.
+        by_cost: False where a score says already how dear the unit is for its size, such as a mean over its channels.
+        units: the kinds of units that it scores, where these are not all.
         layers_only: for a criterion of whole layers.
         paper: author, year, section or equation.
 
@@ -99,7 +113,8 @@ def criterion(
     def register(function: Function) -> Function:
         if name in CRITERIA:
             raise ValueError(f"criterion {name!r} exists already: choose another name")
-        CRITERIA[name] = Criterion(name, function, frozenset(needs), comparable, layers_only, paper)
+        kinds = frozenset(units)
+        CRITERIA[name] = Criterion(name, function, frozenset(needs), comparable, by_cost, kinds, layers_only, paper)
         return function
 
     return register
@@ -166,6 +181,55 @@ def activation(units: "UnitStatistics", seen: Seen) -> "Tensor":
 def wanda(units: "UnitStatistics", seen: Seen) -> "Tensor":
     """Root mean square of a channel of a times the L1 norm of the weights that read it."""
     return units.wanda / seen.tokens**0.5
+
+
+@criterion(
+    "flap",
+    needs=["activations"],
+    comparable=True,
+    by_cost=False,
+    units=["heads", "neurons"],
+    paper="An et al. 2024, equation 5, standardised over each layer's channels and averaged over a unit's",
+)
+def flap(units: "UnitStatistics", seen: Seen) -> "Tensor":
+    """How much a channel of a varies, times the squared norm of the weights that read it, against the layer's other channels."""
+    return units.fluctuation
+
+
+@criterion(
+    "gisp",
+    needs=["gradients", "weight_gradients"],
+    comparable=True,
+    paper="Wang et al. 2025: |weight x mean gradient|, summed over the weights of the unit",
+)
+def gisp(units: "UnitStatistics", seen: Seen) -> "Tensor":
+    """Sum over a unit's weights of |w times the mean over examples of the loss's gradient|."""
+    return units.weight_taylor / seen.examples
+
+
+@criterion(
+    "obs",
+    needs=["refit"],
+    comparable=True,
+    units=["heads", "neurons", "queries"],
+    paper="Hassibi and Stork 1993; for heads and FFN channels of LLMs SlimGPT, Ling et al. 2024",
+)
+def obs(units: "UnitStatistics", seen: Seen) -> "Tensor":
+    """Squared error per token of what the layer adds once the other units have taken over what they can of the unit."""
+    return units.refit
+
+
+@criterion(
+    "fisher_obs",
+    needs=["gradients", "refit"],
+    comparable=True,
+    units=["heads", "neurons", "queries"],
+    paper="fisher times the share of the unit that others cannot take over",
+)
+def fisher_obs(units: "UnitStatistics", seen: Seen) -> "Tensor":
+    """Of fisher, the share that is left once the other units have taken over what they can: refit / removal."""
+    tiny = 1e-30  # columns of zeros
+    return units.fisher / seen.examples * (units.refit / units.removal.clamp(min=tiny))
 
 
 @criterion("block_influence", needs=["activations"], layers_only=True, paper="Men et al. 2024, equation 1")

@@ -14,6 +14,10 @@ NEEDED: dict[str, Need] = {
     "fisher": "gradients",
     "activation": "activations",
     "wanda": "activations",
+    "fluctuation": "activations",
+    "weight_taylor": "weight_gradients",
+    "refit": "refit",
+    "removal": "refit",
     "similarity": "activations",
     "without": "leave_one_out",
 }

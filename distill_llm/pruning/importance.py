@@ -14,7 +14,7 @@ from distill_llm.common.errors import InputError
 from distill_llm.common.files import written_whole
 from distill_llm.common.finite import NotFinite, first_unsound
 from distill_llm.common.tensors import saved_tensors
-from distill_llm.pruning.criteria import Criterion, Seen, find_criterion, is_comparable, ranks_layers_only
+from distill_llm.pruning.criteria import CRITERIA, Criterion, Seen, find_criterion, is_comparable, ranks_layers_only
 from distill_llm.pruning.declared import Declared, checked_scores
 from distill_llm.pruning.statistics.record import Statistics, UnitStatistics
 from distill_llm.pruning.units.kinds import KINDS
@@ -78,6 +78,11 @@ class Importance:
         """Whether scores of these kinds of units may be ranked together (they are in the same unit, squared loss)."""
         return is_comparable(self.criterion) and ("layers" not in units or self.layer_criterion is None)
 
+    @property
+    def by_cost(self) -> bool:
+        """Whether units that compete are ranked by score per cost."""
+        return self.criterion not in CRITERIA or CRITERIA[self.criterion].by_cost
+
     def require(self, units: Sequence[str]) -> None:
         """Raise InputError if there are no scores for one of the units."""
         for unit in units:
@@ -86,6 +91,8 @@ class Importance:
                 scored_by = f"statistics collected with {unit}"
                 if ranks_layers_only(self.criterion):
                     scored_by = f"a criterion other than {self.criterion}, which ranks layers"
+                elif self.criterion in CRITERIA and CRITERIA[self.criterion].units:
+                    scored_by = f"a criterion other than {self.criterion}, which does not score them"
                 raise InputError("criterion", self.criterion, f"scores of {unit}: {scored_by}")
 
     def check(self, counts: Sequence[Counts], hidden: int) -> None:
@@ -100,8 +107,9 @@ class Importance:
         own = {kind: list(map(len, rows)) for kind in LAYER_UNITS if (rows := getattr(self, kind))}
         wanted = {kind: [each[kind] for each in counts] for kind in own}
         width = 0 if self.hidden is None else len(self.hidden)
-        if len(self.layers) != len(counts) or own != wanted or width not in (0, hidden):
-            sizes = _in_words(len(self.layers), own, width), _in_words(len(counts), wanted, hidden)
+        layers = len(next(iter(own.values()), ()) if self.layers is None else self.layers)
+        if layers != len(counts) or own != wanted or width not in (0, hidden):
+            sizes = _in_words(layers, own, width), _in_words(len(counts), wanted, hidden)
             raise InputError("scores", sizes[0], f"scores of this model, {sizes[1]}")
 
     def save(self, path: str | os.PathLike) -> None:
@@ -179,6 +187,7 @@ def score(
     found: dict[str, Scores] = {
         kind: tuple(scores_of(row, kind) for row in rows) if isinstance(rows, tuple) else scores_of(rows, kind)
         for kind, rows in statistics.units.items()
+        if not chosen.units or kind in chosen.units
     }
     return Importance(criterion, units=found)
 
@@ -189,6 +198,11 @@ def _check_needs(statistics: Statistics, criterion: Criterion) -> None:
         raise InputError(
             "criterion", criterion.name, "statistics collected with a loss, or a criterion that needs no gradients"
         )
+    if "weight_gradients" in criterion.needs and not statistics.has_weight_gradients:
+        fix = "collect the statistics with a loss and CalibrationSettings(weight_gradients=True)"
+        raise InputError("criterion", criterion.name, fix=fix)
+    if "refit" in criterion.needs and not statistics.has_refit:
+        raise InputError("criterion", criterion.name, fix="complete the statistics with refit_costs(...) first")
     if "leave_one_out" in criterion.needs and statistics.without is None:
         raise InputError("criterion", criterion.name, fix="complete the statistics with leave_one_out(...) first")
     if "activations" in criterion.needs and not statistics.tokens:

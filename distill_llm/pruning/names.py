@@ -22,6 +22,18 @@ def find_unit(name: str, field: str = "units") -> UnitKind:
     return KINDS[name]
 
 
+def unscored_faults(units: Collection[str], criterion: str, layer_criterion: str | None = None) -> list[InputError]:
+    """A fault where the criterion scores some kinds of units only, and others are to be removed."""
+    own = CRITERIA[criterion].units if criterion in CRITERIA else frozenset()
+    missing = [unit for unit in units if own and KINDS[unit].scored not in own]
+    missing = [unit for unit in missing if unit != "layers" or layer_criterion is None]
+    if not missing:
+        return []
+    alone = missing == ["layers"] and len(units) > 1
+    fix = f"remove {' and '.join(missing)}: {criterion} scores {' and '.join(sorted(own))}"
+    return [InputError("units", list(units), fix=fix + (", or set layer_criterion, too" if alone else ""))]
+
+
 def competing_faults(
     units: Collection[str], criterion: str, scope: str, uniform: bool, layer_criterion: str | None = None
 ) -> list[InputError]:
@@ -39,7 +51,7 @@ def competing_faults(
         return []
     faults = []
     if not is_comparable(criterion):
-        comparable = " or ".join(filter(is_comparable, CRITERIA))
+        comparable = " or ".join(name for name in CRITERIA if is_comparable(name) and not unscored_faults(units, name))
         faults.append(InputError("criterion", criterion, fix=f"set it to {comparable} {where}"))
     if layer_criterion is not None:
         faults.append(InputError("layer_criterion", layer_criterion, fix=f"leave it out {where}"))

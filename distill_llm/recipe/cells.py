@@ -94,6 +94,7 @@ def _sharing(recipe: Recipe, folder: Path) -> Recipe:
     if section is None or section.layers is not None or section.statistics is not None:
         return recipe
     of = [teacher_key(recipe), section.calibration_examples, section.precision, section.moment_share, section.loss]
+    of += [each.model_dump(mode="json") for each in section.calibration or ()]
     section.statistics = folder / f"statistics-{_hash(of)}.safetensors"
     return recipe
 

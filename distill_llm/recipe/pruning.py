@@ -7,9 +7,10 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.pruning.criteria import CRITERIA, Need, find_criterion, ranks_layers_only
-from distill_llm.pruning.names import competing_faults, find_unit
+from distill_llm.pruning.names import competing_faults, find_unit, unscored_faults
 from distill_llm.pruning.planning.rules import Limits, PlanningRules, search_faults
 from distill_llm.pruning.units.kinds import KINDS
+from distill_llm.recipe.calibration import CalibrationSection
 from distill_llm.recipe.search import SearchSection
 from distill_llm.recipe.section import Section
 from distill_llm.recipe.weights import WeightsSection
@@ -107,6 +108,12 @@ class PruningSection(Section):
         " strength of compensation by. Each cut gets this many: rows that no cut has used while there are any, then the first"
         " ones again",
     )
+    calibration: list[CalibrationSection] | None = Field(
+        default=None,
+        min_length=1,
+        description="where the calibration rows come from; left out: from the training rows alone. Every cut gets rows of each"
+        " source in proportion to its share",
+    )
     moment_share: float | None = Field(
         default=None,
         gt=0,
@@ -172,6 +179,12 @@ class PruningSection(Section):
         return {**given, "keep": 1.0} if alone and given.get("keep") is None and given.get("layers") is None else given
 
     @property
+    def least_rows(self) -> int:
+        """How many training rows there must be: of the default number fewer are fine, and sources are counted themselves."""
+        default = type(self).model_fields["calibration_examples"].default
+        return 0 if self.calibration is not None or self.calibration_examples == default else self.calibration_examples
+
+    @property
     def criteria(self) -> set[str]:
         """The criteria that the section names."""
         return {self.criterion, self.layer_criterion or self.criterion}
@@ -199,7 +212,8 @@ class PruningSection(Section):
     @property
     def holds_moments(self) -> bool:
         """Whether the pass that measures importance also collects the second moments of all heads and neurons."""
-        return self.folds and self.moment_layers is None and not set(self.units) <= {"layers", "hidden"}
+        wanted = self.needs("refit") or (self.folds and not set(self.units) <= {"layers", "hidden"})
+        return wanted and self.moment_layers is None
 
     @model_validator(mode="after")
     def _consistent(self) -> "PruningSection":
@@ -239,8 +253,8 @@ def _contradictions(section: PruningSection) -> list[InputError]:
     if section.compensate == "in_order" and "hidden" in units:
         fix = "set it to true, or leave hidden out of the units"
         faults.append(InputError("compensate", "in_order", fix=fix))
-    if section.moment_layers is not None and not section.folds:
-        fix = "leave it out: only compensation of heads, neurons or channels collects second moments"
+    if section.moment_layers is not None and not section.folds and not section.needs("refit"):
+        fix = "leave it out: only compensation of heads, neurons or channels, obs and fisher_obs need second moments"
         faults.append(InputError("moment_layers", section.moment_layers, fix=fix))
     if section.search is not None:
         faults += _searching(section)
@@ -252,6 +266,7 @@ def _contradictions(section: PruningSection) -> list[InputError]:
         )
     if section.scope == "local" and not any(KINDS[unit].in_layer for unit in units):
         faults.append(InputError("scope", "local", fix="set it to global: these units are not of one layer"))
+    faults += unscored_faults(section.units, section.criterion, section.layer_criterion)
     return faults + competing_faults(units, section.criterion, section.scope, section.uniform, section.layer_criterion)
 
 

@@ -194,6 +194,7 @@ def stages_with(lengths):
     """Rows of these lengths, each of its own number, as a run has them."""
     rows = Dataset.from_dict({"input_ids": [[i] for i in range(len(lengths))], "length": lengths})
     fields = {"data": SimpleNamespace(train=rows), "recipe": SimpleNamespace(seed=0), "collator": list}
+    fields["opened"] = SimpleNamespace(calibration=None)
     return SimpleNamespace(**fields, tokenizer=SimpleNamespace(model_input_names=["input_ids"]))
 
 

@@ -97,7 +97,7 @@ def test_checks_and_messages_know_the_new_criterion(page, tmp_path):
     statistics = collect_statistics(tiny_model(), [random_batch(tiny_model())], loss=None)
     with pytest.raises(InputError, match="criterion: got 'rms_effect'; accepted: statistics collected with a loss"):
         score(statistics, "rms_effect")
-    with pytest.raises(InputError, match="criterion: got 'rms_effect'; set it to fisher if units has ffn"):
+    with pytest.raises(InputError, match="criterion: got 'rms_effect'; set it to fisher or gisp if units has ffn"):
         parse_recipe(recipe_for(tmp_path, pruning={"keep": 0.5, "criterion": "rms_effect", "units": ["ffn", "heads"]}))
 
 
@@ -123,7 +123,7 @@ def test_scores_of_a_comparable_criterion_compete_over_all_kinds(page, tmp_path)
     assert score(statistics, "half_fisher").comparable(["heads", "neurons"])
     for units in (["ffn", "heads"], ["heads", "neurons"]):
         parse_recipe(recipe_for(tmp_path, pruning={"keep": 0.5, "criterion": "half_fisher", "units": units}))
-    with pytest.raises(InputError, match="set it to fisher or half_fisher if"):
+    with pytest.raises(InputError, match="set it to fisher or gisp or half_fisher if"):
         parse_recipe(recipe_for(tmp_path, pruning={"keep": 0.5, "criterion": "wanda", "units": ["ffn", "heads"]}))
 
 
@@ -131,7 +131,7 @@ def test_a_taken_name_and_an_unknown_need_are_refused(page):
     with pytest.raises(ValueError, match="criterion 'fisher' exists already: choose another name"):
         criterion("fisher")(lambda units, seen: units.fisher)
     with pytest.raises(
-        ValueError, match="unknown needs .'gradient'.; the needs are activations, gradients, leave_one_out"
+        ValueError, match="unknown needs .'gradient'.; the needs are activations, gradients, weight_gradients, refit,"
     ):
         criterion("mine", needs=["gradient"])
     with pytest.raises(ValueError, match=r"^criterion 'mine': needs is a list: needs=\['gradients'\]"):

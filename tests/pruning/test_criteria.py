@@ -17,8 +17,15 @@ from distill_llm.pruning.cutting.masking import masked
 from distill_llm.pruning.importance import Importance, score
 from distill_llm.pruning.statistics.collecting import collect_statistics
 from distill_llm.pruning.statistics.leave_one_out import leave_one_out
+from distill_llm.pruning.statistics.refit import refit_costs
 from distill_llm.pruning.statistics.settings import CalibrationSettings
 from distill_llm.pruning.units.sizes import counts_of
+
+
+def everything(model, batches):
+    """Statistics that every criterion can read."""
+    found = collect_statistics(model, batches, settings=CalibrationSettings(weight_gradients=True, moment_share=1))
+    return refit_costs(model, leave_one_out(model, batches, found))
 
 
 def losses_of(model, batch) -> torch.Tensor:
@@ -166,13 +173,14 @@ def test_block_influence_of_a_layer_that_hands_its_input_on_is_zero():
 def test_scores_do_not_depend_on_how_much_data_repeats_itself():
     model = tiny_model()
     batch = random_batch(model)
-    once, thrice = (
-        leave_one_out(model, [batch] * times, collect_statistics(model, [batch] * times)) for times in (1, 3)
-    )
+    once, thrice = (everything(model, [batch] * times) for times in (1, 3))
     for criterion in CRITERIA:
         for mine, its in zip(score(once, criterion).neurons, score(thrice, criterion).neurons, strict=True):
-            np.testing.assert_allclose(mine, its, rtol=1e-3, atol=1e-7)
-        np.testing.assert_allclose(score(once, criterion).layers, score(thrice, criterion).layers, rtol=1e-3)
+            np.testing.assert_allclose(
+                mine, its, rtol=1e-3, atol=1e-5 if criterion == "flap" else 1e-7, err_msg=criterion
+            )
+        if score(once, criterion).layers is not None:
+            np.testing.assert_allclose(score(once, criterion).layers, score(thrice, criterion).layers, rtol=1e-3)
 
 
 def test_random_scores_follow_the_seed():
@@ -197,7 +205,7 @@ def test_unknown_criteria_and_missing_gradients_are_refused():
 def test_scores_survive_a_file(tmp_path, criterion):
     model = tiny_model(layers=12)
     batches = [random_batch(model)]
-    scores = score(leave_one_out(model, batches, collect_statistics(model, batches)), criterion)
+    scores = score(everything(model, batches), criterion)
     scores.save(tmp_path / "scores.safetensors")
     loaded = Importance.load(tmp_path / "scores.safetensors")
     assert loaded.criterion == criterion

@@ -78,10 +78,12 @@ def test_moments_are_looked_at_too(found):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_no_criterion_makes_a_plan_of_such_scores(found, value):
     model, statistics = found
+    statistics = replace(statistics, has_weight_gradients=True, has_refit=True)
+    fields = {"flap": "fluctuation", "gisp": "weight_taylor", "obs": "refit", "fisher_obs": "refit"}
     for name in CRITERIA:
         if name in ("leave_one_out", "block_influence", "random"):
             continue
-        bad = spoilt(statistics, "neurons", 2, "magnitude" if name == "magnitude" else name, value)
+        bad = spoilt(statistics, "neurons", 2, fields.get(name, name), value)
         with pytest.raises(InputError):
             score(bad, name)
     scores = score(statistics)

@@ -16,7 +16,6 @@ from distill_llm.data.embeddings import EMBEDDINGS
 from distill_llm.data.padding import LENGTH
 from distill_llm.metrics.errors import shown_score
 from distill_llm.models.masks import MASKS
-from distill_llm.pipeline.calibration import HELD_OUT
 from distill_llm.pipeline.context import Context
 from distill_llm.pipeline.rounds import Cut, Cutter, kept_after
 from distill_llm.pipeline.stage import Result, Stage
@@ -24,6 +23,7 @@ from distill_llm.pruning.cutting.strength import described
 from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.plan import PruningPlan
 from distill_llm.pruning.planning.budgets import share_of
+from distill_llm.recipe.calibration import HELD_OUT, with_held_out
 from distill_llm.recipe.pruning import PruningSection
 from distill_llm.recipe.recipe import Recipe
 
@@ -192,14 +192,19 @@ def save_cut(run: Context, cut: Cut, model: PreTrainedModel, folder: Path) -> No
 def calibration(run: Context, examples: int, cut: int = 0) -> DataLoader:
     """Calibration batches, of rows of similar length.
 
+    They are of the sources that the recipe names, or of the shuffled training data: then all rows where there are fewer.
+
     Args:
-        examples: the number of rows that statistics are of, from the shuffled training data. As many more come with them as
-            `Calibration` holds out. All rows where there are fewer.
+        examples: the number of rows that statistics are of. As many more come with them as `Calibration` holds out.
         cut: 0 for the first rows; each later cut takes those after the one before.
     """
-    train = run.data.train.shuffle(seed=run.recipe.seed)
-    size = min(examples * HELD_OUT // (HELD_OUT - 1), len(train))
-    rows = train.select([(cut * size + i) % len(train) for i in range(size)])
+    if run.opened.calibration is not None:
+        rows = run.opened.calibration.of_cut(cut).shuffle(seed=run.recipe.seed)
+    else:
+        train = run.data.train.shuffle(seed=run.recipe.seed)
+        most = min(with_held_out(examples), len(train))
+        rows = train.select([(cut * most + i) % len(train) for i in range(most)])
+    size = len(rows)
     rows = rows.select(np.argsort(rows[LENGTH], kind="stable"))
     most = min(CALIBRATION_BATCH, CALIBRATION_TOKENS // max(rows[LENGTH]), size // HELD_OUT)
     batch_size = max(1, most)

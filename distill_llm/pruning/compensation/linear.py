@@ -3,11 +3,7 @@
 import torch
 
 from distill_llm.common.errors import InputError
-from distill_llm.pruning.statistics.moments import Moments
-
-# Share of the mean diagonal of second moments that is added to each entry of it: what calibration tokens are too few to tell
-# is left alone. Of 4,096 tokens of text a hundredth of this makes a language model worse than plain removal.
-RIDGE = 0.1
+from distill_llm.pruning.statistics.moments import RIDGE, Moments
 
 
 def compensate_linear(

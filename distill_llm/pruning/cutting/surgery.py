@@ -25,10 +25,10 @@ from distill_llm.models.exits import exits_to_prune
 from distill_llm.models.placement import check_in_memory
 from distill_llm.pruning.compensation.bypass import Bypasses
 from distill_llm.pruning.compensation.channels import repaired_stream
-from distill_llm.pruning.compensation.linear import RIDGE, compensate_linear
+from distill_llm.pruning.compensation.linear import compensate_linear
 from distill_llm.pruning.cutting.stock import NotStock, become_stock, stock_record, stock_twin, write_lineage
 from distill_llm.pruning.plan import PruningPlan, full_plan
-from distill_llm.pruning.statistics.moments import Moments
+from distill_llm.pruning.statistics.moments import RIDGE, Moments
 from distill_llm.pruning.statistics.record import Statistics
 from distill_llm.pruning.units.sizes import counts_of, linear, weight_of
 

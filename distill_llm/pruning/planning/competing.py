@@ -95,7 +95,7 @@ class _Competition:
                 self.following[unit], found = found, found[:1]
             for i, j, value in found:
                 price = kind.price(choice, i)
-                self.heap.append((value / price if price else math.inf, self.kinds.index(kind), i, j, value))
+                self.heap.append((self._rank(value, price), self.kinds.index(kind), i, j, value))
         heapq.heapify(self.heap)
         self.left, self.channels = choice.cost(), KINDS["hidden"].price(choice, 0)
 
@@ -112,6 +112,12 @@ class _Competition:
             if there and self.choice.fits(self.choice.cost() + kind.price(self.choice, i)):
                 self.choice.put_back(kind.name, i, j)
 
+    def _rank(self, value: float, price: float) -> float:
+        """What decides who goes next: score per cost, or the score itself where the criterion says so."""
+        if not price:
+            return math.inf
+        return value / price if self.choice.scores.by_cost else value
+
     def _price(self, kind: UnitKind, i: int) -> float:
         return kind.price(self.choice, i) if kind.in_layer else self.channels
 
@@ -122,12 +128,13 @@ class _Competition:
         price = self._price(kind, i)
         if price <= 0 or (kind.in_layer and not choice.alive[i]):
             return
-        if value / price > ratio * (1 + 1e-9) and self.heap and value / price > self.heap[0][0]:
-            heapq.heappush(self.heap, (value / price, number, i, j, value))
+        now = self._rank(value, price)
+        if now > ratio + 1e-9 * abs(ratio) and self.heap and now > self.heap[0][0]:
+            heapq.heappush(self.heap, (now, number, i, j, value))
         elif not kind.fine and self.left - price + _made_up(choice, kind) < NEAR * choice.budget:
             self.waiting.append((kind, i, j, value))
         elif following := self._take(kind, i, j):
-            heapq.heappush(self.heap, (following[2] / self.channels, number, *following))
+            heapq.heappush(self.heap, (self._rank(following[2], self.channels), number, *following))
 
     def _take(self, kind: UnitKind, i: int, j: int) -> Candidate | None:
         """Remove a unit; the one that follows it, of a kind that goes in order."""
@@ -198,10 +205,10 @@ def _round_neurons(choice: Choice) -> None:
     while True:
         group = [i for i in alive if choice.shapes[i]["neurons"]] if choice.rules.uniform else []
         if not choice.rules.uniform:
-            best = -1.0
+            best = -math.inf
             for i in alive:
                 end = counts[i] + step
-                value = (worth[i][end] - worth[i][counts[i]]).item() if end <= most[i] else -1.0
+                value = (worth[i][end] - worth[i][counts[i]]).item() if end <= most[i] else -math.inf
                 if value > best:
                     best, group = value, [i]
         needed = price * step * len(group)

@@ -34,6 +34,7 @@ from distill_llm.pruning.statistics.record import Statistics, UnitStatistics
 from distill_llm.pruning.statistics.residual_stream import channel_readers, seen, stream_readers, stream_tensors
 from distill_llm.pruning.statistics.settings import DEFAULT_SETTINGS, CalibrationSettings
 from distill_llm.pruning.statistics.unit_sums import UnitSums, stacked
+from distill_llm.pruning.statistics.weight_gradients import WeightGradients
 from distill_llm.pruning.units.kind import UnitKind
 from distill_llm.pruning.units.kinds import KINDS
 from distill_llm.pruning.units.sizes import counts_of, linear, weight_of
@@ -70,8 +71,9 @@ def collect_statistics(
     sums = _PassSums(calibration, shown)
     batch = calibration.batch()
     with ExitStack() as stack:
-        # Gradients of all channels, or of what every layer reads, go all the way back to the embeddings.
+        # Gradients of all channels, of all weights, or of what every layer reads, go all the way back to the embeddings.
         from_embeddings = settings.hidden or settings.hidden_moments or settings.checkpointing
+        from_embeddings |= sums.gradients is not None
         stack.enter_context(calibration.prepared(from_embeddings))
         sums.watch(batch, stack)
         examples, tokens = calibration.over(batches, batch, partial(sums.add_channels, batch))
@@ -102,6 +104,8 @@ class _PassSums:
                 self.units.append(UnitSums([tap], sizes, device))
         moments = self.taps if settings.moments else []
         self.moments = [MomentsSum(weight_of(module).shape[1], device, share) for module in moments]
+        with_weights = settings.weight_gradients and calibration.loss is not None
+        self.gradients = WeightGradients(model, device) if with_weights else None
         self.changes = [UnitSums([], {}, device) for _ in self.layers]
         self.similarity = torch.zeros(len(self.layers), device=device)
         readers = list(stream_readers(model).values())
@@ -124,6 +128,8 @@ class _PassSums:
                 stack.enter_context(seen(model, tensor, partial(see_channels, batch, self.channels)))
         for tensor, its in self.stream.items():
             stack.enter_context(seen(model, tensor, moments_hook(batch, its)))
+        for handle in self.gradients.watch(batch) if self.gradients else ():
+            stack.enter_context(handle)
         for i, layer in enumerate(self.layers):
             of_layer = layer_hook(batch, self.changes[i], self.similarity, i)
             stack.enter_context(layer.register_forward_hook(of_layer, with_kwargs=True))
@@ -143,13 +149,15 @@ class _PassSums:
             *self.moments,
             *self.stream.values(),
         ]
-        return [self.similarity, *(tensor for part in parts for tensor in part.tensors())]
+        gradients = self.gradients.sums.values() if self.gradients else ()
+        return [self.similarity, *gradients, *(tensor for part in parts for tensor in part.tensors())]
 
     def finish(self, examples: int, tokens: int) -> Statistics:
         """The statistics; the sums are gone then."""
         calibration = self.calibration
-        weights = unit_weights(calibration.model, hidden=calibration.settings.hidden)
-        inside = {kind: self._inside(kind, weights) for kind in LAYER_UNITS if self._with(kind)}
+        gradients = self.gradients.sums if self.gradients else {}
+        weights = unit_weights(calibration.model, calibration.settings.hidden, gradients)
+        inside = {kind: self._inside(kind, weights, tokens) for kind in LAYER_UNITS if self._with(kind)}
         whole = {
             kind.name: self._whole(kind, weights)
             for kind in KINDS.values()
@@ -162,6 +170,7 @@ class _PassSums:
             examples=examples,
             tokens=tokens,
             has_gradients=calibration.loss is not None,
+            has_weight_gradients=self.gradients is not None,
             hidden_moments=tuple((tensor, its.finish()) for tensor, its in self.stream.items()),
         )
 
@@ -169,15 +178,15 @@ class _PassSums:
         """Of every layer the sums that units of a kind are in."""
         return [sums for sums in self.units if kind in sums.sizes]
 
-    def _inside(self, kind: str, weights: UnitWeights) -> tuple[UnitStatistics, ...]:
+    def _inside(self, kind: str, weights: UnitWeights, tokens: int) -> tuple[UnitStatistics, ...]:
         """The statistics of a kind of unit inside layers."""
-        return tuple(s.finish(kind, *w[kind]) for s, w in zip(self._with(kind), weights.layers, strict=True))
+        return tuple(s.finish(kind, w[kind], tokens) for s, w in zip(self._with(kind), weights.layers, strict=True))
 
     def _whole(self, kind: UnitKind, weights: UnitWeights) -> UnitStatistics:
         """The statistics of a kind by where they come from (see `Source`)."""
         if kind.source == "stream":
             sums = self.channels or UnitSums([], {"stream": 1}, self.calibration.device, 0)
-            return sums.finish("stream", *weights.hidden)
+            return sums.finish("stream", weights.hidden, 0)
         if kind.source == "together":
             assert kind.cuts is not None
             sums_of, parts = self._with(kind.cuts), [kind.cuts]
@@ -185,6 +194,5 @@ class _PassSums:
             sums_of, parts = self.changes, [name for name, unit in LAYER_UNITS.items() if unit.within is None]
         rows = []
         for sums, its in zip(sums_of, weights.layers, strict=True):
-            squares, absolute = (torch.stack([its[name][i].sum() for name in parts if name in its]) for i in (0, 1))
-            rows.append(sums.block(squares, absolute))
+            rows.append(sums.block(torch.cat([its[name] for name in parts if name in its], 1)))
         return stacked(rows)

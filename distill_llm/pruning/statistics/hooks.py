@@ -64,6 +64,10 @@ class CalibrationBatch:
         """Sum over valid tokens of the squares of (R, T, C), or of (R, C): (C,), fp32."""
         return self.per_example(values, values).sum(0)
 
+    def totals(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over valid tokens of (R, T, C): (C,), fp32."""
+        return torch.einsum("rt,rtc->c", self.mask, values.float())
+
     def per_example(self, values: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
         """Sum over valid tokens of values x gradients: both (R, T, C), or (R, C) -> (B, C), fp32."""
         rows = values.float() * gradients.float()
@@ -107,6 +111,7 @@ def tap_hook(batch: CalibrationBatch, sums: UnitSums, moments: MomentsSum | None
         assert value is not None
         with batch.fp32():
             sums.activation += batch.squares(value)
+            sums.total += batch.totals(value)
             if not batch.with_loss:
                 batch.add_moments(moments, value, None)
                 return None

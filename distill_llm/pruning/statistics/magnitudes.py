@@ -1,6 +1,8 @@
-"""Magnitudes: sums over the weights that make and use a unit. They need no data."""
+"""Sums over the weights that make and use a unit: magnitudes, which need no data, and weights times their gradients."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from transformers import PreTrainedModel
@@ -10,40 +12,48 @@ from distill_llm.architectures.lineage import LAYER_UNITS, Counts, kinds_of
 from distill_llm.architectures.modeling_pruned import hidden_dims, layer_axes, layer_prefix
 from distill_llm.pruning.units.sizes import counts_of
 
-Pair = tuple[torch.Tensor, torch.Tensor]
+WeightSums = torch.Tensor
+"""(3, units): sums over weights of their squares, their absolute values, and |weight x gradient|."""
+Gradients = Mapping[str, torch.Tensor]
+"""The gradient of the loss by the name of a parameter of the model, in its shape."""
 
 
 @dataclass(frozen=True)
 class UnitWeights:
-    """Sums of squared and of absolute weights: per layer by kind of unit, and per channel of the residual stream
-    (empty if not asked for). Biases and norms do not count."""
+    """Sums over weights: per layer by kind of unit, and per channel of the residual stream (empty if not asked for). Biases and
+    norms do not count."""
 
-    layers: tuple[dict[str, Pair], ...]
-    hidden: Pair
+    layers: tuple[dict[str, WeightSums], ...]
+    hidden: WeightSums
 
 
-def unit_weights(model: PreTrainedModel, hidden: bool = False) -> UnitWeights:
-    """Sums over the rows that make each unit and the columns that use it."""
+def unit_weights(
+    model: PreTrainedModel, hidden: bool = False, gradients: Gradients = MappingProxyType({})
+) -> UnitWeights:
+    """Sums over the rows that make each unit and the columns that use it; without gradients the third is 0."""
     family, head_size = family_of(model), dims_of(model.config).head_size
     rows = []
-    for layer, counts in zip(layers_of(model), counts_of(model), strict=True):
-        totals = {kind: torch.zeros(2, count) for kind, count in counts.items()}
+    for number, (layer, counts) in enumerate(zip(layers_of(model), counts_of(model), strict=True)):
+        totals = {kind: torch.zeros(3, count) for kind, count in counts.items()}
         for name, (dim, layout) in layer_axes(layer, family).items():
             parameter = None if layout.endswith("[]") else layer.get_parameter(name)
             if parameter is None or parameter.dim() < 2 or layout.endswith("/") or not parameter.numel():
                 continue
-            sums = _along(parameter, dim)
+            sums = _along(parameter, dim, gradients.get(f"{layer_prefix(model)}{number}.{name}"))
             for kind, total in totals.items():
                 if counts[kind]:
                     total += sums[:, _channels(layout, kind, counts, head_size)].sum(-1)
-        rows.append({kind: (total[0], total[1]) for kind, total in totals.items()})
-    return UnitWeights(tuple(rows), _hidden(model) if hidden else (torch.zeros(0), torch.zeros(0)))
+        rows.append(totals)
+    return UnitWeights(tuple(rows), _hidden(model, gradients) if hidden else torch.zeros(3, 0))
 
 
-def _along(parameter: torch.Tensor, dim: int) -> torch.Tensor:
-    """(2, n): sums of squared and of absolute entries along the other dimensions."""
+def _along(parameter: torch.Tensor, dim: int, gradient: torch.Tensor | None) -> WeightSums:
+    """(3, n): sums over entries along the other dimensions."""
     entries = parameter.detach().float().transpose(0, dim).flatten(1)
-    return torch.stack([entries.square().sum(1), entries.abs().sum(1)]).cpu()
+    sums = [entries.square().sum(1), entries.abs().sum(1), torch.zeros(len(entries), device=entries.device)]
+    if gradient is not None:
+        sums[2] = (entries * gradient.to(entries.device).transpose(0, dim).flatten(1)).abs().sum(1)
+    return torch.stack(sums).cpu()
 
 
 def _channels(layout: str, kind: str, counts: Counts, head_size: int) -> torch.Tensor:
@@ -65,11 +75,11 @@ def _channels(layout: str, kind: str, counts: Counts, head_size: int) -> torch.T
     return torch.cat(found, 1) if found else torch.zeros(counts[kind], 0, dtype=torch.long)
 
 
-def _hidden(model: PreTrainedModel) -> Pair:
+def _hidden(model: PreTrainedModel, gradients: Gradients) -> WeightSums:
     """Sums over the matrices of the layers. Embeddings and heads are left out, as in the cost that `keep` is a share of."""
-    prefix, total = layer_prefix(model), torch.zeros(2, width_of(model))
+    prefix, total = layer_prefix(model), torch.zeros(3, width_of(model))
     for name, dims in hidden_dims(model).items():
         parameter = model.get_parameter(name)
         if name.startswith(prefix) and parameter.dim() > 1 and parameter.numel():
-            total += _along(parameter, dims[0])
-    return total[0], total[1]
+            total += _along(parameter, dims[0], gradients.get(name))
+    return total

@@ -18,6 +18,9 @@ from distill_llm.common.tensors import saved_tensors
 from distill_llm.pruning.statistics.moments import Moments
 from distill_llm.pruning.units.kinds import KINDS
 
+NUMBERS = ("examples", "tokens", "has_gradients", "has_weight_gradients", "has_refit")
+"""Attributes of `Statistics` that its file holds as whole numbers."""
+
 
 @dataclass(frozen=True)
 class UnitStatistics:
@@ -31,6 +34,15 @@ class UnitStatistics:
             weights read whole layers: there it is the norm alone.
         magnitude: over the weights that make and use the unit, their squares (needs no data).
         magnitude_l1: over the same weights, their absolute values.
+        fluctuation: no sum, but standardised: (f - mean) / standard deviation over the channels of the layer, averaged over the
+            unit's; f is the variance of a channel over tokens times the squared norm of the weights that read it. 0 for
+            units that are not in a layer.
+        weight_taylor: over the weights of magnitude, |weight times the loss's gradient there, summed over examples|. 0 where no
+            gradients of weights were collected.
+        refit: what removal adds to the squared error per token of the output of the linear that reads the unit, if the units that
+            are left take over; the cheapest goes first (see `removal_costs`). 0 before `refit_costs`, and for units that are
+            not in a layer.
+        removal: the same where none takes over, for each unit alone.
     """
 
     taylor: torch.Tensor
@@ -39,6 +51,10 @@ class UnitStatistics:
     wanda: torch.Tensor
     magnitude: torch.Tensor
     magnitude_l1: torch.Tensor
+    fluctuation: torch.Tensor
+    weight_taylor: torch.Tensor
+    refit: torch.Tensor
+    removal: torch.Tensor
 
 
 class StreamTensor(NamedTuple):
@@ -66,6 +82,8 @@ class Statistics:
             not collected.
         examples, tokens: how many were seen, padding left out.
         has_gradients: whether the pass had a loss.
+        has_weight_gradients: whether it took gradients of the weights, too.
+        has_refit: whether `refit_costs` has completed them.
     """
 
     units: Mapping[str, tuple[UnitStatistics, ...] | UnitStatistics]
@@ -76,6 +94,8 @@ class Statistics:
     has_gradients: bool
     without: torch.Tensor | None = None
     hidden_moments: tuple[tuple[StreamTensor, Moments], ...] = ()
+    has_weight_gradients: bool = False
+    has_refit: bool = False
 
     def __getattr__(self, kind: str) -> Any:
         if kind == "units" or kind not in self.units:
@@ -104,7 +124,7 @@ class Statistics:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write as safetensors, whole or not at all; errors as of `check`."""
-        metadata = {name: str(int(getattr(self.check(), name))) for name in ("examples", "tokens", "has_gradients")}
+        metadata = {name: str(int(getattr(self.check(), name))) for name in NUMBERS}
         metadata["hidden_moments"] = json.dumps([tensor for tensor, _ in self.hidden_moments])
         tensors = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
         with written_whole(Path(path)) as file:
@@ -159,6 +179,8 @@ class Statistics:
                 examples=int(meta["examples"]),
                 tokens=int(meta["tokens"]),
                 has_gradients=bool(int(meta["has_gradients"])),
+                has_weight_gradients=bool(int(meta["has_weight_gradients"])),
+                has_refit=bool(int(meta["has_refit"])),
                 without=get("without") if "without" in names else None,
                 hidden_moments=tuple(
                     (StreamTensor(norm, tuple(readers)), moments(f"hidden_moments.{i}"))

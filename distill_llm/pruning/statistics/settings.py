@@ -20,6 +20,8 @@ class CalibrationSettings:
         hidden: collect statistics of the residual stream's channels.
         hidden_moments: collect the second moments that compensation of its channels needs: for each tensor that a norm of
             the stream gives out or linears read, as many fp32 numbers as channels squared.
+        weight_gradients: collect gradients with respect to the layers' weights, summed over examples: about half a backward pass
+            more, and as many fp32 numbers as weights.
         exact: keep the backward products in the model's precision. Otherwise those of fp32 linears run in bf16 where the
             device is faster at it; ranks hardly move (see `fast_backward`).
         precision: run the forward pass, and so the backward pass, under autocast in this dtype. Sums are in fp32.
@@ -39,6 +41,7 @@ class CalibrationSettings:
     moment_share: float | None = None
     hidden: bool = True
     hidden_moments: bool = False
+    weight_gradients: bool = False
     exact: bool = False
     precision: torch.dtype | None = None
     checkpointing: bool = False

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from distill_llm.pruning.statistics.magnitudes import WeightSums
 from distill_llm.pruning.statistics.record import UnitStatistics
 from distill_llm.pruning.units.sizes import weight_of
 
@@ -27,10 +28,11 @@ class UnitSums:
         device: torch.device,
         channels: int = 1,
     ):
-        norms = [weight_of(reader).detach().float().abs().sum(0) for reader in readers]
-        self.read = (sum(norms[1:], norms[0]) if norms else torch.ones(channels)).to(device)
+        weights = [weight_of(reader).detach().float() for reader in readers] or [torch.ones(1, channels)]
+        self.read = sum(weight.abs().sum(0) for weight in weights).to(device)  # type: ignore[union-attr]
+        self.squares = sum(weight.square().sum(0) for weight in weights).to(device)  # type: ignore[union-attr]
         self.sizes = sizes
-        self.activation = torch.zeros_like(self.read)
+        self.activation, self.total = torch.zeros_like(self.read), torch.zeros_like(self.read)
         self.sums = {
             kind: torch.zeros(2, len(self.read) // size, device=self.read.device) for kind, size in sizes.items()
         }
@@ -46,19 +48,38 @@ class UnitSums:
 
     def tensors(self) -> list[torch.Tensor]:
         """All sums."""
-        return [self.activation, *self.sums.values(), self.whole]
+        return [self.activation, self.total, *self.sums.values(), self.whole]
 
-    def finish(self, kind: str, squares: torch.Tensor, absolute: torch.Tensor) -> UnitStatistics:
-        """The statistics of a kind of unit, given sums of squares and of absolute values of their weights."""
-        wanda = _by_unit(self.activation.sqrt() * self.read, self.sizes[kind])
-        found = (*self.sums[kind], _by_unit(self.activation, self.sizes[kind]), wanda, squares, absolute)
-        return UnitStatistics(*(each.float().cpu() for each in found))
+    def finish(self, kind: str, weights: WeightSums, tokens: int) -> UnitStatistics:
+        """The statistics of a kind of unit, given sums over their weights."""
+        size = self.sizes[kind]
+        wanda = _by_unit(self.activation.sqrt() * self.read, size)
+        fluctuation = _by_unit(self._standardised(tokens), size) / size
+        return UnitStatistics(
+            *(each.float().cpu() for each in (*self.sums[kind], _by_unit(self.activation, size), wanda)),
+            *weights[:2],
+            fluctuation.cpu(),
+            weights[2],
+            *torch.zeros(2, len(wanda)),
+        )
 
-    def block(self, squares: torch.Tensor, absolute: torch.Tensor) -> UnitStatistics:
+    def block(self, weights: WeightSums) -> UnitStatistics:
         """The statistics of all units together, as of one."""
+        squares, absolute, taylor = weights.sum(1)
         wanda = (self.activation.sqrt() * self.read).sum()
-        found = (*self.whole, self.activation.sum(), wanda, squares.sum(), absolute.sum())
+        none = torch.zeros(())
+        found = (*self.whole, self.activation.sum(), wanda, squares, absolute, none, taylor, none, none)
         return UnitStatistics(*(each.float().cpu()[None] for each in found))
+
+    def _standardised(self, tokens: int) -> torch.Tensor:
+        """(C,): sample variances over tokens times squared norms of weights, less their mean, over their standard deviation."""
+        if not tokens:
+            return torch.zeros_like(self.total)
+        count = max(tokens, 2)
+        variance = (self.activation - self.total.square() / count).clamp(min=0) / (count - 1)
+        fluctuation = (variance * self.squares).double()
+        spread = fluctuation.std() if len(fluctuation) > 1 else fluctuation.sum() * 0
+        return ((fluctuation - fluctuation.mean()) / torch.where(spread > 0, spread, 1.0)).float()
 
 
 def _by_unit(per_channel: torch.Tensor, size: int) -> torch.Tensor:

@@ -10,12 +10,11 @@ from torch import nn
 
 from distill_llm.architectures.modeling_pruned import hidden_dims
 from distill_llm.common.errors import InputError
-from distill_llm.pruning.compensation import linear
 from distill_llm.pruning.compensation.channels import rescaled_norm
 from distill_llm.pruning.cutting.surgery import prune, stock_expressible
 from distill_llm.pruning.plan import full_plan
 from distill_llm.pruning.statistics.collecting import collect_statistics
-from distill_llm.pruning.statistics.moments import MomentsSum
+from distill_llm.pruning.statistics.moments import RIDGE, MomentsSum
 from distill_llm.pruning.statistics.record import Statistics
 from distill_llm.pruning.statistics.residual_stream import stream_norms, stream_tensors
 from distill_llm.pruning.statistics.settings import CalibrationSettings
@@ -133,7 +132,7 @@ def test_the_weights_solve_the_least_squares_of_what_readers_see(name):
     )
     columns, made = ((m.weight.T if "c_" in reader else m.weight).detach().double() for m in (old, new))
     constant = torch.ones(len(x), int(old.bias is not None), dtype=torch.float64)
-    ridge = (linear.RIDGE * x.square().mean() * len(x)).sqrt() * torch.eye(len(kept), len(kept) + constant.shape[1])
+    ridge = (RIDGE * x.square().mean() * len(x)).sqrt() * torch.eye(len(kept), len(kept) + constant.shape[1])
     rows, target = torch.cat([torch.cat([x[:, kept], constant], 1), ridge]), x[:, gone] @ columns[:, gone].T
     solved = torch.linalg.lstsq(rows, torch.cat([target, torch.zeros(len(kept), target.shape[1]).double()])).solution
     torch.testing.assert_close(made, columns[:, kept] + solved[: len(kept)].T, rtol=1e-3, atol=1e-4)

@@ -8,10 +8,10 @@ from builders.pruning import collect, inputs_of, layers_in, linears_in, plan_of,
 
 from distill_llm.common.errors import InputError
 from distill_llm.measuring.live import LiveStorages
-from distill_llm.pruning.compensation.linear import RIDGE, compensate_linear
+from distill_llm.pruning.compensation.linear import compensate_linear
 from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.plan import full_plan, keep_layers
-from distill_llm.pruning.statistics.moments import Moments, MomentsSum
+from distill_llm.pruning.statistics.moments import RIDGE, Moments, MomentsSum
 
 KEPT = torch.tensor([0, 2, 3, 7, 8])
 
