@@ -9,16 +9,19 @@ import torch
 from builders.answers import PROMPTS, answering_trainer, prompt_rows
 from builders.causal import causal_model as talker
 from builders.models import tiny_model
+from builders.retokenized import TERM, TEXTS, model_for, rows_of
 from builders.texts import make_tokenizer
+from builders.tokenizers import bytes_tokenizer, llama_tokenizer
 from builders.trainers import TERMS, cached, model_of, rows, trainer_of, with_lora
 from datasets import Dataset
 from transformers import PreTrainedModel
 
 from distill_llm import DistillationTrainer, KeepZeros, SparsityRules, sparsify, with_exits
 from distill_llm.data.augmenting import Augment, AugmentingCollator, Mixup, Spans
+from distill_llm.data.causal import CausalCollator
 from distill_llm.data.padding import PaddingCollator
 from distill_llm.losses.signals import Signals
-from distill_llm.teachers import MovingAverage, OnlineTeacher, Peers
+from distill_llm.teachers import CrossTokenizerTeacher, MovingAverage, OnlineTeacher, Peers
 
 LOSSES = TERMS | {"both": {"labels": {}, "logits": {}}, "exits": {"labels": {}, "logits": {}, "exits": {"hints": 0.5}}}
 TEACHERS = {"averaged": lambda teacher: MovingAverage(0.9), "peers": lambda teacher: Peers([teacher])}
@@ -29,7 +32,7 @@ Cases = list[tuple[str, int, list[str]]]
 """Head, width of the student and names: terms of TERMS, or `both`, and settings.
 
 Of the heads `answers` (see `of_answers`) and `augmented` the names are shares, of `sparse` shares of zeros, of `dropout` its
-probabilities, of `skips` the row that the teacher spoils.
+probabilities, of `skips` the row that the teacher spoils. `retokenized` has one name, its term's.
 """
 
 
@@ -39,8 +42,11 @@ def learned(folder: Path, cases: Cases) -> dict[str, Learned]:
     for head, width, names in cases:
         for name in names:
             shares = {"augmented": of_augmented, "dropout": of_dropout, "skips": of_skips, "sparse": of_sparse}
-            own = of_answers(folder, name) if head == "answers" else None
-            own = own or (shares[head](folder, float(name)) if head in shares else of_rows(folder, head, width, name))
+            named = {"answers": of_answers, "retokenized": of_retokenized}
+            if head in shares:
+                own = shares[head](folder, float(name))
+            else:
+                own = named[head](folder, name) if head in named else of_rows(folder, head, width, name)
             found[f"{head} {name}"] = own
     return found
 
@@ -121,6 +127,15 @@ def of_answers(folder: Path, name: str) -> Learned:
     settings |= {"per_device_train_batch_size": 4 // PROCESSES, "gradient_accumulation_steps": 2}
     rows = prompt_rows([PROMPTS[row // 3] for row in range(12)])
     return trained(answering_trainer(folder, student, talker(num_hidden_layers=3), rows, losses, **settings))
+
+
+def of_retokenized(folder: Path, name: str) -> Learned:
+    """Four steps with a teacher that reads the texts, of uneven length, in tokens of its own."""
+    own, other = llama_tokenizer(), bytes_tokenizer()
+    teacher = CrossTokenizerTeacher(model_for(other, seed=1), other)
+    settings = {"optim": "sgd", "learning_rate": 0.5, "max_steps": 4, "logging_steps": 2, "processing_class": own}
+    settings |= {"per_device_train_batch_size": 8 // PROCESSES, "data_collator": CausalCollator(own)}
+    return trained(trainer_of(folder, model_for(own), teacher, rows_of(own, 2 * TEXTS), TERM, **settings))
 
 
 def of_augmented(folder: Path, share: float) -> Learned:

@@ -4,33 +4,18 @@ import copy
 
 import pytest
 import torch
+from builders.pairs import assert_alike, one_and_two_processes
+from builders.retokenized import TERM, TEXTS, model_for, rows_of
 from builders.tokenizers import bytes_tokenizer, llama_tokenizer, sentencepiece_tokenizer
-from builders.trainers import causal_model, step_gradient, trainer_of
+from builders.trainers import step_gradient, trainer_of
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from distill_llm.common.errors import InputError
-from distill_llm.data.causal import CausalCollator, as_rows, sequence_packer
+from distill_llm.data.causal import CausalCollator, sequence_packer
 from distill_llm.teachers import CrossTokenizerTeacher
 
-TEXTS = ["yes bc 4 yes", "a=4. yes bc", "yes", "bc bc é yes: abc", "yes yes 4é", "4 4 4 yes bc", "bc", "a b c yes"]
-TERM = {"cross_tokenizer": {"temperature": 2.0}}
-
 pytestmark = pytest.mark.slow
-
-
-def rows_of(tokenizer, texts=TEXTS, prompt=1):
-    """Encoded rows that end, the first tokens without a label."""
-    ids = [[*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for text in texts]
-    labels = [[*[-100] * prompt, *each[prompt:]] for each in ids]
-    return Dataset.from_dict(as_rows(ids, labels))
-
-
-def model_for(tokenizer, seed=0, spare=0, **config):
-    ids = {"pad_token_id": None, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    return causal_model(
-        vocab_size=max(tokenizer.get_vocab().values()) + 1 + spare, seed=seed, layers=2, **ids, **config
-    )
 
 
 def step(folder, student, teacher, tokenizer, losses=TERM, rows=None, **settings):
@@ -114,6 +99,13 @@ def test_a_step_does_not_depend_on_how_its_batch_is_divided_or_padded(tmp_path, 
     worker = step(tmp_path, student, CrossTokenizerTeacher(teacher, other), own, dataloader_num_workers=1)
     assert_same(worker, whole)
     assert whole[1]["loss"] > 0.01
+
+
+def test_two_processes_train_as_one(tmp_path):
+    runs = one_and_two_processes(tmp_path, [("retokenized", 0, ["cross_tokenizer"])])
+    all_seen, seen, other_seen = assert_alike(runs, "retokenized cross_tokenizer")
+    assert len(seen) == len(other_seen) == 4 and sum(seen) + sum(other_seen) == sum(all_seen)
+    assert seen != other_seen  # tokens with a label: the processes hold texts of unequal length
 
 
 def test_sequences_that_share_a_row_give_the_same_as_rows_of_their_own(tmp_path):
