@@ -101,7 +101,10 @@ class Ensemble(Several):
             found = self.outputs(number, batch, step, positions)
             logits = found.logits
             share = self._share(logits, self.weights[number])
-            part = logits.log_softmax(-1) + share if self.adds else logits * share.exp()
+            if self.weights[number]:
+                part = logits.log_softmax(-1) + share if self.adds else logits * share.exp()
+            else:  # read for its layers alone; 0 times a logit of minus infinity would be nan
+                part = torch.full_like(logits, -torch.inf if self.adds else 0.0)
             if first is None:
                 first, total, norm = found, part, share
             else:

@@ -45,7 +45,8 @@ def learn_weights(ensemble: Ensemble, batches: Callable[[], Iterable[Mapping[str
         batches: gives the same batches each time, on the models' device, with labels.
 
     Raises:
-        InputError: weights by confidence, a mean of a language model's logits, or rows without a label.
+        InputError: weights by confidence, a mean of a language model's logits, rows without a label, or models of which each
+            gives a label a logit of minus infinity.
     """
     if ensemble.confidence:
         fix = "leave it out: weights by confidence are not those that are learnt"
@@ -61,9 +62,12 @@ def learn_weights(ensemble: Ensemble, batches: Callable[[], Iterable[Mapping[str
     loss: Callable[[torch.Tensor], torch.Tensor]
     if ensemble.adds:
         weights, loss = likeliest_mixture(outputs), lambda w: -(outputs + w.log()).logsumexp(1).mean()
-    else:
-        loss = _SquaredError(outputs, labels) if ensemble.single else _CrossEntropy(outputs, labels)
+    elif ensemble.single:
+        loss = _SquaredError(outputs, labels)
         weights = least(loss, outputs.shape[1])
+    else:
+        of_logits = _CrossEntropy(outputs, labels)
+        loss, weights = of_logits, of_logits.least()
     weights = rounded(weights)
     alone = tuple(loss(each).item() for each in torch.eye(outputs.shape[1], dtype=torch.float64))
     return HeldOut(tuple(weights.tolist()), loss(weights).item(), alone, len(labels))
@@ -112,13 +116,34 @@ def likeliest_mixture(log_p: torch.Tensor) -> torch.Tensor:
 
 
 class _CrossEntropy:
-    """The loss of weighted sums of (items, M, C) logits against (items,) labels."""
+    """The loss of weighted sums of (items, M, C) logits against (items,) labels.
+
+    A model of any weight rules out the classes that it gives minus infinity. Items whose label all models rule out say nothing
+    about the weights, and are left out.
+    """
 
     def __init__(self, outputs: torch.Tensor, labels: torch.Tensor):
-        self.outputs, self.labels = outputs, labels.long()
+        of_label = outputs.gather(2, labels.long()[:, None, None].expand(-1, outputs.shape[1], 1)).squeeze(-1)
+        said = of_label.amax(1) > -torch.inf
+        self.able = (of_label[said] > -torch.inf).all(0) & said.any()  # models that rule out no label
+        out = outputs[said] == -torch.inf
+        self.outputs, self.labels = outputs[said].masked_fill(out, 0.0), labels[said].long()
+        self.ruled_out = out if out.any() else None
 
     def __call__(self, weights: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(torch.einsum("imc,m->ic", self.outputs, weights), self.labels)
+        logits = torch.einsum("imc,m->ic", self.outputs, weights)
+        if self.ruled_out is not None:
+            logits = logits.masked_fill((self.ruled_out & (weights > 0)[:, None]).any(1), -torch.inf)
+        return torch.nn.functional.cross_entropy(logits, self.labels)
+
+    def least(self) -> torch.Tensor:
+        """(M,) the weights of least loss: 0 for a model that rules out a label, with which the loss would be infinite."""
+        if not self.able.any():
+            fix = "take probabilities: each model gives a label of the held-out rows a logit of minus infinity"
+            raise InputError("average", "logits", fix=fix)
+        none = torch.zeros(len(self.able), dtype=torch.float64)
+        found = least(lambda weights: self(none.masked_scatter(self.able, weights)), int(self.able.sum()))
+        return none.masked_scatter(self.able, found)
 
 
 class _SquaredError:

@@ -13,6 +13,7 @@ from builders.trainers import NO_DROPOUT, causal_model, rows, trainer_of
 from torch.nn import functional as F
 
 from distill_llm.common.errors import InputError
+from distill_llm.losses.signals import Wanted
 from distill_llm.recipe.recipe import parse_recipe
 from distill_llm.teachers import Ensemble
 
@@ -74,6 +75,22 @@ def test_the_student_learns_from_the_weighted_mean_with_classes_matched_by_name(
     ensemble = Ensemble(teachers, [2, 1, 5], average, confidence)
     assert ensemble.weights == pytest.approx([0.25, 0.125, 0.625])
     assert logged(trainer_of(tmp_path, student, ensemble, data, {"logits": {}})) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("average", ["probabilities", "logits"])
+def test_a_first_model_of_weight_0_that_rules_out_a_class_says_nothing(average):
+    """It is read all the same, for its layers."""
+    models = [classifier(layers=2, seed=seed) for seed in (1, 2, 3)]
+    with torch.no_grad():
+        models[0].classifier.bias[1] = -torch.inf
+    batch = batch_of(rows(models[0]))
+    target = mean([numbers(model, batch) for model in models[1:]], [1, 3], average, False)
+    ensemble = Ensemble(models, [0, 1, 3], average)
+    ensemble.agree()
+    ensemble.place(torch.device("cpu"), layers=Wanted(hidden=frozenset({1})))
+    found = ensemble.signals(batch)
+    assert softmax(found.logits.double().numpy()) == pytest.approx(target, rel=1e-5)
+    assert found.hidden
 
 
 @pytest.mark.slow

@@ -114,6 +114,53 @@ def test_weights_of_classifiers_are_those_of_least_loss_with_classes_matched_by_
     assert learn_weights(ensemble, batches_of(data)) == found
 
 
+def ruled_out(classes_of_models, labels):
+    """What is learnt of models that rule out classes, and the models' logits (rows, models, classes)."""
+    models = [classifier(seed) for seed in (1, 2, 3)]
+    with torch.no_grad():
+        for model, classes in zip(models, classes_of_models, strict=True):
+            model.classifier.weight.mul_(5)
+            model.classifier.bias[list(classes)] = -torch.inf
+    data = [
+        {**row, "labels": torch.tensor(labels[at % len(labels)])} for at, row in enumerate(rows(models[0], count=40))
+    ]
+    ensemble = Ensemble(models, average="logits")
+    ensemble.agree()
+    z = np.stack([numbers(model, data) for model in models], 1)
+    return learn_weights(ensemble, batches_of(data)), z, np.array([row["labels"].item() for row in data])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("classes", [((2,), (2,), (2,)), ((2,), (), ())])
+def test_a_class_that_a_model_of_any_weight_rules_out_is_left_out_of_the_mean_of_logits(classes):
+    found, z, labels = ruled_out(classes, (0, 1, 1))
+    two = z[..., :2]
+
+    def loss(w):
+        return -log_softmax(np.einsum("imc,m->ic", two, w))[np.arange(len(labels)), labels].mean()
+
+    weights, least = best(loss, 3)
+    assert found.loss == pytest.approx(loss(np.array(found.weights)), rel=1e-5)
+    assert found.loss <= least + 1e-5 and found.weights == pytest.approx(weights, abs=5e-3)
+    assert weights[0] > 0.01, "the first model has a weight"
+    assert found.alone[0] == pytest.approx(loss(np.eye(3)[0]), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_model_that_rules_out_a_label_has_no_weight_in_a_mean_of_logits():
+    found, z, labels = ruled_out(((), (2,), ()), (0, 1, 2))
+    rest = z[:, [0, 2]]
+
+    def loss(w):
+        return -log_softmax(np.einsum("imc,m->ic", rest, w))[np.arange(len(labels)), labels].mean()
+
+    weights, least = best(loss, 2)
+    assert found.weights[1] == 0 and found.alone[1] == np.inf
+    assert found.loss <= least + 1e-5 and found.weights[::2] == pytest.approx(weights, abs=5e-3)
+    with pytest.raises(InputError, match="^average: got 'logits'; take probabilities: each model gives a label"):
+        ruled_out(((0,), (1,), (2,)), (0, 1, 2))
+
+
 @pytest.mark.slow
 def test_classes_without_names_are_in_the_order_of_the_labels():
     """The first model has no names, and the second has the data's in another order."""
