@@ -24,7 +24,7 @@ def open_stages(recipe: Recipe, teacher: OpenModel, task: Task) -> tuple[OpenMod
 
 
 def _open(field: str, name: str, own: dict, teacher: OpenModel, task: Task) -> OpenModel:
-    found = open_model(field, name)
+    found = open_model(field, name, True, teacher.trust_remote_code)
     if found.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
         raise InputError(field, name, f"a checkpoint with the tokenizer of teacher.model ({teacher.name})")
     check_shapes(own, skeleton(found).state_dict(), field, name)

@@ -88,7 +88,8 @@ class TeacherSection(Section):
     )
     trust_remote_code: bool = Field(
         default=False,
-        description="run the code that the teacher's folder or repository brings along, if it does; read that code first",
+        description="run the code that the teacher's folder or repository, or those of its checkpoints, bring along, if they do;"
+        " read that code first",
     )
 
     _check_train = field_validator("train")(training_fields)

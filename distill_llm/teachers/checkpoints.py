@@ -26,12 +26,15 @@ class StagedTeacher(OnlineTeacher):
     Args:
         model: teaches until the first of the others begins. It gets their weights.
         later: by start, a folder or a Hub id with weights of the same shapes.
+        trust_remote_code: run the code that these bring along, where the model's class is not one of transformers.
 
     Raises:
         InputError: no others, a start that is none, or quantised weights.
     """
 
-    def __init__(self, model: PreTrainedModel, later: Mapping[Start, str | os.PathLike]):
+    def __init__(
+        self, model: PreTrainedModel, later: Mapping[Start, str | os.PathLike], trust_remote_code: bool = False
+    ):
         super().__init__(model)
         if not later:
             raise InputError("later", "no checkpoints", "at least one: a model that stays as it is needs no stages")
@@ -40,6 +43,7 @@ class StagedTeacher(OnlineTeacher):
         for start in later:
             check_start(start, "later")
         self.later = {start: str(folder) for start, folder in later.items()}
+        self.trust_remote_code = trust_remote_code
         self._starts = starts_in(self.later, None)
         self._held: str | None = None  # the checkpoint whose weights the model has; None: its own
 
@@ -72,7 +76,7 @@ class StagedTeacher(OnlineTeacher):
         if folder is None:
             fix = "make the teacher anew: its first weights were replaced in an earlier training"
             raise InputError("teacher", type(self).__name__, fix=fix)
-        weights = load_pretrained(folder, dtype=self.model.dtype).state_dict()
+        weights = load_pretrained(folder, self.trust_remote_code, dtype=self.model.dtype).state_dict()
         check_shapes(self.model.state_dict(), weights, "teacher.checkpoints", folder)
         with torch.no_grad():
             for name, own in self.model.state_dict().items():

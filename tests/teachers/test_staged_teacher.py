@@ -1,6 +1,7 @@
 """A teacher whose weights change by the student's step."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -82,6 +83,35 @@ def test_a_resumed_training_reads_the_weights_of_its_step_and_ends_with_the_same
     whole = trained(later)
     assert same(whole, trained(later, str(tmp_path / "checkpoint-2")))
     assert not same(whole, trained({3: folders[1]}, str(tmp_path / "checkpoint-2")))
+
+
+OWN = """
+from transformers import BertConfig, BertForSequenceClassification
+
+
+class OwnConfig(BertConfig):
+    model_type = "own_bert"
+
+
+class OwnBert(BertForSequenceClassification):
+    config_class = OwnConfig
+"""
+
+
+def test_checkpoints_with_code_of_their_own_are_read_where_that_is_trusted(tmp_path):
+    """As those of a teacher with code of its own are, which the run saves at its stages."""
+    (first, later), (_, folder) = saved(tmp_path, plain, (5, 6))
+    (folder / "own.py").write_text(OWN)
+    config = json.loads((folder / "config.json").read_text())
+    own = {"AutoConfig": "own.OwnConfig", "AutoModelForSequenceClassification": "own.OwnBert"}
+    config |= {"model_type": "own_bert", "architectures": ["OwnBert"], "auto_map": own}
+    (folder / "config.json").write_text(json.dumps(config))
+    batch = {name: each for name, each in stacked(rows(first)).items() if name != "labels"}
+    with pytest.raises(InputError, match="contains custom code"):
+        StagedTeacher(copy.deepcopy(first), {1: folder}).signals(batch, 1)
+    teacher = StagedTeacher(copy.deepcopy(first), {1: folder}, trust_remote_code=True)
+    assert torch.equal(teacher.signals(batch, 0).logits, first(**batch).logits)
+    assert torch.equal(teacher.signals(batch, 1).logits, later(**batch).logits)
 
 
 def test_what_cannot_teach_in_stages_is_refused_in_one_line(tmp_path):

@@ -196,7 +196,7 @@ class Recover(Stage):
         if section.tokenizer is not None:
             return CrossTokenizerTeacher(first, run.opened.teacher.tokenizer)
         if section.checkpoints is not None:
-            return StagedTeacher(first, self._stages(path))
+            return StagedTeacher(first, self._stages(path), section.trust_remote_code)
         return self._with_others(first)
 
     def _stages(self, path: Path | str) -> dict[int | float, Path | str]:
