@@ -118,6 +118,10 @@ def synthetic_faults(
     section = recipe.data.synthetic
     if section is None:
         return []
+    if task.kind.name not in ("classification", *LANGUAGE_MODELS):
+        assert recipe.data.test is not None
+        accepted = "a task of classes, or text: rows are made for no others"
+        return [InputError("data.test.task", recipe.data.test.task, accepted)]
     faults = [
         *_other_faults(recipe),
         *length_faults(limits_of(shorter.config, shorter.name), section.length, f"{FIELD}.length"),

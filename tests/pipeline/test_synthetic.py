@@ -193,6 +193,57 @@ def test_what_does_not_go_is_said_in_a_line_before_any_work(method, change, line
     assert all(len(each) <= 300 and "\n" not in each for each in lines)
 
 
+HEADS = {"token": {"head": "token-classification"}, "value": {"num_labels": 1, "id2label": {0: "value"}}}
+
+
+@pytest.mark.parametrize("method", ["noise", "sampled"])
+@pytest.mark.parametrize("head", HEADS)
+def test_a_teacher_of_tokens_or_of_a_value_needs_real_rows(method, head, tmp_path):
+    recipe = recipe_without_data(tmp_path, method)
+    write_model(tmp_path / "teacher", **{"max_position_embeddings": 64, **HEADS[head]})
+    line = "teacher.model: got .*; accepted: a classifier of texts with two classes or more, or a language model"
+    lines = faults_at_the_door(parse_recipe(recipe))
+    assert any(re.match(line, each) for each in lines), lines
+    assert all(len(each) <= 300 and "\n" not in each for each in lines)
+
+
+@pytest.mark.parametrize(
+    "method, task, line",
+    [
+        (
+            "sampled",
+            "pairs",
+            "data.synthetic.sampled: .*make rows in another way, such as noise: .*these rows are pairs",
+        ),
+        ("noise", "pairs", None),
+        *(
+            (method, "regression", "data.test.task: got 'regression'; accepted: a task of classes")
+            for method in METHODS
+        ),
+        *((method, "prompts", "data.test.task: got 'prompts'; accepted: a task of classes") for method in METHODS),
+        ("sampled", "token_classification", "data.test.task: .*token classification is not supported"),
+        ("noise", "token_classification", "data.test.task: .*token classification is not supported"),
+    ],
+)
+def test_real_rows_to_score_on_must_be_of_a_task_that_rows_can_be_made_for(method, task, line, tmp_path):
+    recipe = recipe_without_data(tmp_path, method)
+    file = tmp_path / "rows.csv"
+    file.write_text("a,b,y\n" + "".join(f"the film {row},the film,{row % 2}\n" for row in range(40)))
+    columns = {"text": "a", "label": "y"}
+    if task == "pairs":
+        columns["text_pair"] = "b"
+    elif task == "regression":
+        write_model(tmp_path / "teacher", max_position_embeddings=64, num_labels=1)
+    elif task == "prompts":
+        write_decoder(tmp_path / "teacher", tokenizer=word_tokenizer())
+        columns = {"prompt": "a", "response": "b"}
+    test = {"task": "classification" if task == "pairs" else task, "path": str(file), "columns": columns}
+    recipe["data"] = {**recipe["data"], "test": test}
+    lines = faults_at_the_door(parse_recipe(recipe))
+    assert any(re.match(line, each) for each in lines) if line else not lines, lines
+    assert all(len(each) <= 300 and "\n" not in each for each in lines)
+
+
 @pytest.mark.parametrize(
     "data, line",
     [
