@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from distill_llm.checks.faults import Collector
 from distill_llm.checks.models import adapted, skeleton
+from distill_llm.checks.peers import open_peers
 from distill_llm.checks.pruning import check_pruning
 from distill_llm.checks.recipe import Opened, load_rows
 from distill_llm.common.errors import InputError, raise_all
@@ -28,6 +29,12 @@ class Sketch:
     teacher: PreTrainedModel
     student: PreTrainedModel | None
 
+    @property
+    def peers(self) -> tuple[PreTrainedModel | None, ...]:
+        """Further students that learn together with the student; None: pruning makes it."""
+        task = self.opened.data.task
+        return tuple(None if each is None else skeleton(each, task) for each in self.opened.peers)
+
     def adapted(self, student: PreTrainedModel) -> nn.Module:
         """A student as it trains: with adapters, where only those learn."""
         return adapted(self.opened.recipe, student)
@@ -44,12 +51,6 @@ def unknown_costs(recipe: Recipe) -> list[InputError]:
     if recipe.teacher.assistant is not None:
         fix = "remove it for the estimate: the memory and time of one teacher alone are known on paper"
         return [InputError("teacher.assistant", recipe.teacher.assistant.model_dump(), fix=fix)]
-    if recipe.teacher.peers is not None:
-        fix = "remove it for the estimate: each peer takes about what a student of its size takes alone"
-        return [InputError("teacher.peers", f"{len(recipe.teacher.peers.others)} peers", fix=fix)]
-    if recipe.distillation is not None and recipe.distillation.generations is not None:
-        fix = "remove it for the estimate: each generation takes what the last recovery takes"
-        return [InputError("distillation.generations", recipe.distillation.generations.count, fix=fix)]
     if recipe.data.synthetic is not None:
         fix = "name real rows for the estimate: how long it takes to make rows shows only in the run"
         return [InputError("data.synthetic", recipe.data.synthetic.method, fix=fix)]
@@ -82,7 +83,8 @@ def open_sketch(recipe: Recipe) -> Sketch:
     found.run(check_pruning, recipe, teacher, found.run(skeleton, teacher))
     if recipe.student is not None and recipe.student.peft is not None:
         found.run(adapted, recipe, whole if recipe.student.model is None else given)
+    peers = found.run(open_peers, recipe, teacher, task) or ()
     found.faults += unknown_costs(recipe)
     raise_all(found.faults)
     assert teacher is not None and data is not None and whole is not None
-    return Sketch(Opened(recipe, teacher, student, data), whole, given)
+    return Sketch(Opened(recipe, teacher, student, data, peers=peers), whole, given)

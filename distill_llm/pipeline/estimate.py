@@ -1,21 +1,25 @@
 """What a run will take, before it runs: memory of a device and time, stage by stage."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from distill_llm.architectures.lineage import LAYER_UNITS
+from distill_llm.architectures.modeling_exits import has_exits
+from distill_llm.common.errors import InputError
 from distill_llm.common.precision import mixed_precision
 from distill_llm.losses.objective import parse_objective
 from distill_llm.measuring.tracing import Traced
 from distill_llm.models.adapters import without_adapters
+from distill_llm.models.exits import with_exits
 from distill_llm.pipeline.prices import (
     Devices,
+    Models,
     Rows,
     StageCost,
     checkpointing_in,
@@ -48,23 +52,6 @@ FORWARDS_IN_ORDER = 3.5
 """Forward passes that a fit in order takes, at most: one of the model, and two and a half of the student."""
 
 
-@dataclass(frozen=True)
-class Models:
-    """A run's models on the meta device.
-
-    Attributes:
-        teacher: with the task's head.
-        student: the given student; None: pruning makes it.
-        adapted: puts the recipe's adapters around a student, where only those learn.
-        tokenizer: of both.
-    """
-
-    teacher: PreTrainedModel
-    student: PreTrainedModel | None = None
-    adapted: Callable[[PreTrainedModel], nn.Module] = lambda model: model
-    tokenizer: PreTrainedTokenizerBase | None = None
-
-
 class Estimate:
     """The costs of a recipe's stages.
 
@@ -90,9 +77,12 @@ class Estimate:
             student = self._student(number)
             if section is not None:
                 yield self._pruning(f"round-{number}/prune", section, self._student(number - 1), student)
+                yield from self._cut_peers()
             if recipe.distillation is not None:
                 fields = recipe.training("final" if number == rounds else "recovery")
-                yield self._training(f"round-{number}/recover", self._recovery(student, fields), fields)
+                learner = self._learner if number == rounds else student
+                yield self._training(f"round-{number}/recover", self._recovery(learner, fields), fields)
+        yield from self._generations()
         if recipe.quantize is not None and recipe.quantize.train is not None:
             fields = recipe.training("quantized")
             yield self._training("quantize/train", self._recovery(self._student(rounds), fields), fields)
@@ -107,6 +97,8 @@ class Estimate:
         else:
             fields = recipe.training("final")
             step = self._recovery(self._student(self._rounds), fields)
+            if step.peers:  # each trains as one that is alone
+                step = self._labels_alone(step.student, fields)
         return step, self._shape(fields)
 
     @property
@@ -128,17 +120,35 @@ class Estimate:
             accumulated=fields.get("gradient_accumulation_steps", 1),
         )
 
-    def _recovery(self, student: PreTrainedModel, fields: Mapping[str, Any]) -> Step:
-        """A training step of a student on the recipe's teacher."""
+    def _recovery(
+        self, student: PreTrainedModel, fields: Mapping[str, Any], teacher: PreTrainedModel | None = None
+    ) -> Step:
+        """A training step of a student on a teacher: the recipe's, where none is given; or on its peers."""
         section, distillation = self.recipe.teacher, self.recipe.distillation
         step = self._labels_alone(self.models.adapted(student), fields)
-        if distillation is None or not distillation.losses.needs_teacher or section.cache is not None:
+        if distillation is None:
             return step
+        losses = distillation.losses if has_exits(student) else without_exit_loss(distillation.losses)
+        if not losses.needs_teacher or (section.cache is not None and teacher is None):
+            own = losses.only([name for name in losses.terms() if name in ("labels", "exits")])
+            return replace(step, objective=own) if has_exits(student) else step
+        if section.peers is not None:
+            return replace(step, peers=tuple(self._peers), objective=losses)
         dtype = getattr(torch, section.dtype) if section.dtype else step.precision or torch.float32
-        losses = without_exit_loss(
-            distillation.losses
-        )  # exits are a few small maps of one token: their price is left out
-        return replace(step, teacher=self.models.teacher, objective=losses, teacher_dtype=dtype)
+        return replace(step, teacher=teacher or self.models.teacher, objective=losses, teacher_dtype=dtype)
+
+    @property
+    def _learner(self) -> PreTrainedModel:
+        """The student of the last recovery, with its exits."""
+        student, exits = self._student(self._rounds), self.recipe.exits
+        return student if exits is None else with_exits(student, exits.after)
+
+    @property
+    def _peers(self) -> list[PreTrainedModel]:
+        """Further students, given or cut."""
+        section = self.recipe.teacher.peers
+        shares = [other.keep for other in section.others] if section is not None else []
+        return [self._cut(share) if share else given for share, given in zip(shares, self.models.peers, strict=True)]  # type: ignore[misc]
 
     def _student(self, number: int) -> PreTrainedModel:
         """The student after a round (0: before them), cut at random: the sizes count, not which units stay."""
@@ -148,7 +158,12 @@ class Estimate:
         if section.layers is not None:
             return prune_skeleton(teacher, keep_layers(teacher, section.layers))
         assert section.keep is not None
-        keep = kept_after(section.keep, number, section.rounds, section.schedule)
+        return self._cut(kept_after(section.keep, number, section.rounds, section.schedule))
+
+    def _cut(self, keep: float) -> PreTrainedModel:
+        """The teacher with this share of its layers' cost."""
+        teacher, section = self.models.teacher, self.recipe.pruning
+        assert section is not None
         # Latency is measured; on paper the cost is that of parameters.
         costs = unit_costs(
             teacher, "params" if section.cost == "latency" else section.cost, *budget_batch(self.recipe, True)
@@ -159,8 +174,8 @@ class Estimate:
         own, devices = without_adapters(step.student), self.devices
         accumulated, shape = step.accumulated, self._shape(fields)
         trace = step.traced(shape)
-        weights: float = weight_bytes(step.student)
-        learned = weight_bytes(step.student, learned=True)
+        weights: float = sum(map(weight_bytes, step.students))
+        learned = sum(weight_bytes(student, learned=True) for student in step.students)
         if own is not step.student and self.recipe.student and self.recipe.student.quantization is not None:
             weights = held_bytes(own, step.precision or torch.float32, self.recipe.student.quantization)
         parts: dict[str, float] = {
@@ -173,6 +188,8 @@ class Estimate:
             parts["gradients and batch"] = max(trace.peak, accumulating)
             if devices.count > 1:
                 parts["buckets"] = learned
+        elif step.peers:
+            raise InputError("accelerate", devices.sharing, "ddp: peers learn in whole models")
         else:
             parts = {part: held / devices.count for part, held in parts.items()}
             parts |= {"gradients": learned / devices.count, "gathered": gathered_bytes(own, step.precision)}
@@ -181,7 +198,30 @@ class Estimate:
             parts["teacher"] = held_bytes(step.teacher, step.teacher_dtype, self.recipe.teacher.quantization)
         micro = steps_of(fields, self.rows.train, shape.rows * accumulated * devices.count) * accumulated
         flops = micro * trace.flops * self.rows.padded / self.rows.longest
-        return StageCost(name, parts, flops + self._scored(own).flops)
+        return StageCost(name, parts, flops + sum(self._scored(each).flops for each in (own, *step.peers)))
+
+    def _cut_peers(self) -> Iterator[StageCost]:
+        """Peers are cut by the statistics of the student's own cut, and scored."""
+        for number, (peer, given) in enumerate(zip(self._peers, self.models.peers, strict=True), 1):
+            if given is None:
+                scored = self._scored(peer)
+                models = weight_bytes(self.models.teacher) + weight_bytes(peer)
+                parts = {"models": models, "batch": scored.parts["batch"]}
+                yield StageCost(f"round-1/prune-peer-{number}", parts, scored.flops)
+
+    def _generations(self) -> Iterator[StageCost]:
+        """From the second on, each is taught by one of its own shape; then all are scored together, where that is asked for."""
+        section, rounds = self.recipe.distillation.generations if self.recipe.distillation else None, self._rounds
+        if section is None:
+            return
+        student, fields = self._student(rounds), self.recipe.training("final")
+        for number in range(2, section.count + 1):
+            step = self._recovery(student, fields, student)
+            yield self._training(f"round-{rounds}/generation-{number}", step, fields)
+        if section.ensemble:
+            scored = self._scored(student)
+            parts = {"models": section.count * weight_bytes(student, student.dtype), "batch": scored.parts["batch"]}
+            yield StageCost(f"round-{rounds}/generations", parts, section.count * scored.flops)
 
     def _scoring(self, name: str, model: PreTrainedModel) -> StageCost:
         scored = self._scored(model)

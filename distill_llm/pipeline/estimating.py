@@ -8,8 +8,8 @@ from distill_llm.checks.estimate import Sketch, open_sketch
 from distill_llm.checks.recipe import encoded_rows
 from distill_llm.common.precision import AUTO
 from distill_llm.measuring.profiling import device_name
-from distill_llm.pipeline.estimate import Estimate, Models
-from distill_llm.pipeline.prices import Devices, Rows, StageCost
+from distill_llm.pipeline.estimate import Estimate
+from distill_llm.pipeline.prices import Devices, Models, Rows, StageCost
 from distill_llm.pipeline.work import measured_rate
 from distill_llm.recipe.recipe import Recipe, parse_recipe
 
@@ -58,7 +58,7 @@ def forecast(sketch: Sketch, devices: Devices, tflops: float | None = None, gpu:
     recipe = _fast_in_bf16(sketch.opened.recipe) if gpu else sketch.opened.recipe
     fields = recipe.training("final" if recipe.distillation is not None else "teacher")
     rows = Rows.of(encoded_rows(sketch.opened), fields.get("per_device_train_batch_size", 8))
-    models = Models(sketch.teacher, sketch.student, sketch.adapted, sketch.opened.teacher.tokenizer)
+    models = Models(sketch.teacher, sketch.student, sketch.adapted, sketch.opened.teacher.tokenizer, sketch.peers)
     made = Estimate(recipe, models, rows, devices, gpu)
     stages = tuple(made.stages())
     if tflops is not None:

@@ -2,13 +2,14 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill_llm.architectures.families import layers_of
 from distill_llm.common.errors import InputError
@@ -49,6 +50,25 @@ class Devices:
         if found is None or int(found[1] or 1) < 1 or float(found[2]) <= 0:
             raise InputError("devices", text, "NUMBERxMEMORY, for example 8x80GB")
         return cls(int(found[1] or 1), int(float(found[2]) * 1e9), sharing)
+
+
+@dataclass(frozen=True)
+class Models:
+    """A run's models on the meta device.
+
+    Attributes:
+        teacher: with the task's head.
+        student: the given student; None: pruning makes it.
+        adapted: puts the recipe's adapters around a student, where only those learn.
+        tokenizer: of both.
+        peers: further students that learn together with the student; None: pruning makes it.
+    """
+
+    teacher: PreTrainedModel
+    student: PreTrainedModel | None = None
+    adapted: Callable[[PreTrainedModel], nn.Module] = lambda model: model
+    tokenizer: PreTrainedTokenizerBase | None = None
+    peers: tuple[PreTrainedModel | None, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ With models of shapes alone (see `measuring.tracing`) nothing is computed, so a 
 
 import copy
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from distill_llm.models.inputs import forward_inputs
 from distill_llm.pruning.statistics.collecting import collect_statistics
 from distill_llm.pruning.statistics.settings import CalibrationSettings
 from distill_llm.teachers.online import OnlineTeacher
+from distill_llm.teachers.peers import Peers
 from distill_llm.training.loss import LossSettings, TrainingLoss
 
 LARGEST_TRIAL = 3 * 10**8
@@ -53,6 +54,7 @@ class Step:
     Attributes:
         student: on the meta device, with its adapters where only those learn; not changed.
         teacher: the same; None where no teacher is in memory.
+        peers: the same; further students, which learn from each other in the place of a teacher.
         objective: what is learnt.
         tokenizer: of both.
         precision: dtype of mixed precision; None: fp32.
@@ -69,19 +71,31 @@ class Step:
     teacher_dtype: torch.dtype = torch.float32
     checkpointing: bool = False
     accumulated: int = 1
+    peers: tuple[PreTrainedModel, ...] = ()
+
+    @property
+    def students(self) -> tuple[nn.Module, ...]:
+        """All that learn."""
+        return self.student, *self.peers
 
     def traced(self, shape: Shape) -> Traced:
         """What a step takes beside weights and optimizer."""
         student = copy.deepcopy(self.student).float()
         teacher = None if self.teacher is None else copy.deepcopy(self.teacher).to(self.teacher_dtype)  # type: ignore[arg-type]
-        models = [student] if teacher is None else [student, teacher]
+        peers = [copy.deepcopy(peer).float() for peer in self.peers]
+        models = [student, *peers, *([] if teacher is None else [teacher])]
         with shapes_alone(shape.gpu, shape.counted):
             for model in models:
                 without_numbers(model)
-            return traced(self.on(student, teacher, shape, torch.device("cpu")), models)
+            return traced(self.on(student, teacher, shape, torch.device("cpu"), peers), models)
 
     def on(
-        self, student: nn.Module, teacher: PreTrainedModel | None, shape: Shape, device: torch.device
+        self,
+        student: nn.Module,
+        teacher: PreTrainedModel | None,
+        shape: Shape,
+        device: torch.device,
+        peers: Sequence[PreTrainedModel] = (),
     ) -> Callable[[], None]:
         """The step with these models, ready to be done."""
         own = without_adapters(student)
@@ -89,7 +103,7 @@ class Step:
         if self.checkpointing:
             own.activation_checkpointing_enable()
             own.enable_input_require_grads()
-        source = None if teacher is None else OnlineTeacher(teacher)
+        source = Peers(peers) if peers else None if teacher is None else OnlineTeacher(teacher)
         settings = LossSettings(self.teacher_dtype, self.precision)
         loss = TrainingLoss(self.objective, student, source, self.tokenizer, device, settings)
         batch = full_batch(own, shape, device)

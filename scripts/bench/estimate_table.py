@@ -8,8 +8,8 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from distill_llm.pipeline.estimate import Estimate, Models
-from distill_llm.pipeline.prices import Devices, Rows
+from distill_llm.pipeline.estimate import Estimate
+from distill_llm.pipeline.prices import Devices, Models, Rows
 from distill_llm.recipe.recipe import parse_recipe
 
 TOKENS, ROWS, COUNT, SIZE, TFLOPS = 4096, 24_000, 8, 80e9, 400  # about 100 million tokens

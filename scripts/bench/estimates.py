@@ -20,8 +20,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from distill_llm import DistillationConfig, DistillationTrainer
-from distill_llm.pipeline.estimate import Estimate, Models
-from distill_llm.pipeline.prices import Devices, Rows
+from distill_llm.pipeline.estimate import Estimate
+from distill_llm.pipeline.prices import Devices, Models, Rows
 from distill_llm.pipeline.work import measured_rate
 from distill_llm.recipe.recipe import parse_recipe
 

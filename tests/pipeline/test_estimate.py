@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from builders.models import tiny_model
 from builders.recipes import recipe_for, write_model, write_recipe, write_rows
 from builders.trainers import causal_model, with_lora
 from typer.testing import CliRunner
@@ -12,8 +13,8 @@ from typer.testing import CliRunner
 from distill_llm.cli.main import app
 from distill_llm.common.errors import InputError
 from distill_llm.pipeline import estimating
-from distill_llm.pipeline.estimate import Estimate, Models
-from distill_llm.pipeline.prices import Devices, Rows, optimizer_bytes, steps_of
+from distill_llm.pipeline.estimate import Estimate
+from distill_llm.pipeline.prices import Devices, Models, Rows, optimizer_bytes, steps_of
 from distill_llm.recipe.recipe import parse_recipe
 
 ROWS = Rows(train=100, test=10, longest=32, padded=32.0, scored=32.0)
@@ -136,6 +137,84 @@ def test_the_teacher_is_as_large_as_its_dtype(changes, per_weight):
 def test_a_teacher_that_is_trained_is_priced_as_a_student():
     stage = next(made(given(teacher={"model": "t", "train": {"optim": "sgd"}})).stages())
     assert stage.name == "teacher" and stage.parts["optimizer"] == 0 and stage.parts["weights"] == 4 * SIZE
+
+
+def forward(layers, rows, tokens=32, classes=100):
+    """Floating point operations of a decoder of the builders: the linears, attention's two products, the head."""
+    linears = 32 * (32 + 16 + 16 + 32) + 3 * 32 * 64
+    return 2 * rows * tokens * (layers * (linears + 2 * tokens * 32) + classes * 32)
+
+
+STEPS, SCORED = 10, forward(1, 10)
+
+
+@pytest.mark.slow
+def test_each_generation_is_another_training_taught_by_one_of_its_own_shape(plain):
+    given_three = given(distillation={**TRAINING, "generations": {"count": 3, "ensemble": True}})
+    found = {stage.name: stage for stage in made(given_three).stages()}
+    again = [f"round-1/{name}" for name in ("generation-2", "generation-3")]
+    assert list(found) == ["teacher", "round-1/recover", *again, "round-1/generations", "report"]
+    first, second, third = (found[name] for name in ("round-1/recover", *again))
+    assert first == plain and second.parts == third.parts and second.flops == third.flops
+    assert second.parts["weights"] == second.parts["teacher"] == 4 * SMALL and first.parts["teacher"] == 4 * SIZE
+    assert first.flops - second.flops == STEPS * (forward(2, 4) - forward(1, 4))
+    assert found["round-1/generations"].parts["models"] == 3 * 4 * SMALL
+    assert found["round-1/generations"].flops == 3 * SCORED
+    cached = given(teacher={"model": "t", "cache": "c"}, distillation={**TRAINING, "generations": 2})
+    parts = {stage.name: stage.parts for stage in made(cached).stages()}
+    assert "teacher" not in parts["round-1/recover"] and parts["round-1/generation-2"]["teacher"] == 4 * SMALL
+
+
+@pytest.mark.slow
+def test_peers_are_further_students_of_each_step_and_no_teacher():
+    peers = {"model": "teacher", "peers": [{"model": "other"}]}
+    recipe = given(teacher=peers)
+    models = Models(TEACHER, STUDENT, peers=(TEACHER,))
+    found = next(s for s in Estimate(recipe, models, ROWS, Devices(1, 10**9)).stages() if "recover" in s.name)
+    assert found.parts["weights"] == 4 * (SMALL + SIZE) and found.parts["optimizer"] == 8 * (SMALL + SIZE)
+    assert "teacher" not in found.parts and found.parts["gradients and batch"] > 4 * (SMALL + SIZE)
+    attention = 2 * 4 * 32 * 2 * 32 * 32  # of a layer, whose probabilities the backward pass computes again
+    training = STEPS * (3 * (forward(1, 4) + forward(2, 4)) + 3 * attention / 2)  # backward twice as much as forward
+    assert found.flops == training + SCORED + forward(2, 10)
+    with pytest.raises(InputError, match="^accelerate: got 'fsdp2'; accepted: ddp: peers learn in whole models"):
+        list(Estimate(recipe, models, ROWS, Devices(2, 10**9, "fsdp2")).stages())
+
+
+@pytest.mark.slow
+def test_peers_that_are_cut_have_a_stage_of_their_own():
+    peers = {"model": "teacher", "peers": [{"model": "other"}, {"keep": 0.25}]}
+    recipe = given(student=None, pruning={"keep": 0.5}, teacher=peers)
+    made = Estimate(recipe, Models(TEACHER, peers=(STUDENT, None)), ROWS, Devices(1, 10**9))
+    found = {stage.name: stage.parts for stage in made.stages()}
+    assert list(found) == ["teacher", "round-1/prune", "round-1/prune-peer-2", "round-1/recover", "report"]
+    student, peer = (found[name]["models"] / 4 - SIZE for name in ("round-1/prune", "round-1/prune-peer-2"))
+    embeddings = 2 * 100 * 32 + 32
+    assert peer - embeddings == pytest.approx(0.25 * (SIZE - embeddings), rel=0.05)
+    assert found["round-1/recover"]["weights"] == 4 * (student + SMALL + peer)
+    assert made.trial()[0].peers == () and made.trial()[0].teacher is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", [None, "folder"])
+def test_exits_add_their_heads_to_the_last_recovery_alone(cache):
+    teacher = tiny_model(layers=3, num_labels=3).to("meta")
+    recipe = {
+        "teacher": {"model": "teacher", "cache": cache},
+        "data": {"task": "sst2", "path": "rows"},
+        "pruning": {"keep": 0.5, "rounds": 2} if cache is None else {"layers": [0, 1]},
+        "distillation": TRAINING,
+    }
+    found, last = [], "round-2/recover" if cache is None else "round-1/recover"
+    for exits in (None, {"after": [1], "threshold": 0.9}):
+        stages = Estimate(parse_recipe({**recipe, "exits": exits}), Models(teacher), ROWS, Devices(1, 10**9)).stages()
+        found.append({stage.name: stage for stage in stages})
+    before, after = found
+    assert last == "round-1/recover" or before["round-1/recover"] == after["round-1/recover"]
+    parts, more = before[last].parts, after[last].parts
+    heads = 32 * 32 + 32 + 32 * 3 + 3
+    assert more["weights"] - parts["weights"] == 4 * heads and more["optimizer"] - parts["optimizer"] == 8 * heads
+    # Of one token of each of four rows.
+    assert after[last].flops - before[last].flops == STEPS * 3 * 2 * 4 * (32 * 32 + 32 * 3)
 
 
 @pytest.mark.slow
