@@ -129,7 +129,7 @@ class Adversary:
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self.optimizer.step()
-        return {name: float(part) for name, part in parts.items()}
+        return {name: float(part.detach()) for name, part in parts.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Weights and the optimizer's moments."""
