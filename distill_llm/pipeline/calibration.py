@@ -167,7 +167,7 @@ class Calibration:
     def _identity(self, model: PreTrainedModel) -> dict[str, Any]:
         """What statistics depend on: the model with its dtypes, the rows, and how they are computed."""
         precision = None if self.settings.precision is None else str(self.settings.precision).removeprefix("torch.")
-        identity = {"model": teacher_fingerprint(model), "rows": self._rows, "precision": precision}
+        identity: dict[str, Any] = {"model": teacher_fingerprint(model), "rows": self._rows, "precision": precision}
         identity["of units"] = [field.name for field in fields(UnitStatistics)]
         return identity | (
             {"moment_share": self.section.moment_share, "token_weights": "squared gradients"}

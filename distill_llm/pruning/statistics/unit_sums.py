@@ -55,12 +55,12 @@ class UnitSums:
         size = self.sizes[kind]
         wanda = _by_unit(self.activation.sqrt() * self.read, size)
         fluctuation = _by_unit(self._standardised(tokens), size) / size
+        sums = (*self.sums[kind], _by_unit(self.activation, size), wanda)
+        taylor, fisher, activation, wanda = (each.float().cpu() for each in sums)
+        squares, absolute, weight_taylor = weights
+        none = torch.zeros(len(wanda))
         return UnitStatistics(
-            *(each.float().cpu() for each in (*self.sums[kind], _by_unit(self.activation, size), wanda)),
-            *weights[:2],
-            fluctuation.cpu(),
-            weights[2],
-            *torch.zeros(2, len(wanda)),
+            taylor, fisher, activation, wanda, squares, absolute, fluctuation.cpu(), weight_taylor, none, none.clone()
         )
 
     def block(self, weights: WeightSums) -> UnitStatistics:
