@@ -1,8 +1,8 @@
 """Criteria on a decoder without training: perplexity over the dense model's, with and without compensation.
 
-One pass over the calibration rows serves all criteria of one cut. With `gisp:8`, a cell is made in eight small cuts with
-statistics of the same rows anew before each. Each cell is written to the results as soon as it is there, and the same command
-again goes on with those that are missing.
+One pass over the calibration rows serves all criteria of one cut; gisp has one of its own, with gradients of the weights. With
+`gisp:8`, a cell is made in eight small cuts, with statistics of the same rows anew before each. Each cell is written to the
+results as soon as it is there, and the same command again goes on with those that are missing.
 
     python scripts/bench/criteria_causal.py --model DIR --text FILE --results FILE.json   # DIR: made by scripts/data/smollm2.py
 """
@@ -21,6 +21,7 @@ from recovery import rows_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from distill_llm import CalibrationSettings, Statistics, collect_statistics, plan_pruning, prune, refit_costs, score
+from distill_llm.common.precision import mixed_precision
 from distill_llm.data.causal import CausalCollator
 from distill_llm.evaluation.perplexity import causal_loss
 from distill_llm.measuring.counting import count_params
@@ -38,6 +39,7 @@ class Trial:
         self.model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
         with Path(options.text).open() as lines:
             texts = [json.loads(line)["text"] for line in islice(lines, 1000)]
+        self.precision = mixed_precision("auto", self.model.device)
         half, length = len(texts) // 2, options.length
         rows = rows_of(texts[:half], self.tokenizer, length, options.rows)
         self.unseen = self._batches(rows_of(texts[half:], self.tokenizer, length, options.evaluation_rows))
@@ -51,23 +53,34 @@ class Trial:
         return [collate(rows[begin : begin + 4]) for begin in range(0, len(rows), 4)]
 
     def perplexity(self, model: PreTrainedModel) -> float:
-        """Of the evaluation rows, in fp32."""
-        with torch.no_grad():
+        """Of the evaluation rows."""
+        with torch.no_grad(), torch.autocast(model.device.type, self.precision, enabled=self.precision is not None):
             sums = torch.stack([torch.stack(causal_loss(model, batch)).sum(1) for batch in self.unseen]).sum(0)
         return float((sums[0] / sums[1]).exp())
 
     def statistics(self, model: PreTrainedModel, criterion: str) -> Statistics:
         """What a criterion needs; of the dense model once for all, kept beside the results."""
-        kept = self.file.with_suffix(".safetensors")
+        with_weights = criterion == "gisp"
+        kept = self.file.with_suffix(".gisp.safetensors" if with_weights else ".safetensors")
         if model is self.model and kept.exists():
             return Statistics.load(kept)
         settings = CalibrationSettings(
-            hidden=False, moments=model is self.model, moment_share=1.0, weight_gradients=True
+            hidden=False,
+            moments=model is self.model and not with_weights,
+            moment_share=1.0,
+            weight_gradients=with_weights,
+            precision=self.precision,
         )
         found = collect_statistics(model, self.batches, settings=settings)
         if model is self.model:
-            found = refit_costs(model, found)
             found.save(kept)
+        return found
+
+    def completed(self, found: Statistics) -> Statistics:
+        """Statistics with costs of removal after compensation; kept, too."""
+        if not found.has_refit:
+            found = refit_costs(self.model, found)
+            found.save(self.file.with_suffix(".safetensors"))
         return found
 
     def cell(self, criterion: str, cuts: int, compensate: bool) -> dict[str, Any]:
@@ -75,8 +88,9 @@ class Trial:
         student, left = self.model, 1.0
         for share in cut_shares(1.0, self.keep, cuts):
             found = self.statistics(student, criterion)
+            found = self.completed(found) if "obs" in criterion else found
             plan = plan_pruning(student, score(found, criterion), share / left)
-            student, left = prune(student, plan, found if compensate else None), share
+            student, left = prune(student, plan, self.statistics(self.model, "") if compensate else None), share
         value = self.perplexity(student)
         return {
             "perplexity": value,
