@@ -189,7 +189,7 @@ def wanda(units: "UnitStatistics", seen: Seen) -> "Tensor":
     comparable=True,
     by_cost=False,
     units=["heads", "neurons"],
-    paper="An et al. 2024, equation 5, standardised over each layer's channels and averaged over a unit's",
+    paper="An et al. 2024 (FLAP): standardised over each layer's channels and averaged over a unit's",
 )
 def flap(units: "UnitStatistics", seen: Seen) -> "Tensor":
     """How much a channel of a varies, times the squared norm of the weights that read it, against the layer's other channels."""
