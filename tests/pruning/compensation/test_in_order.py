@@ -25,7 +25,7 @@ from distill_llm.pruning.compensation.in_order import InOrder, refit_in_order
 from distill_llm.pruning.compensation.layer_runs import residual_factor
 from distill_llm.pruning.cutting.in_order import prune_in_order
 from distill_llm.pruning.cutting.surgery import prune
-from distill_llm.pruning.plan import LayerPlan, PruningPlan, full_plan
+from distill_llm.pruning.plan import LayerPlan, PruningPlan, full_plan, keep_layers
 from distill_llm.pruning.statistics.settings import DEFAULT_SETTINGS, CalibrationSettings
 
 ATTENTION, FFN = 0, 1
@@ -149,6 +149,16 @@ def test_the_linear_before_what_goes_whole_takes_over_what_it_added(name, how):
     assert_all_solve(model, uneven_plan(model), batches_of(model), how, extra)
 
 
+def test_of_layers_that_stay_whole_those_from_the_last_before_a_gap_are_fitted():
+    model = double("llama")
+    extra = {(1, FFN): [lambda dense: dense[4, "stream"] - dense[2, "stream"]]}
+    skipped = [(0, ATTENTION), (0, FFN), (1, ATTENTION)]
+    student = assert_all_solve(
+        model, keep_layers(model, [0, 1, 4]), batches_of(model), InOrder(0.1, 0.5), extra, skipped
+    )
+    assert not np.allclose(matrix(linears(student, 2)[FFN]), matrix(linears(model, 4)[FFN]))
+
+
 def test_what_goes_before_the_first_linear_is_made_up_for_by_those_after_it():
     """Layer 0 is gone: nothing takes it over, and all of it is what the stream is off by."""
     model = double("llama")
@@ -224,6 +234,20 @@ def test_padding_and_the_number_of_rows_in_a_batch_do_not_count():
     found, expected = (prune_in_order(model, plan, rows) for rows in ([batch], alone))
     for mine, its in zip(found.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(mine, its, rtol=1e-6, atol=1e-8)
+
+
+def test_passes_in_bf16_give_nearly_the_same_fit():
+    model = family_model("llama")
+    plan, batches = uneven_plan(model), batches_of(model)
+    exact, rounded = (
+        prune_in_order(model, plan, batches, settings=CalibrationSettings(precision=precision))
+        for precision in (None, torch.bfloat16)
+    )
+    plain = prune(model, plan)
+    for i, j in ((0, FFN), (3, FFN)):
+        change = matrix(linears(exact, i)[j]) - matrix(linears(plain, i)[j])
+        off = matrix(linears(rounded, i)[j]) - matrix(linears(exact, i)[j])
+        assert 0 < np.linalg.norm(off) < 0.1 * np.linalg.norm(change)
 
 
 def test_the_model_and_its_layers_stay_as_they_were():
