@@ -39,7 +39,7 @@ _DROPOUTS = ("classifier_dropout", "seq_classif_dropout", "hidden_dropout_prob",
 
 def exit_fault(config: PreTrainedConfig, model_class: str, after: Sequence[int]) -> tuple[str, Any, str] | None:
     """What is wrong with exits `after` so many layers of a model: what of it, what was given, what is accepted; None: nothing."""
-    layers, labels = config.num_hidden_layers, config.num_labels or 0
+    labels = config.num_labels or 0
     problem = getattr(config, "problem_type", None)
     if config.model_type not in EXIT_FAMILIES or not model_class.endswith(_END):
         return "", model_class, f"a ...{_END} model of {', '.join(EXIT_FAMILIES)}"
@@ -49,6 +49,7 @@ def exit_fault(config: PreTrainedConfig, model_class: str, after: Sequence[int])
             f"{problem or 'a head'} with {labels} output(s)",
             "an encoder that gives each example one of its classes",
         )
+    layers = config.num_hidden_layers
     if not after or list(after) != sorted(set(after)) or not all(0 < count < layers for count in after):
         return "after", list(after), f"numbers of layers from 1 to {layers - 1}, in rising order"
     return None
@@ -132,7 +133,7 @@ class ExitModel:
         if threshold is None and not self.training and not every:
             return super().forward(**inputs)  # type: ignore[misc]
         named = inputs.pop("return_dict", None)
-        outputs = self._with_all(inputs) if threshold is None else self._leaving(inputs, threshold)
+        outputs = self._with_all(inputs) if threshold is None else self._leaving(inputs, threshold, every)
         named = getattr(self.config, "return_dict", True) if named is None else named
         return outputs if named else outputs.to_tuple()
 
@@ -155,8 +156,9 @@ class ExitModel:
             exit_states=torch.stack([*(state for state, _ in found), firsts[len(layers)]], 1),
         )
 
-    def _leaving(self, inputs: dict[str, Any], threshold: float) -> ExitOutput:
+    def _leaving(self, inputs: dict[str, Any], threshold: float, every: bool) -> ExitOutput:
         wanted = [name for name in ("output_hidden_states", "output_attentions") if inputs.get(name)]
+        wanted += ["output_exits"] if every else []
         wanted += ["flex_attention"] if getattr(self.config, "_attn_implementation", None) == "flex_attention" else []
         if self.training or wanted:
             given = "training mode" if self.training else wanted[0]

@@ -1,4 +1,4 @@
-"""The door of `exits`: the student's family and head, its layers, and rows to choose a threshold on."""
+"""The door of `exits`: the student's family and head, its layers, and a classifier's rows to choose a threshold on."""
 
 import copy
 from typing import Any
@@ -33,6 +33,12 @@ def exit_recipe_faults(recipe: Recipe, student: OpenModel, task: Task) -> list[I
     if pruning is not None and pruning.keep is not None and "layers" in pruning.units:
         fix = "remove layers from it, or name the layers that stay (pruning.layers): exits are counted in those"
         faults.append(InputError("pruning.units", list(pruning.units), fix=fix))
+    if task.is_language_model:
+        fix = "leave it out: a language model has no threshold, its exits draft and all layers check"
+        return [
+            *faults,
+            *([InputError("exits.threshold", section.threshold, fix=fix)] if section.threshold != "auto" else []),
+        ]
     if section.threshold == "auto" and not recipe.data.holdout_examples:
         fix = "set data.holdout_examples, for rows to choose it on, or set it to a number such as 0.9"
         faults.append(InputError("exits.threshold", "auto", fix=fix))

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
+from distill_llm.architectures.modes import evaluating
 from distill_llm.data.padding import Collator
 from distill_llm.data.tasks import Task
 from distill_llm.evaluation.evaluate import batches_of, by_length, compute_metrics
@@ -101,11 +102,11 @@ def exit_answers(
         batch_size: rows per forward pass.
     """
     order, logits, labels = by_length(rows), [], []
-    for batch in batches_of(model, rows, order, collator, batch_size, progress=True):
-        labels.append(batch.pop("labels").cpu().numpy())
-        with torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
+        for batch in batches_of(model, rows, order, collator, batch_size, progress=True):
+            labels.append(batch.pop("labels").cpu().numpy())
             given: Any = model(**forward_inputs(model, batch), output_exits=True)
-        logits.append(torch.cat([given.exit_logits, given.logits[:, None]], 1).float().cpu())
+            logits.append(torch.cat([given.exit_logits, given.logits[:, None]], 1).float().cpu())
     back = np.argsort(order)
     said: Any = model.config
     layers = (*said.exits["after"], said.num_hidden_layers)

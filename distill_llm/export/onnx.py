@@ -32,6 +32,7 @@ from distill_llm.common.files import written_whole
 from distill_llm.export.formats import Exported
 from distill_llm.models.checkpoint import load_pretrained
 from distill_llm.models.configs import open_tokenizer
+from distill_llm.models.exits import without_exits
 
 ROWS, TOKENS = 2, 16
 """Size of the batch that a graph is traced with."""
@@ -53,6 +54,7 @@ def write(model_dir: Path, output: Path, quantize: str) -> Exported:
     config = OnnxConfig(dynamic=True, quantizer=quantizer)
     exporter, inputs = OnnxExporter(), _sample(model, tokenizer)
     export: Any = exporter.export_for_generation if model.can_generate() else exporter.export
+    without_exits(model.config)  # the graph is of all layers
     vars(model.config).pop("auto_map", None)  # the code that it names stays where the weights are
     with _silent(), _no_empty_products(model):
         try:

@@ -4,10 +4,12 @@ from typing import NamedTuple
 
 import torch
 
+from distill_llm.losses.chunked_head import head_losses
+from distill_llm.losses.head_parts import Comparison, DivergencePart, LabelPart, Part
 from distill_llm.losses.labels import label_loss
 from distill_llm.losses.logits import logits_divergence
 from distill_llm.losses.mean_square import mean_square
-from distill_llm.losses.signals import Exits, MixedLabels
+from distill_llm.losses.signals import Exits, MixedLabels, TokenExits
 
 
 class ExitWeights(NamedTuple):
@@ -55,6 +57,33 @@ def exit_losses(exits: Exits, targets: ExitTargets, weights: ExitWeights) -> tor
         if targets.labels is not None:
             total = total + weights.labels * _label_losses(logits, targets)
     return total / count
+
+
+def token_exit_losses(
+    exits: TokenExits, labels: torch.Tensor | None, weights: ExitWeights, smoothing: float = 0.0
+) -> torch.Tensor:
+    """The same for a language model, whose exits all go through its own head; no logits are held whole.
+
+    Args:
+        labels: (items,) the next tokens, or None where their weight is 0.
+
+    Returns:
+        The sum over items, 0-dim in fp32.
+    """
+    *early, deepest = exits.states
+    last = deepest.detach()
+    total = last.new_zeros((), dtype=torch.float32)
+    for states in early:
+        parts: list[Part] = []
+        if labels is not None:
+            parts.append(LabelPart(labels, smoothing, weights.labels))
+        if weights.logits:
+            how = Comparison("forward_kl", temperature=weights.temperature)
+            parts.append(DivergencePart(how, exits.head, last, None, weights.logits))
+        if parts:
+            total = total + head_losses(exits.head, states, parts).total
+        total = total + weights.hints * mean_square(states, last.float()).sum()
+    return total / len(early)
 
 
 def _label_losses(logits: torch.Tensor, targets: ExitTargets) -> torch.Tensor:

@@ -28,6 +28,13 @@ class Exits(NamedTuple):
     states: torch.Tensor
 
 
+class TokenExits(NamedTuple):
+    """What exits of a language model give: the `head`, and (items, H) of its inputs after each exit and, last, all layers."""
+
+    states: tuple[torch.Tensor, ...]
+    head: Head
+
+
 class Vectors(NamedTuple):
     """What an attention layer was given: queries (B, N, T, D), and keys and values, which may have fewer heads."""
 
@@ -80,7 +87,7 @@ class Signals:
     vectors: dict[int, Vectors] = field(default_factory=dict)
     neurons: dict[int, torch.Tensor] = field(default_factory=dict)
     live: "Signals | None" = None
-    exits: Exits | None = None
+    exits: Exits | TokenExits | None = None
     logits: torch.Tensor = field(kw_only=True)
 
     def detached(self) -> "Signals":

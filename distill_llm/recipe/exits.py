@@ -1,4 +1,4 @@
-"""The section `exits`: classifiers after some of the student's layers, by which rows leave early."""
+"""The section `exits`: heads after some of the student's layers, by which rows leave early or a language model drafts."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -16,12 +16,12 @@ class ExitsSection(Section):
 
     after: list[int] = Field(
         min_length=1,
-        description="numbers of layers that a row goes through before each exit, in rising order; the last layer keeps its head",
+        description="numbers of layers before each exit, in rising order; the last layer keeps its head",
     )
     threshold: float | Literal["auto"] = Field(
         default="auto",
-        description="largest probability above which a row leaves; auto: the one with the fewest layers on held-out rows"
-        " (data.holdout_examples) whose score there is within `within` of the whole model's",
+        description="of a classifier: largest probability above which a row leaves; auto: the one with the fewest layers on"
+        " held-out rows (data.holdout_examples) whose score there is within `within` of the whole model's",
     )
     within: float = Field(
         default=1.0,

@@ -62,7 +62,7 @@ class Recipe(Section):
         default=None, description="the finished student's weights in fewer bits; left out: they keep their precision"
     )
     exits: ExitsSection | None = Field(
-        default=None, description="exits of the student, by which rows leave early; left out: it has none"
+        default=None, description="exits of the student, by which rows leave early or it drafts; left out: it has none"
     )
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="scoring and profiling")
     report: ReportSection = Field(default_factory=ReportSection, description="what the report shows")

@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from distill_llm.report.drafts import draft_cells, draft_note, draft_summary, draw_drafts
 from distill_llm.report.drawing import bare, new_figure, plain, save
 from distill_llm.report.palette import LIGHT
 from distill_llm.report.tables import Cells, markdown_table, milliseconds, percent
@@ -18,10 +19,15 @@ def exits_table(metrics: Mapping[str, Any]) -> str:
 
 
 def exits_cells(metrics: Mapping[str, Any]) -> Cells:
-    """A row per threshold of the curve, the whole model first: score, layers of a row, latency, where rows left."""
+    """A row per threshold of the curve, the whole model first: score, layers of a row, latency, where rows left.
+
+    Of a language model, see `draft_cells`.
+    """
     found = metrics.get("exits")
     if not found:
         return Cells([], [])
+    if "draft" in found:
+        return draft_cells(found)
     body = []
     for point in found["curve"]:
         threshold = point["threshold"]
@@ -44,6 +50,8 @@ def exits_note(metrics: Mapping[str, Any]) -> str:
     found = metrics.get("exits")
     if not found:
         return ""
+    if "draft" in found:
+        return draft_note(found, metrics["device"])
     alone = ", ".join(
         f"{row['score']:.4g} after {count}" for count, row in zip(found["after"], found["exits"], strict=True)
     )
@@ -75,10 +83,15 @@ def exits_figure(metrics: Mapping[str, Any], path: Path) -> Path | None:
 
 
 def draw_exits(metrics: Mapping[str, Any]) -> Figure | None:
-    """The score over the measured milliseconds of a batch, at every threshold of the curve; None without exits."""
+    """The score over the measured milliseconds of a batch, at every threshold of the curve; None without exits.
+
+    Of a language model, see `draw_drafts`.
+    """
     found = metrics.get("exits")
     if not found:
         return None
+    if "draft" in found:
+        return draw_drafts(found)
     figure = new_figure(height=3.4)
     axes = bare(figure.subplots())
     whole, points = found["curve"][0], sorted(found["curve"], key=lambda point: point["latency_ms"])
@@ -115,14 +128,22 @@ def draw_exits(metrics: Mapping[str, Any]) -> Figure | None:
     return figure
 
 
+def exits_shown(metrics: Mapping[str, Any]) -> str:
+    """What the figure shows, for those who cannot see it."""
+    drafts = "draft" in (metrics.get("exits") or {})
+    return "Next tokens and drafts by exit" if drafts else "Score over the time of a batch, where rows leave early"
+
+
 def exits_summary(metrics: Mapping[str, Any]) -> str:
     """The result in a sentence: speed and score at the threshold of the config; empty without one."""
     found = metrics.get("exits") or {}
+    if "draft" in found:
+        return draft_summary(found)
     for point in found.get("curve") or ():
         if point["threshold"] is not None and point["threshold"] == found["threshold"]:
             share = percent(point["layers"] / found["layers"])
             return (
                 f"With exits, rows go through {share} of its layers, which is {point['speedup']:.2f} times as fast as all,"
-                f" at a {metrics['metric']} of {point['score']:.4g} instead of {found['curve'][0]['score']:.4g}."
+                f" with {metrics['metric']} {point['score']:.4g} instead of {found['curve'][0]['score']:.4g}."
             )
     return ""

@@ -14,7 +14,7 @@ from distill_llm.common.files import written_whole
 from distill_llm.report import tables
 from distill_llm.report.card import shown_recipe
 from distill_llm.report.drawing import inline
-from distill_llm.report.exits import draw_exits, exits_cells, exits_note, exits_summary
+from distill_llm.report.exits import draw_exits, exits_cells, exits_note, exits_shown, exits_summary
 from distill_llm.report.figures import draw_latency, draw_losses, draw_scores
 from distill_llm.report.origins import shown_name
 from distill_llm.report.palette import DARK, LIGHT
@@ -136,7 +136,7 @@ def charts(metrics: Mapping[str, Any]) -> dict[str, Markup | None]:
     drawn = {
         "scores": (draw_scores(metrics), f"{metrics['metric']} after every stage, over the size of the model"),
         "losses": (draw_losses(metrics.get("history") or {}), "losses over the steps of every training"),
-        "exits": (draw_exits(metrics), "score over the time of a batch, where rows leave early"),
+        "exits": (draw_exits(metrics), exits_shown(metrics)),
         "search": (draw_search(metrics), "fitness by generation of the search for the plan"),
         "latency": (draw_latency(metrics.get("latency_grid") or []), "latency over batch size and length"),
     }

@@ -8,7 +8,7 @@ from distill_llm.common.durations import duration
 from distill_llm.common.files import written_whole
 from distill_llm.data.alignment import alignment_words
 from distill_llm.pruning.cutting.strength import described
-from distill_llm.report.exits import exits_figure, exits_note, exits_summary, exits_table
+from distill_llm.report.exits import exits_figure, exits_note, exits_shown, exits_summary, exits_table
 from distill_llm.report.figures import kept_figure, score_figure
 from distill_llm.report.search_figure import search_figure
 from distill_llm.report.students import students_part
@@ -64,7 +64,7 @@ def write_report(run_dir: str | Path, metrics: Mapping[str, Any]) -> Path:
         parts += ["## Fewer bits", bits_table(metrics).rstrip(), bits_note(metrics)]
     if exits:
         parts += ["## Early exits", exits_summary(metrics), exits_table(metrics).rstrip(), exits_note(metrics)]
-        parts.append("![Score over the time of a batch](figures/exits.png)")
+        parts.append(f"![{exits_shown(metrics)}](figures/exits.png)")
     if metrics.get("harness"):
         parts += ["## Benchmarks", harness_table(metrics).rstrip(), HARNESS]
     if metrics.get("rounds"):

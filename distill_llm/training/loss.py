@@ -1,7 +1,7 @@
 """The loss of one batch: the teacher's signals, the student's forward, and the terms that compare them."""
 
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -17,11 +17,12 @@ from distill_llm.losses.items import aligned_labels, check_tokens_known, first_r
 from distill_llm.losses.labels import label_loss
 from distill_llm.losses.matching import MatchSettings
 from distill_llm.losses.objective import Objective
-from distill_llm.losses.signals import Batch, Exits, MixedLabels, Signals, check_outputs
+from distill_llm.losses.signals import Batch, Exits, MixedLabels, Signals, TokenExits, check_outputs
 from distill_llm.models.adapters import without_adapters
 from distill_llm.models.capture import Recorder
 from distill_llm.models.inputs import forward_inputs, packed_sequences
 from distill_llm.models.item_logits import item_logits, packed
+from distill_llm.models.language_exits import ExitReader, language_exits
 from distill_llm.models.mixing import mixed_embeddings
 from distill_llm.models.output_head import output_head
 from distill_llm.teachers.base import Teacher
@@ -128,6 +129,7 @@ class TrainingLoss:
             teacher.place(device, settings.teacher_dtype or settings.precision, self.terms.wanted("teacher"))
         self.learners = [Terms(objective, learner, None, shared) for learner in (teacher.learners if teacher else ())]
         self.model, self.head, self.head_terms = model, output_head(student), None
+        self.exits = ExitReader(student, self.head) if language_exits(student) else None
         fits = self.terms.needs_outputs and not self.terms.needs_logits
         if self.terms.needs_teacher_outputs:
             fits = fits and teacher is not None and teacher.compact
@@ -161,7 +163,7 @@ class TrainingLoss:
             See `StepLoss`.
         """
         labels, positions, counted = inputs.get("labels"), None, self.counted(tuple(factors))
-        if self.terms.kind != "example" and counted.terms.needs_outputs:
+        if self.terms.kind != "example" and (counted.terms.needs_outputs or counted.terms.needs_exits):
             # The host waits for the device here, and nowhere else in a micro-batch: it must know how many tokens the head
             # gets. Without this wait the head would run on padding too. The data loader has already moved the batch.
             positions, labels = targets(inputs, self.terms.kind, unlabelled=self.terms.needs_unlabelled)
@@ -172,8 +174,7 @@ class TrainingLoss:
         # Before the teacher has anything to do: to know whether rows are packed, the host waits for the device.
         given, sequences = forward_inputs(self.student, inputs), packed_sequences(self.student, inputs)
         signals = self._signals(counted, inputs, step, positions)
-        tokens = token_ids(inputs)
-        batch = Batch(signals, labels, valid_tokens(inputs), step, steps, sequences=sequences, tokens=tokens)
+        batch = Batch(signals, labels, valid_tokens(inputs), step, steps, sequences=sequences, tokens=token_ids(inputs))
         if "mixed_labels" in inputs:
             batch = replace(batch, mixed=MixedLabels(inputs["mixed_labels"].flatten(), inputs["mixed_share"]))
         if positions is not None and ANSWERED in inputs:
@@ -185,13 +186,14 @@ class TrainingLoss:
                 forward.enter_context(packed(self.student, positions))
             else:
                 sums = forward.enter_context(counted.head_terms.inside(batch, positions, factors))
+            read = forward.enter_context(self._reading(counted, positions))
             forward.enter_context(named_outputs(self.student))
             forward.enter_context(mixed_embeddings(self.student, inputs))
             if counted.terms.objective.differentiates:  # the fast kernels of attention have no second derivative
                 forward.enter_context(sdpa_kernel(SDPBackend.MATH))
             outputs = model(**given)
         own = recording.with_logits(item_logits(outputs.logits, positions))
-        batch = replace(batch, student=replace(own, exits=exits_of(outputs)))
+        batch = replace(batch, student=replace(own, exits=read[0] if read else exits_of(outputs)))
         if counted.teacher is not None:
             compared = batch.own.logits if counted.terms.needs_teacher_outputs else None
             check_outputs(signals, compared, self.terms.match.classes)
@@ -206,6 +208,12 @@ class TrainingLoss:
         learners = self._of_learners(batch, factors)
         soundness = outputs.logits.new_zeros(()) if signals is None else signals.soundness()
         return StepLoss(torch.stack([*parts, *learners]).sum(), {**sums, **rest}, outputs, soundness, learners)
+
+    def _reading(self, counted: Counted, positions: torch.Tensor | None) -> AbstractContextManager[list[TokenExits]]:
+        """Leaves what a language model's exits give in the forward inside, where a term counts that is about them."""
+        if self.exits is None or positions is None or not counted.terms.needs_exits:
+            return nullcontext([])
+        return self.exits.reading(positions)
 
     def _of_learners(self, batch: Batch, factors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The weighted objective of each of the teacher's learners for a batch; empty where it has none."""
@@ -268,6 +276,6 @@ def exits_of(outputs: Any) -> Exits | None:
     return None if logits is None else Exits(logits, outputs.exit_states)
 
 
-def unweighted(exits: Exits | None) -> list[torch.Tensor]:
+def unweighted(exits: Exits | TokenExits | None) -> list[torch.Tensor]:
     """A part of the loss that is 0, for exits whose term has no weight at this step: DDP waits for their gradients anyway."""
-    return [] if exits is None else [0.0 * (exits.logits.float().sum() + exits.states.float().sum())]
+    return [] if not isinstance(exits, Exits) else [0.0 * (exits.logits.float().sum() + exits.states.float().sum())]

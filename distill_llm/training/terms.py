@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from distill_llm.architectures.modeling_exits import has_exits
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.losses.mapping import LayerPair
 from distill_llm.losses.matching import Match, MatchSettings
@@ -15,6 +14,7 @@ from distill_llm.losses.objective import Objective
 from distill_llm.losses.signals import Batch, Wanted
 from distill_llm.losses.terms.term import Use
 from distill_llm.losses.units import Kind, Unit
+from distill_llm.models.exits import exits_in
 
 
 class Terms:
@@ -80,10 +80,10 @@ class Terms:
     def _check_exits(self, student: PreTrainedModel) -> None:
         """Exits that nothing teaches would no longer fit the layers below them, and a loss of exits needs some."""
         taught = [name for name, term in self.terms.items() if "exits" in term.signals]
-        if taught and not has_exits(student):
+        if taught and not exits_in(student):
             fix = "give the student exits first: distill_llm.with_exits(student, [3, 6])"
             raise InputError(f"losses.{taught[0]}", f"{type(student).__name__} without exits", fix=fix)
-        if has_exits(student) and not taught:
+        if exits_in(student) and not taught:
             fix = "add the term exits: otherwise the exits stay as they are while the layers below them learn"
             raise InputError("losses", f"{type(student).__name__} without a loss of its exits", fix=fix)
 
@@ -121,6 +121,11 @@ class Terms:
     def needs_logits(self) -> bool:
         """Whether a term needs a language model's logits whole."""
         return any(term.needs_logits() for term in self.terms.values())
+
+    @property
+    def needs_exits(self) -> bool:
+        """Whether a term is about the outputs of the student's exits."""
+        return any("exits" in term.signals for term in self.terms.values())
 
     @property
     def needs_unlabelled(self) -> bool:

@@ -36,7 +36,7 @@ def median_confidence(model, batch):
     return found[len(found) // 2 - 1 : len(found) // 2 + 1].mean().item()  # between two rows, whose rounding may differ
 
 
-@pytest.mark.slow
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_gives_what_each_row_gives_alone_at_its_exit_in_the_order_of_the_rows(kind, kernel):
@@ -100,6 +100,8 @@ def test_the_last_head_gives_the_bits_of_the_model_without_exits_and_a_threshold
         found(**batch, exit_threshold=0.5)
     with pytest.raises(ValueError, match="exit_threshold: got 0.5 with output_hidden_states"):
         found.eval()(**batch, exit_threshold=0.5, output_hidden_states=True)
+    with pytest.raises(ValueError, match="exit_threshold: got 0.5 with output_exits"):
+        found(**batch, exit_threshold=0.5, output_exits=True)
 
 
 @pytest.mark.slow

@@ -79,8 +79,10 @@ def test_no_threshold_is_chosen_where_every_exit_is_wrong():
 
 def test_answers_are_those_of_all_heads_in_the_order_of_the_rows():
     model = with_exits(tiny_model(layers=3, num_labels=3), [1, 2])
-    batch = random_batch(model, batch=7)
-    lengths = batch["attention_mask"].sum(1).tolist()
+    batch = random_batch(model, batch=7, padded=False)
+    lengths = [7, 10, 3, 9, 4, 10, 5]  # neither rising nor falling: batches are made by length
+    batch["attention_mask"] = (torch.arange(10) < torch.tensor(lengths)[:, None]).long()
+    batch["input_ids"] *= batch["attention_mask"]
     rows = {"input_ids": [ids[:n].tolist() for ids, n in zip(batch["input_ids"], lengths, strict=True)]}
     rows |= {"labels": batch["labels"].tolist(), LENGTH: lengths}
 
@@ -93,7 +95,9 @@ def test_answers_are_those_of_all_heads_in_the_order_of_the_rows():
             "labels": torch.tensor([each["labels"] for each in features]),
         }
 
-    found = exit_answers(model, Dataset.from_dict(rows), TASK, collate, batch_size=3)
+    found = exit_answers(model.train(), Dataset.from_dict(rows), TASK, collate, batch_size=3)  # no dropout in scoring
+    assert model.training
+    model.eval()
     with torch.no_grad():
         given = model(**batch, output_exits=True)
     torch.testing.assert_close(found.logits[:, :2], given.exit_logits, rtol=1e-4, atol=1e-5)

@@ -1,5 +1,6 @@
 """ONNX graphs in onnxruntime: the same outputs, for any batch and length."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from builders.texts import make_tokenizer
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.exporters import ExportedModel
 
-from distill_llm import prune
+from distill_llm import prune, with_exits
 from distill_llm.architectures.lineage import LayerPlan
 from distill_llm.export import export
 from distill_llm.models.checkpoint import load_pretrained
@@ -54,6 +55,21 @@ def test_a_pruned_encoder_gives_the_same_outputs(family: str, head: str, tmp_pat
         found = graph(**inputs).logits
         seen = inputs["attention_mask"].bool() if wanted.dim() == 3 else slice(None)
         torch.testing.assert_close(found[seen], wanted[seen], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "pruned"])
+def test_a_model_with_exits_is_exported_whole_and_without_them(family: str, tmp_path: Path) -> None:
+    stock = "sequence-classification"
+    model = with_exits(pruned_encoder("bert", stock) if family == "pruned" else tiny_model(family, stock), [1])
+    save(model, tmp_path, make_tokenizer())
+    path = export(tmp_path, "onnx").path
+    graph = ExportedModel.from_pretrained(path)
+    for inputs in (batch(3, 11), batch(2, 24)):
+        with torch.inference_mode():
+            wanted = model(**inputs).logits
+        torch.testing.assert_close(graph(**inputs).logits, wanted, rtol=0, atol=1e-4)
+    config = json.loads((path / "config.json").read_text())
+    assert "exits" not in config and "auto_map" not in config and "Exit" not in json.dumps(config)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])

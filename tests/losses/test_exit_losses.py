@@ -130,7 +130,7 @@ def test_exits_and_their_loss_come_together(tmp_path, losses, has, message):
 
 def test_what_exits_do_not_go_with_is_one_line():
     losses = parse_objective({"labels": {}, "exits": {}})
-    for use in (Use(kind="next_token"), Use(kind="example", single_output=True), Use(reentrant="some.field")):
+    for use in (Use(kind="token"), Use(kind="example", single_output=True), Use(reentrant="some.field")):
         assert any(fault.field.startswith("losses.exits") for fault in losses.faults(use)), use
     with pytest.raises(InputError, match=r"^losses.exits: got .*at least one of them above 0"):
         parse_objective({"exits": {"labels": 0, "logits": 0, "hints": 0}})

@@ -59,6 +59,40 @@ def test_the_table_has_a_row_for_each_threshold_and_the_words_say_how_it_was_cho
     assert "No threshold kept the score" in exits_note(none) and exits_summary(none) == ""
 
 
+DRAFTS: dict[str, Any] = {
+    "after": [2, 4],
+    "layers": 6,
+    "draft": 4,
+    "exits": [
+        {"layers": 2, "perplexity": 30.0, "agreement": 0.5, "accepted": 0.4, "tokens_per_run": 1.5}
+        | {"tokens_per_second": 9.0, "speedup": 0.9, "same": 8},
+        {"layers": 4, "perplexity": 20.0, "agreement": 0.8, "accepted": 0.75, "tokens_per_run": 3.25}
+        | {"tokens_per_second": 13.0, "speedup": 1.3, "same": 7},
+    ],
+    "whole": {"layers": 6, "perplexity": 15.0, "agreement": 1.0, "tokens_per_second": 10.0},
+    "texts": 8,
+    "new_tokens": 64,
+}
+
+
+def test_a_language_models_table_has_a_row_for_each_exit_and_the_words_say_how_it_drafts() -> None:
+    given = metrics(exits=DRAFTS)
+    cells = exits_cells(given)
+    assert cells.body[0] == ["6 (all)", "15", "", "", "1.00", "10.0"]
+    assert cells.body[1] == ["2", "30", "50.0%", "40.0%", "1.50", "9.0 (0.90x)"]
+    assert cells.body[2] == ["4 (in the config)", "20", "80.0%", "75.0%", "3.25", "13.0 (1.30x)"]
+    note = exits_note(given)
+    assert "8 text(s) of at most 64 new tokens" in note and "by rounding: 1 after 4." in note
+    assert 'assistant_early_exit=model.config.exits["draft"]' in note
+    assert exits_summary(given).startswith("With drafts by its first 4 of 6 layers it writes 1.30 times as fast: 75.0%")
+    none = metrics(exits={**DRAFTS, "draft": None})
+    assert "none is in the config" in exits_note(none) and exits_summary(none) == ""
+    drawn = draw_exits(given)
+    assert drawn is not None
+    agreement, accepted = drawn.axes[0].get_lines()
+    assert list(agreement.get_ydata()) == [50, 80] and list(accepted.get_ydata()) == [40, 75]
+
+
 def test_nothing_is_shown_without_exits(tmp_path: Path) -> None:
     assert (exits_table(metrics()), exits_note(metrics()), exits_summary(metrics())) == ("", "", "")
     assert draw_exits(metrics()) is None and exits_cells(metrics()).body == []
@@ -75,7 +109,7 @@ def test_report_page_and_card_show_them(tmp_path: Path) -> None:
     assert width > height > 200
     recipe = yaml.safe_dump({"teacher": {"model": "x"}, "data": {"task": "sst2"}})
     page = write_page(tmp_path, given, {}, recipe).read_text()
-    assert 'id="exits"' in page and "0.97 (in the config)" in page and "score over the time of a batch" in page
+    assert 'id="exits"' in page and "0.97 (in the config)" in page and "Score over the time of a batch" in page
     assert 'id="exits"' not in write_page(tmp_path, metrics(), {}, recipe).read_text()
     card = write_card(tmp_path / "student", given, recipe).read_text()
     assert "### Early exits" in card and "without `trust_remote_code=True` it is the same model without exits" in card

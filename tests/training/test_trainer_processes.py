@@ -14,7 +14,7 @@ MANY = [
     ("answers", 0, ["1.0", "0.5"]),
 ]
 MEMORIES = [("sequence-classification", 16, ["remembered", "stages strict"]), ("causal-lm", 16, ["stages strict"])]
-EXITS = [("sequence-classification", 32, ["exits strict"])]
+EXITS = [("sequence-classification", 32, ["exits strict"]), ("causal-lm", 32, ["exits strict"])]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,8 @@ def test_two_processes_have_the_queues_and_centres_of_one_and_leave_out_the_same
 @pytest.mark.slow
 def test_two_processes_teach_exits_as_one(tmp_path):
     runs = one_and_two_processes(tmp_path, EXITS)
-    assert_each_step_seen(runs, "sequence-classification", "exits strict")
+    for head in ("sequence-classification", "causal-lm"):
+        assert_each_step_seen(runs, head, "exits strict")
     assert any(name.startswith("exit_heads.0") for name in runs[0]["sequence-classification exits strict"][0])
 
 

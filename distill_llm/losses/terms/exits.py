@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from distill_llm.common.errors import InputError
 from distill_llm.losses.schedules import Temperature, value_at
 from distill_llm.losses.terms.term import Signal, Term, Use, term
-from distill_llm.losses.units import Kind, Unit
+from distill_llm.losses.units import OUTPUT_UNITS, Kind, Unit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,24 +64,31 @@ class ExitsLoss(Term):
         return "labels" if self.labels else None
 
     def unit(self, kind: Kind) -> Unit:
-        """Examples."""
-        return "examples"
+        """What an output of the model is about."""
+        return OUTPUT_UNITS[kind]
 
     def faults(self, use: Use) -> Iterator[InputError]:
-        """Exits are of classifiers, and their states are read within layers."""
+        """Exits are of classifiers and causal language models, and their states are read within layers."""
         yield from super().faults(use)
-        if use.kind not in (None, "example") or use.single_output:
-            yield InputError("", "a student that does not classify examples", "a task with one class for each example")
+        if use.kind == "token" or use.single_output:
+            accepted = "a task with one class for each example, or a causal language model's"
+            yield InputError("", "a student that does not classify examples", accepted)
+        if use.kind == "next_token" and use.sharding is not None:
+            yield InputError("", f"a language model's exits under {use.sharding}", "DDP, which leaves its head whole")
         if use.reentrant is not None:
             yield InputError("", f"{use.reentrant}: true", fix=f"set {use.reentrant} to false")
 
     def sum(self, batch: "Batch", match: "Match", pairs: "list[LayerPair]") -> "Tensor":
-        """The sum over examples (see `exit_losses`)."""
-        from distill_llm.losses.exits import ExitTargets, ExitWeights, exit_losses
+        """The sum over examples (see `exit_losses`), or over next tokens (see `token_exit_losses`)."""
+        from distill_llm.losses.exits import ExitTargets, ExitWeights, exit_losses, token_exit_losses
+        from distill_llm.losses.signals import TokenExits
 
-        assert batch.own.exits is not None
+        exits = batch.own.exits
+        assert exits is not None
         labels = batch.needed_labels("losses.exits.labels") if self.labels else None
         temperature = value_at(self.temperature, batch.step, batch.steps)
         weights = ExitWeights(self.labels, self.logits, self.hints, temperature)
+        if isinstance(exits, TokenExits):
+            return token_exit_losses(exits, labels, weights, match.smoothing)
         targets = ExitTargets(batch.own.logits, labels, batch.mixed, match.smoothing)
-        return exit_losses(batch.own.exits, targets, weights).sum()
+        return exit_losses(exits, targets, weights).sum()

@@ -1,15 +1,17 @@
-"""Stage `exits`: the threshold at which rows leave the student, and the curve of its score over its latency."""
+"""Stage `exits`: the threshold at which rows leave a classifier, and its score over its latency; or a language model's drafts."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from distill_llm.pipeline.exit_curve import exit_record
+from distill_llm.pipeline.exit_drafts import draft_record
 from distill_llm.pipeline.stage import Result, Stage
 from distill_llm.recipe.recipe import Recipe
+from distill_llm.report.drafts import draft_summary
 
 
 class Exits(Stage):
-    """Leaves no file; its result is part of metrics.json, and the threshold of the finished student's config."""
+    """Leaves no file; its result is part of metrics.json, and the threshold or draft of the finished student's config."""
 
     name = "exits"
 
@@ -31,11 +33,14 @@ class Exits(Stage):
         """Score and time it."""
         path = self.student.model
         assert path is not None
-        return {"exits": exit_record(self.run, self.run.load(path, self.run.student_dtype))}
+        record = draft_record if self.run.data.task.is_language_model else exit_record
+        return {"exits": record(self.run, self.run.load(path, self.run.student_dtype))}
 
     def line(self, result: Result) -> list[str]:
-        """The threshold, and what it saves."""
+        """The threshold or the draft, and what it saves."""
         found = result["exits"]
+        if "draft" in found:
+            return [draft_summary(found) or "no exit drafts faster than the model writes alone"]
         if found["threshold"] is None:
             return ["no threshold keeps the score of the whole model: rows go through all layers"]
         at = next(point for point in found["curve"] if point["threshold"] == found["threshold"])

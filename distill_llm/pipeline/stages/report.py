@@ -66,7 +66,8 @@ class Report(Stage):
         quantized = results.get(Quantize.name) if run.recipe.quantize is not None else None
         exits = results[Exits.name]["exits"] if run.recipe.exits is not None else None
         if exits is not None:
-            student.config.exits = {**student.config.exits, "threshold": exits["threshold"]}
+            chosen = "draft" if "draft" in exits else "threshold"
+            student.config.exits = {**student.config.exits, chosen: exits[chosen]}
         with written_whole(run.student_dir, folder=True) as folder:
             copied(Path(path), folder) if quantized else run.save(student, folder)
             if (masks := masks_in(path)) is not None:

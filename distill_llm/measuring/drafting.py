@@ -1,0 +1,105 @@
+"""Texts that a language model drafts with its first layers and checks with all of them: what is accepted, and the time."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from distill_llm.architectures.families import layers_of
+from distill_llm.architectures.modes import evaluating
+from distill_llm.measuring.clocks import in_turns, seconds
+
+
+class Drafting(NamedTuple):
+    """What drafting after some layers gave.
+
+    Attributes:
+        accepted: the share of the drafted tokens that all layers agreed with.
+        tokens: new tokens for each run of all layers.
+        seconds: of all texts.
+        plain: seconds of the same texts token by token, by all layers; the two took turns.
+        same: how many texts are the same as those, token for token.
+        written: new tokens of all texts.
+    """
+
+    accepted: float
+    tokens: float
+    seconds: float
+    plain: float
+    same: int
+    written: int
+
+
+def drafting(model: PreTrainedModel, prompts: Sequence[Sequence[int]], new_tokens: int, layers: int) -> Drafting:
+    """Continue prompts greedily, one at a time, with drafts by the first `layers` layers and without.
+
+    Drafts are transformers' own (`assistant_early_exit`), which end where they are unsure.
+
+    Args:
+        model: a causal language model of the families in DRAFTING_FAMILIES.
+        prompts: token ids, at least one each.
+        new_tokens: at most so many of each text.
+    """
+    plain: list[list[int]] = []
+    drafted: list[list[int]] = []
+    runs = _Runs()
+
+    def turns(at: int | None, texts: list[list[int]]) -> Callable[[], float]:
+        waiting = iter(prompts)
+
+        def turn() -> float:
+            prompt = next(waiting)
+            with nullcontext() if at is None else runs.counted(layers_of(model)):
+                return seconds(lambda: texts.append(_written(model, prompt, new_tokens, at)), model.device)
+
+        return turn
+
+    with evaluating(model):
+        for at in (None, layers):  # a warm-up
+            _written(model, prompts[0], new_tokens, at)
+        times = in_turns(turns(None, plain), turns(layers, drafted), len(prompts))
+    written = sum(map(len, drafted))
+    drafts = runs.first - runs.last
+    return Drafting(
+        (written - runs.last) / drafts if drafts else 0.0,
+        written / runs.last,
+        sum(after for _, after in times),
+        sum(before for before, _ in times),
+        sum(map(list.__eq__, plain, drafted)),
+        written,
+    )
+
+
+def _written(model: PreTrainedModel, prompt: Sequence[int], new_tokens: int, layers: int | None) -> list[int]:
+    ids = torch.tensor([list(prompt)], device=model.device)
+    more: dict[str, Any] = {} if layers is None else {"assistant_early_exit": layers}
+    given: Any = model
+    found = given.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=1, max_new_tokens=new_tokens, **more
+    )
+    return found[0, ids.shape[1] :].tolist()  # type: ignore[no-any-return]
+
+
+class _Runs:
+    """How often the first and the last layer ran: both for a check, the first alone for a drafted token."""
+
+    def __init__(self) -> None:
+        self.first = self.last = 0
+
+    @contextmanager
+    def counted(self, layers: nn.ModuleList) -> Iterator[None]:
+        def of_first(*given: Any) -> None:
+            self.first += 1
+
+        def of_last(*given: Any) -> None:
+            self.last += 1
+
+        handles = [layers[0].register_forward_hook(of_first), layers[-1].register_forward_hook(of_last)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
