@@ -139,9 +139,9 @@ class Estimate:
 
     @property
     def _learner(self) -> PreTrainedModel:
-        """The student of the last recovery, with its exits."""
+        """The student of the last recovery, with its exits; a language model's have no weights, and their price is left out."""
         student, exits = self._student(self._rounds), self.recipe.exits
-        return student if exits is None else with_exits(student, exits.after)
+        return student if exits is None or student.can_generate() else with_exits(student, exits.after)
 
     @property
     def _peers(self) -> list[PreTrainedModel]:
