@@ -206,7 +206,7 @@ def check_disk(recipe: Recipe, teacher: PreTrainedModel, student: nn.Module) -> 
     if recipe.quantize is not None:
         students += own + (own if recipe.quantize.train is not None else 0)
     if (section := recipe.pruning) is not None:
-        students += rounds * own
+        students += rounds * own + (own if section.masks is not None else 0)
         if section.folds and teacher.config.model_type in FAMILIES:  # otherwise there is a fault already
             statistics = rounds * second_moment_bytes(teacher, section.holds_moments, "hidden" in section.units)
     needed = Disk(trained, students, statistics, 2 * max(training))

@@ -15,6 +15,7 @@ from distill_llm.losses.items import kind_of_class
 from distill_llm.models.exits import exits_to_prune
 from distill_llm.models.finding import OpenModel
 from distill_llm.models.masks import masks_in
+from distill_llm.pruning.learning.units import mask_faults
 from distill_llm.pruning.planning.budgets import least_share
 from distill_llm.pruning.units.refusals import (
     first_layer_faults,
@@ -58,6 +59,8 @@ def check_pruning(recipe: Recipe, teacher: OpenModel, skeleton: PreTrainedModel)
     found.ask(width_faults, config, pruning.units, "pruning.units", pruning.units, teacher.name)
     if pruning.compensate == "in_order":
         found.ask(in_order_faults, config, "hidden" in pruning.units, "pruning.compensate")
+    if pruning.masks is not None:
+        found.ask(mask_faults, skeleton, pruning.units, "pruning.masks", pruning.masks.by, teacher.name)
     counts = counts_of(skeleton)
     found.ask(step_faults, counts, hidden_size(skeleton), pruning.units, pruning.round_to, "pruning.round_to")
     found.ask(_limit_faults, pruning, counts)

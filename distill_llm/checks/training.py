@@ -25,6 +25,7 @@ from distill_llm.losses.objective import parse_objective
 from distill_llm.losses.terms.term import Use
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.training.config import DistillationConfig
+from distill_llm.training.mask_trainer import masked_training_faults
 from distill_llm.training.refusals import (
     compiling,
     differentiating,
@@ -35,7 +36,7 @@ from distill_llm.training.refusals import (
     whole_copies,
 )
 
-Stage = Literal["teacher", "recovery", "final", "quantized"]
+Stage = Literal["teacher", "masks", "recovery", "final", "quantized"]
 
 MEANT = {"adam": "adamw_torch", "adamw": "adamw_torch", "adamw_hf": "adamw_torch"}
 """What people mean by some names of optimizers, whose nearest name by spelling is another one."""
@@ -73,6 +74,7 @@ def check_training(recipe: Recipe, data: TaskData | None, widths: tuple[int, int
     """
     stages: list[Stage] = ["teacher"] if recipe.teacher.train is not None else []
     if recipe.distillation is not None:
+        stages += ["masks"] if recipe.pruning is not None and recipe.pruning.masks is not None else []
         stages += ["recovery"] if recipe.pruning is not None and recipe.pruning.rounds > 1 else []
         stages.append("final")
         stages += ["quantized"] if recipe.quantize is not None and recipe.quantize.train is not None else []
@@ -113,6 +115,8 @@ def _check_sharding(recipe: Recipe, sharding: str | None, widths: tuple[int, int
         faults.append(InputError("student.peft", sharding, fix="use DDP: adapters cannot be sharded here"))
     for name in ("moving_average", "peers"):
         faults += divided_faults(getattr(recipe.teacher, name) is not None, sharding, f"teacher.{name}")
+    if recipe.pruning is not None and recipe.pruning.masks is not None:
+        faults.append(InputError("pruning.masks", sharding, fix="use DDP: masks read whole layers"))
     if recipe.pruning is not None and recipe.pruning.weights is not None:
         faults.append(InputError("pruning.weights", sharding, fix="use DDP: zeros are kept in whole weights only"))
     raise_all(faults + losses.faults(Use(widths=widths, sharding=sharding), "distillation.losses"))
@@ -127,7 +131,7 @@ def _check_stage(recipe: Recipe, stage: Stage, data: TaskData | None) -> Distill
         value = training.get(name)
         if isinstance(value, str) and value and not value.startswith("{") and not Path(value).is_file():
             faults.append(InputError(name, value, "a mapping, or an existing JSON file"))
-    later = [name for name in ("quantize.train", "final") if name in where.values()]
+    later = [name for name in ("quantize.train", "pruning.masks.train", "final") if name in where.values()]
     section = "teacher.train" if stage == "teacher" else later[0] if later else "distillation"
 
     def named(faults: list[InputError]) -> list[InputError]:
@@ -144,6 +148,7 @@ def _check_stage(recipe: Recipe, stage: Stage, data: TaskData | None) -> Distill
         raise _together(error, where, training, section) from None
     adds = recipe.teacher.cache is not None or recipe.teacher.server is not None or recipe.teacher.is_own
     faults = whole_copies(args) + skipping(args) + differentiating(args, parse_objective(losses))
+    faults += masked_training_faults(args) if stage == "masks" else []
     raise_all(named(faults + dispatching(adds and stage != "teacher", args)))
     for make, likely in ((_optimizer, OPTIMIZER_FIELDS), (_schedule, SCHEDULE_FIELDS)):
         try:
@@ -179,8 +184,10 @@ def _given(recipe: Recipe, stage: Stage) -> dict[str, str]:
     own = (recipe.distillation.model_extra if recipe.distillation else None) or {}
     found = {
         **dict.fromkeys(own, "distillation"),
-        **dict.fromkeys({} if stage == "recovery" else recipe.final, "final"),
+        **dict.fromkeys({} if stage in ("masks", "recovery") else recipe.final, "final"),
     }
+    if stage == "masks" and recipe.pruning is not None and recipe.pruning.masks is not None:
+        found |= dict.fromkeys(recipe.pruning.masks.train, "pruning.masks.train")
     later = recipe.quantize.train if recipe.quantize is not None and stage == "quantized" else None
     return found | dict.fromkeys(later or {}, "quantize.train")
 

@@ -75,6 +75,9 @@ class Estimate:
         section, rounds = recipe.pruning, self._rounds
         for number in range(1, rounds + 1):
             student = self._student(number)
+            if section is not None and section.masks is not None:
+                fields = recipe.training("masks")
+                yield self._training(f"round-{number}/masks", self._recovery(self._student(0), fields), fields)
             if section is not None:
                 yield self._pruning(f"round-{number}/prune", section, self._student(number - 1), student)
                 yield from self._cut_peers()
@@ -251,7 +254,7 @@ class Estimate:
             scoring_parts["models"] += weight_bytes(before)
         parts: dict[str, float] = {"models": held, "batch": 0}
         flops = scored.flops * (2 if section.folds else 1)
-        if section.layers is None:
+        if section.layers is None and section.masks is None:
             trace = self._calibration(section, before, size)
             parts["batch"], passes = trace.peak, 1
             if section.folds and section.moment_layers is not None:

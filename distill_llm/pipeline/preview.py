@@ -1,6 +1,7 @@
 """A run before it runs: its stages, a plan by the weights alone, sizes, memory and time."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
@@ -19,8 +20,10 @@ from distill_llm.pipeline.rounds import Cutter
 from distill_llm.pipeline.stages import stages_of
 from distill_llm.pipeline.state import read_state
 from distill_llm.pruning.cutting.surgery import prune_skeleton
+from distill_llm.pruning.learning.masks import METHODS
 from distill_llm.pruning.plan import PruningPlan, keep_layers
 from distill_llm.pruning.statistics.collecting import collect_statistics
+from distill_llm.recipe.masks import MASKED
 from distill_llm.recipe.recipe import Recipe
 
 CHEAP = "magnitude"
@@ -79,9 +82,22 @@ def preview(recipe: Recipe) -> Preview:
         expected = forecast(Sketch(opened, teacher, given), devices, gpu=torch.cuda.is_available())
     except InputError as error:
         notes.append(f"no estimate: {faults_in(error)[0]}")
+    notes += masks_note(recipe)
     params = count_params(teacher)[0], None if student is None else count_params(student)[0]
     done = frozenset(state.stages if state is not None else ())
     return Preview(stages, done, plan, teacher, params, devices, expected, tuple(notes))
+
+
+def masks_note(recipe: Recipe) -> list[str]:
+    """How masks will be learnt, where the recipe asks for them."""
+    section = recipe.pruning
+    if section is None or section.masks is None:
+        return []
+    masks, rate = section.masks, section.masks.learning_rate or METHODS[section.masks.by].learning_rate
+    falls = f"the share of {section.cost} kept falls from 1 to {section.keep:g} over the first {masks.warm_up:.0%} of the steps"
+    return [
+        f"round-1/masks: {' and '.join(section.units)} get masks by {masks.by}; {falls}; learning rate of masks {rate:g}"
+    ]
 
 
 def devices_here() -> Devices:
@@ -101,7 +117,10 @@ def _plan(context: Context, teacher: PreTrainedModel) -> PruningPlan:
     if weight_bytes(teacher) > psutil.virtual_memory().available:
         fix = "look at the plan on a machine with more memory: the weights do not fit in this one's"
         raise InputError("teacher.model", recipe.teacher.model, fix=fix)
-    cheap = section.model_copy(update={"criterion": CHEAP, "layer_criterion": None, "search": None})
+    changes: dict[str, Any] = {"criterion": CHEAP, "layer_criterion": None, "search": None, "masks": None}
+    if section.masks is not None:
+        changes["units"] = [unit for unit in section.units if unit in MASKED]
+    cheap = section.model_copy(update=changes)
     model = load_pretrained(context.teacher_path, recipe.teacher.trust_remote_code, dtype=torch.float32)
     cutter = Cutter(recipe.model_copy(update={"pruning": cheap}), lambda number: [])
     return cutter.plan(model, model, collect_statistics(model, [], None), section.keep)

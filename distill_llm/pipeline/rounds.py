@@ -119,6 +119,11 @@ class Cutter:
             replace(plan, kept=own, note=note), model, kept, compensated, tuple(strengths), None, tuple(searches)
         )
 
+    def cut_by(self, student: PreTrainedModel, teacher: PreTrainedModel, plan: PruningPlan) -> Cut:
+        """Cut by a plan that was learnt: its masks are in the student's weights, and nothing is compensated."""
+        model = prune(student, plan)
+        return Cut(plan, model, self.share(model, teacher), False)
+
     def cut_layers(self, student: PreTrainedModel) -> Cut:
         """Keep the layers that the section names."""
         assert self.section.layers is not None

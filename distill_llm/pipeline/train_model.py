@@ -18,18 +18,32 @@ from distill_llm.models.masks import MASKS, Masks
 from distill_llm.pipeline.checkpoints import MarkComplete, last_complete_checkpoint
 from distill_llm.pipeline.context import Context
 from distill_llm.pipeline.synthetic_rows import learner
+from distill_llm.pruning.learning.masks import LearnedMasks
 from distill_llm.teachers.base import Teacher
 from distill_llm.teachers.moving_average import MovingAverage
 from distill_llm.training.adversarial import AdversarialTrainer
 from distill_llm.training.config import DistillationConfig
+from distill_llm.training.mask_trainer import MaskTrainer
 from distill_llm.training.progress import TrainingProgress
 from distill_llm.training.trainer import DistillationTrainer
 from distill_llm.training.zeros import KeepZeros
 
-Fields = Literal["teacher", "recovery", "final", "quantized"]
+Fields = Literal["teacher", "masks", "recovery", "final", "quantized"]
 """Which of the recipe's training fields hold (see `Recipe.training`)."""
 MOST_LOGS = 200
 """Steps whose losses are kept of a training, however often it was logged."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Masks that learn with a model. At the end it gets their plan's zeros, and plan and scores are saved with it.
+
+    Attributes:
+        learning_rate: of the masks; None: the usual one.
+    """
+
+    masks: LearnedMasks
+    learning_rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -41,12 +55,14 @@ class More:
         beside: where the models are saved that learn with this one (see `Teacher.learners`).
         stages: where the model is saved at equal stages of its training, but for the end.
         masks: of a sparse model; its zeros stay, and the masks are saved with it.
+        learned: masks that learn with the model.
     """
 
     seed: int | None = None
     beside: Sequence[Path] = ()
     stages: Sequence[Path] = ()
     masks: Masks | None = None
+    learned: Learned | None = None
 
     def callbacks(self, run: Context) -> list[TrainerCallback]:
         """What the trainer tells of its steps."""
@@ -108,7 +124,7 @@ def train_model(
         return compute_metrics(task, *task.kind.predictions(given.predictions, given.label_ids))
 
     rows, collator = (run.data.train, run.collator) if fields == "teacher" else run.lessons
-    trainer = _trainer_class(run, fields)(
+    trainer = _trainer_class(run, fields, more.learned)(
         model=model,
         teacher=teacher,
         args=args,
@@ -124,6 +140,8 @@ def train_model(
     trainer.add_callback(TrainingProgress(f"Training {target.relative_to(run.folder)}"))
     with full_disk_named(work):
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(work))
+    if more.learned is not None:
+        more.learned.masks.harden(trainer.accelerator.unwrap_model(trainer.model))
     _save(run, trainer, target, more)
     trainer.accelerator.free_memory()  # ends DeepSpeed's engine, which nothing else does
     unset_hf_deepspeed_config()  # otherwise every model that is loaded later, by one process even, is divided by ZeRO-3
@@ -131,8 +149,10 @@ def train_model(
     return history | ({"augmented": trainer.augmented.totals()} if isinstance(collator, AugmentingCollator) else {})
 
 
-def _trainer_class(run: Context, fields: Fields) -> Callable[..., DistillationTrainer]:
-    """What makes the trainer: where a generator makes the rows, one beside it."""
+def _trainer_class(run: Context, fields: Fields, learned: Learned | None) -> Callable[..., DistillationTrainer]:
+    """What makes the trainer: where a generator makes the rows, or masks learn, one beside it."""
+    if learned is not None:
+        return partial(MaskTrainer, masks=learned.masks, mask_learning_rate=learned.learning_rate)
     made = run.recipe.data.synthetic
     if fields == "teacher" or made is None or made.generator is None:
         return DistillationTrainer
@@ -156,6 +176,8 @@ def _save(run: Context, trainer: DistillationTrainer, target: Path, more: More) 
             run.save(merged(trainer.accelerator.unwrap_model(trainer.model)), path, weights)
             if more.masks is not None:
                 more.masks.save(path / MASKS)
+            if more.learned is not None:
+                more.learned.masks.save(path)
 
 
 def loss_history(log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -70,6 +70,8 @@ class Seen:
     generator: "Generator"
 
 
+LEARNED = ("l0", "movement")
+"""What names the scores of masks that were learnt (see `pruning.learning`): every kind of unit is ranked together."""
 CRITERIA: dict[str, Criterion] = {}
 """Every criterion by its name, in the order in which they were registered."""
 
@@ -133,7 +135,7 @@ def find_criterion(name: str, field: str = "criterion") -> Criterion:
 
 def is_comparable(name: str) -> bool:
     """Whether scores of different kinds of units may be ranked together; False for an unknown criterion."""
-    return name in CRITERIA and CRITERIA[name].comparable
+    return name in LEARNED or (name in CRITERIA and CRITERIA[name].comparable)
 
 
 def ranks_layers_only(name: str) -> bool:

@@ -11,6 +11,7 @@ from distill_llm.pruning.names import competing_faults, find_unit, unscored_faul
 from distill_llm.pruning.planning.rules import Limits, PlanningRules, search_faults
 from distill_llm.pruning.units.kinds import KINDS
 from distill_llm.recipe.calibration import CalibrationSection
+from distill_llm.recipe.masks import MasksSection, masked_pruning_faults
 from distill_llm.recipe.search import SearchSection
 from distill_llm.recipe.section import Section
 from distill_llm.recipe.weights import WeightsSection
@@ -171,6 +172,12 @@ class PruningSection(Section):
         " plan and costs no more; `{}` for its defaults",
     )
 
+    masks: MasksSection | None = Field(
+        default=None,
+        description="learn which units stay, while the student still has all of them, in place of measuring it; `{}` for the"
+        " defaults. Nothing is compensated",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _whole_units_stay(cls, given: Any) -> Any:
@@ -207,7 +214,8 @@ class PruningSection(Section):
     @property
     def folds(self) -> bool:
         """Whether compensation needs statistics; it does not if only whole layers go."""
-        return bool(self.compensate) and self.layers is None and self.units != ["layers"]
+        ranked = self.layers is None and self.masks is None
+        return bool(self.compensate) and ranked and self.units != ["layers"]
 
     @property
     def holds_moments(self) -> bool:
@@ -258,6 +266,9 @@ def _contradictions(section: PruningSection) -> list[InputError]:
         faults.append(InputError("moment_layers", section.moment_layers, fix=fix))
     if section.search is not None:
         faults += _searching(section)
+    if section.masks is not None:
+        fields = PruningSection.model_fields
+        return faults + masked_pruning_faults(section, {name: field.default for name, field in fields.items()})
     if section.offload and not section.checkpointing:
         faults.append(InputError("checkpointing", False, fix="set it to true: offload needs it"))
     if section.offload and section.cost == "latency":

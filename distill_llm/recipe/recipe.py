@@ -12,6 +12,7 @@ from distill_llm.common.errors import InputError, InputErrors, one_of, raise_all
 from distill_llm.common.secrets import holds_token
 from distill_llm.common.validation import faults_of
 from distill_llm.recipe.exits import ExitsSection, exit_section_faults, with_loss
+from distill_llm.recipe.masks import mask_recipe_faults
 from distill_llm.recipe.pruning import PruningSection
 from distill_llm.recipe.quantize import QuantizeSection, quantize_faults
 from distill_llm.recipe.section import Section
@@ -115,6 +116,7 @@ class Recipe(Section):
             faults.append(InputError("teacher.peers", self.teacher.peers.model_dump(mode="json"), fix=fix))
         faults += teacher_faults(self.teacher, self.student, self.pruning, self.distillation, self.final)
         faults += several_faults(self.teacher, self.data, self.distillation)
+        faults += mask_recipe_faults(self.pruning, self.teacher, self.student, self.distillation, self.data)
         beside: dict[str, Section | None] = {
             "quantize": self.quantize,
             "teacher.peers": self.teacher.peers,
@@ -130,10 +132,11 @@ class Recipe(Section):
         raise_all(faults)
         return self
 
-    def training(self, stage: Literal["teacher", "recovery", "final", "quantized"]) -> dict[str, Any]:
+    def training(self, stage: Literal["teacher", "masks", "recovery", "final", "quantized"]) -> dict[str, Any]:
         """All TrainingArguments fields of a stage except output_dir: the recipe's, its seed, and the defaults.
 
-        `teacher`: fine-tuning of the teacher; `recovery`: training after a round; `final`: the last recovery, with the fields of
+        `teacher`: fine-tuning of the teacher; `masks`: learning masks, with the fields of `pruning.masks.train` in place of the
+        same fields of `distillation`; `recovery`: training after a round; `final`: the last recovery, with the fields of
         `final` in place of the same fields of `distillation`; `quantized`: learning as if rounded, with those of
         `quantize.train` in place of these.
         Imports torch, to see whether there is an accelerator, unless the stage sets `use_cpu`.
@@ -142,6 +145,8 @@ class Recipe(Section):
             fields = dict(self.teacher.train or {})
         else:
             fields = dict((self.distillation.model_extra if self.distillation else None) or {})
+        if stage == "masks" and self.pruning is not None and self.pruning.masks is not None:
+            fields |= self.pruning.masks.train
         if stage in ("final", "quantized"):
             fields |= self.final
         if stage == "quantized" and self.quantize is not None:

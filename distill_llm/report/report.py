@@ -10,6 +10,7 @@ from distill_llm.data.alignment import alignment_words
 from distill_llm.pruning.cutting.strength import described
 from distill_llm.report.exits import exits_figure, exits_note, exits_shown, exits_summary, exits_table
 from distill_llm.report.figures import kept_figure, score_figure
+from distill_llm.report.learned import masks_words
 from distill_llm.report.search_figure import search_figure
 from distill_llm.report.students import students_part
 from distill_llm.report.tables import (
@@ -92,6 +93,7 @@ def round_notes(metrics: Mapping[str, Any]) -> list[str]:
         for n, row in enumerate(rounds, 1)
         for record in row.get("compensation") or []
     ]
+    said += [f"Round {n}: {masks_words(row['masks'])}." for n, row in enumerate(rounds, 1) if row.get("masks")]
     return said + [f"{row['note'][0].upper()}{row['note'][1:]}." for row in rounds if row.get("note")]
 
 

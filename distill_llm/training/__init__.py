@@ -1,4 +1,4 @@
 """DistillationTrainer and what it is made of.
 
-May import: common, architectures, losses, data, models, teachers, responses, synthesis.
+May import: common, architectures, losses, data, models, pruning, teachers, responses, synthesis.
 """

@@ -1,4 +1,4 @@
-"""What learns with the student and is no part of it: projections of hidden states, and peers. In parameter groups of their own.
+"""What learns with the student and is no part of it: projections, peers, masks. In parameter groups of their own.
 
 Every process has them whole, also where the student is sharded: the code that wraps, shards and saves the student's
 parameters never sees them.
@@ -28,12 +28,16 @@ class Companion:
         module: whose trained parameters are meant.
         undecayed: names of parameters without weight decay.
         alone: whether its gradients are clipped by themselves, as those of a model of its own, or with the student's.
+        what: what messages call it.
+        learning_rate: its own; None: the student's.
     """
 
     file: str
     module: nn.Module
     undecayed: frozenset[str] = frozenset()
     alone: bool = False
+    what: str = "the projections of hidden states"
+    learning_rate: float | None = None
 
     @property
     def groups(self) -> list[list[nn.Parameter]]:
@@ -64,7 +68,8 @@ def join(optimizer: Optimizer, companions: Sequence[Companion], weight_decay: fl
         for group in companion.groups:
             if id(group[0]) not in there:
                 decay = weight_decay if id(group[0]) in decayed else 0.0
-                optimizer.add_param_group({"params": group, "weight_decay": decay})
+                rate = {} if companion.learning_rate is None else {"lr": companion.learning_rate}
+                optimizer.add_param_group({"params": group, "weight_decay": decay, **rate})
 
 
 @contextmanager
@@ -86,7 +91,9 @@ def apart(optimizer: Optimizer, companions: Sequence[Companion]) -> Iterator[Non
 
 def save(optimizer: Optimizer, companion: Companion, folder: str) -> None:
     """Write weights and the optimizer's groups and states of a companion that has parameters."""
-    groups = [{name: value for name, value in each.items() if name != "params"} for each in _of(optimizer, companion)]
+    groups = [
+        {name: value for name, value in each.items() if name != "params"} for each in groups_of(optimizer, companion)
+    ]
     states = [optimizer.state.get(parameter) for parameter in companion.parameters]
     content = {"weights": companion.module.state_dict(), "groups": groups, "states": states}
     torch.save(content, Path(folder) / companion.file)
@@ -114,13 +121,13 @@ def load(optimizer: Optimizer, companion: Companion, folder: str) -> None:
         fix = f"resume with the losses and models of that training: {companion.file} has other layers, or other sizes of them"
         raise InputError("resume_from_checkpoint", str(folder), fix=fix)
     companion.module.load_state_dict(content["weights"])
-    for group, kept in zip(_of(optimizer, companion), content["groups"], strict=True):
+    for group, kept in zip(groups_of(optimizer, companion), content["groups"], strict=True):
         group.update(kept)
     states = zip(parameters, content["states"], strict=True)
     optimizer.state.update({parameter: state for parameter, state in states if state is not None})
 
 
-def _of(optimizer: Optimizer, companion: Companion) -> list[dict[str, Any]]:
+def groups_of(optimizer: Optimizer, companion: Companion) -> list[dict[str, Any]]:
     """The optimizer's groups of a companion."""
     first = {id(group[0]) for group in companion.groups}
     return [group for group in optimizer.param_groups if group["params"] and id(group["params"][0]) in first]

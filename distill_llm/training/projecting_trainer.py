@@ -33,8 +33,7 @@ class ProjectingTrainer(Trainer):
     def _check_scheduler(self) -> None:
         """Refuse a scheduler that was given, where something joins its optimizer."""
         if self.companions and self.lr_scheduler is not None:
-            what = "peers join" if self.companions[-1].alone else "the projections of hidden states join"
-            accepted = f"an optimizer without a scheduler: {what} the optimizer"
+            accepted = f"an optimizer without a scheduler: {self.companions[-1].what} join the optimizer"
             raise InputError("optimizers", type(self.lr_scheduler).__name__, accepted)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:

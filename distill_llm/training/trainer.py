@@ -148,7 +148,7 @@ class DistillationTrainer(ReadingTrainer):
                 model.activation_checkpointing_enable(self.args.activation_checkpointing_kwargs)
             decayed = self.get_decay_parameter_names(model)
             names = frozenset(name for name, _ in model.named_parameters()) - frozenset(decayed)
-            found.append(Companion(f"{name}.pt", model, names, alone=True))
+            found.append(Companion(f"{name}.pt", model, names, alone=True, what="peers"))
         return [each for each in found if each.parameters]
 
     @property

@@ -8,6 +8,7 @@ from distill_llm.pipeline.stages.ensemble import EnsembleWeights
 from distill_llm.pipeline.stages.exits import Exits
 from distill_llm.pipeline.stages.export import Export
 from distill_llm.pipeline.stages.generations import Generation, Generations
+from distill_llm.pipeline.stages.masks import LearnMasks
 from distill_llm.pipeline.stages.peers import PrunePeer
 from distill_llm.pipeline.stages.prune import Prune
 from distill_llm.pipeline.stages.push import Push
@@ -18,7 +19,7 @@ from distill_llm.pipeline.stages.synthetic import Synthetic
 from distill_llm.pipeline.stages.teacher import Teacher
 
 FIRST: list[type[Stage]] = [Synthetic, Teacher, TeacherBenchmarks, EnsembleWeights]
-EACH_ROUND: list[type[Stage]] = [Prune, PrunePeer, Recover]
+EACH_ROUND: list[type[Stage]] = [LearnMasks, Prune, PrunePeer, Recover]
 LAST: list[type[Stage]] = [QuantizeTraining, Quantize, Exits, Report, Export, Push]
 
 

@@ -93,7 +93,7 @@ class Generations(Stage):
     @property
     def students(self) -> list[Recover]:
         """The stages of all generations, in order."""
-        return [stage for stage in self.earlier if isinstance(stage, Recover) and stage.round == self.round]
+        return [each for each in self.earlier if type(each) in (Recover, Generation) and each.round == self.round]
 
     @property
     def inputs(self) -> tuple[Stage, ...]:

@@ -21,6 +21,7 @@ from distill_llm.pipeline.rounds import Cut, Cutter, kept_after
 from distill_llm.pipeline.stage import Result, Stage
 from distill_llm.pruning.cutting.strength import described
 from distill_llm.pruning.cutting.surgery import prune
+from distill_llm.pruning.learning.masks import PLAN
 from distill_llm.pruning.plan import PruningPlan
 from distill_llm.pruning.planning.budgets import share_of
 from distill_llm.recipe.calibration import HELD_OUT, with_held_out
@@ -148,6 +149,11 @@ def pruning_of(run: Context) -> PruningSection:
     return run.recipe.pruning
 
 
+def masks_folder(run: Context) -> Path:
+    """Where a student with learnt masks waits to be cut, with its plan."""
+    return run.folder / "round-1" / "masks"
+
+
 def models_to_cut(
     run: Context, teacher: Path | str | None, student: Path | str | None
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -178,7 +184,10 @@ def cut_model(
     section = pruning_of(run)
     device = run.processes.device if section.offload else None
     cutter = Cutter(run.recipe, partial(calibration, run, section.calibration_examples), device, folder)
-    cut = cutter.cut_layers(student) if keep is None else cutter.cut(student, teacher, keep, file)
+    if section.masks is not None:
+        cut = cutter.cut_by(student, teacher, PruningPlan.load(masks_folder(run) / PLAN))
+    else:
+        cut = cutter.cut_layers(student) if keep is None else cutter.cut(student, teacher, keep, file)
     return cutter.without_weights(cut, number)
 
 

@@ -67,13 +67,13 @@ def _norms_over_heads(model: PreTrainedModel, layer: nn.Module, row: LayerPlan, 
     with ExitStack() as stack:
         for name, (_, layout) in layer_axes(layer, family_of(model)).items():
             path, _, last = name.rpartition(".")
-            if last == "weight" and layout in ("q", "kv") and row.heads and _is_norm(layer.get_submodule(path)):
+            if last == "weight" and layout in ("q", "kv") and row.heads and is_norm(layer.get_submodule(path)):
                 kept = kept_channels(layout, row, counts, dims_of(model.config).head_size)
                 stack.enter_context(_norm_over(layer.get_submodule(path), kept))
         yield
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
     return "Norm" in type(module).__name__
 
 
@@ -105,7 +105,7 @@ def _masked_hidden(model: PreTrainedModel, kept: torch.Tensor) -> Iterator[None]
             if last != "weight":
                 continue
             module = model.get_submodule(path)
-            if _is_norm(module):
+            if is_norm(module):
                 stack.enter_context(_norm_over(module, kept))
                 continue
             weight = model.get_parameter(name)

@@ -1,0 +1,110 @@
+"""The section `pruning.masks`: masks over heads and neurons that are learnt before the student is cut."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, field_validator
+
+from distill_llm.common.errors import InputError
+from distill_llm.recipe.section import Section
+from distill_llm.recipe.sections import DistillationSection, StudentSection, training_fields
+from distill_llm.recipe.teacher import TeacherSection
+
+if TYPE_CHECKING:
+    from distill_llm.recipe.pruning import PruningSection
+
+MASKED = ("heads", "neurons")
+BLOCKS = {"attention": "heads", "ffn": "neurons"}
+"""Blocks that may have a gate of their own, and whose units must have one too."""
+
+
+class MasksSection(Section):
+    """Learn which units stay, together with the weights and with the losses of `distillation`; then cut."""
+
+    by: Literal["l0", "movement"] = Field(
+        default="l0",
+        description="l0: hard-concrete gates, with multipliers that hold the expected cost to the target; attention and ffn in"
+        " `units` add a gate for each whole block. movement: scores, of which the best are kept",
+    )
+    warm_up: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="share of the steps in which the target falls from 1 to `keep`: in a straight line, by movement as a cube",
+    )
+    learning_rate: float | None = Field(
+        default=None, gt=0, description="of the masks; left out: 0.1 by l0, 0.01 by movement"
+    )
+    train: dict[str, Any] = Field(
+        default_factory=dict,
+        description="TrainingArguments fields of this training that differ from those of `distillation`",
+    )
+
+    _check_train = field_validator("train")(training_fields)
+
+
+def masked_pruning_faults(pruning: "PruningSection", defaults: Mapping[str, Any]) -> list[InputError]:
+    """Faults of other fields of a pruning section that learns masks, named within it.
+
+    Args:
+        defaults: of the section's fields.
+    """
+    section = pruning.masks
+    if section is None:
+        return []
+    faults = []
+    if pruning.keep is None or pruning.keep == 1:
+        faults.append(InputError("keep", pruning.keep, "a number below 1: masks are learnt for a share to keep"))
+    unused = ["criterion", "layer_criterion", "statistics", "search", "rounds", "cuts", "layers"]
+    if pruning.weights is None:
+        unused += ["loss", "calibration_examples", "moment_share", "precision", "checkpointing"]
+    for name in unused:
+        if (value := getattr(pruning, name)) != defaults[name]:
+            shown = value.model_dump() if isinstance(value, Section) else str(value) if name == "statistics" else value
+            faults.append(InputError(name, shown, fix="leave it out: `masks` says what goes, in one cut"))
+    others = [unit for unit in pruning.units if unit not in (*MASKED, *BLOCKS)]
+    blocks = [unit for unit in pruning.units if unit in BLOCKS]
+    if others:
+        faults.append(InputError("units", others, "heads, neurons, attention and ffn: these have masks"))
+    elif section.by == "movement" and blocks:
+        fix = f"leave {' and '.join(blocks)} out: by movement a block goes when all its units do; or set masks.by to l0"
+        faults.append(InputError("units", pruning.units, fix=fix))
+    elif alone := [unit for unit in blocks if BLOCKS[unit] not in pruning.units]:
+        fix = f"add {' and '.join(BLOCKS[unit] for unit in alone)}: a block's gate is one beside those of its units"
+        faults.append(InputError("units", pruning.units, fix=fix))
+    if pruning.scope == "local" or pruning.uniform:
+        name = "uniform" if pruning.uniform else "scope"
+        faults.append(InputError(name, getattr(pruning, name), fix="leave it out: masks compete over all layers"))
+    if pruning.cost == "latency":
+        faults.append(
+            InputError("cost", "latency", fix="choose params, flops or memory: masks need the cost of a unit")
+        )
+    if pruning.offload:
+        faults.append(InputError("offload", True, fix="leave it out: no calibration pass is run with masks"))
+    return faults
+
+
+def mask_recipe_faults(
+    pruning: "PruningSection | None",
+    teacher: TeacherSection,
+    student: StudentSection | None,
+    distillation: DistillationSection | None,
+    data: Any,
+) -> list[InputError]:
+    """What of a recipe's other sections does not go with learnt masks."""
+    if pruning is None or pruning.masks is None:
+        return []
+    given, faults = pruning.masks.model_dump(mode="json"), []
+    if distillation is None:
+        fix = "add a distillation section, whose losses they learn with, or remove it"
+        faults.append(InputError("pruning.masks", given, fix=fix))
+    if student is not None and student.peft is not None:
+        faults.append(InputError("student.peft", student.peft, fix="remove it, or pruning.masks: all weights learn"))
+    others: Sequence[str] = ("peers", "moving_average", "checkpoints", "assistant")
+    for name in (each for each in others if getattr(teacher, each) is not None):
+        fix = f"remove it, or teacher.{name}: masks are learnt from the teacher itself"
+        faults.append(InputError("pruning.masks", given, fix=fix))
+    if data.synthetic is not None and data.synthetic.generator is not None:
+        fix = "remove it, or data.synthetic.generator: masks are learnt on rows that are there"
+        faults.append(InputError("pruning.masks", given, fix=fix))
+    return faults
