@@ -34,6 +34,7 @@ def _unused(recipe: Recipe) -> list[InputError]:
         "distillation": recipe.distillation,
         "quantize": recipe.quantize,
         "hub": recipe.hub,
+        "pruning.masks": section.masks.by if section and section.masks else None,
         "pruning.layers": section.layers if section else None,
         "pruning.rounds": section.rounds if section and section.rounds > 1 else None,
     }

@@ -91,7 +91,7 @@ def teacher_key(recipe: Recipe) -> str:
 def _sharing(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe with the file that statistics are shared in."""
     section = recipe.pruning
-    if section is None or section.layers is not None or section.statistics is not None:
+    if section is None or section.layers is not None or section.masks is not None or section.statistics is not None:
         return recipe
     of = [teacher_key(recipe), section.calibration_examples, section.precision, section.moment_share, section.loss]
     of += [each.model_dump(mode="json") for each in section.calibration or ()]

@@ -13,10 +13,12 @@ from builders.recipes import faults_at_the_door, recipe_for, recipe_with, write_
 from builders.runs import rows_of, same, weights, write_learnable_rows
 
 import distill_llm
+from distill_llm.checks.prune import open_pruning
 from distill_llm.common.errors import InputError, faults_in
 from distill_llm.pipeline.preview import masks_note
 from distill_llm.pruning.importance import Importance
 from distill_llm.pruning.plan import PruningPlan
+from distill_llm.recipe.cells import cells_of
 from distill_llm.recipe.recipe import parse_recipe
 from distill_llm.training.mask_trainer import MaskTrainer
 
@@ -218,6 +220,14 @@ def test_a_dry_run_says_what_will_be_learnt_and_fields_of_the_training_are_its_o
     ]
     assert recipe.training("masks")["max_steps"] == 7 and "max_steps" not in recipe.training("final")
     assert masks_note(recipe_with(tmp_path)) == []
+
+
+def test_sizes_of_a_sweep_share_no_statistics_and_prune_alone_learns_no_masks(tmp_path):
+    recipe = recipe_with(tmp_path, pruning={"keep": 0.5, "masks": {}})
+    cells = cells_of(recipe, {"pruning.keep": [0.5, 0.3]}, tmp_path)
+    assert [cell.recipe.pruning.statistics for cell in cells] == [None, None]
+    with pytest.raises(InputError, match="pruning.masks: got 'l0'; leave it out, or use `distill-llm run`"):
+        open_pruning(recipe)
 
 
 def test_the_recipe_of_the_page_is_one(tmp_path):

@@ -93,7 +93,10 @@ class Generations(Stage):
     @property
     def students(self) -> list[Recover]:
         """The stages of all generations, in order."""
-        return [each for each in self.earlier if type(each) in (Recover, Generation) and each.round == self.round]
+        found = [stage for stage in self.earlier if isinstance(stage, Recover) and stage.round == self.round]
+        return [
+            stage for stage in found if type(stage) in (Recover, Generation)
+        ]  # masks learn before there is a student
 
     @property
     def inputs(self) -> tuple[Stage, ...]:
