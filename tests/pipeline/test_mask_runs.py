@@ -93,7 +93,7 @@ def test_masks_are_learnt_cut_reported_and_a_stopped_run_ends_with_the_same_bits
 @pytest.mark.slow
 def test_movement_works_over_a_decoder_with_flops_and_generations_follow(tmp_path):
     write_decoder(tmp_path / "teacher")
-    (tmp_path / "corpus.txt").write_text("the film is good and the story is bad\n" * 60)
+    (tmp_path / "corpus.txt").write_text("the film is good and the story is bad\n\n" * 60)
     given = recipe_for(
         tmp_path,
         data={"task": "text", "path": str(tmp_path / "corpus.txt"), "max_length": 16},
@@ -104,7 +104,7 @@ def test_movement_works_over_a_decoder_with_flops_and_generations_follow(tmp_pat
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert "threshold" in metrics["rounds"][0]["masks"]
     assert 0.58 < metrics["rounds"][0]["kept"] <= 0.6
-    assert len(metrics["generations"]["scores" if "scores" in metrics["generations"] else "generations"]) == 2
+    assert len(metrics["generations"]["students"]) == 2
 
 
 @pytest.mark.slow
@@ -198,7 +198,7 @@ def test_the_door_names_training_fields_and_models_that_masks_do_not_go_with(inp
     (line,) = faults_at_the_door(parse_recipe(given))
     assert line.startswith("pruning.masks.train.load_best_model_at_end: got True; set it to false while masks learn")
     write_decoder(tmp_path / "teacher", "olmo2")
-    (tmp_path / "corpus.txt").write_text("the film is good\n" * 200)
+    (tmp_path / "corpus.txt").write_text("the film is good\n\n" * 200)
     given = recipe_for(
         tmp_path,
         data={"task": "text", "path": str(tmp_path / "corpus.txt"), "max_length": 16},

@@ -252,8 +252,8 @@ class Movement(LearnedMasks):
     @torch.no_grad()
     def worth(self) -> torch.Tensor:
         """The place of a unit among all."""
-        order = self.scores.argsort(stable=True)
-        places = torch.arange(1, len(order) + 1, dtype=torch.float64, device=order.device) / (len(order) + 1)
+        order = self.scores.argsort(descending=True, stable=True)
+        places = torch.arange(len(order), 0, -1, dtype=torch.float64, device=order.device) / (len(order) + 1)
         return torch.empty_like(places).index_copy(0, order, places)
 
     def kept_as(self, values: torch.Tensor) -> torch.Tensor:
