@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from distill_llm.architectures.lineage import LAYER_UNITS
 from distill_llm.architectures.modeling_exits import has_exits
 from distill_llm.common.errors import InputError
 from distill_llm.common.precision import mixed_precision
@@ -23,6 +22,7 @@ from distill_llm.pipeline.prices import (
     Rows,
     StageCost,
     checkpointing_in,
+    even_scores,
     gathered_bytes,
     held_bytes,
     optimizer_bytes,
@@ -37,7 +37,6 @@ from distill_llm.pipeline.stages.recover import without_exit_loss
 from distill_llm.pipeline.work import Shape, Step, calibration, forward_pass, scoring
 from distill_llm.pruning.cutting.strength import IN_ORDER
 from distill_llm.pruning.cutting.surgery import prune_skeleton
-from distill_llm.pruning.importance import Importance
 from distill_llm.pruning.plan import keep_layers
 from distill_llm.pruning.planning.competing import plan_for_costs
 from distill_llm.pruning.statistics.settings import CalibrationSettings
@@ -171,7 +170,7 @@ class Estimate:
         costs = unit_costs(
             teacher, "params" if section.cost == "latency" else section.cost, *budget_batch(self.recipe, True)
         )
-        return prune_skeleton(teacher, plan_for_costs(teacher, _even_scores(teacher), keep, costs, section.rules))
+        return prune_skeleton(teacher, plan_for_costs(teacher, even_scores(teacher), keep, costs, section.rules))
 
     def _training(self, name: str, step: Step, fields: Mapping[str, Any]) -> StageCost:
         own, devices = without_adapters(step.student), self.devices
@@ -299,14 +298,3 @@ class Estimate:
         models = sum(weight_bytes(model, model.dtype) for model in (teacher, student))
         parts = {"models": models, "batch": max(trace.peak for trace in traces)}
         return StageCost("report", parts, MEASURED_FORWARDS * sum(trace.flops for trace in traces))
-
-
-def _even_scores(model: PreTrainedModel) -> Importance:
-    """Scores at random for everything that a plan may rank."""
-    draw, counts = torch.Generator().manual_seed(0), counts_of(model)
-    layers, width = len(counts), hidden_size(model)
-    rows: dict[str, Any] = {
-        kind: tuple(torch.rand(each[kind], generator=draw) for each in counts) for kind in LAYER_UNITS
-    }
-    whole = {kind: torch.rand(layers, generator=draw) for kind in ("layers", "attention", "ffn")}
-    return Importance("random", units={**rows, **whole, "hidden": torch.rand(width, generator=draw)})

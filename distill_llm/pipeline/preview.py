@@ -1,7 +1,6 @@
 """A run before it runs: its stages, a plan by the weights alone, sizes, memory and time."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import psutil
 import torch
@@ -23,7 +22,6 @@ from distill_llm.pruning.cutting.surgery import prune_skeleton
 from distill_llm.pruning.learning.masks import METHODS
 from distill_llm.pruning.plan import PruningPlan, keep_layers
 from distill_llm.pruning.statistics.collecting import collect_statistics
-from distill_llm.recipe.masks import MASKED
 from distill_llm.recipe.recipe import Recipe
 
 CHEAP = "magnitude"
@@ -117,10 +115,7 @@ def _plan(context: Context, teacher: PreTrainedModel) -> PruningPlan:
     if weight_bytes(teacher) > psutil.virtual_memory().available:
         fix = "look at the plan on a machine with more memory: the weights do not fit in this one's"
         raise InputError("teacher.model", recipe.teacher.model, fix=fix)
-    changes: dict[str, Any] = {"criterion": CHEAP, "layer_criterion": None, "search": None, "masks": None}
-    if section.masks is not None:
-        changes["units"] = [unit for unit in section.units if unit in MASKED]
-    cheap = section.model_copy(update=changes)
+    cheap = section.model_copy(update={"criterion": CHEAP, "layer_criterion": None, "search": None})
     model = load_pretrained(context.teacher_path, recipe.teacher.trust_remote_code, dtype=torch.float32)
     cutter = Cutter(recipe.model_copy(update={"pruning": cheap}), lambda number: [])
     return cutter.plan(model, model, collect_statistics(model, [], None), section.keep)

@@ -12,11 +12,14 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill_llm.architectures.families import layers_of
+from distill_llm.architectures.lineage import LAYER_UNITS
 from distill_llm.common.errors import InputError
 from distill_llm.data.padding import LENGTH
 from distill_llm.data.tasks import TaskData
 from distill_llm.losses.labels import IGNORED
 from distill_llm.models.adapters import without_adapters
+from distill_llm.pruning.importance import Importance
+from distill_llm.pruning.units.sizes import counts_of, hidden_size
 
 Sharing = Literal["ddp", "fsdp2", "zero3"]
 OPTIMIZER_BYTES = ((r".*8bit.*", 2.0), (r".*4bit.*", 1.0), (r"sgd|adafactor", 0.0), (r"lion.*|adagrad|rmsprop.*", 4.0))
@@ -180,3 +183,14 @@ def held_bytes(model: nn.Module, dtype: torch.dtype, quantization: str | None) -
         return whole
     layers = sum(each.numel() for each in layers_of(without_adapters(model)).parameters())
     return whole - layers * (dtype.itemsize - {"8bit": 1.0, "4bit": 0.5}[quantization])
+
+
+def even_scores(model: PreTrainedModel) -> Importance:
+    """Scores at random for everything that a plan may rank."""
+    draw, counts = torch.Generator().manual_seed(0), counts_of(model)
+    layers, width = len(counts), hidden_size(model)
+    rows: dict[str, Any] = {
+        kind: tuple(torch.rand(each[kind], generator=draw) for each in counts) for kind in LAYER_UNITS
+    }
+    whole = {kind: torch.rand(layers, generator=draw) for kind in ("layers", "attention", "ffn")}
+    return Importance("random", units={**rows, **whole, "hidden": torch.rand(width, generator=draw)})

@@ -57,10 +57,10 @@ def masked_pruning_faults(pruning: "PruningSection", defaults: Mapping[str, Any]
         faults.append(InputError("keep", pruning.keep, "a number below 1: masks are learnt for a share to keep"))
     unused = ["criterion", "layer_criterion", "statistics", "search", "rounds", "cuts", "layers"]
     if pruning.weights is None:
-        unused += ["loss", "calibration_examples", "moment_share", "precision", "checkpointing"]
+        unused += ["loss", "calibration", "calibration_examples", "moment_share", "precision", "checkpointing"]
     for name in unused:
-        if (value := getattr(pruning, name)) != defaults[name]:
-            shown = value.model_dump() if isinstance(value, Section) else str(value) if name == "statistics" else value
+        if getattr(pruning, name) != defaults[name]:
+            shown = pruning.model_dump(mode="json", include={name})[name]
             faults.append(InputError(name, shown, fix="leave it out: `masks` says what goes, in one cut"))
     others = [unit for unit in pruning.units if unit not in (*MASKED, *BLOCKS)]
     blocks = [unit for unit in pruning.units if unit in BLOCKS]
@@ -79,6 +79,8 @@ def masked_pruning_faults(pruning: "PruningSection", defaults: Mapping[str, Any]
         faults.append(
             InputError("cost", "latency", fix="choose params, flops or memory: masks need the cost of a unit")
         )
+    if pruning.compensate == "in_order":
+        faults.append(InputError("compensate", "in_order", fix="leave it out: nothing is compensated after masks"))
     if pruning.offload:
         faults.append(InputError("offload", True, fix="leave it out: no calibration pass is run with masks"))
     return faults

@@ -8,11 +8,11 @@ from pydantic import BeforeValidator, Field, model_validator
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.pruning.criteria import CRITERIA, Need, find_criterion, ranks_layers_only
 from distill_llm.pruning.names import competing_faults, find_unit, unscored_faults
-from distill_llm.pruning.planning.rules import Limits, PlanningRules, search_faults
+from distill_llm.pruning.planning.rules import Limits, PlanningRules
 from distill_llm.pruning.units.kinds import KINDS
 from distill_llm.recipe.calibration import CalibrationSection
-from distill_llm.recipe.masks import MasksSection, masked_pruning_faults
-from distill_llm.recipe.search import SearchSection
+from distill_llm.recipe.masks import BLOCKS, MasksSection, masked_pruning_faults
+from distill_llm.recipe.search import SearchSection, searching_faults
 from distill_llm.recipe.section import Section
 from distill_llm.recipe.weights import WeightsSection
 
@@ -207,9 +207,10 @@ class PruningSection(Section):
 
     @property
     def rules(self) -> PlanningRules:
-        """What a plan may remove."""
+        """What a plan may remove. Blocks with masks go when all their units do."""
         limits = Limits(self.min_heads, self.min_neurons)
-        return PlanningRules(self.units, self.scope, self.round_to, self.uniform, limits)
+        units = self.units if self.masks is None else [unit for unit in self.units if unit not in BLOCKS]
+        return PlanningRules(units, self.scope, self.round_to, self.uniform, limits)
 
     @property
     def folds(self) -> bool:
@@ -265,7 +266,7 @@ def _contradictions(section: PruningSection) -> list[InputError]:
         fix = "leave it out: only compensation of heads, neurons or channels, obs and fisher_obs need second moments"
         faults.append(InputError("moment_layers", section.moment_layers, fix=fix))
     if section.search is not None:
-        faults += _searching(section)
+        faults += searching_faults(section)
     if section.masks is not None:
         fields = PruningSection.model_fields
         return faults + masked_pruning_faults(section, {name: field.default for name, field in fields.items()})
@@ -279,16 +280,6 @@ def _contradictions(section: PruningSection) -> list[InputError]:
         faults.append(InputError("scope", "local", fix="set it to global: these units are not of one layer"))
     faults += unscored_faults(section.units, section.criterion, section.layer_criterion)
     return faults + competing_faults(units, section.criterion, section.scope, section.uniform, section.layer_criterion)
-
-
-def _searching(section: PruningSection) -> list[InputError]:
-    """Faults of a search for plans that has nothing to search, or would break what the section asks for."""
-    if section.layers is not None or section.keep == 1:
-        fix = (
-            "leave it out: no unit is chosen" if section.layers is None else "leave it out: `layers` says what to keep"
-        )
-        return [InputError("search", section.search.model_dump() if section.search else None, fix=fix)]
-    return search_faults(section.rules)
 
 
 def _explicit_layers(section: PruningSection) -> list[InputError]:

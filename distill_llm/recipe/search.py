@@ -1,8 +1,15 @@
 """The section `pruning.search`: evolution over how much each layer keeps."""
 
+from typing import TYPE_CHECKING
+
 from pydantic import Field
 
+from distill_llm.common.errors import InputError
+from distill_llm.pruning.planning.rules import search_faults
 from distill_llm.recipe.section import Section
+
+if TYPE_CHECKING:
+    from distill_llm.recipe.pruning import PruningSection
 
 
 class SearchSection(Section):
@@ -17,3 +24,13 @@ class SearchSection(Section):
         ge=1,
         description="calibration tokens, padding left out, on which a plan's divergence from the dense model is measured",
     )
+
+
+def searching_faults(section: "PruningSection") -> list[InputError]:
+    """Faults of a search for plans that has nothing to search, or would break what the section asks for."""
+    if section.layers is not None or section.keep == 1:
+        fix = (
+            "leave it out: no unit is chosen" if section.layers is None else "leave it out: `layers` says what to keep"
+        )
+        return [InputError("search", section.search.model_dump() if section.search else None, fix=fix)]
+    return search_faults(section.rules)

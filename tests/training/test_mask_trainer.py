@@ -22,7 +22,9 @@ HEADS, NEURONS = ((0, (1,)), (1, (0, 3))), ((0, (5, 9, 31)), (1, (2, 40)))
 
 
 def masks_of(model, by="l0", keep=0.5, units=("heads", "neurons"), warm_up=0.5):
-    return learned_masks(model, by, Budget(keep, unit_costs(model), PlanningRules(units), warm_up))
+    fine = [unit for unit in units if unit in ("heads", "neurons")]
+    blocks = [unit for unit in units if unit not in fine]
+    return learned_masks(model, by, Budget(keep, unit_costs(model), PlanningRules(fine), warm_up, blocks))
 
 
 def trainer_with(monkeypatch, folder, student, teacher, data, losses, masks, rate=None, **settings):

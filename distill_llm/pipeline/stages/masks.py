@@ -16,6 +16,7 @@ from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.learning.masks import Budget, LearnedMasks, learned_masks
 from distill_llm.pruning.plan import full_plan
 from distill_llm.pruning.units.costs import unit_costs
+from distill_llm.recipe.masks import BLOCKS
 from distill_llm.recipe.recipe import Recipe, budget_batch
 from distill_llm.report.learned import masks_words
 
@@ -84,5 +85,6 @@ class LearnMasks(Recover):
         recipe, section = self.run.recipe, pruning_of(self.run)
         assert section.masks is not None and section.keep is not None
         costs = unit_costs(student, section.cost, *budget_batch(recipe, kind_of(student) == "next_token"))
-        budget = Budget(section.keep, costs, section.rules, section.masks.warm_up)
+        blocks = [unit for unit in section.units if unit in BLOCKS]
+        budget = Budget(section.keep, costs, section.rules, section.masks.warm_up, blocks)
         return learned_masks(student, section.masks.by, budget)

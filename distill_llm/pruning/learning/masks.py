@@ -2,9 +2,9 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,14 +35,16 @@ class Budget:
     Attributes:
         keep: share of the layers' cost that stays.
         costs: what units cost.
-        rules: what the plan may remove.
+        rules: what the plan may remove: heads, neurons, or both.
         warm_up: share of the steps in which the target falls from 1 to `keep`.
+        blocks: blocks with a mask of their own: "attention" beside heads, "ffn" beside neurons.
     """
 
     keep: float
     costs: Costs
     rules: PlanningRules
     warm_up: float = 0.5
+    blocks: Sequence[str] = ()
 
 
 class LearnedMasks(nn.Module, ABC):
@@ -63,7 +65,7 @@ class LearnedMasks(nn.Module, ABC):
 
     def __init__(self, model: PreTrainedModel, budget: Budget):
         super().__init__()
-        self.units, self.budget = MaskedUnits(model, budget.rules.units, budget.costs), budget
+        self.units, self.budget = MaskedUnits(model, (*budget.rules.units, *budget.blocks), budget.costs), budget
         self.progress = 0.0
         self.plan: PruningPlan | None = None
         self._scores: Importance | None = None
@@ -121,9 +123,8 @@ class LearnedMasks(nn.Module, ABC):
             InputError: the budget cannot be met.
         """
         self.progress = 1.0
-        rules = replace(self.budget.rules, units=[kind for kind in self.budget.rules.units if kind in BLOCKS])
         self._scores = self.importance(model)
-        self.plan = plan_for_costs(model, self._scores, self.budget.keep, self.budget.costs, rules)
+        self.plan = plan_for_costs(model, self._scores, self.budget.keep, self.budget.costs, self.budget.rules)
         self.units.fold(model, self.kept_as(self.settled()) * self.stays())
         return self.plan
 

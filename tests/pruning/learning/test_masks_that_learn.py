@@ -21,8 +21,10 @@ ALPHAS = np.array([-6.0, -2.4, -0.5, 0.0, 1.0, 3.0])
 
 
 def masks_of(model, by="l0", keep=0.5, units=("heads", "neurons"), cost="params", warm_up=0.5, **rules):
-    costs = unit_costs(model, cost)
-    return learned_masks(model, by, Budget(keep, costs, PlanningRules(units, **rules), warm_up))
+    fine = [unit for unit in units if unit in ("heads", "neurons")]
+    rules = PlanningRules(fine, **rules)
+    blocks = [unit for unit in units if unit not in fine]
+    return learned_masks(model, by, Budget(keep, unit_costs(model, cost), rules, warm_up, blocks))
 
 
 def scattered(masks, seed=0):
