@@ -15,7 +15,7 @@ from builders.runs import rows_of, same, weights, write_learnable_rows
 import distill_llm
 from distill_llm.checks.prune import open_pruning
 from distill_llm.common.errors import InputError, faults_in
-from distill_llm.pipeline.preview import masks_note
+from distill_llm.pipeline.preview import masks_note, preview
 from distill_llm.pruning.importance import Importance
 from distill_llm.pruning.plan import PruningPlan
 from distill_llm.recipe.cells import cells_of
@@ -220,6 +220,16 @@ def test_a_dry_run_says_what_will_be_learnt_and_fields_of_the_training_are_its_o
     ]
     assert recipe.training("masks")["max_steps"] == 7 and "max_steps" not in recipe.training("final")
     assert masks_note(recipe_with(tmp_path)) == []
+
+
+def test_a_preview_has_a_plan_and_a_price_of_the_training_of_masks(inputs, tmp_path):
+    found = preview(parse_recipe({**masked_recipe(inputs), "output_dir": str(tmp_path / "run")}))
+    assert found.stages[:4] == ("teacher", "round-1/masks", "round-1/prune", "round-1/recover")
+    assert found.plan is not None and 0.49 < found.plan.kept <= 0.5
+    assert found.forecast is not None, found.notes
+    priced = {stage.name: stage for stage in found.forecast.stages}
+    assert priced["round-1/masks"].flops > priced["round-1/recover"].flops  # more steps, of a larger student
+    assert [note for note in found.notes if note.startswith("round-1/masks: heads and neurons and attention and ffn")]
 
 
 def test_sizes_of_a_sweep_share_no_statistics_and_prune_alone_learns_no_masks(tmp_path):
