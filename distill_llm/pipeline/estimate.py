@@ -37,7 +37,7 @@ from distill_llm.pipeline.stages.recover import without_exit_loss
 from distill_llm.pipeline.work import Shape, Step, calibration, forward_pass, scoring
 from distill_llm.pruning.cutting.strength import IN_ORDER
 from distill_llm.pruning.cutting.surgery import prune_skeleton
-from distill_llm.pruning.plan import keep_layers
+from distill_llm.pruning.plan import full_plan, keep_layers
 from distill_llm.pruning.planning.competing import plan_for_costs
 from distill_llm.pruning.statistics.settings import CalibrationSettings
 from distill_llm.pruning.units.costs import unit_costs
@@ -75,8 +75,8 @@ class Estimate:
         for number in range(1, rounds + 1):
             student = self._student(number)
             if section is not None and section.masks is not None:
-                fields = recipe.training("masks")
-                yield self._training(f"round-{number}/masks", self._recovery(self._student(0), fields), fields)
+                fields, whole = recipe.training("masks"), prune_skeleton(teacher, full_plan(teacher))
+                yield self._training(f"round-{number}/masks", self._recovery(whole, fields), fields)
             if section is not None:
                 yield self._pruning(f"round-{number}/prune", section, self._student(number - 1), student)
                 yield from self._cut_peers()

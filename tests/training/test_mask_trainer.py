@@ -56,7 +56,7 @@ def units_of(plan):
     return heads, tuple((row.source, tuple(row.neurons)) for row in plan.layers)
 
 
-@pytest.mark.parametrize("by", ["l0", "movement"])
+@pytest.mark.parametrize("by", ["l0", pytest.param("movement", marks=pytest.mark.slow)])
 def test_masks_find_the_heads_and_neurons_that_the_model_uses(tmp_path, monkeypatch, by):
     student, teacher = partly_used(), partly_used()
     wanted = sum(len(heads) for _, heads in HEADS), sum(len(neurons) for _, neurons in NEURONS)
