@@ -70,6 +70,7 @@ class MaskTrainer(DistillationTrainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         """The micro-batches of one optimizer step and their item counts."""
+        assert self.optimizer is not None
         self.masks.progress = self.state.global_step / self.state.max_steps
         for group in groups_of(self.optimizer, self.companions[-1]):
             group["lr"] = self._rate
