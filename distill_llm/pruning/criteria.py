@@ -212,7 +212,6 @@ def gisp(units: "UnitStatistics", seen: Seen) -> "Tensor":
 @criterion(
     "obs",
     needs=["refit"],
-    comparable=True,
     units=["heads", "neurons", "queries"],
     paper="Hassibi and Stork 1993; for heads and FFN channels of LLMs SlimGPT, Ling et al. 2024",
 )
