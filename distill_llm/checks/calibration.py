@@ -1,14 +1,16 @@
 """Calibration rows from several sources: read, encoded as far as they are needed, and counted before any work."""
 
+import copy
 from dataclasses import dataclass, replace
 
 from datasets import Dataset, concatenate_datasets
+from transformers import PreTrainedConfig
 
 from distill_llm.checks.data import open_rows
 from distill_llm.common.errors import InputError, faults_in, raise_all
 from distill_llm.data.encoding import encode
 from distill_llm.data.spec import DataSpec
-from distill_llm.data.tasks import TaskData
+from distill_llm.data.tasks import Task, TaskData
 from distill_llm.models.finding import OpenModel, check_tokens
 from distill_llm.recipe.calibration import counts_of, with_held_out
 from distill_llm.recipe.recipe import Recipe
@@ -42,7 +44,8 @@ def open_calibration(recipe: Recipe, spec: DataSpec, data: TaskData, reader: Ope
         reader: the model whose tokens the rows have.
 
     Raises:
-        InputError: a source that cannot be read, or that has fewer rows than its share asks for.
+        InputError: a source that cannot be read, that has other classes than the training rows, or that has fewer rows than its
+            share asks for; a share of no row.
     """
     section = recipe.pruning
     if section is None or section.calibration is None:
@@ -57,17 +60,38 @@ def open_calibration(recipe: Recipe, spec: DataSpec, data: TaskData, reader: Ope
         try:
             if source.path is not None:
                 columns = source.columns.model_dump(exclude_none=True) if source.columns else spec.columns
-                raw = open_rows(replace(_whole(spec), path=source.path, columns=columns), reader.config)
+                config = _with_classes(reader.config, data.task)
+                raw = open_rows(replace(_whole(spec), path=source.path, columns=columns), config)
+                _check_classes(raw.task, data.task)
             rows = _encoded(raw, reader, spec, count * section.cuts)
         except InputError as error:
             faults += [_of_source(each, own, source.path) for each in faults_in(error)]
             continue
+        if not count:
+            due = sum(counts)
+            fix = f"raise it, or pruning.calibration_examples: of {due} rows none is from there"
+            faults.append(InputError(f"{own}.share", source.share, fix=fix))
         if len(rows) < count:
             fix = f"lower it, or pruning.calibration_examples: {count} rows are due from there, which has {len(rows)}"
             faults.append(InputError(f"{own}.share", source.share, fix=fix))
         found.append((rows, count))
     raise_all(faults)
     return MixedRows(tuple(found))
+
+
+def _with_classes(config: PreTrainedConfig, task: Task) -> PreTrainedConfig:
+    """The config with the classes of a task, so that those of a source get the same ids by their names."""
+    if task.label_names:
+        config = copy.copy(config)
+        config.id2label = dict(enumerate(task.label_names))
+    return config
+
+
+def _check_classes(task: Task, of_data: Task) -> None:
+    """Raise InputError where a source has not the classes of the recipe's data: its labels would be of others."""
+    if task.label_names != of_data.label_names:
+        given, wanted = (", ".join(each.label_names or ()) for each in (task, of_data))
+        raise InputError("data.columns.label", given, f"the classes of the training rows, all of them: {wanted}")
 
 
 def _of_source(fault: InputError, own: str, path: str | None) -> InputError:

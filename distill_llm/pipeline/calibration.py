@@ -98,10 +98,11 @@ class Calibration:
         if needs_without:
             shown = self._shown(number, "Leaving layers out")
             statistics = leave_one_out(model, shown, statistics, self.loss, settings)
-        statistics = self._with_refit(statistics, model, number)
+        complete = self._with_refit(statistics, model, number)
         if kept is not None and self.is_main:
-            kept.write(statistics, self.loss if needs_without else loss)
-        return statistics
+            # Costs from moments that are not kept are not kept either: the file's record does not say what those were of.
+            kept.write(complete if statistics.moments else statistics, self.loss if needs_without else loss)
+        return complete
 
     def _with_refit(self, statistics: Statistics, model: PreTrainedModel, number: int) -> Statistics:
         """The statistics with costs of removal after compensation, where a criterion needs them."""

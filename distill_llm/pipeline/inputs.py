@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from datasets import Dataset
+
+from distill_llm.checks.calibration import FIELD as CALIBRATION
 from distill_llm.checks.recipe import Opened
 from distill_llm.common.errors import InputError
 from distill_llm.common.seals import differences
@@ -11,7 +14,8 @@ from distill_llm.models.finding import OpenModel
 from distill_llm.models.fingerprints import checkpoint_identity
 
 Inputs = Mapping[str, Any]
-"""By field of the recipe: of a model its seal or its revision on the Hub, of data a hash of each split, of a cache a hash."""
+"""By field of the recipe: of a model its seal or its revision on the Hub, of data a hash of each split, of a source of
+calibration rows or a cache a hash."""
 
 
 def inputs_of(opened: Opened, known: Inputs | None = None) -> dict[str, Any]:
@@ -37,9 +41,19 @@ def inputs_of(opened: Opened, known: Inputs | None = None) -> dict[str, Any]:
     }
     data, splits = opened.data, ("train", "validation", "test")
     found["data.path"] = {name: rows_fingerprint(rows) for name in splits if (rows := getattr(data, name)) is not None}
+    found |= {f"{field}.path": rows_fingerprint(rows) for field, rows in calibration_rows(opened).items()}
     if opened.cache is not None:
         found["teacher.cache"] = opened.cache.index.digest
     return found
+
+
+def calibration_rows(opened: Opened) -> dict[str, Dataset]:
+    """The calibration rows of each source that the recipe names, by its field. Those of the training rows are left out."""
+    section = opened.recipe.pruning
+    if opened.calibration is None or section is None:
+        return {}
+    both = zip(section.calibration or (), opened.calibration.sources, strict=True)
+    return {f"{CALIBRATION}.{i}": rows for i, (source, (rows, _)) in enumerate(both) if source.path is not None}
 
 
 def changes(before: Inputs, now: Inputs, recipe: Mapping[str, Any]) -> list[InputError]:
@@ -73,6 +87,8 @@ def _words(field: str, before: Any, now: Any) -> str:
     if field == "data.path":
         names = [name for name in now if (before or {}).get(name) != now[name]]
         return f"its {' and '.join(names)} rows changed" if names else ""
+    if field.startswith(CALIBRATION):
+        return "" if before == now else "its rows changed"
     if isinstance(before, dict) and isinstance(now, dict):
         words = [
             f"{name} {'is ' if what != 'changed' else ''}{what}" for name, what in differences(before, now).items()

@@ -5,11 +5,12 @@ from collections import Counter
 
 import pytest
 import torch
-from builders.recipes import causal_recipe, faults_at_the_door, recipe_with, write_decoder, write_model
+from builders.recipes import causal_recipe, faults_at_the_door, recipe_with, write_decoder, write_model, write_rows
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from distill_llm.checks.recipe import open_recipe
 from distill_llm.pipeline.context import Context
+from distill_llm.pipeline.inputs import changes, inputs_of
 from distill_llm.pipeline.stages.prune import calibration
 from distill_llm.pruning.statistics.collecting import collect_statistics
 from distill_llm.pruning.statistics.settings import CalibrationSettings
@@ -89,6 +90,45 @@ def test_faults_of_sources_are_found_at_the_door_under_their_own_names(texts):
     for share, words in ((0, "pruning.calibration.1.share: got 0"), (-1, "pruning.calibration.1.share: got -1")):
         with pytest.raises(ValueError, match=words):
             faults({"share": share})
+
+
+def test_a_share_of_no_row_is_refused(texts):
+    (none,) = faults_at_the_door(recipe_of(texts, {}, {**FIFTIES, "path": str(texts / "fifties.jsonl"), "share": 0.01}))
+    assert (
+        none.startswith("pruning.calibration.1.share: got 0.01; raise it") and "of 10 rows none is from there" in none
+    )
+
+
+def test_labels_of_a_source_are_the_classes_of_the_training_rows_by_name(tmp_path):
+    write_model(tmp_path / "teacher", num_labels=3)
+    write_rows(tmp_path / "rows.csv", ("bad", "good", "very"))
+
+    def opened(*labels):
+        source = str(write_rows(tmp_path / "other.csv", labels))
+        return recipe_with(
+            tmp_path, pruning={"keep": 0.5, "calibration_examples": 8, "calibration": [{"path": source}]}
+        )
+
+    recipe = opened("very", "bad", "good")
+    lines = [f"{word},{word.title()}" for word in ("very", "bad", "good") * 8]  # each row says its class
+    (tmp_path / "other.csv").write_text("\n".join(["review,mood", *lines]))
+    found = open_recipe(recipe)
+    rows, ids = found.calibration.of_cut(0), found.reader.tokenizer.convert_tokens_to_ids(["bad", "good", "very"])
+    assert len(rows) == 10 and [ids.index(row[1]) for row in rows["input_ids"]] == rows["labels"][:]
+    for labels in (("good", "very"), ("a", "b", "c")):
+        (fault,) = faults_at_the_door(opened(*labels))
+        assert fault.startswith(f"pruning.calibration.0.columns.label: got '{', '.join(labels)}'; accepted: ")
+        assert fault.endswith("the classes of the training rows, all of them: bad, good, very")
+
+
+def test_a_run_does_not_go_on_with_other_rows_of_a_source(texts):
+    recipe = recipe_of(texts, *sources(texts, 2, 1, 1))
+    before = inputs_of(open_recipe(recipe))
+    assert changes(before, inputs_of(open_recipe(recipe)), recipe.model_dump()) == []
+    (texts / "sixties.txt").write_text("\n\n".join(f"w{61 + i % 9} w{60 + i // 10} w60" for i in range(30)))
+    (fault,) = changes(before, inputs_of(open_recipe(recipe)), recipe.model_dump())
+    assert fault.field == "pruning.calibration.2.path" and "sixties.txt" in str(fault)
+    assert str(fault).endswith("its rows changed since this run began")
 
 
 def test_statistics_are_those_of_the_rows_put_together_by_hand(tmp_path):

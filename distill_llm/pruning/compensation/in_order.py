@@ -10,7 +10,7 @@ output by, mostly 1. D' - D is c times the linear's output in the dense model, p
 of the stream is that of a feedback: what was missed is asked for again.)
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -58,8 +58,6 @@ class InOrder:
 
 
 DEFAULT_IN_ORDER = InOrder()
-TokenWeights = Mapping[tuple[int, str], Sequence[torch.Tensor]]
-"""By the layer of the dense model and the linear's path in it: of each of this process's batches, a weight per token (R T,)."""
 
 
 @torch.no_grad()
@@ -70,7 +68,6 @@ def refit_in_order(
     dataloader: Iterable[Batch],
     how: InOrder = DEFAULT_IN_ORDER,
     settings: CalibrationSettings = DEFAULT_SETTINGS,
-    weights: TokenWeights | None = None,
 ) -> None:
     """Fit the linears of a student that was cut by a plan, in place, to what they read in it.
 
@@ -83,7 +80,6 @@ def refit_in_order(
         dataloader: batches as for `collect_statistics`; labels are not needed.
         how: the ridge, and the share of the stream's error.
         settings: the device and precision, and whether each process takes a part of the batches (`sharded`).
-        weights: what tokens count for; None: all the same.
 
     Raises:
         InputError: a plan that removes channels of the residual stream, a family in which a norm comes after attention or FFN,
@@ -108,7 +104,7 @@ def refit_in_order(
         fitted = fitted_linears(student, model, plan)
         dense = DenseStream(LayerRuns(model, batches, settings), ffn_first(model, plan), factor)
         masks = [valid_tokens(batch).flatten() for batch in batches]
-        _Refit(LayerRuns(student, batches, settings), dense, masks, how, weights).over(fitted)
+        _Refit(LayerRuns(student, batches, settings), dense, masks, how).over(fitted)
 
 
 class _Refit:
@@ -125,9 +121,8 @@ class _Refit:
         dense: DenseStream,
         masks: list[torch.Tensor],
         how: InOrder,
-        weights: TokenWeights | None,
     ):
-        self.runs, self.dense, self.masks, self.how, self.weights = runs, dense, masks, how, weights
+        self.runs, self.dense, self.masks, self.how = runs, dense, masks, how
         self.factor = dense.factor
 
     def over(self, fitted: list[Fitted]) -> None:
@@ -135,18 +130,22 @@ class _Refit:
         first = next((i for i, each in enumerate(fitted) if not each.whole), None)
         if first is None:
             return
-        layer, streams = 0, self.runs.first
+        layer, streams = 0, list(self.runs.first)
         if first:  # up to here both models are the same
             layer, start = fitted[first].layer, 2 * (fitted[first].start // 2)
-            streams, _ = self.dense.between(start, start)
+            streams = list(self.dense.between(start, start)[0])
+        self.runs.first = []  # freed as the streams move on
         for each in fitted[first:]:
             while layer < each.layer:
-                streams, layer = self._after(layer, streams), layer + 1
+                self._advance(layer, streams)
+                layer += 1
             self._fit(each, streams)
 
-    def _after(self, layer: int, streams: Streams) -> Streams:
+    def _advance(self, layer: int, streams: Streams) -> None:
+        """Replace the streams before a layer by those after it."""
         with self.runs.layer(layer) as run:
-            return [run(number, stream).cpu() for number, stream in enumerate(streams)]
+            for number, stream in enumerate(streams):
+                streams[number] = run(number, stream).cpu()
 
     def _fit(self, each: Fitted, streams: Streams) -> None:
         module, bias = each.module, each.module.bias
@@ -162,9 +161,7 @@ class _Refit:
                     if each.before is not None:
                         own = stream + self.factor * found["out"][0].view_as(stream).cpu()
                     wanted = wanted + self.how.share * (start[number] - own)
-                valid = self.masks[number]
-                weights = None if self.weights is None else self.weights[each.start // 2, each.path][number]
-                sums.add(found["in"][0].flatten(0, -2), wanted.flatten(0, -2) / self.factor, valid, weights)
+                sums.add(found["in"][0].flatten(0, -2), wanted.flatten(0, -2) / self.factor, self.masks[number])
         if self.runs.settings.sharded:
             sum_over_processes(sums.tensors())
         weight, shift = sums.solution(self.how.ridge)
@@ -189,24 +186,18 @@ class _Sums:
     def _zeros(self, *sizes: int) -> torch.Tensor:
         return torch.zeros(sizes, dtype=torch.float64, device=self.device)
 
-    def add(self, z: torch.Tensor, y: torch.Tensor, valid: torch.Tensor, weights: torch.Tensor | None) -> None:
-        """Add the valid ones (R T,) of a batch's tokens: inputs (R T, K), wanted outputs (R T, H), weights (R T,) or None."""
+    def add(self, z: torch.Tensor, y: torch.Tensor, valid: torch.Tensor) -> None:
+        """Add the valid ones (R T,) of a batch's tokens: inputs (R T, K), wanted outputs (R T, H)."""
         z, y = (each.to(self.device)[valid.to(self.device)] for each in (z, y))
         dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
         old, bias = weight_of(self.module), self.module.bias
         z, old = z.to(dtype), old.to(self.device, dtype)
         missed = y.to(dtype) - z @ old.T - (0.0 if bias is None else bias.to(self.device, dtype))
-        weighted = z
-        if weights is not None:
-            its = weights[valid].to(self.device, dtype)
-            weighted, missed_sum = z * its[:, None], its @ missed
-        else:
-            its, missed_sum = torch.ones(len(z), device=self.device, dtype=dtype), missed.sum(0)
-        self.second += weighted.T @ z
-        self.cross += weighted.T @ missed
-        self.mean += weighted.sum(0)
-        self.missed += missed_sum
-        self.count += its.sum()
+        self.second += z.T @ z
+        self.cross += z.T @ missed
+        self.mean += z.sum(0)
+        self.missed += missed.sum(0)
+        self.count += len(z)
 
     def tensors(self) -> list[torch.Tensor]:
         """All sums."""

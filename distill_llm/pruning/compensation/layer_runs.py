@@ -36,7 +36,7 @@ class LayerRuns:
         settings: the device and precision.
 
     Attributes:
-        first: the stream that enters the first layer.
+        first: the stream that enters the first layer. Whoever runs the layers takes it away, so that it is freed.
     """
 
     def __init__(self, model: PreTrainedModel, batches: Sequence[Batch], settings: CalibrationSettings):
@@ -163,6 +163,8 @@ def residual_factor(model: PreTrainedModel, batch: Batch, settings: CalibrationS
     mask = batch["attention_mask"][:1].flatten().bool().cpu() if "attention_mask" in batch else None
     changes: list[torch.Tensor] = []
     added: list[torch.Tensor] = []
+    sizes: list[float] = []
+    both = total = 0.0
     for index, layer in enumerate(runs.layers):
         adding = [linear(layer, path) for path in (family.attention_out, family.ffn_out)]
         with noted(leaving=adding) as found, runs.layer(index) as run:
@@ -170,13 +172,14 @@ def residual_factor(model: PreTrainedModel, batch: Batch, settings: CalibrationS
         before, stream = stream, after
         rows = [each.flatten(0, -2).double().cpu() for each in (before, after, *found["out"])]
         before, after, attention, ffn = (each if mask is None else each[mask] for each in rows)
-        changes.append(after - before)
-        added.append(attention + ffn)
-    total = sum(float(each.square().sum()) for each in added)
-    factor = sum(float((one * other).sum()) for one, other in zip(changes, added, strict=True)) / max(total, 1e-30)
-    near = 1e-3 if stream.dtype.itemsize >= 4 else 0.1
-    alike = all(
-        float((one - factor * other).norm()) <= near * float(one.norm())
-        for one, other in zip(changes, added, strict=True)
-    )
-    return factor if alike else None
+        change, own = after - before, attention + ffn
+        exact = 1 / (before.square() + after.square()).clamp(min=1e-30)  # large values of a stream are rounded more
+        both, total = both + float((exact * change * own).sum()), total + float((exact * own * own).sum())
+        changes.append(change)
+        added.append(own)
+        sizes.append(float(before.norm() + after.norm()))
+    factor, step = both / max(total, 1e-30), torch.finfo(stream.dtype).eps
+    # A few values may be so large (massive activations) that rounding takes more than a layer adds to them.
+    near = [1e-3 * float(change.norm()) + step * size for change, size in zip(changes, sizes, strict=True)]
+    off = [float((change - factor * own).norm()) for change, own in zip(changes, added, strict=True)]
+    return factor if all(one <= most for one, most in zip(off, near, strict=True)) else None

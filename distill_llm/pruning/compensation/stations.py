@@ -87,25 +87,30 @@ class DenseStream:
     def __init__(self, runs: LayerRuns, swapped: set[int], factor: float):
         self.runs, self.swapped, self.factor = runs, swapped, factor
         self._at: dict[int, Streams] = {0: runs.first}
+        runs.first = []  # so that it is freed once it is passed
 
     def between(self, start: int, end: int) -> tuple[Streams, Streams]:
-        """The stream at two stations; layers run as far as they must, and what lies before or between is freed."""
-        return self._reach(start, start, end), self._reach(end, start, end)
+        """The stream at two stations, in ascending order over calls; what lies before or between is freed."""
+        last = max(self._at)
+        self._at = {place: its for place, its in self._at.items() if place >= start or place == last}
+        for station in (start, end):
+            while station not in self._at:
+                self._advance(max(self._at) // 2, start, end)
+        return self._at[start], self._at[end]
 
-    def _reach(self, station: int, start: int, end: int) -> Streams:
-        while station not in self._at:
-            self._advance(max(self._at) // 2)
-            last = max(self._at)
-            self._at = {place: its for place, its in self._at.items() if place in (start, last) or place >= end}
-        return self._at[station]
-
-    def _advance(self, index: int) -> None:
-        family, layer = family_of(self.runs.model), self.runs.layers[index]
+    def _advance(self, index: int, start: int, end: int) -> None:
+        """Run a layer, from the last station to the one after it; the stations on the way are kept if they are named."""
+        family, layer, station = family_of(self.runs.model), self.runs.layers[index], 2 * index
         first = linear(layer, family.ffn_out if index in self.swapped else family.attention_out)
+        streams = list(self._at[station]) if station in (start, end) else self._at.pop(station)
         between: Streams = []
         after: Streams = []
         with noted(leaving=[first]) as found, self.runs.layer(index) as run:
-            for number, stream in enumerate(self._at[2 * index]):
+            for number in range(len(streams)):
+                stream = streams.pop(0)  # freed as soon as it is read
                 after.append(run(number, stream).cpu())
-                between.append(stream + self.factor * found["out"][0].view_as(stream).cpu())
-        self._at |= {2 * index + 1: between, 2 * index + 2: after}
+                if station + 1 in (start, end):
+                    between.append(stream + self.factor * found["out"][0].view_as(stream).cpu())
+        if station + 1 in (start, end):
+            self._at[station + 1] = between
+        self._at[station + 2] = after

@@ -71,6 +71,8 @@ def removal_costs(weight: torch.Tensor, second: torch.Tensor, size: int, at_once
         size: channels of a unit; units lie side by side.
         at_once: how many units go before costs are looked at again.
     """
+    if not (torch.isfinite(second).all() and torch.isfinite(weight).all()):
+        raise InputError("statistics", "second moments that are not finite", "statistics of finite activations")
     factor, failed = torch.linalg.cholesky_ex(second)
     while failed:  # rounding left it indefinite
         second = second + second.diagonal().mean() * 1e-3 * torch.eye(len(second), dtype=second.dtype).to(second)

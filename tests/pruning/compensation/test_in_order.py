@@ -1,5 +1,7 @@
 """Compensation in order, against least squares by hand on what whole forward passes of both models say, in float64."""
 
+import gc
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -320,6 +322,44 @@ def test_families_whose_layers_add_plainly_are_those_that_their_rows_say(name):
             for each in (prune_in_order(model, plan, batches, InOrder(0.1, 0.5)), prune(model, plan))
         ]
         assert off[0] < 0.9 * off[1]
+
+
+def test_a_few_large_channels_of_a_bf16_stream_are_no_norm():
+    """Massive activations: what a layer adds to such a channel is less than the step between its bf16 values."""
+    model = family_model("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, 3] = 1013.0
+        for module in (module for i in range(5) for module in linears(model, i)):
+            module.weight.mul_(0.1)
+    assert residual_factor(model.bfloat16(), family_batch(model), DEFAULT_SETTINGS) == pytest.approx(1.0, abs=5e-3)
+
+
+@pytest.mark.parametrize("cut", ["units", "neurons", "layers"])
+def test_no_more_than_four_residual_streams_are_held(cut, monkeypatch):
+    model, width = family_model("llama"), 7
+    every = tuple(range(groups_of(model)))
+    neurons = PruningPlan("llama", tuple(LayerPlan(i, every, tuple(range(5, 40))) for i in range(5)))
+    plan = {"units": uneven_plan(model), "neurons": neurons, "layers": keep_layers(model, [0, 4])}[cut]
+    batches = [family_batch(model, batch=width, seed=seed) for seed in range(8)]
+    one, most = sum(batch["input_ids"].numel() for batch in batches) * model.config.hidden_size, [0.0]
+
+    @contextmanager
+    def counted(self, index):
+        with layer(self, index) as run:
+            yield lambda number, stream: (most.append(held()), run(number, stream))[-1]
+
+    def held() -> float:
+        sizes = {
+            each.untyped_storage().data_ptr(): each.numel()
+            for each in gc.get_objects()
+            if type(each) is torch.Tensor and each.dim() == 3 and each.shape[::2] == (width, model.config.hidden_size)
+        }
+        return sum(sizes.values()) / one
+
+    layer = layer_runs.LayerRuns.layer
+    monkeypatch.setattr(layer_runs.LayerRuns, "layer", counted)
+    prune_in_order(model, plan, batches)
+    assert 2 < max(most) <= 4.5, "and what a batch takes"
 
 
 def test_a_family_whose_row_is_wrong_is_refused_all_the_same(monkeypatch):

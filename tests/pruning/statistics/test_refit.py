@@ -116,6 +116,21 @@ def test_fisher_obs_is_the_share_of_fisher_that_is_not_taken_over(tmp_path):
         refit_costs(model, replace(plain, moments=()))
 
 
+def test_moments_that_are_not_finite_are_an_error_and_no_endless_loop():
+    second = torch.eye(3, dtype=torch.float64)
+    second[1, 1] = float("nan")
+    with pytest.raises(InputError, match="statistics: got 'second moments that are not finite'"):
+        removal_costs(torch.ones(2, 3, dtype=torch.float64), second, 1, 1)
+
+
+def test_a_file_holds_costs_only_with_the_moments_that_they_are_of(tmp_path):
+    """Another share of tokens gives other costs, and of moments that are not kept the file's record says nothing."""
+    model, file = tiny_model(layers=2), tmp_path / "statistics.safetensors"
+    few = {"criterion": "obs", "compensate": False, "moment_layers": 1}
+    cutter(tmp_path, Counted(model), **few, moment_share=1.0).cut(model, model, 0.5, file)
+    assert not Statistics.load(file).has_refit
+
+
 @pytest.mark.parametrize("criterion", ["obs", "fisher_obs"])
 def test_a_recipe_completes_statistics_with_or_without_compensation_and_a_few_layers_at_a_time(tmp_path, criterion):
     model, file = tiny_model(layers=4), tmp_path / "statistics.safetensors"
