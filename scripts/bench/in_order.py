@@ -1,9 +1,9 @@
 """Perplexity of a pruned causal LM by how it is compensated: not, each linear alone, or in order; nothing is trained.
 
-One plan (Fisher over KV groups and FFN neurons, one cut), and a student for every way. `weighed` fits count a token by the square
-of the loss's gradient at the linear's input in the dense model, as compensation of each linear alone does. Scores are over the
-dense model's, on rows of the calibration corpus that nothing is fitted to, and on other corpora. Each result is written to
-`--output` as soon as it is known; the same command goes on with what is missing, and stops after `--seconds`.
+One plan (Fisher over KV groups and FFN neurons, one cut), and a student for every way. Scores are over the dense model's, on
+rows of the calibration corpus that nothing is fitted to, and on other corpora.
+Each result is written to `--output` as soon as it is known; the same command goes on with what is missing, and stops after
+`--seconds`.
 
     python scripts/bench/in_order.py --text c4.jsonl --others tinyshakespeare.txt tinystories.txt --output in_order.json
 """
@@ -30,37 +30,17 @@ from distill_llm import (
     prune,
     score,
 )
-from distill_llm.architectures.families import family_of, layers_of
 from distill_llm.common.files import written_whole
 from distill_llm.measuring.counting import count_params
 from distill_llm.pruning.compensation.in_order import refit_in_order
 
 RIDGES, SHARES = (1.0, 0.1), (1.0, 0.5, 0.0)
-Weights = dict[tuple[int, str], list[torch.Tensor]]
 
 
 def text_rows(file: Path, tokenizer: Any, length: int, count: int) -> torch.Tensor:
     """(count, length) tokens from the start of a text file."""
     ids = tokenizer(file.read_text()[: 12 * length * count])["input_ids"][: count * length]
     return torch.tensor(ids).view(count, length)
-
-
-def weighing(model: PreTrainedModel, weights: Weights) -> list[Any]:
-    """Hooks that note, batch by batch, the square of each token's gradient over its row's mean, for every linear's input."""
-    handles = []
-    for index, layer in enumerate(layers_of(model)):
-        for path in (family_of(model).attention_out, family_of(model).ffn_out):
-
-            def after(module: Any, args: Any, output: Any, place: tuple[int, str] = (index, path)) -> None:
-                args[0].register_hook(lambda gradient: weights.setdefault(place, []).append(_weights(gradient)))
-
-            handles.append(layer.get_submodule(path).register_forward_hook(after))
-    return handles
-
-
-def _weights(gradient: torch.Tensor) -> torch.Tensor:
-    squares = gradient.float().square().sum(-1)
-    return (squares / squares.mean(-1, keepdim=True)).flatten()
 
 
 class Bench:
@@ -96,14 +76,9 @@ class Bench:
             path.write_text(json.dumps(self.found, indent=1) + "\n")
 
     def statistics(self) -> dict[str, Any]:
-        """Statistics with second moments, and the weights of tokens, into files."""
-        weights: Weights = {}
-        handles = weighing(self.model, weights)
+        """Statistics with second moments, into a file."""
         settings = CalibrationSettings(hidden=False, moment_share=1.0)
         collect_statistics(self.model, self.batches, settings=settings).save(self.file)
-        for handle in handles:
-            handle.remove()
-        torch.save(weights, self.file.with_suffix(".weights"))
         return {"rows": len(self.batches) * 4}
 
     def perplexities(self, model: PreTrainedModel) -> dict[str, float]:
@@ -114,22 +89,21 @@ class Bench:
         """All steps, the most telling ones first."""
         self.step("statistics", self.statistics)
         self.step("dense", lambda: self.perplexities(self.model))
-        statistics, weights = Statistics.load(self.file), torch.load(self.file.with_suffix(".weights"))
+        statistics = Statistics.load(self.file)
         total, inside = count_params(self.model)
         plan = plan_pruning(self.model, score(statistics, "fisher"), 1 - self.args.removed * total / inside)
         for ridge in (None, 0.1, 1.0):
             name = "none" if ridge is None else f"alone, ridge {ridge:g}"
             self.step(name, lambda ridge=ridge: self.perplexities(prune(self.model, plan, statistics, ridge=ridge)))
-        for share, ridge, weighed in itertools.product(SHARES, RIDGES, (False, True)):
+        for share, ridge in itertools.product(SHARES, RIDGES):
 
-            def fitted(how: InOrder, its: Weights | None) -> dict[str, float]:
+            def fitted(how: InOrder) -> dict[str, float]:
                 student = prune(self.model, plan)
-                refit_in_order(student, self.model, plan, self.batches, how, weights=its)
+                refit_in_order(student, self.model, plan, self.batches, how)
                 return self.perplexities(student)
 
-            how, its = InOrder(ridge, share), weights if weighed else None
-            name = f"in order, share {share:g}, ridge {ridge:g}{', weighed' if weighed else ''}"
-            self.step(name, lambda how=how, its=its: fitted(how, its))
+            how = InOrder(ridge, share)
+            self.step(f"in order, share {share:g}, ridge {ridge:g}", lambda how=how: fitted(how))
 
     def table(self) -> str:
         """Perplexities over the dense model's."""

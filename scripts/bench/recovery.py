@@ -67,7 +67,7 @@ def perplexity(model: PreTrainedModel, rows: list[dict[str, Any]], collate: Caus
         for begin in range(0, len(rows), 4):
             batch = {name: values.to(model.device) for name, values in collate(rows[begin : begin + 4]).items()}
             loss, tokens = causal_loss(model, batch)
-            total, count = total + loss.item(), count + tokens
+            total, count = total + loss.sum().item(), count + int(tokens.sum())
     return math.exp(total / count)
 
 
