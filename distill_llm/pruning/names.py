@@ -51,7 +51,8 @@ def competing_faults(
         return []
     faults = []
     if not is_comparable(criterion):
-        comparable = " or ".join(name for name in CRITERIA if is_comparable(name) and not unscored_faults(units, name))
+        *others, last = (name for name in CRITERIA if is_comparable(name) and not unscored_faults(units, name))
+        comparable = f"{', '.join(others)} or {last}" if others else last
         faults.append(InputError("criterion", criterion, fix=f"set it to {comparable} {where}"))
     if layer_criterion is not None:
         faults.append(InputError("layer_criterion", layer_criterion, fix=f"leave it out {where}"))

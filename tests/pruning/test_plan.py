@@ -246,7 +246,7 @@ def test_scores_that_do_not_fit_are_refused(model):
         plan_pruning(model, blocks, 0.5)
     with pytest.raises(InputError, match="scores of this model"):
         plan_pruning(model, scores_of(tiny_model()), 0.5)
-    with pytest.raises(InputError, match="criterion: got 'taylor'; set it to fisher if units has ffn"):
+    with pytest.raises(InputError, match="criterion: got 'taylor'; set it to fisher or gisp if units has ffn"):
         plan_pruning(model, scores_of(model, "taylor"), 0.5, units=("heads", "ffn"))
 
 

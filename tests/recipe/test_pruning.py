@@ -45,7 +45,7 @@ def test_costs_are_those_of_the_library():
         ),
         (
             {"units": ["attention", "ffn"], "criterion": "wanda"},
-            "pruning.criterion: got 'wanda'; set it to fisher if units",
+            "pruning.criterion: got 'wanda'; set it to fisher or gisp if units",
         ),
         (
             {"units": ["ffn", "heads"], "scope": "local"},

@@ -250,7 +250,11 @@ def test_whole_layers_go_by_score_per_cost_where_layers_are_uneven(uneven):
 @pytest.mark.parametrize(
     ("units", "options", "line"),
     [
-        (("heads", "queries", "neurons"), {"criterion": "taylor"}, "criterion: got 'taylor'; set it to fisher if"),
+        (
+            ("heads", "queries", "neurons"),
+            {"criterion": "taylor"},
+            "criterion: got 'taylor'; set it to fisher, gisp or fisher_obs if",
+        ),
         (
             ("heads", "queries", "neurons"),
             {"uniform": True},
@@ -348,7 +352,7 @@ def test_units_without_scores_are_refused():
     )
     with pytest.raises(InputError, match="statistics collected with hidden"):
         plan_pruning(model, scores, 0.5, units=("hidden",))
-    with pytest.raises(InputError, match="fisher if units has attention together"):
+    with pytest.raises(InputError, match="fisher or gisp if units has attention together"):
         plan_pruning(model, scores, 0.5, units=("attention", "neurons"))
     with pytest.raises(InputError, match="keep: got 0.1"):
         plan_pruning(model, scores, 0.1, units=("attention",))
