@@ -90,7 +90,7 @@ class LearnedMasks(nn.Module, ABC):
 
     @abstractmethod
     def worth(self) -> torch.Tensor:
-        """(U,) numbers in (0, 1) that rank the units."""
+        """(U,) numbers in (0, 1) that rank the units, in fp64."""
 
     def penalty(self) -> torch.Tensor | None:
         """What is added to the loss of an optimizer step; None: nothing."""
@@ -108,7 +108,7 @@ class LearnedMasks(nn.Module, ABC):
 
     def importance(self, model: PreTrainedModel) -> Importance:
         """The score of a unit: its worth times its cost, so that units are ranked by their worth, whatever they cost."""
-        scores, counts = (self.worth().cpu().double() * self.units.costs).float(), counts_of(model)
+        scores, counts = self.worth().cpu() * self.units.costs, counts_of(model)  # fp64, as gates all but open need
         rows: dict[str, list[torch.Tensor]] = {kind: [torch.zeros(has[kind]) for has in counts] for kind in BLOCKS}
         for run in self.units.runs:
             rows[run.kind][run.layer] = scores[run.where]
@@ -240,7 +240,7 @@ class Movement(LearnedMasks):
 
     def values(self) -> torch.Tensor:
         """0 or 1; the gradient goes to the score as if it were the mask (straight through)."""
-        return self.settled() + self.scores - self.scores.detach()
+        return self.settled() + (self.scores - self.scores.detach())
 
     @torch.no_grad()
     def settled(self) -> torch.Tensor:
@@ -280,8 +280,14 @@ def learned_masks(model: PreTrainedModel, by: str, budget: Budget) -> LearnedMas
         by: "l0" or "movement".
 
     Raises:
-        InputError: for another `by`, or units that cannot be masked.
+        InputError: for another `by`, units that cannot be masked, or a budget that no plan can meet.
     """
     if by not in METHODS:
         raise InputError("masks.by", by, one_of(METHODS, by))
-    return METHODS[by](model, budget).to(model.device)
+    if others := [unit for unit in budget.rules.units if unit not in BLOCKS]:
+        raise InputError("units", others, "heads and neurons: these have masks")
+    if not 0 < budget.warm_up <= 1:
+        raise InputError("masks.warm_up", budget.warm_up, "a share of the steps, above 0 and at most 1")
+    masks = METHODS[by](model, budget)
+    plan_for_costs(model, masks.importance(model), budget.keep, budget.costs, budget.rules)
+    return masks.to(model.device)

@@ -62,7 +62,7 @@ def test_the_chance_of_an_open_gate_is_that_of_the_distribution_integrated_by_nu
 @pytest.mark.parametrize("units", [("heads", "neurons"), ("heads", "neurons", "attention", "ffn"), ("neurons",)])
 def test_the_expected_share_is_the_mean_over_all_ways_the_gates_can_fall(units):
     model = tiny_model(layers=1, intermediate=5)
-    masks = scattered(masks_of(model, units=units))
+    masks = scattered(masks_of(model, units=units, keep=0.99))
     kinds = [run.kind for run in masks.units.runs for _ in range(run.count)]
     blocks = [run.kind for run in masks.units.blocks]
     chances = [open_probability(each).tolist() for each in (masks.units_log_alpha, masks.blocks_log_alpha)]
@@ -115,6 +115,8 @@ def test_multipliers_climb_and_gates_descend_by_hand():
 def test_movement_keeps_the_best_scores_within_the_cost_and_its_gradients_go_straight_through():
     model = tiny_model(layers=2)
     masks = scattered(masks_of(model, "movement", keep=0.4))
+    with torch.no_grad():
+        masks.scores.mul_(1000)
     masks.progress = 1.0
     order = masks.scores.argsort(descending=True).tolist()
     left, kept = 0.4 - masks.units.rest, set()
@@ -132,7 +134,7 @@ def test_movement_keeps_the_best_scores_within_the_cost_and_its_gradients_go_str
     }
     weights = torch.randn(len(masks.units))
     values = masks.values()
-    assert torch.equal(values.detach().round(), masks.settled())
+    assert torch.equal(values.detach(), masks.settled())  # exactly, however large the scores
     (values * weights).sum().backward()
     assert torch.equal(masks.scores.grad, weights)
 
@@ -228,6 +230,29 @@ def test_what_cannot_be_masked_is_refused_in_a_line():
     assert masks_of(causal_model("olmo2"), units=["neurons"], keep=0.8) is not None
     with pytest.raises(InputError, match=r"masks.by: got 'l2'; accepted: l0, movement|masks.by"):
         masks_of(tiny_model(), "l2")
+
+
+def test_a_budget_that_cannot_be_met_is_refused_before_any_training():
+    with pytest.raises(InputError, match=r"keep: got 0.01; accepted: at least 0\.\d+ when only neurons can be removed"):
+        masks_of(tiny_model(), units=["neurons"], keep=0.01)
+    with pytest.raises(InputError, match="keep: got 1.5; accepted: a share above 0"):
+        masks_of(tiny_model(), keep=1.5)
+    with pytest.raises(InputError, match="masks.warm_up: got 0; accepted: a share of the steps"):
+        masks_of(tiny_model(), warm_up=0)
+    model = tiny_model()
+    with pytest.raises(InputError, match=r"units: got \['layers'\]; accepted: heads and neurons"):
+        learned_masks(model, "l0", Budget(0.5, unit_costs(model), PlanningRules(["heads", "layers"])))
+
+
+def test_gates_that_are_all_but_open_are_told_apart():
+    model = tiny_model(layers=2)
+    masks = masks_of(model, keep=0.8, units=["neurons"])
+    log_alpha = 16 + 8 * torch.rand(len(masks.units), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        masks.units_log_alpha.copy_(log_alpha)
+    masks.harden(model)
+    stays = masks.stays() > 0
+    assert 0 < stays.sum() < len(stays) and log_alpha[stays].min() > log_alpha[~stays].max()
 
 
 def test_masks_are_saved_and_read_as_plan_and_scores(tmp_path):
