@@ -79,6 +79,7 @@ def check_training(recipe: Recipe, data: TaskData | None, widths: tuple[int, int
         stages.append("final")
         stages += ["quantized"] if recipe.quantize is not None and recipe.quantize.train is not None else []
     faults: dict[str, InputError] = {}
+    kind = data.task.kind.item if data is not None else None
     for stage in stages:
         try:
             args = _check_stage(recipe, stage, data)
@@ -88,7 +89,7 @@ def check_training(recipe: Recipe, data: TaskData | None, widths: tuple[int, int
             if stage != "teacher" and recipe.distillation is not None:
                 use = Use(rows=rows_at_once(args))
                 raise_all(recipe.distillation.losses.faults(use, "distillation.losses"))
-                _check_sharding(recipe, sharding_of(args), widths)
+                _check_sharding(recipe, Use(widths=widths, sharding=sharding_of(args), kind=kind))
         except InputError as error:
             faults |= {str(fault): fault for fault in faults_in(error)}
     raise_all(list(faults.values()))
@@ -106,8 +107,9 @@ def sharding_of(args: TrainingArguments) -> Literal["DeepSpeed", "FSDP1", "FSDP2
     return "FSDP1" if version == 1 else "FSDP2"
 
 
-def _check_sharding(recipe: Recipe, sharding: str | None, widths: tuple[int, int] | None) -> None:
+def _check_sharding(recipe: Recipe, use: Use) -> None:
     """Check that everything that learns can be sharded in this way."""
+    sharding = use.sharding
     if sharding is None or recipe.distillation is None:
         return
     losses, faults = recipe.distillation.losses, []
@@ -119,7 +121,7 @@ def _check_sharding(recipe: Recipe, sharding: str | None, widths: tuple[int, int
         faults.append(InputError("pruning.masks", sharding, fix="use DDP: masks read whole layers"))
     if recipe.pruning is not None and recipe.pruning.weights is not None:
         faults.append(InputError("pruning.weights", sharding, fix="use DDP: zeros are kept in whole weights only"))
-    raise_all(faults + losses.faults(Use(widths=widths, sharding=sharding), "distillation.losses"))
+    raise_all(faults + losses.faults(use, "distillation.losses"))
 
 
 def _check_stage(recipe: Recipe, stage: Stage, data: TaskData | None) -> DistillationConfig:

@@ -63,7 +63,7 @@ def token_scores(model: PreTrainedModel, rows: Dataset, collator: Collator, batc
                 sums += _sums([states[part] for states in read[0].states], read[0].head, labels[part])
             count += len(labels)
     return [
-        TokenScore(each, math.exp(loss / count), same / count)
+        TokenScore(each, math.exp(min(loss / count, 700.0)), same / count)
         for each, (loss, same) in zip(layers, sums.tolist(), strict=True)
     ]
 

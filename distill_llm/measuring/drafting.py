@@ -75,7 +75,9 @@ def drafting(model: PreTrainedModel, prompts: Sequence[Sequence[int]], new_token
 
 def _written(model: PreTrainedModel, prompt: Sequence[int], new_tokens: int, layers: int | None) -> list[int]:
     ids = torch.tensor([list(prompt)], device=model.device)
-    more: dict[str, Any] = {} if layers is None else {"assistant_early_exit": layers}
+    more: dict[str, Any] = {"use_cache": True}  # also of a checkpoint that says false: drafts need one
+    if layers is not None:
+        more["assistant_early_exit"] = layers
     given: Any = model
     found = given.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=1, max_new_tokens=new_tokens, **more

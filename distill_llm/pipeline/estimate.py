@@ -1,5 +1,6 @@
 """What a run will take, before it runs: memory of a device and time, stage by stage."""
 
+import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -9,13 +10,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from distill_llm.architectures.modeling_exits import has_exits
 from distill_llm.common.errors import InputError
 from distill_llm.common.precision import mixed_precision
 from distill_llm.losses.objective import parse_objective
 from distill_llm.measuring.tracing import Traced
 from distill_llm.models.adapters import without_adapters
-from distill_llm.models.exits import with_exits
+from distill_llm.models.exits import exits_in, with_exits
 from distill_llm.pipeline.prices import (
     Devices,
     Models,
@@ -130,10 +130,10 @@ class Estimate:
         step = self._labels_alone(self.models.adapted(student), fields)
         if distillation is None:
             return step
-        losses = distillation.losses if has_exits(student) else without_exit_loss(distillation.losses)
+        losses = distillation.losses if exits_in(student) else without_exit_loss(distillation.losses)
         if not losses.needs_teacher or (section.cache is not None and teacher is None):
             own = losses.only([name for name in losses.terms() if name in ("labels", "exits")])
-            return replace(step, objective=own) if has_exits(student) else step
+            return replace(step, objective=own) if exits_in(student) else step
         if section.peers is not None:
             return replace(step, peers=tuple(self._peers), objective=losses)
         dtype = getattr(torch, section.dtype) if section.dtype else step.precision or torch.float32
@@ -141,9 +141,9 @@ class Estimate:
 
     @property
     def _learner(self) -> PreTrainedModel:
-        """The student of the last recovery, with its exits; a language model's have no weights, and their price is left out."""
+        """The student of the last recovery, with its exits: a copy, since a language model is marked in place."""
         student, exits = self._student(self._rounds), self.recipe.exits
-        return student if exits is None or student.can_generate() else with_exits(student, exits.after)
+        return student if exits is None else with_exits(copy.deepcopy(student), exits.after)
 
     @property
     def _peers(self) -> list[PreTrainedModel]:

@@ -189,6 +189,18 @@ def test_a_students_own_answers_need_its_whole_weights(tmp_path, monkeypatch, sh
     assert [each.startswith(line) for each in found] == [True] * (sharding in ("FSDP1", "DeepSpeed"))
 
 
+@pytest.mark.parametrize("sharding", [None, "FSDP2"])
+def test_exits_of_a_language_model_need_its_whole_head(tmp_path, monkeypatch, sharding):
+    for part in (causal_model(), word_tokenizer()):
+        part.save_pretrained(tmp_path / "teacher")
+    rows = [json.dumps({"prompt": f"w{i}", "response": f"w{i + 1}"}) for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    data = {"task": "prompts", "path": str(tmp_path / "rows.jsonl"), "max_length": 16}
+    found = sharded_faults(tmp_path, monkeypatch, sharding, data=data, exits=[1])
+    line = f'distillation.losses.exits: got "a language model\'s exits under {sharding}"; accepted: DDP'
+    assert [each.startswith(line) for each in found] == [True] * (sharding is not None), found
+
+
 def test_steps_that_deepspeed_takes_cannot_be_skipped(folder, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setattr(accelerate.utils, "DeepSpeedPlugin", MagicMock())  # it is not installed

@@ -1,5 +1,7 @@
 """The loss of a language model's exits against plain formulas in float64, its gradients, and what is refused."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from distill_llm import DistillationConfig, DistillationTrainer, InputError, wit
 from distill_llm.losses.exits import ExitWeights
 from distill_llm.losses.objective import parse_objective
 from distill_llm.losses.terms.term import Use
+from distill_llm.training.on_policy import ANSWERED
 
 AFTER = (1, 3)
 SETTINGS = [
@@ -115,6 +118,20 @@ def test_gradients_are_those_of_the_dense_loss_and_the_deepest_layers_get_none(t
     assert all(value is None or not value.any() for value in deepest)
     below = found["model.layers.2.mlp.down_proj.weight"]
     assert below is not None and below.abs().max() > 0
+
+
+@pytest.mark.parametrize("data", [0, 2])
+def test_what_the_student_answered_itself_is_no_label_of_its_exits(tmp_path, data):
+    model, weights = student().train(), SETTINGS[0]
+    batch = batch_of(model)
+    loss = trainer_of(tmp_path, model, {"labels": {}, "exits": weights._asdict()}).loss
+    answered = torch.arange(len(batch["labels"])) >= data  # rows of the data come first
+    found = loss(model, {**batch, ANSWERED: answered}, {"exits": torch.tensor(1.0)}, 0, 1).total
+    expected = dense(copy.deepcopy(model), batch, weights._replace(labels=0.0))[0]
+    if data:
+        first = {name: values[:data] for name, values in batch.items()}
+        expected = expected + dense(copy.deepcopy(model), first, ExitWeights(weights.labels, 0.0, 0.0))[0]
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_tokens_are_counted_as_labels_and_a_step_without_the_term_reads_no_exit(tmp_path):

@@ -111,6 +111,7 @@ def test_drafting_counts_what_all_layers_accept():
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
     model.generation_config.eos_token_id = None
+    model.generation_config.use_cache = False  # some checkpoints say so
     model.generation_config.assistant_confidence_threshold = 0.0  # a draft has as many tokens as it may
     prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
     right, wrong = drafting(model, prompts, 20, 2), drafting(model, prompts, 20, 1)

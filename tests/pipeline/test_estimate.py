@@ -218,6 +218,20 @@ def test_exits_add_their_heads_to_the_last_recovery_alone(cache):
 
 
 @pytest.mark.slow
+def test_an_exit_of_a_language_model_runs_the_head_for_its_own_logits_and_for_the_deepest():
+    student, found = causal_model(layers=3).to("meta"), []
+    for exits in (None, [1, 2]):
+        stages = Estimate(given(exits=exits), Models(TEACHER, student), ROWS, Devices(1, 10**9)).stages()
+        found.append(next(stage for stage in stages if "recover" in stage.name))
+    before, after = found
+    assert before.parts["weights"] == after.parts["weights"] and not hasattr(student.config, "exits")
+    # 4 rows of 32 tokens: products of each exit, its two gradients, and products of the deepest states.
+    vocabulary, width = student.lm_head.weight.shape
+    assert after.flops - before.flops == STEPS * 2 * (4 * 2 * 4 * 32 * vocabulary * width)
+    assert after.parts["gradients and batch"] > before.parts["gradients and batch"]
+
+
+@pytest.mark.slow
 def test_accumulated_micro_batches_hold_whole_gradients_beside_the_next_batch(plain):
     more = recovery(given(distillation={**TRAINING, "gradient_accumulation_steps": 2}))
     name = "gradients and batch"

@@ -80,12 +80,17 @@ class ExitsLoss(Term):
 
     def sum(self, batch: "Batch", match: "Match", pairs: "list[LayerPair]") -> "Tensor":
         """The sum over examples (see `exit_losses`), or over next tokens (see `token_exit_losses`)."""
+        import torch
+
         from distill_llm.losses.exits import ExitTargets, ExitWeights, exit_losses, token_exit_losses
+        from distill_llm.losses.labels import IGNORED
         from distill_llm.losses.signals import TokenExits
 
         exits = batch.own.exits
         assert exits is not None
         labels = batch.needed_labels("losses.exits.labels") if self.labels else None
+        if labels is not None and batch.data_items is not None:  # what the student answered itself is no truth
+            labels = labels.masked_fill(torch.arange(len(labels), device=labels.device) >= batch.data_items, IGNORED)
         temperature = value_at(self.temperature, batch.step, batch.steps)
         weights = ExitWeights(self.labels, self.logits, self.hints, temperature)
         if isinstance(exits, TokenExits):
