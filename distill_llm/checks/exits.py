@@ -35,9 +35,10 @@ def exit_recipe_faults(recipe: Recipe, student: OpenModel, task: Task) -> list[I
         faults.append(InputError("pruning.units", list(pruning.units), fix=fix))
     if task.is_language_model:
         fix = "leave it out: a language model has no threshold, its exits draft and all layers check"
-        return [
-            *faults,
-            *([InputError("exits.threshold", section.threshold, fix=fix)] if section.threshold != "auto" else []),
+        given = {name: getattr(section, name) for name in ("threshold", "within")}
+        defaults = {name: type(section).model_fields[name].default for name in given}
+        return faults + [
+            InputError(f"exits.{name}", value, fix=fix) for name, value in given.items() if value != defaults[name]
         ]
     if section.threshold == "auto" and not recipe.data.holdout_examples:
         fix = "set data.holdout_examples, for rows to choose it on, or set it to a number such as 0.9"

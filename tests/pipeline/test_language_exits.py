@@ -94,6 +94,7 @@ def test_the_door_refuses_what_exits_of_language_models_do_not_go_with_in_one_li
             {"exits": {"after": [1], "threshold": 0.9}},
             "exits.threshold: got 0.9; leave it out: a language model has no",
         ),
+        ({"exits": {"after": [1], "within": 0.5}}, "exits.within: got 0.5; leave it out: a language model has no"),
         ({"exits": [4]}, "exits.after: got [4]; accepted: numbers of layers from 1 to 3"),
     ]
     for changes, message in cases:
