@@ -123,7 +123,7 @@ def test_scores_of_a_comparable_criterion_compete_over_all_kinds(page, tmp_path)
     assert score(statistics, "half_fisher").comparable(["heads", "neurons"])
     for units in (["ffn", "heads"], ["heads", "neurons"]):
         parse_recipe(recipe_for(tmp_path, pruning={"keep": 0.5, "criterion": "half_fisher", "units": units}))
-    with pytest.raises(InputError, match="set it to fisher or gisp or half_fisher if"):
+    with pytest.raises(InputError, match="set it to fisher, gisp or half_fisher if"):
         parse_recipe(recipe_for(tmp_path, pruning={"keep": 0.5, "criterion": "wanda", "units": ["ffn", "heads"]}))
 
 
