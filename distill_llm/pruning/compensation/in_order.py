@@ -115,13 +115,7 @@ class _Refit:
         masks: of each batch, which of its R T tokens count.
     """
 
-    def __init__(
-        self,
-        runs: LayerRuns,
-        dense: DenseStream,
-        masks: list[torch.Tensor],
-        how: InOrder,
-    ):
+    def __init__(self, runs: LayerRuns, dense: DenseStream, masks: list[torch.Tensor], how: InOrder):
         self.runs, self.dense, self.masks, self.how = runs, dense, masks, how
         self.factor = dense.factor
 

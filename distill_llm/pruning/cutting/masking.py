@@ -74,6 +74,7 @@ def _norms_over_heads(model: PreTrainedModel, layer: nn.Module, row: LayerPlan, 
 
 
 def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm, by the name of its class."""
     return "Norm" in type(module).__name__
 
 
