@@ -72,15 +72,16 @@ def _name(way: Way) -> str:
 
 
 def described(record: Mapping[str, Any]) -> str:
-    """A strength's record in words."""
+    """A strength's record in words. A way whose outputs were not finite on some row has no divergence there."""
     divergence, ridge, share = dict(record["divergence"]), record["ridge"], record.get("share")
-    plain = divergence.pop("none")
+    plain = divergence.pop("none", None)
     if ridge is None:
-        chosen, best = "no compensation", min(divergence.values())
+        chosen, best = "no compensation", min(divergence.values(), default=None)
     else:
         name = _name(ridge if share is None else InOrder(ridge, share))
         chosen, best = f"compensated {'with ridge ' if share is None else ''}{name}", divergence[name]
-    return f"{chosen}: divergence on {record['rows']} held-out rows {plain:.4g} without, {best:.4g} with it"
+    without, with_it = ("not finite" if loss is None else f"{loss:.4g}" for loss in (plain, best))
+    return f"{chosen}: divergence on {record['rows']} held-out rows {without} without, {with_it} with it"
 
 
 def choose_strength(

@@ -158,6 +158,17 @@ def test_a_record_says_what_was_chosen(ridge, how, words):
     assert described(record).startswith(words) and strength.compensates == (ridge is not None or how is not None)
 
 
+@pytest.mark.parametrize(
+    ("ridge", "losses", "words"),
+    [
+        (1.0, {1.0: 0.25}, "compensated with ridge 1: divergence on 8 held-out rows not finite without, 0.25 with it"),
+        (None, {None: 0.5}, "no compensation: divergence on 8 held-out rows 0.5 without, not finite with it"),
+    ],
+)
+def test_a_record_of_ways_that_gave_no_finite_outputs_has_words_too(ridge, losses, words):
+    assert described(Strength(ridge, losses, 8).record()) == words
+
+
 def test_without_rows_nothing_is_chosen(classifier):
     model, plan, batches = classifier
     with pytest.raises(InputError, match="held_out"):
