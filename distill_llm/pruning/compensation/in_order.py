@@ -149,12 +149,16 @@ class _Refit:
             for number, stream in enumerate(streams):
                 with noted([module], [] if each.before is None else [each.before], stop=True) as found:
                     stopped(partial(run, number, stream))
-                wanted = end[number] - start[number] - self.factor * each.constant
+                wide = torch.promote_types(
+                    stream.dtype, torch.float32
+                )  # differences of bf16 streams lose what is small
+                dense = start[number].to(wide)
+                wanted = end[number].to(wide) - dense - self.factor * each.constant
                 if self.how.share:
-                    own = stream
+                    own = stream.to(wide)
                     if each.before is not None:
-                        own = stream + self.factor * found["out"][0].view_as(stream).cpu()
-                    wanted = wanted + self.how.share * (start[number] - own)
+                        own = own + self.factor * found["out"][0].view_as(stream).cpu()
+                    wanted = wanted + self.how.share * (dense - own)
                 sums.add(found["in"][0].flatten(0, -2), wanted.flatten(0, -2) / self.factor, self.masks[number])
         if self.runs.settings.sharded:
             sum_over_processes(sums.tensors())
