@@ -1,6 +1,7 @@
 """Calibration rows from several sources: read, encoded as far as they are needed, and counted before any work."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from datasets import Dataset, concatenate_datasets
@@ -9,6 +10,7 @@ from transformers import PreTrainedConfig
 from distill_llm.checks.data import open_rows
 from distill_llm.common.errors import InputError, faults_in, raise_all
 from distill_llm.data.encoding import encode
+from distill_llm.data.kinds.classification import SHOWN, OneClass
 from distill_llm.data.spec import DataSpec
 from distill_llm.data.tasks import Task, TaskData
 from distill_llm.models.finding import OpenModel, check_tokens
@@ -61,8 +63,7 @@ def open_calibration(recipe: Recipe, spec: DataSpec, data: TaskData, reader: Ope
             if source.path is not None:
                 columns = source.columns.model_dump(exclude_none=True) if source.columns else spec.columns
                 config = _with_classes(reader.config, data.task)
-                raw = open_rows(replace(_whole(spec), path=source.path, columns=columns), config)
-                _check_classes(raw.task, data.task)
+                raw = _opened(replace(_whole(spec), path=source.path, columns=columns), config, data.task)
             rows = _encoded(raw, reader, spec, count * section.cuts)
         except InputError as error:
             faults += [_of_source(each, own, source.path) for each in faults_in(error)]
@@ -87,11 +88,23 @@ def _with_classes(config: PreTrainedConfig, task: Task) -> PreTrainedConfig:
     return config
 
 
-def _check_classes(task: Task, of_data: Task) -> None:
-    """Raise InputError where a source has not the classes of the recipe's data: its labels would be of others."""
-    if task.label_names != of_data.label_names:
-        given, wanted = (", ".join(each.label_names or ()) for each in (task, of_data))
-        raise InputError("data.columns.label", given, f"the classes of the training rows, all of them: {wanted}")
+def _opened(spec: DataSpec, config: PreTrainedConfig, of_data: Task) -> TaskData:
+    """The rows of a source. InputError where it has not the classes of the recipe's data: its labels would be of others."""
+    try:
+        raw = open_rows(spec, config)
+        found: tuple[str, ...] | None = raw.task.label_names
+    except OneClass as error:
+        found = error.names
+    if found == of_data.label_names:
+        return raw
+    given = f"{_listed(found)}{' alone' if len(found or ()) == 1 else ''} in {spec.path}"
+    accepted = f"rows of each class of the training rows, and of no other: {_listed(of_data.label_names)}"
+    raise InputError("data.columns.label", given, accepted)
+
+
+def _listed(names: Sequence[str] | None) -> str:
+    names = names or ["no class"]
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def _of_source(fault: InputError, own: str, path: str | None) -> InputError:

@@ -62,8 +62,12 @@ class Objective(BaseModel):
     def _something_to_learn(self) -> "Objective":
         if not any(largest(term.weight) > 0 for term in self.terms().values()):
             raise ValueError(f"at least one of {', '.join(all_terms())} with a weight above zero")
-        if self.responses is not None and not self.needs_teacher:
-            raise InputError("responses", "labels alone", "a term that compares with the teacher, e.g. logits")
+        counted = {name: term for name, term in self.terms().items() if largest(term.weight) > 0}
+        if self.responses is not None and not any(term.needs_teacher and not term.of_data for term in counted.values()):
+            accepted = (
+                "a term that compares with the teacher on the student's answers, e.g. logits: answers have no labels"
+            )
+            raise InputError("responses", f"{' and '.join(counted)} alone", accepted)
         truths = [name for name, term in self.terms().items() if term.of_data]
         if self.responses is not None and self.responses.beside and truths:
             fix = f"leave out {truths[0]}, which has no truth of the student's answers, or set it to false"

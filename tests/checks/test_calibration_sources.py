@@ -115,10 +115,12 @@ def test_labels_of_a_source_are_the_classes_of_the_training_rows_by_name(tmp_pat
     found = open_recipe(recipe)
     rows, ids = found.calibration.of_cut(0), found.reader.tokenizer.convert_tokens_to_ids(["bad", "good", "very"])
     assert len(rows) == 10 and [ids.index(row[1]) for row in rows["input_ids"]] == rows["labels"][:]
-    for labels in (("good", "very"), ("a", "b", "c")):
+    for labels in (("good", "very"), ("a", "b", "c"), ("good",)):
         (fault,) = faults_at_the_door(opened(*labels))
-        assert fault.startswith(f"pruning.calibration.0.columns.label: got '{', '.join(labels)}'; accepted: ")
-        assert fault.endswith("the classes of the training rows, all of them: bad, good, very")
+        given, alone = ", ".join(labels), " alone" if len(labels) == 1 else ""
+        assert fault.startswith(f"pruning.calibration.0.columns.label: got '{given}{alone} in /")
+        ending = "rows of each class of the training rows, and of no other: bad, good, very"
+        assert fault.endswith(f"other.csv'; accepted: {ending}") and len(fault) <= 300
 
 
 def test_a_run_does_not_go_on_with_other_rows_of_a_source(texts):

@@ -265,6 +265,17 @@ def test_what_cannot_answer_is_refused(tmp_path):
     rows, teacher = prompt_rows(), causal_model()
     with pytest.raises(InputError, match="losses.responses: got 'labels alone'"):
         answering_trainer(tmp_path, causal_model(), teacher, rows, {"labels": {}, "responses": {}})
+    # Terms that compare with the teacher where labels are, or weigh nothing, never count on answers.
+    for terms, given in (
+        ({"smoothing": {}}, "smoothing alone"),
+        ({"labels": {}, "smoothing": {}}, "labels and smoothing alone"),
+        ({"labels": {}, "logits": {"weight": 0}}, "labels alone"),
+    ):
+        with pytest.raises(
+            InputError, match=rf"^losses\.responses: got '{given}'; accepted: a term that compares with"
+        ):
+            parse_objective({**terms, "responses": {"share": 1}})
+    assert parse_objective({"smoothing": {}, "logits": {"weight": {"start": 0, "end": 1}}, "responses": {"share": 1}})
     with pytest.raises(InputError, match="losses.responses.share: got 0"):
         answering_trainer(tmp_path, causal_model(), teacher, rows, {"logits": {}, "responses": {"share": 0}})
     pad, batch = batch_of(rows)

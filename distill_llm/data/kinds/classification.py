@@ -20,6 +20,19 @@ SHOWN = 10
 """How many classes a line names."""
 
 
+class OneClass(InputError):
+    """Rows of which all have the same class, or that have none.
+
+    Attributes:
+        names: of the classes there are.
+    """
+
+    def __init__(self, column: str, names: Sequence[str]):
+        self.names = tuple(names)
+        only = "".join(f" (they have only {name!r})" for name in names)
+        super().__init__("data.columns.label", column, f"at least two classes in the training rows{only}")
+
+
 @register
 class Classification(TaskKind):
     """One of several classes for an example (sentiment, entailment, topics)."""
@@ -102,8 +115,7 @@ def _task_classes(data: LabelledRows, known: Sequence[str]) -> tuple[tuple[str, 
     if known and some and all(type(value) is int and 0 <= value < len(known) for value in names):
         return tuple(known), {value: value for value in names}
     if len(names) < 2:
-        only = "".join(f" (they have only {name!r})" for name in names.values())
-        raise InputError("data.columns.label", column, f"at least two classes in the training rows{only}")
+        raise OneClass(column, list(names.values()))
     if any(isinstance(value, str) for value in names):  # words, so their order is ours, and a model may have another
         _tell_order(list(names.values()), known)
     return tuple(dict.fromkeys(names.values())), {value: number for number, value in enumerate(names)}
