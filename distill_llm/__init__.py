@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from distill_llm.pruning.cutting.surgery import prune as prune
     from distill_llm.pruning.importance import Importance as Importance
     from distill_llm.pruning.importance import score as score
+    from distill_llm.pruning.learning.masks import MaskBudget as MaskBudget
+    from distill_llm.pruning.learning.masks import learned_masks as learned_masks
     from distill_llm.pruning.plan import LayerPlan as LayerPlan
     from distill_llm.pruning.plan import PruningPlan as PruningPlan
     from distill_llm.pruning.plan import keep_layers as keep_layers
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from distill_llm.pruning.statistics.record import Statistics as Statistics
     from distill_llm.pruning.statistics.refit import refit_costs as refit_costs
     from distill_llm.pruning.statistics.settings import CalibrationSettings as CalibrationSettings
+    from distill_llm.pruning.units.costs import unit_costs as unit_costs
     from distill_llm.pruning.weights.rules import SparsityRules as SparsityRules
     from distill_llm.pruning.weights.sparsify import sparsify as sparsify
     from distill_llm.quantizing.rounding import imitate as imitate
@@ -56,6 +59,7 @@ if TYPE_CHECKING:
     from distill_llm.report.plans import plan_figure as plan_figure
     from distill_llm.report.plans import plan_table as plan_table
     from distill_llm.training.config import DistillationConfig as DistillationConfig
+    from distill_llm.training.mask_trainer import MaskTrainer as MaskTrainer
     from distill_llm.training.trainer import DistillationTrainer as DistillationTrainer
     from distill_llm.training.zeros import KeepZeros as KeepZeros
 
@@ -77,6 +81,7 @@ __getattr__, __dir__, __all__ = lazy_names(  # the names above, which are for ty
         "pruning.cutting.strength": "Strength choose_strength",
         "pruning.cutting.surgery": "prune",
         "pruning.importance": "Importance score",
+        "pruning.learning.masks": "MaskBudget learned_masks",
         "pruning.plan": "LayerPlan PruningPlan keep_layers",
         "pruning.planning.latency": "LatencySettings plan_for_latency",
         "pruning.planning.latency_costs": "latency_costs",
@@ -87,6 +92,7 @@ __getattr__, __dir__, __all__ = lazy_names(  # the names above, which are for ty
         "pruning.statistics.refit": "refit_costs",
         "pruning.statistics.record": "Statistics",
         "pruning.statistics.settings": "CalibrationSettings",
+        "pruning.units.costs": "unit_costs",
         "pruning.weights.rules": "SparsityRules",
         "pruning.weights.sparsify": "sparsify",
         "quantizing.rounding": "imitate quantize",
@@ -94,6 +100,7 @@ __getattr__, __dir__, __all__ = lazy_names(  # the names above, which are for ty
         "recipe.recipe": "Recipe load_recipe",
         "report.plans": "plan_figure plan_table",
         "training.config": "DistillationConfig",
+        "training.mask_trainer": "MaskTrainer",
         "training.trainer": "DistillationTrainer",
         "training.zeros": "KeepZeros",
     },

@@ -15,6 +15,7 @@ from distill_llm.pipeline.searching import search_plan
 from distill_llm.pruning.compensation.bypass import Bypasses
 from distill_llm.pruning.cutting.strength import Strength
 from distill_llm.pruning.cutting.surgery import prune
+from distill_llm.pruning.cutting.zeros import masks_after
 from distill_llm.pruning.importance import score
 from distill_llm.pruning.plan import PruningPlan, full_plan, keep_layers
 from distill_llm.pruning.planning.budgets import share_of
@@ -119,10 +120,17 @@ class Cutter:
             replace(plan, kept=own, note=note), model, kept, compensated, tuple(strengths), None, tuple(searches)
         )
 
-    def cut_by(self, student: PreTrainedModel, teacher: PreTrainedModel, plan: PruningPlan) -> Cut:
-        """Cut by a plan that was learnt: its masks are in the student's weights, and nothing is compensated."""
+    def cut_by(
+        self, student: PreTrainedModel, teacher: PreTrainedModel, plan: PruningPlan, masks: Masks | None = None
+    ) -> Cut:
+        """Cut by a plan that was learnt: its masks are in the student's weights, and nothing is compensated.
+
+        Args:
+            masks: of a sparse student, whose zeros stay.
+        """
         model = prune(student, plan)
-        return Cut(plan, model, self.share(model, teacher), False)
+        zeros = None if masks is None else masks_after(student, masks, plan)
+        return Cut(plan, model, self.share(model, teacher), False, masks=zeros)
 
     def cut_layers(self, student: PreTrainedModel) -> Cut:
         """Keep the layers that the section names."""

@@ -36,7 +36,7 @@ MOST_LOGS = 200
 
 @dataclass(frozen=True)
 class Learned:
-    """Masks that learn with a model. At the end it gets their plan's zeros, and plan and scores are saved with it.
+    """Masks that learn with a model. At the end they are folded into it, and plan and scores are saved with it.
 
     Attributes:
         learning_rate: of the masks; None: the usual one.

@@ -16,6 +16,27 @@ if TYPE_CHECKING:
 MASKED = ("heads", "neurons")
 BLOCKS = {"attention": "heads", "ffn": "neurons"}
 """Blocks that may have a gate of their own, and whose units must have one too."""
+IN_TRAINING = "masks are learnt in a training, which ranks the units in place of a criterion"
+ONE_CUT = "with masks the student is cut once; `masks.warm_up` says how slowly the share falls"
+UNUSED = {
+    "criterion": IN_TRAINING,
+    "layer_criterion": IN_TRAINING,
+    "statistics": IN_TRAINING,
+    "search": "the plan is made of the learnt masks, and no other is searched",
+    "rounds": ONE_CUT,
+    "cuts": ONE_CUT,
+    "layers": "masks are learnt for heads and neurons, down to the share in `keep`",
+}
+"""Fields of the pruning section that say nothing where masks are learnt, and why."""
+CALIBRATING = {
+    "loss": "it is the loss whose gradients the calibration pass takes",
+    "calibration": "it says where the rows of the calibration pass come from",
+    "calibration_examples": "it says how many rows the calibration pass reads",
+    "moment_share": "it says what compensation is fitted to in the calibration pass",
+    "precision": "it is the precision of the calibration pass",
+    "checkpointing": "it saves memory in the calibration pass",
+}
+"""Fields of the calibration pass, which only single weights (`weights`) need beside masks."""
 
 
 class MasksSection(Section):
@@ -55,13 +76,14 @@ def masked_pruning_faults(pruning: "PruningSection", defaults: Mapping[str, Any]
     faults = []
     if pruning.keep is None or pruning.keep == 1:
         faults.append(InputError("keep", pruning.keep, "a number below 1: masks are learnt for a share to keep"))
-    unused = ["criterion", "layer_criterion", "statistics", "search", "rounds", "cuts", "layers"]
+    unused = UNUSED
     if pruning.weights is None:
-        unused += ["loss", "calibration", "calibration_examples", "moment_share", "precision", "checkpointing"]
-    for name in unused:
+        without = "masks learn from the training rows without such a pass; only `weights` would need it"
+        unused = unused | {name: f"{what}, and {without}" for name, what in CALIBRATING.items()}
+    for name, why in unused.items():
         if getattr(pruning, name) != defaults[name]:
             shown = pruning.model_dump(mode="json", include={name})[name]
-            faults.append(InputError(name, shown, fix="leave it out: `masks` says what goes, in one cut"))
+            faults.append(InputError(name, shown, fix=f"leave it out: {why}"))
     others = [unit for unit in pruning.units if unit not in (*MASKED, *BLOCKS)]
     blocks = [unit for unit in pruning.units if unit in BLOCKS]
     if others:

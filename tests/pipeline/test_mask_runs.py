@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,12 @@ from builders.runs import rows_of, same, weights, write_learnable_rows
 import distill_llm
 from distill_llm.checks.prune import open_pruning
 from distill_llm.common.errors import InputError, faults_in
+from distill_llm.models.masks import linears_of, masks_in
 from distill_llm.pipeline.preview import masks_note, preview
 from distill_llm.pruning.importance import Importance
 from distill_llm.pruning.plan import PruningPlan
+from distill_llm.pruning.weights.rules import SparsityRules
+from distill_llm.pruning.weights.sparsify import sparsify
 from distill_llm.recipe.cells import cells_of
 from distill_llm.recipe.recipe import parse_recipe
 from distill_llm.training.mask_trainer import MaskTrainer
@@ -129,6 +133,43 @@ def test_two_processes_learn_the_masks_of_one_on_the_same_global_batch(tmp_path)
         torch.testing.assert_close(two[key], tensor, rtol=1e-4, atol=1e-5, msg=key)
 
 
+@pytest.mark.slow
+def test_zeros_of_a_sparse_teacher_stay_while_masks_learn_through_the_cut_and_in_recovery(inputs, tmp_path):
+    teacher = distill_llm.load_pretrained(inputs / "teacher")
+    sparse, masks = sparsify(teacher, rules=SparsityRules(0.5, criterion="magnitude"))
+    shutil.copytree(inputs / "teacher", tmp_path / "teacher")
+    sparse.save_pretrained(tmp_path / "teacher")
+    masks.save(tmp_path / "teacher" / "masks.safetensors")
+    given = masked_recipe(inputs, train={"max_steps": 2})
+    given["teacher"]["model"], given["data"] = str(tmp_path / "teacher"), rows_of(inputs)
+    distill_llm.run(given, tmp_path / "run")
+    learnt = weights(tmp_path / "run" / "round-1" / "masks")
+    assert any(not torch.equal(learnt[f"{name}.weight"], linear.weight) for name, linear in linears_of(sparse).items())
+    for name, kept in masks.kept.items():
+        assert not learnt[f"{name}.weight"][~kept].any(), name
+    # What the plan keeps of the masks, by hand.
+    plan = PruningPlan.load(tmp_path / "run" / "round-1" / "plan.json")
+    whole, size = sum(kept.numel() for kept in masks.kept.values()), 8
+    for folder in ("round-1/pruned", "round-1/student", "student"):
+        found = weights(tmp_path / "run" / folder)
+        for number, row in enumerate(plan.layers):
+            heads = [head * size + i for head in row.heads for i in range(size)]
+            of = {
+                "attention.self.query": (heads, slice(None)),
+                "attention.output.dense": (slice(None), heads),
+                "intermediate.dense": (list(row.neurons), slice(None)),
+                "output.dense": (slice(None), list(row.neurons)),
+            }
+            for path, (outputs, inputs_kept) in of.items():
+                kept = masks.kept[f"bert.encoder.layer.{row.source}.{path}"][outputs][:, inputs_kept]
+                weight = found[f"bert.encoder.layer.{number}.{path}.weight"]
+                assert weight.shape == kept.shape and not weight[~kept].any(), (folder, path)
+                assert not kept.numel() or weight[kept].any()
+    own = masks_in(tmp_path / "run" / "student")
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert own is not None and own.weights < whole and 0.4 < own.sparsity == metrics["sparsity"]["share"] < 0.6
+
+
 @pytest.mark.parametrize(
     "pruning, line",
     [
@@ -142,15 +183,35 @@ def test_two_processes_learn_the_masks_of_one_on_the_same_global_batch(tmp_path)
             "pruning.masks.train.max_step: got 5; accepted: 'max_steps' (the nearest)",
         ),
         ({"masks": {}, "keep": 1.0}, "pruning.keep: got 1.0; accepted: a number below 1"),
-        ({"masks": {}, "rounds": 2}, "pruning.rounds: got 2; leave it out: `masks` says what goes, in one cut"),
-        ({"masks": {}, "cuts": 2}, "pruning.cuts: got 2; leave it out: `masks` says"),
+        (
+            {"masks": {}, "rounds": 2},
+            "pruning.rounds: got 2; leave it out: with masks the student is cut once; `masks.",
+        ),
+        ({"masks": {}, "cuts": 2}, "pruning.cuts: got 2; leave it out: with masks the student is cut once"),
         ({"masks": {}, "search": {}}, "pruning.search: got {"),
-        ({"masks": {}, "criterion": "taylor"}, "pruning.criterion: got 'taylor'; leave it out: `masks` says"),
+        ({"masks": {}, "criterion": "taylor"}, "pruning.criterion: got 'taylor'; leave it out: masks are learnt in a"),
         (
             {"masks": {}, "statistics": "x.safetensors"},
-            "pruning.statistics: got 'x.safetensors'; leave it out: `masks`",
+            "pruning.statistics: got 'x.safetensors'; leave it out: masks are learnt in a training, which ranks the units",
         ),
-        ({"masks": {}, "calibration_examples": 8}, "pruning.calibration_examples: got 8; leave it out: `masks`"),
+        (
+            {"masks": {}, "calibration_examples": 8},
+            "pruning.calibration_examples: got 8; leave it out: it says how many rows the calibration pass reads, and masks learn"
+            " from the training rows without such a pass; only `weights` would need it",
+        ),
+        (
+            {"masks": {}, "loss": "kl"},
+            "pruning.loss: got 'kl'; leave it out: it is the loss whose gradients the calibration",
+        ),
+        ({"masks": {}, "precision": "auto"}, "pruning.precision: got 'auto'; leave it out: it is the precision of the"),
+        (
+            {"masks": {}, "calibration": [{}]},
+            "leave it out: it says where the rows of the calibration pass come from, and masks",
+        ),
+        (
+            {"masks": {}, "keep": None, "layers": [0]},
+            "pruning.layers: got [0]; leave it out: masks are learnt for heads and neurons, down to the share in `keep`",
+        ),
         (
             {"masks": {}, "units": ["layers"]},
             "pruning.units: got ['layers']; accepted: heads, neurons, attention and ffn",

@@ -1,30 +1,35 @@
 """Masks that learn in the trainer: what they find, how they are stepped, how they are resumed, what is refused."""
 
 import copy
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from builders.models import tiny_model
+from builders.pruning import layer_params
 from builders.trainers import NO_DROPOUT, TERMS, rows, trainer_of, with_lora
 from transformers import TrainerCallback
 
 from distill_llm.common.errors import InputError
 from distill_llm.pruning.cutting.surgery import prune
-from distill_llm.pruning.learning.masks import OPEN, Budget, learned_masks
+from distill_llm.pruning.learning.masks import OPEN, MaskBudget, learned_masks
 from distill_llm.pruning.plan import full_plan
 from distill_llm.pruning.planning.rules import PlanningRules
 from distill_llm.pruning.units.costs import unit_costs
 from distill_llm.training import mask_trainer
+from distill_llm.training.config import DistillationConfig
 from distill_llm.training.mask_trainer import MASKS_NAME, MaskTrainer
 
+PAGE = Path(__file__).parents[2] / "docs" / "methods" / "learned_masks.md"
 HEADS, NEURONS = ((0, (1,)), (1, (0, 3))), ((0, (5, 9, 31)), (1, (2, 40)))
 
 
 def masks_of(model, by="l0", keep=0.5, units=("heads", "neurons"), warm_up=0.5):
     fine = [unit for unit in units if unit in ("heads", "neurons")]
     blocks = [unit for unit in units if unit not in fine]
-    return learned_masks(model, by, Budget(keep, unit_costs(model), PlanningRules(fine), warm_up, blocks))
+    return learned_masks(model, by, MaskBudget(keep, unit_costs(model), PlanningRules(fine), warm_up, blocks))
 
 
 def trainer_with(monkeypatch, folder, student, teacher, data, losses, masks, rate=None, **settings):
@@ -208,3 +213,17 @@ def test_what_masks_do_not_go_with_is_refused(tmp_path, monkeypatch):
             trainer_with(*given)
     with pytest.raises(InputError, match="give a model without adapters"):
         trainer_with(monkeypatch, tmp_path, with_lora(student), teacher, data, {"logits": {}}, masks)
+
+
+def test_the_example_of_the_page_cuts_a_student_to_the_budget(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    student, teacher = tiny_model(layers=2), tiny_model(layers=2, seed=1)
+    whole = layer_params(student)
+    args = DistillationConfig(output_dir=str(tmp_path), losses={"logits": {}}, max_steps=2, report_to=[], use_cpu=True)
+    names = {"student": student, "teacher": teacher, "rows": rows(teacher), "args": args}
+    exec(code, names)
+    assert 0.49 < layer_params(names["smaller"]) / whole <= 0.5 and names["plan"] == names["masks"].plan
+    with pytest.raises(InputError, match="masks: got 'masks that are hardened'"):
+        MaskTrainer(
+            model=student, teacher=teacher, masks=names["masks"], args=args, train_dataset=names["rows"]
+        ).train()

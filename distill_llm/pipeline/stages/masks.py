@@ -7,13 +7,14 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from distill_llm.losses.items import kind_of
+from distill_llm.models.masks import masks_in
 from distill_llm.pipeline.stage import Result, Stage
 from distill_llm.pipeline.stages.prune import masks_folder, pruning_of
 from distill_llm.pipeline.stages.recover import Recover, without_exit_loss
 from distill_llm.pipeline.teaching import WEIGHTS, learnt
 from distill_llm.pipeline.train_model import Fields, Learned, More, train_model
 from distill_llm.pruning.cutting.surgery import prune
-from distill_llm.pruning.learning.masks import Budget, LearnedMasks, learned_masks
+from distill_llm.pruning.learning.masks import LearnedMasks, MaskBudget, learned_masks
 from distill_llm.pruning.plan import full_plan
 from distill_llm.pruning.units.costs import unit_costs
 from distill_llm.recipe.masks import BLOCKS
@@ -62,7 +63,7 @@ class LearnMasks(Recover):
             self.model,
             self.fields,
             losses.model_dump(mode="json", exclude_none=True),
-            More(learned=Learned(masks, section.masks.learning_rate)),
+            More(masks=masks_in(self.teacher.model), learned=Learned(masks, section.masks.learning_rate)),
         )
         return {**trained, "masks": masks.told()}
 
@@ -86,5 +87,5 @@ class LearnMasks(Recover):
         assert section.masks is not None and section.keep is not None
         costs = unit_costs(student, section.cost, *budget_batch(recipe, kind_of(student) == "next_token"))
         blocks = [unit for unit in section.units if unit in BLOCKS]
-        budget = Budget(section.keep, costs, section.rules, section.masks.warm_up, blocks)
+        budget = MaskBudget(section.keep, costs, section.rules, section.masks.warm_up, blocks)
         return learned_masks(student, section.masks.by, budget)

@@ -15,7 +15,7 @@ from distill_llm.common.files import written_whole
 from distill_llm.data.embeddings import EMBEDDINGS
 from distill_llm.data.padding import LENGTH
 from distill_llm.metrics.errors import shown_score
-from distill_llm.models.masks import MASKS
+from distill_llm.models.masks import MASKS, masks_in
 from distill_llm.pipeline.context import Context
 from distill_llm.pipeline.rounds import Cut, Cutter, kept_after
 from distill_llm.pipeline.stage import Result, Stage
@@ -185,7 +185,8 @@ def cut_model(
     device = run.processes.device if section.offload else None
     cutter = Cutter(run.recipe, partial(calibration, run, section.calibration_examples), device, folder)
     if section.masks is not None:
-        cut = cutter.cut_by(student, teacher, PruningPlan.load(masks_folder(run) / PLAN))
+        learnt = masks_folder(run)
+        cut = cutter.cut_by(student, teacher, PruningPlan.load(learnt / PLAN), masks_in(learnt))
     else:
         cut = cutter.cut_layers(student) if keep is None else cutter.cut(student, teacher, keep, file)
     return cutter.without_weights(cut, number)

@@ -17,7 +17,7 @@ from distill_llm.pruning.importance import Importance
 from distill_llm.pruning.learning.hard_concrete import open_probability, sampled, settled
 from distill_llm.pruning.learning.units import BLOCKS, MaskedUnits
 from distill_llm.pruning.plan import PruningPlan
-from distill_llm.pruning.planning.competing import plan_for_costs
+from distill_llm.pruning.planning.competing import choice_for, plan_for_costs
 from distill_llm.pruning.planning.rules import PlanningRules
 from distill_llm.pruning.units.costs import Costs
 from distill_llm.pruning.units.sizes import counts_of
@@ -29,7 +29,7 @@ OPEN = 3.0
 
 
 @dataclass(frozen=True)
-class Budget:
+class MaskBudget:
     """What a training of masks comes down to.
 
     Attributes:
@@ -52,7 +52,7 @@ class LearnedMasks(nn.Module, ABC):
 
     Attributes:
         units: what has masks.
-        budget: see `Budget`.
+        budget: see `MaskBudget`.
         progress: the share of the training's steps that are done; whoever trains sets it.
         plan: of masks that are hardened.
     """
@@ -63,7 +63,7 @@ class LearnedMasks(nn.Module, ABC):
     learning_rate: ClassVar[float]
     """The usual one."""
 
-    def __init__(self, model: PreTrainedModel, budget: Budget):
+    def __init__(self, model: PreTrainedModel, budget: MaskBudget):
         super().__init__()
         self.units, self.budget = MaskedUnits(model, (*budget.rules.units, *budget.blocks), budget.costs), budget
         self.progress = 0.0
@@ -102,7 +102,8 @@ class LearnedMasks(nn.Module, ABC):
 
     @contextmanager
     def applied(self, model: PreTrainedModel) -> Iterator[None]:
-        """Within, the model's units are masked: in training as they learn, otherwise without chance."""
+        """Within, the model's units are masked: in training as they learn, otherwise without chance. Not after `harden`."""
+        self._check_soft()
         with self.units.multiplied(model, lambda: self.values() if model.training else self.settled()):
             yield
 
@@ -120,13 +121,19 @@ class LearnedMasks(nn.Module, ABC):
         The model then gives what it gives when it is cut by the plan.
 
         Raises:
-            InputError: the budget cannot be met.
+            InputError: the budget cannot be met, or the masks are hardened.
         """
+        self._check_soft()
         self.progress = 1.0
         self._scores = self.importance(model)
         self.plan = plan_for_costs(model, self._scores, self.budget.keep, self.budget.costs, self.budget.rules)
         self.units.fold(model, self.kept_as(self.settled()) * self.stays())
         return self.plan
+
+    def _check_soft(self) -> None:
+        if self.plan is not None:
+            fix = "use their `plan`: they are in the weights already; to learn others, make new ones with learned_masks"
+            raise InputError("masks", "masks that are hardened", fix=fix)
 
     def stays(self) -> torch.Tensor:
         """(U,) 1 for the units that the plan keeps, 0 for the others."""
@@ -174,7 +181,7 @@ class L0(LearnedMasks):
     blocks = True
     learning_rate = 0.1
 
-    def __init__(self, model: PreTrainedModel, budget: Budget):
+    def __init__(self, model: PreTrainedModel, budget: MaskBudget):
         super().__init__(model, budget)
         self.units_log_alpha = nn.Parameter(torch.full((len(self.units),), OPEN))
         self.blocks_log_alpha = nn.Parameter(torch.full((len(self.units.blocks),), OPEN))
@@ -230,7 +237,7 @@ class Movement(LearnedMasks):
     by = "movement"
     learning_rate = 0.01
 
-    def __init__(self, model: PreTrainedModel, budget: Budget):
+    def __init__(self, model: PreTrainedModel, budget: MaskBudget):
         super().__init__(model, budget)
         self.scores = nn.Parameter(torch.zeros(len(self.units)))
 
@@ -272,7 +279,7 @@ class Movement(LearnedMasks):
 METHODS: dict[str, type[LearnedMasks]] = {each.by: each for each in (L0, Movement)}
 
 
-def learned_masks(model: PreTrainedModel, by: str, budget: Budget) -> LearnedMasks:
+def learned_masks(model: PreTrainedModel, by: str, budget: MaskBudget) -> LearnedMasks:
     """Masks for a model, to be learnt.
 
     Args:
@@ -289,5 +296,5 @@ def learned_masks(model: PreTrainedModel, by: str, budget: Budget) -> LearnedMas
     if not 0 < budget.warm_up <= 1:
         raise InputError("masks.warm_up", budget.warm_up, "a share of the steps, above 0 and at most 1")
     masks = METHODS[by](model, budget)
-    plan_for_costs(model, masks.importance(model), budget.keep, budget.costs, budget.rules)
+    choice_for(model, masks.importance(model), budget.keep, budget.costs, budget.rules)  # a whole plan takes long
     return masks.to(model.device)

@@ -45,15 +45,26 @@ def check_settings(model: PreTrainedModel, scores: Importance, keep: float, rule
     scores.check(counts, channels)
 
 
+def choice_for(model: PreTrainedModel, scores: Importance, keep: float, costs: Costs, rules: PlanningRules) -> Choice:
+    """What a plan is chosen from: all of the model.
+
+    Raises:
+        InputError: as of `check_settings`, or the budget is below the least that the rules can leave.
+    """
+    check_settings(model, scores, keep, rules)
+    shapes = counts_of(model)
+    rules = replace(rules, anchored=family_of(model).anchored)
+    choice = Choice(scores, shapes, costs, keep * costs.of(shapes), rules)
+    choice.reachable(choice.least_cost())
+    return choice
+
+
 def plan_for_costs(
     model: PreTrainedModel, scores: Importance, keep: float, costs: Costs, rules: PlanningRules = DEFAULT_RULES
 ) -> PruningPlan:
     """`plan_pruning` where what units cost is known."""
-    check_settings(model, scores, keep, rules)
-    shapes, units, family = counts_of(model), rules.units, family_of(model)
-    rules = replace(rules, anchored=family.anchored)
-    choice = Choice(scores, shapes, costs, keep * costs.of(shapes), rules)
-    choice.reachable(choice.least_cost())
+    choice, family = choice_for(model, scores, keep, costs, rules), family_of(model)
+    rules, units = choice.rules, rules.units
     moved = {"heads", "queries", "hidden"}.intersection(units)
     stock = rules.uniform and moved and moved <= set(family.stock)
     accepts = partial(stock_accepts, model.config) if stock else None

@@ -13,7 +13,7 @@ from distill_llm.common.errors import InputError
 from distill_llm.pruning.cutting.masking import masked
 from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.learning.hard_concrete import gate_of, open_probability, sampled, settled
-from distill_llm.pruning.learning.masks import OPEN, Budget, learned_masks
+from distill_llm.pruning.learning.masks import OPEN, MaskBudget, learned_masks
 from distill_llm.pruning.planning.rules import Limits, PlanningRules
 from distill_llm.pruning.units.costs import unit_costs
 
@@ -24,7 +24,7 @@ def masks_of(model, by="l0", keep=0.5, units=("heads", "neurons"), cost="params"
     fine = [unit for unit in units if unit in ("heads", "neurons")]
     rules = PlanningRules(fine, **rules)
     blocks = [unit for unit in units if unit not in fine]
-    return learned_masks(model, by, Budget(keep, unit_costs(model, cost), rules, warm_up, blocks))
+    return learned_masks(model, by, MaskBudget(keep, unit_costs(model, cost), rules, warm_up, blocks))
 
 
 def scattered(masks, seed=0):
@@ -189,7 +189,7 @@ def test_gates_that_are_folded_give_what_the_masked_model_gave_where_all_that_st
     chosen = torch.rand(len(masks.units)) < 0.6
     with torch.no_grad():
         masks.units_log_alpha.copy_(torch.where(chosen, torch.rand(len(chosen)) * 4 - 1, -8.0))
-    masks.budget = Budget(float(masks.units.share(chosen.double())), masks.budget.costs, masks.budget.rules)
+    masks.budget = MaskBudget(float(masks.units.share(chosen.double())), masks.budget.costs, masks.budget.rules)
     with masks.applied(model):
         learnt = logits(model, batch)
     plan = masks.harden(model)
@@ -239,7 +239,32 @@ def test_a_budget_that_cannot_be_met_is_refused_before_any_training():
         masks_of(tiny_model(), warm_up=0)
     model = tiny_model()
     with pytest.raises(InputError, match=r"units: got \['layers'\]; accepted: heads and neurons"):
-        learned_masks(model, "l0", Budget(0.5, unit_costs(model), PlanningRules(["heads", "layers"])))
+        learned_masks(model, "l0", MaskBudget(0.5, unit_costs(model), PlanningRules(["heads", "layers"])))
+
+
+def test_whether_a_budget_can_be_met_is_found_without_a_plan(monkeypatch):
+    def never(*args):
+        raise AssertionError("a whole plan was made")
+
+    monkeypatch.setattr("distill_llm.pruning.planning.competing._Competition", never)
+    assert masks_of(tiny_model()) is not None
+    with pytest.raises(InputError, match=r"keep: got 0.01; accepted: at least 0\.\d+ when only neurons can be removed"):
+        masks_of(tiny_model(), units=["neurons"], keep=0.01)
+    with pytest.raises(InputError, match="keep: got 1.5; accepted: a share above 0"):
+        masks_of(tiny_model(), keep=1.5)
+
+
+@pytest.mark.parametrize("by", ["l0", "movement"])
+def test_masks_are_hardened_once(by):
+    model = tiny_model(layers=2)
+    masks, batch = scattered(masks_of(model, by)), random_batch(model)
+    plan, folded = masks.harden(model), logits(model, batch)
+    line = r"^masks: got 'masks that are hardened'; use their `plan`: they are in the weights already"
+    with pytest.raises(InputError, match=line):
+        masks.harden(model)
+    with pytest.raises(InputError, match=line), masks.applied(model):
+        pass
+    assert masks.plan == plan and torch.equal(logits(model, batch), folded)
 
 
 def test_gates_that_are_all_but_open_are_told_apart():
