@@ -24,8 +24,8 @@ from distill_llm.pruning.units.refusals import (
     step_faults,
     width_faults,
 )
-from distill_llm.pruning.units.sizes import counts_of, hidden_size
-from distill_llm.pruning.weights.sparsify import group_faults
+from distill_llm.pruning.units.sizes import counts_of, head_size_of, hidden_size
+from distill_llm.pruning.weights.sparsify import weight_faults
 from distill_llm.recipe.pruning import PruningSection
 from distill_llm.recipe.recipe import Recipe, budget_batch
 
@@ -65,7 +65,7 @@ def check_pruning(recipe: Recipe, teacher: OpenModel, skeleton: PreTrainedModel)
     found.ask(step_faults, counts, hidden_size(skeleton), pruning.units, pruning.round_to, "pruning.round_to")
     found.ask(_limit_faults, pruning, counts)
     if pruning.weights is not None:
-        found.ask(_group_faults, pruning, skeleton)
+        found.ask(_weight_faults, pruning, skeleton)
     raise_all(found.faults)  # the least share is that of settings without a fault
     raise_all(_share_faults(recipe, config, skeleton))
 
@@ -83,15 +83,28 @@ def _check_statistics(file: Path, output_dir: Path) -> None:
         raise InputError("pruning.statistics", str(file), f"a file outside the output folder {output_dir}")
 
 
-def _group_faults(pruning: PruningSection, skeleton: PreTrainedModel) -> list[InputError]:
-    """Faults of a pattern N:M whose groups the inputs of a linear may not divide into."""
+def _weight_faults(pruning: PruningSection, skeleton: PreTrainedModel) -> list[InputError]:
+    """Faults of single weights: a criterion that does not fit, or groups N:M that inputs of a linear may not divide into."""
     assert pruning.weights is not None
     rules = pruning.weights.rules
-    faults = [fault.renamed("pruning.weights.pattern") for fault in group_faults(skeleton, rules)]
-    steps = {"neurons", "hidden"} & set(pruning.units)
-    if rules.groups is not None and steps and pruning.keep not in (None, 1) and pruning.round_to % rules.groups[1]:
-        fix = f"set it to a multiple of {rules.groups[1]}: {rules.pattern} needs groups of so many {' and '.join(sorted(steps))}"
+    faults = [fault.renamed(f"pruning.weights.{fault.field}") for fault in weight_faults(skeleton, rules)]
+    if rules.groups is None or pruning.keep in (None, 1):
+        return faults
+    size, steps = rules.groups[1], sorted({"neurons", "hidden"} & set(pruning.units))
+    if steps and pruning.round_to % size:
+        fix = f"set it to a multiple of {size}: {rules.pattern} needs groups of so many {' and '.join(steps)}"
         faults.append(InputError("pruning.round_to", pruning.round_to, fix=fix))
+    head, counts = head_size_of(skeleton), counts_of(skeleton)
+    channels = {
+        "queries": {head},
+        "heads": {head * each["queries"] // each["heads"] for each in counts if each["heads"]},
+    }
+    for unit in [unit for unit in pruning.units if any(each % size for each in channels.get(unit, ()))]:
+        odd = min(each for each in channels[unit] if each % size)
+        fix = (
+            f"leave {unit} out: of this model one takes {odd} inputs of a linear with it, which are no groups of {size}"
+        )
+        faults.append(InputError("pruning.units", pruning.units, fix=fix))
     return faults
 
 

@@ -194,6 +194,14 @@ def test_adapters_on_a_sparse_student_and_groups_that_do_not_fit_are_refused_at_
     write_model(tmp_path / "teacher", max_position_embeddings=64)
     lines = faults_at_the_door(recipe_with(tmp_path, pruning={"keep": 0.5, "weights": {"pattern": "2:4"}}))
     assert [line for line in lines if line.startswith("pruning.round_to: got 1; set it to a multiple of 4")]
+    write_model(tmp_path / "teacher", hidden=24, heads=4, intermediate=48, max_position_embeddings=64)
+    lines = faults_at_the_door(
+        recipe_with(tmp_path, pruning={"keep": 0.5, "round_to": 4, "weights": {"pattern": "2:4"}})
+    )
+    assert lines == [
+        "pruning.units: got ['heads', 'neurons']; leave heads out: of this model one takes 6 inputs of a linear with it,"
+        " which are no groups of 4"
+    ]
 
 
 def test_the_recipe_of_the_page_is_read(tmp_path):

@@ -9,14 +9,18 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from distill_llm.common.errors import InputError
+from distill_llm.common.finite import NotFinite, first_unsound
 from distill_llm.models.masks import linears_of
 from distill_llm.pruning.statistics.calibration_loss import Loss
-from distill_llm.pruning.statistics.calibration_pass import Batches, CalibrationPass
+from distill_llm.pruning.statistics.calibration_pass import CALIBRATE, Batches, CalibrationPass
 from distill_llm.pruning.statistics.hooks import CalibrationBatch
 from distill_llm.pruning.statistics.moments import MomentsSum
 from distill_llm.pruning.statistics.processes import from_main_process, sum_over_processes
 from distill_llm.pruning.statistics.settings import CalibrationSettings
 from distill_llm.pruning.weights.rules import Need
+
+Source = tuple[str, bool]
+"""A tensor that linears read: the first linear that does, and whether it has a row for each token."""
 
 
 def collect_inputs(
@@ -27,7 +31,9 @@ def collect_inputs(
     loss: Loss | None = None,
     names: Collection[str] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """By the name of a linear of O outputs and I inputs, what a criterion needs, fp32; padding does not count.
+    """By the name of a linear of O outputs and I inputs, what a criterion needs, fp32.
+
+    Padding does not count. What is not of tokens (DeBERTa's embeddings of distances) counts whole, once for each batch.
 
     Args:
         needs: "norms": the norm over tokens of each input feature (I,); "moments": the mean over tokens of x x^T (I, I);
@@ -38,6 +44,7 @@ def collect_inputs(
 
     Raises:
         InputError: there is no token in the data.
+        NotFinite: what a linear reads, or its gradient, is nan or infinite.
     """
     calibration = CalibrationPass(model, loss if needs == "gradients" else None, settings=settings)
     batch = calibration.batch()
@@ -50,88 +57,118 @@ def collect_inputs(
                 stack.enter_context(handle)
         examples, tokens = calibration.over(batches, batch)
     if settings.sharded:
-        sums.shared = from_main_process(sums.shared)  # a process may have seen no batch
+        sums.read = from_main_process(sums.read)  # a process may have seen no batch
         sum_over_processes(sums.tensors())
     if not tokens:
         raise InputError("calibration data", "no token", "at least one row")
-    return sums.finish(examples)
+    found = sums.finish(examples)
+    if (unsound := first_unsound(found)) is not None:
+        raise NotFinite(
+            f"{'a gradient' if needs == 'gradients' else 'an input'} of {unsound[0]}",
+            unsound[1],
+            CALIBRATE,
+            stage="statistics",
+        )
+    return found
 
 
 class _InputSums:
-    """Sums over the inputs of linears. Those that read the same tensor (queries, keys, values) share one."""
+    """Sums over what linears read, for each tensor once: queries, keys and values share one.
+
+    A linear may read two in a forward pass, tokens and embeddings of distances (DeBERTa); it has the sums of both.
+    """
 
     def __init__(self, batch: CalibrationBatch, linears: dict[str, nn.Linear | Conv1D]):
         self.batch, self.linears = batch, linears
-        self.shared: dict[str, str] = {}
-        self._latest: tuple[torch.Tensor | None, str] = (None, "")
+        self.read: dict[str, tuple[Source, ...]] = {}
+        self._latest: tuple[torch.Tensor | None, Source] = (None, ("", True))
 
     def watch(self, name: str, module: nn.Module) -> list:
         """Hooks on a linear."""
 
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            tensor, first = self._latest
-            if args[0] is tensor:
-                self.shared[name] = first
-                return
-            self._latest, self.shared[name] = (args[0], name), name
-            with torch.no_grad(), self.batch.fp32():
-                self.add(name, self.by_token(args[0]))
+            tensor, source = self._latest
+            if args[0] is not tensor:
+                of_tokens = self.batch.by_token(args[0]) is not None
+                rows, source = args[0].detach().flatten(0, -2), (name, of_tokens)
+                self._latest = args[0], source
+                if of_tokens and self.batch.valid is not None:
+                    rows = rows[self.batch.valid]
+                with torch.no_grad(), self.batch.fp32():
+                    self.add(source, rows)
+            if source not in (known := self.read.get(name, ())):
+                self.read[name] = (*known, source)
 
         return [module.register_forward_pre_hook(hook)]
 
-    def by_token(self, values: torch.Tensor) -> torch.Tensor:
-        """(R, T, C) of what enters or leaves a linear."""
-        found = self.batch.by_token(values)
-        assert found is not None, "a linear inside a layer that does not see every token"
-        return found
+    def sources(self) -> list[Source]:
+        """All, in an order that is the same on every process."""
+        return list(dict.fromkeys(source for each in self.read.values() for source in each))
 
-    def add(self, name: str, values: torch.Tensor) -> None:
+    def add(self, source: Source, rows: torch.Tensor) -> None:
+        """Add what is read, (rows, C)."""
         raise NotImplementedError
 
-    def of(self, name: str) -> torch.Tensor:
+    def of(self, sources: tuple[Source, ...]) -> torch.Tensor:
+        """The result of linears that read these; asked for once each."""
         raise NotImplementedError
 
     def finish(self, examples: int) -> dict[str, torch.Tensor]:
-        """The result by name; linears with a shared input have the same tensor."""
-        self._latest = (None, "")
-        found = {name: self.of(name) for name in dict.fromkeys(self.shared.values())}
-        return {name: found[self.shared[name]] for name in self.linears if name in self.shared}
+        """The result by name; linears that read the same have the same tensor."""
+        self._latest = (None, ("", True))
+        found = {sources: self.of(sources) for sources in dict.fromkeys(self.read.values())}
+        return {name: found[self.read[name]] for name in self.linears if name in self.read}
+
+    def inputs(self, source: Source) -> int:
+        """Channels of what is read."""
+        return inputs_of(self.linears[source[0]])
 
 
 class _Norms(_InputSums):
     def __init__(self, batch: CalibrationBatch, linears: dict[str, nn.Linear | Conv1D]):
         super().__init__(batch, linears)
-        self.squares = {name: torch.zeros(inputs_of(module), device=batch.device) for name, module in linears.items()}
+        self.squares: dict[Source, torch.Tensor] = {}
 
-    def add(self, name: str, values: torch.Tensor) -> None:
-        self.squares[name] += self.batch.squares(values)
+    def add(self, source: Source, rows: torch.Tensor) -> None:
+        self._sum(source).add_(rows.float().square().sum(0))
+
+    def _sum(self, source: Source) -> torch.Tensor:
+        if source not in self.squares:
+            self.squares[source] = torch.zeros(self.inputs(source), device=self.batch.device)
+        return self.squares[source]
 
     def tensors(self) -> list[torch.Tensor]:
-        return list(self.squares.values())
+        return [self._sum(source) for source in self.sources()]
 
-    def of(self, name: str) -> torch.Tensor:
-        return self.squares[name].sqrt()
+    def of(self, sources: tuple[Source, ...]) -> torch.Tensor:
+        return torch.stack([self._sum(source) for source in sources]).sum(0).sqrt()
 
 
 class _SecondMoments(_InputSums):
     def __init__(self, batch: CalibrationBatch, linears: dict[str, nn.Linear | Conv1D]):
         super().__init__(batch, linears)
-        self.moments: dict[str, MomentsSum] = {}
+        self.moments: dict[Source, MomentsSum] = {}
+        self._means: dict[Source, tuple[float, torch.Tensor]] = {}
 
-    def add(self, name: str, values: torch.Tensor) -> None:
-        self.sum_of(name).add(values.flatten(0, 1), before=self.batch.before, valid=self.batch.valid)
+    def add(self, source: Source, rows: torch.Tensor) -> None:
+        self._sum(source).add(rows)
 
-    def sum_of(self, name: str) -> MomentsSum:
-        """The sum that a linear adds to; begun where there is none yet."""
-        if name not in self.moments:
-            self.moments[name] = MomentsSum(inputs_of(self.linears[name]), self.batch.device)
-        return self.moments[name]
+    def _sum(self, source: Source) -> MomentsSum:
+        if source not in self.moments:
+            self.moments[source] = MomentsSum(self.inputs(source), self.batch.device)
+        return self.moments[source]
 
     def tensors(self) -> list[torch.Tensor]:
-        return [tensor for name in dict.fromkeys(self.shared.values()) for tensor in self.sum_of(name).tensors()]
+        return [tensor for source in self.sources() for tensor in self._sum(source).tensors()]
 
-    def of(self, name: str) -> torch.Tensor:
-        return self.sum_of(name).finish().second
+    def of(self, sources: tuple[Source, ...]) -> torch.Tensor:
+        for source in sources:
+            if source not in self._means:
+                self._means[source] = float(self._sum(source).weight), self._sum(source).finish().second
+        (weight, second), *others = (self._means[source] for source in sources)
+        for more, other in others:
+            weight, second = weight + more, second + (other - second) * (more / (weight + more))
+        return second
 
 
 class _Gradients(_InputSums):
@@ -146,18 +183,23 @@ class _Gradients(_InputSums):
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             if self.batch.skipped:
                 return
-            self.shared[name] = name
-            entering = self.by_token(args[0].detach()) * self.batch.mask.unsqueeze(-1)
+            self.read[name] = ((name, True),)
+            entering = self._by_token(args[0].detach()) * self.batch.mask.unsqueeze(-1)
             output.register_hook(lambda gradient: self.add_product(name, entering, gradient))
 
         return [module.register_forward_hook(hook)]
+
+    def _by_token(self, values: torch.Tensor) -> torch.Tensor:
+        found = self.batch.by_token(values)
+        assert found is not None, "weight_faults refuses linears that do not see every token"
+        return found
 
     def add_product(self, name: str, entering: torch.Tensor, gradient: torch.Tensor) -> None:
         """The gradient of a weight for each example is the sum over its tokens of g x^T."""
         with torch.no_grad(), self.batch.fp32():
             examples = self.batch.examples
             x = entering.float().reshape(examples, -1, entering.shape[-1])
-            g = self.by_token(gradient).float().reshape(examples, x.shape[1], -1)
+            g = self._by_token(gradient).float().reshape(examples, x.shape[1], -1)
             for i in range(examples):
                 self.absolute[name] += (g[i].T @ x[i]).abs_()
 

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import torch
 
-from distill_llm.common.errors import InputError
 from distill_llm.pruning.weights.choosing import lowest, lowest_of_groups
 
 Choose = Callable[[torch.Tensor, int], torch.Tensor]
@@ -29,18 +28,15 @@ def sparsegpt(
 
     Args:
         weight: (O, I).
-        second: (I, I), mean of x x^T over tokens.
+        second: (I, I), mean of x x^T over tokens; finite.
         choose: which weights go, by their costs.
         block: columns after which what they lost is passed on to all later ones at once.
         every: columns that `choose` is asked for at a time; a divisor of `block`; None: a block.
-        damping: what is added to the diagonal, as a share of its mean.
+        damping: what is added to the diagonal, as a share of its mean over features that are not always zero.
         gone: (O, I) bool, weights that go whatever they cost.
 
     Returns:
         The new weight, zero where weights went, in the dtype of the old; and which weights went, (O, I) bool.
-
-    Raises:
-        InputError: second moments that are not finite.
     """
     device = torch.device("cpu") if weight.device.type == "mps" else weight.device  # which has no fp64
     w = (
@@ -69,11 +65,10 @@ def sparsegpt(
 
 def _inverse_factor(second: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The upper Cholesky factor of the inverse of the damped second moment, and the features that were always zero."""
-    if not second.isfinite().all():
-        raise InputError("criterion", "second moments that are not finite", "calibration data with finite activations")
     dead = second.diagonal() == 0
-    second = second + torch.diag(dead.to(second))
-    share = damping * second.diagonal().mean()
+    mean = second.diagonal()[~dead].mean() if not dead.all() else second.new_ones(())
+    second = second + torch.diag(dead.to(second) * mean)  # of the size of the others: it counts in no repair
+    share = damping * mean
     while True:
         damped = second + share * torch.eye(len(second), dtype=second.dtype, device=second.device)
         lower, failed = torch.linalg.cholesky_ex(damped)

@@ -48,15 +48,15 @@ def sparsify(
         settings: how passes over calibration data run.
 
     Raises:
-        InputError: a pattern N:M for a linear whose inputs are no multiple of M, no calibration data where the criterion needs
-            some, or adapters that are not merged.
-        NotFinite: a weight is nan or infinite.
+        InputError: a pattern N:M for a linear whose inputs are no multiple of M, taylor for DeBERTa, no calibration data where
+            the criterion needs some, or adapters that are not merged.
+        NotFinite: a weight, or what a criterion reads, is nan or infinite.
     """
     rules = rules or SparsityRules(sparsity=0.5)
     raise_all(unmerged_faults(model))
     check_in_memory(model, one_device=True)
     check_weights(model, "prune a model with finite weights: rows of unused tokens may be set to 0")
-    raise_all(group_faults(model, rules))
+    raise_all(weight_faults(model, rules))
     if layers_at_once is not None and rules.groups is None and rules.competing == "global":
         fix = "leave it out, or choose the scope row or matrix: with global, all layers are compared at once"
         raise InputError("layers_at_once", layers_at_once, fix=fix)
@@ -69,14 +69,16 @@ def sparsify(
         if rules.needs != "nothing":
             known = collect_inputs(sparse, batches, rules.needs, settings, loss, names)
         linears = {name: module for name, module in linears_of(sparse).items() if name in names}
-        found |= _remove(linears, known, rules, progress)
-    masks = Masks(found, rules.pattern, rules.criterion)
-    masks.apply(sparse)
-    return sparse, masks
+        found |= (masks := _remove(linears, known, rules, progress))
+        Masks(masks).apply(sparse)  # before the next layers are looked at
+    return sparse, Masks(found, rules.pattern, rules.criterion)
 
 
-def group_faults(model: PreTrainedModel, rules: SparsityRules) -> list[InputError]:
-    """A fault of a pattern N:M where a linear's inputs are no multiple of M."""
+def weight_faults(model: PreTrainedModel, rules: SparsityRules) -> list[InputError]:
+    """A fault of a criterion that the model's linears do not allow, or of a pattern N:M that does not divide their inputs."""
+    if rules.needs == "gradients" and getattr(model.config, "relative_attention", False):
+        fix = f"choose another: linears of {model.config.model_type} that read distances have no gradient for each example"
+        return [InputError("criterion", rules.criterion, fix=fix)]
     if rules.groups is None:
         return []
     for name, module in linears_of(model).items():

@@ -4,13 +4,15 @@ import itertools
 
 import pytest
 import torch
-from builders.families import family_model
+from builders.families import family_batch, family_model
 from builders.models import random_batch, tiny_model
 
 from distill_llm.common.errors import InputError
+from distill_llm.common.finite import NotFinite
 from distill_llm.models.masks import Masks, linears_of, masks_in, sparsity_of
 from distill_llm.pruning.statistics.settings import CalibrationSettings
 from distill_llm.pruning.weights.choosing import lowest, lowest_of_groups, lowest_of_rows, removed
+from distill_llm.pruning.weights.inputs import collect_inputs
 from distill_llm.pruning.weights.rules import SparsityRules
 from distill_llm.pruning.weights.sparsify import sparsify
 
@@ -89,6 +91,63 @@ def test_wanda_by_hand():
         for row, kept in zip(scores, masks.kept[name], strict=True):
             assert kept.sum() == len(row) // 2
             assert row[kept].min() >= row[~kept].max()
+
+
+@pytest.mark.parametrize("family", ["deberta-v2", "deberta-v3"])
+def test_linears_that_read_no_tokens_count_all_that_they_read(family):
+    """Of DeBERTa's embeddings of distances every row, once for each batch; shared projections read tokens as well."""
+    model = family_model(family)
+    batches = [family_batch(model, seed=seed) for seed in range(2)]
+    names, seen = [name for name in linears_of(model) if "layer.1.attention.self." in name], {}
+
+    def see(name, mask):
+        def hook(module, args):
+            tokens = args[0].shape[:2] == mask.shape
+            seen.setdefault(name, []).append(args[0][mask] if tokens else args[0].flatten(0, 1))
+
+        return hook
+
+    with torch.no_grad():
+        for batch in batches:
+            hooks = [
+                model.get_submodule(n).register_forward_pre_hook(see(n, batch["attention_mask"].bool())) for n in names
+            ]
+            model(**batch)
+            for hook in hooks:
+                hook.remove()
+    norms = collect_inputs(model, batches, "norms", EXACT, names=names)
+    moments = collect_inputs(model, batches, "moments", EXACT, names=names)
+    assert norms.keys() == moments.keys() == set(names)
+    for name in names:
+        rows = torch.cat(seen[name])
+        torch.testing.assert_close(norms[name], rows.norm(dim=0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(moments[name], rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
+    _, masks = sparsify(model, batches, SparsityRules(pattern="2:4", criterion="wanda"))
+    assert masks.sparsity == 0.5 and masks.kept.keys() == linears_of(model).keys()
+    with pytest.raises(InputError, match="criterion: got 'taylor'; choose another: .* distances"):
+        sparsify(model, batches, SparsityRules(0.5, criterion="taylor"))
+
+
+def test_wanda_of_layers_at_a_time_sees_the_inputs_that_sparse_layers_give():
+    model = tiny_model()
+    batches = [random_batch(model, seed=seed) for seed in range(3)]
+    rules = SparsityRules(0.5, criterion="wanda")
+    sparse, masks = sparsify(model, batches, rules, layers_at_once=1, settings=EXACT)
+    with torch.no_grad():
+        inputs, dense = inputs_by_hand(sparse, batches), inputs_by_hand(model, batches)
+    last = "bert.encoder.layer.2.attention.self.query"  # it reads what the layers before it give
+    weight = model.get_submodule(last).weight.abs()
+    wanted, other = (lowest_of_rows(weight * each[last].norm(dim=0), 16) for each in (inputs, dense))
+    assert torch.equal(~masks.kept[last], wanted) and not torch.equal(wanted, other)
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
+def test_inputs_that_are_not_finite_are_refused_in_a_line(criterion):
+    model = tiny_model()
+    layer = model.bert.encoder.layer[0].intermediate
+    layer.register_forward_hook(lambda module, args, output: output * float("inf"))
+    with pytest.raises(NotFinite, match="an input of bert.encoder.layer.0.output.dense is "):
+        sparsify(model, [random_batch(model)], SparsityRules(0.5, criterion=criterion))
 
 
 @pytest.mark.slow

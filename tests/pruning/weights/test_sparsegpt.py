@@ -100,6 +100,24 @@ def test_a_feature_that_is_always_zero_takes_nothing_and_weights_that_must_go_do
     assert gone[:, 7].all() and not new[:, 3].any() and new.isfinite().all()
 
 
+def test_repairs_are_the_same_of_inputs_of_any_size_beside_a_feature_that_is_always_zero():
+    weight, second = problem()
+    second[3], second[:, 3] = 0.0, 0.0
+    wanted, gone = sparsegpt(weight, second, choose_share(0.5, weight.shape))
+    found, same = sparsegpt(weight, second * 2**-30, choose_share(0.5, weight.shape))
+    assert torch.equal(gone, same)
+    torch.testing.assert_close(found, wanted)
+    alive = [i for i in range(12) if i != 3]
+    (alone, _) = sparsegpt(weight[:, alive], second[alive][:, alive], lambda costs, begin: gone[:, alive])
+    torch.testing.assert_close(found[:, alive], alone)
+
+
+def test_where_no_feature_is_ever_seen_all_weights_are_zero():
+    weight = problem()[0]
+    new, gone = sparsegpt(weight, torch.zeros(12, 12), choose_share(0.5, weight.shape))
+    assert not new.any() and gone.sum() == 30
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "family, pattern", [("llama", "unstructured"), ("llama", "2:4"), ("gpt2", "2:4"), ("opt", "4:8")]
