@@ -26,7 +26,6 @@ from distill_llm.teachers import CrossTokenizerTeacher, MovingAverage, OnlineTea
 LOSSES = TERMS | {"both": {"labels": {}, "logits": {}}, "exits": {"labels": {}, "logits": {}, "exits": {"hints": 0.5}}}
 TEACHERS = {"averaged": lambda teacher: MovingAverage(0.9), "peers": lambda teacher: Peers([teacher])}
 """What stands in for the teacher, by a word in the name."""
-PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 Learned = tuple[dict[str, torch.Tensor], list[dict[str, float]], list[int]]
 Cases = list[tuple[str, int, list[str]]]
 """Head, width of the student and names: terms of TERMS, or `both`, and settings.
@@ -34,6 +33,11 @@ Cases = list[tuple[str, int, list[str]]]
 Of the heads `answers` (see `of_answers`) and `augmented` the names are shares, of `sparse` shares of zeros, of `dropout` its
 probabilities, of `skips` the row that the teacher spoils. `retokenized` has one name, its term's.
 """
+
+
+def processes() -> int:
+    """How many train together."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def learned(folder: Path, cases: Cases) -> dict[str, Learned]:
@@ -94,8 +98,10 @@ def of_rows(folder: Path, head: str, width: int, name: str) -> Learned:
         max_steps=4,
         optim="sgd",
         learning_rate=0.1,
-        per_device_eval_batch_size=8 if PROCESSES == 1 else 3,  # of two, the last process only repeats rows at the end
-        per_device_train_batch_size=8 // PROCESSES,
+        per_device_eval_batch_size=8
+        if processes() == 1
+        else 3,  # of two, the last process only repeats rows at the end
+        per_device_train_batch_size=8 // processes(),
         train_sampling_strategy="group_by_length",
         logging_steps=2,
     )
@@ -124,7 +130,7 @@ def of_answers(folder: Path, name: str) -> Learned:
     if how == "beside":
         losses = {"distillm2": {}, "responses": responses | {"beside": True}}
     settings = {"optim": "sgd", "learning_rate": 0.5, "max_steps": 4, "logging_steps": 2}
-    settings |= {"per_device_train_batch_size": 4 // PROCESSES, "gradient_accumulation_steps": 2}
+    settings |= {"per_device_train_batch_size": 4 // processes(), "gradient_accumulation_steps": 2}
     rows = prompt_rows([PROMPTS[row // 3] for row in range(12)])
     return trained(answering_trainer(folder, student, talker(num_hidden_layers=3), rows, losses, **settings))
 
@@ -134,7 +140,7 @@ def of_retokenized(folder: Path, name: str) -> Learned:
     own, other = llama_tokenizer(), bytes_tokenizer()
     teacher = CrossTokenizerTeacher(model_for(other, seed=1), other)
     settings = {"optim": "sgd", "learning_rate": 0.5, "max_steps": 4, "logging_steps": 2, "processing_class": own}
-    settings |= {"per_device_train_batch_size": 8 // PROCESSES, "data_collator": CausalCollator(own)}
+    settings |= {"per_device_train_batch_size": 8 // processes(), "data_collator": CausalCollator(own)}
     return trained(trainer_of(folder, model_for(own), teacher, rows_of(own, 2 * TEXTS), TERM, **settings))
 
 
@@ -149,7 +155,7 @@ def of_augmented(folder: Path, share: float) -> Learned:
     settings = Augment(share, backoff=Spans(0.3), cutout=Spans(0.2), mixup=Mixup())
     collator = AugmentingCollator(PaddingCollator(tokenizer), data, tokenizer, settings, seed=3)
     own = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 4, "logging_steps": 2, "data_collator": collator}
-    own |= {"per_device_train_batch_size": 8 // PROCESSES}
+    own |= {"per_device_train_batch_size": 8 // processes()}
     trainer = trainer_of(folder, student, teacher, data, LOSSES["both"], **own)
     weights, logs, seen = trained(trainer)
     return {**weights, "counted": torch.tensor([*trainer.augmented.totals().values()])}, logs, seen
@@ -161,7 +167,7 @@ def of_sparse(folder: Path, share: float) -> Learned:
     rules = SparsityRules(share, criterion="magnitude")
     student, masks = sparsify(model_of("sequence-classification", layers=1, seed=1), rules=rules)
     settings = {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.1, "weight_decay": 0.1, "max_steps": 4}
-    settings |= {"max_grad_norm": 0.5, "logging_steps": 2, "per_device_train_batch_size": 8 // PROCESSES}
+    settings |= {"max_grad_norm": 0.5, "logging_steps": 2, "per_device_train_batch_size": 8 // processes()}
     data = rows(teacher, count=16)
     return trained(trainer_of(folder, student, teacher, data, LOSSES["both"], callbacks=[KeepZeros(masks)], **settings))
 
@@ -172,7 +178,7 @@ def of_dropout(folder: Path, share: float) -> Learned:
     data = rows(student, count=1) * 8
     kept: list[torch.Tensor] = []
     student.bert.embeddings.dropout.register_forward_hook(lambda module, given, out: kept.append(out != 0))
-    settings = {"per_device_train_batch_size": 8 // PROCESSES}
+    settings = {"per_device_train_batch_size": 8 // processes()}
     _, logs, seen = trained(trainer_of(folder, student, None, data, TERMS["labels"], **settings))
     return {"kept": kept[0]}, logs, seen
 
@@ -196,7 +202,7 @@ def of_skips(folder: Path, row: float) -> Learned:
     teacher, student = model_of(head, layers=2), model_of(head, layers=1, seed=1)
     data = rows(teacher, count=32)
     settings = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 4, "logging_steps": 2, "on_nonfinite": "skip"}
-    settings |= {"per_device_train_batch_size": 8 // PROCESSES}
+    settings |= {"per_device_train_batch_size": 8 // processes()}
     source = SpoilsARow(teacher, data[int(row)]["input_ids"])
     trainer = trainer_of(folder, student, source, data, LOSSES["both"], **settings)
     weights, logs, seen = trained(trainer)

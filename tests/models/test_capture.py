@@ -7,8 +7,8 @@ import pytest
 import torch
 from builders.models import FAMILIES, random_batch, tiny_model
 from builders.trainers import causal_model
-from torch.nn.attention.flex_attention import flex_attention
-from transformers import AutoConfig, AutoModel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from transformers import AutoConfig, AutoModel, masking_utils
 from transformers.integrations import flex_attention as integration
 
 from distill_llm.common.errors import InputError
@@ -64,14 +64,18 @@ def test_causal_grouped_and_sliding_attention_is_seen_too(family):
                 torch.testing.assert_close(found[1, :, : 9 - padding], probabilities[1, :, : 9 - padding])
 
 
-@pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("window", [None, 4])
 def test_the_mask_of_flex_attention_is_a_rule_that_is_followed(monkeypatch, window):
     def uncompiled(query, key, value, score_mod=None, block_mask=None, **settings):
-        """The kernel in the place of its compiled form, which takes long to make."""
+        """The kernel in the place of its compiled form, which takes long to make; so does that of the mask."""
         chosen = ("scale", "enable_gqa", "return_aux")
         return flex_attention(query, key, value, score_mod, block_mask, **{name: settings.get(name) for name in chosen})
 
+    def mask(*args, **settings):
+        return create_block_mask(*args, **{**settings, "_compile": False})
+
     monkeypatch.setattr(integration, "compile_friendly_flex_attention", uncompiled)
+    monkeypatch.setattr(masking_utils, "create_block_mask", mask)
     model = causal_model("mistral", sliding_window=window)
     batch, seen = random_batch(model, labels=False), []
     for kernel in ("eager", "flex_attention"):

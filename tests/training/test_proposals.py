@@ -1,7 +1,6 @@
 """Answers that student and teacher write together: their exact distributions, their weights, and what is learnt from them."""
 
 import copy
-import json
 import re
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 import yaml
 from builders.answers import TOKENIZER, answering_trainer, prompt_rows
 from builders.causal import causal_model
-from builders.processes import run_script
+from builders.pairs import one_and_two_processes
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList
 
@@ -280,13 +279,8 @@ def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path, by):
 
 
 def test_two_processes_write_and_learn_as_one(tmp_path):
-    from builders.learning import learned
-
     names = ["1.0 mixed", "1.0 speculative", "1.0 beside"]
-    cases = [["answers", 0, names]]
-    one = learned(tmp_path, cases)
-    run_script("train_in_processes.py", tmp_path, json.dumps(cases), processes=2, ACCELERATE_USE_CPU="true")
-    two, other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    one, two, other = one_and_two_processes(tmp_path, [("answers", 0, names)])
     for name in names:
         weights, logs, _ = one[f"answers {name}"]
         for parameter, tensor in weights.items():

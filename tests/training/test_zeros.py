@@ -1,13 +1,11 @@
 """Zeros of a sparse student stay through training, and training is the same as that of the weights that are left."""
 
 import copy
-import json
 
 import pytest
 import torch
-from builders.learning import learned
 from builders.models import tiny_model
-from builders.processes import run_script
+from builders.pairs import one_and_two_processes
 from builders.trainers import NO_DROPOUT, rows, trainer_of, with_lora
 
 from distill_llm import KeepZeros, SparsityRules, sparsify
@@ -95,10 +93,8 @@ def test_masks_of_another_model_and_adapters_are_refused(tmp_path, sparse):
 
 
 def test_two_processes_train_as_one_and_keep_the_same_zeros(tmp_path):
-    cases = [("sparse", 0, ["0.5"])]
-    one = learned(tmp_path, cases)["sparse 0.5"][0]
-    run_script("train_in_processes.py", tmp_path, json.dumps(cases), processes=2, ACCELERATE_USE_CPU="true")
-    first, second = (torch.load(tmp_path / f"{rank}.pt")["sparse 0.5"][0] for rank in (0, 1))
+    runs = one_and_two_processes(tmp_path, [("sparse", 0, ["0.5"])])
+    one, first, second = (run["sparse 0.5"][0] for run in runs)
     zeros = 0
     for name, tensor in one.items():
         torch.testing.assert_close(first[name], tensor, rtol=2e-4, atol=2e-5, msg=name)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from builders.families import EVERY, HIDDEN, family_batch, family_model, outputs_of, uneven_plan
-from builders.grids import layouts_first
+from builders.grids import layouts_first, slow
 from torch import nn
 
 from distill_llm.architectures.modeling_pruned import hidden_dims
@@ -20,6 +20,8 @@ from distill_llm.pruning.statistics.residual_stream import stream_norms, stream_
 from distill_llm.pruning.statistics.settings import CalibrationSettings
 
 HALF = HIDDEN // 2
+LESS = ("llama", "gpt2", "deberta-v2-convolution")
+"""Families that a test takes at once, and one whose convolution reads channels of neighbours."""
 
 
 def collect(model, count=6, loss="kl", **options) -> Statistics:
@@ -90,7 +92,7 @@ def doubled(name, factor):
     return model
 
 
-@pytest.mark.parametrize(("name", "factor"), [("bert", 1), ("llama", 2), ("llama", -0.5), ("gpt2", 1)])
+@pytest.mark.parametrize(("name", "factor"), [("bert", 1), ("llama", -0.5), ("gpt2", 1), *slow(("llama", 2))])
 def test_channels_that_follow_from_the_kept_ones_are_removed_without_loss(name, factor):
     """RMS norms over half of such a stream are off by the same factor in every token."""
     model = doubled(name, factor)
@@ -99,7 +101,7 @@ def test_channels_that_follow_from_the_kept_ones_are_removed_without_loss(name, 
     assert error(prune(model, plan, collect(model), ridge=1e-9), model) < 1e-5
 
 
-@pytest.mark.parametrize("name", layouts_first([name for name in EVERY if name != "deberta-v2-convolution"]))
+@pytest.mark.parametrize("name", ["llama", "gpt2", *slow(*(name for name in EVERY if name not in LESS))])
 def test_removed_channels_cost_less_in_every_family(name):
     model = family_model(name)
     statistics, plan = collect(model, 20), keeping(model, (c for c in range(HIDDEN) if c % 8))
@@ -215,6 +217,7 @@ def test_layers_of_other_sizes_and_removed_ones_take_their_part(name):
     assert outputs_of(better, family_batch(model)).isfinite().all()
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("loss", ["kl", None])
 @pytest.mark.parametrize("name", ["bert", "olmo2"])
 def test_checkpointed_layers_give_the_same_moments(name, loss):

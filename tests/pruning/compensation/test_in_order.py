@@ -18,6 +18,7 @@ from builders.families import (
     outputs_of,
     uneven_plan,
 )
+from builders.grids import slow
 from transformers.pytorch_utils import Conv1D
 
 from distill_llm.architectures.families import FAMILIES, family_of, layers_of
@@ -116,7 +117,7 @@ def assert_all_solve(model, plan, batches, how, extra, skipped=()):
 
 @pytest.mark.parametrize("how", HOW, ids=str)
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.grid(2)
+@pytest.mark.grid(1)
 def test_every_linear_is_fitted_to_what_it_reads_in_the_cut_model(name, how):
     model = double(name)
     groups, neurons = range(groups_of(model)), range(linears(model, 0)[1].weight.numel() // model.config.hidden_size)
@@ -135,7 +136,7 @@ def bias_of(model, layer, place):
 
 @pytest.mark.parametrize("how", HOW, ids=str)
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.grid(2)
+@pytest.mark.grid(1)
 def test_the_linear_before_what_goes_whole_takes_over_what_it_added(name, how):
     """Layer 2 is gone, layer 1 has no attention, layer 3 no FFN; the biases of these two stay."""
     model = double(name)
@@ -334,7 +335,7 @@ def test_a_few_large_channels_of_a_bf16_stream_are_no_norm():
     assert residual_factor(model.bfloat16(), family_batch(model), DEFAULT_SETTINGS) == pytest.approx(1.0, abs=5e-3)
 
 
-@pytest.mark.parametrize("cut", ["units", "neurons", "layers"])
+@pytest.mark.parametrize("cut", ["units", *slow("neurons", "layers")])
 def test_no_more_than_four_residual_streams_are_held(cut, monkeypatch):
     model, width = family_model("llama"), 7
     every = tuple(range(groups_of(model)))

@@ -124,6 +124,7 @@ def test_uneven_students_are_never_stock():
 # Uniform plans: of the numbers that meet a budget, those that the family's own config takes.
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("keep", [0.75, 0.6, 0.4])
 @pytest.mark.parametrize(
     "units", [("heads", "neurons"), ("queries", "neurons"), ("heads", "neurons", "hidden")], ids=str

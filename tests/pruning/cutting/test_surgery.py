@@ -18,6 +18,7 @@ from builders.families import (
     uneven_plan,
     uniform_plan,
 )
+from builders.grids import slow
 from builders.models import random_batch, tiny_model
 from builders.pruning import UNEVEN, layers_in, linears_in, plan_of
 from torch import nn
@@ -84,8 +85,8 @@ def test_lineage_after_two_rounds_names_the_original_teachers_layers_heads_and_n
     )
 
 
-ROUNDS = ["bert", "mpnet", "modernbert", "deberta-v2", "llama", "olmo2", "cohere", "stablelm", "phi3", "gpt2-scaled"]
-ROUNDS += ["gpt_neox", "bloom", "falcon-grouped", "falcon-alibi", "falcon-multi-query"]
+ROUNDS = ["bert", "modernbert", "deberta-v2", "llama", "phi3", "gpt2-scaled", "falcon-grouped"]
+ROUNDS += slow("mpnet", "olmo2", "cohere", "stablelm", "gpt_neox", "bloom", "falcon-alibi", "falcon-multi-query")
 
 
 @pytest.mark.parametrize("name", ROUNDS)
