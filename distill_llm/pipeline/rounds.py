@@ -158,7 +158,10 @@ class Cutter:
         if section.cost != "latency" or found.plan is plain:
             return found
         kept = relative_latency(prune(model, found.plan), teacher, *self.batch(teacher))
-        return replace(found, plan=replace(found.plan, kept=kept, note=None))
+        note, wanted = None, plain.kept or 1.0
+        if kept > (1 + LatencySettings.tolerance) * wanted:  # the table of single layers' times said that it would not
+            note = f"kept {kept:.4f} of the latency, where the plan before the search kept {wanted:.4f}"
+        return replace(found, plan=replace(found.plan, kept=kept, note=note))
 
     def without_weights(self, cut: Cut, number: int = 1) -> Cut:
         """Remove single weights of a cut model, where the section asks for it: as many as are due after round `number`."""

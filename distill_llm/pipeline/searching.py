@@ -1,7 +1,6 @@
 """The search for a better plan in a round, where the recipe asks for one."""
 
 import hashlib
-import json
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -49,15 +48,6 @@ def search_plan(
     for batch in fitness.batches:
         for name in sorted(batch):
             digest.update(batch[name].contiguous().cpu().numpy().tobytes())
-    identity = {
-        "model": teacher_fingerprint(model),
-        "rows": digest.hexdigest(),
-        "plain": hashlib.blake2b(json.dumps(plain.record()).encode(), digest_size=16).hexdigest(),
-        "budget": budget,
-        "rules": [list(rules.units), rules.round_to, rules.limits.heads, rules.limits.neurons],
-        "seed": recipe.seed,
-        "population": search.population,
-        "precision": section.precision,
-    }
+    identity = {"model": teacher_fingerprint(model), "rows": digest.hexdigest(), "precision": section.precision}
     chosen = SearchSettings(search.generations, search.population, recipe.seed)
     return evolve(space, plain, plain.kept or 1.0, fitness, chosen, Known(file, identity), progress=True)

@@ -1,6 +1,7 @@
 """The figure of a search for plans: the fitness of those that live, by generation."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,19 @@ def search_figure(metrics: Mapping[str, Any], path: Path) -> Path | None:
 def draw_search(metrics: Mapping[str, Any]) -> Figure | None:
     """For every search of a run the best fitness (solid) and the median (dotted) by generation, and the plain plan's (dashed).
 
-    None where nothing was searched.
+    What is not finite is left out. None where nothing was searched.
     """
-    rounds = metrics.get("rounds") or []
-    found = [(number, each) for number, row in enumerate(rounds, 1) for each in row.get("search") or []]
+    found = _named(metrics.get("rounds") or [])
     if not found:
         return None
     figure = new_figure(height=3.4)
     axes = bare(figure.subplots())
-    for place, (number, search) in enumerate(found):
+    for place, (name, search) in enumerate(found):
         best, median = zip(*search["history"], strict=True)
         colour, generations = LIGHT[SERIES[place % len(SERIES)]], range(len(best))
-        axes.axhline(search["plain"], color=colour, linewidth=1, linestyle=(0, (5, 3)))
+        best, median = ([math.nan if each is None else each for each in row] for row in (best, median))
+        if search["plain"] is not None:
+            axes.axhline(search["plain"], color=colour, linewidth=1, linestyle=(0, (5, 3)))
         axes.plot(generations, median, color=colour, linewidth=1.2, linestyle=(0, (1, 2)))
         axes.plot(
             generations,
@@ -39,7 +41,7 @@ def draw_search(metrics: Mapping[str, Any]) -> Figure | None:
             color=colour,
             marker="o",
             markersize=4,
-            label=f"round {number}" if len(found) > 1 else "best",
+            label=name,
         )
     muted = LIGHT["muted"]
     axes.plot([], [], color=muted, linewidth=1.2, linestyle=(0, (1, 2)), label="median")
@@ -50,3 +52,13 @@ def draw_search(metrics: Mapping[str, Any]) -> Figure | None:
     axes.grid(axis="y", color=LIGHT["line"], linewidth=0.8)
     figure.legend(loc="outside upper center", ncols=3, frameon=False, labelcolor=LIGHT["ink"], fontsize=10)
     return figure
+
+
+def _named(rounds: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The searches, and what the legend calls them: by round, by cut where a round has several."""
+    found = []
+    for number, row in enumerate(rounds, 1):
+        searches = row.get("search") or []
+        for cut, search in enumerate(searches, 1):
+            found.append((f"round {number}, cut {cut}" if len(searches) > 1 else f"round {number}", search))
+    return found if len(found) > 1 else [("best", search) for _, search in found]

@@ -129,7 +129,8 @@ class Prune(Stage):
         """What is kept, and the scores before and after compensation."""
         parts = [f"{result['layer_params_kept']:.1%} of the layers' parameters kept"]
         for found in result.get("search") or []:
-            parts.append(f"searched {found['tried']} plans: divergence {found['plain']:.4g} -> {found['best']:.4g}")
+            plain, best = ("not finite" if found[k] is None else f"{found[k]:.4g}" for k in ("plain", "best"))
+            parts.append(f"searched {found['tried']} plans: divergence {plain} -> {best}")
         if "sparsity" in result:
             parts.append(f"{result['sparsity']:.1%} of the linears' weights are zero")
         parts.append(f"{self.run.named(result['pruned'])} pruned")

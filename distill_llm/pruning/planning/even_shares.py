@@ -109,8 +109,9 @@ def _filled_up(
     room = [int(m - f + 1e-6) // choice.rules.round_to for f, m in zip(fewest_, most, strict=True)]
     together = sum(m > 0 for m in most) if choice.rules.uniform else 1
     price = choice.costs.at("neurons", width) * choice.rules.round_to
-    blocks = int((choice.budget * (1 + 1e-9) - least) / (price * max(together, 1)))
-    blocks = min(blocks * together, sum(room))
+    spare = choice.budget * (1 + 1e-9) - least
+    blocks = int(spare / (price * max(together, 1))) * together if price else sum(room)  # measured times may be 0
+    blocks = min(blocks, sum(room))
     kept = (sum(fewest_) + blocks * choice.rules.round_to) / max(sum(most), 1)
     return _Numbers(share, width, least + blocks * price, uneven + abs(kept - wanted))
 

@@ -1,8 +1,9 @@
 """Evolution over plans: seeded, never worse than the plan that it starts from, and continued from a file after a stop."""
 
+import hashlib
 import json
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import inf, isfinite
@@ -54,7 +55,8 @@ class Searched:
         plan: the best plan.
         plain: the fitness of the plan that the search began with.
         best: that of the best one, at most `plain`.
-        history: of the first plans and of every generation, the best and the median fitness of those that live.
+        history: of the first plans and of every generation, the best and the median fitness of those that live; the median of
+            finite ones, where there are any.
         tried: how many plans were tried.
     """
 
@@ -65,16 +67,24 @@ class Searched:
     tried: int
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
-        return {"plain": self.plain, "best": self.best, "history": list(map(list, self.history)), "tried": self.tried}
+        """For JSON: what is not finite is null."""
+        plain, best = (_finite(each) for each in (self.plain, self.best))
+        return {
+            "plain": plain,
+            "best": best,
+            "history": [[*map(_finite, row)] for row in self.history],
+            "tried": self.tried,
+        }
 
 
 class Known:
     """The fitness of every plan that was tried, kept in a file: with the seed, that is the whole state of a search.
 
+    Plans are told apart by the units that stay, so that other scores or another budget change nothing of what is known.
+
     Args:
         file: where it is kept; None: in memory alone.
-        identity: what fitness depends on; the file of another one is begun anew.
+        identity: what else fitness depends on; the file of another one is begun anew.
     """
 
     def __init__(self, file: Path | None, identity: Mapping[str, Any]):
@@ -88,11 +98,12 @@ class Known:
             except (OSError, ValueError, LookupError, TypeError, AttributeError):
                 pass  # damaged: begun anew
 
-    def of(self, genome: Genome, measure: Callable[[], float]) -> float:
-        """The fitness of a genome, measured if it is not known."""
-        key = json.dumps(genome)
+    def of(self, genome: Genome, plan: PruningPlan, measure: Fitness) -> float:
+        """The fitness of a plan with these numbers, measured if it is not known."""
+        units = json.dumps([[row.source, dict(row.units)] for row in plan.layers], sort_keys=True)
+        key = f"{json.dumps(genome)} {hashlib.blake2b(units.encode(), digest_size=8).hexdigest()}"
         if key not in self.fitness:
-            found = measure()
+            found = measure(plan)
             self.fitness[key] = found if isfinite(found) else inf
             if self.file is not None:
                 with written_whole(self.file) as path:
@@ -127,7 +138,7 @@ def evolve(
     """
     settings, known = settings or SearchSettings(), known or Known(None, {})
     first = space.of_plan(plain)
-    seen: set[Genome] = set()
+    seen: dict[Genome, float] = {}
     if not space.fits(first):
         raise InputError(
             "plan", f"a cost of {space.cost(first):.6g}", f"a plan within the budget of {space.budget:.6g}"
@@ -137,32 +148,37 @@ def evolve(
         return plain if genome == first else space.plan(genome, keep)
 
     def rated(genome: Genome) -> tuple[float, Genome]:
-        seen.add(genome)
-        return known.of(genome, lambda: fitness(plan_of(genome))), genome
-
-    def unseen(make: Callable[[], Genome]) -> Genome:
-        for _ in range(TRIES):
-            if (genome := make()) not in seen:
-                break
-        return genome
+        if genome not in seen:
+            seen[genome] = known.of(genome, plan_of(genome), fitness)
+        return seen[genome], genome
 
     random = Random(f"{settings.seed}")
     living = [rated(first)]
     for _ in range(settings.population - 1):
-        living.append(rated(unseen(lambda: space.mutated(first, random, random.randint(1, len(first))))))
+        living.append(rated(_unseen(seen, lambda: space.mutated(first, random, random.randint(1, len(first))))))
     living = _best(living, settings.population)
     history = [_row(living)]
     for number in progress_bar(range(settings.generations), desc="Searching", leave=False, shown=progress):
         random = Random(f"{settings.seed} {number}")
         make = partial(_child, space, living, seen, random)
-        living = _best([*living, *(rated(unseen(make)) for _ in range(settings.population))], settings.population)
+        living = _best(
+            [*living, *(rated(_unseen(seen, make)) for _ in range(settings.population))], settings.population
+        )
         history.append(_row(living))
     best, genome = living[0]
-    plan = plan_of(genome)
-    return Searched(plan, known.fitness[json.dumps(first)], best, tuple(history), len(seen))
+    plan = plan_of(genome) if best < seen[first] else plain
+    return Searched(plan, seen[first], best, tuple(history), len(seen))
 
 
-def _child(space: Space, parents: list[tuple[float, Genome]], seen: set[Genome], random: Random) -> Genome:
+def _unseen(seen: Container[Genome], make: Callable[[], Genome]) -> Genome:
+    """What `make` gives, asked again where that was tried already."""
+    for _ in range(TRIES):
+        if (genome := make()) not in seen:
+            break
+    return genome
+
+
+def _child(space: Space, parents: list[tuple[float, Genome]], seen: Container[Genome], random: Random) -> Genome:
     """A change of one plan, or of a mixture of two; a mixture that is new may stay as it is."""
     one, other = (min(random.choices(parents, k=2), key=_order)[1] for _ in range(2))
     mixed = space.crossed(one, other, random) if random.random() < 0.5 else one
@@ -180,4 +196,9 @@ def _best(rated: list[tuple[float, Genome]], count: int) -> list[tuple[float, Ge
 
 
 def _row(living: list[tuple[float, Genome]]) -> tuple[float, float]:
-    return living[0][0], statistics.median(fitness for fitness, _ in living)
+    finite = [fitness for fitness, _ in living if isfinite(fitness)]
+    return living[0][0], statistics.median(finite) if finite else inf
+
+
+def _finite(number: float) -> float | None:
+    return number if isfinite(number) else None

@@ -120,7 +120,7 @@ class Space:
         """The genome within the budget and near to it: units go at random places, then come where there is room."""
         rows = list(genome)
         while (over := self.cost(tuple(rows)) - self.budget * (1 + 1e-9)) > 0:
-            places = list(self._places(rows, -1))
+            places = [place for place in self._places(rows, -1) if self._price(*place) > 0]
             if not places:
                 self._drop_a_layer(rows, random)
                 continue
@@ -136,8 +136,9 @@ class Space:
             if not places:
                 return tuple(rows)
             i, kind = random.choice(places)
-            most = int(room // self._price(i, kind)) * self.step if kind == "neurons" else 1
-            self._change(rows, i, kind, min(most, self._neurons(i, 1)) if kind == "neurons" else 1)
+            price, most = self._price(i, kind), self._neurons(i, 1)
+            fitting = int(room // price) * self.step if price else most  # by measured times a unit may cost nothing
+            self._change(rows, i, kind, min(fitting, most) if kind == "neurons" else 1)
 
     def _comes_back(self, rows: list[tuple[int, int] | None], room: float, random: Random) -> bool:
         """Let a layer come back with its least units, where the others are whole and there is still room for one."""
@@ -149,10 +150,23 @@ class Space:
         return bool(fitting)
 
     def _drop_a_layer(self, rows: list[tuple[int, int] | None], random: Random) -> None:
-        living = [i for i, row in enumerate(rows) if row is not None and not (self.rules.anchored and i == 0)]
-        if "layers" not in self.rules.units or not living or sum(row is not None for row in rows) < 2:
-            raise InputError("keep", round(self.budget, 4), "a budget that the units can be cut down to")
-        rows[random.choice(living)] = None
+        """Where nothing else can go, a layer does, such that one stays which fits; where none does, one that fits is all."""
+        last = self._last_layers() if "layers" in self.rules.units else []
+        if not last:
+            fix = f"allow more: a plan of the fewest units costs more than {self.budget:.6g}"
+            raise InputError("budget", self.budget, fix=fix)
+        fitting = [i for i in last if rows[i] is not None]
+        going = [i for i, row in enumerate(rows) if row is not None and fitting and fitting != [i]]
+        if going:
+            rows[random.choice(going)] = None
+        else:
+            only = random.choice(last)
+            rows[:] = [(row["heads"], row["neurons"]) if i == only else None for i, row in enumerate(self.least)]
+
+    def _last_layers(self) -> list[int]:
+        """Layers of which each fits alone, with its fewest units."""
+        least = [(row["heads"], row["neurons"]) for row in self.least]
+        return [i for i in self.rules.last_layers(len(least)) if self.fits((*[None] * i, least[i]))]
 
     def _price(self, i: int, kind: str) -> float:
         """What the smallest number that may come to a layer costs."""

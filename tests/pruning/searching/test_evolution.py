@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 from builders.families import family_batch, family_model
 from builders.models import random_batch, tiny_model
 
-from distill_llm import collect_statistics, masked, plan_pruning, score
+from distill_llm import collect_statistics, masked, plan_pruning, prune, score
 from distill_llm.common.errors import InputError
+from distill_llm.pruning.plan import LayerPlan, PruningPlan
+from distill_llm.pruning.planning.competing import plan_for_costs
 from distill_llm.pruning.planning.rules import Limits, PlanningRules
 from distill_llm.pruning.searching.evolution import Known, SearchSettings, evolve
 from distill_llm.pruning.searching.fitness import Divergence, some_tokens
@@ -160,6 +163,63 @@ def test_what_was_found_of_another_model_is_not_used(tmp_path, settled):
     assert Known(file, {"model": "x"}).fitness and not Known(file, {"model": "y"}).fitness
     file.write_text("{")
     assert not Known(file, {"model": "x"}).fitness
+
+
+def test_what_was_found_for_other_units_of_the_same_numbers_is_not_used(tmp_path, small, settled):
+    space, plain = settled
+    reverse = {kind: tuple(-row for row in getattr(space.scores, kind)) for kind in ("heads", "neurons")}
+    scores = replace(space.scores, units={**space.scores.units, **reverse})
+    other = Space(small, scores, space.costs, space.budget, space.rules)
+    tried, settings = [], SearchSettings(2, 4)
+    file = tmp_path / "search.json"
+    for each in (space, space, other):
+        start = each.plan(each.of_plan(plain), 0.6)
+        tried.append([])
+        evolve(each, start, 0.6, lambda plan: tried[-1].append(plan) or len(tried[-1]), settings, Known(file, {}))
+    assert len(tried[0]) > 3 and tried[1] == [] and tried[2]
+    assert {plan.layers for plan in tried[2]}.isdisjoint(plan.layers for plan in tried[0])
+
+
+def test_of_equal_plans_the_plain_one_stays(settled):
+    space, plain = settled
+    assert evolve(space, plain, 0.6, lambda plan: 1.0, SearchSettings(3, 4)).plan is plain
+    nothing = evolve(space, plain, 0.6, lambda plan: float("inf"), SearchSettings(2, 3))
+    assert nothing.plan is plain
+    assert nothing.record() == {"plain": None, "best": None, "history": [[None, None]] * 3, "tried": nothing.tried}
+
+
+@pytest.mark.parametrize("kind", ["heads", "neurons"])
+def test_units_that_take_no_time_are_kept(kind):
+    """As a fit to measured times may say of them."""
+    model = tiny_model(layers=3)
+    costs = unit_costs(model)
+    free = {kind: (0.0, 0.0), **({"queries": (0.0, 0.0)} if kind == "heads" else {})}
+    costs, rules = replace(costs, units={**costs.units, **free}), PlanningRules((*UNITS, "layers"))
+    scores, budget = score(collect_statistics(model, [], None), "magnitude"), 0.6 * costs.of(counts_of(model))
+    space, plain = Space(model, scores, costs, budget, rules), plan_for_costs(model, scores, 0.6, costs, rules)
+    random, genome, whole = Random(0), space.of_plan(plain), counts_of(model)[0][kind]
+    for _ in range(20):
+        genome = space.mutated(genome, random, 2)
+        assert space.fits(genome)
+        assert all(row is None or row[UNITS.index(kind)] == whole for row in genome), genome
+
+
+def test_of_layers_of_which_only_some_fit_one_that_does_stays():
+    """The first layer is large, the others small: the budget has room for some of those alone."""
+    model = tiny_model(layers=4)
+    count = counts_of(model)[0]
+    small = [LayerPlan(i, (0,), (0, 1)) for i in (1, 2, 3)]
+    whole = LayerPlan(0, tuple(range(count["heads"])), tuple(range(count["neurons"])))
+    uneven = prune(model, PruningPlan(model.config.model_type, (whole, *small)))
+    scores, costs, rules = score(collect_statistics(uneven, [], None), "magnitude"), unit_costs(uneven), ("layers",)
+    space = Space(uneven, scores, costs, 0.3 * costs.of(counts_of(uneven)), PlanningRules(rules))
+    row = space.of_plan(plan_for_costs(uneven, scores, 1.0, costs, PlanningRules(rules)))
+    seen = {space.repaired(row, Random(seed)) for seed in range(30)}
+    seen |= {space.repaired((row[0], None, None, None), Random(seed)) for seed in range(10)}
+    assert all(space.fits(genome) and genome[0] is None for genome in seen) and len(seen) > 1
+    tight = Space(uneven, scores, costs, 1.0, PlanningRules(rules))
+    with pytest.raises(InputError, match="budget: got 1.0; allow more"):
+        tight.repaired(row, Random(0))
 
 
 def test_it_is_never_worse_than_the_plain_plan_and_what_is_not_finite_is_worst(settled):
