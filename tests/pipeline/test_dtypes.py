@@ -9,6 +9,7 @@ from random import Random
 import pytest
 import torch
 from builders.causal import causal_model, word_tokenizer, words
+from builders.grids import slow
 from builders.recipes import recipe_for, write_model, write_rows
 from builders.runs import same, weights
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -59,7 +60,7 @@ def score(given: dict, model: Path, **options) -> float:
     return Context(opened).evaluate(distill_llm.load_pretrained(model, **options))["score"]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *slow(torch.float32)], ids=str)
 def test_a_student_is_written_scored_and_measured_in_the_dtype_of_its_teachers_checkpoint(tmp_path, dtype):
     given = recipe(tmp_path, dtype, distillation=DISTILLATION)
     result, run = distill_llm.run(given), tmp_path / "run"
@@ -82,7 +83,7 @@ def test_a_student_is_written_scored_and_measured_in_the_dtype_of_its_teachers_c
         assert f"Models were scored and measured with weights in {name}." in file.read_text()
 
 
-@pytest.mark.parametrize("compensate", [True, False])
+@pytest.mark.parametrize("compensate", [True, *slow(False)])
 def test_the_score_of_a_student_that_a_run_only_prunes_is_of_what_is_written(tmp_path, compensate):
     given = recipe(tmp_path, torch.bfloat16, pruning={**PRUNING, "compensate": compensate})
     result = distill_llm.run(given)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from builders.grids import slow
 from builders.recipes import write_model
 from builders.runs import rows_of, two_rounds, weights
 
@@ -41,10 +42,12 @@ def test_pruning_alone_saves_a_smaller_model_and_its_plan_without_training(tmp_p
     "options",
     [
         {"units": ["hidden", "heads", "neurons"], "cost": "memory", "round_to": 4},
-        {"units": ["attention", "ffn"], "cost": "flops", "loss": "kl"},
-        {"units": ["layers"], "criterion": "leave_one_out"},
         {"criterion": "wanda", "cuts": 2, "min_heads": 1, "min_neurons": 8},
         {"cost": "latency"},
+        *slow(
+            {"units": ["attention", "ffn"], "cost": "flops", "loss": "kl"},
+            {"units": ["layers"], "criterion": "leave_one_out"},
+        ),
     ],
     ids=str,
 )

@@ -170,7 +170,7 @@ def decoder(folder: Path, **sizes) -> str:
     "name",
     [
         "smollm2_width",
-        "llama_width",
+        pytest.param("llama_width", marks=pytest.mark.slow),
         pytest.param("llama_depth", marks=pytest.mark.slow),
         pytest.param("llama_depth_width", marks=pytest.mark.slow),
         pytest.param("shortgpt", marks=pytest.mark.slow),

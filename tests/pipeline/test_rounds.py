@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from builders.families import family_batch, family_model
+from builders.grids import slow
 from builders.models import random_batch, tiny_model
 from builders.recipes import recipe_for
 from builders.rounds import Counted, cutter, same
@@ -94,13 +95,15 @@ def test_what_compensates_a_cut_is_fitted_to_its_own_rows(tmp_path):
         {"units": ["layers", "neurons", "hidden"], "cuts": 2},
         {"units": ["heads", "neurons"], "moment_layers": 2},
         {"units": ["heads", "neurons"], "compensate": "in_order"},
-        {"units": ["layers"], "criterion": "leave_one_out", "loss": "kl"},
-        {
-            "units": ["layers", "neurons"],
-            "criterion": "activation",
-            "layer_criterion": "block_influence",
-            "uniform": True,
-        },
+        *slow(
+            {"units": ["layers"], "criterion": "leave_one_out", "loss": "kl"},
+            {
+                "units": ["layers", "neurons"],
+                "criterion": "activation",
+                "layer_criterion": "block_influence",
+                "uniform": True,
+            },
+        ),
     ],
     ids=str,
 )
