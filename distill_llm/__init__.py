@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from distill_llm.pruning.importance import score as score
     from distill_llm.pruning.learning.masks import MaskBudget as MaskBudget
     from distill_llm.pruning.learning.masks import learned_masks as learned_masks
+    from distill_llm.pruning.learning.scales import fold_scales as fold_scales
+    from distill_llm.pruning.learning.scales import learn_scales as learn_scales
+    from distill_llm.pruning.learning.scales import scale_units as scale_units
+    from distill_llm.pruning.learning.scaling import Scaling as Scaling
     from distill_llm.pruning.plan import LayerPlan as LayerPlan
     from distill_llm.pruning.plan import PruningPlan as PruningPlan
     from distill_llm.pruning.plan import keep_layers as keep_layers
@@ -82,6 +86,8 @@ __getattr__, __dir__, __all__ = lazy_names(  # the names above, which are for ty
         "pruning.cutting.surgery": "prune",
         "pruning.importance": "Importance score",
         "pruning.learning.masks": "MaskBudget learned_masks",
+        "pruning.learning.scales": "fold_scales learn_scales scale_units",
+        "pruning.learning.scaling": "Scaling",
         "pruning.plan": "LayerPlan PruningPlan keep_layers",
         "pruning.planning.latency": "LatencySettings plan_for_latency",
         "pruning.planning.latency_costs": "latency_costs",

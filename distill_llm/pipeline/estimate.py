@@ -251,6 +251,7 @@ class Estimate:
             held = resident_bytes(before)
         else:
             scoring_parts["models"] += weight_bytes(before)
+        batches = math.ceil(examples / size / self.devices.count)
         parts: dict[str, float] = {"models": held, "batch": 0}
         flops = scored.flops * (2 if section.folds else 1)
         if section.layers is None and section.masks is None:
@@ -260,23 +261,23 @@ class Estimate:
                 every, layers = second_moment_bytes(before), len(counts_of(before))
                 parts["second moments"] = every * min(1.0, section.moment_layers / layers)
                 passes += math.ceil(layers / section.moment_layers)
-            batches = math.ceil(examples / size / self.devices.count)
             flops += passes * trace.flops * batches * self.rows.padded / self.rows.longest
-        if section.compensate == "in_order":
-            flops += self._in_order(section, before, examples, size)
+        if section.compensate == "in_order":  # each strength that is tried, and the one that is taken once more
+            flops += (len(IN_ORDER) + 1) * FORWARDS_IN_ORDER * self._forward(section, before, size) * batches
             if not self.gpu:  # they are in main memory
-                parts["residual streams"] = (
-                    4 * 4 * hidden_size(before) * examples * self.rows.padded / self.devices.count
-                )
+                rows = examples * self.rows.padded / self.devices.count
+                parts["residual streams"] = 4 * 4 * hidden_size(before) * rows
+        if section.scales is not None:  # a backward pass without gradients of weights is as much as a forward pass
+            step = self._forward(section, before, size) + 2 * self._forward(section, after, size)
+            flops += section.scales.steps * step / self.devices.count
         fuller = max(parts, scoring_parts, key=lambda each: sum(each.values()))
         return StageCost(name, fuller, flops)
 
-    def _in_order(self, section: PruningSection, model: PreTrainedModel, examples: int, size: int) -> float:
-        """Operations of all fits in order: each strength that is tried, and the one that is taken once more."""
+    def _forward(self, section: PruningSection, model: PreTrainedModel, size: int) -> float:
+        """Operations of a forward pass over a batch of calibration rows."""
         settings = CalibrationSettings(moments=False, hidden=False, precision=mixed_precision(section.precision))
         shape = Shape(size, self.rows.longest, self.rows.counted, self.gpu)
-        forward = calibration(model, None, settings, shape).flops * self.rows.padded / self.rows.longest
-        return (len(IN_ORDER) + 1) * FORWARDS_IN_ORDER * forward * math.ceil(examples / size / self.devices.count)
+        return calibration(model, None, settings, shape).flops * self.rows.padded / self.rows.longest
 
     def _calibration(self, section: PruningSection, model: PreTrainedModel, size: int) -> Traced:
         """A batch of calibration, with the statistics that it adds to."""

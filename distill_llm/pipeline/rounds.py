@@ -17,6 +17,7 @@ from distill_llm.pruning.cutting.strength import Strength
 from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.cutting.zeros import masks_after
 from distill_llm.pruning.importance import score
+from distill_llm.pruning.learning.scales import Scaled, scale_units
 from distill_llm.pruning.plan import PruningPlan, full_plan, keep_layers
 from distill_llm.pruning.planning.budgets import share_of
 from distill_llm.pruning.planning.competing import plan_for_costs
@@ -45,6 +46,7 @@ class Cut:
         strengths: of each small cut whose compensation was chosen on held-out rows, how strong it is.
         masks: of the single weights that are zero in the model; None where none were removed.
         searches: of each small cut whose plan was searched, what was found.
+        scaled: what scales of units did after the last cut; None where none were learnt.
     """
 
     plan: PruningPlan
@@ -54,6 +56,7 @@ class Cut:
     strengths: tuple[Strength, ...] = ()
     masks: Masks | None = None
     searches: tuple[Searched, ...] = ()
+    scaled: Scaled | None = None
 
 
 class Cutter:
@@ -109,15 +112,24 @@ class Cutter:
             compensated |= self._takes_over(folded, bypasses, strength)
             strengths += [strength] if strength else []
         assert plan is not None and plan.kept is not None
+        scaled = self._scaled(model, student)
+        compensated |= scaled is not None and scaled.folded
         if self.section.cost == "latency":
-            return Cut(plan, model, plan.kept, compensated, tuple(strengths), None, tuple(searches))
+            return Cut(plan, model, plan.kept, compensated, tuple(strengths), None, tuple(searches), scaled)
         kept, note = self.share(model, teacher), None
         if abs(kept - keep) > 0.01 * keep:
             note = f"kept {kept:.2%} of the layers' {self.section.cost} instead of {keep:.2%}: "
             note += "these units come in larger steps"
         own = share_of(model, student, self.section.cost, *self.batch(student))
         return Cut(
-            replace(plan, kept=own, note=note), model, kept, compensated, tuple(strengths), None, tuple(searches)
+            replace(plan, kept=own, note=note),
+            model,
+            kept,
+            compensated,
+            tuple(strengths),
+            None,
+            tuple(searches),
+            scaled,
         )
 
     def cut_by(
@@ -139,8 +151,9 @@ class Cutter:
         bypasses = self.calibration.bypasses(student, plan)
         kept = plan.share(student, self.section.cost, *self.batch(student))
         model, strength = self._compensated(student, plan, None, bypasses)
-        compensated = self._takes_over(None, bypasses, strength)
-        return Cut(plan, model, kept, compensated, (strength,) if strength else ())
+        scaled = self._scaled(model, student)
+        compensated = self._takes_over(None, bypasses, strength) or (scaled is not None and scaled.folded)
+        return Cut(plan, model, kept, compensated, (strength,) if strength else (), scaled=scaled)
 
     def searched(
         self, model: PreTrainedModel, teacher: PreTrainedModel, statistics: Statistics, plain: PruningPlan, number: int
@@ -180,6 +193,14 @@ class Cutter:
             settings=calibration.settings,
         )
         return replace(cut, model=model, masks=masks, compensated=cut.compensated or rules.criterion == "sparsegpt")
+
+    def _scaled(self, student: PreTrainedModel, model: PreTrainedModel) -> Scaled | None:
+        """Factors for the units of what a round's cuts left of a model, in place, where the section asks for them."""
+        section, calibration = self.section.scales, self.calibration
+        if section is None:
+            return None
+        batches, held_out = calibration.batches(0), calibration.batches(0, held_out=True)
+        return scale_units(student, model, batches, held_out, section.scaling, settings=calibration.settings)
 
     def _compensated(
         self,

@@ -12,6 +12,7 @@ from distill_llm.pruning.planning.rules import Limits, PlanningRules
 from distill_llm.pruning.units.kinds import KINDS
 from distill_llm.recipe.calibration import CalibrationSection
 from distill_llm.recipe.masks import BLOCKS, MasksSection, masked_pruning_faults
+from distill_llm.recipe.scales import ScalesSection, scales_faults
 from distill_llm.recipe.search import SearchSection, searching_faults
 from distill_llm.recipe.section import Section
 from distill_llm.recipe.weights import WeightsSection
@@ -152,26 +153,26 @@ class PruningSection(Section):
         description="file for the statistics of round 1, in place of one in the round's folder. If it holds statistics of the"
         " same model, rows and settings, they are used, so that another criterion or budget needs no pass over the data. If not,"
         " it is written, with gradients whatever the criterion. A pass is still needed for another loss, for leave_one_out, for"
-        " moment_layers, for what takes over removed layers, and for compensation of heads and neurons, or of hidden, if the run"
-        " that wrote the file had no such units",
+        " moment_layers, for what takes over removed layers, and for compensation of units that the run of the file had not",
     )
     layers: list[int] | None = Field(
-        default=None,
-        min_length=1,
-        description="indices of the layers to keep, in place of `keep`; they stay whole",
+        default=None, min_length=1, description="indices of the layers to keep, in place of `keep`; they stay whole"
     )
     weights: WeightsSection | None = Field(
         default=None,
         description="single weights to set to zero, after whole units are removed; with neither `keep` nor `layers`, no unit is."
         " Over several rounds their share follows `schedule`",
     )
-
     search: SearchSection | None = Field(
         default=None,
         description="evolution over how many heads and neurons each layer keeps, and which layers go, that starts from the plain"
         " plan and costs no more; `{}` for its defaults",
     )
-
+    scales: ScalesSection | None = Field(
+        default=None,
+        description="learn one factor for every kept head and neuron after a round's cuts, from the model before them; `{}` for"
+        " the defaults. Kept if they bring the outputs nearer on the rows that are held out",
+    )
     masks: MasksSection | None = Field(
         default=None,
         description="learn which units stay, while the student still has all of them, in place of measuring it; `{}` for the"
@@ -267,15 +268,15 @@ def _contradictions(section: PruningSection) -> list[InputError]:
         faults.append(InputError("moment_layers", section.moment_layers, fix=fix))
     if section.search is not None:
         faults += searching_faults(section)
+    faults += scales_faults(section)
     if section.masks is not None:
-        fields = PruningSection.model_fields
-        return faults + masked_pruning_faults(section, {name: field.default for name, field in fields.items()})
+        defaults = {name: field.default for name, field in PruningSection.model_fields.items()}
+        return faults + masked_pruning_faults(section, defaults)
     if section.offload and not section.checkpointing:
         faults.append(InputError("checkpointing", False, fix="set it to true: offload needs it"))
     if section.offload and section.cost == "latency":
-        faults.append(
-            InputError("cost", "latency", fix="choose params, flops or memory: with offload no latency can be measured")
-        )
+        fix = "choose params, flops or memory: with offload no latency can be measured"
+        faults.append(InputError("cost", "latency", fix=fix))
     if section.scope == "local" and not any(KINDS[unit].in_layer for unit in units):
         faults.append(InputError("scope", "local", fix="set it to global: these units are not of one layer"))
     faults += unscored_faults(section.units, section.criterion, section.layer_criterion)

@@ -112,6 +112,18 @@ def test_fits_in_order_are_priced_with_the_streams_that_they_hold():
     assert 17.5 * 0.5 * forward < there.flops - prune(True, True).flops < 17.5 * 1.5 * forward
 
 
+@pytest.mark.slow
+def test_scales_are_priced_by_their_steps():
+    def prune(scales):
+        recipe = given(student=None, pruning={"keep": 0.5, "scales": scales})
+        every = Estimate(recipe, Models(TEACHER), ROWS, Devices(1, 10**9), True).stages()
+        return next(stage for stage in every if "prune" in stage.name)
+
+    forward = 32 * 32 * 2 * SIZE  # of the 32 rows of a batch, 32 tokens each
+    more = prune({"steps": 10}).flops - prune(None).flops
+    assert 10 * 1.5 * forward < more < 10 * 3.5 * forward
+
+
 def test_sharing_divides_the_students_bytes_and_not_the_teachers(plain):
     ddp, fsdp = (recovery(given(), Devices(4, 10**9, sharing)).parts for sharing in ("ddp", "fsdp2"))
     one = plain.parts

@@ -20,6 +20,8 @@ from distill_llm.pruning.cutting.in_order import prune_in_order
 from distill_llm.pruning.cutting.strength import choose_strength
 from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.importance import score
+from distill_llm.pruning.learning.scales import scale_units
+from distill_llm.pruning.learning.scaling import Scaling
 from distill_llm.pruning.plan import LayerPlan, PruningPlan, keep_layers
 from distill_llm.pruning.planning.budgets import least_share, share_of
 from distill_llm.pruning.planning.latency_costs import fit_costs
@@ -146,6 +148,18 @@ def test_every_cut_is_fitted_in_order_to_its_own_rows(tmp_path, count):
     assert found.compensated and [each.in_order for each in found.strengths] == [each.in_order for each in strengths]
     for one, other in zip(found.model.parameters(), by_hand.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_scales_are_learnt_after_the_last_cut_from_the_model_before_the_first(tmp_path):
+    decoder = family_model("llama")
+    batches = [family_batch(decoder, seed=seed) for seed in range(5)]
+    pruning = {"cuts": 2, "scales": {"steps": 6, "learning_rate": 0.05}}
+    plain = cutter(tmp_path, batches, cuts=2).cut(decoder, decoder, 0.5)
+    found = cutter(tmp_path, batches, **pruning).cut(decoder, decoder, 0.5)
+    done = scale_units(plain.model, decoder, batches[:4], batches[4:], Scaling(6, 0.05))
+    assert plain.scaled is None and found.compensated
+    assert found.scaled.record() == pytest.approx(done.record(), rel=1e-3)
+    assert done.folded and same(found.model, plain.model)
 
 
 def test_layers_that_the_recipe_names_are_fitted_in_order(tmp_path):

@@ -114,6 +114,14 @@ def test_costs_are_those_of_the_library():
             {"compensate": "in_order", "units": ["neurons", "hidden"]},
             "pruning.compensate: got 'in_order'; set it to true, or leave hidden out",
         ),
+        (
+            {"scales": {}, "offload": True, "checkpointing": True},
+            "pruning.scales: got {'steps': 200, 'learning_rate': 0.02}; ",
+        ),
+        (
+            {"scales": {}, "masks": {}},
+            "pruning.scales: got {'steps': 200, 'learning_rate': 0.02}; leave it out: weights are",
+        ),
         ({"compensate": "inorder"}, "pruning.compensate: got 'inorder'; accepted: true, false or in_order"),
         ({"compensate": 1}, "pruning.compensate: got 1; accepted: true, false or in_order"),
         ({"cuts": 0}, "pruning.cuts: got 0; accepted: a whole number of at least 1"),

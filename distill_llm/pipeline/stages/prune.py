@@ -107,6 +107,7 @@ class Prune(Stage):
             "note": f"{self.title} {plan.note}" if plan.note else None,
             "compensation": [strength.record() for strength in cut.strengths],
             **({"sparsity": masks.sparsity} if masks is not None else {}),
+            **({"scales": cut.scaled.record()} if cut.scaled is not None else {}),
             **({"search": [found.record() for found in cut.searches]} if cut.searches else {}),
         }
         model = run.as_written(cut.model)
@@ -137,6 +138,8 @@ class Prune(Stage):
         if result["score_compensated"] is not None:
             parts.append(f"{shown_score(result['compensated'])} compensated")
         parts += [described(record) for record in result.get("compensation") or []]
+        if "scales" in result:
+            parts.append(_scales(result["scales"]))
         return parts + ([result["note"]] if result.get("note") else [])
 
     def row(self, result: Result) -> dict[str, Any]:
@@ -232,6 +235,15 @@ def show(plan: PruningPlan, model: PreTrainedModel, folder: Path, title: str) ->
     plan.save(folder / "plan.json")
     plan_figure(plan, model, folder / "plan.png")
     return plan_table(plan, model, title)
+
+
+def _scales(record: Mapping[str, Any]) -> str:
+    """What scales of units did, in words."""
+    if record["before"] is None:
+        return "a scale for each unit learnt"
+    done = "learnt" if record["folded"] else "learnt and left out"
+    divergence = f"{record['before']:.4g} without, {record['after']:.4g} with them"
+    return f"a scale for each unit {done}: divergence on {record['rows']} held-out rows {divergence}"
 
 
 def _both(pruned: dict[str, float], compensated: dict[str, float] | None) -> dict[str, Any]:

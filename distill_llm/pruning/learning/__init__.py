@@ -1,4 +1,4 @@
-"""Masks over heads and neurons that are learnt while the model trains, and end in a plan.
+"""Numbers over heads and neurons that are learnt: masks, which end in a plan, and scales, which are folded into the weights.
 
-May import of pruning: units, plan, importance, cutting, planning.
+May import of pruning: units, plan, importance, statistics, cutting, planning.
 """

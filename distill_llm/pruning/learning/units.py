@@ -65,6 +65,7 @@ class MaskedUnits:
         model: see `mask_faults`.
         units: "heads", "neurons", or both; "attention" beside heads and "ffn" beside neurons give a layer's a block of their own.
         costs: what units cost.
+        may_go: whether units are masked until they are cut; a norm that spans them is then refused.
 
     Attributes:
         runs: the row, part by part.
@@ -76,8 +77,9 @@ class MaskedUnits:
         InputError: the units of this model cannot be masked.
     """
 
-    def __init__(self, model: PreTrainedModel, units: Sequence[str], costs: Costs):
-        raise_all(mask_faults(model, units, "units", list(units)))
+    def __init__(self, model: PreTrainedModel, units: Sequence[str], costs: Costs, may_go: bool = True):
+        if may_go:
+            raise_all(mask_faults(model, units, "units", list(units)))
         counts, runs, prices, start = counts_of(model), [], [], 0
         for layer, has in enumerate(counts):
             for kind in BLOCKS:

@@ -1,0 +1,40 @@
+"""The section `pruning.scales`: a factor for every kept unit, learnt after a cut and folded into the weights."""
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from distill_llm.common.errors import InputError
+from distill_llm.pruning.learning.scaling import DEFAULT_SCALING, Scaling
+from distill_llm.recipe.section import Section
+
+if TYPE_CHECKING:
+    from distill_llm.recipe.pruning import PruningSection
+
+
+class ScalesSection(Section):
+    """Learn one factor for every kept head (KV group) and neuron from the model before the cut; then fold them away."""
+
+    steps: int = Field(default=DEFAULT_SCALING.steps, ge=1, description="of Adam, one batch of calibration rows each")
+    learning_rate: float = Field(
+        default=DEFAULT_SCALING.learning_rate, gt=0, description="of the first step; it falls in a straight line to 0"
+    )
+
+    @property
+    def scaling(self) -> Scaling:
+        """What `learn_scales` takes."""
+        return Scaling(self.steps, self.learning_rate)
+
+
+def scales_faults(pruning: "PruningSection") -> list[InputError]:
+    """Faults of scales beside other fields of a pruning section, named within it."""
+    if pruning.scales is None:
+        return []
+    faults = []
+    if pruning.masks is not None:
+        fix = "leave it out: weights are trained with the masks, so there is nothing for scales to repair"
+        faults.append(InputError("scales", pruning.scales.model_dump(), fix=fix))
+    if pruning.offload:
+        fix = "leave it out, or offload: both models must be on the device to learn scales"
+        faults.append(InputError("scales", pruning.scales.model_dump(), fix=fix))
+    return faults
