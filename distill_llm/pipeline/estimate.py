@@ -265,8 +265,7 @@ class Estimate:
         if section.compensate == "in_order":  # each strength that is tried, and the one that is taken once more
             flops += (len(IN_ORDER) + 1) * FORWARDS_IN_ORDER * self._forward(section, before, size) * batches
             if not self.gpu:  # they are in main memory
-                rows = examples * self.rows.padded / self.devices.count
-                parts["residual streams"] = 4 * 4 * hidden_size(before) * rows
+                parts["residual streams"] = 16 * hidden_size(before) * examples * self.rows.padded / self.devices.count
         if section.scales is not None:  # a backward pass without gradients of weights is as much as a forward pass
             step = self._forward(section, before, size) + 2 * self._forward(section, after, size)
             flops += section.scales.steps * step / self.devices.count
@@ -276,8 +275,8 @@ class Estimate:
     def _forward(self, section: PruningSection, model: PreTrainedModel, size: int) -> float:
         """Operations of a forward pass over a batch of calibration rows."""
         settings = CalibrationSettings(moments=False, hidden=False, precision=mixed_precision(section.precision))
-        shape = Shape(size, self.rows.longest, self.rows.counted, self.gpu)
-        return calibration(model, None, settings, shape).flops * self.rows.padded / self.rows.longest
+        traced = calibration(model, None, settings, Shape(size, self.rows.longest, self.rows.counted, self.gpu))
+        return traced.flops * self.rows.padded / self.rows.longest
 
     def _calibration(self, section: PruningSection, model: PreTrainedModel, size: int) -> Traced:
         """A batch of calibration, with the statistics that it adds to."""
