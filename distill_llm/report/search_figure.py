@@ -29,9 +29,9 @@ def draw_search(metrics: Mapping[str, Any]) -> Figure | None:
     figure = new_figure(height=3.4)
     axes = bare(figure.subplots())
     for place, (name, search) in enumerate(found):
-        best, median = zip(*search["history"], strict=True)
+        rows = zip(*search["history"], strict=True)
+        best, median = ([math.nan if each is None else each for each in row] for row in rows)
         colour, generations = LIGHT[SERIES[place % len(SERIES)]], range(len(best))
-        best, median = ([math.nan if each is None else each for each in row] for row in (best, median))
         if search["plain"] is not None:
             axes.axhline(search["plain"], color=colour, linewidth=1, linestyle=(0, (5, 3)))
         axes.plot(generations, median, color=colour, linewidth=1.2, linestyle=(0, (1, 2)))

@@ -78,8 +78,8 @@ def learn_scales(
         stack.enter_context(torch.autocast(device.type, settings.precision, enabled=settings.precision is not None))
         stack.enter_context(units.multiplied(student, lambda: factors))
         for step in range(how.steps):
-            batch = _part(batches[step % len(batches)], settings.sharded)
-            loss, factors.grad = _gradient(student, model, batch, factors, device)
+            own = _part(batches[step % len(batches)], settings.sharded)
+            loss, factors.grad = _gradient(student, model, own, factors, device)
             if not loss.isfinite():
                 raise NotFinite(
                     "the divergence from the model before the cut", str(loss.item()), FIX, stage="scales", step=step + 1
