@@ -25,8 +25,11 @@ from distill_llm import (
     CalibrationSettings,
     InOrder,
     PruningPlan,
+    Scaling,
     Statistics,
     collect_statistics,
+    fold_scales,
+    learn_scales,
     load_pretrained,
     plan_pruning,
     prune,
@@ -100,6 +103,14 @@ class Bench:
         """The model cut by a plan, its linears fitted in order."""
         return prune_in_order(self.model, plan, self.batches, how)
 
+    def scaled(self, student: PreTrainedModel) -> PreTrainedModel:
+        """The student with a factor for each unit, learnt from one calibration row a step."""
+        rows = [
+            {name: value[row : row + 1] for name, value in batch.items()} for batch in self.batches for row in range(4)
+        ]
+        fold_scales(student, learn_scales(student, self.model, rows, Scaling(self.args.scales)))
+        return student
+
     def in_cuts(self, criterion: str, cuts: int, how: InOrder) -> PreTrainedModel:
         """Units go in several cuts, with statistics anew before each; every time all linears are fitted to the dense model."""
         student, whole = self.model, None
@@ -132,6 +143,9 @@ class Bench:
                 work = partial(self.in_order, plan, how)
                 name = f"in order, share {how.share:g}, ridge {how.ridge:g}"
                 self.step(start + name, lambda work=work: self.perplexities(work()))
+                if self.args.scales:
+                    name += f", {self.args.scales} steps of scales"
+                    self.step(start + name, lambda work=work: self.perplexities(self.scaled(work())))
             for cuts, how in itertools.product(self.args.cuts, hows):
                 work = partial(self.in_cuts, criterion, cuts, how)
                 name = f"in order in {cuts} cuts, share {how.share:g}, ridge {how.ridge:g}"
@@ -162,6 +176,9 @@ def main() -> None:
     parser.add_argument("--ridges", type=float, nargs="+", default=[1.0], help="ridges of linears fitted in order")
     parser.add_argument("--shares", type=float, nargs="+", default=[1.0], help="shares of the stream's error")
     parser.add_argument("--cuts", type=int, nargs="*", default=[], help="numbers of cuts")
+    parser.add_argument(
+        "--scales", type=int, default=0, help="steps in which scales of units are learnt after each fit in order"
+    )
     parser.add_argument("--thin", type=int, default=1, help="statistics before later cuts are of every so many batches")
     parser.add_argument("--removed", type=float, default=0.2, help="share of all parameters")
     parser.add_argument("--rows", type=int, default=32, help="calibration rows")
