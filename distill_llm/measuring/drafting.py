@@ -1,6 +1,8 @@
 """Texts that a language model drafts with its first layers and checks with all of them: what is accepted, and the time."""
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -19,18 +21,70 @@ class Drafting(NamedTuple):
     Attributes:
         accepted: the share of the drafted tokens that all layers agreed with.
         tokens: new tokens for each run of all layers.
-        seconds: of all texts.
-        plain: seconds of the same texts token by token, by all layers; the two took turns.
+        times: of each text the seconds token by token, by all layers, and with drafts; the two took turns.
         same: how many texts are the same as those, token for token.
         written: new tokens of all texts.
     """
 
     accepted: float
     tokens: float
-    seconds: float
-    plain: float
+    times: tuple[tuple[float, float], ...]
     same: int
     written: int
+
+    @property
+    def seconds(self) -> float:
+        """Of all texts, with drafts."""
+        return sum(after for _, after in self.times)
+
+    @property
+    def plain(self) -> float:
+        """Of all texts, token by token."""
+        return sum(before for before, _ in self.times)
+
+    @property
+    def speedup(self) -> float:
+        """How many times as fast as token by token."""
+        return self.plain / self.seconds
+
+    @property
+    def parts(self) -> list[float]:
+        """By how much each text's own times would raise the speed-up, above 0, or lower it, in the mean over texts (which is 0).
+
+        Their standard error is that of the speed-up: a ratio of sums.
+        """
+        mean = self.seconds / len(self.times)
+        return [(before - self.speedup * after) / mean for before, after in self.times]
+
+    @property
+    def error(self) -> float:
+        """The standard error of the speed-up over texts; infinite of a single text."""
+        return standard_error(self.parts)
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean of these values; infinite of a single one."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+
+
+def fastest(made: Mapping[int, Drafting]) -> int | None:
+    """The exit to draft with: the earliest that is within one standard error of the fastest; None where none is surely faster.
+
+    An exit is faster than no drafts where its speed-up is more than one standard error above 1.
+
+    Args:
+        made: by exit, of the same texts.
+    """
+    surely = {layers: each for layers, each in made.items() if each.speedup - each.error > 1}
+    if not surely:
+        return None
+    best = max(surely.values(), key=lambda each: each.speedup)
+
+    def as_fast(other: Drafting) -> bool:
+        apart = [a - b for a, b in zip(best.parts, other.parts, strict=True)]
+        return best.speedup - other.speedup <= standard_error(apart)
+
+    return min(layers for layers, each in surely.items() if as_fast(each))
 
 
 def drafting(model: PreTrainedModel, prompts: Sequence[Sequence[int]], new_tokens: int, layers: int) -> Drafting:
@@ -66,8 +120,7 @@ def drafting(model: PreTrainedModel, prompts: Sequence[Sequence[int]], new_token
     return Drafting(
         (written - runs.last) / drafts if drafts else 0.0,
         written / runs.last,
-        sum(after for _, after in times),
-        sum(before for before, _ in times),
+        tuple(times),
         sum(map(list.__eq__, plain, drafted)),
         written,
     )
@@ -75,7 +128,8 @@ def drafting(model: PreTrainedModel, prompts: Sequence[Sequence[int]], new_token
 
 def _written(model: PreTrainedModel, prompt: Sequence[int], new_tokens: int, layers: int | None) -> list[int]:
     ids = torch.tensor([list(prompt)], device=model.device)
-    more: dict[str, Any] = {"use_cache": True}  # also of a checkpoint that says false: drafts need one
+    # Also of a checkpoint that says otherwise: drafts need a cache, and one that can shrink. The two are timed with the same.
+    more: dict[str, Any] = {"use_cache": True, "cache_implementation": None}
     if layers is not None:
         more["assistant_early_exit"] = layers
     given: Any = model

@@ -98,7 +98,7 @@ class Estimate:
             step = self._labels_alone(self.models.teacher, fields)
         else:
             fields = recipe.training("final")
-            step = self._recovery(self._student(self._rounds), fields)
+            step = self._recovery(self._learner, fields)
             if step.peers:  # each trains as one that is alone
                 step = self._labels_alone(step.student, fields)
         return step, self._shape(fields)

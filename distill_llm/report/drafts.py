@@ -25,7 +25,8 @@ def draft_cells(found: Mapping[str, Any]) -> Cells:
     body = [plain]
     for row in found["exits"]:
         name = f"{row['layers']}" + (" (in the config)" if row["layers"] == found["draft"] else "")
-        speed = f"{row['tokens_per_second']:.1f} ({row['speedup']:.2f}x)"
+        error = "" if row["speedup_error"] is None else f" ± {row['speedup_error']:.2f}"
+        speed = f"{row['tokens_per_second']:.1f} ({row['speedup']:.2f}{error}x)"
         shares = [percent(row["agreement"]), percent(row["accepted"])]
         body.append([name, f"{row['perplexity']:.4g}", *shares, f"{row['tokens_per_run']:.2f}", speed])
     return Cells(head, body)
@@ -44,8 +45,11 @@ def draft_note(found: Mapping[str, Any], device: str) -> str:
         said = ", ".join(f"{count} after {layers}" for layers, count in other.items())
         lines.append(f"Texts that are not the same as without drafts, by rounding: {said}.")
     if found["draft"] is None:
-        lines.append("No exit drafts faster than the model writes alone, so none is in the config.")
+        lines.append(
+            "No exit drafts faster than the model writes alone by more than one standard error over texts: none is in the config."
+        )
     else:
+        lines.append("The exit in the config is the earliest within one standard error of the fastest.")
         lines.append('Write with drafts: `model.generate(..., assistant_early_exit=model.config.exits["draft"])`.')
     return " ".join(lines)
 

@@ -2,7 +2,8 @@
 
 A small ViT is trained (the teacher), and students half as wide and deep learn from labels, from its outputs, from its states,
 and from pictures that are made. Then half of the teacher's own layers' parameters go, and the rest recovers. A cell that is in
-the file of results is not run again, so a stopped run goes on with the same command.
+the file of results is not run again, so a stopped run goes on with the same command. Results of other
+numbers of steps are kept apart; the page shows those of the usual ones.
 
     python scripts/bench/digits.py                  # digits.json, and the table of docs/guide/images_digits.md
     python scripts/bench/digits.py --page           # the table alone
@@ -48,6 +49,9 @@ BEGIN, END = "<!-- made by scripts/bench/digits.py -->", "<!-- end -->"
 TEST, FEW = 500, 100
 """The last pictures are scored on; other people wrote them than the first. In one cell FEW pictures are learnt from."""
 Rows = list[dict[str, Any]]
+Steps = tuple[int, int]
+STEPS: Steps = 600, 400
+"""Of the teacher and of every other training, on the page."""
 
 LABELS: dict[str, Any] = {"labels": {}}
 LOGITS: dict[str, Any] = {"logits": {"temperature": 2.0}}
@@ -210,8 +214,13 @@ def teacher_of(data: tuple[Rows, Rows], options: argparse.Namespace, seed: int) 
     return load_pretrained(folder).eval()
 
 
+def key_of(name: str, seed: int, steps: Steps) -> str:
+    """A result's key: results of other numbers of steps are kept beside it."""
+    return f"{name}/{seed}/{steps[0]}+{steps[1]}"
+
+
 def read() -> dict[str, dict[str, Any]]:
-    """The results so far: `cell/seed` -> figures."""
+    """The results so far, by `key_of`."""
     return json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
 
 
@@ -229,22 +238,24 @@ def fill(options: argparse.Namespace) -> None:
     for seed in range(options.seeds):
         teacher = teacher_of(data, options, seed)
         for name in CELLS:
-            found = read().get(f"{name}/{seed}", {})
-            if [found.get(each) for each in ("steps", "teacher_steps")] == [options.steps, options.teacher_steps]:
+            own = key_of(name, seed, (options.teacher_steps, options.steps))
+            if own in read():
                 continue
             figures = run(name, teacher, data, options, seed)
-            results = {**read(), f"{name}/{seed}": {**figures, **setting}}
+            results = {**read(), own: {**figures, **setting}}
             lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(results[key])}" for key in sorted(results))
             with written_whole(RESULTS) as path:
                 path.write_text("{\n" + lines + "\n}\n")
-            print(f"{name}/{seed}", figures, flush=True)
+            print(own, figures, flush=True)
 
 
-def table(results: dict[str, dict[str, Any]]) -> str:
-    """Mean and range over seeds, in percent, of the cells that have results."""
+def table(results: dict[str, dict[str, Any]], steps: Steps = STEPS) -> str:
+    """Mean and range over seeds, in percent, of the cells that have results with these numbers of steps."""
+    ending = key_of("", 0, steps).removeprefix("/0")
+    results = {key: figures for key, figures in results.items() if key.endswith(ending)}
     if not results:
         return "Not measured yet.\n"
-    one = results["teacher/0"]
+    one = results.get(key_of("teacher", 0, steps), next(iter(results.values())))
     lines = [
         f"{one['rows']:,} pictures to learn from, {one['test_rows']} others to score on; {one['teacher_steps']} steps of 64"
         f" rows for the teacher, {one['steps']} for all others. {one['device']}, {one['date']}.",
@@ -265,7 +276,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def write_page() -> None:
-    """The table between its marks; the rest of the page is written by hand."""
+    """The table of STEPS between its marks; the rest of the page is written by hand."""
     before, _, rest = PAGE.read_text().partition(BEGIN)
     text = f"{before}{BEGIN}\n\n{table(read())}\n{END}{rest.partition(END)[2]}"
     with written_whole(PAGE) as path:
@@ -276,8 +287,8 @@ def main() -> None:
     """Run the cells that have no result, print the table and write it on the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--teacher-steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=STEPS[1])
+    parser.add_argument("--teacher-steps", type=int, default=STEPS[0])
     parser.add_argument("--folder", type=Path, default=Path("runs/digits"))
     parser.add_argument("--page", action="store_true", help="write the page's table, run nothing")
     options = parser.parse_args()
@@ -285,7 +296,7 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     if not options.page:
         fill(options)
-    print(table(read()))
+    print(table(read(), (options.teacher_steps, options.steps)))
     write_page()
 
 

@@ -29,12 +29,17 @@ def test_the_table_is_made_of_the_recorded_results():
 def test_a_row_has_mean_and_range_over_seeds():
     made = script()
     setting = {"rows": 1297, "test_rows": 500, "steps": 2, "teacher_steps": 4, "device": "a CPU", "date": "today"}
-    results = {"teacher/0": {"accuracy": 0.95, "params": 9000, **setting}}
+    results = {"teacher/0/4+2": {"accuracy": 0.95, "params": 9000, **setting}}
     results |= {
-        f"units/{seed}": {"accuracy": score, "params": size}
+        f"units/{seed}/4+2": {"accuracy": score, "params": size}
         for seed, (score, size) in enumerate([(0.9, 4100), (0.84, 4000), (0.93, 4100)])
     }
-    lines = made.table(results).splitlines()
+    # A run of other numbers of steps, which had more seeds, has a table of its own.
+    other = {f"teacher/{seed}/4+20": {"accuracy": 0.5, "params": 9000, **setting, "steps": 20} for seed in range(4)}
+    results |= {**other, "units/0/14+2": {"accuracy": 0.1, "params": 1, **setting}}
+    assert made.table(results, (4, 20)).splitlines()[-1] == "| teacher | 9,000 | 4 | 50.0 | 50.0 to 50.0 |"
+    assert made.table(results) == "Not measured yet.\n"
+    lines = made.table(results, (4, 2)).splitlines()
     assert lines[-2:] == [
         "| teacher | 9,000 | 1 | 95.0 | 95.0 to 95.0 |",
         "| the same, recovered by `logits` and `hidden` | 4,000 to 4,100 | 3 | 89.0 | 84.0 to 93.0 |",

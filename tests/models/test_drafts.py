@@ -8,7 +8,7 @@ from builders.trainers import causal_model, student_of_rows
 from distill_llm import load_pretrained, with_exits
 from distill_llm.architectures.lineage import LayerPlan
 from distill_llm.evaluation.language_exits import token_scores
-from distill_llm.measuring.drafting import drafting
+from distill_llm.measuring.drafting import Drafting, drafting, fastest
 from distill_llm.models.item_logits import packed
 from distill_llm.models.language_exits import DRAFTING_FAMILIES, ExitReader
 from distill_llm.models.output_head import output_head
@@ -112,6 +112,7 @@ def test_drafting_counts_what_all_layers_accept():
             layer.mlp.down_proj.weight.zero_()
     model.generation_config.eos_token_id = None
     model.generation_config.use_cache = False  # some checkpoints say so
+    model.generation_config.cache_implementation = "static"  # and this, with which transformers refuses drafts
     model.generation_config.assistant_confidence_threshold = 0.0  # a draft has as many tokens as it may
     prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
     right, wrong = drafting(model, prompts, 20, 2), drafting(model, prompts, 20, 1)
@@ -119,3 +120,32 @@ def test_drafting_counts_what_all_layers_accept():
     assert right.accepted == 1 and right.tokens > 2
     assert wrong.accepted < 0.7 and 1 <= wrong.tokens < right.tokens
     assert right.seconds > 0 and right.plain > 0
+
+
+def made(*times):
+    return Drafting(0.5, 2.0, times, len(times), 64)
+
+
+def test_the_error_of_a_speed_up_is_that_of_many_draws_of_texts():
+    draw = torch.Generator().manual_seed(0)
+    plain = 1 + torch.rand(4000, 40, generator=draw, dtype=torch.float64)
+    drafted = plain / 1.5 + 0.3 * torch.rand(4000, 40, generator=draw, dtype=torch.float64)
+    spread = (plain.sum(1) / drafted.sum(1)).std().item()
+    found = [
+        made(*zip(a.tolist(), b.tolist(), strict=True)).error for a, b in zip(plain[:50], drafted[:50], strict=True)
+    ]
+    assert sum(found) / 50 == pytest.approx(spread, rel=0.1)
+    assert made((2.0, 1.0)).error == float("inf")
+
+
+def test_the_exit_to_draft_with_is_not_chosen_by_noise():
+    sure, noisy = made((2.0, 1.0), (4.0, 2.1), (3.0, 1.5)), made((2.0, 1.1), (4.0, 1.8), (3.0, 1.5))
+    slower = made((2.0, 1.5), (4.0, 3.0), (3.0, 2.25))
+    assert noisy.speedup > sure.speedup > slower.speedup > 1
+    assert fastest({1: sure, 2: noisy}) == 1 and fastest({1: noisy, 2: sure}) == 1  # no further apart than chance
+    assert fastest({1: slower, 2: noisy}) == 2  # surely slower
+    by_chance = made((2.0, 1.2), (2.0, 2.7))  # 1.03 times as fast in all
+    assert by_chance.speedup > 1 and fastest({1: by_chance}) is None
+    assert fastest({1: by_chance, 3: made((2.0, 1.0), (2.0, 1.1))}) == 3
+    assert fastest({1: made((2.0, 1.0))}) is None  # of a single text nothing is known
+    assert fastest({1: made((1.0, 2.0), (1.0, 2.1))}) is None

@@ -12,9 +12,11 @@ from typer.testing import CliRunner
 
 from distill_llm.cli.main import app
 from distill_llm.common.errors import InputError
+from distill_llm.models.exits import exits_in
 from distill_llm.pipeline import estimating
 from distill_llm.pipeline.estimate import Estimate
 from distill_llm.pipeline.prices import Devices, Models, Rows, optimizer_bytes, steps_of
+from distill_llm.pipeline.work import measured_rate
 from distill_llm.recipe.recipe import parse_recipe
 
 ROWS = Rows(train=100, test=10, longest=32, padded=32.0, scored=32.0)
@@ -241,6 +243,18 @@ def test_an_exit_of_a_language_model_runs_the_head_for_its_own_logits_and_for_th
     vocabulary, width = student.lm_head.weight.shape
     assert after.flops - before.flops == STEPS * 2 * (4 * 2 * 4 * 32 * vocabulary * width)
     assert after.parts["gradients and batch"] > before.parts["gradients and batch"]
+
+
+def test_the_step_that_is_tried_here_is_the_one_with_exits():
+    student = causal_model(layers=2).to("meta")
+    seconds, rates = lambda work, device: work() or 2.0, []
+    for exits in (None, [1]):
+        step, shape = Estimate(given(exits=exits), Models(TEACHER, student), ROWS, Devices(1, 10**9)).trial()
+        assert ("exits" in step.objective.terms(), exits_in(step.student)) == (bool(exits), bool(exits))
+        rates.append(measured_rate(step, shape, torch.device("cpu"), seconds))
+    # As many operations more, in these same two seconds, as in the test above.
+    vocabulary, width = student.lm_head.weight.shape
+    assert 2 * (rates[1] - rates[0]) == 2 * (4 * 4 * 32 * vocabulary * width) and not exits_in(student)
 
 
 @pytest.mark.slow

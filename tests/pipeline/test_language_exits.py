@@ -8,9 +8,10 @@ import torch
 import yaml
 from builders.recipes import causal_recipe, faults_at_the_door, write_decoder
 from builders.runs import same, weights
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 import distill_llm
+from distill_llm.pipeline import exit_drafts
 from distill_llm.pipeline.stages import recover
 from distill_llm.recipe.recipe import parse_recipe
 
@@ -36,6 +37,7 @@ def test_a_recipe_gives_a_student_that_drafts_and_a_stopped_run_ends_with_the_sa
     for row in found["exits"]:
         assert row["perplexity"] > 0 and 0 <= row["agreement"] <= 1 and 0 <= row["accepted"] <= 1
         assert row["tokens_per_second"] > 0 and row["same"] == found["texts"]
+        assert (row["speedup_error"] is None) == (found["texts"] == 1)
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student")
     assert student.config.exits == {"after": [1, 3], "draft": found["draft"]}
     assert not list((tmp_path / "run" / "student").glob("*.py"))
@@ -73,8 +75,12 @@ def test_a_recipe_gives_a_student_that_drafts_and_a_stopped_run_ends_with_the_sa
 
 
 @pytest.mark.slow
-def test_a_pruned_student_has_exits_too(tmp_path):
+def test_a_pruned_student_has_exits_too_and_a_cache_that_drafts_can_use(tmp_path, monkeypatch):
     write_decoder(tmp_path / "teacher", num_hidden_layers=4)
+    settings = GenerationConfig.from_pretrained(tmp_path / "teacher")
+    settings.cache_implementation = "static"
+    settings.save_pretrained(tmp_path / "teacher")
+    monkeypatch.setattr(exit_drafts, "fastest", lambda made: 1)
     changes = {**CHANGES, "student__model": None, "student": None, "pruning": {"keep": 0.6, "calibration_examples": 4}}
     changes.pop("student__model")
     recipe = causal_recipe(tmp_path, **changes)
@@ -82,7 +88,10 @@ def test_a_pruned_student_has_exits_too(tmp_path):
     assert [row["layers"] for row in result.metrics["exits"]["exits"]] == [1, 3]
     assert all(row["same"] == result.metrics["exits"]["texts"] for row in result.metrics["exits"]["exits"])
     student = distill_llm.load_pretrained(tmp_path / "run" / "student")
-    assert student.config.exits["after"] == [1, 3] and "Pruned" in type(student).__name__
+    assert student.config.exits == {"after": [1, 3], "draft": 1} and "Pruned" in type(student).__name__
+    assert student.generation_config.cache_implementation is None
+    ids = torch.tensor([[5, 6, 7]])
+    assert student.generate(ids, do_sample=False, max_new_tokens=4, assistant_early_exit=1).shape[1] > 3
 
 
 @pytest.mark.slow

@@ -65,9 +65,9 @@ DRAFTS: dict[str, Any] = {
     "draft": 4,
     "exits": [
         {"layers": 2, "perplexity": 30.0, "agreement": 0.5, "accepted": 0.4, "tokens_per_run": 1.5}
-        | {"tokens_per_second": 9.0, "speedup": 0.9, "same": 8},
+        | {"tokens_per_second": 9.0, "speedup": 0.9, "speedup_error": 0.05, "same": 8},
         {"layers": 4, "perplexity": 20.0, "agreement": 0.8, "accepted": 0.75, "tokens_per_run": 3.25}
-        | {"tokens_per_second": 13.0, "speedup": 1.3, "same": 7},
+        | {"tokens_per_second": 13.0, "speedup": 1.3, "speedup_error": None, "same": 7},
     ],
     "whole": {"layers": 6, "perplexity": 15.0, "agreement": 1.0, "tokens_per_second": 10.0},
     "texts": 8,
@@ -79,7 +79,7 @@ def test_a_language_models_table_has_a_row_for_each_exit_and_the_words_say_how_i
     given = metrics(exits=DRAFTS)
     cells = exits_cells(given)
     assert cells.body[0] == ["6 (all)", "15", "", "", "1.00", "10.0"]
-    assert cells.body[1] == ["2", "30", "50.0%", "40.0%", "1.50", "9.0 (0.90x)"]
+    assert cells.body[1] == ["2", "30", "50.0%", "40.0%", "1.50", "9.0 (0.90 ± 0.05x)"]
     assert cells.body[2] == ["4 (in the config)", "20", "80.0%", "75.0%", "3.25", "13.0 (1.30x)"]
     note = exits_note(given)
     assert "8 text(s) of at most 64 new tokens" in note and "by rounding: 1 after 4." in note

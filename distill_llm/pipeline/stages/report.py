@@ -68,6 +68,8 @@ class Report(Stage):
         if exits is not None:
             chosen = "draft" if "draft" in exits else "threshold"
             student.config.exits = {**student.config.exits, chosen: exits[chosen]}
+            if exits.get("draft") is not None:
+                student.generation_config.cache_implementation = None  # drafts are refused with a static cache
         with written_whole(run.student_dir, folder=True) as folder:
             copied(Path(path), folder) if quantized else run.save(student, folder)
             if (masks := masks_in(path)) is not None:

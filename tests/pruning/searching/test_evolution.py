@@ -15,7 +15,7 @@ from distill_llm.common.errors import InputError
 from distill_llm.pruning.plan import LayerPlan, PruningPlan
 from distill_llm.pruning.planning.competing import plan_for_costs
 from distill_llm.pruning.planning.rules import Limits, PlanningRules
-from distill_llm.pruning.searching.evolution import Known, SearchSettings, evolve
+from distill_llm.pruning.searching.evolution import Known, SearchSettings, _child, evolve
 from distill_llm.pruning.searching.fitness import Divergence, some_tokens
 from distill_llm.pruning.searching.shares import Space
 from distill_llm.pruning.units.costs import unit_costs
@@ -163,6 +163,31 @@ def test_what_was_found_of_another_model_is_not_used(tmp_path, settled):
     assert Known(file, {"model": "x"}).fitness and not Known(file, {"model": "y"}).fitness
     file.write_text("{")
     assert not Known(file, {"model": "x"}).fitness
+
+
+def test_layers_come_back_and_mixtures_have_layers_of_both():
+    space, plain = start(tiny_model(layers=4), units=(*UNITS, "layers"))
+    one, other = ((1, 9), (2, 60), None, (1, 30)), ((2, 8), None, (1, 50), (2, 20))
+    changed = [space.mutated(one, Random(seed), 2) for seed in range(40)]
+    assert any(genome[2] is not None for genome in changed) and any(genome[1] is None for genome in changed)
+    mixed = [space.crossed(one, other, Random(seed)) for seed in range(40)]
+    assert {genome[1] is None for genome in mixed} == {genome[2] is None for genome in mixed} == {True, False}
+    assert all(space.fits(genome) for genome in changed + mixed)
+
+
+def test_parents_are_the_better_of_two_that_are_drawn():
+    class Same:
+        """Children are their first parent."""
+
+        def crossed(self, one, other, random):
+            return one
+
+        def mutated(self, genome, random, moves):
+            return genome
+
+    parents, random = [(2.0, ((1, 1),)), (1.0, ((2, 2),))], Random(0)
+    better = sum(_child(Same(), parents, set(), random) == ((2, 2),) for _ in range(400))
+    assert 0.68 < better / 400 < 0.82  # 3 of 4
 
 
 def test_what_was_found_for_other_units_of_the_same_numbers_is_not_used(tmp_path, small, settled):

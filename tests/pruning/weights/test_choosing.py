@@ -175,12 +175,27 @@ def test_gradient_times_weight_is_the_mean_over_examples_of_the_effect_of_a_mask
 def test_zeros_of_an_earlier_round_stay_and_more_come():
     model = tiny_model()
     batches = [random_batch(model)]
-    for criterion in ("magnitude", "wanda", "sparsegpt"):
-        rules = SparsityRules(0.5, criterion=criterion)
+    for criterion, pattern in itertools.product(("magnitude", "wanda", "sparsegpt"), ("unstructured", "2:4", "4:8")):
+        # In blocks of 8 columns, those before a block have changed its weights, zeros as well, when it is chosen from.
+        rules = SparsityRules(0.5, pattern, criterion, block=8)
         half, first = sparsify(model, batches, rules, progress=0.5)
         _, second = sparsify(half, batches, rules)
         assert first.sparsity == pytest.approx(0.25) and second.sparsity == pytest.approx(0.5)
-        assert not any((second.kept[name] & ~mask).any() for name, mask in first.kept.items()), criterion
+        assert not any((second.kept[name] & ~mask).any() for name, mask in first.kept.items()), (criterion, pattern)
+
+
+def test_weights_that_are_zero_go_before_those_of_inputs_that_are_always_zero():
+    """Both are worth nothing to wanda, but what was removed before must stay so."""
+    model = tiny_model()
+    linear = model.bert.encoder.layer[0].output.dense
+    with torch.no_grad():
+        linear.weight[:, 40] = 0.0
+    model.bert.encoder.layer[0].intermediate.register_forward_hook(
+        lambda module, args, output: output.index_fill(-1, torch.arange(20), 0.0)
+    )
+    _, masks = sparsify(model, [random_batch(model)], SparsityRules(10 / 64, criterion="wanda"))
+    kept = masks.kept["bert.encoder.layer.0.output.dense"]
+    assert not kept[:, 40].any() and (kept.sum(1) == 54).all() and kept[:, 20:40].all()
 
 
 def test_masks_are_packed_eight_to_a_byte_and_read_back(tmp_path):
