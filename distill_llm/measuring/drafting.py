@@ -111,7 +111,7 @@ def drafting(model: PreTrainedModel, prompts: Sequence[Sequence[int]], new_token
 
         return turn
 
-    with evaluating(model):
+    with evaluating(model), _growing_cache(model):
         for at in (None, layers):  # a warm-up
             _written(model, prompts[0], new_tokens, at)
         times = in_turns(turns(None, plain), turns(layers, drafted), len(prompts))
@@ -126,10 +126,24 @@ def drafting(model: PreTrainedModel, prompts: Sequence[Sequence[int]], new_token
     )
 
 
+@contextmanager
+def _growing_cache(model: PreTrainedModel) -> Iterator[None]:
+    """Within the context the model's own settings name no cache, since transformers refuses drafts with a static one.
+
+    Given to `generate` alone it would not reach the drafts.
+    """
+    given: Any = model
+    before = given.generation_config.cache_implementation
+    given.generation_config.cache_implementation = None
+    try:
+        yield
+    finally:
+        given.generation_config.cache_implementation = before
+
+
 def _written(model: PreTrainedModel, prompt: Sequence[int], new_tokens: int, layers: int | None) -> list[int]:
     ids = torch.tensor([list(prompt)], device=model.device)
-    # Also of a checkpoint that says otherwise: drafts need a cache, and one that can shrink. The two are timed with the same.
-    more: dict[str, Any] = {"use_cache": True, "cache_implementation": None}
+    more: dict[str, Any] = {"use_cache": True}  # also of a checkpoint that says false: drafts need one
     if layers is not None:
         more["assistant_early_exit"] = layers
     given: Any = model

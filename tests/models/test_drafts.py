@@ -116,6 +116,7 @@ def test_drafting_counts_what_all_layers_accept():
     model.generation_config.assistant_confidence_threshold = 0.0  # a draft has as many tokens as it may
     prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
     right, wrong = drafting(model, prompts, 20, 2), drafting(model, prompts, 20, 1)
+    assert model.generation_config.cache_implementation == "static"
     assert right.same == wrong.same == 3 and right.written == wrong.written == 60
     assert right.accepted == 1 and right.tokens > 2
     assert wrong.accepted < 0.7 and 1 <= wrong.tokens < right.tokens

@@ -166,7 +166,7 @@ def test_what_was_found_of_another_model_is_not_used(tmp_path, settled):
 
 
 def test_layers_come_back_and_mixtures_have_layers_of_both():
-    space, plain = start(tiny_model(layers=4), units=(*UNITS, "layers"))
+    space = start(tiny_model(layers=4), units=(*UNITS, "layers"))[0]
     one, other = ((1, 9), (2, 60), None, (1, 30)), ((2, 8), None, (1, 50), (2, 20))
     changed = [space.mutated(one, Random(seed), 2) for seed in range(40)]
     assert any(genome[2] is not None for genome in changed) and any(genome[1] is None for genome in changed)
