@@ -239,6 +239,16 @@ def test_rules_that_mean_nothing_are_refused(given, said):
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
+def test_groups_run_along_the_inputs_of_transposed_linears_too():
+    """GPT-2's weights are (inputs, outputs)."""
+    model = family_model("gpt2")
+    _, masks = sparsify(model, rules=SparsityRules(pattern="2:4", criterion="magnitude"))
+    for name, mask in masks.kept.items():
+        weight = linears_of(model)[name].weight.detach().abs()
+        groups, kept = weight.unflatten(0, (-1, 4)), mask.unflatten(0, (-1, 4))
+        assert torch.equal(kept, groups >= groups.sort(dim=1).values[:, 2:3]), name
+
+
 def test_inputs_that_groups_do_not_divide_are_refused():
     with pytest.raises(InputError, match="pattern: got '2:4'; accepted: M that divides"):
         sparsify(tiny_model(intermediate=30), rules=SparsityRules(pattern="2:4", criterion="magnitude"))
