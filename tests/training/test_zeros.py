@@ -47,6 +47,18 @@ def test_zeros_stay_under_weight_decay_and_clipping_whatever_the_optimizer(tmp_p
         assert (module.weight != linears_of(sparse[0])[name].weight).any(), name
 
 
+def test_zeros_stay_under_an_optimizer_that_steps_where_the_gradient_is_zero(sparse):
+    student, keep = copy.deepcopy(sparse[0]), KeepZeros(sparse[1])
+    keep.on_train_begin(None, None, None, model=student)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter += 1.0
+    keep.on_optimizer_step(None, None, None)
+    for name, mask in sparse[1].kept.items():
+        weight, before = linears_of(student)[name].weight, linears_of(sparse[0])[name].weight
+        assert torch.equal(weight, (before + 1) * mask), name
+
+
 def test_without_it_zeros_are_filled(tmp_path, sparse):
     student = trained(tmp_path, sparse, callback=False)
     name, mask = next(iter(sparse[1].kept.items()))
