@@ -253,7 +253,7 @@ class Estimate:
             scoring_parts["models"] += weight_bytes(before)
         batches = math.ceil(examples / size / self.devices.count)
         parts: dict[str, float] = {"models": held, "batch": 0}
-        flops = scored.flops * (2 if section.folds else 1)
+        flops = scored.flops * (2 if section.folds or section.scales else 1)
         if section.layers is None and section.masks is None:
             trace = self._calibration(section, before, size)
             parts["batch"], passes = trace.peak, 1

@@ -17,7 +17,7 @@ from distill_llm.pruning.cutting.strength import Strength
 from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.cutting.zeros import masks_after
 from distill_llm.pruning.importance import score
-from distill_llm.pruning.learning.scales import Scaled, scale_units
+from distill_llm.pruning.learning.scales import Scaled, has_units, scale_units
 from distill_llm.pruning.plan import PruningPlan, full_plan, keep_layers
 from distill_llm.pruning.planning.budgets import share_of
 from distill_llm.pruning.planning.competing import plan_for_costs
@@ -197,7 +197,7 @@ class Cutter:
     def _scaled(self, student: PreTrainedModel, model: PreTrainedModel) -> Scaled | None:
         """Factors for the units of what a round's cuts left of a model, in place, where the section asks for them."""
         section, calibration = self.section.scales, self.calibration
-        if section is None:
+        if section is None or not has_units(student):
             return None
         batches, held_out = calibration.batches(0), calibration.batches(0, held_out=True)
         return scale_units(student, model, batches, held_out, section.scaling, settings=calibration.settings)

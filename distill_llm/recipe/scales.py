@@ -17,7 +17,10 @@ class ScalesSection(Section):
 
     steps: int = Field(default=DEFAULT_SCALING.steps, ge=1, description="of Adam, one batch of calibration rows each")
     learning_rate: float = Field(
-        default=DEFAULT_SCALING.learning_rate, gt=0, description="of the first step; it falls in a straight line to 0"
+        default=DEFAULT_SCALING.learning_rate,
+        gt=0,
+        allow_inf_nan=False,
+        description="of the first step; it falls in a straight line to 0",
     )
 
     @property
@@ -31,6 +34,9 @@ def scales_faults(pruning: "PruningSection") -> list[InputError]:
     if pruning.scales is None:
         return []
     faults = []
+    if pruning.keep == 1:
+        fix = "leave it out: no unit is removed, so there is nothing for scales to repair"
+        faults.append(InputError("scales", pruning.scales.model_dump(), fix=fix))
     if pruning.masks is not None:
         fix = "leave it out: weights are trained with the masks, so there is nothing for scales to repair"
         faults.append(InputError("scales", pruning.scales.model_dump(), fix=fix))

@@ -116,14 +116,16 @@ def test_fits_in_order_are_priced_with_the_streams_that_they_hold():
 
 @pytest.mark.slow
 def test_scales_are_priced_by_their_steps():
-    def prune(scales):
-        recipe = given(student=None, pruning={"keep": 0.5, "scales": scales})
+    def prune(scales, compensate=True):
+        recipe = given(student=None, pruning={"keep": 0.5, "scales": scales, "compensate": compensate})
         every = Estimate(recipe, Models(TEACHER), ROWS, Devices(1, 10**9), True).stages()
         return next(stage for stage in every if "prune" in stage.name)
 
     forward = 32 * 32 * 2 * SIZE  # of the 32 rows of a batch, 32 tokens each
     more = prune({"steps": 10}).flops - prune(None).flops
     assert 10 * 1.5 * forward < more < 10 * 3.5 * forward
+    alone = prune({"steps": 10}, False).flops - prune(None, False).flops
+    assert more < alone < more + forward, "the student is scored without scales too: 10 rows"
 
 
 def test_sharing_divides_the_students_bytes_and_not_the_teachers(plain):

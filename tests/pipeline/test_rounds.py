@@ -162,6 +162,15 @@ def test_scales_are_learnt_after_the_last_cut_from_the_model_before_the_first(tm
     assert done.folded and same(found.model, plain.model)
 
 
+def test_a_cut_that_leaves_no_units_has_no_scales(tmp_path, monkeypatch):
+    decoder = family_model("llama")
+    bare = PruningPlan(decoder.config.model_type, (LayerPlan(0, (), ()),), kept=0.01)
+    monkeypatch.setattr(Cutter, "plan", lambda *_: bare)
+    batches = [family_batch(decoder, seed=seed) for seed in range(2)]
+    found = cutter(tmp_path, batches, scales={}, compensate=False).cut(decoder, decoder, 0.5)
+    assert counts_of(found.model)[0]["neurons"] == 0 and found.scaled is None and not found.compensated
+
+
 def test_layers_that_the_recipe_names_are_fitted_in_order(tmp_path):
     decoder = family_model("llama")
     batches = [family_batch(decoder, seed=seed) for seed in range(3)]

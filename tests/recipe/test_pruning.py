@@ -122,6 +122,11 @@ def test_costs_are_those_of_the_library():
             {"scales": {}, "masks": {}},
             "pruning.scales: got {'steps': 200, 'learning_rate': 0.02}; leave it out: weights are",
         ),
+        (
+            {"scales": {}, "keep": None, "weights": {"sparsity": 0.5}},
+            "pruning.scales: got {'steps': 200, 'learning_rate': 0.02}; leave it out: no unit is removed",
+        ),
+        ({"scales": {"learning_rate": float("inf")}}, "pruning.scales.learning_rate: got inf; accepted: a number"),
         ({"compensate": "inorder"}, "pruning.compensate: got 'inorder'; accepted: true, false or in_order"),
         ({"compensate": 1}, "pruning.compensate: got 1; accepted: true, false or in_order"),
         ({"cuts": 0}, "pruning.cuts: got 0; accepted: a whole number of at least 1"),

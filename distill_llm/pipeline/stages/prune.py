@@ -22,6 +22,7 @@ from distill_llm.pipeline.stage import Result, Stage
 from distill_llm.pruning.cutting.strength import described
 from distill_llm.pruning.cutting.surgery import prune
 from distill_llm.pruning.learning.masks import PLAN
+from distill_llm.pruning.learning.scales import described_scales
 from distill_llm.pruning.plan import PruningPlan
 from distill_llm.pruning.planning.budgets import share_of
 from distill_llm.recipe.calibration import HELD_OUT, with_held_out
@@ -139,7 +140,7 @@ class Prune(Stage):
             parts.append(f"{shown_score(result['compensated'])} compensated")
         parts += [described(record) for record in result.get("compensation") or []]
         if "scales" in result:
-            parts.append(_scales(result["scales"]))
+            parts.append(described_scales(result["scales"]))
         return parts + ([result["note"]] if result.get("note") else [])
 
     def row(self, result: Result) -> dict[str, Any]:
@@ -235,15 +236,6 @@ def show(plan: PruningPlan, model: PreTrainedModel, folder: Path, title: str) ->
     plan.save(folder / "plan.json")
     plan_figure(plan, model, folder / "plan.png")
     return plan_table(plan, model, title)
-
-
-def _scales(record: Mapping[str, Any]) -> str:
-    """What scales of units did, in words."""
-    if record["before"] is None:
-        return "a scale for each unit learnt"
-    done = "learnt" if record["folded"] else "learnt and left out"
-    divergence = f"{record['before']:.4g} without, {record['after']:.4g} with them"
-    return f"a scale for each unit {done}: divergence on {record['rows']} held-out rows {divergence}"
 
 
 def _both(pruned: dict[str, float], compensated: dict[str, float] | None) -> dict[str, Any]:

@@ -8,9 +8,11 @@ read its unit, so that nothing of it is left but other weights.
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from math import isfinite
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from distill_llm.architectures.families import layers_of
@@ -19,7 +21,7 @@ from distill_llm.common.errors import InputError, raise_all
 from distill_llm.common.finite import NotFinite
 from distill_llm.losses.items import check_tokens_known, row_count
 from distill_llm.models.limits import batch_faults, limits_of
-from distill_llm.models.placement import check_in_memory, streamed
+from distill_llm.models.placement import check_in_memory, checkpointed, streamed
 from distill_llm.pruning.cutting.strength import row_divergences
 from distill_llm.pruning.learning.scaling import DEFAULT_SCALING, Scaling
 from distill_llm.pruning.learning.units import BLOCKS, MaskedUnits
@@ -50,14 +52,15 @@ def learn_scales(
         student: what was cut from `model`, mostly after compensation.
         dataloader: batches as for `collect_statistics`; labels are not needed. A step reads one, and after the last one comes
             the first.
-        settings: the device and precision; with `sharded`, each process takes a part of every batch's rows.
+        settings: the device and precision; with `sharded`, each process takes a part of every batch's rows; with
+            `checkpointing`, the activations of one layer of the student at a time are held.
 
     Returns:
         (U,) factors, near 1: layer by layer, KV groups first, then neurons.
 
     Raises:
         InputError: no batches, a row that is too long, units that cannot be scaled, or a model that is not whole on one device.
-        NotFinite: the divergence of a step is nan or infinite.
+        NotFinite: the divergence of a step, or a factor, is nan or infinite.
     """
     batches, device = list(dataloader), settings.device_for(student)
     if not batches:
@@ -77,15 +80,20 @@ def learn_scales(
                 stack.enter_context(streamed(each, layers_of(each), device))
         stack.enter_context(torch.autocast(device.type, settings.precision, enabled=settings.precision is not None))
         stack.enter_context(units.multiplied(student, lambda: factors))
+        if settings.checkpointing:
+            stack.callback(layers_of(student)[0].register_forward_pre_hook(_differentiable, with_kwargs=True).remove)
+            stack.enter_context(checkpointed(layers_of(student)))
         for step in range(how.steps):
             own = _part(batches[step % len(batches)], settings.sharded)
-            loss, factors.grad = _gradient(student, model, own, factors, device)
+            loss, factors.grad = _gradient(student, model, own, factors, settings.sharded)
             if not loss.isfinite():
                 raise NotFinite(
                     "the divergence from the model before the cut", str(loss.item()), FIX, stage="scales", step=step + 1
                 )
             optimizer.param_groups[0]["lr"] = how.learning_rate * (1 - step / how.steps)
             optimizer.step()
+    if not factors.isfinite().all():
+        raise NotFinite("a scale of a unit", "nan or infinite", FIX, stage="scales")
     return from_main_process(factors.detach().cpu())
 
 
@@ -99,7 +107,8 @@ class Scaled:
     """What scales did on rows that they were not learnt from.
 
     Attributes:
-        before, after: the divergence of the student from the model, the mean over rows; None: there were no rows.
+        before, after: the divergence of the student from the model, the mean over rows; None: it is not finite, or there were
+            no rows.
         rows: how many there were.
         folded: whether the scales are in the student now.
     """
@@ -112,6 +121,20 @@ class Scaled:
     def record(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
+
+
+def has_units(student: PreTrainedModel) -> bool:
+    """Whether there is a head or a neuron that could be scaled."""
+    return bool(_kinds(student))
+
+
+def described_scales(record: Mapping[str, Any]) -> str:
+    """The record of what scales of units did, in words."""
+    if not record["rows"]:
+        return "a scale for each unit learnt"
+    done = "learnt" if record["folded"] else "learnt and left out"
+    before, after = ("not finite" if record[k] is None else f"{record[k]:.4g}" for k in ("before", "after"))
+    return f"a scale for each unit {done}: divergence on {record['rows']} held-out rows {before} without, {after} with them"
 
 
 def scale_units(
@@ -134,8 +157,8 @@ def scale_units(
         found = row_divergences(model, student, rows, settings)
         with scaled(student, scales):
             changed = row_divergences(model, student, rows, settings)
-        before, after, count = float(found.mean()), float(changed.mean()), len(found)
-        folded = after < before
+        before, after = (mean if isfinite(mean := float(each.mean())) else None for each in (found, changed))
+        count, folded = len(found), after is not None and (before is None or after < before)
     result = from_main_process(Scaled(before, after, count, folded))
     if result.folded:
         fold_scales(student, scales)
@@ -150,9 +173,19 @@ def scaled(student: PreTrainedModel, scales: torch.Tensor) -> Iterator[None]:
 
 
 def _units_of(student: PreTrainedModel) -> MaskedUnits:
+    return MaskedUnits(student, _kinds(student), unit_costs(student), may_go=False)
+
+
+def _kinds(student: PreTrainedModel) -> list[str]:
     counts = counts_of(student)
-    units = [kind for kind in BLOCKS if any(each[kind] for each in counts)]
-    return MaskedUnits(student, units, unit_costs(student), may_go=False)
+    return [kind for kind in BLOCKS if any(each[kind] for each in counts)]
+
+
+def _differentiable(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """What the first layer reads, with a gradient: checkpointed layers pass none on to the factors without one."""
+    if args:
+        return (args[0].detach().requires_grad_(), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach().requires_grad_()}
 
 
 def _part(batch: Batch, sharded: bool) -> Batch | None:
@@ -165,9 +198,10 @@ def _part(batch: Batch, sharded: bool) -> Batch | None:
 
 
 def _gradient(
-    student: PreTrainedModel, model: PreTrainedModel, batch: Batch | None, factors: torch.Tensor, device: torch.device
+    student: PreTrainedModel, model: PreTrainedModel, batch: Batch | None, factors: torch.Tensor, sharded: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The mean divergence of a batch's items, of all processes, and its gradient with respect to the factors."""
+    device, factors.grad = factors.device, None
     total, gradient, count = torch.zeros((), device=device), torch.zeros_like(factors), torch.zeros((), device=device)
     if batch is not None:
         batch = {name: value.to(device) for name, value in batch.items() if name != "labels"}
@@ -176,9 +210,10 @@ def _gradient(
         with torch.enable_grad():
             items = divergences(target, items_of(student, batch, labelled=False)[0])
             own = items.sum()
-        (gradient,) = torch.autograd.grad(own, factors)
-        total, count = own.detach(), count + len(items)
+        own.backward()  # torch.autograd.grad does not go through checkpointed layers
+        assert factors.grad is not None
+        total, gradient, count = own.detach(), factors.grad, count + len(items)
     sums = [total, gradient, count]
-    if process()[1] > 1:
+    if sharded:
         sum_over_processes(sums)
     return sums[0] / count.clamp(min=1), sums[1] / count.clamp(min=1)

@@ -141,11 +141,13 @@ class MaskedUnits:
         """Multiply the weights that read the units by `values` (U,), in place: the model gives what it gave when multiplied."""
         for module, run, size in self.readers(model):
             weight = weight_of(module)  # type: ignore[arg-type]
-            weight.mul_(values[run.where].repeat_interleave(size).to(weight))
+            factors = values[run.where].repeat_interleave(size).to(weight.device)
+            weight.copy_(weight * factors)  # in the wider of both dtypes: a factor near 1 is 1 in bf16
 
 
 def _multiply(held: list[torch.Tensor], run: Run, size: int) -> Callable:
     def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (args[0] * held[0][run.where].repeat_interleave(size).to(args[0]), *args[1:])
+        factors = held[0][run.where].repeat_interleave(size).to(args[0].device)
+        return ((args[0] * factors).to(args[0].dtype), *args[1:])
 
     return hook

@@ -12,7 +12,8 @@ from distill_llm.architectures.families import layers_of
 from distill_llm.common.errors import InputError
 from distill_llm.common.finite import NotFinite
 from distill_llm.pruning.cutting.surgery import prune
-from distill_llm.pruning.learning.scales import fold_scales, learn_scales, scale_units, scaled
+from distill_llm.pruning.learning import scales as learning
+from distill_llm.pruning.learning.scales import described_scales, fold_scales, learn_scales, scale_units, scaled
 from distill_llm.pruning.learning.scaling import Scaling
 from distill_llm.pruning.statistics.settings import CalibrationSettings
 
@@ -147,3 +148,59 @@ def test_there_must_be_rows():
     model, student = pair("llama")
     with pytest.raises(InputError, match="dataloader"):
         learn_scales(student, model, [])
+
+
+@pytest.mark.parametrize("name", ["llama", *slow("bert", "gpt2")])
+def test_a_layers_activations_at_a_time_give_the_same_scales(name):
+    model, student = pair(name)
+    batches, how = batches_of(model), Scaling(steps=4, learning_rate=0.05)
+    counted, found = [], []
+    reader = next(module for module in layers_of(student)[0].modules() if not list(module.children()))
+    reader.register_forward_hook(lambda *_: counted.append(torch.is_grad_enabled()))
+    for checkpointing in (False, True):
+        counted.clear()
+        settings = CalibrationSettings(checkpointing=checkpointing)
+        found.append(learn_scales(student, model, batches, how, settings=settings))
+        assert counted == ([False, True] if checkpointing else [True]) * 4
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
+def test_a_factor_near_one_is_not_lost_in_16_bits():
+    """In bf16 the number next to 1 is 1.0078: factors of 1.003 are 1 there, but move the weights on the mean."""
+    model = family_model("llama").bfloat16()
+    scales = torch.full_like(learn_scales(copy.deepcopy(model), model, batches_of(model, 1), Scaling(1)), 1.003)
+    reader, read = layers_of(model)[0].mlp.down_proj, []
+    reader.register_forward_hook(lambda module, args, output: read.append(args[0].double().abs().sum().item()))
+    before = reader.weight.double().abs().sum().item()
+    outputs_of(model, family_batch(model))
+    with scaled(model, scales):
+        outputs_of(model, family_batch(model))
+    fold_scales(model, scales)
+    assert reader.weight.dtype == torch.bfloat16
+    assert reader.weight.double().abs().sum().item() / before == pytest.approx(1.003, abs=1e-3)
+    assert read[1] / read[0] == pytest.approx(1.003, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "means, folded, words",
+    [
+        ((0.5, float("nan")), False, "learnt and left out: divergence on 4 held-out rows 0.5 without, not finite with"),
+        ((float("inf"), 0.25), True, "learnt: divergence on 4 held-out rows not finite without, 0.25 with them"),
+    ],
+)
+def test_divergences_that_are_not_finite_are_null_and_never_better(monkeypatch, means, folded, words):
+    model, student = pair("llama")
+    rows = iter([torch.full((4,), mean) for mean in means])
+    monkeypatch.setattr(learning, "row_divergences", lambda *_: next(rows))
+    batches = batches_of(model, 2)
+    record = scale_units(student, model, batches[:1], batches[1:], Scaling(1)).record()
+    wanted = [mean if abs(mean) < 1 else None for mean in means]
+    assert record == {"before": wanted[0], "after": wanted[1], "rows": 4, "folded": folded}
+    assert words in described_scales(record)
+
+
+def test_factors_that_are_not_finite_stop_it(monkeypatch):
+    model, student = pair("llama")
+    monkeypatch.setattr(learning, "_gradient", lambda s, m, batch, factors, _: (torch.ones(()), factors.detach() / 0))
+    with pytest.raises(NotFinite, match="a scale of a unit is nan or infinite"):
+        learn_scales(student, model, batches_of(model), Scaling(1))
