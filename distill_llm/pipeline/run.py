@@ -26,6 +26,7 @@ from distill_llm.pipeline.stages import own_sections, stages_of
 from distill_llm.pipeline.stages.prune import cut_model, models_to_cut, save_cut, show
 from distill_llm.pipeline.state import read_state
 from distill_llm.pruning.cutting.strength import described
+from distill_llm.pruning.learning.scales import described_scales
 from distill_llm.recipe.recipe import Recipe, parse_recipe
 
 
@@ -131,6 +132,7 @@ def _prune(context: Context) -> Path:
         return target
     plan, student = cut.plan, context.as_written(cut.model)
     strengths = [described(strength.record()) for strength in cut.strengths]
+    scales = [described_scales(cut.scaled.record())] if cut.scaled is not None else []
     zeros = [f"{cut.masks.sparsity:.1%} of the linears' weights are zero"] if cut.masks is not None else []
     cut = replace(cut, model=student)  # two models at a time
     with written_whole(target, folder=True) as folder:
@@ -144,5 +146,5 @@ def _prune(context: Context) -> Path:
     of = "the latency" if section.cost == "latency" else f"the layers' {section.cost}"
     share = f"{plan.kept:.1%} of {of} kept" + (f" ({plan.note})" if plan.note else "")
     line = f"prune: {share}, {context.named(before)} -> {shown_score(after)} on {after['rows']} rows"
-    context.say(", ".join([line, *zeros, *strengths]))
+    context.say(", ".join([line, *zeros, *strengths, *scales]))
     return target

@@ -42,7 +42,7 @@ def test_pruning_alone_saves_a_smaller_model_and_its_plan_without_training(tmp_p
     "options",
     [
         {"units": ["hidden", "heads", "neurons"], "cost": "memory", "round_to": 4},
-        {"criterion": "wanda", "cuts": 2, "min_heads": 1, "min_neurons": 8},
+        {"criterion": "wanda", "cuts": 2, "min_heads": 1, "min_neurons": 8, "scales": {"steps": 1}},
         {"cost": "latency"},
         *slow(
             {"units": ["attention", "ffn"], "cost": "flops", "loss": "kl"},
@@ -66,6 +66,7 @@ def test_pruning_alone_takes_every_field_of_the_pruning_section(inputs, tmp_path
     assert distill_llm.load_pretrained(out).num_parameters() < distill_llm.load_pretrained(model).num_parameters()
     printed = capsys.readouterr().out
     assert "parameters" in printed and f"{100 * plan.kept:.1f}% of" in printed
+    assert (", a scale for each unit learnt" in " ".join(printed.split())) == ("scales" in options)
 
 
 def test_a_second_budget_reads_no_data_for_its_importance(inputs, tmp_path, monkeypatch):
