@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from distill_llm.common.errors import raise_all
 from distill_llm.common.files import written_whole
 from distill_llm.common.locks import LOCK, held
 from distill_llm.common.precision import mixed_precision
@@ -21,6 +22,7 @@ from distill_llm.common.seals import seal_of
 from distill_llm.models.fingerprints import teacher_fingerprint
 from distill_llm.pruning.compensation.bypass import Bypasses, fit_bypasses, outputs_taken_over
 from distill_llm.pruning.compensation.in_order import DEFAULT_IN_ORDER, InOrder
+from distill_llm.pruning.compensation.layer_runs import adding_faults
 from distill_llm.pruning.cutting.in_order import prune_in_order
 from distill_llm.pruning.cutting.strength import Strength, choose_strength
 from distill_llm.pruning.plan import PruningPlan
@@ -148,6 +150,11 @@ class Calibration:
     def in_order(self) -> bool:
         """Whether linears may be fitted in order."""
         return self.section.compensate == "in_order"
+
+    def check_in_order(self, model: PreTrainedModel) -> None:
+        """Raise InputError if linears are to be fitted in order and this model's cannot be, as its outputs for one row show."""
+        for batch in self.batches(0)[:1] if self.in_order else ():
+            raise_all(adding_faults(model, batch, self.settings, "pruning.compensate"))
 
     def pruned_in_order(
         self, model: PreTrainedModel, plan: PruningPlan, number: int, how: InOrder = DEFAULT_IN_ORDER

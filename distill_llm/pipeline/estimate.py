@@ -47,8 +47,8 @@ from distill_llm.recipe.recipe import Recipe, budget_batch
 
 MEASURED_FORWARDS = 26
 """Forward passes of each model when the report measures both."""
-FORWARDS_IN_ORDER = 3.5
-"""Forward passes that a fit in order takes, at most: one of the model, and two and a half of the student."""
+FORWARDS_IN_ORDER = 2
+"""Forward passes that a fit in order takes, at most: one of the model, and one of the student."""
 
 
 class Estimate:
@@ -243,8 +243,7 @@ class Estimate:
         examples = section.calibration_examples
         examples = examples if section.calibration else min(examples, self.rows.train)
         size = max(1, min(CALIBRATION_BATCH, CALIBRATION_TOKENS // self.rows.longest, examples))
-        others = [] if before is self.models.teacher else [self.models.teacher]
-        held = sum(map(weight_bytes, (before, after, *others)))
+        held = sum(map(weight_bytes, {before, after, self.models.teacher}))
         scored = self._scored(after)
         scoring_parts = {"models": weight_bytes(after, after.dtype), "batch": scored.parts["batch"]}
         if section.offload:  # what is outside the layers, and a layer at a time
@@ -265,7 +264,9 @@ class Estimate:
         if section.compensate == "in_order":  # each strength that is tried, and the one that is taken once more
             flops += (len(IN_ORDER) + 1) * FORWARDS_IN_ORDER * self._forward(section, before, size) * batches
             if not self.gpu:  # they are in main memory
-                parts["residual streams"] = 16 * hidden_size(before) * examples * self.rows.padded / self.devices.count
+                most = max(2 * hidden_size(before), *(counts["neurons"] for counts in counts_of(after)))
+                values = (2 * hidden_size(before) + most) * examples * self.rows.padded
+                parts["residual streams"] = 4 * values / self.devices.count
         if section.scales is not None:  # a backward pass without gradients of weights is as much as a forward pass
             step = self._forward(section, before, size) + 2 * self._forward(section, after, size)
             flops += section.scales.steps * step / self.devices.count

@@ -94,6 +94,7 @@ class Cutter:
         if self.section.weights is not None and keep == 1:  # single weights alone go
             whole = full_plan(student)
             return Cut(whole, prune(student, whole), 1.0, False)  # with the lineage that losses of layers follow
+        self.calibration.check_in_order(student)
         plan: PruningPlan | None = None
         searches: list[Searched] = []
         model, compensated, strengths = student, False, []
@@ -147,6 +148,7 @@ class Cutter:
     def cut_layers(self, student: PreTrainedModel) -> Cut:
         """Keep the layers that the section names."""
         assert self.section.layers is not None
+        self.calibration.check_in_order(student)
         plan = keep_layers(student, self.section.layers)
         bypasses = self.calibration.bypasses(student, plan)
         kept = plan.share(student, self.section.cost, *self.batch(student))

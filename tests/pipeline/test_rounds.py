@@ -1,5 +1,6 @@
 """The removal of a round: several cuts, and budgets of every kind."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,8 @@ from builders.recipes import recipe_for
 from builders.rounds import Counted, cutter, same
 from datasets import Dataset
 
+from distill_llm.architectures.families import FAMILIES
+from distill_llm.common.errors import InputError
 from distill_llm.pipeline import rounds as cutting
 from distill_llm.pipeline.rounds import Cutter
 from distill_llm.pipeline.stages.prune import calibration
@@ -169,6 +172,17 @@ def test_a_cut_that_leaves_no_units_has_no_scales(tmp_path, monkeypatch):
     batches = [family_batch(decoder, seed=seed) for seed in range(2)]
     found = cutter(tmp_path, batches, scales={}, compensate=False).cut(decoder, decoder, 0.5)
     assert counts_of(found.model)[0]["neurons"] == 0 and found.scaled is None and not found.compensated
+
+
+@pytest.mark.parametrize("named", [None, [0, 1, 4]])
+def test_a_model_that_cannot_be_fitted_in_order_is_refused_before_the_statistics(tmp_path, monkeypatch, named):
+    monkeypatch.setitem(FAMILIES, "gemma2", replace(FAMILIES["gemma2"], normed_after=False))
+    model = family_model("gemma2")
+    keep = None if named else 0.5
+    cuts = cutter(tmp_path, [family_batch(model)], keep=keep, layers=named, compensate="in_order")
+    monkeypatch.setattr(cuts.calibration, "statistics", None)
+    with pytest.raises(InputError, match="^pruning.compensate: got 'in_order'; set it to true: layer 0 of gemma2"):
+        cuts.cut_layers(model) if named else cuts.cut(model, model, 0.5)
 
 
 def test_layers_that_the_recipe_names_are_fitted_in_order(tmp_path):

@@ -10,7 +10,7 @@ output by, mostly 1. D' - D is c times the linear's output in the dense model, p
 of the stream is that of a feedback: what was missed is asked for again.)
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -20,19 +20,27 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from distill_llm.architectures.families import family_of
 from distill_llm.architectures.modes import frozen
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.losses.items import check_tokens_known, valid_tokens
 from distill_llm.models.limits import batch_faults, limits_of
 from distill_llm.models.placement import check_in_memory
-from distill_llm.pruning.compensation.layer_runs import Batch, LayerRuns, Streams, noted, residual_factor, stopped
+from distill_llm.pruning.compensation.layer_runs import (
+    Batch,
+    LayerRuns,
+    Streams,
+    adding_faults,
+    attention_gives,
+    read_by,
+)
 from distill_llm.pruning.compensation.linear import solve
-from distill_llm.pruning.compensation.stations import DenseStream, Fitted, ffn_first, fitted_linears
+from distill_llm.pruning.compensation.stations import DenseStream, Fitted, Linears, adding, ffn_first, fitted_linears
 from distill_llm.pruning.plan import PruningPlan
 from distill_llm.pruning.statistics.processes import process, sum_over_processes
 from distill_llm.pruning.statistics.settings import DEFAULT_SETTINGS, CalibrationSettings
-from distill_llm.pruning.units.refusals import NORMED_AFTER, in_order_faults
-from distill_llm.pruning.units.sizes import weight_of
+from distill_llm.pruning.units.refusals import in_order_faults
+from distill_llm.pruning.units.sizes import linear, weight_of
 
 
 @dataclass(frozen=True)
@@ -71,8 +79,9 @@ def refit_in_order(
 ) -> None:
     """Fit the linears of a student that was cut by a plan, in place, to what they read in it.
 
-    It takes the time of one forward pass of the model and about two and a half of the student, without their heads, and holds
-    four residual streams of all rows in main memory.
+    It takes the time of one forward pass of the model and one of the student, without their heads, and of the sums. Main memory
+    holds four residual streams of all rows (five where the next attention is gone whole); or two and what an FFN's last linear
+    reads (its kept neurons), where that is more.
 
     Args:
         student: what `prune(model, plan)` makes, without compensation.
@@ -82,8 +91,8 @@ def refit_in_order(
         settings: the device and precision, and whether each process takes a part of the batches (`sharded`).
 
     Raises:
-        InputError: a plan that removes channels of the residual stream, a family in which a norm comes after attention or FFN,
-            or activations that are not finite.
+        InputError: a plan that removes channels of the residual stream, layers that do more than add what attention and FFN give
+            to it, or activations that are not finite.
     """
     raise_all(in_order_faults(model, plan.hidden is not None, "compensate"))
     check_in_memory(model, one_device=True)
@@ -98,13 +107,13 @@ def refit_in_order(
     with ExitStack() as stack:
         for each in (model, student):
             stack.enter_context(frozen(each))
-        factor = residual_factor(model, every[0], settings)
-        if factor is None:
-            raise InputError("compensate", "in_order", fix=NORMED_AFTER.format(model.config.model_type))
-        fitted = fitted_linears(student, model, plan)
-        dense = DenseStream(LayerRuns(model, batches, settings), ffn_first(model, plan), factor)
+        raise_all(adding_faults(model, every[0], settings, "compensate"))
+        swapped = ffn_first(model, plan)
+        those = adding(model, swapped)
+        own = adding(student, {index for index, row in enumerate(plan.layers) if row.source in swapped})
+        dense = DenseStream(LayerRuns(model, batches, settings), those)
         masks = [valid_tokens(batch).flatten() for batch in batches]
-        _Refit(LayerRuns(student, batches, settings), dense, masks, how).over(fitted)
+        _Refit(LayerRuns(student, batches, settings), own, dense, masks, how).over(fitted_linears(own, those, plan))
 
 
 class _Refit:
@@ -112,12 +121,20 @@ class _Refit:
 
     Args:
         runs: the student's layers.
+        adding: its linears that add to the stream.
         masks: of each batch, which of its R T tokens count.
     """
 
-    def __init__(self, runs: LayerRuns, dense: DenseStream, masks: list[torch.Tensor], how: InOrder):
-        self.runs, self.dense, self.masks, self.how = runs, dense, masks, how
-        self.factor = dense.factor
+    def __init__(
+        self,
+        runs: LayerRuns,
+        adding: Linears,
+        dense: DenseStream,
+        masks: list[torch.Tensor],
+        how: InOrder,
+    ):
+        self.runs, self.adding, self.dense, self.masks, self.how = runs, adding, dense, masks, how
+        self.family, self.factor = family_of(runs.model), dense.factor
 
     def over(self, fitted: list[Fitted]) -> None:
         """Fit all, in order. Linears before the first that lost something stay as they are: nothing is off there."""
@@ -129,44 +146,77 @@ class _Refit:
             layer, start = fitted[first].layer, 2 * (fitted[first].start // 2)
             streams = list(self.dense.between(start, start)[0])
         self.runs.first = []  # freed as the streams move on
-        for each in fitted[first:]:
-            while layer < each.layer:
-                self._advance(layer, streams)
-                layer += 1
-            self._fit(each, streams)
+        those = {each.module: each for each in fitted[first:]}
+        for index in range(layer, fitted[-1].layer + 1):
+            self._layer(index, streams, those)
 
-    def _advance(self, layer: int, streams: Streams) -> None:
-        """Replace the streams before a layer by those after it."""
-        with self.runs.layer(layer) as run:
+    def _layer(self, index: int, streams: Streams, those: Mapping[nn.Module, Fitted]) -> None:
+        """Fit those of a layer's linears that are to be, and replace the streams before the layer by those after it."""
+        outputs: Streams = []
+        for module in self.adding[index]:
+            if module in those:
+                inputs = self._fit(those[module], streams, outputs)
+            else:
+                inputs = self._read(index, module, streams, outputs)
+            outputs = self.runs.outputs(module, inputs)
+        for number, stream in enumerate(streams):
+            streams[number] = self._added(stream, outputs.pop(0))
+
+    def _added(self, stream: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        return stream + self.factor * output.view_as(stream)
+
+    def _read(
+        self,
+        index: int,
+        module: nn.Module,
+        streams: Streams,
+        outputs: Streams,
+        note: Callable[[int, torch.Tensor], None] = lambda number, z: None,
+    ) -> Streams:
+        """What a linear of a layer reads in each batch.
+
+        Args:
+            streams: before the layer; of the batches that were read, with the outputs added.
+            outputs: of the layer's linear before this one, if there is one; emptied.
+            note: is called with each batch's number and inputs.
+        """
+        layer, inputs = self.runs.layers[index], []
+        with self.runs.layer(index) as run:
             for number, stream in enumerate(streams):
-                streams[number] = run(number, stream).cpu()
+                with ExitStack() as stack:
+                    if outputs:
+                        streams[number] = self._added(stream, outputs[0])
+                        if module is linear(layer, self.family.ffn_out):
+                            given = outputs[0].view_as(stream).to(self.runs.device)
+                            stack.enter_context(attention_gives(layer, self.family, given))
+                        del outputs[0]
+                    inputs.append(read_by(module, partial(run, number, stream)).cpu())
+                note(number, inputs[-1])
+        return inputs
 
-    def _fit(self, each: Fitted, streams: Streams) -> None:
-        module, bias = each.module, each.module.bias
+    def _fit(self, each: Fitted, streams: Streams, outputs: Streams) -> Streams:
+        """Fit a linear to what it reads in each batch, which is returned (see `_read`)."""
         start, end = self.dense.between(each.start, each.end)
-        old, sums = weight_of(module).detach(), _Sums(each.module, self.runs.device)
-        with self.runs.layer(each.layer) as run:
-            for number, stream in enumerate(streams):
-                with noted([module], [] if each.before is None else [each.before], stop=True) as found:
-                    stopped(partial(run, number, stream))
-                wide = torch.promote_types(
-                    stream.dtype, torch.float32
-                )  # differences of bf16 streams lose what is small
-                dense = start[number].to(wide)
-                wanted = end[number].to(wide) - dense - self.factor * each.constant
-                if self.how.share:
-                    own = stream.to(wide)
-                    if each.before is not None:
-                        own = own + self.factor * found["out"][0].view_as(stream).cpu()
-                    wanted = wanted + self.how.share * (dense - own)
-                sums.add(found["in"][0].flatten(0, -2), wanted.flatten(0, -2) / self.factor, self.masks[number])
+        sums = _Sums(each.module, self.runs.device)
+
+        def add(number: int, z: torch.Tensor) -> None:
+            wide = torch.promote_types(streams[number].dtype, torch.float32)  # bf16 differences lose what is small
+            dense = start.pop(0).to(wide)
+            wanted = end[number].to(wide) - dense - self.factor * each.constant
+            if self.how.share:
+                wanted = wanted + self.how.share * (dense - streams[number].to(wide))
+            sums.add(z.flatten(0, -2), wanted.flatten(0, -2) / self.factor, self.masks[number])
+
+        inputs = self._read(each.layer, each.module, streams, outputs, add)
         if self.runs.settings.sharded:
             sum_over_processes(sums.tensors())
         weight, shift = sums.solution(self.how.ridge)
-        new = (old.to(weight) + weight).to(old)
+        module, bias = each.module, each.module.bias
+        new = (weight_of(module).detach().to(weight) + weight).to(module.weight)
         module.weight.copy_(new.T if isinstance(module, Conv1D) else new)
         if bias is not None:
             bias.copy_((bias.to(shift) + shift).to(bias))
+        return inputs
 
 
 class _Sums:

@@ -1,17 +1,22 @@
 """A model's layers run one at a time, each over all calibration batches, so that a layer can change before the next one runs."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from torch.utils._pytree import tree_map_only
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from distill_llm.architectures.families import family_of, layers_of
+from distill_llm.architectures.family import Family
 from distill_llm.architectures.modes import forward_as, passed_on
+from distill_llm.common.errors import InputError
 from distill_llm.models.inputs import forward_inputs
 from distill_llm.models.placement import placed, streamed
 from distill_llm.pruning.statistics.settings import CalibrationSettings
@@ -26,10 +31,19 @@ class _Enough(Exception):
     """Ends a forward pass of which nothing more is needed."""
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """A tensor in main memory, and the device that it is from."""
+
+    tensor: torch.Tensor
+    device: torch.device
+
+
 class LayerRuns:
     """A model's layers over calibration batches. The model is frozen by the caller.
 
-    What the model hands to a layer beside the stream (masks, positions) is found once, without running any layer.
+    What the model hands to a layer beside the stream (masks, positions) is found once, without running any layer, and kept in
+    main memory.
 
     Args:
         batches: this process's batches; there may be none.
@@ -75,10 +89,18 @@ class LayerRuns:
         """The stream that enters the first layer, and every layer's arguments, the stream left out."""
         streams: list[torch.Tensor] = []
         calls: list[tuple[tuple, dict[str, Any]]] = []
+        passed: dict[int, tuple[torch.Tensor, _Kept]] = {}  # by id, which no other tensor gets meanwhile
+
+        def kept(tensor: torch.Tensor) -> _Kept:
+            """One copy of what all layers are given."""
+            if id(tensor) not in passed:
+                passed[id(tensor)] = tensor, _Kept(tensor.cpu(), tensor.device)
+            return passed[id(tensor)][1]
 
         def note(shape: Any, *args: Any, **kwargs: Any) -> Any:
             streams.append(args[0] if args else kwargs["hidden_states"])
-            calls.append(((None, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": None}))
+            call = ((None, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": None})
+            calls.append(tree_map_only(torch.Tensor, kept, call))
             if len(calls) == len(self.layers):
                 raise _Enough
             return passed_on(args, kwargs, shape)
@@ -98,7 +120,7 @@ class LayerRuns:
         layer = self.layers[index]
 
         def run(number: int, stream: torch.Tensor) -> torch.Tensor:
-            args, kwargs = self._calls[number][index]
+            args, kwargs = tree_map_only(_Kept, lambda its: its.tensor.to(its.device), self._calls[number][index])
             stream = stream.to(self.device)
             with self._autocast():
                 if args:
@@ -107,40 +129,67 @@ class LayerRuns:
                     output = layer(**{**kwargs, "hidden_states": stream})
             return output[0] if isinstance(output, tuple) else output
 
+        with self._placed(layer.modules()):
+            yield run
+
+    def outputs(self, module: nn.Linear | Conv1D, inputs: Streams) -> Streams:
+        """What a linear of a layer gives for its inputs of every batch, in main memory. The list of inputs is emptied."""
+        found: Streams = []
+        with self._placed([module]), self._autocast():
+            while inputs:
+                found.append(module(inputs.pop(0).to(self.device)).cpu())
+        return found
+
+    @contextmanager
+    def _placed(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+        """Within the context the weights of modules are on the device."""
         with ExitStack() as stack:
             if self.device != self.model.device:
-                stack.enter_context(placed(layer.modules(), self.device))
-            yield run
+                stack.enter_context(placed(modules, self.device))
+            yield
 
 
 @contextmanager
-def noted(
-    entering: Sequence[nn.Linear | Conv1D] = (), leaving: Sequence[nn.Linear | Conv1D] = (), stop: bool = False
-) -> Iterator[dict[str, list[torch.Tensor]]]:
-    """Within the context, the last inputs (`in`) and outputs (`out`) of linears, in the order of the lists that name them.
+def noted(modules: Sequence[nn.Linear | Conv1D]) -> Iterator[list[torch.Tensor]]:
+    """Within the context, the last outputs of linears. They are copies: a layer may add to them in place (Falcon)."""
+    found: list[Any] = [None] * len(modules)
+    with ExitStack() as stack:
+        for place, module in enumerate(modules):
 
-    Outputs are copies: a layer may add to them in place (Falcon).
+            def note(module: nn.Module, args: Any, output: torch.Tensor, place: int = place) -> None:
+                found[place] = output.clone()
 
-    Args:
-        stop: end the forward pass as soon as all are there (see `stopped`).
-    """
-    found: dict[str, list[Any]] = {"in": [None] * len(entering), "out": [None] * len(leaving)}
+            stack.callback(module.register_forward_hook(note).remove)
+        yield found
 
-    def note(kind: str, place: int, value: torch.Tensor) -> None:
-        found[kind][place] = value
-        if stop and all(each is not None for each in (*found["in"], *found["out"])):
-            raise _Enough
+
+def read_by(module: nn.Module, run: Callable[[], Any]) -> torch.Tensor:
+    """What a module reads in a forward pass, which ends there."""
+    found: list[torch.Tensor] = []
+
+    def note(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        found.append(args[0])
+        raise _Enough
 
     with ExitStack() as stack:
-        for place, module in enumerate(entering):
-            before = module.register_forward_pre_hook(lambda m, args, place=place: note("in", place, args[0]))
-            stack.callback(before.remove)
-        for place, module in enumerate(leaving):
-            after = module.register_forward_hook(
-                lambda m, args, output, place=place: note("out", place, output.clone())
-            )
-            stack.callback(after.remove)
-        yield found
+        stack.callback(module.register_forward_pre_hook(note).remove)
+        stopped(run)
+    return found[0]
+
+
+@contextmanager
+def attention_gives(layer: nn.Module, family: Family, output: torch.Tensor) -> Iterator[None]:
+    """Within the context a layer's attention gives a known output, as a module without heads gives its bias (`NoHeads`).
+
+    Args:
+        output: (R, T, H), of the attention's output linear.
+    """
+
+    def known(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        return (output + args[0] if family.adds_residual else output), None
+
+    with forward_as(layer.get_submodule(family.attention), known):
+        yield
 
 
 def stopped(run: Callable[[], Any]) -> None:
@@ -149,37 +198,40 @@ def stopped(run: Callable[[], Any]) -> None:
         run()
 
 
-@torch.no_grad()
-def residual_factor(model: PreTrainedModel, batch: Batch, settings: CalibrationSettings) -> float | None:
-    """The factor c with which every layer adds the outputs of its attention-output and FFN-down linears to what it reads.
+def residual_factor(config: PreTrainedConfig) -> float:
+    """What layers multiply the outputs of attention and FFN by before they add them to the stream (Granite); mostly 1."""
+    return float(getattr(config, "residual_multiplier", 1.0))
 
-    It is 1 in most families, another number in Granite, and None where a layer does anything else: where a norm comes after
-    attention or FFN (BERT, Gemma 2). It is measured on the first example of a batch, in the model's own precision.
+
+@torch.no_grad()
+def adding_faults(model: PreTrainedModel, batch: Batch, settings: CalibrationSettings, field: str) -> list[InputError]:
+    """A fault of a layer that does anything else than to add its attention-output and FFN-down linears' outputs to what it reads.
+
+    It is measured on the first example of a batch, in the model's own precision.
+
+    Args:
+        field: what asks for compensation in order.
     """
-    runs = LayerRuns(
-        model, [{name: value[:1] for name, value in batch.items()}], CalibrationSettings(device=settings.device)
-    )
-    family, stream = family_of(model), runs.first[0]
-    mask = batch["attention_mask"][:1].flatten().bool().cpu() if "attention_mask" in batch else None
-    changes: list[torch.Tensor] = []
-    added: list[torch.Tensor] = []
-    sizes: list[float] = []
-    both = total = 0.0
+    batch = {name: value[:1] for name, value in batch.items()}
+    runs = LayerRuns(model, [batch], CalibrationSettings(device=settings.device))
+    family, factor, stream = family_of(model), residual_factor(model.config), runs.first[0]
+    mask = batch["attention_mask"].flatten().bool().cpu() if "attention_mask" in batch else slice(None)
     for index, layer in enumerate(runs.layers):
-        adding = [linear(layer, path) for path in (family.attention_out, family.ffn_out)]
-        with noted(leaving=adding) as found, runs.layer(index) as run:
-            after = run(0, stream).cpu()
-        before, stream = stream, after
-        rows = [each.flatten(0, -2).double().cpu() for each in (before, after, *found["out"])]
-        before, after, attention, ffn = (each if mask is None else each[mask] for each in rows)
-        change, own = after - before, attention + ffn
-        exact = 1 / (before.square() + after.square()).clamp(min=1e-30)  # large values of a stream are rounded more
-        both, total = both + float((exact * change * own).sum()), total + float((exact * own * own).sum())
-        changes.append(change)
-        added.append(own)
-        sizes.append(float(before.norm() + after.norm()))
-    factor, step = both / max(total, 1e-30), torch.finfo(stream.dtype).eps
-    # A few values may be so large (massive activations) that rounding takes more than a layer adds to them.
-    near = [1e-3 * float(change.norm()) + step * size for change, size in zip(changes, sizes, strict=True)]
-    off = [float((change - factor * own).norm()) for change, own in zip(changes, added, strict=True)]
-    return factor if all(one <= most for one, most in zip(off, near, strict=True)) else None
+        before = stream
+        linears = [linear(layer, path) for path in (family.attention_out, family.ffn_out)]
+        with noted(linears) as found, runs.layer(index) as run:
+            stream = run(0, before).cpu()
+        rows = [each.flatten(0, -2).double().cpu()[mask] for each in (before, stream, *found)]
+        change, size = rows[1] - rows[0], float(rows[0].norm() + rows[1].norm())
+        # A few values may be so large (massive activations) that rounding takes more than a layer adds to them.
+        near = 1e-3 * float(change.norm()) + torch.finfo(stream.dtype).eps * size
+        off = float((change - factor * (rows[2] + rows[3])).norm())
+        if not math.isfinite(off):
+            fix = f"set it to true: layer {index} gives values that are not finite"
+            return [InputError(field, "in_order", fix=fix)]
+        if off > near:
+            fix = f"set it to true: layer {index} of {model.config.model_type} does more than add what attention and FFN give"
+            return [
+                InputError(field, "in_order", fix=f"{fix} to the residual stream, so that a linear cannot correct it")
+            ]
+    return []

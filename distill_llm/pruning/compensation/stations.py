@@ -3,6 +3,7 @@
 The dense stream has stations: 2 i before layer i, 2 i + 1 between the two linears of layer i that add to the stream.
 """
 
+from collections.abc import Container
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,9 +12,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from distill_llm.architectures.families import family_of, layers_of
-from distill_llm.pruning.compensation.layer_runs import LayerRuns, Streams, noted
+from distill_llm.pruning.compensation.layer_runs import LayerRuns, Streams, noted, residual_factor
 from distill_llm.pruning.plan import PruningPlan
 from distill_llm.pruning.units.sizes import linear, weight_of
+
+Linears = list[list[nn.Linear | Conv1D]]
+"""Of every layer, the two linears that add to the stream, in order."""
 
 
 @dataclass(frozen=True)
@@ -21,18 +25,15 @@ class Fitted:
     """A linear of the cut model that keeps inputs, and its place in both models.
 
     Attributes:
-        layer, path: where it is in the cut model.
+        layer: where it is in the cut model.
         module: the linear.
-        before: the linear of the same layer whose output the stream has before this one; None where this is the first.
         start, end: the dense stations where it begins, and where the next one does.
         constant: (H,), what the cut model's linears between this one and the next add without reading anything: their biases.
         whole: whether nothing is removed from it, or between it and the next.
     """
 
     layer: int
-    path: str
     module: nn.Linear | Conv1D
-    before: nn.Linear | Conv1D | None
     start: int
     end: int
     constant: torch.Tensor
@@ -44,31 +45,39 @@ def ffn_first(model: PreTrainedModel, plan: PruningPlan) -> set[int]:
     return {row.source for row in plan.layers if family_of(model).parallel and not row.heads}
 
 
-def fitted_linears(student: PreTrainedModel, model: PreTrainedModel, plan: PruningPlan) -> list[Fitted]:
-    """The linears that are fitted, in order."""
-    family, swapped = family_of(model), ffn_first(model, plan)
-    paths = (family.attention_out, family.ffn_out)
-    widths: list[int] = []  # by station, of the dense model
-    for index, layer in enumerate(layers_of(model)):
-        order = paths[::-1] if index in swapped else paths
-        widths += [weight_of(linear(layer, path)).shape[1] for path in order]
-    every: list[
-        tuple[int, int, int, str, nn.Linear | Conv1D]
-    ] = []  # of the cut model: layer, place in it, station, path, linear
-    for index, (row, layer) in enumerate(zip(plan.layers, layers_of(student), strict=True)):
-        for place, path in enumerate(paths[::-1] if row.source in swapped else paths):
-            every.append((index, place, 2 * row.source + place, path, linear(layer, path)))
+def adding(model: PreTrainedModel, swapped: Container[int]) -> Linears:
+    """The linears of every layer that add to the stream, in order.
+
+    Args:
+        swapped: the layers whose FFN is the first.
+    """
+    family = family_of(model)
+    every = [[linear(layer, path) for path in (family.attention_out, family.ffn_out)] for layer in layers_of(model)]
+    return [pair[::-1] if index in swapped else pair for index, pair in enumerate(every)]
+
+
+def fitted_linears(own: Linears, dense: Linears, plan: PruningPlan) -> list[Fitted]:
+    """The linears of a cut model that are fitted, in order.
+
+    Args:
+        own, dense: those of the cut and of the dense model that add to the stream.
+    """
+    widths = [weight_of(module).shape[1] for pair in dense for module in pair]  # by station
+    places = [
+        (index, 2 * row.source + place, module)
+        for index, (row, pair) in enumerate(zip(plan.layers, own, strict=True))
+        for place, module in enumerate(pair)
+    ]
     found: list[Fitted] = []
     end = len(widths)
     constant = torch.zeros(())
-    for number, (index, place, station, path, module) in reversed(list(enumerate(every))):
+    for index, station, module in reversed(places):
         inputs = weight_of(module).shape[1]
         if not inputs:
             constant = constant + (0.0 if module.bias is None else module.bias.detach().cpu())
             continue
         whole = inputs == widths[station] and not any(widths[station + 1 : end])
-        before = every[number - 1][-1] if place else None
-        found.append(Fitted(index, path, module, before, station, end, constant, whole))
+        found.append(Fitted(index, module, station, end, constant, whole))
         end, constant = station, torch.zeros(())
     if found and any(widths[: found[-1].start]):  # what is removed before the first
         found[-1] = replace(found[-1], whole=False)
@@ -80,17 +89,19 @@ class DenseStream:
 
     Args:
         runs: the dense model's layers.
-        swapped: see `ffn_first`.
-        factor: what the outputs of linears are multiplied by (see `residual_factor`).
+        adding: its linears that add to the stream.
     """
 
-    def __init__(self, runs: LayerRuns, swapped: set[int], factor: float):
-        self.runs, self.swapped, self.factor = runs, swapped, factor
+    def __init__(self, runs: LayerRuns, adding: Linears):
+        self.runs, self.adding, self.factor = runs, adding, residual_factor(runs.model.config)
         self._at: dict[int, Streams] = {0: runs.first}
         runs.first = []  # so that it is freed once it is passed
 
     def between(self, start: int, end: int) -> tuple[Streams, Streams]:
-        """The stream at two stations, in ascending order over calls; what lies before or between is freed."""
+        """The stream at two stations, in ascending order over calls; what lies before or between is freed.
+
+        The caller may empty the list of the first one: it is not asked for again once the second one was.
+        """
         last = max(self._at)
         self._at = {place: its for place, its in self._at.items() if place >= start or place == last}
         for station in (start, end):
@@ -100,17 +111,16 @@ class DenseStream:
 
     def _advance(self, index: int, start: int, end: int) -> None:
         """Run a layer, from the last station to the one after it; the stations on the way are kept if they are named."""
-        family, layer, station = family_of(self.runs.model), self.runs.layers[index], 2 * index
-        first = linear(layer, family.ffn_out if index in self.swapped else family.attention_out)
+        station = 2 * index
         streams = list(self._at[station]) if station in (start, end) else self._at.pop(station)
         between: Streams = []
         after: Streams = []
-        with noted(leaving=[first]) as found, self.runs.layer(index) as run:
+        with noted(self.adding[index][:1]) as found, self.runs.layer(index) as run:
             for number in range(len(streams)):
                 stream = streams.pop(0)  # freed as soon as it is read
                 after.append(run(number, stream).cpu())
                 if station + 1 in (start, end):
-                    between.append(stream + self.factor * found["out"][0].view_as(stream).cpu())
+                    between.append(stream + self.factor * found[0].view_as(stream).cpu())
         if station + 1 in (start, end):
             self._at[station + 1] = between
         self._at[station + 2] = after

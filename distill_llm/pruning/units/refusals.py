@@ -8,11 +8,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from distill_llm.architectures.families import family_of
 from distill_llm.common.errors import InputError
 
-NORMED_AFTER = (
-    "set it to true: a norm comes after attention or FFN in {}, so that a linear cannot correct the residual stream"
-)
-"""What to do about compensation in order of such a family."""
-
 
 def quantized_faults(model: PreTrainedModel | PreTrainedConfig, field: str, given: str) -> list[InputError]:
     """A fault of a model whose weights are quantized, or whose config says that they will be.
@@ -88,7 +83,8 @@ def in_order_faults(model: PreTrainedModel | PreTrainedConfig, narrowed: bool, f
     if narrowed:
         return [InputError(field, "in_order", fix="set it to true, or leave hidden out of the units")]
     if family.normed_after:
-        return [InputError(field, "in_order", fix=NORMED_AFTER.format(config.model_type))]
+        fix = f"set it to true: a norm comes after attention or FFN in {config.model_type}"
+        return [InputError(field, "in_order", fix=f"{fix}, so that a linear cannot correct the residual stream")]
     if family.reads:
         fix = f"set it to true: in order, {', '.join(family.reads)} of {config.model_type} would not be fitted"
         return [InputError(field, "in_order", fix=fix)]
