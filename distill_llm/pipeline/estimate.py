@@ -227,14 +227,12 @@ class Estimate:
 
     def _scoring(self, name: str, model: PreTrainedModel) -> StageCost:
         scored = self._scored(model)
-        weights = weight_bytes(model, model.dtype)
-        return StageCost(name, {"weights": weights, "batch": scored.parts["batch"]}, scored.flops)
+        return StageCost(name, {"weights": weight_bytes(model, model.dtype), **scored.parts}, scored.flops)
 
     def _scored(self, model: PreTrainedModel) -> StageCost:
         """A pass over the test rows, by one process."""
         size = min(self.recipe.evaluation.batch_size, self.rows.test)
-        shape = Shape(size, max(8, round(self.rows.scored)), self.rows.counted, self.gpu)
-        trace = scoring(model, shape)
+        trace = scoring(model, Shape(size, max(8, round(self.rows.scored)), self.rows.counted, self.gpu))
         return StageCost("scores", {"batch": trace.peak}, trace.flops * self.rows.test / size)
 
     def _pruning(
@@ -243,7 +241,8 @@ class Estimate:
         examples = section.calibration_examples
         examples = examples if section.calibration else min(examples, self.rows.train)
         size = max(1, min(CALIBRATION_BATCH, CALIBRATION_TOKENS // self.rows.longest, examples))
-        held = sum(map(weight_bytes, {before, after, self.models.teacher}))
+        others = [] if before is self.models.teacher else [self.models.teacher]
+        held = sum(map(weight_bytes, (before, after, *others)))
         scored = self._scored(after)
         scoring_parts = {"models": weight_bytes(after, after.dtype), "batch": scored.parts["batch"]}
         if section.offload:  # what is outside the layers, and a layer at a time
@@ -265,8 +264,8 @@ class Estimate:
             flops += (len(IN_ORDER) + 1) * FORWARDS_IN_ORDER * self._forward(section, before, size) * batches
             if not self.gpu:  # they are in main memory
                 most = max(2 * hidden_size(before), *(counts["neurons"] for counts in counts_of(after)))
-                values = (2 * hidden_size(before) + most) * examples * self.rows.padded
-                parts["residual streams"] = 4 * values / self.devices.count
+                values = (2 * hidden_size(before) + most) * self.rows.padded
+                parts["residual streams"] = 4 * values * examples / self.devices.count
         if section.scales is not None:  # a backward pass without gradients of weights is as much as a forward pass
             step = self._forward(section, before, size) + 2 * self._forward(section, after, size)
             flops += section.scales.steps * step / self.devices.count
