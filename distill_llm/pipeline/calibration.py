@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
@@ -69,7 +69,7 @@ class Calibration:
             device=device,
         )
 
-    def batches(self, number: int, held_out: bool = False) -> Batches:
+    def batches(self, number: int, held_out: bool = False) -> list[Mapping[str, torch.Tensor]]:
         """A cut's batches: those that it is measured on and fitted to, or those that are held out."""
         return [batch for i, batch in enumerate(self.every(number)) if (i % HELD_OUT == HELD_OUT - 1) == held_out]
 

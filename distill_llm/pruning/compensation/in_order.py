@@ -146,7 +146,7 @@ class _Refit:
             layer, start = fitted[first].layer, 2 * (fitted[first].start // 2)
             streams = list(self.dense.between(start, start)[0])
         self.runs.first = []  # freed as the streams move on
-        those = {each.module: each for each in fitted[first:]}
+        those: dict[nn.Module, Fitted] = {each.module: each for each in fitted[first:]}
         for index in range(layer, fitted[-1].layer + 1):
             self._layer(index, streams, those)
 
