@@ -33,14 +33,12 @@ def scales_faults(pruning: "PruningSection") -> list[InputError]:
     """Faults of scales beside other fields of a pruning section, named within it."""
     if pruning.scales is None:
         return []
-    faults = []
-    if pruning.keep == 1:
-        fix = "leave it out: no unit is removed, so there is nothing for scales to repair"
-        faults.append(InputError("scales", pruning.scales.model_dump(), fix=fix))
-    if pruning.masks is not None:
-        fix = "leave it out: weights are trained with the masks, so there is nothing for scales to repair"
-        faults.append(InputError("scales", pruning.scales.model_dump(), fix=fix))
-    if pruning.offload:
-        fix = "leave it out, or offload: both models must be on the device to learn scales"
-        faults.append(InputError("scales", pruning.scales.model_dump(), fix=fix))
-    return faults
+    against = (
+        (pruning.keep == 1, "leave it out: no unit is removed, so there is nothing for scales to repair"),
+        (
+            pruning.masks is not None,
+            "leave it out: weights are trained with the masks, so there is nothing for scales to repair",
+        ),
+        (pruning.offload, "leave it out, or offload: both models must be on the device to learn scales"),
+    )
+    return [InputError("scales", pruning.scales.model_dump(), fix=fix) for applies, fix in against if applies]

@@ -19,7 +19,7 @@ from distill_llm.architectures.families import layers_of
 from distill_llm.architectures.modes import frozen
 from distill_llm.common.errors import InputError, raise_all
 from distill_llm.common.finite import NotFinite
-from distill_llm.losses.items import check_tokens_known, row_count
+from distill_llm.losses.items import check_tokens_known, kind_of, row_count
 from distill_llm.models.limits import batch_faults, limits_of
 from distill_llm.models.placement import check_in_memory, checkpointed, streamed
 from distill_llm.pruning.cutting.strength import row_divergences
@@ -154,9 +154,10 @@ def scale_units(
     before = after = None
     count, folded = 0, True
     if rows:
-        found = row_divergences(model, student, rows, settings)
+        dense: list[torch.Tensor] | None = [] if kind_of(model) == "example" else None  # of tokens they would be large
+        found = row_divergences(model, student, rows, settings, dense)
         with scaled(student, scales):
-            changed = row_divergences(model, student, rows, settings)
+            changed = row_divergences(model, student, rows, settings, dense)
         before, after = (mean if isfinite(mean := float(each.mean())) else None for each in (found, changed))
         count, folded = len(found), after is not None and (before is None or after < before)
     result = from_main_process(Scaled(before, after, count, folded))
